@@ -1,0 +1,137 @@
+"""The random numbers of the head: counters, not state.
+
+Every draw is a Philox-4x32-10 block (Salmon et al., SC 2011) with
+
+    key     = (seed, step)
+    counter = (global row, slot, family number, lane)
+
+so all back ends draw the same numbers, a resumed or re-sharded run repeats itself, and nothing is stored for the
+backward pass. Lane 0 of a slot holds the coefficient (word 0) and the picks (words 1 and 2); lanes 1, 2, ... hold the
+normal vector, four components a lane.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from synco_fast.kernels.negatives import Family, Negatives
+
+__all__ = ["WORD", "Draw", "draw", "philox"]
+
+#: Philox words, seeds, steps, rows and slots are all below this.
+WORD = 1 << 32
+_MASK = WORD - 1
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Draw(NamedTuple):
+    """What one family drew for R rows and n slots.
+
+    Attributes:
+        first: Position of n_i in Q^N, ordered by similarity descending, then queue index ascending. (R, n) int64.
+        second: Position of n_j, independent of ``first``; None where the family is not paired.
+        coefficient: t, uniform over the family's range, (R, n); None where the family has no range.
+        noise: e, standard normal, (R, n, D); None where the family has no noise.
+    """
+
+    first: Tensor
+    second: Tensor | None
+    coefficient: Tensor | None
+    noise: Tensor | None
+
+
+def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | int]) -> Words:
+    """Philox-4x32-10 on int64 tensors that hold 32-bit words.
+
+    Args:
+        counter: Four words, each an int or an int64 tensor; together they broadcast to one shape.
+        key: Two words, ints or zero-dimensional int64 tensors (a tensor keeps a step counter on the device).
+
+    Returns:
+        Four int64 tensors of the broadcast shape, values in [0, 2**32).
+    """
+    device = next((word.device for word in counter if isinstance(word, Tensor)), None)
+    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter]
+    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap, but both 32-bit halves of the wrapped value are those of the true one.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 32-bit word as a number in (0, 1): the upper 23 bits and a half, exact in float32, never 0 or 1."""
+    return ((word >> 9).to(dtype) + 0.5) * 2.0**-23
+
+
+def normal(words: Words, dtype: torch.dtype) -> Tensor:
+    """Four words as four standard normal numbers by Box and Muller; the new last dimension has size 4."""
+    u0, u1, u2, u3 = (uniform(word, dtype) for word in words)
+    near, far = (-2 * u0.log()).sqrt(), (-2 * u2.log()).sqrt()
+    one, two = 2 * math.pi * u1, 2 * math.pi * u3
+    return torch.stack((near * one.cos(), near * one.sin(), far * two.cos(), far * two.sin()), dim=-1)
+
+
+def draw(
+    negatives: Negatives,
+    rows: int,
+    dim: int,
+    *,
+    seed: int,
+    step: int | Tensor,
+    first_row: int = 0,
+    available: Tensor | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Draw]:
+    """The picks and coefficients that `synthetic_contrast` uses for the same seed, step and rows.
+
+    Args:
+        negatives: Which families, how many, over which ranges.
+        rows: R, how many queries.
+        dim: D, the length of a noise vector.
+        seed: The run's seed, in [0, 2**32).
+        step: The training step, in [0, 2**32); an int64 tensor of no dimensions keeps it on the device.
+        first_row: Global index of the first query: rank r of a job with R queries a rank passes r * R.
+        available: How many queue keys each row may use, (R,) int64, where a mask leaves some rows fewer than N; picks
+            then stay below min(N, available). Rows with none pick position 0, which the caller must not use.
+        device: Where the tensors are made.
+        dtype: Of coefficients and noise. Below float32 the numbers are computed in float32 and rounded once.
+
+    Returns:
+        A `Draw` for every family whose count is not 0, by family name.
+    """
+    exact = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)[:, None]
+    size: Tensor | int = negatives.hard
+    if available is not None:
+        size = available.to(torch.int64).clamp(max=negatives.hard)[:, None]
+
+    def one(family: Family) -> Draw:
+        slot = torch.arange(negatives.count_of(family), dtype=torch.int64, device=device)
+        words = philox((row, slot, family.number, 0), (seed, step))
+        coefficient = noise = second = None
+        first = words[1] * size >> 32
+        if family.paired:
+            second = words[2] * size >> 32
+        if family.ranged:
+            low, high = negatives.range_of(family)
+            coefficient = (low + (high - low) * uniform(words[0], exact)).to(dtype)
+        if family.noisy:
+            lane = torch.arange(1, 1 + math.ceil(dim / 4), dtype=torch.int64, device=device)
+            blocks = philox((row[..., None], slot[:, None], family.number, lane), (seed, step))
+            noise = normal(blocks, exact).flatten(-2)[..., :dim].to(dtype)
+        return Draw(first, second, coefficient, noise)
+
+    return {family.name: one(family) for family in negatives.active()}

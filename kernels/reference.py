@@ -1,0 +1,148 @@
+"""The contrastive head in plain PyTorch, every synthetic vector materialised.
+
+This is the head to read beside the papers, and the one that every faster back end is measured against. It runs in any
+floating dtype and leaves the gradient to autograd.
+
+Notation: q and k are B unit rows of D numbers, the queue holds K past keys, Q^N are the N queue keys most similar to a
+query, T is the temperature. With s the synthetic negatives, a row's loss is (SynCo eq. 1, MoCHi eq. 1 and 4)::
+
+    -log( exp(q.k / T) / ( exp(q.k / T) + sum_n exp(q.n / T) + sum_s exp(q.s / T) ) )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from synco_fast.kernels.contrast import Contrast, Statistics
+from synco_fast.kernels.draws import Draw, draw
+from synco_fast.kernels.negatives import FAMILIES, Negatives
+
+__all__ = ["contrast", "hard_negatives", "synthesise"]
+
+Formula = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Negatives], Tensor]
+
+
+def _extrapolate(q: Tensor, n: Tensor, t: Tensor, negatives: Negatives) -> Tensor:
+    start = q if negatives.extrapolation == "released" else n
+    return start + t * (n - q)
+
+
+#: SynCo section 3, types 1 to 6, before normalising. Shapes: q (B, 1, D), n_i and n_j (B, n, D), t (B, n, 1),
+#: e (B, n, D). The gradient of q.n with respect to n is q, which gives types 5 and 6 their short form.
+FORMULAS: dict[str, Formula] = {
+    "interpolated": lambda q, n_i, n_j, t, e, negatives: t * q + (1 - t) * n_i,
+    "extrapolated": lambda q, n_i, n_j, t, e, negatives: _extrapolate(q, n_i, t, negatives),
+    "mixed": lambda q, n_i, n_j, t, e, negatives: t * n_i + (1 - t) * n_j,
+    "noisy": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.sigma * e,
+    "perturbed": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.delta * q,
+    "adversarial": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.eta * q.sign(),
+}
+
+
+def hard_negatives(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
+    """Q^N: the N queue keys with the largest similarity, ties resolved towards the smaller queue index.
+
+    Args:
+        similarity: q.n for every queue key, (B, K); -inf where a key is masked.
+        hard: N, at most K.
+
+    Returns:
+        Similarities and queue indices, (B, N) each, ordered by similarity descending, then index ascending.
+    """
+    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :hard]
+    return similarity.gather(1, order), order
+
+
+def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, Draw]) -> dict[str, Tensor]:
+    """The synthetic negatives of each query, unit length, without gradient.
+
+    Args:
+        q: Queries, (B, D).
+        hard: Q^N as vectors, (B, N, D), in the order of `hard_negatives`.
+        negatives: The description that ``draws`` was made for.
+        draws: From `synco_fast.kernels.draw`.
+
+    Returns:
+        By family name, vectors of shape (B, count, D).
+    """
+    q, hard = q.detach()[:, None], hard.detach()
+
+    def picked(position: Tensor | None) -> Tensor | None:
+        return None if position is None else hard.gather(1, position[..., None].expand(-1, -1, hard.shape[-1]))
+
+    vectors = {}
+    for name, drawn in draws.items():
+        t = None if drawn.coefficient is None else drawn.coefficient[..., None]
+        n_i, n_j = picked(drawn.first), picked(drawn.second)
+        vectors[name] = normalize(FORMULAS[name](q, n_i, n_j, t, drawn.noise, negatives), dim=-1)  # type: ignore[arg-type]
+    return vectors
+
+
+def contrast(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    negatives: Negatives,
+    *,
+    temperature: float,
+    seed: int,
+    step: int | Tensor,
+    first_row: int = 0,
+    image_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+) -> Contrast:
+    """The head on checked arguments; `synco_fast.kernels.synthetic_contrast` describes them."""
+    dtype = torch.promote_types(q.dtype, queue.dtype)
+    q, k, queue = q.to(dtype), k.detach().to(dtype), queue.detach().to(dtype)
+
+    positive = (q * k).sum(dim=1, keepdim=True)
+    similarity = q @ queue.T
+    available = None
+    if image_ids is not None and queue_ids is not None:
+        same_image = image_ids[:, None] == queue_ids[None, :]
+        similarity = similarity.masked_fill(same_image, -torch.inf)
+        available = (~same_image).sum(dim=1)
+
+    logits, families, hard_mean = [positive, similarity], {}, None
+    if negatives.hard:
+        hard_similarity, index = hard_negatives(similarity.detach(), negatives.hard)
+        hard_mean = _mean_of_finite(hard_similarity)
+        draws = draw(
+            negatives,
+            len(q),
+            q.shape[1],
+            seed=seed,
+            step=step,
+            first_row=first_row,
+            available=available,
+            device=q.device,
+            dtype=dtype,
+        )
+        for name, vectors in synthesise(q, queue[index], negatives, draws).items():
+            synthetic = torch.einsum("bd,bnd->bn", q, vectors)
+            if available is not None:
+                synthetic = synthetic.masked_fill(available[:, None] == 0, -torch.inf)
+            logits.append(synthetic)
+            families[name] = _mean_of_finite(synthetic.detach())
+
+    everything = torch.cat(logits, dim=1)
+    loss = everything.div(temperature).logsumexp(dim=1) - positive.squeeze(1) / temperature
+
+    absent = torch.full_like(loss.detach(), torch.nan)
+    statistics = Statistics(
+        positive=positive.detach().squeeze(1),
+        hard=absent if hard_mean is None else hard_mean,
+        synthetic=torch.stack([families.get(family.name, absent) for family in FAMILIES], dim=1),
+        rank=(everything[:, 1:] > positive).sum(dim=1),
+        queue_rank=(similarity > positive).sum(dim=1),
+    )
+    return Contrast(loss, statistics)
+
+
+def _mean_of_finite(similarity: Tensor) -> Tensor:
+    """Row means without the -inf of masked keys; NaN where nothing is left (and NaN stays NaN)."""
+    return similarity.masked_fill(similarity == -torch.inf, torch.nan).nanmean(dim=1)
