@@ -1,0 +1,1 @@
+"""Image files in, two augmented batches out."""

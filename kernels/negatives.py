@@ -42,7 +42,7 @@ class Family:
     noisy: bool = False
 
 
-#: SynCo (arXiv 2410.02401) section 3, types 1 to 6. MoCHi (arXiv 2010.01028) uses `mixed` (s) and `interpolated` (s').
+#: SynCo (arXiv 2410.02401), types 1 to 6. MoCHi (arXiv 2010.01028) uses `mixed` (s) and `interpolated` (s').
 FAMILIES: tuple[Family, ...] = (
     Family("interpolated", 1, "t q + (1 - t) n_i", ranged=True),
     Family("extrapolated", 2, "q + t (n_i - q), or n_i + t (n_i - q)", ranged=True),
@@ -60,13 +60,16 @@ class Affine(NamedTuple):
     slope: float = 0.0
 
 
+_NOTHING = Affine()
+
+
 @dataclass(frozen=True)
 class Mixture:
     """A family in the general form: what multiplies q, n_i, n_j, e and sign(q)."""
 
-    q: Affine = Affine()
-    first: Affine = Affine()
-    second: Affine = Affine()
+    q: Affine = _NOTHING
+    first: Affine = _NOTHING
+    second: Affine = _NOTHING
     noise: float = 0.0
     sign: float = 0.0
 
@@ -133,7 +136,7 @@ class Negatives:
 
     @classmethod
     def mochi(cls, hard: int = 1024, s: int = 512, s_prime: int = 256) -> Negatives:
-        """MoCHi (N, s, s'): s mixtures of two hard negatives, s' of a hard negative and the query (section 3.2, 3.3)."""
+        """MoCHi (N, s, s'): s mixtures of two hard negatives, s' mixtures of a hard negative and the query."""
         return cls(hard=hard, mixed=s, interpolated=s_prime)
 
     @classmethod

@@ -33,7 +33,7 @@ def synthetic_contrast(
     queue_ids: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Contrast:
-    """InfoNCE of each query against its key, the queue and synthetic hard negatives (SynCo eq. 1 to 7, MoCHi eq. 1 to 5).
+    """InfoNCE of each query against its key, the queue and synthetic hard negatives (MoCo v2, MoCHi and SynCo alike).
 
     q, k and the queue's rows are taken as they are: give unit rows. The gradient reaches q alone; k, the queue and the
     synthetic negatives are constants. A query or key row that holds NaN makes its own loss NaN and no other row's; a

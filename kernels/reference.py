@@ -4,7 +4,7 @@ This is the head to read beside the papers, and the one that every faster back e
 floating dtype and leaves the gradient to autograd.
 
 Notation: q and k are B unit rows of D numbers, the queue holds K past keys, Q^N are the N queue keys most similar to a
-query, T is the temperature. With s the synthetic negatives, a row's loss is (SynCo eq. 1, MoCHi eq. 1 and 4)::
+query, T is the temperature. With s the synthetic negatives, a row's loss is InfoNCE over all of them::
 
     -log( exp(q.k / T) / ( exp(q.k / T) + sum_n exp(q.n / T) + sum_s exp(q.s / T) ) )
 """
@@ -31,7 +31,7 @@ def _extrapolate(q: Tensor, n: Tensor, t: Tensor, negatives: Negatives) -> Tenso
     return start + t * (n - q)
 
 
-#: SynCo section 3, types 1 to 6, before normalising. Shapes: q (B, 1, D), n_i and n_j (B, n, D), t (B, n, 1),
+#: SynCo's types 1 to 6 before normalising. Shapes: q (B, 1, D), n_i and n_j (B, n, D), t (B, n, 1),
 #: e (B, n, D). The gradient of q.n with respect to n is q, which gives types 5 and 6 their short form.
 FORMULAS: dict[str, Formula] = {
     "interpolated": lambda q, n_i, n_j, t, e, negatives: t * q + (1 - t) * n_i,

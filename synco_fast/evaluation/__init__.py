@@ -1,0 +1,1 @@
+"""What was learned: evaluations of a frozen or transferred backbone."""
