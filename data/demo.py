@@ -1,0 +1,249 @@
+"""The embedded image set: twelve kinds of texture, drawn on the spot and stored as JPEG files in class folders.
+
+A class is a pattern (stripes, checks, dots ...) and nothing else: its colours, scale, angle, place, the shape of the
+patch that carries it, background, lighting and clutter are all drawn anew for every image. So neither colour nor
+position tells the classes apart, and a network has to learn the texture. The layout is ImageNet's,
+``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, and everything that reads ImageNet reads this set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["CLASSES", "demo_image", "make_demo"]
+
+Array = NDArray[np.float64]
+#: Raised with every change to what is drawn, so that an older set on disk is not taken for this one.
+VERSION = 1
+_OVERSAMPLE = 2
+
+
+def _fraction(x: Array) -> Array:
+    """Signed distance to the nearest whole number, in [-0.5, 0.5)."""
+    return x - np.round(x)
+
+
+def _rows(u: Array, v: Array, shift: float) -> tuple[Array, Array]:
+    """Cell coordinates where every other row is shifted, as bricks are."""
+    return _fraction(u + shift * (np.floor(v) % 2)), _fraction(v - 0.5)
+
+
+def _stripes(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return 0.25 - np.abs(_fraction(u))
+
+
+def _checks(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return np.sin(np.pi * u) * np.sin(np.pi * v)
+
+
+def _dots(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return rng.uniform(0.25, 0.38) - np.hypot(_fraction(u), _fraction(v))
+
+
+def _rings(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    x, y = rng.uniform(-1, 1, 2)
+    return 0.25 - np.abs(_fraction(np.hypot(u - x, v - y)))
+
+
+def _zigzag(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return 0.25 - np.abs(_fraction(u + rng.uniform(0.9, 1.3) * np.abs(_fraction(v / 1.5))))
+
+
+def _grid(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return rng.uniform(0.08, 0.14) - np.minimum(np.abs(_fraction(u)), np.abs(_fraction(v)))
+
+
+def _bricks(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    x, y = _rows(u / 2, v, 0.5)
+    return np.minimum(0.5 - 0.06 - np.abs(x), 0.5 - 0.12 - np.abs(y))
+
+
+def _triangles(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    x, y = _rows(u, v, 0.5)
+    return np.minimum(0.38 + y, 0.38 - y - 2 * np.abs(x) + 0.1)
+
+
+def _crosses(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    x, y = np.abs(_fraction(u)), np.abs(_fraction(v))
+    arm = rng.uniform(0.09, 0.13)
+    return np.maximum(np.minimum(arm - x, 0.38 - y), np.minimum(arm - y, 0.38 - x))
+
+
+def _rays(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    x, y = rng.uniform(-1, 1, 2)
+    return np.sin(rng.integers(9, 16) * np.arctan2(v - y, u - x)) * 0.5
+
+
+def _cells(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    low, high = min(u.min(), v.min()), max(u.max(), v.max())
+    points = rng.uniform(low, high, (max(12, int((high - low) ** 2)), 2))
+    square = (u[..., None] - points[:, 0]) ** 2 + (v[..., None] - points[:, 1]) ** 2
+    nearest, second = np.moveaxis(np.sqrt(np.partition(square, 1, axis=-1)[..., :2]), -1, 0)
+    return np.asarray(second - nearest - 0.15)
+
+
+def _scales(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    x, _ = _rows(u, 2 * v, 0.5)
+    return 0.3 - np.abs(np.hypot(x, _fraction(2 * v - 0.5) * 0.5 + 0.25) - 0.3) * 2.5
+
+
+Pattern = Callable[[Array, Array, np.random.Generator], Array]
+
+#: A pattern is positive where its first colour shows. Arguments: coordinates in cells, and the image's generator.
+PATTERNS: dict[str, Pattern] = {
+    "bricks": _bricks,
+    "cells": _cells,
+    "checks": _checks,
+    "crosses": _crosses,
+    "dots": _dots,
+    "grid": _grid,
+    "rays": _rays,
+    "rings": _rings,
+    "scales": _scales,
+    "stripes": _stripes,
+    "triangles": _triangles,
+    "zigzag": _zigzag,
+}
+CLASSES: tuple[str, ...] = tuple(PATTERNS)
+
+
+def demo_image(name: str, rng: np.random.Generator) -> Image.Image:
+    """One image of class ``name``: RGB, 80 to 128 pixels a side.
+
+    Raises:
+        KeyError: ``name`` is not one of `CLASSES`.
+    """
+    pattern = PATTERNS[name]
+    width, height = (int(side) for side in rng.integers(80, 129, 2))
+    y, x = np.mgrid[0 : height * _OVERSAMPLE, 0 : width * _OVERSAMPLE] / _OVERSAMPLE
+
+    canvas = _background(x, y, rng)
+    angle, cell = rng.uniform(0, 2 * np.pi), rng.uniform(11, 22)
+    u = ((x - width / 2) * np.cos(angle) - (y - height / 2) * np.sin(angle)) / cell + rng.uniform()
+    v = ((x - width / 2) * np.sin(angle) + (y - height / 2) * np.cos(angle)) / cell + rng.uniform()
+    ink, paper = _two_colours(rng)
+    texture = np.where((pattern(u, v, rng) > 0)[..., None], ink, paper)
+    canvas = np.where(_patch(x, y, rng)[..., None], texture, canvas)
+    for _ in range(rng.integers(0, 4)):
+        canvas = _clutter(canvas, x, y, rng)
+
+    light = 1 + rng.uniform(-0.25, 0.25) * (x / width - 0.5) + rng.uniform(-0.25, 0.25) * (y / height - 0.5)
+    canvas = canvas * light[..., None]
+    canvas = canvas.reshape(height, _OVERSAMPLE, width, _OVERSAMPLE, 3).mean(axis=(1, 3))
+    canvas += rng.normal(0, rng.uniform(0, 0.04), canvas.shape)
+    return Image.fromarray((canvas.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def _two_colours(rng: np.random.Generator) -> tuple[Array, Array]:
+    """Two random colours whose brightness differs enough for the pattern to be seen."""
+    while True:
+        ink, paper = rng.uniform(0, 1, (2, 3))
+        if abs(ink.mean() - paper.mean()) > 0.25:
+            return ink, paper
+
+
+def _background(x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """A soft gradient between two colours, bent by a few slow waves."""
+    blend = rng.uniform(-1, 1) * x / x.max() + rng.uniform(-1, 1) * y / y.max() + rng.uniform()
+    for _ in range(3):
+        blend = blend + 0.2 * np.sin(rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y + rng.uniform(0, 6))
+    start, end = rng.uniform(0, 1, (2, 3))
+    share = blend.clip(0, 1)[..., None]
+    return np.asarray(start * share + end * (1 - share))
+
+
+def _patch(x: Array, y: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """The region that carries the pattern: a blob with a wavy outline around a random centre."""
+    width, height = x.max(), y.max()
+    dx, dy = x - rng.uniform(0.35, 0.65) * width, y - rng.uniform(0.35, 0.65) * height
+    angle, radius = np.arctan2(dy, dx), rng.uniform(0.42, 0.75) * min(width, height)
+    outline = 1 + sum(rng.uniform(0, 0.12) * np.cos(k * angle + rng.uniform(0, 6)) for k in (2, 3, 5))
+    return np.asarray(np.hypot(dx, dy) < radius * outline)
+
+
+def _clutter(canvas: Array, x: Array, y: Array, rng: np.random.Generator) -> Array:
+    """A straight bar or an ellipse across the picture, in a random colour."""
+    dx, dy = x - rng.uniform(0, x.max()), y - rng.uniform(0, y.max())
+    angle = rng.uniform(0, np.pi)
+    along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+    if rng.uniform() < 0.5:
+        inside = (np.abs(across) < rng.uniform(0.7, 2.5)) & (np.abs(along) < rng.uniform(15, 60))
+    else:
+        inside = np.hypot(along / rng.uniform(3, 12), across / rng.uniform(3, 12)) < 1
+    return np.where(inside[..., None], rng.uniform(0, 1, 3), canvas)
+
+
+def make_demo(folder: str | os.PathLike[str], *, train: int = 200, validation: int = 50, seed: int = 0) -> Path:
+    """Draw the set below ``folder``, unless the very same set is there already.
+
+    The same seed and counts give the same files, byte for byte, with the same versions of NumPy and Pillow. An image
+    depends on seed, split, class and its number alone, so a larger set contains the smaller one.
+
+    Args:
+        folder: Where ``train/`` and ``val/`` go.
+        train: Images of each class in ``train/``.
+        validation: Images of each class in ``val/``.
+        seed: Chooses the set.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A count is below 1, or the folder holds something that is not a demo set.
+    """
+    folder = Path(folder)
+    if train < 1 or validation < 1:
+        raise ValueError(f"demo images: found {train} train and {validation} validation a class, allowed 1 or more")
+    card = folder / "demo.json"
+    wanted = {"version": VERSION, "seed": seed, "train": train, "val": validation, "classes": list(CLASSES)}
+    if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == wanted:
+        return folder
+    if folder.is_dir() and any(folder.iterdir()) and not card.is_file():
+        raise ValueError(f"{folder}: found a folder with other files, allowed an empty one or an earlier demo set")
+
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    jobs = [
+        (scratch / split / name, count, [VERSION, seed, split == "val", label])
+        for split, count in (("train", train), ("val", validation))
+        for label, name in enumerate(CLASSES)
+    ]
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(_draw_class, jobs))
+    (scratch / card.name).write_text(json.dumps(wanted), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch.replace(folder)
+    return folder
+
+
+def _draw_class(job: tuple[Path, int, list[int]]) -> None:
+    folder, count, entropy = job
+    folder.mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng([*entropy, number])
+        image, file = demo_image(folder.name, rng), io.BytesIO()
+        image.save(file, "JPEG", quality=int(rng.integers(80, 96)))
+        (folder / f"{number:05d}.jpg").write_bytes(file.getvalue())
+
+
+def fingerprint(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 over every file's name and bytes below ``folder``, in order of name."""
+    digest = hashlib.sha256()
+    root = Path(folder)
+    for file in sorted(path for path in root.rglob("*") if path.is_file()):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,71 @@
+"""What every pipeline gives and takes: the small protocol between image loading and training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from synco_fast.data.augment import Recipe
+
+__all__ = ["Batch", "Pipeline", "epoch_order", "normalise"]
+
+
+@dataclass
+class Batch:
+    """Two views of each image.
+
+    Attributes:
+        first, second: uint8, (B, 3, size, size). `normalise` makes them what the encoder takes.
+        images: The image each pair was made from, (B,) int64.
+        broken: By number of an image that could not be read, why. Its place was taken by another image.
+    """
+
+    first: Tensor
+    second: Tensor
+    images: Tensor
+    broken: dict[int, str] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``; the copy runs beside the computation where memory is pinned."""
+        first, second, images = (
+            tensor.to(device, non_blocking=True) for tensor in (self.first, self.second, self.images)
+        )
+        return Batch(first, second, images, self.broken)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
+        return Batch(self.first.pin_memory(), self.second.pin_memory(), self.images.pin_memory(), self.broken)
+
+
+class Pipeline(Protocol):
+    """Batches of two views: every epoch of equal length, complete but for a last batch that is not full.
+
+    What an epoch yields depends on seed and epoch number alone, so a run that starts in the middle of one
+    (``set_epoch(epoch, start)``) meets the batches that it would have met.
+    """
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        ...
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and its first batch."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
+    """The order of images in an epoch: a permutation that depends on seed and epoch, (length,) int64."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+
+
+def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Pixels 0 to 255, (B, 3, H, W) uint8, as float32 with the recipe's mean and deviation taken out."""
+    mean = torch.tensor(recipe.mean, device=views.device).view(3, 1, 1) * 255
+    scale = 1 / (torch.tensor(recipe.std, device=views.device).view(3, 1, 1) * 255)
+    return views.to(torch.float32, memory_format=memory_format).sub_(mean).mul_(scale)

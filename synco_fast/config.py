@@ -1,0 +1,241 @@
+"""One typed configuration: what each key means, its default, and what it may be."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from synco_fast.data.augment import Recipe
+from synco_fast.errors import ConfigError
+from synco_fast.kernels import FAMILIES, Backend, Negatives
+from synco_fast.kernels.negatives import Extrapolation
+
+__all__ = ["Config", "build_config", "read_config"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about the names of its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Where images come from."""
+
+    source: str = Field("demo", description="A folder, idx:FOLDER, or demo")
+    workers: int | None = Field(None, ge=0, description="Decoding processes; one a core by default, 0 for none")
+    max_broken: float = Field(0.01, ge=0, le=1, description="Share of unreadable images above which the run stops")
+
+
+class ModelConfig(Section):
+    """The encoder (MoCo v2's by default)."""
+
+    backbone: str = Field("resnet50", description="A torchvision model, or timm/NAME")
+    backbone_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the backbone's constructor")
+    small_stem: bool = Field(False, description="Stride-1 stem without max-pooling, for images of about 32 x 32")
+    dim: int = Field(128, ge=2, description="D, width of the embedding")
+    hidden: int | None = Field(None, ge=1, description="Width of the head's hidden layer; that of the features if unset")
+    momentum: float = Field(0.999, ge=0, le=1, description="Of the key encoder")
+    batch_norm_groups: int = Field(8, ge=1, description="Groups in which one device's batch is normalised")
+
+
+class MethodConfig(Section):
+    """Which negatives. A count that is not set takes the method's published value."""
+
+    name: Literal["moco", "mochi", "synco"] = Field("synco", description="MoCo v2, MoCHi or SynCo")
+    queue: int = Field(65536, ge=1, description="K, past keys")
+    temperature: float = Field(0.2, gt=0, description="T")
+    hard: int | None = Field(None, ge=0, description="N, size of Q^N")
+    interpolated: int | None = Field(None, ge=0, description="Type 1, MoCHi's s'")
+    extrapolated: int | None = Field(None, ge=0, description="Type 2")
+    mixed: int | None = Field(None, ge=0, description="Type 3, MoCHi's s")
+    noisy: int | None = Field(None, ge=0, description="Type 4")
+    perturbed: int | None = Field(None, ge=0, description="Type 5")
+    adversarial: int | None = Field(None, ge=0, description="Type 6")
+    extrapolation: Extrapolation = Field("released", description="Type 2's formula: released, or paper")
+    warmup_epochs: int = Field(10, ge=0, description="First epochs without synthetic negatives")
+    cooldown_epochs: int = Field(0, ge=0, description="Last epochs without synthetic negatives")
+    symmetric: bool = Field(False, description="Each view serves as query and as key")
+    mask_same_image: bool = Field(False, description="Keys of the query's own image are no negatives")
+    backend: Backend = Field("auto", description="What computes the head")
+
+    def negatives(self) -> Negatives:
+        """The description that the head takes.
+
+        Raises:
+            ConfigError: The counts contradict one another.
+        """
+        names = ("hard", *(family.name for family in FAMILIES), "extrapolation")
+        set_here = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        published = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}[self.name]()
+        try:
+            return Negatives(**{name: set_here.get(name, getattr(published, name)) for name in names})
+        except ValueError as error:
+            raise ConfigError(f"method.{error}") from error
+
+
+class OptimizerConfig(Section):
+    """SGD as in MoCo v2."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(0.03, gt=0, description="At a batch of 256; scaled with the batch")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_epochs: float = Field(0, ge=0, description="Epochs over which the learning rate rises from 0")
+    schedule: Literal["cosine", "constant"] = "cosine"
+
+
+class TrainingConfig(Section):
+    """The run."""
+
+    epochs: int = Field(200, ge=1)
+    batch: int = Field(256, ge=1, description="Images a step")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, whatever the epochs")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="bf16 where the device has it")
+    channels_last: bool = True
+    log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl")
+    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; an epoch by default")
+    keep: int = Field(2, ge=1, description="How many checkpoints are kept")
+
+
+class EvaluationConfig(Section):
+    """The periodic kNN on the held-out split."""
+
+    every: int = Field(10, ge=0, description="Epochs between evaluations; 0 for none at all")
+    neighbours: int = Field(200, ge=1, description="k")
+    temperature: float = Field(0.07, gt=0, description="Of the neighbours' weights")
+    train_images: int | None = Field(None, ge=1, description="How many training images serve as neighbours; all if unset")
+    images: int | None = Field(None, ge=1, description="How many held-out images are classified; all if unset")
+    batch: int = Field(256, ge=1)
+
+
+class Config(Section):
+    """Everything that decides a run."""
+
+    preset: str = "custom"
+    about: str = ""
+    seed: int = Field(0, ge=0, lt=1 << 31)
+    data: DataConfig = DataConfig()  # type: ignore[call-arg]
+    augment: Recipe = Recipe()  # type: ignore[call-arg]
+    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    method: MethodConfig = MethodConfig()  # type: ignore[call-arg]
+    optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
+    training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
+    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        negatives, batch = self.method.negatives(), self.training.batch
+        keys = batch * (2 if self.method.symmetric else 1)
+        if self.method.queue < keys:
+            raise ConfigError(f"method.queue: found {self.method.queue}, allowed {keys} or more, the keys of one step")
+        if negatives.hard > self.method.queue:
+            raise ConfigError(f"method.hard: found {negatives.hard}, allowed up to {self.method.queue}, the queue")
+        if batch % self.model.batch_norm_groups:
+            raise ConfigError(
+                f"training.batch: found {batch}, allowed a multiple of {self.model.batch_norm_groups} "
+                "(model.batch_norm_groups)"
+            )
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: that of a batch of 256, scaled linearly."""
+        return self.optimizer.lr * self.training.batch / 256
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, readable by `read_config`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None) -> Config:
+    """A configuration from nested values and dotted overrides.
+
+    Args:
+        values: By section and key, as in a YAML file.
+        overrides: By dotted name, such as ``{"method.name": "mochi"}``.
+
+    Raises:
+        ConfigError: An unknown key (with the nearest one), or a value that is not allowed.
+    """
+    merged = _copy(values)
+    for dotted, value in (overrides or {}).items():
+        *path, last = dotted.split(".")
+        inside = merged
+        for part in path:
+            inside = inside.setdefault(part, {})
+            if not isinstance(inside, dict):
+                raise ConfigError(f"{dotted}: found no section of that name{_nearest(dotted)}")
+        inside[last] = value
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def read_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """A configuration from a YAML file.
+
+    Raises:
+        ConfigError: The file is missing or is no mapping, or as `build_config` says.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config: cannot read {path} ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: found {type(values).__name__} in {path}, allowed sections and keys")
+    return build_config(values, overrides)
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every key by its dotted name."""
+    keys = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def allowed_values(kind: Any) -> str:
+    """What a type allows, in words."""
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    if isinstance(kind, types.UnionType):
+        return " or ".join("nothing" if part is type(None) else allowed_values(part) for part in typing.get_args(kind))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+
+
+def _copy(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _nearest(dotted: str) -> str:
+    keys = known_keys()
+    last = dotted.rpartition(".")[2]
+    near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
+    near = near or [key for key in keys if key.rpartition(".")[2] == last][:1]
+    near = near or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    dotted = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
+    if first["type"] == "extra_forbidden":
+        return f"{dotted}: found an unknown key{_nearest(dotted)}"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{dotted}.{message}" if dotted else message
+    said = first["msg"].replace("Input should be ", "")
+    return f"{dotted}: found {first['input']!r}, allowed {said}"

@@ -1,0 +1,87 @@
+"""Features of a whole split under a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from synco_fast.data.augment import Recipe
+from synco_fast.data.pipeline import normalise
+from synco_fast.data.sources import Split
+from synco_fast.data.torchvision import evaluation_loader
+from synco_fast.errors import DataError
+
+__all__ = ["Features", "extract_features", "spread"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features and labels of the images that could be read.
+
+    Attributes:
+        values: (n, F) float32 on the CPU.
+        labels: (n,) int64.
+        broken: By number of an image that could not be read, why.
+    """
+
+    values: Tensor
+    labels: Tensor
+    broken: dict[int, str]
+
+
+def spread(length: int, limit: int | None) -> list[int]:
+    """At most ``limit`` whole numbers below ``length``, evenly spread: a subset that takes from every class folder."""
+    if limit is None or limit >= length:
+        return list(range(length))
+    return [place * length // limit for place in range(limit)]
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module,
+    split: Split,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    batch: int = 256,
+    workers: int | None = None,
+    limit: int | None = None,
+    tick: Callable[[int], None] = lambda done: None,
+) -> Features:
+    """Run a split's central crops through the backbone in evaluation mode, in float32; its mode is restored.
+
+    Args:
+        backbone: Images (b, 3, H, W) to features (b, F).
+        split: Labelled images.
+        recipe: Size and normalisation.
+        device: Where the backbone is.
+        batch: Images at a time.
+        workers: Decoding processes.
+        limit: Take at most so many images, evenly spread.
+        tick: Called with the number of images of each batch.
+
+    Raises:
+        DataError: The split has no labels, or no image of it can be read.
+    """
+    if split.labels is None:
+        raise DataError(f"data: found no class folders beside {split.name(0)}, allowed one folder a class for kNN")
+    loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=spread(len(split), limit))
+    was_training = backbone.training
+    backbone.eval()
+    values, numbers, broken = [], [], {}
+    try:
+        for images, indices, failed in loader:
+            broken |= failed
+            if len(images):
+                values.append(backbone(normalise(images.to(device), recipe)).float().cpu())
+                numbers.append(indices)
+            tick(len(images))
+    finally:
+        backbone.train(was_training)
+    if not values:
+        raise DataError(f"data: found no readable image beside {split.name(0)}")
+    labels = torch.from_numpy(split.labels)[torch.cat(numbers)]
+    return Features(torch.cat(values), labels, broken)

@@ -1,0 +1,126 @@
+"""Encoders: any torchvision or timm backbone by name, and the projection head."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from synco_fast.errors import ConfigError
+from synco_fast.models.norm import split_batch_norm
+
+__all__ = ["Encoder", "build_backbone"]
+
+
+class Encoder(nn.Module):
+    """A backbone and MoCo v2's projection head (arXiv 2003.04297): two layers with a ReLU between.
+
+    Args:
+        backbone: Images (B, 3, H, W) to features (B, ``features``).
+        features: Width of the backbone's output.
+        dim: D, width of the embedding.
+        hidden: Width of the hidden layer, by default that of the features (2048-2048-128 for ResNet-50).
+    """
+
+    def __init__(self, backbone: nn.Module, features: int, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        hidden = hidden or features
+        self.backbone = backbone
+        self.head = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+        self.features = features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings, (B, D), not normalised."""
+        embedding: Tensor = self.head(self.backbone(images))
+        return embedding
+
+
+def build_backbone(
+    name: str, *, arguments: dict[str, Any] | None = None, small_stem: bool = False, batch_norm_groups: int = 1
+) -> tuple[nn.Module, int]:
+    """A backbone without its classifier.
+
+    Args:
+        name: A torchvision model (``resnet50``), or a timm model (``timm/convnext_tiny``; the prefix may be left out
+            where torchvision has no model of that name).
+        arguments: Passed to the model's constructor.
+        small_stem: For ResNets on images of about 32 x 32: a 3 x 3 convolution of stride 1 and no max-pooling, as the
+            ResNet paper (arXiv 1512.03385 section 4.2) has it for CIFAR.
+        batch_norm_groups: Batch norm in this many groups of the batch; see `SplitBatchNorm2d`.
+
+    Returns:
+        The module and the width of its features.
+
+    Raises:
+        ConfigError: No such model, arguments that it does not take, or no ResNet stem to make small.
+    """
+    prefix, _, bare = name.rpartition("/")
+    if prefix not in ("", "timm", "torchvision"):
+        raise ConfigError(f"model.backbone: found {name!r}, allowed NAME, torchvision/NAME or timm/NAME")
+    in_torchvision = prefix != "timm" and bare in torchvision.models.list_models(module=torchvision.models)
+    try:
+        if in_torchvision:
+            module, features = _strip(torchvision.models.get_model(bare, weights=None, **(arguments or {})), name)
+        elif prefix != "torchvision" and timm.is_model(bare):
+            module = timm.create_model(bare, pretrained=False, num_classes=0, **(arguments or {}))
+            features = int(module.num_features)
+        else:
+            raise ConfigError(f"model.backbone: found {name!r}, allowed a torchvision or timm model{_nearest(bare)}")
+    except TypeError as error:
+        raise ConfigError(f"model.backbone_args: {name} does not take them ({error})") from error
+    if small_stem:
+        _shrink_stem(module, name)
+    return split_batch_norm(module, batch_norm_groups), features
+
+
+def _nearest(name: str) -> str:
+    known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
+    near = difflib.get_close_matches(name, known, n=3)
+    return f" (nearest: {', '.join(near)})" if near else ""
+
+
+def _strip(module: nn.Module, name: str) -> tuple[nn.Module, int]:
+    """A torchvision model with its last linear layer replaced by the identity, and that layer's input width."""
+    for path, layer in reversed(list(module.named_modules())):
+        if isinstance(layer, nn.Linear) and path.split(".")[0] in ("fc", "classifier", "head", "heads"):
+            parent, _, last = path.rpartition(".")
+            setattr(module.get_submodule(parent), last, nn.Identity())
+            return module, layer.in_features
+    raise ConfigError(f"model.backbone: found no classifier to take off {name}; try it as timm/NAME")
+
+
+def _shrink_stem(module: nn.Module, name: str) -> None:
+    stem = getattr(module, "conv1", None)
+    if not isinstance(stem, nn.Conv2d) or not hasattr(module, "maxpool"):
+        raise ConfigError(f"model.small_stem: found true, allowed for ResNets whose stem is one convolution, not {name}")
+    module.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+    module.maxpool = nn.Identity()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers the module learns."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+@torch.no_grad()
+def check_input(module: nn.Module, size: int, name: str) -> None:
+    """Run one empty image through the backbone, so that a size it cannot take is named before training.
+
+    Raises:
+        ConfigError: The backbone cannot take images of this size.
+    """
+    was_training = module.training
+    try:
+        features = module.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"augment.size: found {size}, which {name} cannot take ({reason})") from error
+    finally:
+        module.train(was_training)
+    if features.dim() != 2:
+        raise ConfigError(f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, allowed (B, C)")

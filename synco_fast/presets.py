@@ -1,0 +1,108 @@
+"""The presets: named starting points, every key of which can be changed on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from synco_fast.config import Config, build_config, read_config
+from synco_fast.errors import ConfigError
+
+__all__ = ["PRESETS", "load_config"]
+
+#: MoCo's learning-rate recipe for sets much smaller than ImageNet: a higher rate and more decay, as its CIFAR demo has.
+_SMALL_SET = {"lr": 0.06, "weight_decay": 5e-4}
+
+#: A ResNet-10 with half of ResNet-18's channels: what two CPU cores can train in minutes.
+_THIN_RESNET10 = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "synco-r50-200": {
+        "about": "SynCo as published: ImageNet, ResNet-50, 200 epochs",
+        "method": {"name": "synco"},
+        "training": {"epochs": 200},
+    },
+    "synco-r50-800": {
+        "about": "SynCo as published: ImageNet, ResNet-50, 800 epochs",
+        "method": {"name": "synco"},
+        "training": {"epochs": 800},
+    },
+    "mochi-r50-200": {
+        "about": "MoCHi (1024, 512, 256): ImageNet, ResNet-50, 200 epochs",
+        "method": {"name": "mochi", "warmup_epochs": 15},
+        "training": {"epochs": 200},
+    },
+    "moco-v2-r50-200": {
+        "about": "MoCo v2 as published: ImageNet, ResNet-50, 200 epochs",
+        "method": {"name": "moco", "warmup_epochs": 0},
+        "training": {"epochs": 200},
+    },
+    "moco-v2-r50-800": {
+        "about": "MoCo v2 as published: ImageNet, ResNet-50, 800 epochs",
+        "method": {"name": "moco", "warmup_epochs": 0},
+        "training": {"epochs": 800},
+    },
+    "synco-r50-imagenet100": {
+        "about": "SynCo on ImageNet-100 (126,689 images): ResNet-50, 200 epochs, a queue of 16,384",
+        "method": {"name": "synco", "queue": 16384, "mask_same_image": True},
+        "training": {"epochs": 200},
+    },
+    "synco-r18-cifar": {
+        "about": "SynCo on images of 32 x 32 (folders in CIFAR's size): ResNet-18 with the small stem, 200 epochs",
+        "augment": {"size": 32, "blur_probability": 0.0, "evaluation_resize": 32},
+        "model": {"backbone": "resnet18", "small_stem": True, "momentum": 0.99},
+        "method": {"name": "synco", "queue": 4096, "hard": 256, "mask_same_image": True},
+        "optimizer": _SMALL_SET,
+        "training": {"epochs": 200, "batch": 512},
+    },
+    "fashion-mnist": {
+        "about": "SynCo on Fashion-MNIST's gzipped IDX files: a thin ResNet-10, minutes on two CPU cores",
+        "data": {"source": "idx:/usr/share/datasets/fashion-mnist"},
+        "augment": {"size": 32, "blur_probability": 0.0, "evaluation_resize": 32},
+        "model": {
+            "backbone": "timm/resnet18",
+            "backbone_args": _THIN_RESNET10,
+            "small_stem": True,
+            "momentum": 0.99,
+            "batch_norm_groups": 4,
+        },
+        "method": {"name": "synco", "queue": 4096, "hard": 256, "warmup_epochs": 1, "mask_same_image": True},
+        "optimizer": _SMALL_SET,
+        "training": {"epochs": 4, "batch": 128},
+        "evaluation": {"every": 1, "train_images": 10000, "images": 2000, "neighbours": 20},
+    },
+    "demo": {
+        "about": "SynCo on the embedded texture images: a thin ResNet-10, less than five minutes on two CPU cores",
+        "data": {"source": "demo"},
+        "augment": {"size": 64},
+        "model": {
+            "backbone": "timm/resnet18",
+            "backbone_args": _THIN_RESNET10,
+            "momentum": 0.99,
+            "batch_norm_groups": 2,
+        },
+        "method": {"name": "synco", "queue": 2048, "hard": 128, "warmup_epochs": 3, "mask_same_image": True},
+        "optimizer": _SMALL_SET,
+        "training": {"epochs": 30, "batch": 64},
+        "evaluation": {"every": 3, "neighbours": 20},
+    },
+}
+
+
+def load_config(name: str, overrides: dict[str, Any] | None = None) -> Config:
+    """A configuration by the name of a preset or the path of a YAML file.
+
+    Args:
+        name: A key of `PRESETS`, or a file ending in ``.yaml`` or ``.yml``.
+        overrides: By dotted name; see `build_config`.
+
+    Raises:
+        ConfigError: No such preset or file, or what `build_config` says.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return read_config(Path(name), overrides)
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+        raise ConfigError(f"config: found no preset {name!r}; did you mean {near[0]}? 'synco-fast presets' lists them")
+    return build_config({"preset": name, **PRESETS[name]}, overrides)

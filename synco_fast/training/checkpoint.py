@@ -1,0 +1,109 @@
+"""Checkpoints: written beside and renamed, read without running code, the newest good one found."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synco_fast.errors import CheckpointError
+
+__all__ = ["checkpoints_in", "find_checkpoint", "load_checkpoint", "load_weights", "save_checkpoint"]
+
+#: Raised when the layout changes in a way that older code or newer code cannot read.
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+    """Write ``folder/step-XXXXXXXX.pt`` whole or not at all, then drop all but the newest ``keep``.
+
+    Args:
+        folder: Made where it is missing.
+        step: How many steps are done.
+        state: Tensors and plain values only, so that `load_checkpoint` can refuse everything else.
+        keep: How many checkpoints stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target, part = folder / f"step-{step:08d}.pt", folder / f".step-{step:08d}.part"
+    with part.open("wb") as file:
+        torch.save({"format": FORMAT, "step": step, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(target)
+    for old in checkpoints_in(folder)[keep:]:
+        old.unlink()
+    for leftover in folder.glob(".step-*.part"):
+        leftover.unlink()
+    return target
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first."""
+    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: The file is missing, cut short, holds more than tensors and plain values, or is no checkpoint
+            of this program.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: found no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged archive raises many kinds
+        reason = str(error).strip().splitlines()[0].rstrip(".")[:120] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: found a checkpoint that is cut short or damaged ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: found no synco-fast checkpoint of format {FORMAT}")
+    return state
+
+
+def find_checkpoint(path: Path) -> tuple[dict[str, Any], Path, list[str]]:
+    """The checkpoint that ``path`` means: a file, or the newest good one of a run folder.
+
+    Returns:
+        Its content, its path, and a line about each newer one that was damaged.
+
+    Raises:
+        CheckpointError: There is none that can be read.
+    """
+    if path.is_file():
+        return load_checkpoint(path), path, []
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint: found no file or run folder {path}")
+    problems: list[str] = []
+    for candidate in checkpoints_in(path / "checkpoints") or checkpoints_in(path):
+        try:
+            return load_checkpoint(candidate), candidate, problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise CheckpointError(problems[0] if problems else f"checkpoint: found none in {path}")
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
+    """Load a module's state strictly.
+
+    Raises:
+        CheckpointError: Names or shapes differ: the checkpoint is one of another architecture.
+    """
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has {extra[0]} besides"
+        count = len(missing) + len(extra)
+        raise CheckpointError(f"{path}: found a checkpoint of another architecture: it {what} ({count} names differ)")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise CheckpointError(
+                f"{path}: found a checkpoint of another architecture: {name} has shape {tuple(weights[name].shape)}, "
+                f"the model {tuple(tensor.shape)}"
+            )
+    module.load_state_dict(weights)

@@ -1,0 +1,89 @@
+"""The run folder: self-describing, made once, found again on resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from synco_fast.config import Config
+from synco_fast.environment import describe_environment
+from synco_fast.errors import ConfigError
+
+__all__ = ["Summary", "new_run_folder", "write_json"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to; shares are in [0, 1], None where nothing was evaluated.
+
+    ``finished`` is false where the run was asked to stop. ``images_per_second`` counts training steps alone, without
+    the first few, evaluation and checkpoints.
+    """
+
+    method: str
+    source: str
+    epochs: float
+    steps: int
+    finished: bool
+    knn_before: float | None
+    knn_after: float | None
+    chance: float | None
+    images_per_second: float
+    data_wait: float
+    training_seconds: float
+    broken_images: int
+    run: str
+    checkpoint: str
+    curves: str
+    pairs: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the environment beside it."""
+        return {**asdict(self), "environment": describe_environment()}
+
+
+def new_run_folder(folder: Path | None, config: Config) -> Path:
+    """Make the folder of a new run and write what describes it: ``config.yaml`` and ``environment.json``.
+
+    Args:
+        folder: Where; by default ``runs/PRESET-DATE-TIME`` below the working folder.
+        config: The resolved configuration.
+
+    Raises:
+        ConfigError: There is a run in the folder already, or something else in its place.
+    """
+    folder = folder or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"out: found a run in {folder}, allowed a new folder, or --resume {folder} to go on with it")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out: found a file {folder}, allowed a folder")
+    for inner in ("checkpoints", "plots"):
+        (folder / inner).mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    write_json(folder / "environment.json", describe_environment())
+    return folder
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write readable JSON, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The values of a run's ``config.yaml``.
+
+    Raises:
+        ConfigError: The folder holds no run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume: found no run in {folder}, allowed a folder with a config.yaml")
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values
