@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 __all__ = ["Recipe"]
 
 
-
 class Recipe(BaseModel):
     """How a view is made from an image. The defaults are MoCo v2's (arXiv 2003.04297) at ImageNet's size.
 

@@ -45,7 +45,7 @@ def _stripes(u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 
 def _checks(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    return np.sin(np.pi * u) * np.sin(np.pi * v)
+    return np.asarray(np.sin(np.pi * u) * np.sin(np.pi * v))
 
 
 def _dots(u: Array, v: Array, rng: np.random.Generator) -> Array:
@@ -67,12 +67,12 @@ def _grid(u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 def _bricks(u: Array, v: Array, rng: np.random.Generator) -> Array:
     x, y = _rows(u / 2, v, 0.5)
-    return np.minimum(0.5 - 0.06 - np.abs(x), 0.5 - 0.12 - np.abs(y))
+    return np.minimum(0.44 - np.abs(x), 0.38 - np.abs(y))
 
 
 def _triangles(u: Array, v: Array, rng: np.random.Generator) -> Array:
     x, y = _rows(u, v, 0.5)
-    return np.minimum(0.38 + y, 0.38 - y - 2 * np.abs(x) + 0.1)
+    return np.minimum(0.38 + y, 0.48 - y - 2 * np.abs(x))
 
 
 def _crosses(u: Array, v: Array, rng: np.random.Generator) -> Array:
@@ -83,7 +83,7 @@ def _crosses(u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 def _rays(u: Array, v: Array, rng: np.random.Generator) -> Array:
     x, y = rng.uniform(-1, 1, 2)
-    return np.sin(rng.integers(9, 16) * np.arctan2(v - y, u - x)) * 0.5
+    return np.asarray(np.sin(rng.integers(9, 16) * np.arctan2(v - y, u - x)))
 
 
 def _cells(u: Array, v: Array, rng: np.random.Generator) -> Array:

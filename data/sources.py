@@ -69,9 +69,9 @@ def read_image(file: str | os.PathLike[str]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file) as image:
-                image.load()
-                image = ImageOps.exif_transpose(image)
+            with Image.open(file) as opened:
+                opened.load()
+                image: Image.Image = ImageOps.exif_transpose(opened)
                 if image.mode.startswith(("I", "F")):
                     return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
                 if image.mode in ("P", "PA", "LA", "La"):

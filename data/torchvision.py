@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -40,7 +41,7 @@ class _Blur(v2.Transform):
 def view_transform(recipe: Recipe) -> Transform:
     """An RGB image to one random view, uint8 (3, size, size). Draws come from torch's global generator."""
     jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    return v2.Compose(
+    transform: Transform = v2.Compose(
         [
             v2.RandomResizedCrop(recipe.size, scale=recipe.area, ratio=recipe.ratio),
             v2.RandomApply([jitter], recipe.jitter_probability),
@@ -50,11 +51,13 @@ def view_transform(recipe: Recipe) -> Transform:
             v2.PILToTensor(),
         ]
     )
+    return transform
 
 
 def evaluation_transform(recipe: Recipe) -> Transform:
     """An RGB image to its central crop, uint8 (3, size, size)."""
-    return v2.Compose([v2.Resize(recipe.resize), v2.CenterCrop(recipe.size), v2.PILToTensor()])
+    transform: Transform = v2.Compose([v2.Resize(recipe.resize), v2.CenterCrop(recipe.size), v2.PILToTensor()])
+    return transform
 
 
 class _Views(Dataset[tuple[Tensor, Tensor, int, dict[int, str]]]):
@@ -145,11 +148,12 @@ class TorchvisionPipeline:
         workers = default_workers() if workers is None else workers
         self._loader: DataLoader[Batch] = DataLoader(
             _Views(split, recipe, seed),  # type: ignore[arg-type]
-            batch_sampler=self._batches,  # type: ignore[arg-type]
+            batch_sampler=self._batches,
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals,
             # The loader draws a base seed from this generator, not from the global one that a checkpoint holds.
             generator=torch.Generator().manual_seed(seed),
         )
@@ -204,7 +208,20 @@ def evaluation_loader(
     dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
     workers = default_workers() if workers is None else workers
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(dataset, batch, num_workers=workers, collate_fn=_collate_whole, generator=generator)
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch,
+        num_workers=workers,
+        collate_fn=_collate_whole,
+        generator=generator,
+        worker_init_fn=_leave_signals,
+    )
+
+
+def _leave_signals(worker: int) -> None:
+    """A worker outlives the signals that ask a job to stop: the training process still wants its step's batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def default_workers() -> int:

@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"synco-fast {__version__}")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="VERB")
 
-    def verb(into: Any, name: str, run: Any, about: str, example: str, overrides: bool = False) -> argparse.ArgumentParser:
+    def verb(
+        into: Any, name: str, run: Any, about: str, example: str, overrides: bool = False
+    ) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = into.add_parser(
             name,
             help=about,
@@ -166,7 +168,10 @@ def _print_summary(summary: Any, console: Console) -> None:
         ("kNN before", percent(summary.knn_before)),
         ("kNN after", percent(summary.knn_after)),
         ("chance", percent(summary.chance)),
-        ("images per second", f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)"),
+        (
+            "images per second",
+            f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",
+        ),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
         ("broken images", f"{summary.broken_images}"),
         ("run folder", summary.run),

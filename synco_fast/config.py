@@ -40,7 +40,9 @@ class ModelConfig(Section):
     backbone_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the backbone's constructor")
     small_stem: bool = Field(False, description="Stride-1 stem without max-pooling, for images of about 32 x 32")
     dim: int = Field(128, ge=2, description="D, width of the embedding")
-    hidden: int | None = Field(None, ge=1, description="Width of the head's hidden layer; that of the features if unset")
+    hidden: int | None = Field(
+        None, ge=1, description="Width of the head's hidden layer; that of the features if unset"
+    )
     momentum: float = Field(0.999, ge=0, le=1, description="Of the key encoder")
     batch_norm_groups: int = Field(8, ge=1, description="Groups in which one device's batch is normalised")
 
@@ -111,7 +113,9 @@ class EvaluationConfig(Section):
     every: int = Field(10, ge=0, description="Epochs between evaluations; 0 for none at all")
     neighbours: int = Field(200, ge=1, description="k")
     temperature: float = Field(0.07, gt=0, description="Of the neighbours' weights")
-    train_images: int | None = Field(None, ge=1, description="How many training images serve as neighbours; all if unset")
+    train_images: int | None = Field(
+        None, ge=1, description="How many training images serve as neighbours; all if unset"
+    )
     images: int | None = Field(None, ge=1, description="How many held-out images are classified; all if unset")
     batch: int = Field(256, ge=1)
 
@@ -122,13 +126,13 @@ class Config(Section):
     preset: str = "custom"
     about: str = ""
     seed: int = Field(0, ge=0, lt=1 << 31)
-    data: DataConfig = DataConfig()  # type: ignore[call-arg]
-    augment: Recipe = Recipe()  # type: ignore[call-arg]
-    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
-    method: MethodConfig = MethodConfig()  # type: ignore[call-arg]
-    optimizer: OptimizerConfig = OptimizerConfig()  # type: ignore[call-arg]
-    training: TrainingConfig = TrainingConfig()  # type: ignore[call-arg]
-    evaluation: EvaluationConfig = EvaluationConfig()  # type: ignore[call-arg]
+    data: DataConfig = DataConfig()
+    augment: Recipe = Recipe()
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -71,7 +71,9 @@ def extract_features(
     loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=spread(len(split), limit))
     was_training = backbone.training
     backbone.eval()
-    values, numbers, broken = [], [], {}
+    values: list[Tensor] = []
+    numbers: list[Tensor] = []
+    broken: dict[int, str] = {}
     try:
         for images, indices, failed in loader:
             broken |= failed

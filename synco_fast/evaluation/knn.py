@@ -33,7 +33,9 @@ def knn_predict(
         ConfigError: There are fewer than k features in the bank.
     """
     if neighbours > len(bank):
-        raise ConfigError(f"evaluation.neighbours: found {neighbours}, allowed up to {len(bank)}, the images to choose from")
+        raise ConfigError(
+            f"evaluation.neighbours: found {neighbours}, allowed up to {len(bank)}, the images to choose from"
+        )
     bank = normalize(bank, dim=1)
     predictions = []
     for chunk in normalize(queries, dim=1).split(1024):
@@ -48,7 +50,5 @@ def knn_accuracy(
 ) -> float:
     """Share of ``queries`` whose class `knn_predict` finds, in [0, 1]."""
     classes = int(max(bank_labels.max(), labels.max())) + 1
-    predicted = knn_predict(
-        bank, bank_labels, queries, classes=classes, neighbours=neighbours, temperature=temperature
-    )
+    predicted = knn_predict(bank, bank_labels, queries, classes=classes, neighbours=neighbours, temperature=temperature)
     return float((predicted == labels).double().mean())

@@ -67,7 +67,7 @@ def build_backbone(
             module, features = _strip(torchvision.models.get_model(bare, weights=None, **(arguments or {})), name)
         elif prefix != "torchvision" and timm.is_model(bare):
             module = timm.create_model(bare, pretrained=False, num_classes=0, **(arguments or {}))
-            features = int(module.num_features)
+            features = int(module.num_features)  # type: ignore[arg-type]
         else:
             raise ConfigError(f"model.backbone: found {name!r}, allowed a torchvision or timm model{_nearest(bare)}")
     except TypeError as error:
@@ -96,7 +96,9 @@ def _strip(module: nn.Module, name: str) -> tuple[nn.Module, int]:
 def _shrink_stem(module: nn.Module, name: str) -> None:
     stem = getattr(module, "conv1", None)
     if not isinstance(stem, nn.Conv2d) or not hasattr(module, "maxpool"):
-        raise ConfigError(f"model.small_stem: found true, allowed for ResNets whose stem is one convolution, not {name}")
+        raise ConfigError(
+            f"model.small_stem: found true, allowed for ResNets whose stem is one convolution, not {name}"
+        )
     module.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
     module.maxpool = nn.Identity()
@@ -123,4 +125,6 @@ def check_input(module: nn.Module, size: int, name: str) -> None:
     finally:
         module.train(was_training)
     if features.dim() != 2:
-        raise ConfigError(f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, allowed (B, C)")
+        raise ConfigError(
+            f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, allowed (B, C)"
+        )

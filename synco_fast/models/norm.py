@@ -60,7 +60,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
 
 def split_batch_norm(module: nn.Module, groups: int) -> nn.Module:
-    """Replace every `torch.nn.BatchNorm2d` in ``module`` by one over ``groups`` groups, weights kept; 1 changes nothing.
+    """Replace every `torch.nn.BatchNorm2d` in ``module`` by one over ``groups`` groups; weights are kept.
 
     Raises:
         ConfigError: The module holds another kind of batch norm, which would go on leaking.

@@ -50,7 +50,9 @@ class Trainer:
             first step wherever it can be known by then.
     """
 
-    def __init__(self, config: Config, folder: Path, *, resume: Path | None = None, console: Console | None = None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, *, resume: Path | None = None, console: Console | None = None
+    ) -> None:
         self.config, self.folder = config, folder
         self.console = console or Console()
         self.device = resolve_device(config.training.device)
@@ -233,8 +235,8 @@ class Trainer:
         held_out = self.source.validation
         if held_out is None:
             raise DataError(
-                f"data: found no held-out split in {self.source.spec}, allowed train/ and val/ with one folder a class; "
-                "--evaluation.every 0 pretrains without kNN"
+                f"data: found no held-out split in {self.source.spec}, allowed train/ and val/ with one folder a "
+                "class; --evaluation.every 0 pretrains without kNN"
             )
         for split in (self.source.train, held_out):
             if split.labels is None:
@@ -257,7 +259,7 @@ class Trainer:
         return self.step == self.steps or (rest == 0 and epoch % every == 0)
 
     def _evaluate(self) -> None:
-        """kNN accuracy of the query encoder's backbone on the held-out split, into the log."""
+        """The kNN accuracy of the query encoder's backbone on the held-out split, into the log."""
         evaluation = self.config.evaluation
         if not evaluation.every:
             return
@@ -381,5 +383,3 @@ class Trainer:
         )
         write_json(self.folder / "summary.json", summary.as_dict())
         return summary
-
-

@@ -20,7 +20,9 @@ matplotlib.use("Agg")
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
 
 
-def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, steps_per_epoch: int, chance: float | None) -> None:
+def draw_curves(
+    lines: list[dict[str, Any]], path: Path, *, title: str, steps_per_epoch: int, chance: float | None
+) -> None:
     """Loss, kNN, hardness and throughput over epochs, as one PNG.
 
     Args:

@@ -28,9 +28,8 @@ def resolve_device(name: str) -> torch.device:
 
 def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-    return bool(capabilities)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
 
 
 class Precision:
@@ -58,7 +57,7 @@ class Precision:
 
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Backward pass and optimiser step; one with infinite gradients is skipped where losses are scaled."""
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -75,5 +74,5 @@ class Precision:
 def memory_format(module: nn.Module, channels_last: bool) -> torch.memory_format:
     """Lay the module's convolutions out as asked, and say which layout its input should have."""
     form = torch.channels_last if channels_last else torch.contiguous_format
-    module.to(memory_format=form)  # type: ignore[call-overload]
+    module.to(memory_format=form)
     return form
