@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Contrast", "Statistics"]
+__all__ = ["Contrast", "Statistics", "mean_of_finite"]
 
 
 class Statistics(NamedTuple):
@@ -33,3 +34,8 @@ class Contrast(NamedTuple):
 
     loss: Tensor
     statistics: Statistics
+
+
+def mean_of_finite(similarity: Tensor) -> Tensor:
+    """Means over the last dimension without the -inf of masked keys and without NaN; NaN where nothing is left."""
+    return similarity.masked_fill(similarity == -torch.inf, torch.nan).nanmean(dim=-1)

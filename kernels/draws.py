@@ -59,14 +59,16 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
     """
     device = next((word.device for word in counter if isinstance(word, Tensor)), None)
-    words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter]
-    c0, c1, c2, c3 = torch.broadcast_tensors(*words)
+    # Not broadcast yet: the first rounds mix small tensors, and only the third sees all of the counter at once.
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # int64 products wrap, but both 32-bit halves of the wrapped value are those of the true one.
+        # int64 products wrap, but both 32-bit halves of the wrapped value are those of the true one. The odd words
+        # keep their product's upper half until the mask below takes it away.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c1, c2, c3 = (p1 >> 32 ^ c1 ^ k0) & _MASK, p1, (p0 >> 32 ^ c3 ^ k1) & _MASK, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1 & _MASK, c2, c3 & _MASK)  # type: ignore[no-untyped-call]
     return c0, c1, c2, c3
 
 

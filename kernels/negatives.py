@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 __all__ = ["FAMILIES", "Extrapolation", "Family", "Mixture", "Negatives"]
 
@@ -162,7 +162,8 @@ class Negatives:
 
     def without_synthetic(self) -> Negatives:
         """The same description with every family's count 0 (warm-up and cool-down); N stays, for its statistic."""
-        return replace(self, **{family.name: 0 for family in FAMILIES})
+        counts: dict[str, Any] = {family.name: 0 for family in FAMILIES}
+        return replace(self, **counts)
 
     def count_of(self, family: Family) -> int:
         """How many negatives of this family each query meets."""

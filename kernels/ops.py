@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor
 
-from synco_fast.kernels import reference
+from synco_fast.kernels import closed_form, reference
 from synco_fast.kernels.checks import check_arguments
-from synco_fast.kernels.contrast import Contrast
-from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.contrast import Contrast, Statistics
+from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 
 __all__ = ["Backend", "synthetic_contrast"]
 
-Backend = Literal["auto", "reference"]
-
-_BACKENDS: dict[str, Callable[..., Contrast]] = {"reference": reference.contrast}
+Backend = Literal["auto", "reference", "closed_form"]
 
 
 def synthetic_contrast(
@@ -39,6 +38,10 @@ def synthetic_contrast(
     synthetic negatives are constants. A query or key row that holds NaN makes its own loss NaN and no other row's; a
     queue row that holds NaN makes every loss NaN; a synthetic vector of length 0 stays 0 and so has similarity 0.
 
+    Autocast does not reach inside: the head computes in the dtypes that it is given. Every back end but the reference
+    computes the gradient together with the loss, so it can be differentiated once, and float16 and bfloat16 are
+    multiplied exactly and summed in float32.
+
     Args:
         q: Queries, (B, D), floating point.
         k: The positive key of each query, (B, D), dtype and device of q.
@@ -46,18 +49,20 @@ def synthetic_contrast(
         negatives: What is contrasted beside the queue: `Negatives.moco()`, `.mochi(N, s, s')` or `.synco()`.
         temperature: T, above 0.
         seed: The run's seed, in [0, 2**32).
-        step: The training step, in [0, 2**32), or an int64 tensor of no dimensions.
+        step: The training step, in [0, 2**32), or an int64 tensor of no dimensions (which a CUDA graph can advance).
         first_row: Global index of the first query; draws depend on it, not on how a batch is spread over ranks.
         image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
             same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
-        backend: ``"auto"`` takes the fastest that serves the arguments; ``"reference"`` the plain form.
+        backend: ``"auto"`` takes the fastest that serves the arguments; ``"closed_form"`` runs anywhere, in blocks and
+            without synthetic vectors; ``"reference"`` is the plain form, differentiable as often as wanted.
 
     Returns:
-        The loss of each row, (B,), and `Statistics`.
+        The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.
 
     Raises:
         TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is allowed.
+        RuntimeError: A second derivative was asked of another back end than the reference.
     """
     check_arguments(
         q,
@@ -73,16 +78,135 @@ def synthetic_contrast(
     )
     if backend not in get_args(Backend):
         raise ValueError(f"backend: found {backend!r}, allowed {', '.join(get_args(Backend))}")
-    head = _BACKENDS["reference" if backend == "auto" else backend]
-    return head(
+    if backend == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            result = reference.contrast(
+                q,
+                k,
+                queue,
+                negatives,
+                temperature=temperature,
+                seed=seed,
+                step=step,
+                first_row=first_row,
+                image_ids=image_ids,
+                queue_ids=queue_ids,
+            )
+        return Contrast(_wide(result.loss), Statistics(*(_wide(value) for value in result.statistics)))
+    on_device = isinstance(step, Tensor)
+    loss, _, *statistics = _contrast(
         q,
-        k,
-        queue,
-        negatives,
-        temperature=temperature,
-        seed=seed,
-        step=step,
-        first_row=first_row,
-        image_ids=image_ids,
-        queue_ids=queue_ids,
+        k.detach(),
+        queue.detach(),
+        _counts(negatives),
+        _numbers(negatives),
+        negatives.extrapolation,
+        float(temperature),
+        seed,
+        0 if on_device else cast(int, step),
+        cast(Tensor, step) if on_device else None,
+        first_row,
+        image_ids,
+        queue_ids,
+        backend,
     )
+    return Contrast(loss, Statistics(*(value.detach() for value in statistics)))
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _counts(negatives: Negatives) -> list[int]:
+    """The whole numbers of the description, as an operator's schema can hold them; `_describe` is the inverse."""
+    return [negatives.hard, *(negatives.count_of(family) for family in FAMILIES)]
+
+
+def _numbers(negatives: Negatives) -> list[float]:
+    ranges = [bound for family in FAMILIES if family.ranged for bound in negatives.range_of(family)]
+    return [*ranges, negatives.sigma, negatives.delta, negatives.eta]
+
+
+def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: str) -> Negatives:
+    low1, high1, low2, high2, low3, high3, sigma, delta, eta = numbers
+    ranges = (low1, high1), (low2, high2), (low3, high3)
+    by_name = dict(zip(("hard", *(family.name for family in FAMILIES)), counts, strict=True))
+    return Negatives(
+        **by_name,
+        extrapolation=cast(Extrapolation, extrapolation),
+        interpolated_range=ranges[0],
+        extrapolated_range=ranges[1],
+        mixed_range=ranges[2],
+        sigma=sigma,
+        delta=delta,
+        eta=eta,
+    )
+
+
+@torch.library.custom_op("synco_fast::contrast", mutates_args=())
+def _contrast(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    counts: Sequence[int],
+    numbers: Sequence[float],
+    extrapolation: str,
+    temperature: float,
+    seed: int,
+    step: int,
+    step_on_device: Tensor | None,
+    first_row: int,
+    image_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`closed_form.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
+    with torch.autocast(q.device.type, enabled=False):
+        outputs = closed_form.contrast_and_gradient(
+            q,
+            k,
+            queue,
+            _describe(counts, numbers, extrapolation),
+            temperature=temperature,
+            seed=seed,
+            step=step if step_on_device is None else step_on_device,
+            first_row=first_row,
+            image_ids=image_ids,
+            queue_ids=queue_ids,
+        )
+    return (*outputs,)
+
+
+@_contrast.register_fake
+def _(q: Tensor, k: Tensor, queue: Tensor, *_: object) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(torch.promote_types(q.dtype, queue.dtype), torch.float32)
+    rows, dim = q.shape
+    row, count = q.new_empty(rows, dtype=dtype), q.new_empty(rows, dtype=torch.int64)
+    return (
+        row,
+        q.new_empty(rows, dim, dtype=dtype),
+        torch.empty_like(row),
+        torch.empty_like(row),
+        q.new_empty(rows, len(FAMILIES), dtype=dtype),
+        count,
+        torch.empty_like(count),
+    )
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.dtype = cast(Tensor, inputs[0]).dtype  # type: ignore[attr-defined]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    """Each row of the kept gradient times what autograd hands down for the row's loss."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("backend: this one has a first derivative only; allowed for higher ones: 'reference'")
+    (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    of_q = None if loss is None else (gradient * loss[:, None]).to(ctx.dtype)  # type: ignore[attr-defined]
+    return (of_q, *(None,) * 13)
+
+
+_contrast.register_autograd(_backward, setup_context=_keep)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.kernels.contrast import Contrast, Statistics
+from synco_fast.kernels.contrast import Contrast, Statistics, mean_of_finite
 from synco_fast.kernels.draws import Draw, draw
 from synco_fast.kernels.negatives import FAMILIES, Negatives
 
 __all__ = ["contrast", "hard_negatives", "synthesise"]
 
-Formula = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Negatives], Tensor]
+# Called with (q, n_i, n_j, t, e, negatives); n_j, t and e are None where the family has none, so it uses none.
+Formula = Callable[..., Tensor]
 
 
 def _extrapolate(q: Tensor, n: Tensor, t: Tensor, negatives: Negatives) -> Tensor:
@@ -78,7 +79,7 @@ def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, D
     for name, drawn in draws.items():
         t = None if drawn.coefficient is None else drawn.coefficient[..., None]
         n_i, n_j = picked(drawn.first), picked(drawn.second)
-        vectors[name] = normalize(FORMULAS[name](q, n_i, n_j, t, drawn.noise, negatives), dim=-1)  # type: ignore[arg-type]
+        vectors[name] = normalize(FORMULAS[name](q, n_i, n_j, t, drawn.noise, negatives), dim=-1)
     return vectors
 
 
@@ -110,7 +111,7 @@ def contrast(
     logits, families, hard_mean = [positive, similarity], {}, None
     if negatives.hard:
         hard_similarity, index = hard_negatives(similarity.detach(), negatives.hard)
-        hard_mean = _mean_of_finite(hard_similarity)
+        hard_mean = mean_of_finite(hard_similarity)
         draws = draw(
             negatives,
             len(q),
@@ -127,7 +128,7 @@ def contrast(
             if available is not None:
                 synthetic = synthetic.masked_fill(available[:, None] == 0, -torch.inf)
             logits.append(synthetic)
-            families[name] = _mean_of_finite(synthetic.detach())
+            families[name] = mean_of_finite(synthetic.detach())
 
     everything = torch.cat(logits, dim=1)
     loss = everything.div(temperature).logsumexp(dim=1) - positive.squeeze(1) / temperature
@@ -141,8 +142,3 @@ def contrast(
         queue_rank=(similarity > positive).sum(dim=1),
     )
     return Contrast(loss, statistics)
-
-
-def _mean_of_finite(similarity: Tensor) -> Tensor:
-    """Row means without the -inf of masked keys; NaN where nothing is left (and NaN stays NaN)."""
-    return similarity.masked_fill(similarity == -torch.inf, torch.nan).nanmean(dim=1)

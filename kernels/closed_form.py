@@ -1,0 +1,274 @@
+"""The contrastive head without its large tensors: any device, any floating dtype, gradient included.
+
+Three steps, as in the fused kernels. A sample of the queue gives each query a threshold that somewhat more than N
+similarities exceed; one pass over the queue, block by block, sums the softmax and its gradient and gathers the
+candidates; the synthetic negatives follow from scalars (`mixing.py`). The gradient is computed beside the loss, since
+autograd will only multiply each row of it by one number.
+
+What is held beside inputs and outputs is blocks of a fixed number of bytes, whatever B and K, and the N hard
+similarities of up to 256 rows. On other devices than the CPU, where sizes must not depend on data, the candidates give
+way to a sort of whole rows, a few at a time, and the scalars to the vectors of a few rows at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from synco_fast.kernels.contrast import mean_of_finite
+from synco_fast.kernels.draws import draw
+from synco_fast.kernels.mixing import Along, ByScalars, ByVectors, Hard, Mixed
+from synco_fast.kernels.negatives import FAMILIES, Negatives
+from synco_fast.kernels.selection import Candidates, select_whole_rows, stride_and_rank
+
+__all__ = ["Outputs", "contrast_and_gradient"]
+
+#: Queries handled together: enough for an efficient matrix product, few enough to bound what is held per query.
+_ROWS = 256
+#: Bytes of one block of similarities; it should stay in a core's cache.
+_BLOCK = 2 << 20
+#: Bytes of one block of vectors, and of whole rows of similarities.
+_VECTORS = 8 << 20
+_WHOLE = 32 << 20
+
+
+class Outputs(NamedTuple):
+    """What the operator computes, all in the dtype of computation but for the two counts.
+
+    Attributes:
+        loss: (B,).
+        gradient: d loss_i / d q_i, (B, D).
+        positive, hard, synthetic, rank, queue_rank: The fields of `Statistics`.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    positive: Tensor
+    hard: Tensor
+    synthetic: Tensor
+    rank: Tensor
+    queue_rank: Tensor
+
+
+@dataclass
+class _Sums:
+    """A softmax under way for R rows: all sums are of exp((similarity - top) / T)."""
+
+    top: Tensor
+    rest: Tensor
+    total: Tensor
+    temperature: float
+
+    def rise(self, similarity: Tensor) -> None:
+        """Let ``top`` cover further similarities, (R, C)."""
+        top = torch.maximum(self.top, similarity.amax(dim=1, keepdim=True))
+        shrink = ((self.top - top) / self.temperature).exp_()
+        self.rest *= shrink
+        self.total *= shrink
+        self.top = top
+
+    def weights(self, similarity: Tensor) -> Tensor:
+        """exp((similarity - top) / T), in the place of ``similarity``."""
+        return similarity.sub_(self.top).div_(self.temperature).exp_()
+
+
+def contrast_and_gradient(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    negatives: Negatives,
+    *,
+    temperature: float,
+    seed: int,
+    step: int | Tensor,
+    first_row: int = 0,
+    image_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    by_vectors: bool | None = None,
+) -> Outputs:
+    """The head and its gradient on checked arguments; `synco_fast.kernels.synthetic_contrast` describes them.
+
+    Args:
+        q, k, queue, negatives, temperature, seed, step, first_row, image_ids, queue_ids: As there.
+        by_vectors: Take the form whose sizes do not depend on the data; None takes it where q is not on the CPU.
+
+    Returns:
+        `Outputs`, in the wider of the dtypes of q and the queue, and in float32 at least.
+    """
+    dtype = torch.promote_types(torch.promote_types(q.dtype, queue.dtype), torch.float32)
+    by_vectors = q.device.type != "cpu" if by_vectors is None else by_vectors
+    wide = (block.to(dtype) for block in torch.split(queue, _block(q.shape[1], dtype)))
+    squared = torch.cat([torch.linalg.vecdot(block, block) for block in wide])
+    parts = []
+    for begin in range(0, len(q), _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        ids = None if image_ids is None else image_ids[rows]
+        head = _Rows(q[rows].to(dtype), k[rows].to(dtype), queue, squared, negatives, temperature, ids, queue_ids)
+        head.scan(by_vectors)
+        parts.append(head.mix(seed, step, first_row + begin, by_vectors))
+    return Outputs(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def _block(width: int, dtype: torch.dtype, budget: int = _BLOCK) -> int:
+    """How many rows of ``width`` numbers fit into the budget."""
+    return max(1, budget // (width * dtype.itemsize))
+
+
+class _Rows:
+    """Up to `_ROWS` queries on their way through the three steps."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        queue: Tensor,
+        squared: Tensor,
+        negatives: Negatives,
+        temperature: float,
+        image_ids: Tensor | None,
+        queue_ids: Tensor | None,
+    ) -> None:
+        self.q, self.k, self.queue, self.squared = q, k, queue, squared
+        self.negatives, self.image_ids, self.queue_ids = negatives, image_ids, queue_ids
+        self.positive = torch.linalg.vecdot(q, k)[:, None]
+        self.sums = _Sums(self.positive, torch.zeros_like(self.positive), torch.zeros_like(q), temperature)
+        self.rank = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+        self.available = torch.full_like(self.rank, len(queue))
+
+    def similarities(self, rows: Tensor, begin: int, end: int, stride: int = 1) -> Tensor:
+        """q.n of some of the rows to keys of the queue, -inf for those of the same image."""
+        width = _block(self.q.shape[1], self.q.dtype)
+        q, keys = self.q[rows], self.queue[begin:end:stride]
+        # A queue in a narrower dtype is widened block by block.
+        parts = [q @ block.to(q.dtype).T for block in (torch.split(keys, width) if keys.dtype != q.dtype else [keys])]
+        similarity = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if self.image_ids is not None and self.queue_ids is not None:
+            same = self.image_ids[rows, None] == self.queue_ids[begin:end:stride]
+            similarity.masked_fill_(same, -torch.inf)
+        return similarity
+
+    def scan(self, by_vectors: bool) -> None:
+        """The pass over the queue: softmax sums, ranks and Q^N."""
+        hard, length = self.negatives.hard, len(self.queue)
+        every = torch.arange(len(self.q), device=self.q.device)
+        candidates = None
+        if hard and not by_vectors and (sampling := stride_and_rank(length, hard)):
+            stride, rank = sampling
+            sample = self.similarities(every, 0, length, stride)
+            threshold = sample.topk(rank, dim=1).values[:, -1:]
+            candidates = Candidates(threshold, rank * stride)
+        width = _block(len(self.q), self.q.dtype)
+        for begin in range(0, length, width):
+            keys = self.queue[begin : begin + width].to(self.q.dtype)
+            similarity = self.q @ keys.T
+            if self.image_ids is not None and self.queue_ids is not None:
+                same = self.image_ids[:, None] == self.queue_ids[begin : begin + width]
+                similarity.masked_fill_(same, -torch.inf)
+                self.available -= same.sum(dim=1)
+            if candidates is not None:
+                candidates.add(similarity, begin)
+            self.rank += _count(similarity > self.positive)
+            self.sums.rise(similarity)
+            p = self.sums.weights(similarity)
+            self.sums.rest += p.sum(dim=1, keepdim=True)
+            self.sums.total.addmm_(p, keys)
+        if not hard:
+            return
+        again = every
+        if candidates is not None:
+            self.hard, self.index, failed = candidates.select(hard, self.available.clamp(max=hard))
+            again = failed.nonzero().squeeze(1)
+        if len(again):
+            values, index = select_whole_rows(self.similarities, again, length, hard, _WHOLE)
+            if len(again) == len(every):
+                self.hard, self.index = values, index
+            else:
+                self.hard[again], self.index[again] = values, index
+
+    def mix(self, seed: int, step: int | Tensor, first_row: int, by_vectors: bool) -> Outputs:
+        """The synthetic negatives, the positive, and what follows from them."""
+        families = list(self.negatives.active())
+        synthetic = torch.full((len(self.q), len(FAMILIES)), torch.nan, dtype=self.q.dtype, device=self.q.device)
+        queue_rank = self.rank.clone()
+        widest = max((self.negatives.count_of(family) for family in families), default=1)
+        step_rows = _block(widest * self.q.shape[1], self.q.dtype, _VECTORS)
+        for begin in range(0, len(self.q) if families else 0, step_rows):
+            rows = slice(begin, begin + step_rows)
+            self._mix_block(rows, seed, step, first_row + begin, synthetic[rows], by_vectors)
+        sums, temperature = self.sums, self.sums.temperature
+        below = (self.positive - sums.top) / temperature
+        loss = torch.log1p(sums.rest + below.expm1()) - below
+        # p_0 - 1 is minus the share of the negatives, which keeps its digits where the positive is nearly all.
+        everything = sums.rest + below.exp()
+        gradient = (sums.total - sums.rest * self.k) / (everything * temperature)
+        return Outputs(
+            loss=loss.squeeze(1),
+            gradient=gradient,
+            positive=self.positive.squeeze(1),
+            hard=mean_of_finite(self.hard) if self.negatives.hard else torch.full_like(loss.squeeze(1), torch.nan),
+            synthetic=synthetic,
+            rank=self.rank,
+            queue_rank=queue_rank,
+        )
+
+    def _mix_block(
+        self, rows: slice, seed: int, step: int | Tensor, first_row: int, synthetic: Tensor, by_vectors: bool
+    ) -> None:
+        """Add the synthetic negatives of a few rows to the sums, and their means to ``synthetic``."""
+        # A query whose keys are all masked mixes with key 0 at weight 0; 0 times -inf would be NaN.
+        similarity = self.hard[rows].masked_fill(self.hard[rows] == -torch.inf, 0)
+        hard = Hard(self.q[rows], similarity, self.index[rows], self.queue, self.squared)
+        draws = draw(
+            self.negatives,
+            len(hard.q),
+            hard.q.shape[1],
+            seed=seed,
+            step=step,
+            first_row=first_row,
+            available=None if self.image_ids is None else self.available[rows],
+            device=hard.q.device,
+            dtype=hard.q.dtype,
+        )
+        form = ByVectors if by_vectors else ByScalars
+        families = list(self.negatives.active())
+        mixed: list[Mixed] = [form(family, self.negatives, hard, draws[family.name]) for family in families]
+        for family, one in zip(families, mixed, strict=True):
+            if self.image_ids is not None:
+                one.similarity.masked_fill_(self.available[rows, None] == 0, -torch.inf)
+            synthetic[:, FAMILIES.index(family)] = mean_of_finite(one.similarity)
+        similarity = torch.cat([one.similarity for one in mixed], dim=1)
+        self.rank[rows] += _count(similarity > self.positive[rows])
+        sums = _Sums(self.sums.top[rows], self.sums.rest[rows], self.sums.total[rows], self.sums.temperature)
+        sums.rise(similarity)
+        p = sums.weights(similarity)
+        sums.rest += p.sum(dim=1, keepdim=True)
+        along: list[Along] = []
+        for one, weight in zip(mixed, torch.split(p, [one.similarity.shape[1] for one in mixed], dim=1), strict=True):
+            along += one.add_gradient(weight, sums.total)
+        if along:
+            sums.total += _weighted_keys(self.queue, along)
+        # rest and total were changed in place; a new top was made.
+        self.sums.top[rows] = sums.top
+
+
+def _count(marks: Tensor) -> Tensor:
+    """How many are true in each row; a sum of bytes is several times faster than one of bools."""
+    return marks.view(torch.int8).sum(dim=1, dtype=torch.int32)
+
+
+def _weighted_keys(queue: Tensor, along: list[Along]) -> Tensor:
+    """sum_j weight_j n_j for each row, (R, D), without a copy of the keys where the dtypes agree."""
+    index = torch.cat([part.keys for part in along], dim=1)
+    weight = torch.cat([part.weight for part in along], dim=1)
+    if queue.dtype == weight.dtype:
+        return embedding_bag(index, queue, per_sample_weights=weight, mode="sum")
+    step = _block(queue.shape[1] * len(index), weight.dtype, _VECTORS)
+    total = weight.new_zeros(len(index), queue.shape[1])
+    for some, weights in zip(torch.split(index, step, dim=1), torch.split(weight, step, dim=1), strict=True):
+        keys = queue.index_select(0, some.reshape(-1)).view(*some.shape, -1).to(weight.dtype)
+        total += torch.bmm(weights[:, None], keys).squeeze(1)
+    return total

@@ -1,0 +1,204 @@
+"""Synthetic negatives as scalars: similarity and gradient of every family without its vectors.
+
+In the general form x = a q + b n_i + c n_j + sigma e + eta sign(q), |x|^2 and q.x are sums of coefficients times the
+inner products of at most five vectors, most of which are already known: q.n_i is a similarity of the queue. Only
+n_i.n_j, n_i.sign(q) and the products with e have to be computed.
+
+Where the terms of |x|^2 cancel, the sum of products loses digits that the sum of vectors keeps, and near x = 0 the
+gradient does too. Such slots (next to none on real features) are computed from their vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from synco_fast.kernels.draws import Draw
+from synco_fast.kernels.negatives import Affine, Family, Negatives
+from synco_fast.kernels.reference import FORMULAS
+
+__all__ = ["Along", "ByScalars", "ByVectors", "Hard", "Mixed"]
+
+#: |x|^2 below this share of the sum of its terms' own squares counts as cancelled.
+_CANCELLED = 0.1
+
+#: `torch.nn.functional.normalize` divides by no less.
+_SMALLEST = 1e-12
+
+#: How many cancelled slots are computed from their vectors at a time.
+_AT_ONCE = 4096
+
+
+class Hard(NamedTuple):
+    """R queries and their hard negatives.
+
+    Attributes:
+        q: (R, D).
+        similarity: q.n over Q^N, (R, N).
+        keys: The queue index of each, (R, N) int64.
+        queue: (K, D), in its own dtype.
+        squared: |n|^2 of every queue key, (K,).
+    """
+
+    q: Tensor
+    similarity: Tensor
+    keys: Tensor
+    queue: Tensor
+    squared: Tensor
+
+    def vectors(self, index: Tensor) -> Tensor:
+        """Queue keys by queue index, (*index.shape, D), in the dtype of q."""
+        return self.queue.index_select(0, index.reshape(-1)).view(*index.shape, -1).to(self.q.dtype)
+
+
+class Along(NamedTuple):
+    """A part of the gradient that lies along queue keys: their indices and weights, (R, m) each."""
+
+    keys: Tensor
+    weight: Tensor
+
+
+class Mixed(Protocol):
+    """One family's negatives for R queries, n each."""
+
+    #: q.s, (R, n).
+    similarity: Tensor
+
+    def add_gradient(self, weight: Tensor, total: Tensor) -> list[Along]:
+        """Add sum_s weight_s s to ``total`` (R, D) in place, but for the part that is returned; weight is (R, n)."""
+
+
+class ByVectors:
+    """Every slot from its vector, (R, n, D): needs no look at the data, so it never waits for a device."""
+
+    def __init__(self, family: Family, negatives: Negatives, hard: Hard, drawn: Draw) -> None:
+        """Compute vectors and similarities; the arguments are those of `ByScalars`."""
+        first = hard.vectors(hard.keys.gather(1, drawn.first))
+        second = None if drawn.second is None else hard.vectors(hard.keys.gather(1, drawn.second))
+        t = None if drawn.coefficient is None else drawn.coefficient[..., None]
+        x = FORMULAS[family.name](hard.q[:, None], first, second, t, drawn.noise, negatives)
+        self._vectors = normalize(x, dim=-1)
+        self.similarity = torch.einsum("rd,rnd->rn", hard.q, self._vectors)
+
+    def add_gradient(self, weight: Tensor, total: Tensor) -> list[Along]:
+        """See `Mixed`."""
+        total += torch.bmm(weight[:, None], self._vectors).squeeze(1)
+        return []
+
+
+class ByScalars:
+    """Every slot by scalars, but for those that cancel. For CPU tensors: what cancels depends on the data."""
+
+    def __init__(self, family: Family, negatives: Negatives, hard: Hard, drawn: Draw) -> None:
+        """Work out the similarities.
+
+        Args:
+            family: Which.
+            negatives: The description that ``drawn`` was made for.
+            hard: The queries and what they are mixed with.
+            drawn: The family's draws for these rows.
+        """
+        self._family, self._negatives, self._hard, self._drawn = family, negatives, hard, drawn
+        self._index = {"first": hard.keys.gather(1, drawn.first)}
+        if drawn.second is not None:
+            self._index["second"] = hard.keys.gather(1, drawn.second)
+        mixture = negatives.mixture(family)
+        self._terms: dict[str, Tensor | float] = {
+            name: _affine(getattr(mixture, name), drawn.coefficient)
+            for name in ("q", "first", "second")
+            if getattr(mixture, name) != Affine()
+        }
+        self._terms |= {name: getattr(mixture, name) for name in ("noise", "sign") if getattr(mixture, name)}
+
+        inner = _inner_products(hard, drawn, self._index, list(self._terms))
+        zero = torch.zeros_like(drawn.first, dtype=hard.q.dtype)
+        own = sum((c * c * inner[name, name] for name, c in self._terms.items()), zero)
+        squared = own.clone()
+        for (one, c), (other, d) in combinations(self._terms.items(), 2):
+            squared += 2 * c * d * inner[one, other]
+        product = sum((c * inner["q", name] for name, c in self._terms.items()), zero)
+        self._inverse = squared.clamp(min=0).sqrt().clamp(min=_SMALLEST).reciprocal()
+        self.similarity = product * self._inverse
+        self._cancelled = (squared < _CANCELLED * own).nonzero()
+        for rows, slots in self._blocks():
+            self.similarity[rows, slots] = torch.linalg.vecdot(hard.q[rows], self._vectors(rows, slots))
+
+    def add_gradient(self, weight: Tensor, total: Tensor) -> list[Along]:
+        """See `Mixed`."""
+        scaled = weight * self._inverse
+        for rows, slots in self._blocks():
+            scaled[rows, slots] = 0
+            total.index_add_(0, rows, self._vectors(rows, slots) * weight[rows, slots][:, None])
+        along = []
+        for name, c in self._terms.items():
+            part = scaled * c
+            if name in self._index:
+                along.append(Along(self._index[name], part))
+            elif name == "noise":
+                assert self._drawn.noise is not None
+                total += torch.bmm(part[:, None], self._drawn.noise).squeeze(1)
+            else:
+                total += part.sum(dim=1, keepdim=True) * (self._hard.q if name == "q" else self._hard.q.sign())
+        return along
+
+    def _blocks(self) -> list[tuple[Tensor, Tensor]]:
+        """The cancelled slots, as rows and slots, a bounded number at a time."""
+        return [(block[:, 0], block[:, 1]) for block in torch.split(self._cancelled, _AT_ONCE) if len(block)]
+
+    def _vectors(self, rows: Tensor, slots: Tensor) -> Tensor:
+        """The negatives of single slots as unit vectors, (len(rows), D)."""
+        drawn = self._drawn
+        first = self._hard.vectors(self._index["first"][rows, slots])
+        second = self._hard.vectors(self._index["second"][rows, slots]) if "second" in self._index else None
+        t = None if drawn.coefficient is None else drawn.coefficient[rows, slots, None]
+        noise = None if drawn.noise is None else drawn.noise[rows, slots]
+        x = FORMULAS[self._family.name](self._hard.q[rows], first, second, t, noise, self._negatives)
+        return normalize(x, dim=-1)
+
+
+def _affine(affine: Affine, t: Tensor | None) -> Tensor | float:
+    if t is None or not affine.slope:
+        return affine.constant
+    return affine.constant + affine.slope * t
+
+
+def _inner_products(
+    hard: Hard, drawn: Draw, index: dict[str, Tensor], names: list[str]
+) -> dict[tuple[str, str], Tensor]:
+    """The products of q with each named vector, and of each pair of these, broadcastable to (R, n).
+
+    Args:
+        hard: The queries and their hard negatives.
+        drawn: The draws.
+        index: Queue indices of ``first`` and ``second``, (R, n).
+        names: Which of q, first, second, noise, sign the family consists of, in this order.
+    """
+    makers: dict[str, Callable[[], Tensor]] = {
+        "q": lambda: hard.q[:, None],
+        "sign": lambda: hard.q.sign()[:, None],
+        "noise": lambda: cast(Tensor, drawn.noise),
+        "first": lambda: hard.vectors(index["first"]),
+        "second": lambda: hard.vectors(index["second"]),
+    }
+    vectors: dict[str, Tensor] = {}
+
+    def vector(name: str) -> Tensor:
+        if name not in vectors:
+            vectors[name] = makers[name]()
+        return vectors[name]
+
+    def product(one: str, other: str) -> Tensor:
+        if one == "q" and other in index:
+            return hard.similarity.gather(1, drawn.first if other == "first" else cast(Tensor, drawn.second))
+        if one == other and one in index:
+            return hard.squared[index[one]]
+        found: Tensor = torch.linalg.vecdot(vector(one), vector(other))
+        return found
+
+    pairs = {("q", name) for name in names} | {(name, name) for name in names} | set(combinations(names, 2))
+    return {pair: product(*pair) for pair in sorted(pairs)}

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from synco_fast.kernels import FAMILIES, Negatives
+
+
+def test_published_counts():
+    synco = Negatives.synco()
+    assert [synco.count_of(family) for family in FAMILIES] == [256, 256, 256, 64, 64, 64]
+    assert (synco.hard, synco.synthetic, synco.extrapolation) == (1024, 960, "released")
+    assert (synco.sigma, synco.delta, synco.eta) == (0.01, 0.01, 0.01)
+    assert [synco.range_of(family) for family in FAMILIES[:3]] == [(0.0, 0.5), (1.0, 1.5), (0.0, 1.0)]
+
+
+def test_mochi_is_two_families_and_moco_none():
+    mochi = Negatives.mochi(1024, 512, 256)
+    assert {family.name: mochi.count_of(family) for family in mochi.active()} == {"interpolated": 256, "mixed": 512}
+    assert Negatives.moco().synthetic == Negatives.moco().hard == 0
+
+
+def test_without_synthetic_keeps_the_hard_negatives():
+    assert Negatives.synco().without_synthetic() == Negatives(hard=1024)
+
+
+def test_family_numbers_are_the_papers():
+    assert [(family.number, family.name) for family in FAMILIES] == [
+        (1, "interpolated"),
+        (2, "extrapolated"),
+        (3, "mixed"),
+        (4, "noisy"),
+        (5, "perturbed"),
+        (6, "adversarial"),
+    ]
+
+
+def test_hashable_and_frozen():
+    assert len({Negatives.synco(), Negatives.synco(), Negatives.mochi()}) == 2
+    with pytest.raises(FrozenInstanceError):
+        Negatives.synco().hard = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "line"),
+    [
+        ({"mixed": -1}, ValueError, "mixed: found -1, allowed a whole number from 0 up"),
+        ({"mixed": 1.5}, TypeError, "mixed: found 1.5, allowed a whole number from 0 up"),
+        ({"hard": True}, TypeError, "hard: found True, allowed a whole number from 0 up"),
+        ({"hard": 0}, ValueError, "hard: found 0, allowed 1 or more where 960 synthetic negatives are made"),
+        ({"extrapolation": "other"}, ValueError, "extrapolation: found 'other', allowed 'released' or 'paper'"),
+        ({"mixed_range": (1.0, 0.0)}, ValueError, r"mixed_range: found \(1.0, 0.0\), allowed finite low <= high"),
+        ({"mixed_range": (0.0, float("inf"))}, ValueError, r"mixed_range: found \(0.0, inf\), allowed finite"),
+        ({"eta": float("nan")}, ValueError, "eta: found nan, allowed a finite number"),
+    ],
+)
+def test_bad_descriptions(changes, error, line):
+    with pytest.raises(error, match=f"^{line}"):
+        replace(Negatives.synco(), **changes)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synco_fast.kernels import Negatives, ops, synthetic_contrast
+
+NEGATIVES = Negatives.synco(16, interpolated=5, extrapolated=4, mixed=6, noisy=3, perturbed=2, adversarial=3)
+SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
+IDS = {"image_ids": torch.arange(5), "queue_ids": torch.arange(200) % 9}
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "closed_form", "reference"])
+
+
+def flat(inputs, *, step=7, step_on_device=None, ids=None, extrapolation="released"):
+    ids = ids or {"image_ids": None, "queue_ids": None}
+    counts, numbers = ops._counts(NEGATIVES), ops._numbers(NEGATIVES)
+    settings = (counts, numbers, extrapolation, 0.2, 3, step, step_on_device, 0)
+    return (*inputs, *settings, ids["image_ids"], ids["queue_ids"], "closed_form")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ids", [None, IDS], ids=["plain", "masked"])
+def test_opcheck(make, dtype, ids):
+    inputs = make(5, 200, 16, dtype)
+    inputs.q.requires_grad_()
+    torch.library.opcheck(ops._contrast, flat(inputs, ids=ids))
+    torch.library.opcheck(ops._contrast, flat(inputs, ids=ids, step=0, step_on_device=torch.tensor(7)))
+
+
+def test_description_survives_the_schema():
+    for negatives in (NEGATIVES, Negatives.moco(), Negatives(2, 1, extrapolation="paper", sigma=3, mixed_range=(1, 2))):
+        found = ops._describe(ops._counts(negatives), ops._numbers(negatives), negatives.extrapolation)
+        assert found == negatives
+
+
+@BACKENDS
+@pytest.mark.parametrize("ids", [{}, IDS], ids=["plain", "masked"])
+def test_back_ends_agree(make, answer, within, backend, ids):
+    inputs = make(5, 200, 16)
+    q = inputs.q.clone().requires_grad_()
+    result = synthetic_contrast(q, inputs.k, inputs.queue, NEGATIVES, **SETTINGS, **ids, backend=backend)
+    (gradient,) = torch.autograd.grad((result.loss * torch.arange(5)).sum(), q)
+    exact = answer(inputs, NEGATIVES, **SETTINGS, **ids)
+    plain = answer(inputs, NEGATIVES, torch.float32, **SETTINGS, **ids)
+    within(result.loss.detach(), plain.contrast.loss, exact.contrast.loss, "loss")
+    weights = torch.arange(5)[:, None]
+    within(gradient, plain.gradient * weights, exact.gradient * weights, "gradient")
+    for name in ("rank", "queue_rank"):
+        assert torch.equal(getattr(result.statistics, name), getattr(exact.contrast.statistics, name))
+    assert not any(value.requires_grad for value in result.statistics)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes_of_results(make, backend, dtype):
+    inputs = make(5, 200, 16, dtype)
+    q = inputs.q.requires_grad_()
+    result = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend=backend)
+    wide = torch.promote_types(dtype, torch.float32)
+    statistics = result.statistics
+    assert {tensor.dtype for tensor in (result.loss, statistics.positive, statistics.hard, statistics.synthetic)} == {
+        wide
+    }
+    assert statistics.rank.dtype == statistics.queue_rank.dtype == torch.int64
+    (gradient,) = torch.autograd.grad(result.loss.sum(), q)
+    assert gradient.dtype == dtype
+
+
+@BACKENDS
+def test_autocast_does_not_reach_inside(make, backend):
+    inputs = make(5, 200, 16)
+    plain = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend=backend)
+    assert torch.equal(inside.loss, plain.loss)
+
+
+@BACKENDS
+def test_step_may_be_a_tensor(make, backend):
+    inputs = make(5, 200, 16)
+    losses = [
+        synthetic_contrast(*inputs, NEGATIVES, **SETTINGS | {"step": step}, backend=backend).loss
+        for step in (7, torch.tensor(7), 8)
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+def test_k_and_queue_get_no_gradient(make):
+    inputs = [tensor.requires_grad_() for tensor in make(5, 200, 16)]
+    synthetic_contrast(*inputs, NEGATIVES, **SETTINGS).loss.sum().backward()
+    assert inputs[0].grad is not None
+    assert inputs[1].grad is inputs[2].grad is None
+
+
+def test_inputs_may_be_strided(make):
+    inputs = make(5, 200, 32)
+    strided = [tensor.T.contiguous().T for tensor in inputs]
+    for backend in ("closed_form", "reference"):
+        one, other = (synthetic_contrast(*some, NEGATIVES, **SETTINGS, backend=backend) for some in (inputs, strided))
+        torch.testing.assert_close(one.loss, other.loss)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong(make):
+    inputs = make(5, 200, 16)
+    q = inputs.q.requires_grad_()
+    loss = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS).loss.sum()
+    with pytest.raises(RuntimeError, match="first derivative only; allowed for higher ones: 'reference'"):
+        torch.autograd.grad(loss, q, create_graph=True)
+
+
+def test_compiles_whole(make):
+    inputs = make(5, 200, 16)
+    q = inputs.q.clone().requires_grad_()
+
+    def step(q, number, ids):
+        result = synthetic_contrast(
+            torch.nn.functional.normalize(q, dim=1),
+            inputs.k,
+            inputs.queue,
+            NEGATIVES,
+            temperature=0.2,
+            seed=3,
+            step=number,
+            image_ids=ids,
+            queue_ids=None if ids is None else IDS["queue_ids"],
+        )
+        return result.loss.mean(), result.statistics.rank
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for number in (7, 8, 9, torch.tensor(7)):
+        for ids in (None, IDS["image_ids"]):
+            expected, found = step(q, number, ids), compiled(q, number, ids)
+            torch.testing.assert_close(found, expected)
+            gradients = [torch.autograd.grad(loss, q)[0] for loss, _ in (expected, found)]
+            torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.slow
+def test_compiles_whole_with_inductor(make):
+    inputs = make(5, 200, 16)
+    q = inputs.q.clone().requires_grad_()
+
+    def step(q, number):
+        return synthetic_contrast(
+            q, inputs.k, inputs.queue, NEGATIVES, temperature=0.2, seed=3, step=number
+        ).loss.mean()
+
+    compiled = torch.compile(step, fullgraph=True)
+    for number in (7, 8):
+        found, expected = compiled(q, number), step(q, number)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, q), torch.autograd.grad(expected, q))
