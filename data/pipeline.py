@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from synco_fast.data.augment import Recipe
+from synco_fast.data.seeding import derive_seed
 
 __all__ = ["Batch", "Pipeline", "epoch_order", "normalise"]
 
@@ -61,7 +62,7 @@ class Pipeline(Protocol):
 
 def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
     """The order of images in an epoch: a permutation that depends on seed and epoch, (length,) int64."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    return torch.randperm(length, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
 
 
 def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:

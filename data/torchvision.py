@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from synco_fast.data.augment import Recipe
 from synco_fast.data.errors import BrokenImageError, DataError
 from synco_fast.data.pipeline import Batch, epoch_order
+from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources import Split
 
 __all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_transform", "view_transform"]
@@ -78,21 +79,10 @@ class _Views(Dataset[tuple[Tensor, Tensor, int, dict[int, str]]]):
                 continue
             # A worker owns its generator; the training process must get its own back untouched.
             with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_mix(self.seed, epoch, wanted))
+                torch.manual_seed(derive_seed(self.seed, epoch, wanted))
                 return self.transform(image), self.transform(image), index, broken
         reason = next(iter(broken.values()))
         raise DataError(f"data: found {_REPLACEMENTS} broken images in a row, the first: {reason}")
-
-
-def _mix(*words: int) -> int:
-    """A 63-bit seed from a few whole numbers (the finaliser of splitmix64, folded over the words)."""
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
-        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ state >> 27) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return state >> 1
 
 
 class _EpochBatches:

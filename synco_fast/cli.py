@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 done, 2 for input that a person can mend, 130 after Ctrl-C."""
+    # Where decoding processes share the cores with the encoder, spinning threads take the time of those that work;
+    # OpenMP reads this once, when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from synco_fast.errors import DataError, UserError
 
     words = list(sys.argv[1:] if arguments is None else arguments)

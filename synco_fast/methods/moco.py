@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from synco_fast.data.seeding import derive_seed
 from synco_fast.kernels import FAMILIES, Backend, Contrast, synthetic_contrast
 from synco_fast.methods.base import StepOutput, Views
 from synco_fast.methods.schedule import NegativeSchedule
@@ -104,7 +105,7 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def _keys(self, view: Tensor, step: int, direction: int) -> Tensor:
         """Unit keys, (B, D): the batch goes through the key encoder in another order than through the query encoder."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + 2 * step + direction)
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, step, direction))
         order = torch.randperm(len(view), generator=generator).to(view.device)
         keys = normalize(self.key_encoder(view[order]).float(), dim=1)
         return torch.empty_like(keys).index_copy_(0, order, keys)

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from synco_fast.data.demo import CLASSES, demo_image, fingerprint, make_demo
+from synco_fast.data.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return make_demo(tmp_path_factory.mktemp("demo") / "set", train=4, validation=2, seed=5)
+
+
+def test_the_layout_is_that_of_imagenet(demo):
+    source = open_source(str(demo))
+    assert source.train.classes == CLASSES
+    assert source.validation.classes == CLASSES
+    assert len(CLASSES) >= 10
+    assert np.bincount(source.train.labels).tolist() == [4] * len(CLASSES)
+    assert np.bincount(source.validation.labels).tolist() == [2] * len(CLASSES)
+    assert all(path.read_bytes()[:2] == b"\xff\xd8" for path in demo.rglob("*.jpg")), "every file is a JPEG"
+
+
+def test_the_same_seed_draws_the_same_files(demo, tmp_path):
+    again = make_demo(tmp_path / "again", train=4, validation=2, seed=5)
+    other = make_demo(tmp_path / "other", train=4, validation=2, seed=6)
+    assert fingerprint(again) == fingerprint(demo)
+    same = [file for file in demo.rglob("*.jpg") if file.read_bytes() == (other / file.relative_to(demo)).read_bytes()]
+    assert not same
+
+
+def test_a_larger_set_contains_the_smaller_one(demo, tmp_path):
+    larger = make_demo(tmp_path / "larger", train=5, validation=2, seed=5)
+    for file in demo.rglob("*.jpg"):
+        assert file.read_bytes() == (larger / file.relative_to(demo)).read_bytes()
+
+
+def test_no_two_images_are_the_same_and_splits_share_none(demo):
+    contents = [file.read_bytes() for file in demo.rglob("*.jpg")]
+    assert len(set(contents)) == len(contents)
+
+
+def test_a_set_that_is_there_is_kept(demo):
+    before = {file: file.stat().st_mtime_ns for file in demo.rglob("*.jpg")}
+    make_demo(demo, train=4, validation=2, seed=5)
+    assert before == {file: file.stat().st_mtime_ns for file in demo.rglob("*.jpg")}
+
+
+def test_size_varies_and_colour_tells_no_class():
+    """A classifier that sees an image's mean colours and their spread does no better than guessing, within noise."""
+    rng = np.random.default_rng(0)
+    images = [[demo_image(name, rng) for _ in range(24)] for name in CLASSES]
+    sizes = {image.size for row in images for image in row}
+    assert len(sizes) > 100
+    colours = np.array(
+        [
+            [np.concatenate([np.asarray(i).mean((0, 1)), np.asarray(i).std((0, 1))]) for i in row]
+            for row in images
+        ]
+    )
+    colours = (colours - colours.mean((0, 1))) / colours.std((0, 1))
+    centres = colours[:, ::2].mean(axis=1)
+    held_out = colours[:, 1::2]
+    nearest = ((held_out[:, :, None] - centres) ** 2).sum(-1).argmin(-1)
+    accuracy = (nearest == np.arange(len(CLASSES))[:, None]).mean()
+    # 144 guesses at chance 1/12: three standard deviations above chance is 15 %.
+    assert accuracy < 0.22
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="found a folder with other files"):
+        make_demo(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_counts_below_one_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="found 0 train"):
+        make_demo(tmp_path / "x", train=0)
+
+
+def test_an_image_is_rgb():
+    image = demo_image("dots", np.random.default_rng(1))
+    assert isinstance(image, Image.Image)
+    assert image.mode == "RGB"
+    with pytest.raises(KeyError):
+        demo_image("clouds", np.random.default_rng(1))

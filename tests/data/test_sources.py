@@ -1,0 +1,151 @@
+import gzip
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from synco_fast.data.errors import BrokenImageError, DataError
+from synco_fast.data.sources import ArraySplit, open_source, read_image
+
+
+def pixels(height=20, width=30, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write_idx(path, values, cut=0, kind=8):
+    content = struct.pack(">HBB", 0, kind, values.ndim) + struct.pack(f">{values.ndim}I", *values.shape)
+    content += values.tobytes()
+    path.write_bytes(gzip.compress(content[: len(content) - cut]))
+
+
+def write_fashion(folder, images=6, labels=6):
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        write_idx(folder / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (images, 28, 28), dtype=np.uint8))
+        write_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", np.arange(labels, dtype=np.uint8) % 3)
+    return folder
+
+
+def test_folder_with_classes(image_folder):
+    source = open_source(str(image_folder))
+    assert source.train.classes == ("class0", "class1", "class2")
+    assert (len(source.train), len(source.validation)) == (33, 12)
+    assert source.train.labels.tolist() == [0] * 11 + [1] * 11 + [2] * 11
+    image = source.train.read(0)
+    assert (image.mode, image.size) == ("RGB", (44, 40))
+    assert "class0" in source.train.name(0)
+
+
+def test_labels_follow_the_training_classes_where_the_held_out_split_lacks_one(image_folder):
+    for file in (image_folder / "val" / "class0").iterdir():
+        file.unlink()
+    assert set(open_source(str(image_folder)).validation.labels.tolist()) == {1, 2}
+
+
+def test_a_held_out_class_that_training_does_not_have(image_folder):
+    (image_folder / "val" / "class9").mkdir()
+    Image.fromarray(pixels()).save(image_folder / "val" / "class9" / "a.png")
+    with pytest.raises(DataError, match="class9"):
+        open_source(str(image_folder))
+
+
+def test_images_without_classes(tmp_path):
+    Image.fromarray(pixels()).save(tmp_path / "a.png")
+    source = open_source(str(tmp_path))
+    assert (source.train.labels, source.train.classes, source.validation) == (None, None, None)
+    assert len(source.train) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [("/no/such/folder", "found no folder /no/such/folder"), ("s3:bucket", "found the source 's3:bucket'")],
+)
+def test_a_source_that_is_not_there(spec, says):
+    with pytest.raises(DataError, match=says):
+        open_source(spec)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(DataError, match="found no image in"):
+        open_source(str(tmp_path))
+
+
+def test_idx(tmp_path):
+    source = open_source(f"idx:{write_fashion(tmp_path)}")
+    assert (len(source.train), len(source.validation)) == (6, 6)
+    assert source.train.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert source.train.read(3).mode == "RGB"
+    assert np.array_equal(np.asarray(source.train.read(3))[..., 1], source.train.images[3])
+
+
+def test_idx_that_is_missing_broken_or_of_two_lengths(tmp_path):
+    with pytest.raises(DataError, match="found no train-images-idx3-ubyte.gz"):
+        open_source(f"idx:{tmp_path}")
+    write_fashion(tmp_path, labels=5)
+    with pytest.raises(DataError, match="found 6 train images and 5 labels"):
+        open_source(f"idx:{tmp_path}")
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.zeros((6, 28, 28), np.uint8), cut=7)
+    with pytest.raises(DataError, match="cut short"):
+        open_source(f"idx:{tmp_path}")
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match="broken IDX"):
+        open_source(f"idx:{tmp_path}")
+
+
+def test_every_kind_of_image_becomes_rgb(tmp_path):
+    colour = Image.fromarray(pixels())
+    grey16 = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
+    files = {
+        "grey.jpg": colour.convert("L"),
+        "cmyk.jpg": colour.convert("CMYK"),
+        "palette.png": colour.convert("P"),
+        "transparent.png": colour.convert("RGBA"),
+        "grey-alpha.png": colour.convert("LA"),
+        "sixteen.png": Image.fromarray(grey16),
+        "one-bit.png": colour.convert("1"),
+    }
+    for name, image in files.items():
+        image.save(tmp_path / name)
+        read = read_image(tmp_path / name)
+        assert (read.mode, read.size) == ("RGB", (30, 20)), name
+    values = np.asarray(read_image(tmp_path / "sixteen.png")).astype(int)
+    assert np.abs(values[..., 0] - grey16 / 257).max() <= 0.5, "sixteen bits are scaled, not clipped"
+    assert (values[..., 0] == values[..., 2]).all()
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.fromarray(pixels())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (20, 30)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "text", "missing", "huge"])
+def test_what_cannot_be_read_says_so(tmp_path, kind, monkeypatch):
+    file = tmp_path / "x.jpg"
+    Image.fromarray(pixels(200, 200)).save(file)
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:1500])
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "text":
+        file.write_text("I am no picture")
+    elif kind == "missing":
+        file.unlink()
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    with pytest.raises(BrokenImageError, match="x.jpg") as caught:
+        read_image(file)
+    assert "\n" not in str(caught.value)
+    if kind == "empty":
+        assert "no bytes" in str(caught.value)
+
+
+def test_arrays():
+    split = ArraySplit(pixels(8, 8)[None].repeat(2, 0), np.array([0, 1]), "noise")
+    assert split.name(1) == "noise[1]"
+    assert split.classes == ("0", "1")
+    assert split.read(1).size == (8, 8)

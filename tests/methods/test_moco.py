@@ -1,0 +1,173 @@
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from synco_fast.config import build_config
+from synco_fast.kernels import Negatives
+from synco_fast.kernels.reference import contrast
+from synco_fast.methods.base import Views
+from synco_fast.methods.build import build_method
+from synco_fast.methods.schedule import NegativeSchedule
+
+from ..conftest import TINY
+
+COUNTS = ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")
+
+
+def method(**overrides):
+    return build_method(build_config(TINY, {"training.epochs": 4, **overrides}))
+
+
+def views(seed=0, batch=8):
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, batch, 3, 32, 32, generator=generator)
+    return Views(first, second, torch.arange(batch) + 100 * seed)
+
+
+def advance(model, optimizer, step, epoch=1):
+    output = model.training_step(views(step), step=step, epoch=epoch)
+    optimizer.zero_grad()
+    output.loss.backward()
+    optimizer.step()
+    model.after_step()
+    return output
+
+
+def test_the_loss_is_that_of_the_reference_head():
+    model = method(**{"model.batch_norm_groups": 1}).eval()
+    batch = views()
+    output = model.training_step(batch, step=5, epoch=2)
+    q = normalize(model.encoder(batch.first), dim=1)
+    k = normalize(model.key_encoder(batch.second), dim=1)
+    expected = contrast(q, k, model.queue.rows, model.schedule.at(2), temperature=0.2, seed=0, step=5)
+    assert torch.allclose(output.loss, expected.loss.mean(), atol=1e-6)
+    assert output.metrics["top1"] == (expected.statistics.rank == 0).float().mean()
+    assert torch.allclose(output.metrics["similarity/positive"], expected.statistics.positive.mean(), atol=1e-6)
+    assert torch.allclose(output.metrics["similarity/mixed"], expected.statistics.synthetic[:, 2].mean(), atol=1e-6)
+
+
+def test_keys_enter_the_queue_after_the_loss_and_in_order():
+    model = method()
+    before = model.queue.rows.clone()
+    batch = views()
+    model.training_step(batch, step=0, epoch=0)
+    assert torch.equal(model.queue.rows, before), "a key must not be a negative of its own query"
+    model.after_step()
+    assert int(model.queue.pointer) == 8
+    assert torch.equal(model.queue.images[:8], batch.images)
+    assert torch.equal(model.queue.rows[8:], before[8:])
+    assert torch.allclose(model.queue.rows[:8].norm(dim=1), torch.ones(8))
+    model.after_step()
+    assert int(model.queue.pointer) == 8, "keys are written once"
+
+
+def test_the_key_batch_is_shuffled_and_put_back():
+    """Without batch statistics the shuffle must be invisible; with them it must change what a key is."""
+    model = method(**{"model.batch_norm_groups": 1})
+    batch = views()
+    model.key_encoder.eval()
+    assert torch.allclose(
+        model._keys(batch.second, 3, 0), normalize(model.key_encoder(batch.second), dim=1), atol=1e-6
+    )
+    split = method(**{"model.batch_norm_groups": 4})
+    assert not torch.allclose(
+        split._keys(batch.second, 3, 0), normalize(split.key_encoder(batch.second), dim=1), atol=1e-4
+    )
+
+
+def test_the_gradient_reaches_the_query_encoder_alone():
+    model = method()
+    model.training_step(views(), step=0, epoch=1).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    assert all(parameter.grad is None for parameter in model.key_encoder.parameters())
+    assert model.queue.rows.grad is None
+
+
+def test_the_key_encoder_follows_by_its_momentum():
+    model = method(**{"model.momentum": 0.75})
+    optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
+    old = [parameter.clone() for parameter in model.key_encoder.parameters()]
+    advance(model, optimizer, 0)
+    assert all(torch.equal(a, b) for a, b in zip(old, model.key_encoder.parameters(), strict=True))
+    leader = [parameter.clone() for parameter in model.encoder.parameters()]
+    advance(model, optimizer, 1)
+    for now, before, query in zip(model.key_encoder.parameters(), old, leader, strict=True):
+        assert torch.allclose(now, 0.75 * before + 0.25 * query, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"method.name": "moco"}, Negatives.moco()),
+        ({"method.name": "mochi"}, Negatives.mochi()),
+        ({"method.name": "synco"}, Negatives.synco()),
+        ({"method.name": "mochi", "method.hard": 64, "method.mixed": 8}, Negatives.mochi(64, 8, 256)),
+        ({"method.name": "synco", "method.noisy": 0}, Negatives.synco(noisy=0)),
+        ({"method.extrapolation": "paper"}, Negatives.synco(extrapolation="paper")),
+    ],
+)
+def test_three_methods_are_one_head_with_three_settings(overrides, expected):
+    assert build_config({}, overrides).method.negatives() == expected
+
+
+def test_warm_up_and_cool_down():
+    negatives = Negatives.synco()
+    schedule = NegativeSchedule(negatives, epochs=10, warmup=3, cooldown=2)
+    assert [schedule.at(epoch).synthetic > 0 for epoch in range(10)] == [False] * 3 + [True] * 5 + [False] * 2
+    assert schedule.at(0).hard == negatives.hard, "hardness is measured all the same"
+    model = method()
+    assert torch.isnan(model.training_step(views(), step=0, epoch=0).metrics["similarity/mixed"])
+    assert torch.isfinite(model.training_step(views(), step=1, epoch=1).metrics["similarity/mixed"])
+
+
+def test_synthetic_negatives_raise_the_loss():
+    """They are further terms of the same sum, so with the same encoders the loss can only grow."""
+    moco, synco = (method(**{"method.name": name}) for name in ("moco", "synco"))
+    synco.load_state_dict(moco.state_dict())
+    moco = method(**{"method.name": "moco", **{f"method.{name}": 0 for name in COUNTS}})
+    moco.load_state_dict(synco.state_dict())
+    plain, harder = (model.training_step(views(), step=0, epoch=1).loss for model in (moco, synco))
+    assert harder > plain + 0.1
+
+
+def test_the_symmetric_loss_is_the_mean_of_both_directions():
+    batch = views()
+    symmetric = method(**{"method.symmetric": True, "model.batch_norm_groups": 1}).eval()
+    one_way = method(**{"model.batch_norm_groups": 1}).eval()
+    there = one_way._direction(batch.first, batch.second, batch.images, 0, 1, 0).loss
+    back = one_way._direction(batch.second, batch.first, batch.images, 0, 1, 1).loss
+    both = symmetric.training_step(batch, step=0, epoch=1).loss
+    assert torch.allclose(both, torch.cat([there, back]).mean(), atol=1e-6)
+    symmetric.after_step()
+    assert int(symmetric.queue.pointer) == 16
+    assert torch.equal(symmetric.queue.images[:16], batch.images.repeat(2))
+
+
+def test_directions_draw_different_negatives():
+    model = method(**{"model.batch_norm_groups": 1}).eval()
+    batch = views()
+    one, other = (model._direction(batch.first, batch.second, batch.images, 0, 1, way).loss for way in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_the_mask_takes_out_keys_of_the_same_image():
+    batch = views()
+    masked, plain = (
+        method(**{"method.mask_same_image": mask, "model.batch_norm_groups": 1}).eval() for mask in (True, False)
+    )
+    for model in (masked, plain):
+        model.training_step(batch, step=0, epoch=0)
+        model.after_step()
+    again = [model.training_step(batch, step=1, epoch=0).loss for model in (masked, plain)]
+    assert again[0] < again[1] - 0.01
+    other = [model.training_step(views(7), step=1, epoch=0).loss for model in (masked, plain)]
+    assert torch.allclose(*other)
+
+
+def test_steps_are_repeatable():
+    runs = []
+    for _ in range(2):
+        model = method()
+        optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
+        runs.append([advance(model, optimizer, step).loss.item() for step in range(3)])
+    assert runs[0] == runs[1]

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from synco_fast.errors import ConfigError
+from synco_fast.queue import KeyQueue
+
+
+def test_it_starts_with_unit_rows_of_its_seed():
+    queue = KeyQueue(50, 8, seed=1)
+    assert torch.allclose(queue.rows.norm(dim=1), torch.ones(50))
+    assert torch.equal(queue.rows, KeyQueue(50, 8, seed=1).rows)
+    assert not torch.equal(queue.rows, KeyQueue(50, 8, seed=2).rows)
+    assert (queue.images == -1).all()
+
+
+def test_first_in_first_out_with_wrapping():
+    queue = KeyQueue(7, 4)
+    written = []
+    for step in range(6):
+        keys, images = normalize(torch.randn(3, 4), dim=1), torch.arange(3) + 10 * step
+        queue.enqueue(keys, images)
+        written += zip(keys, images.tolist(), strict=True)
+        newest = written[-7:]
+        place = (int(queue.pointer) - len(newest)) % 7
+        for offset, (key, image) in enumerate(newest):
+            assert torch.equal(queue.rows[(place + offset) % 7], key)
+            assert int(queue.images[(place + offset) % 7]) == image
+    assert int(queue.pointer) == 18 % 7
+
+
+def test_a_batch_may_fill_it_but_not_more():
+    queue = KeyQueue(4, 4)
+    keys = normalize(torch.randn(4, 4), dim=1)
+    queue.enqueue(keys, torch.arange(4))
+    assert torch.equal(queue.rows, keys)
+    with pytest.raises(ConfigError, match=r"method\.queue: found 4, allowed 5 or more"):
+        queue.enqueue(torch.randn(5, 4), torch.arange(5))
+
+
+def test_rows_and_pointer_are_part_of_the_state():
+    queue, other = KeyQueue(6, 4), KeyQueue(6, 4, seed=9)
+    queue.enqueue(normalize(torch.randn(4, 4), dim=1), torch.arange(4))
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.rows, queue.rows)
+    assert int(other.pointer) == 4
