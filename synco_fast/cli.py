@@ -136,7 +136,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     from synco_fast.errors import ConfigError
     from synco_fast.presets import load_config
     from synco_fast.training.loop import Trainer
-    from synco_fast.training.run import new_run_folder, read_run_config, write_json
+    from synco_fast.training.run import choose_run_folder, read_run_config, write_json
 
     overrides = _overrides(rest)
     if options.data is not None:
@@ -153,8 +153,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
         if options.config is None:
             raise ConfigError("config: found none, allowed --config PRESET, or --resume RUN; see 'synco-fast presets'")
         config = load_config(options.config, overrides)
-        folder = new_run_folder(options.out, config)
-        trainer = Trainer(config, folder, console=console)
+        trainer = Trainer(config, choose_run_folder(options.out, config), console=console)
     summary = trainer.run()
     if options.json is not None:
         write_json(options.json, summary.as_dict())

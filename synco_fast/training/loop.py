@@ -27,7 +27,7 @@ from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
 from synco_fast.training.plots import draw_curves, draw_pairs
 from synco_fast.training.precision import Precision, memory_format, resolve_device
 from synco_fast.training.progress import Reporter
-from synco_fast.training.run import Summary, write_json
+from synco_fast.training.run import Summary, describe_run, write_json
 from synco_fast.training.schedule import learning_rate
 
 __all__ = ["Trainer"]
@@ -41,7 +41,7 @@ class Trainer:
 
     Args:
         config: What to do.
-        folder: The run folder, as `new_run_folder` makes it.
+        folder: The run folder; made when the run begins.
         resume: A checkpoint or a run folder to go on from.
         console: Where progress is shown.
 
@@ -104,6 +104,7 @@ class Trainer:
             DivergedError: The loss was no number; the last good checkpoint is kept.
             DataError: More images are broken than ``data.max_broken`` allows.
         """
+        describe_run(self.folder, self.config)
         self.log = MetricLog(self.folder, self.step)
         self.reporter = Reporter(self.console, self.steps, self.step)
         for note in self._notes:

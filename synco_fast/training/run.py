@@ -14,7 +14,7 @@ from synco_fast.config import Config
 from synco_fast.environment import describe_environment
 from synco_fast.errors import ConfigError
 
-__all__ = ["Summary", "new_run_folder", "write_json"]
+__all__ = ["Summary", "choose_run_folder", "describe_run", "read_run_config", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ class Summary:
         return {**asdict(self), "environment": describe_environment()}
 
 
-def new_run_folder(folder: Path | None, config: Config) -> Path:
-    """Make the folder of a new run and write what describes it: ``config.yaml`` and ``environment.json``.
-
-    Args:
-        folder: Where; by default ``runs/PRESET-DATE-TIME`` below the working folder.
-        config: The resolved configuration.
+def choose_run_folder(folder: Path | None, config: Config) -> Path:
+    """Where a new run goes: ``folder``, or ``runs/PRESET-DATE-TIME`` below the working folder. Makes nothing yet.
 
     Raises:
         ConfigError: There is a run in the folder already, or something else in its place.
@@ -62,11 +58,16 @@ def new_run_folder(folder: Path | None, config: Config) -> Path:
         raise ConfigError(f"out: found a run in {folder}, allowed a new folder, or --resume {folder} to go on with it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, allowed a folder")
+    return folder
+
+
+def describe_run(folder: Path, config: Config) -> None:
+    """Make the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    write_json(folder / "environment.json", describe_environment())
-    return folder
+    if not (folder / "config.yaml").exists():
+        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_json(folder / "environment.json", describe_environment())
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -1,0 +1,121 @@
+"""The commands as a person meets them: what they print and how they exit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from synco_fast.cli import main
+from synco_fast.presets import PRESETS
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(tiny().to_yaml())
+    return tmp_path / "tiny.yaml"
+
+
+def test_pretrain_evaluate_and_resume(run, config_file, tmp_path):
+    folder, summary = tmp_path / "run", tmp_path / "summary.json"
+    code, out, _ = run("pretrain", "--config", config_file, "--out", folder, "--json", summary, "--method.name=mochi")
+    assert code == 0
+    for words in ("kNN before", "kNN after", "images per second", "run folder", "checkpoint", "curves.png"):
+        assert words in out
+    figures = json.loads(summary.read_text())
+    assert figures["method"] == "mochi"
+    assert figures["environment"]["torch"]
+
+    code, out, _ = run("evaluate", "knn", folder, "--json", tmp_path / "knn.json")
+    assert code == 0
+    assert json.loads((tmp_path / "knn.json").read_text())["knn"] == figures["knn_after"]
+
+    code, out, _ = run("pretrain", "--resume", folder, "--training.epochs", "3")
+    assert code == 0
+    assert "resumed from" in out
+    assert "mochi on" in out
+
+    code, _, err = run("pretrain", "--config", config_file, "--out", folder)
+    assert code == 2
+    assert f"--resume {folder}" in err
+
+
+def test_presets(run):
+    code, out, _ = run("presets")
+    assert code == 0
+    assert all(name in out for name in PRESETS)
+    code, out, _ = run("presets", "demo")
+    assert code == 0
+    assert "backbone: timm/resnet18" in out
+
+
+def test_data_demo(run, tmp_path):
+    code, out, _ = run("data", "demo", tmp_path / "set", "--train", "1", "--validation", "1")
+    assert code == 0
+    assert "12 classes" in out
+    assert len(list((tmp_path / "set").rglob("*.jpg"))) == 24
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--config", "snyco-r50-200"], "did you mean synco-r50-200?"),
+        (["--config", "demo", "--method.temprature", "1"], "did you mean method.temperature?"),
+        (["--config", "demo", "--data", "/no/such/folder"], "found no folder /no/such/folder"),
+        (["--config", "demo", "--method.queue", "32"], "method.queue: found 32, allowed 64 or more"),
+        (["--config", "demo", "--method.queue"], "--method.queue: found no value"),
+        (["--config", "demo", "stray"], "found 'stray'"),
+        (["--config", "demo", "--training.device", "cuda"], "found cuda, allowed cpu"),
+        (["--resume", "/no/run"], "found no run in /no/run"),
+        ([], "found none, allowed --config PRESET"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(run, words, says, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.chdir(tmp_path)
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    code, _, err = run("pretrain", *words)
+    assert code == 2
+    assert says in err
+    assert err.strip().count("\n") == 0
+    assert "Traceback" not in err
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(run, config_file, tmp_path):
+    code, _, _ = run("pretrain", "--config", config_file, "--data", "/no/such/folder", "--out", tmp_path / "run")
+    assert code == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_on_the_command_line(run, config_file, tmp_path):
+    code, _, err = run("pretrain", "--config", config_file, "--out", tmp_path / "run", "--optimizer.lr", "1e30")
+    assert code == 2
+    assert "not finite at step" in err
+
+
+def test_other_words_are_refused(run):
+    assert run("presets", "--colour")[0] == 2
+    assert run("dance")[0] == 2
+    assert run("--help")[0] == 0
+    for verb in (["pretrain"], ["presets"], ["evaluate", "knn"], ["data", "demo"]):
+        code, out, _ = run(*verb, "--help")
+        assert code == 0
+        assert "example:" in out

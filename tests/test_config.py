@@ -1,0 +1,105 @@
+import pytest
+import yaml
+
+from synco_fast.config import build_config, known_keys, read_config
+from synco_fast.errors import ConfigError
+from synco_fast.kernels import Negatives
+from synco_fast.presets import PRESETS, load_config
+
+
+def test_defaults_are_those_of_the_papers():
+    config = build_config({})
+    assert (config.method.queue, config.method.temperature, config.method.warmup_epochs) == (65536, 0.2, 10)
+    assert config.method.negatives() == Negatives.synco()
+    assert (config.model.backbone, config.model.dim, config.model.momentum) == ("resnet50", 128, 0.999)
+    assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay) == (0.03, 0.9, 1e-4)
+    assert (config.training.epochs, config.training.batch) == (200, 256)
+    assert (config.augment.size, config.augment.area, config.augment.blur_sigma) == (224, (0.2, 1.0), (0.1, 2.0))
+    assert not config.method.symmetric
+    assert not config.method.mask_same_image
+    assert config.method.extrapolation == "released"
+
+
+def test_the_learning_rate_scales_with_the_batch():
+    assert build_config({}, {"training.batch": 1024}).learning_rate == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_resolve_and_survive_a_round_trip(name, tmp_path):
+    config = load_config(name)
+    assert config.preset == name
+    assert config.about
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_the_papers_presets():
+    assert load_config("synco-r50-800").training.epochs == 800
+    assert load_config("mochi-r50-200").method.negatives() == Negatives.mochi(1024, 512, 256)
+    assert load_config("moco-v2-r50-200").method.negatives() == Negatives.moco()
+    for name in ("synco-r50-imagenet100", "synco-r18-cifar", "fashion-mnist", "demo"):
+        assert load_config(name).method.mask_same_image, "sets smaller than the queue mask the same image"
+
+
+def test_one_line_changes_the_method():
+    config = load_config("synco-r50-200", {"method.name": "mochi"})
+    assert config.method.negatives() == Negatives.mochi()
+    assert load_config("demo", {"method.name": "moco"}).method.negatives().synthetic == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"method.temprature": 0.1}, "method.temprature: found an unknown key; did you mean method.temperature?"),
+        ({"methd.temperature": 0.1}, "methd: found an unknown key"),
+        ({"temperature": 0.1}, "temperature: found an unknown key; did you mean method.temperature?"),
+        ({"augment.sizes": 3}, "augment.sizes: found an unknown key; did you mean augment.size?"),
+        ({"method.name": "simclr"}, "method.name: found 'simclr', allowed 'moco', 'mochi' or 'synco'"),
+        ({"training.batch": "many"}, "training.batch: found 'many', allowed a valid integer"),
+        ({"training.batch": 0}, "training.batch: found 0, allowed greater than or equal to 1"),
+        ({"method.temperature": 0}, "method.temperature: found 0, allowed greater than 0"),
+        ({"seed.x": 1}, "seed.x: found no section of that name"),
+        ({"method.queue": 128}, "method.queue: found 128, allowed 256 or more, the keys of one step"),
+        ({"method.queue": 511, "method.symmetric": True}, "method.queue: found 511, allowed 512 or more"),
+        ({"method.queue": 512}, "method.hard: found 1024, allowed up to 512, the queue"),
+        ({"method.name": "synco", "method.hard": 0}, "method.hard: found 0, allowed 1 or more"),
+        ({"training.batch": 252}, "training.batch: found 252, allowed a multiple of 8 (model.batch_norm_groups)"),
+        ({"augment.area": [0.5, 0.1]}, "augment.area: found (0.5, 0.1)"),
+    ],
+)
+def test_what_is_wrong_is_named_in_one_line(overrides, says):
+    values = {"seed": 3} if "seed.x" in overrides else {}
+    with pytest.raises(ConfigError) as caught:
+        build_config(values, overrides)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_or_file(tmp_path):
+    with pytest.raises(ConfigError, match="found no preset 'synco-r50'; did you mean synco-r50-200?"):
+        load_config("synco-r50")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(str(tmp_path / "none.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="found list in"):
+        load_config(str(tmp_path / "list.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(str(tmp_path / "broken.yaml"))
+
+
+def test_every_key_is_known_by_its_dotted_name():
+    keys = known_keys()
+    assert {"seed", "method.temperature", "augment.blur_sigma", "training.max_steps"} <= set(keys)
+    plain = yaml.safe_load(build_config({}).to_yaml())
+    flat = {f"{section}.{key}" if isinstance(inner, dict) else section for section, inner in plain.items() for key in (inner if isinstance(inner, dict) else [None])}  # fmt: skip
+    assert flat == set(keys)
+
+
+def test_overrides_leave_the_values_they_start_from_alone():
+    values = {"method": {"name": "moco"}}
+    build_config(values, {"method.name": "mochi"})
+    assert values == {"method": {"name": "moco"}}
+    before = repr(PRESETS)
+    load_config("demo", {"model.backbone_args": {}, "augment.size": 32})
+    assert repr(PRESETS) == before

@@ -1,0 +1,266 @@
+"""Whole runs: what they leave, how they end, how they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from synco_fast.config import Config, read_config
+from synco_fast.errors import CheckpointError, ConfigError, DataError, DivergedError
+from synco_fast.training.checkpoint import checkpoints_in, find_checkpoint
+from synco_fast.training.loop import Trainer
+from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run import choose_run_folder
+
+
+def pretrain(config: Config, folder: Path, resume: Path | None = None):
+    if resume is None:
+        choose_run_folder(folder, config)
+    folder.mkdir(exist_ok=True)
+    console = Console(file=(folder / "screen.txt").open("a"), width=200)
+    return Trainer(config, folder, resume=resume, console=console).run()
+
+
+def newest(folder: Path) -> dict:
+    return find_checkpoint(folder)[0]
+
+
+def flat(value, prefix=""):
+    """Every leaf of a nested state by its path."""
+    if isinstance(value, dict):
+        return {name: leaf for key, inner in value.items() for name, leaf in flat(inner, f"{prefix}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return flat(dict(enumerate(value)), prefix)
+    return {prefix: value}
+
+
+def assert_identical(one: dict, other: dict) -> None:
+    """Bit for bit, but for how long things took."""
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if name.startswith(("/seconds", "/images_timed", "/config/data/workers")):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
+def test_a_run_folder_describes_itself(tiny, tmp_path):
+    config = tiny()
+    summary = pretrain(config, tmp_path / "run")
+    run = tmp_path / "run"
+    assert read_config(run / "config.yaml") == config
+    assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__.partition("+")[0]
+    lines = read_metrics(run)
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 9))
+    assert {"loss", "top1", "queue_top1", "lr", "epoch", "data_wait", "similarity/positive"} <= train[-1].keys()
+    assert "similarity/adversarial" not in train[0], "warm-up has no synthetic negatives"
+    assert "similarity/adversarial" in train[-1]
+    assert [line["epoch"] for line in lines if line["kind"] == "evaluation"] == [0, 1, 2]
+    for name in ("curves.png", "pairs.png"):
+        with Image.open(run / "plots" / name) as picture:
+            assert picture.width > 500
+            assert np.asarray(picture).std() > 10, "not an empty picture"
+    assert list((run / "tensorboard").iterdir())
+    assert summary.as_dict() == json.loads((run / "summary.json").read_text())
+    assert summary.finished
+    assert summary.chance == pytest.approx(1 / 3)
+    assert summary.knn_after == lines[-1]["knn"]
+    assert Path(summary.checkpoint).is_file()
+    screen = (run / "screen.txt").read_text()
+    assert "epoch 2: kNN" in screen
+    assert "data wait" in screen
+
+
+def test_the_class_is_learned(tiny, tmp_path):
+    """Brightness tells the classes apart, and a run must not lose it."""
+    summary = pretrain(tiny({"training.epochs": 6}), tmp_path / "run")
+    assert summary.knn_after > 0.5
+
+
+@pytest.mark.parametrize("name", ["moco", "mochi", "synco"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_method_trains(tiny, tmp_path, name, symmetric):
+    changes = {"method.name": name, "method.symmetric": symmetric, "evaluation.every": 0, "training.epochs": 1}
+    counts = {f"method.{family}": 0 for family in ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")}  # fmt: skip
+    summary = pretrain(tiny(changes | (counts if name == "moco" else {})), tmp_path / "run")
+    assert summary.steps == 4
+    assert summary.knn_before is None
+
+
+def test_seed_decides_everything(tiny, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        pretrain(tiny({"seed": seed}), tmp_path / name)
+    assert_identical(newest(tmp_path / "a"), newest(tmp_path / "b"))
+    assert not torch.equal(newest(tmp_path / "a")["method"]["queue.rows"], newest(tmp_path / "c")["method"]["queue.rows"])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_stopped_and_resumed_is_never_stopped(tiny, tmp_path, stop):
+    """A stop at any step, also in the middle of an epoch and of a line of figures, changes no bit of the future."""
+    config = tiny({"training.log_every": 3})
+    whole = pretrain(config, tmp_path / "whole")
+    first = Trainer(config, tmp_path / "parts", console=Console(quiet=True))
+    step = first._train_step
+
+    def step_then_signal(batch, epoch):
+        step(batch, epoch)
+        if first.step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first._train_step = step_then_signal  # type: ignore[method-assign]
+    summary = first.run()
+    assert not summary.finished
+    assert newest(tmp_path / "parts")["step"] == stop
+    resumed = pretrain(config, tmp_path / "parts", resume=tmp_path / "parts")
+    assert resumed.finished
+    assert_identical(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    figures = [
+        [
+            {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")}
+            for line in read_metrics(tmp_path / name)
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert figures[0] == figures[1]
+    assert resumed.knn_before == whole.knn_before
+
+
+COMMAND = [sys.executable, "-m", "synco_fast", "pretrain"]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as file:
+        return subprocess.Popen([*COMMAND, *arguments], stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def wait_for(condition, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def long_config(tiny, tmp_path: Path, **changes) -> tuple[Config, Path]:
+    overrides = {"training.epochs": 12, "training.checkpoint_every": 3, "evaluation.every": 4, "data.workers": 2}
+    config = tiny(overrides | changes)
+    (tmp_path / "tiny.yaml").write_text(config.to_yaml())
+    return config, tmp_path / "tiny.yaml"
+
+
+@pytest.mark.slow
+def test_killed_at_an_arbitrary_step_and_resumed_to_the_bit(tiny, tmp_path):
+    config, file = long_config(tiny, tmp_path)
+    pretrain(config, tmp_path / "whole")
+    run, log = tmp_path / "killed", tmp_path / "log.txt"
+    process = start(["--config", str(file), "--out", str(run)], log)
+    wait_for(lambda: len(read_metrics(run)) >= 17, process, log)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = newest(run)["step"]
+    assert 0 < reached < 48, "killed in the middle"
+    process = start(["--resume", str(run)], log)
+    assert process.wait(timeout=300) == 0, log.read_text()
+    assert f"resumed from {run}" in log.read_text().replace("\n", "")
+    assert_identical(newest(tmp_path / "whole"), newest(run))
+
+
+@pytest.mark.slow
+def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tiny, tmp_path):
+    _, file = long_config(tiny, tmp_path, **{"training.checkpoint_every": None, "training.epochs": 400})
+    run, log = tmp_path / "run", tmp_path / "log.txt"
+    process = start(["--config", str(file), "--out", str(run)], log)
+    wait_for(lambda: len(read_metrics(run)) >= 7, process, log)
+    before = len(read_metrics(run)) - 3
+    os.killpg(process.pid, signal.SIGTERM)  # as a batch system does, to the workers too
+    assert process.wait(timeout=120) == 0, log.read_text()
+    assert newest(run)["step"] >= before
+    assert "stopped on request" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert (run / "plots" / "curves.png").exists()
+
+
+def test_a_damaged_checkpoint_on_resume_gives_way(tiny, tmp_path):
+    config = tiny()
+    pretrain(config, tmp_path / "run")
+    last, before = checkpoints_in(tmp_path / "run" / "checkpoints")
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    summary = pretrain(config, tmp_path / "run", resume=tmp_path / "run")
+    assert summary.finished
+    screen = (tmp_path / "run" / "screen.txt").read_text()
+    assert "going on from an older one" in screen
+    assert before.name in screen
+
+
+def test_another_architecture_on_resume(tiny, tmp_path):
+    pretrain(tiny(), tmp_path / "run")
+    for change in ({"model.dim": 8}, {"model.hidden": 5}, {"method.queue": 64}):
+        with pytest.raises(CheckpointError, match="another architecture"):
+            Trainer(tiny(change), tmp_path / "run", resume=tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
+    config = tiny({"training.checkpoint_every": 1, "training.epochs": 3, "evaluation.every": 0})
+    trainer = Trainer(config, tmp_path / "run", console=Console(quiet=True))
+    step = trainer._train_step
+
+    def poison(batch, epoch):
+        if trainer.step == 6:
+            with torch.no_grad():
+                trainer.method.encoder.head[0].weight.fill_(torch.nan)
+        step(batch, epoch)
+
+    trainer._train_step = poison  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match=r"at step 7 \(epoch 2\).*step-00000006\.pt"):
+        trainer.run()
+    kept = newest(tmp_path / "run")
+    assert kept["step"] == 6
+    assert all(torch.isfinite(value).all() for value in kept["method"].values())
+
+
+def test_broken_images_are_counted_and_too_many_stop_the_run(tiny, image_folder, tmp_path):
+    (image_folder / "train" / "class0" / "0.jpg").write_text("text named .jpg")
+    summary = pretrain(tiny(), tmp_path / "one")
+    assert summary.broken_images == 1
+    assert (tmp_path / "one" / "screen.txt").read_text().count("0.jpg") == 1, "named once"
+    for number in range(1, 6):
+        (image_folder / "train" / "class0" / f"{number}.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"broken images, .* allowed 1\.0% \(data\.max_broken\)"):
+        pretrain(tiny(), tmp_path / "many")
+    assert pretrain(tiny({"data.max_broken": 0.5}), tmp_path / "allowed").broken_images == 6
+
+
+def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_path):
+    import shutil
+
+    def refused(error, says, **changes):
+        with pytest.raises(error, match=says):
+            Trainer(tiny(changes), tmp_path, console=Console(quiet=True))
+
+    refused(DataError, "found 64, allowed up to 33", **{"training.batch": 64, "method.queue": 64})
+    refused(ConfigError, "neighbours: found 34, allowed up to 33", **{"evaluation.neighbours": 34})
+    refused(ConfigError, "fp16", **{"training.precision": "fp16"})
+    shutil.rmtree(image_folder / "val" / "class1")
+    shutil.rmtree(image_folder / "val" / "class2")
+    (image_folder / "val" / "class0").rename(image_folder / "val" / "moved")
+    for file in (image_folder / "val" / "moved").iterdir():
+        file.rename(image_folder / "val" / file.name)
+    refused(DataError, "found no class folders")
+    shutil.rmtree(image_folder / "val")
+    refused(DataError, "found no held-out split")
+    assert Trainer(tiny({"evaluation.every": 0}), tmp_path, console=Console(quiet=True)).steps == 8

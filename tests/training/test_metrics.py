@@ -1,0 +1,41 @@
+import json
+import math
+
+import torch
+
+from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
+
+
+def test_means_over_steps_without_what_was_not_measured():
+    means = RunningMeans()
+    for loss in (1.0, 2.0, 6.0):
+        means.add({"loss": torch.tensor(loss), "hard": torch.tensor(math.nan)})
+    assert means.take() == {"loss": 3.0}
+    assert means.take() == {}
+    means.add({"loss": torch.tensor(5.0)})
+    assert means.take() == {"loss": 5.0}
+
+
+def test_means_survive_a_checkpoint():
+    one, other = RunningMeans(), RunningMeans()
+    one.add({"loss": torch.tensor(1.0)})
+    other.load_state_dict(one.state_dict())
+    for means in (one, other):
+        means.add({"loss": torch.tensor(2.0)})
+    assert one.take() == other.take() == {"loss": 1.5}
+
+
+def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
+    log = MetricLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, {"loss": 1.0 / step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    log = MetricLog(tmp_path, step=2)
+    log.write("train", 3, {"loss": 9.0})
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 9.0)]
+    assert read_metrics(tmp_path) == lines
+    assert list((tmp_path / "tensorboard").iterdir())
