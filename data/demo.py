@@ -44,6 +44,18 @@ def _stripes(u: Array, v: Array, rng: np.random.Generator) -> Array:
     return 0.25 - np.abs(_fraction(u))
 
 
+def _bars(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return _stripes(v, u, rng)
+
+
+def _slants(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return _stripes((u + v) / np.sqrt(2), v, rng)
+
+
+def _diamonds(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return _checks((u + v) / np.sqrt(2), (u - v) / np.sqrt(2), rng)
+
+
 def _checks(u: Array, v: Array, rng: np.random.Generator) -> Array:
     return np.asarray(np.sin(np.pi * u) * np.sin(np.pi * v))
 
@@ -70,17 +82,6 @@ def _bricks(u: Array, v: Array, rng: np.random.Generator) -> Array:
     return np.minimum(0.44 - np.abs(x), 0.38 - np.abs(y))
 
 
-def _triangles(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    x, y = _rows(u, v, 0.5)
-    return np.minimum(0.38 + y, 0.48 - y - 2 * np.abs(x))
-
-
-def _crosses(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    x, y = np.abs(_fraction(u)), np.abs(_fraction(v))
-    arm = rng.uniform(0.09, 0.13)
-    return np.maximum(np.minimum(arm - x, 0.38 - y), np.minimum(arm - y, 0.38 - x))
-
-
 def _rays(u: Array, v: Array, rng: np.random.Generator) -> Array:
     x, y = rng.uniform(-1, 1, 2)
     return np.asarray(np.sin(rng.integers(9, 16) * np.arctan2(v - y, u - x)))
@@ -94,26 +95,21 @@ def _cells(u: Array, v: Array, rng: np.random.Generator) -> Array:
     return np.asarray(second - nearest - 0.15)
 
 
-def _scales(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    x, _ = _rows(u, 2 * v, 0.5)
-    return 0.3 - np.abs(np.hypot(x, _fraction(2 * v - 0.5) * 0.5 + 0.25) - 0.3) * 2.5
-
-
 Pattern = Callable[[Array, Array, np.random.Generator], Array]
 
 #: A pattern is positive where its first colour shows. Arguments: coordinates in cells, and the image's generator.
 PATTERNS: dict[str, Pattern] = {
+    "bars": _bars,
     "bricks": _bricks,
     "cells": _cells,
     "checks": _checks,
-    "crosses": _crosses,
+    "diamonds": _diamonds,
     "dots": _dots,
     "grid": _grid,
     "rays": _rays,
     "rings": _rings,
-    "scales": _scales,
+    "slants": _slants,
     "stripes": _stripes,
-    "triangles": _triangles,
     "zigzag": _zigzag,
 }
 CLASSES: tuple[str, ...] = tuple(PATTERNS)
@@ -130,7 +126,7 @@ def demo_image(name: str, rng: np.random.Generator) -> Image.Image:
     y, x = np.mgrid[0 : height * _OVERSAMPLE, 0 : width * _OVERSAMPLE] / _OVERSAMPLE
 
     canvas = _background(x, y, rng)
-    angle, cell = rng.uniform(0, 2 * np.pi), rng.uniform(11, 22)
+    angle, cell = rng.uniform(-0.15, 0.15), rng.uniform(12, 18)
     u = ((x - width / 2) * np.cos(angle) - (y - height / 2) * np.sin(angle)) / cell + rng.uniform()
     v = ((x - width / 2) * np.sin(angle) + (y - height / 2) * np.cos(angle)) / cell + rng.uniform()
     ink, paper = _two_colours(rng)
@@ -168,7 +164,7 @@ def _patch(x: Array, y: Array, rng: np.random.Generator) -> NDArray[np.bool_]:
     """The region that carries the pattern: a blob with a wavy outline around a random centre."""
     width, height = x.max(), y.max()
     dx, dy = x - rng.uniform(0.35, 0.65) * width, y - rng.uniform(0.35, 0.65) * height
-    angle, radius = np.arctan2(dy, dx), rng.uniform(0.42, 0.75) * min(width, height)
+    angle, radius = np.arctan2(dy, dx), rng.uniform(0.6, 1.0) * min(width, height)
     outline = 1 + sum(rng.uniform(0, 0.12) * np.cos(k * angle + rng.uniform(0, 6)) for k in (2, 3, 5))
     return np.asarray(np.hypot(dx, dy) < radius * outline)
 

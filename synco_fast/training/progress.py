@@ -60,7 +60,9 @@ class Reporter:
             self._last_line = now
             spent = now - self._start
             left = spent / max(1, step - self._first) * (self.steps - step)
-            self.console.print(f"{epoch}  step {step}/{self.steps}  {text}  left {_clock(left)}", highlight=False)
+            self.console.print(
+                f"{epoch}  step {step}/{self.steps}  {text}  left {_clock(left)}", highlight=False, soft_wrap=True
+            )
 
     def note(self, text: str, style: str | None = None) -> None:
         """A line that stays, above the bar."""

@@ -53,10 +53,7 @@ def test_size_varies_and_colour_tells_no_class():
     sizes = {image.size for row in images for image in row}
     assert len(sizes) > 100
     colours = np.array(
-        [
-            [np.concatenate([np.asarray(i).mean((0, 1)), np.asarray(i).std((0, 1))]) for i in row]
-            for row in images
-        ]
+        [[np.concatenate([np.asarray(i).mean((0, 1)), np.asarray(i).std((0, 1))]) for i in row] for row in images]
     )
     colours = (colours - colours.mean((0, 1))) / colours.std((0, 1))
     centres = colours[:, ::2].mean(axis=1)

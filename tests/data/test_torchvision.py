@@ -111,7 +111,9 @@ def test_orders_are_permutations_of_seed_and_epoch():
 
 def photo():
     rows, columns = np.mgrid[0:60, 0:80]
-    return Image.fromarray(np.stack([rows * 4, columns * 3, 255 - rows * 2 - columns], -1).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([rows * 4, columns * 3, 255 - rows * 2 - columns], -1).clip(0, 255).astype(np.uint8)
+    )
 
 
 def test_each_operation_of_the_recipe_is_there():
@@ -151,7 +153,7 @@ def test_evaluation_crops_the_centre():
 def test_evaluation_leaves_out_what_is_broken(image_folder, split):
     (image_folder / "train" / "class0" / "1.jpg").write_text("no picture")
     loaded = list(evaluation_loader(split, RECIPE, batch=4, workers=0, numbers=[0, 1, 2, 30]))
-    (images, numbers, broken), = loaded
+    ((images, numbers, broken),) = loaded
     assert images.shape == (len(numbers), 3, 16, 16)
     assert len(numbers) == 3
     assert len(broken) == 1
@@ -167,7 +169,13 @@ def test_normalise():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"area": (0.5, 0.2)}, {"area": (0.2, 1.5)}, {"std": (1, 0, 1)}, {"size": 64, "evaluation_resize": 32}, {"blurr": 1}],
+    [
+        {"area": (0.5, 0.2)},
+        {"area": (0.2, 1.5)},
+        {"std": (1, 0, 1)},
+        {"size": 64, "evaluation_resize": 32},
+        {"blurr": 1},
+    ],
 )
 def test_a_recipe_that_cannot_be(wrong):
     with pytest.raises(ValidationError):

@@ -27,7 +27,9 @@ def test_length_does_not_matter_and_chunks_join():
     bank, queries = torch.randn(60, 8, generator=generator), torch.randn(1500, 8, generator=generator)
     labels = torch.arange(60) % 3
     one = knn_predict(bank, labels, queries, classes=3, neighbours=5, temperature=0.1)
-    scaled = knn_predict(bank * torch.rand(60, 1).add(0.1), labels, queries * 7, classes=3, neighbours=5, temperature=0.1)
+    scaled = knn_predict(
+        bank * torch.rand(60, 1).add(0.1), labels, queries * 7, classes=3, neighbours=5, temperature=0.1
+    )
     assert torch.equal(one, scaled)
     assert len(one) == 1500
 

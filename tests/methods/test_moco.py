@@ -66,9 +66,7 @@ def test_the_key_batch_is_shuffled_and_put_back():
     model = method(**{"model.batch_norm_groups": 1})
     batch = views()
     model.key_encoder.eval()
-    assert torch.allclose(
-        model._keys(batch.second, 3, 0), normalize(model.key_encoder(batch.second), dim=1), atol=1e-6
-    )
+    assert torch.allclose(model._keys(batch.second, 3, 0), normalize(model.key_encoder(batch.second), dim=1), atol=1e-6)
     split = method(**{"model.batch_norm_groups": 4})
     assert not torch.allclose(
         split._keys(batch.second, 3, 0), normalize(split.key_encoder(batch.second), dim=1), atol=1e-4

@@ -106,7 +106,9 @@ def test_seed_decides_everything(tiny, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         pretrain(tiny({"seed": seed}), tmp_path / name)
     assert_identical(newest(tmp_path / "a"), newest(tmp_path / "b"))
-    assert not torch.equal(newest(tmp_path / "a")["method"]["queue.rows"], newest(tmp_path / "c")["method"]["queue.rows"])
+    assert not torch.equal(
+        newest(tmp_path / "a")["method"]["queue.rows"], newest(tmp_path / "c")["method"]["queue.rows"]
+    )
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 6])
