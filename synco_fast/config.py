@@ -48,11 +48,12 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    """Which negatives. A count that is not set takes the method's published value."""
+    """Which negatives. A count that is not set takes the method's published value times ``count_scale``."""
 
     name: Literal["moco", "mochi", "synco"] = Field("synco", description="MoCo v2, MoCHi or SynCo")
     queue: int = Field(65536, ge=1, description="K, past keys")
     temperature: float = Field(0.2, gt=0, description="T")
+    count_scale: float = Field(1.0, gt=0, description="Share of the published counts that the unset ones take")
     hard: int | None = Field(None, ge=0, description="N, size of Q^N")
     interpolated: int | None = Field(None, ge=0, description="Type 1, MoCHi's s'")
     extrapolated: int | None = Field(None, ge=0, description="Type 2")
@@ -73,11 +74,13 @@ class MethodConfig(Section):
         Raises:
             ConfigError: The counts contradict one another.
         """
-        names = ("hard", *(family.name for family in FAMILIES), "extrapolation")
-        set_here = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         published = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}[self.name]()
+        counts = {}
+        for name in ("hard", *(family.name for family in FAMILIES)):
+            own = getattr(self, name)
+            counts[name] = round(getattr(published, name) * self.count_scale) if own is None else own
         try:
-            return Negatives(**{name: set_here.get(name, getattr(published, name)) for name in names})
+            return Negatives(**counts, extrapolation=self.extrapolation)
         except ValueError as error:
             raise ConfigError(f"method.{error}") from error
 

@@ -92,6 +92,8 @@ class Trainer:
         self._stop: int | None = None
         self._reported: set[int] = set()
         self._notes: list[str] = []
+        # For backbones with dropout or stochastic depth; everything else has generators of its own.
+        torch.manual_seed(config.seed)
         if resume is not None:
             self._load(resume)
 
@@ -111,15 +113,12 @@ class Trainer:
             self.reporter.note(note, "yellow")
         try:
             with self._stop_on_signals():
-                if self.step == 0:
-                    self._evaluate()
+                self._evaluate_if_due()
                 while self.step < self.steps and self._stop is None:
                     self._train_epoch(self.step // self.steps_per_epoch)
+                    # A run stopped right at the end of an epoch is evaluated there when it goes on.
                     if self._stop is None:
-                        if self._evaluation_is_due():
-                            self._evaluate()
-                        self._save()
-                if self._stop is not None:
+                        self._evaluate_if_due()
                     self._save()
         finally:
             self.reporter.close()
@@ -252,18 +251,17 @@ class Trainer:
                 "to choose from"
             )
 
-    def _evaluation_is_due(self) -> bool:
-        every = self.config.evaluation.every
-        if not every or self.evaluated_at == self.step:
-            return False
+    def _evaluate_if_due(self) -> None:
+        """Evaluate before the first step, every so many epochs, and at the end; never twice at one step."""
         epoch, rest = divmod(self.step, self.steps_per_epoch)
-        return self.step == self.steps or (rest == 0 and epoch % every == 0)
+        every = self.config.evaluation.every
+        due = self.step == self.steps or (rest == 0 and epoch % max(1, every) == 0)
+        if every and due and self.evaluated_at != self.step:
+            self._evaluate()
 
     def _evaluate(self) -> None:
         """The kNN accuracy of the query encoder's backbone on the held-out split, into the log."""
         evaluation = self.config.evaluation
-        if not evaluation.every:
-            return
         assert self.source.validation is not None
         bank, queries = (
             extract_features(
@@ -316,6 +314,9 @@ class Trainer:
         return save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.config.training.keep)
 
     def _load(self, resume: Path) -> None:
+        if resume.is_dir() and (resume / "config.yaml").exists() and not checkpoints_in(resume / "checkpoints"):
+            self._notes.append(f"{resume} holds no checkpoint yet: starting at the first step")
+            return
         state, path, problems = find_checkpoint(resume)
         self._notes += [f"{problem}; going on from an older one" for problem in problems]
         load_weights(self.method.module(), state["method"], path)

@@ -66,7 +66,8 @@ def draw_curves(
     for colour, family in zip(_COLOURS, FAMILIES, strict=False):
         curve(hardness, train, f"similarity/{family.name}", f"{family.number} {family.name}", colour)
     hardness.set_title("hardness: cosine to the query")
-    hardness.legend(fontsize=7, ncol=2)
+    if hardness.get_lines():
+        hardness.legend(fontsize=7, ncol=2)
 
     curve(speed, train, "images_per_second", "images per second", _COLOURS[0])
     speed.set_ylim(bottom=0)

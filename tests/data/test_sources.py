@@ -81,7 +81,7 @@ def test_idx(tmp_path):
 
 
 def test_idx_that_is_missing_broken_or_of_two_lengths(tmp_path):
-    with pytest.raises(DataError, match="found no train-images-idx3-ubyte.gz"):
+    with pytest.raises(DataError, match=r"found no train-images-idx3-ubyte\.gz"):
         open_source(f"idx:{tmp_path}")
     write_fashion(tmp_path, labels=5)
     with pytest.raises(DataError, match="found 6 train images and 5 labels"):
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_says_so(tmp_path, kind, monkeypatch):
         file.unlink()
     else:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    with pytest.raises(BrokenImageError, match="x.jpg") as caught:
+    with pytest.raises(BrokenImageError, match=r"x\.jpg") as caught:
         read_image(file)
     assert "\n" not in str(caught.value)
     if kind == "empty":

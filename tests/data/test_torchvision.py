@@ -24,7 +24,7 @@ def pipeline(split, **changes):
 
 
 def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip((one.first, one.second, one.images), (other.first, other.second, other.images), strict=True))  # fmt: skip
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("first", "second", "images"))
 
 
 def test_an_epoch_is_complete_and_of_equal_length(split):
@@ -162,7 +162,8 @@ def test_evaluation_leaves_out_what_is_broken(image_folder, split):
 def test_normalise():
     views = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     recipe = Recipe()
-    expected = (views.double() / 255 - torch.tensor(recipe.mean).double().view(3, 1, 1)) / torch.tensor(recipe.std).double().view(3, 1, 1)  # fmt: skip
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    expected = (views.double() / 255 - mean) / std
     assert torch.allclose(normalise(views, recipe).double(), expected, atol=1e-5)
     assert normalise(views, recipe, torch.channels_last).is_contiguous(memory_format=torch.channels_last)
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from synco_fast.training.schedule import learning_rate
@@ -8,7 +10,7 @@ def test_half_a_cosine():
     assert rates[0] == 2.0
     assert rates[50] == pytest.approx(1.0)
     assert rates[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates))
 
 
 def test_warm_up_rises_to_the_peak():
