@@ -48,26 +48,15 @@ def raw_pixels(options: argparse.Namespace) -> float:
     from torch import nn
 
     from synco_fast.data.sources import open_source
-    from synco_fast.evaluation.features import extract_features
-    from synco_fast.evaluation.knn import knn_accuracy
+    from synco_fast.evaluation.protocol import evaluate_backbone
     from synco_fast.presets import load_config
 
     config = load_config("fashion-mnist")
     plain = config.augment.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
-    source, evaluation = open_source(options.data), config.evaluation
-    assert source.validation is not None
-    bank, queries = (
-        extract_features(nn.Flatten(), split, plain, device=torch.device("cpu"), workers=0, limit=limit)
-        for split, limit in ((source.train, evaluation.train_images), (source.validation, evaluation.images))
-    )
-    return knn_accuracy(
-        bank.values,
-        bank.labels,
-        queries.values,
-        queries.labels,
-        neighbours=evaluation.neighbours,
-        temperature=evaluation.temperature,
-    )
+    source = open_source(options.data)
+    return evaluate_backbone(
+        nn.Flatten(), source, plain, config.evaluation, device=torch.device("cpu"), workers=0
+    ).accuracy
 
 
 def spread(values: list[float]) -> dict[str, float | list[float]]:
@@ -143,7 +132,8 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     jobs = [(method, seed) for seed, method in product(options.seeds, METHODS)]
     with ThreadPoolExecutor(options.parallel) as pool:
-        summaries = dict(zip(jobs, pool.map(lambda job: pretrain(*job, options.runs, options), jobs), strict=True))
+        found = pool.map(lambda job: pretrain(job[0], job[1], options.runs, options), jobs)
+        summaries = dict(zip(jobs, found, strict=True))
 
     from synco_fast.environment import describe_environment
     from synco_fast.presets import load_config

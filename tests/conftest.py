@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from synco_fast.config import Config, build_config
 
 matplotlib.use("Agg")
+# One test process a core (pytest-xdist), one thread a process, in the programs that tests start as well.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 TINY: dict[str, Any] = {
     "preset": "tiny",
@@ -58,8 +64,6 @@ def _images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def image_folder(_images: Path, tmp_path: Path) -> Path:
     """A copy of the small set, 33 training and 12 held-out images, that a test may damage."""
-    import shutil
-
     return Path(shutil.copytree(_images, tmp_path / "images"))
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from synco_fast.config import Config, build_config
 from synco_fast.data.sources import open_source
 from synco_fast.environment import describe_environment
-from synco_fast.errors import CheckpointError, DataError
-from synco_fast.evaluation.features import extract_features
-from synco_fast.evaluation.knn import knn_accuracy
+from synco_fast.errors import CheckpointError
+from synco_fast.evaluation.protocol import evaluate_backbone
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.encoder import Encoder
 from synco_fast.training.checkpoint import find_checkpoint, load_weights
@@ -49,31 +46,21 @@ def evaluate_knn(
     """
     encoder, config, file = load_encoder(path)
     device = resolve_device(config.training.device)
-    opened = open_source(source or config.data.source)
-    if opened.validation is None:
-        raise DataError(f"data: found no held-out split in {opened.spec}, allowed train/ and val/")
-    evaluation = config.evaluation
-    backbone = encoder.backbone.to(device)
-    bank, queries = (
-        extract_features(backbone, split, config.augment, device=device, workers=config.data.workers, limit=limit)
-        for split, limit in ((opened.train, evaluation.train_images), (opened.validation, evaluation.images))
+    given = {"neighbours": neighbours, "temperature": temperature}
+    evaluation = config.evaluation.model_copy(
+        update={name: value for name, value in given.items() if value is not None}
     )
-    k = evaluation.neighbours if neighbours is None else neighbours
-    accuracy = knn_accuracy(
-        bank.values,
-        bank.labels,
-        queries.values,
-        queries.labels,
-        neighbours=k,
-        temperature=evaluation.temperature if temperature is None else temperature,
+    opened = open_source(source or config.data.source)
+    result = evaluate_backbone(
+        encoder.backbone.to(device), opened, config.augment, evaluation, device=device, workers=config.data.workers
     )
     return {
         "checkpoint": str(file),
         "source": opened.spec,
-        "knn": accuracy,
-        "chance": 1 / int(torch.unique(bank.labels).numel()),
-        "neighbours": k,
-        "bank": len(bank.labels),
-        "queries": len(queries.labels),
+        "knn": result.accuracy,
+        "chance": result.chance,
+        "neighbours": evaluation.neighbours,
+        "bank": result.bank,
+        "queries": result.queries,
         "environment": describe_environment(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from synco_fast.errors import ConfigError
 
@@ -21,7 +21,7 @@ def knn_predict(
     Args:
         bank: Features with known labels, (n, F); normalised here.
         bank_labels: (n,) int64.
-        queries: Features to classify, (m, F).
+        queries: Features to classify, (m, F), on the device of the bank; taken a thousand at a time.
         classes: How many classes there are.
         neighbours: k, at most n.
         temperature: Of the votes.
@@ -40,8 +40,9 @@ def knn_predict(
     predictions = []
     for chunk in normalize(queries, dim=1).split(1024):
         similarity, nearest = (chunk @ bank.T).topk(neighbours, dim=1)
-        votes = one_hot(bank_labels[nearest], classes) * (similarity / temperature).exp()[..., None]
-        predictions.append(votes.sum(dim=1).argmax(dim=1))
+        votes = similarity.new_zeros(len(chunk), classes)
+        votes.scatter_add_(1, bank_labels[nearest], (similarity / temperature).exp())
+        predictions.append(votes.argmax(dim=1))
     return torch.cat(predictions)
 
 

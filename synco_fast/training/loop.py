@@ -17,12 +17,13 @@ from synco_fast.config import Config
 from synco_fast.data.pipeline import Batch, normalise
 from synco_fast.data.sources import Source, open_source
 from synco_fast.data.torchvision import TorchvisionPipeline
-from synco_fast.errors import ConfigError, DataError, DivergedError
-from synco_fast.evaluation.features import extract_features
-from synco_fast.evaluation.knn import knn_accuracy
+from synco_fast.errors import DivergedError
+from synco_fast.evaluation.protocol import evaluate_backbone
 from synco_fast.methods.base import Views
 from synco_fast.methods.build import build_method
+from synco_fast.training.broken import BrokenImages
 from synco_fast.training.checkpoint import checkpoints_in, find_checkpoint, load_weights, save_checkpoint
+from synco_fast.training.checks import check_evaluation
 from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
 from synco_fast.training.plots import draw_curves, draw_pairs
 from synco_fast.training.precision import Precision, memory_format, resolve_device
@@ -58,7 +59,7 @@ class Trainer:
         self.device = resolve_device(config.training.device)
         self.precision = Precision(config.training.precision, self.device)
         self.source: Source = open_source(config.data.source)
-        self._check_evaluation()
+        check_evaluation(config.evaluation, self.source)
         self.pipeline = TorchvisionPipeline(
             self.source.train,
             config.augment,
@@ -83,14 +84,13 @@ class Trainer:
             self.steps = min(self.steps, config.training.max_steps)
         self.step = 0
         self.evaluated_at = -1
-        self.broken: dict[int, str] = {}
+        self.broken = BrokenImages(len(self.source.train), config.data.max_broken, self._warn)
         self.means = RunningMeans()
         #: The first step whose loss was no number, on the device so that no step waits for it; -1 while there is none.
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.seconds = {"training": 0.0, "data": 0.0}
         self.images_timed = 0
         self._stop: int | None = None
-        self._reported: set[int] = set()
         self._notes: list[str] = []
         # For backbones with dropout or stochastic depth; everything else has generators of its own.
         torch.manual_seed(config.seed)
@@ -110,7 +110,7 @@ class Trainer:
         self.log = MetricLog(self.folder, self.step)
         self.reporter = Reporter(self.console, self.steps, self.step)
         for note in self._notes:
-            self.reporter.note(note, "yellow")
+            self._warn(note)
         try:
             with self._stop_on_signals():
                 self._evaluate_if_due()
@@ -138,7 +138,7 @@ class Trainer:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            self._note_broken(batch.broken)
+            self.broken.replaced(batch.broken)
             if not (self.folder / "plots" / "pairs.png").exists():
                 draw_pairs(batch, self.folder / "plots" / "pairs.png")
             self._train_step(batch, epoch)
@@ -180,6 +180,9 @@ class Trainer:
         self.means.add(output.metrics)
         self.step += 1
 
+    def _warn(self, line: str) -> None:
+        self.reporter.note(line, "yellow")
+
     # -- figures ------------------------------------------------------------------------------------------------
 
     def _write_figures(self, title: str, timed_from: float, waited: float, steps: int) -> None:
@@ -214,42 +217,7 @@ class Trainer:
             "try a lower optimizer.lr"
         )
 
-    def _note_broken(self, broken: dict[int, str]) -> None:
-        for index, reason in broken.items():
-            if index not in self.broken:
-                self.broken[index] = reason
-                self.reporter.note(f"broken image {len(self.broken)}, replaced by another: {reason}", "yellow")
-        share, allowed = len(self.broken) / len(self.source.train), self.config.data.max_broken
-        # One broken file must not end a run on a small set.
-        if len(self.broken) > max(1, allowed * len(self.source.train)):
-            raise DataError(
-                f"data: found {len(self.broken)} broken images, {share:.1%} of {len(self.source.train)}, allowed "
-                f"{allowed:.1%} (data.max_broken); the last: {next(reversed(self.broken.values()))}"
-            )
-
     # -- evaluation ---------------------------------------------------------------------------------------------
-
-    def _check_evaluation(self) -> None:
-        if not self.config.evaluation.every:
-            return
-        held_out = self.source.validation
-        if held_out is None:
-            raise DataError(
-                f"data: found no held-out split in {self.source.spec}, allowed train/ and val/ with one folder a "
-                "class; --evaluation.every 0 pretrains without kNN"
-            )
-        for split in (self.source.train, held_out):
-            if split.labels is None:
-                raise DataError(
-                    f"data: found no class folders beside {split.name(0)}, allowed one folder a class for kNN; "
-                    "--evaluation.every 0 pretrains without kNN"
-                )
-        bank = min(len(self.source.train), self.config.evaluation.train_images or len(self.source.train))
-        if self.config.evaluation.neighbours > bank:
-            raise ConfigError(
-                f"evaluation.neighbours: found {self.config.evaluation.neighbours}, allowed up to {bank}, the images "
-                "to choose from"
-            )
 
     def _evaluate_if_due(self) -> None:
         """Evaluate before the first step, every so many epochs, and at the end; never twice at one step."""
@@ -261,35 +229,18 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """The kNN accuracy of the query encoder's backbone on the held-out split, into the log."""
-        evaluation = self.config.evaluation
-        assert self.source.validation is not None
-        bank, queries = (
-            extract_features(
-                self.method.encoder.backbone,
-                split,
-                self.config.augment,
-                device=self.device,
-                batch=evaluation.batch,
-                workers=self.config.data.workers,
-                limit=limit,
-            )
-            for split, limit in (
-                (self.source.train, evaluation.train_images),
-                (self.source.validation, evaluation.images),
-            )
+        result = evaluate_backbone(
+            self.method.encoder.backbone,
+            self.source,
+            self.config.augment,
+            self.config.evaluation,
+            device=self.device,
+            workers=self.config.data.workers,
         )
-        accuracy = knn_accuracy(
-            bank.values,
-            bank.labels,
-            queries.values,
-            queries.labels,
-            neighbours=evaluation.neighbours,
-            temperature=evaluation.temperature,
-        )
-        self.evaluated_at = self.step
-        self.log.write("evaluation", self.step, {"epoch": self.step / self.steps_per_epoch, "knn": accuracy})
-        epochs = self.step / self.steps_per_epoch
-        self.reporter.note(f"epoch {epochs:g}: kNN {accuracy:.1%} on {len(queries.labels):,} held-out images")
+        self.broken.left_out(result.broken)
+        self.evaluated_at, epochs = self.step, self.step / self.steps_per_epoch
+        self.log.write("evaluation", self.step, {"epoch": epochs, "knn": result.accuracy})
+        self.reporter.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images")
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -307,7 +258,7 @@ class Trainer:
             "generators": generators,
             "means": self.means.state_dict(),
             "evaluated_at": self.evaluated_at,
-            "broken": self.broken,
+            "broken": self.broken.state_dict(),
             "seconds": self.seconds,
             "images_timed": self.images_timed,
         }
@@ -327,8 +278,8 @@ class Trainer:
             torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
         self.means.load_state_dict(state["means"])
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
-        self.broken, self.seconds = dict(state["broken"]), dict(state["seconds"])
-        self.images_timed = state["images_timed"]
+        self.broken.load_state_dict(state["broken"])
+        self.seconds, self.images_timed = dict(state["seconds"]), state["images_timed"]
         self._notes.append(f"resumed from {path} at step {self.step} of {self.steps}")
 
     # -- beginning and end --------------------------------------------------------------------------------------
