@@ -17,7 +17,7 @@ from synco_fast.config import Config
 from synco_fast.data.pipeline import Batch, normalise
 from synco_fast.data.sources import Source, open_source
 from synco_fast.data.torchvision import TorchvisionPipeline
-from synco_fast.errors import DivergedError
+from synco_fast.errors import CheckpointError, DivergedError
 from synco_fast.evaluation.protocol import evaluate_backbone
 from synco_fast.methods.base import Views
 from synco_fast.methods.build import build_method
@@ -109,6 +109,7 @@ class Trainer:
         describe_run(self.folder, self.config)
         self.log = MetricLog(self.folder, self.step)
         self.reporter = Reporter(self.console, self.steps, self.step)
+        self._settled_at = self.step + _SETTLING_STEPS
         for note in self._notes:
             self._warn(note)
         try:
@@ -130,7 +131,6 @@ class Trainer:
         start = self.step - epoch * self.steps_per_epoch
         self.pipeline.set_epoch(epoch, start)
         self.method.train()
-        settling = self.step + _SETTLING_STEPS
         timed_from, waited, timed_steps = time.perf_counter(), 0.0, 0
         title = f"epoch {epoch + 1}/{self.config.training.epochs}"
         batches = iter(self.pipeline)
@@ -143,7 +143,7 @@ class Trainer:
                 draw_pairs(batch, self.folder / "plots" / "pairs.png")
             self._train_step(batch, epoch)
             timed_steps += 1
-            if self.step <= settling:
+            if self.step <= self._settled_at:
                 timed_from, waited, timed_steps = time.perf_counter(), 0.0, 0
             self.reporter.step(self.step, title)
             log_due = self.step % self.config.training.log_every == 0 or self.step == self.steps
@@ -154,7 +154,9 @@ class Trainer:
                 timed_from, waited, timed_steps = time.perf_counter(), 0.0, 0
             every = self.config.training.checkpoint_every
             if every and self.step % every == 0:
+                paused = time.perf_counter()
                 self._save()
+                timed_from += time.perf_counter() - paused
         self._count_time(timed_from, waited, timed_steps)
 
     def _train_step(self, batch: Batch, epoch: int) -> None:
@@ -257,6 +259,7 @@ class Trainer:
             "precision": self.precision.state_dict(),
             "generators": generators,
             "means": self.means.state_dict(),
+            "steps_per_epoch": self.steps_per_epoch,
             "evaluated_at": self.evaluated_at,
             "broken": self.broken.state_dict(),
             "seconds": self.seconds,
@@ -271,6 +274,11 @@ class Trainer:
         state, path, problems = find_checkpoint(resume)
         self._notes += [f"{problem}; going on from an older one" for problem in problems]
         load_weights(self.method.module(), state["method"], path)
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise CheckpointError(
+                f"{path}: found {state['steps_per_epoch']} steps an epoch, allowed {self.steps_per_epoch}: a run goes on "
+                "with the batch and the number of images that it began with"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.load_state_dict(state["precision"])
         torch.set_rng_state(state["generators"]["cpu"])

@@ -220,6 +220,8 @@ def test_another_architecture_on_resume(tiny, tmp_path):
     for change in ({"model.dim": 8}, {"model.hidden": 5}, {"method.queue": 64}):
         with pytest.raises(CheckpointError, match="another architecture"):
             Trainer(tiny(change), tmp_path / "run", resume=tmp_path / "run")
+    with pytest.raises(CheckpointError, match="found 4 steps an epoch, allowed 2"):
+        Trainer(tiny({"training.batch": 16}), tmp_path / "run", resume=tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
