@@ -276,8 +276,8 @@ class Trainer:
         load_weights(self.method.module(), state["method"], path)
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
-                f"{path}: found {state['steps_per_epoch']} steps an epoch, allowed {self.steps_per_epoch}: a run goes on "
-                "with the batch and the number of images that it began with"
+                f"{path}: found {state['steps_per_epoch']} steps an epoch, allowed {self.steps_per_epoch}: a run goes "
+                "on with the batch and the number of images that it began with"
             )
         self.optimizer.load_state_dict(state["optimizer"])
         self.precision.load_state_dict(state["precision"])
