@@ -40,7 +40,7 @@ def stride_and_rank(length: int, hard: int) -> tuple[int, int] | None:
     Returns:
         Stride and rank (counted from 1), or None where the sample could not exclude at least a quarter of the queue.
     """
-    stride = max(1, length // SAMPLE)
+    stride = math.ceil(length / SAMPLE)
     sample = math.ceil(length / stride)
     expected = hard * sample / length
     rank = math.ceil(expected + 6 * math.sqrt(expected) + 4)
