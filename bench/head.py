@@ -106,12 +106,14 @@ def _peak(device: str, *, reset: bool = False) -> int:
         if reset:
             torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux" and reset:
+    linux = platform.system() == "Linux"
+    if linux and reset:
         # Linux lets a process lower its own high-water mark to what it holds now.
         Path("/proc/self/clear_refs").write_text("5")
-    if sys.platform == "linux":
+    if linux:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) << 10
+    # In bytes on macOS, the other system that PyTorch is built for with this module.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
