@@ -2,6 +2,7 @@
 
 from synco_fast.kernels.contrast import Contrast, Statistics
 from synco_fast.kernels.draws import Draw, draw
+from synco_fast.kernels.momentum import momentum_update
 from synco_fast.kernels.negatives import FAMILIES, Family, Negatives
 from synco_fast.kernels.ops import Backend, synthetic_contrast
 
@@ -14,5 +15,6 @@ __all__ = [
     "Negatives",
     "Statistics",
     "draw",
+    "momentum_update",
     "synthetic_contrast",
 ]

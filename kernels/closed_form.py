@@ -32,8 +32,8 @@ _ROWS = 256
 #: Bytes of one block of similarities; it should stay in a core's cache.
 _BLOCK = 2 << 20
 #: Bytes of one block of vectors, and of whole rows of similarities.
-_VECTORS = 8 << 20
-_WHOLE = 32 << 20
+_VECTORS = 4 << 20
+_WHOLE = 16 << 20
 
 
 class Outputs(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Literal, cast, get_args
 
 import torch
@@ -15,7 +17,7 @@ from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 
 __all__ = ["Backend", "synthetic_contrast"]
 
-Backend = Literal["auto", "reference", "closed_form"]
+Backend = Literal["auto", "reference", "closed_form", "triton"]
 
 
 def synthetic_contrast(
@@ -54,8 +56,10 @@ def synthetic_contrast(
         image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
             same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
-        backend: ``"auto"`` takes the fastest that serves the arguments; ``"closed_form"`` runs anywhere, in blocks and
-            without synthetic vectors; ``"reference"`` is the plain form, differentiable as often as wanted.
+        backend: ``"auto"`` takes the fastest that serves the arguments: the kernels on CUDA devices, the closed form on
+            others. ``"triton"`` asks for the kernels; what they do not serve goes to the closed form, with a warning
+            once. ``"closed_form"`` runs anywhere, in blocks. ``"reference"`` is the plain form, differentiable as
+            often as wanted.
 
     Returns:
         The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.
@@ -143,6 +147,27 @@ def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: st
     )
 
 
+def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Callable[..., closed_form.Outputs]:
+    """The form that computes, decided where the tensors are real, so that tracing never meets it."""
+    if backend == "closed_form" or (backend == "auto" and not q.is_cuda):
+        return closed_form.contrast_and_gradient
+    try:
+        from synco_fast.kernels import triton
+    except ImportError as error:
+        _note(f"Triton cannot be imported ({error})")
+        return closed_form.contrast_and_gradient
+    if reason := triton.unserved(q, queue, temperature):
+        _note(reason)
+        return closed_form.contrast_and_gradient
+    return triton.contrast_and_gradient
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    """Say once why the kernels are not used."""
+    warnings.warn(f"the closed form computes the head: {reason}", stacklevel=2)
+
+
 @torch.library.custom_op("synco_fast::contrast", mutates_args=())
 def _contrast(
     q: Tensor,
@@ -161,8 +186,9 @@ def _contrast(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`closed_form.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
+    head = _choose(backend, q, queue, temperature)
     with torch.autocast(q.device.type, enabled=False):
-        outputs = closed_form.contrast_and_gradient(
+        outputs = head(
             q,
             k,
             queue,

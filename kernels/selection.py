@@ -19,8 +19,8 @@ __all__ = ["SAMPLE", "Candidates", "select_whole_rows", "stride_and_rank"]
 #: How many queue keys the threshold is estimated from, at most.
 SAMPLE = 4096
 
-#: A row that kept more than this many times what was expected is selected again from its whole row.
-_EXCESS = 4
+#: A row that met more than this many times the keys that were expected is selected again from its whole row.
+_EXCESS = 2
 
 #: Similarities of R rows to the keys [start, stop) of the queue, (R, stop - start), -inf where a mask forbids the key.
 Similarities = Callable[[Tensor, int, int], Tensor]
@@ -40,7 +40,7 @@ def stride_and_rank(length: int, hard: int) -> tuple[int, int] | None:
     Returns:
         Stride and rank (counted from 1), or None where the sample could not exclude at least a quarter of the queue.
     """
-    stride = max(1, length // SAMPLE)
+    stride = math.ceil(length / SAMPLE)
     sample = math.ceil(length / stride)
     expected = hard * sample / length
     rank = math.ceil(expected + 6 * math.sqrt(expected) + 4)
@@ -58,11 +58,10 @@ class Candidates:
             expected: How many keys a row is likely to keep.
         """
         self._threshold = threshold
-        self._limit = _EXCESS * expected
+        self._limit = int(_EXCESS * expected)
         self._count = torch.zeros(len(threshold), dtype=torch.int64)
-        self._rows: list[Tensor] = []
-        self._values: list[Tensor] = []
-        self._indices: list[Tensor] = []
+        self._values = threshold.new_full((len(threshold), self._limit), -torch.inf)
+        self._indices = torch.zeros(len(threshold), self._limit, dtype=torch.int32)
 
     def add(self, similarity: Tensor, start: int) -> None:
         """Keep what is above the threshold among keys ``start``, ``start + 1``, ... of the queue.
@@ -72,14 +71,17 @@ class Candidates:
             start: Queue index of the first column; calls come in ascending order.
         """
         kept = torch.le(similarity, self._threshold).logical_not_()
-        if (full := self._count > self._limit).any():
-            kept &= ~full[:, None]
         flat = kept.view(-1).nonzero().squeeze(1)
         rows = flat // similarity.shape[1]
-        self._rows.append(rows.to(torch.int32))
-        self._values.append(similarity.view(-1).index_select(0, flat))
-        self._indices.append((flat - rows * similarity.shape[1] + start).to(torch.int32))
-        self._count += torch.bincount(rows, minlength=len(self._count))
+        found = torch.bincount(rows, minlength=len(self._count))
+        # Row by row and ascending within each: a key's place is what the row had and how many came before it here.
+        place = torch.arange(len(flat)) + (self._count - (found.cumsum(0) - found))[rows]
+        self._count += found
+        if (self._count > self._limit).any():
+            fits = place < self._limit
+            flat, rows, place = flat[fits], rows[fits], place[fits]
+        self._values[rows, place] = similarity.view(-1).index_select(0, flat)
+        self._indices[rows, place] = (flat - rows * similarity.shape[1] + start).to(torch.int32)
 
     def select(self, hard: int, needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The exact N largest of each row where what was kept holds them.
@@ -92,19 +94,11 @@ class Candidates:
             Similarities (R, N) and queue indices (R, N) int64 in the documented order, -inf and 0 beyond what a row
             has; and the rows, (R,) bool, whose result does not count because too few or too many keys were kept.
         """
-        rows = torch.cat(self._rows).to(torch.int64)
         failed = (self._count < needed) | (self._count > self._limit)
-        # Blocks come one after another, rows within a block: a stable sort by row leaves the indices ascending.
-        rows, order = rows.sort(stable=True)
-        begin = self._count.cumsum(0) - self._count
-        column = torch.arange(len(rows)) - begin[rows]
-        width = max(hard, int(self._count.max()))
-        values = self._threshold.new_full((len(failed), width), -torch.inf)
-        indices = torch.zeros(len(failed), width, dtype=torch.int64)
-        values[rows, column] = torch.cat(self._values)[order]
-        indices[rows, column] = torch.cat(self._indices)[order].to(torch.int64)
-        values, order = values.sort(dim=1, descending=True, stable=True)
-        return values[:, :hard], indices.gather(1, order[:, :hard]), failed
+        width = min(self._limit, max(hard, int(self._count.max())))
+        # The indices ascend within a row, so a stable sort leaves ties in their order.
+        values, order = self._values[:, :width].sort(dim=1, descending=True, stable=True)
+        return values[:, :hard], self._indices.to(torch.int64).gather(1, order[:, :hard]), failed
 
 
 def select_whole_rows(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -151,3 +153,30 @@ def test_compiles_whole_with_inductor(make):
         found, expected = compiled(q, number), step(q, number)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found, q), torch.autograd.grad(expected, q))
+
+
+def test_kernels_hand_over_with_one_note(make):
+    inputs = make(5, 200, 16)
+    ops._note.cache_clear()
+    with pytest.warns(UserWarning, match="the closed form computes the head: q is on cpu; the kernels run on CUDA"):
+        found = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend="triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend="triton")
+        expected = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend="closed_form")
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(again.loss, expected.loss)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "temperature", "reason"),
+    [
+        (torch.float64, 16, 0.2, "q has dtype torch.float64"),
+        (torch.float32, 528, 0.2, "q has 528 columns"),
+        (torch.float32, 16, 0.02, "temperature is 0.02"),
+    ],
+)
+def test_what_the_kernels_do_not_serve(make, dtype, dim, temperature, reason):
+    unserved = pytest.importorskip("synco_fast.kernels.triton").unserved
+    inputs = make(5, 200, dim, dtype)
+    assert unserved(inputs.q, inputs.queue, temperature).startswith(reason)

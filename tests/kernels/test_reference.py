@@ -198,7 +198,7 @@ IDS = {"image_ids": torch.arange(3), "queue_ids": torch.arange(12)}
         ({"image_ids": torch.arange(3)}, ValueError, "queue_ids: found None, allowed a tensor where its counterpart"),
         (IDS | {"image_ids": torch.ones(3)}, TypeError, "image_ids: found torch.float32 on cpu, allowed int64 on cpu"),
         (IDS | {"queue_ids": torch.arange(3)}, ValueError, r"queue_ids: found shape \(3,\), allowed \(12,\)"),
-        ({"backend": "fast"}, ValueError, "backend: found 'fast', allowed auto, reference, closed_form"),
+        ({"backend": "fast"}, ValueError, "backend: found 'fast', allowed auto, reference, closed_form, triton"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(changes, error, line):

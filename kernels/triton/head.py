@@ -1,0 +1,300 @@
+"""The launcher: which arguments the kernels serve, what room they need, and the launches in order.
+
+Everything here is decided by shapes, dtypes and the description of the negatives, never by values on the device: no
+wait for the host, so a CUDA graph can hold the whole head, and the same inputs always take the same way.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from synco_fast.kernels.closed_form import Outputs
+from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.selection import SAMPLE, stride_and_rank
+from synco_fast.kernels.triton.finish import finish
+from synco_fast.kernels.triton.mix import mix
+from synco_fast.kernels.triton.plan import (
+    TILE,
+    capacity_of,
+    classes,
+    form_of,
+    splits_of,
+    table,
+    unserved,
+    warps,
+)
+from synco_fast.kernels.triton.scan import scan
+from synco_fast.kernels.triton.select import collect, order, score
+from synco_fast.kernels.triton.threshold import rank, sample
+from synco_fast.kernels.triton.whole import whole
+
+__all__ = ["contrast_and_gradient", "unserved"]
+
+#: Rows handled by one series of launches: it bounds the room that grows with B.
+_ROWS = 1024
+#: Programs that share a row's synthetic negatives.
+PARTS = 8
+#: Bytes for whole rows of packed similarities on the slow path, where a row does not need more.
+_ROOM = 8 << 20
+
+
+def contrast_and_gradient(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    negatives: Negatives,
+    *,
+    temperature: float,
+    seed: int,
+    step: int | Tensor,
+    first_row: int = 0,
+    image_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+) -> Outputs:
+    """The head and its gradient on checked arguments for which `unserved` gives None.
+
+    Args:
+        q, k, queue, negatives, temperature, seed, step, first_row, image_ids, queue_ids: As
+            `synco_fast.kernels.synthetic_contrast` describes them.
+
+    Returns:
+        `Outputs`, in float32.
+    """
+    # Unlike dtypes meet in float32; the copy costs less than products of unlike tiles.
+    dtype = torch.promote_types(q.dtype, queue.dtype)
+    q, k, queue = (tensor.to(dtype).contiguous() for tensor in (q, k, queue))
+    image_ids = None if image_ids is None else image_ids.contiguous()
+    queue_ids = None if queue_ids is None else queue_ids.contiguous()
+    rows, dim = q.shape
+    device = q.device
+    outputs = Outputs(
+        loss=empty(rows, device=device),
+        gradient=empty(rows, dim, device=device),
+        positive=empty(rows, device=device),
+        hard=empty(rows, device=device),
+        synthetic=empty(rows, 6, device=device),
+        rank=empty(rows, dtype=torch.int64, device=device),
+        queue_rank=empty(rows, dtype=torch.int64, device=device),
+    )
+    for begin in range(0, rows, _ROWS):
+        some = slice(begin, begin + _ROWS)
+        ids = None if image_ids is None else image_ids[some]
+        part = Outputs(*(output[some] for output in outputs))
+        _launch(q[some], k[some], queue, negatives, temperature, seed, step, first_row + begin, ids, queue_ids, part)
+    return outputs
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
+    """Memory that a kernel fills; tests put poison here."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    negatives: Negatives,
+    temperature: float,
+    seed: int,
+    step: int | Tensor,
+    first_row: int,
+    image_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    outputs: Outputs,
+) -> None:
+    """The kernels, one after another, for up to `_ROWS` rows."""
+    (rows, dim), length, hard, device = q.shape, len(queue), negatives.hard, q.device
+    images = queue_images = available = None
+    if masked := image_ids is not None:
+        assert queue_ids is not None
+        images, queue_images, available = classes(image_ids, queue_ids)
+    wide = triton.next_power_of_2(max(dim, TILE))
+    scale = math.log2(math.e) / temperature
+    form = form_of(q.dtype, dim)
+    common = {"D": dim, "PIECE": form.piece, "DOT": form.dot, "PRECISION": form.precision}
+    common |= {"MASKED": masked, "ROWS": TILE, "KEYS": form.keys}
+
+    # Step one. Without an estimate the sample still gives the shift.
+    sampling = stride_and_rank(length, hard) if hard else None
+    capacity = capacity_of(*sampling) if sampling else None
+    estimate = capacity is not None
+    stride, wanted = sampling or (triton.cdiv(length, SAMPLE), 0)
+    size = triton.cdiv(length, stride)
+    similarities = empty(rows, max(size, capacity or 0), device=device)
+    threshold, shift = empty(rows, device=device), empty(rows, device=device)
+    grid = (triton.cdiv(rows, TILE), triton.cdiv(size, form.keys))
+    sample[grid](
+        q,
+        queue,
+        images,
+        queue_images,
+        similarities,
+        rows,
+        size,
+        stride,
+        **common,
+        num_warps=8,
+    )
+    width = triton.next_power_of_2(size)
+    dims = {"D": dim, "DIM": wide}
+    rank[(rows,)](
+        q, k, similarities, threshold, outputs.positive, shift, size, wanted, **dims, WIDTH=width, ESTIMATE=estimate
+    )
+
+    # Step two.
+    splits = splits_of(rows, length, device)
+    tiles = triton.cdiv(triton.cdiv(length, form.keys), splits)
+    splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
+    words = triton.cdiv(length, TILE) * TILE // 32
+    marks = empty(rows, words, dtype=torch.int32, device=device) if estimate else None
+    scan_sum = empty(splits, rows, device=device)
+    scan_total = empty(splits, rows, dim, device=device)
+    scan_rank = empty(splits, rows, dtype=torch.int32, device=device)
+    scan[(triton.cdiv(rows, TILE), splits, triton.cdiv(dim, form.chunk))](
+        q,
+        queue,
+        images,
+        queue_images,
+        threshold,
+        outputs.positive,
+        shift,
+        marks,
+        scan_sum,
+        scan_total,
+        scan_rank,
+        rows,
+        length,
+        words,
+        tiles,
+        scale,
+        **common,
+        CHUNK=form.chunk,
+        WEIGHT=form.weight,
+        WEIGHT_PRECISION=form.weight_precision,
+        MARK=estimate,
+        num_warps=form.warps,
+        num_stages=form.stages,
+    )
+
+    # Step three. The similarities of the sample are no longer needed: the candidates' take their room.
+    hard_index = empty(rows, hard, dtype=torch.int32, device=device)
+    hard_similarity = empty(rows, hard, device=device)
+    if hard:
+        if capacity is not None:
+            index = empty(rows, capacity, dtype=torch.int32, device=device)
+            count = empty(rows, dtype=torch.int32, device=device)
+            flag = empty(rows, dtype=torch.int32, device=device)
+            collect[(rows,)](marks, index, count, words, CAPACITY=capacity, BITS=4096, num_warps=8)
+            score[(rows, triton.cdiv(capacity, TILE))](
+                q, queue, index, count, similarities, **dims, CAPACITY=capacity, KEYS=TILE, num_warps=warps(wide)
+            )
+            order[(rows,)](
+                index,
+                count,
+                similarities,
+                threshold,
+                shift,
+                available,
+                hard_index,
+                hard_similarity,
+                flag,
+                length,
+                hard,
+                CAPACITY=capacity,
+                MASKED=masked,
+                num_warps=8,
+            )
+        else:
+            flag = torch.ones(rows, dtype=torch.int32, device=device)
+        padded = triton.next_power_of_2(length)
+        rooms = min(rows, 64, max(1, _ROOM // (8 * padded)))
+        whole[(rooms,)](
+            q,
+            queue,
+            images,
+            queue_images,
+            flag,
+            empty(rooms, padded, dtype=torch.int64, device=device),
+            hard_index,
+            hard_similarity,
+            rows,
+            length,
+            hard,
+            padded,
+            **dims,
+            MASKED=masked,
+            KEYS=4096 // wide,
+            BLOCK=1024,
+            num_warps=8,
+        )
+
+    # Step four.
+    parts = PARTS if negatives.synthetic else 0
+    mix_sum = empty(rows, parts, device=device)
+    mix_total = empty(rows, parts, dim, device=device)
+    mix_rank = empty(rows, parts, dtype=torch.int32, device=device)
+    mix_mean = empty(rows, parts, 2, 8, device=device)
+    if parts:
+        on_device = isinstance(step, Tensor)
+        mix[(rows, parts)](
+            q,
+            queue,
+            hard_index,
+            outputs.positive,
+            shift,
+            available,
+            step if on_device else None,
+            mix_sum,
+            mix_total,
+            mix_rank,
+            mix_mean,
+            length,
+            hard,
+            scale,
+            seed,
+            0 if on_device else step,
+            first_row,
+            TABLE=table(negatives),
+            **dims,
+            SLOTS=4096 // wide if wide <= 256 else 2,
+            PARTS=parts,
+            MASKED=masked,
+            STEP_ON_DEVICE=on_device,
+            num_warps=4,
+        )
+
+    # Step five.
+    finish[(rows,)](
+        k,
+        outputs.positive,
+        shift,
+        scan_sum,
+        scan_total,
+        scan_rank,
+        mix_sum,
+        mix_total,
+        mix_rank,
+        mix_mean,
+        hard_similarity,
+        outputs.loss,
+        outputs.gradient,
+        outputs.hard,
+        outputs.synthetic,
+        outputs.rank,
+        outputs.queue_rank,
+        rows,
+        hard,
+        temperature,
+        **dims,
+        SPLITS=splits,
+        PARTS=parts,
+        HARD=hard > 0,
+        BLOCK=1024,
+        num_warps=4,
+    )

@@ -1,0 +1,120 @@
+"""Step one: a threshold for each query that somewhat more than N similarities of the queue exceed.
+
+`sample` multiplies the queries with a sample of the queue (at a stride, since the queue is ordered by time). `rank`
+takes the sample's r-th largest similarity t by bisecting the order-preserving integers of the float32 numbers, and with
+it two numbers that every later step uses: the positive similarity q.k, and the shift
+
+    m = max(q.k, largest of the sample)
+
+of the exponent. All sums are of exp((s - m) / T), which for unit rows and T >= 0.03 can neither overflow nor vanish,
+so no later step has to rescale.
+"""
+
+# mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["product", "rank", "sample"]
+
+
+@triton.jit
+def product(
+    p_q,
+    p_keys,
+    o_row,
+    o_key,
+    m_row,
+    m_key,
+    D: tl.constexpr,
+    PIECE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Similarities of a block of queries to a block of keys in float32, a chunk of the dimension at a time."""
+    b_similarity = tl.zeros([o_row.shape[0], o_key.shape[0]], tl.float32)
+    # Not unrolled and not pipelined: wide rows would need more shared memory and registers than there are.
+    for begin in tl.range(0, D, PIECE, num_stages=1):
+        o_dim = begin + tl.arange(0, PIECE)
+        m_dim = o_dim < D
+        q = tl.load(p_q + o_row[:, None] * D + o_dim[None, :], m_row[:, None] & m_dim[None, :], 0).to(DOT)
+        n = tl.load(p_keys + o_key[:, None].to(tl.int64) * D + o_dim[None, :], m_key[:, None] & m_dim[None, :], 0)
+        b_similarity = tl.dot(q, tl.trans(n.to(DOT)), b_similarity, input_precision=PRECISION)
+    return b_similarity
+
+
+@triton.jit
+def sample(
+    p_q,
+    p_queue,
+    p_image,
+    p_queue_image,
+    p_sample,
+    B,
+    SAMPLE,
+    stride,
+    D: tl.constexpr,
+    PIECE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Grid (row blocks, key blocks). Writes similarities to the sampled keys, (B, SAMPLE), -inf where masked."""
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_sample = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    m_row, m_sample = o_row < B, o_sample < SAMPLE
+    o_key = o_sample * stride
+    b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_sample, D, PIECE, DOT, PRECISION)
+    m_both = m_row[:, None] & m_sample[None, :]
+    if MASKED:
+        image = tl.load(p_image + o_row, m_row, 0)
+        queue_image = tl.load(p_queue_image + o_key, m_sample, -1)
+        b_similarity = tl.where(image[:, None] == queue_image[None, :], float("-inf"), b_similarity)
+    tl.store(p_sample + o_row[:, None].to(tl.int64) * SAMPLE + o_sample[None, :], b_similarity, m_both)
+
+
+@triton.jit
+def rank(
+    p_q,
+    p_k,
+    p_sample,
+    p_threshold,
+    p_positive,
+    p_shift,
+    SAMPLE,
+    wanted,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ESTIMATE: tl.constexpr,
+):
+    """Grid (B,). Writes t, q.k and m of each row; t is +inf, which no key exceeds, where there is no estimate."""
+    row = tl.program_id(0)
+    o_dim = tl.arange(0, DIM)
+    m_dim = o_dim < D
+    q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
+    k = tl.load(p_k + row * D + o_dim, m_dim, 0).to(tl.float32)
+    positive = tl.sum(q * k)
+
+    o_sample = tl.arange(0, WIDTH)
+    b_sample = tl.load(p_sample + row.to(tl.int64) * SAMPLE + o_sample, o_sample < SAMPLE, float("-inf"))
+    threshold = tl.full([], float("inf"), tl.float32)
+    if ESTIMATE:
+        bits = b_sample.to(tl.int32, bitcast=True)
+        b_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        # The largest integer that at least `wanted` numbers reach; int64, so that the middle cannot overflow.
+        low, high = tl.full([], -(2**31), tl.int64), tl.full([], 2**31 - 1, tl.int64)
+        for _ in range(32):
+            middle = (low + high + 1) >> 1
+            enough = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32)) >= wanted
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle - 1)
+        found = low.to(tl.int32)
+        threshold = (found ^ ((found >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    tl.store(p_threshold + row, threshold)
+    tl.store(p_positive + row, positive)
+    tl.store(p_shift + row, tl.maximum(positive, tl.max(b_sample, axis=0)))

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from synco_fast.kernels import draws
+from synco_fast.kernels.triton.philox import normal, philox
+
+
+@triton.jit
+def _draw(p_words, p_normal, seed, step, row, N: tl.constexpr):
+    slot = tl.arange(0, N).to(tl.uint32)
+    zero = slot * 0
+    k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
+    w0, w1, w2, w3 = philox(zero + row.to(tl.uint32), slot, zero + 4, zero + 9, k0, k1)
+    e0, e1, e2, e3 = normal(w0, w1, w2, w3)
+    o = tl.arange(0, N)
+    tl.store(p_words + o * 4, w0.to(tl.int64))
+    tl.store(p_words + o * 4 + 1, w1.to(tl.int64))
+    tl.store(p_words + o * 4 + 2, w2.to(tl.int64))
+    tl.store(p_words + o * 4 + 3, w3.to(tl.int64))
+    tl.store(p_normal + o * 4, e0)
+    tl.store(p_normal + o * 4 + 1, e1)
+    tl.store(p_normal + o * 4 + 2, e2)
+    tl.store(p_normal + o * 4 + 3, e3)
+
+
+def test_words_are_equal_and_normal_numbers_nearly():
+    for seed, step, row in ((0, 0, 0), (1, 2, 3), (2**32 - 1, 2**31 + 5, 2**32 - 1)):
+        words, numbers = torch.zeros(256, 4, dtype=torch.int64), torch.zeros(256, 4)
+        _draw[(1,)](words, numbers, seed, step, row, N=256)
+        expected = draws.philox((row, torch.arange(256), 4, 9), (seed, step))
+        assert torch.equal(words, torch.stack(expected, dim=1))
+        exact = draws.normal(expected, torch.float64)
+        torch.testing.assert_close(numbers.double(), exact, rtol=1e-6, atol=2e-6)

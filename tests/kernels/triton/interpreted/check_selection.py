@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synco_fast.kernels import Negatives
+from synco_fast.kernels.reference import hard_negatives
+from synco_fast.kernels.triton import head
+
+K = 600
+
+
+def chosen(monkeypatch, inputs, hard: int):
+    """Q^N as the kernels find it, and how many rows took the slow path."""
+    seen, slow = {}, []
+
+    class Watch:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                slow.append(int(arguments[4].sum()))
+                self.kernel[grid](*arguments, **options)
+                seen["index"], seen["value"] = arguments[6].long(), arguments[7]
+
+            return launch
+
+    original = head.whole
+    monkeypatch.setattr(head, "whole", Watch(original))
+    head.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1)
+    monkeypatch.setattr(head, "whole", original)
+    return seen["value"], seen["index"], slow[0]
+
+
+def flip(inputs, remainder):
+    """Every second key as far away as can be: a sample at a stride of 2 sees either only these or none of them."""
+    far = torch.arange(K)[:, None] % 2 == remainder
+    return inputs._replace(queue=torch.where(far, -inputs.q[:1], inputs.queue))
+
+
+WORST = {
+    "ordinary": lambda inputs: inputs,
+    "all equal": lambda inputs: inputs._replace(queue=inputs.queue[:1].expand(K, -1).contiguous()),
+    "two values": lambda inputs: inputs._replace(queue=inputs.queue[:2].repeat(K // 2, 1)),
+    "all hard ones in one split": lambda inputs: inputs._replace(
+        queue=torch.cat((inputs.queue[:500] * 0, inputs.queue[:100]))
+    ),
+    "sample sees only the hard": lambda inputs: flip(inputs, 1),
+    "sample sees only the easy": lambda inputs: flip(inputs, 0),
+    "zero rows": lambda inputs: inputs._replace(queue=inputs.queue * (torch.arange(K)[:, None] % 97 == 0)),
+}
+
+
+@pytest.mark.parametrize("hard", [1, 63, K])
+@pytest.mark.parametrize("case", WORST)
+def test_selection_is_exact(make, monkeypatch, case, hard):
+    from synco_fast.kernels import selection
+
+    monkeypatch.setattr(selection, "SAMPLE", 300)
+    inputs = WORST[case](make(2, K, 16))
+    values, index, slow = chosen(monkeypatch, inputs, hard)
+    expected, order = hard_negatives(inputs.q @ inputs.queue.T, hard)
+    assert torch.equal(values, expected)
+    assert torch.equal(index, order)
+    if hard == K or case == "all equal":
+        assert slow == 2
+    if case == "ordinary" and hard < K:
+        assert slow == 0
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_ties_at_the_boundary(make, monkeypatch, shift):
+    # 40 keys are equal, and N cuts through them, ends with them, or takes one more.
+    inputs = make(1, K, 16)
+    similarity = (inputs.q @ inputs.queue.T)[0]
+    order = similarity.argsort(descending=True, stable=True)
+    inputs.queue[order[20:60]] = inputs.queue[order[20]].clone()
+    values, index, _ = chosen(monkeypatch, inputs, 60 + shift)
+    expected, exact = hard_negatives(inputs.q @ inputs.queue.T, 60 + shift)
+    assert torch.equal(index, exact)
+    assert torch.equal(values, expected)
+
+
+def test_more_candidates_than_room(make, monkeypatch):
+    inputs = make(2, K, 16)
+    monkeypatch.setattr(head, "capacity_of", lambda stride, wanted: 64)
+    _, index, slow = chosen(monkeypatch, inputs, 63)
+    assert slow == 2
+    assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
+
+
+def test_a_threshold_too_close_to_the_last_is_not_trusted(make, monkeypatch):
+    # The 64th largest is the threshold and one step of rounding below the 63rd: the mark is not to be relied on.
+    inputs = make(1, K, 16)
+    inputs.q[0, 0] = 1 / 128
+    order = (inputs.q @ inputs.queue.T)[0].argsort(descending=True, stable=True)
+    inputs.queue[order[63]] = inputs.queue[order[62]].clone()
+    inputs.queue[order[63], 0] -= 1 / 128
+    monkeypatch.setattr(head, "stride_and_rank", lambda length, hard: (1, 64))
+    _, index, slow = chosen(monkeypatch, inputs, 63)
+    assert slow == 1
+    assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
