@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from synco_fast.bench.baselines import released_form
+from synco_fast.environment import describe_environment
 from synco_fast.kernels import Negatives, synthetic_contrast
 
-__all__ = ["BACKENDS", "environment", "main", "measure", "sweep"]
+__all__ = ["BACKENDS", "main", "measure", "sweep"]
 
 BACKENDS = ("released", "reference", "closed_form", "triton")
 _MIB = 1 << 20
@@ -117,23 +118,6 @@ def _peak(device: str, *, reset: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def environment() -> dict[str, Any]:
-    """Device, versions, commit and load: what a figure means nothing without."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    load = Path("/proc/loadavg")
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "load_average": load.read_text().split()[:3] if load.exists() else None,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
 def sweep(backends: tuple[str, ...], *, threads: int, **arguments: Any) -> dict[str, Any]:
     """`measure` for several back ends, each in a process of its own; the environment beside it."""
     results = []
@@ -144,7 +128,9 @@ def sweep(backends: tuple[str, ...], *, threads: int, **arguments: Any) -> dict[
         if done.returncode:
             raise RuntimeError(f"{backend}: {done.stderr.strip().splitlines()[-1]}")
         results.append(json.loads(done.stdout))
-    return {"environment": environment() | {"threads": threads}, "results": results}
+    load = Path("/proc/loadavg")
+    about: dict[str, Any] = {"load_average": load.read_text().split()[:3] if load.exists() else None}
+    return {"environment": {**describe_environment(), "threads": threads, **about}, "results": results}
 
 
 def main(arguments: list[str] | None = None) -> int:

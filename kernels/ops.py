@@ -56,10 +56,10 @@ def synthetic_contrast(
         image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
             same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
-        backend: ``"auto"`` takes the fastest that serves the arguments: the kernels on CUDA devices, the closed form on
-            others. ``"triton"`` asks for the kernels; what they do not serve goes to the closed form, with a warning
-            once. ``"closed_form"`` runs anywhere, in blocks. ``"reference"`` is the plain form, differentiable as
-            often as wanted.
+        backend: ``"auto"`` takes the closed form, which runs anywhere, in blocks. ``"triton"`` asks for the kernels,
+            which are proved in the interpreter but have not run on a GPU yet and are nobody's default until they have;
+            what they do not serve goes to the closed form, with a warning once. ``"reference"`` is the plain form,
+            differentiable as often as wanted.
 
     Returns:
         The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.
@@ -149,7 +149,7 @@ def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: st
 
 def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Callable[..., closed_form.Outputs]:
     """The form that computes, decided where the tensors are real, so that tracing never meets it."""
-    if backend == "closed_form" or (backend == "auto" and not q.is_cuda):
+    if backend != "triton":
         return closed_form.contrast_and_gradient
     try:
         from synco_fast.kernels import triton

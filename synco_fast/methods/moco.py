@@ -11,7 +11,7 @@ from synco_fast.kernels import FAMILIES, Backend, Contrast, synthetic_contrast
 from synco_fast.methods.base import StepOutput, Views
 from synco_fast.methods.schedule import NegativeSchedule
 from synco_fast.models.encoder import Encoder
-from synco_fast.models.momentum import key_encoder_of, momentum_update
+from synco_fast.models.momentum import follow, key_encoder_of
 from synco_fast.queue import KeyQueue
 
 __all__ = ["MomentumContrast"]
@@ -68,7 +68,7 @@ class MomentumContrast(nn.Module):
 
     def training_step(self, views: Views, *, step: int, epoch: int) -> StepOutput:
         """The loss of one batch; `after_step` must follow once the optimiser has moved."""
-        momentum_update(self.key_encoder, self.encoder, self.momentum)
+        follow(self.key_encoder, self.encoder, self.momentum)
         directions = [self._direction(views.first, views.second, views.images, step, epoch, 0)]
         if self.symmetric:
             directions.append(self._direction(views.second, views.first, views.images, step, epoch, 1))

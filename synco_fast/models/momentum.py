@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import nn
 
-__all__ = ["key_encoder_of", "momentum_update"]
+from synco_fast.kernels import momentum_update
+
+__all__ = ["follow", "key_encoder_of"]
 
 
 def key_encoder_of(encoder: nn.Module) -> nn.Module:
@@ -15,10 +16,9 @@ def key_encoder_of(encoder: nn.Module) -> nn.Module:
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
-@torch.no_grad()
-def momentum_update(key: nn.Module, query: nn.Module, momentum: float) -> None:
+def follow(key: nn.Module, query: nn.Module, momentum: float) -> None:
     """Parameters of ``key`` become momentum * key + (1 - momentum) * query (MoCo, arXiv 1911.05722 eq. 2).
 
     Buffers are left alone: batch-norm statistics of the key encoder come from its own forward passes, as in MoCo.
     """
-    torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+    momentum_update(key.parameters(), query.parameters(), momentum)

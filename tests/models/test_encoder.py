@@ -4,7 +4,7 @@ from torch import nn
 
 from synco_fast.errors import ConfigError
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
-from synco_fast.models.momentum import key_encoder_of, momentum_update
+from synco_fast.models.momentum import follow, key_encoder_of
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_key_encoder_follows_and_learns_nothing():
         for parameter in query.parameters():
             parameter.add_(torch.randn_like(parameter))
     query[1].running_mean.add_(1)
-    momentum_update(key, query, 0.9)
+    follow(key, query, 0.9)
     for now, before, leader in zip(key.parameters(), start, query.parameters(), strict=True):
         assert torch.allclose(now, 0.9 * before + 0.1 * leader)
     assert (key[1].running_mean == 0).all(), "statistics come from the key encoder's own passes"
