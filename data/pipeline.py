@@ -59,6 +59,10 @@ class Pipeline(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
 
+    def close(self) -> None:
+        """Give back processes and memory."""
+        ...
+
 
 def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
     """The order of images in an epoch: a permutation that depends on seed and epoch, (length,) int64."""

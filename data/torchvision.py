@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -158,6 +160,10 @@ class TorchvisionPipeline:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
 
+    def close(self) -> None:
+        """End the workers; the pipeline yields nothing afterwards."""
+        del self._loader
+
 
 class _Whole(Dataset[tuple[Tensor, int, str | None]]):
     def __init__(self, split: Split, recipe: Recipe, numbers: list[int]) -> None:
@@ -212,6 +218,16 @@ def _leave_signals(worker: int) -> None:
     """A worker outlives the signals that ask a job to stop: the training process still wants its step's batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """What is left of the workers at the end of the program, which ends daemons by a SIGTERM that they ignore."""
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each as a failed worker
+    for process in left:
+        process.kill()
 
 
 def default_workers() -> int:

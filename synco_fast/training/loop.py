@@ -122,6 +122,7 @@ class Trainer:
                         self._evaluate_if_due()
                     self._save()
         finally:
+            self.pipeline.close()
             self.reporter.close()
             self.log.close()
         return self._finish()

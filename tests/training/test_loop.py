@@ -196,6 +196,26 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tiny, tmp_path):
     assert (run / "plots" / "curves.png").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [True, False])
+def test_workers_end_with_the_program(image_folder, closed):
+    """Workers ignore SIGTERM, so that a batch system's does not reach them; a program must end all the same."""
+    program = f"""
+from synco_fast.data.augment import Recipe
+from synco_fast.data.sources import open_source
+from synco_fast.data.torchvision import TorchvisionPipeline
+pipeline = TorchvisionPipeline(open_source({str(image_folder)!r}).train, Recipe(size=16), batch=8, seed=0, workers=2)
+batches = iter(pipeline)
+next(batches)
+pipeline.itself = pipeline  # a cycle: nothing frees it before the end
+if {closed}:
+    del batches
+    pipeline.close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(tiny, tmp_path):
     config = tiny({"training.max_steps": 3})
     describe_run(tmp_path / "run", config)
