@@ -78,7 +78,7 @@ def draw(record: dict[str, Any], runs: Path, path: Path) -> None:
     axes.axhline(record["raw_pixels"], color="grey", linestyle="--", label="raw pixels")
     axes.set_xlabel("epoch")
     axes.set_ylabel("kNN accuracy")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     axes.set_title("Fashion-MNIST, equal budget")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
@@ -90,7 +90,8 @@ def table(record: dict[str, Any]) -> str:
 
     def row(title: str, found: dict[str, Any]) -> str:
         values = ", ".join(f"{value:.1%}" for value in found["values"])
-        return f"| {title} | {found['mean']:.1%} | {100 * found['deviation']:.1f} | {values} |"
+        above = 100 * (found["mean"] - record["before"]["mean"])
+        return f"| {title} | {found['mean']:.1%} | {100 * found['deviation']:.1f} | {above:+.1f} | {values} |"
 
     protocol, environment = record["protocol"], record["environment"]
     lines = [
@@ -104,9 +105,9 @@ def table(record: dict[str, Any]) -> str:
         f"k = {protocol['neighbours']}: {protocol['queries']:,} test images against {protocol['bank']:,} labelled "
         "training images. Mean over seeds, spread as the sample's standard deviation in percentage points.",
         "",
-        f"| features | kNN | spread | seeds {', '.join(map(str, record['seeds']))} |",
-        "|---|---|---|---|",
-        f"| raw pixels | {record['raw_pixels']:.1%} | | |",
+        f"| features | kNN | spread | points above before | seeds {', '.join(map(str, record['seeds']))} |",
+        "|---|---|---|---|---|",
+        f"| raw pixels | {record['raw_pixels']:.1%} | | | |",
         row("encoder before training", record["before"]),
         *(row(title, record["after"][method]) for method, title in METHODS.items()),
         "",
@@ -135,12 +136,11 @@ def main() -> None:
         found = pool.map(lambda job: pretrain(job[0], job[1], options.runs, options), jobs)
         summaries = dict(zip(jobs, found, strict=True))
 
-    from synco_fast.environment import describe_environment
     from synco_fast.presets import load_config
 
     config = load_config("fashion-mnist", {"training.epochs": options.epochs})
     record = {
-        "environment": describe_environment(),
+        "environment": summaries[jobs[0]]["environment"],
         "seeds": options.seeds,
         "protocol": {
             "epochs": options.epochs,

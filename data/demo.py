@@ -1,8 +1,8 @@
 """The embedded image set: twelve kinds of texture, drawn on the spot and stored as JPEG files in class folders.
 
-A class is a pattern (stripes, checks, dots ...) and nothing else: its colours, scale, angle, place, the shape of the
-patch that carries it, background, lighting and clutter are all drawn anew for every image. So neither colour nor
-position tells the classes apart, and a network has to learn the texture. The layout is ImageNet's,
+A class is a pattern (upright stripes, slanted ones, checks, dots ...) and nothing else: its colours, scale, tilt and
+place, the shape of the patch that carries it, background, lighting and clutter are all drawn anew for every image. So
+neither colour nor position tells the classes apart, and a network has to learn the texture. The layout is ImageNet's,
 ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, and everything that reads ImageNet reads this set.
 """
 
