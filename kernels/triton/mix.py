@@ -35,6 +35,7 @@ def _family(
     k0,
     k1,
     part,
+    TABLE: tl.constexpr,
     FAMILY: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
@@ -42,18 +43,18 @@ def _family(
     PARTS: tl.constexpr,
 ):
     """One family's slots of this part: sum, rank, total, sum of the similarities and how many these are."""
-    NUMBER: tl.constexpr = FAMILY[0]
-    COUNT: tl.constexpr = FAMILY[1]
-    LOW: tl.constexpr = FAMILY[2]
-    HIGH: tl.constexpr = FAMILY[3]
-    A: tl.constexpr = FAMILY[4]
-    A_SLOPE: tl.constexpr = FAMILY[5]
-    FIRST: tl.constexpr = FAMILY[6]
-    FIRST_SLOPE: tl.constexpr = FAMILY[7]
-    SECOND: tl.constexpr = FAMILY[8]
-    SECOND_SLOPE: tl.constexpr = FAMILY[9]
-    SIGMA: tl.constexpr = FAMILY[10]
-    ETA: tl.constexpr = FAMILY[11]
+    NUMBER: tl.constexpr = TABLE[FAMILY][0]
+    COUNT: tl.constexpr = TABLE[FAMILY][1]
+    LOW: tl.constexpr = TABLE[FAMILY][2]
+    HIGH: tl.constexpr = TABLE[FAMILY][3]
+    A: tl.constexpr = TABLE[FAMILY][4]
+    A_SLOPE: tl.constexpr = TABLE[FAMILY][5]
+    FIRST: tl.constexpr = TABLE[FAMILY][6]
+    FIRST_SLOPE: tl.constexpr = TABLE[FAMILY][7]
+    SECOND: tl.constexpr = TABLE[FAMILY][8]
+    SECOND_SLOPE: tl.constexpr = TABLE[FAMILY][9]
+    SIGMA: tl.constexpr = TABLE[FAMILY][10]
+    ETA: tl.constexpr = TABLE[FAMILY][11]
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
     sum_p = tl.full([], 0, tl.float32)
@@ -174,7 +175,8 @@ def mix(
                 k0,
                 k1,
                 part,
-                TABLE[family],
+                TABLE,
+                family,
                 D,
                 DIM,
                 SLOTS,
