@@ -166,7 +166,7 @@ def _print_summary(summary: Any, console: Console) -> None:
         return "not evaluated" if share is None else f"{share:.1%}"
 
     done = "" if summary.finished else f", stopped on request: go on with --resume {summary.run}"
-    table = Table(title=f"{summary.method} on {summary.source}: {summary.epochs:g} epochs{done}", show_header=False)
+    table = _two_columns(f"{summary.method} on {summary.source}: {summary.epochs:g} epochs{done}")
     rows = [
         ("kNN before", percent(summary.knn_before)),
         ("kNN after", percent(summary.knn_after)),
@@ -188,25 +188,25 @@ def _print_summary(summary: Any, console: Console) -> None:
     console.print(table)
 
 
+def _two_columns(title: str) -> Table:
+    """A table of names and values, in which a long path is broken, never cut."""
+    table = Table(title=title, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
 def _presets(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.presets import PRESETS, load_config
 
     if options.name is not None:
         sys.stdout.write(load_config(options.name).to_yaml())
         return 0
-    table = Table("preset", "method", "backbone", "size", "epochs", "batch", "queue", "what for")
-    for name in PRESETS:
-        config = load_config(name)
-        table.add_row(
-            name,
-            config.method.name,
-            config.model.backbone,
-            str(config.augment.size),
-            str(config.training.epochs),
-            str(config.training.batch),
-            f"{config.method.queue:,}",
-            config.about,
-        )
+    table = Table()
+    table.add_column("preset", no_wrap=True)
+    table.add_column("what for", overflow="fold")
+    for name, values in PRESETS.items():
+        table.add_row(name, values["about"])
     console.print(table)
     return 0
 
@@ -220,7 +220,7 @@ def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Con
     )
     if options.json is not None:
         write_json(options.json, result)
-    table = Table(title=f"kNN of {result['checkpoint']}", show_header=False)
+    table = _two_columns(f"kNN of {result['checkpoint']}")
     for name, value in (
         ("accuracy", f"{result['knn']:.1%}"),
         ("chance", f"{result['chance']:.1%}"),

@@ -42,6 +42,8 @@ def test_pretrain_evaluate_and_resume(run, config_file, tmp_path):
     assert figures["method"] == "mochi"
     assert figures["environment"]["torch"]
 
+    assert figures["checkpoint"] in out.replace(" ", "").replace("│", "").replace("\n", ""), "a path is not cut"
+
     code, out, _ = run("evaluate", "knn", folder, "--json", tmp_path / "knn.json")
     assert code == 0
     assert json.loads((tmp_path / "knn.json").read_text())["knn"] == figures["knn_after"]
@@ -56,7 +58,8 @@ def test_pretrain_evaluate_and_resume(run, config_file, tmp_path):
     assert f"--resume {folder}" in err
 
 
-def test_presets(run):
+def test_presets(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = run("presets")
     assert code == 0
     assert all(name in out for name in PRESETS)
