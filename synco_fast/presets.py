@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"epochs": 200, "batch": 512},
     },
     "fashion-mnist": {
-        "about": "SynCo on Fashion-MNIST's gzipped IDX files: a thin ResNet-10, minutes on two CPU cores",
+        "about": "SynCo on Fashion-MNIST's gzipped IDX files: a thin ResNet-10, some ten minutes on two CPU cores",
         "data": {"source": "idx:/usr/share/datasets/fashion-mnist"},
         # The images are grey: what only moves colours is off.
         "augment": {
@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "mask_same_image": True,
         },
         "optimizer": {"lr": 0.24, "weight_decay": 5e-4, "warmup_epochs": 0.1},
-        "training": {"epochs": 2, "batch": 128},
+        "training": {"epochs": 6, "batch": 128},
         "evaluation": {"every": 1, "neighbours": 20, "train_images": 10000, "images": 5000},
     },
     "demo": {
