@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -71,6 +72,12 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
 
 def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """Pixels 0 to 255, (B, 3, H, W) uint8, as float32 with the recipe's mean and deviation taken out."""
-    mean = torch.tensor(recipe.mean, device=views.device).view(3, 1, 1) * 255
-    scale = 1 / (torch.tensor(recipe.std, device=views.device).view(3, 1, 1) * 255)
+    mean, scale = _mean_and_scale(recipe, views.device)
     return views.to(torch.float32, memory_format=memory_format).sub_(mean).mul_(scale)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_scale(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copied to the device once: a copy in each step would make the host wait."""
+    mean = torch.tensor(recipe.mean, device=device).view(3, 1, 1) * 255
+    return mean, 1 / (torch.tensor(recipe.std, device=device).view(3, 1, 1) * 255)

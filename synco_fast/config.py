@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import types
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,15 +210,6 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             keys.append(prefix + name)
     return keys
-
-
-def allowed_values(kind: Any) -> str:
-    """What a type allows, in words."""
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(map(str, typing.get_args(kind)))
-    if isinstance(kind, types.UnionType):
-        return " or ".join("nothing" if part is type(None) else allowed_values(part) for part in typing.get_args(kind))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
 
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:

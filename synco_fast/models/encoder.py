@@ -104,11 +104,6 @@ def _shrink_stem(module: nn.Module, name: str) -> None:
     module.maxpool = nn.Identity()
 
 
-def count_parameters(module: nn.Module) -> int:
-    """How many numbers the module learns."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
 @torch.no_grad()
 def check_input(module: nn.Module, size: int, name: str) -> None:
     """Run one empty image through the backbone, so that a size it cannot take is named before training.

@@ -134,14 +134,17 @@ class Trainer:
         self.method.train()
         timed_from, waited, timed_steps = time.perf_counter(), 0.0, 0
         title = f"epoch {epoch + 1}/{self.config.training.epochs}"
+        pairs = self.folder / "plots" / "pairs.png"
+        undrawn = not pairs.exists()
         batches = iter(self.pipeline)
         while self.step < min(self.steps, (epoch + 1) * self.steps_per_epoch) and self._stop is None:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             self.broken.replaced(batch.broken)
-            if not (self.folder / "plots" / "pairs.png").exists():
-                draw_pairs(batch, self.folder / "plots" / "pairs.png")
+            if undrawn:
+                draw_pairs(batch, pairs)
+                undrawn = False
             self._train_step(batch, epoch)
             timed_steps += 1
             if self.step <= self._settled_at:
