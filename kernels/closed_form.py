@@ -220,7 +220,7 @@ class _Rows:
         )
 
     def _bytes_mixed(self, by_vectors: bool) -> int:
-        """About how much a row of synthetic negatives takes: draws, scalars of each slot, vectors where they are made."""
+        """About what a row of synthetic negatives takes: draws, scalars of each slot, vectors where they are made."""
         dim, size = self.q.shape[1], self.q.dtype.itemsize
         slots = vectors = 0
         for family in self.negatives.active():

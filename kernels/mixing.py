@@ -195,7 +195,8 @@ def _inner_products(
         if one == other and one in index:
             return hard.squared[index[one]]
         if one == other == "noise":
-            return torch.linalg.vector_norm(cast(Tensor, drawn.noise), dim=-1).square_()
+            length: Tensor = torch.linalg.vector_norm(cast(Tensor, drawn.noise), dim=-1)
+            return length.square_()
         if index.keys() & {one, other}:
             # Gathered keys are held for a few rows at a time.
             step = max(1, _GATHERED // (drawn.first.shape[1] * hard.q.shape[1] * hard.q.dtype.itemsize))

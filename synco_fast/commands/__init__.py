@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from synco_fast.commands import data_demo, evaluate_knn, presets, pretrain
+from synco_fast.commands import data_demo, evaluate_knn, presets, pretrain, validate
 from synco_fast.commands.verbs import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
@@ -12,5 +12,6 @@ COMMANDS = (
     presets,
     evaluate_knn,
     data_demo,
+    validate,
 )
 """In the order in which the help lists them."""
