@@ -3,7 +3,8 @@ import math
 
 import torch
 
-from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
+from synco_fast.training.means import RunningMeans
+from synco_fast.training.metrics import Lines, MetricLog, TensorBoard, read_metrics
 
 
 def test_means_over_steps_without_what_was_not_measured():
@@ -12,8 +13,17 @@ def test_means_over_steps_without_what_was_not_measured():
         means.add({"loss": torch.tensor(loss), "hard": torch.tensor(math.nan)})
     assert means.take() == {"loss": 3.0}
     assert means.take() == {}
-    means.add({"loss": torch.tensor(5.0)})
-    assert means.take() == {"loss": 5.0}
+    means.add({"loss": torch.tensor(5.0), "hard": torch.tensor(2.0)})
+    assert means.take() == {"loss": 5.0, "hard": 2.0}
+
+
+def test_a_step_that_was_left_out_does_not_count():
+    means = RunningMeans()
+    for loss, accept in ((1.0, True), (math.nan, False), (3.0, True)):
+        means.add({"loss": torch.tensor(loss)}, torch.tensor(accept))
+    assert means.take() == {"loss": 2.0}
+    means.add({"loss": torch.tensor(1.0)}, torch.tensor(False))
+    assert means.take() == {}
 
 
 def test_means_survive_a_checkpoint():
@@ -26,13 +36,13 @@ def test_means_survive_a_checkpoint():
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    log = MetricLog(tmp_path)
+    log = MetricLog(Lines(tmp_path), TensorBoard(tmp_path))
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 1.0 / step})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    log = MetricLog(tmp_path, step=2)
+    log = MetricLog(Lines(tmp_path, step=2), TensorBoard(tmp_path, step=2))
     log.write("train", 3, {"loss": 9.0})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

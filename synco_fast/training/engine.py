@@ -1,0 +1,198 @@
+"""What one step does: encoders as they are wrapped, gradients, weights, statistics, queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from synco_fast.config import Config
+from synco_fast.data.pipeline import Batch, normalise
+from synco_fast.data.seeding import derive_seed
+from synco_fast.methods.base import Arranged, Method, Networks, Views
+from synco_fast.methods.build import build_method
+from synco_fast.phases import phase
+from synco_fast.training.distributed import Place
+from synco_fast.training.means import RunningMeans
+from synco_fast.training.optimizer import build_optimizer
+from synco_fast.training.precision import Precision, memory_format, resolve_device
+from synco_fast.training.schedule import key_momentum, learning_rate
+from synco_fast.training.statistics import RunningStatistics
+from synco_fast.training.update import SkippedSteps, Update
+
+__all__ = ["Engine"]
+
+
+#: `RunningStatistics.average` brings them together where they are read. The argument was renamed after PyTorch 2.11.
+_LEAVE_BUFFERS = {
+    next(
+        name
+        for name in ("forward_sync_buffers", "broadcast_buffers")
+        if name in signature(DistributedDataParallel.__init__).parameters
+    ): False
+}
+
+
+class Engine:
+    """Everything that moves in a step, built from a configuration.
+
+    Args:
+        config: What to do.
+        steps_per_epoch: Turns the configuration's epochs into steps.
+        place: Where this process stands in its job, whose network must be joined already.
+
+    Attributes:
+        device: Where it computes.
+        method: With both encoders and the queue.
+        means: The figures of the steps since they were last taken.
+        skipped: Counts the steps that were left out.
+
+    Raises:
+        ConfigError: Anything in the configuration that cannot work here.
+    """
+
+    def __init__(self, config: Config, steps_per_epoch: int, place: Place = Place()) -> None:  # noqa: B008 - frozen
+        training, optimizer = config.training, config.optimizer
+        self.config, self.place = config, place
+        self.device = resolve_device(training.device)
+        self.precision = Precision(training.precision, self.device)
+        self.method: Method = build_method(config, processes=place.world).to(self.device)
+        self.layout = memory_format(self.method.module(), training.channels_last)
+        self.optimizer = build_optimizer(self.method.encoder, optimizer, lr=config.learning_rate, device=self.device)
+        self.update = Update(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
+        self.statistics = RunningStatistics(*self._encoders())
+        self.skipped = SkippedSteps(self.device)
+        self.means = RunningMeans()
+        self.steps = steps_per_epoch * training.epochs
+        self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
+        self._query = self._on_all_processes(self.method.encoder)
+        self.method.networks = Networks(
+            query=self._from_pixels(self._query), key=self._from_pixels(self._encoders()[1])
+        )
+
+    def _encoders(self) -> tuple[nn.Module, ...]:
+        module = self.method.module()
+        return tuple(module.get_submodule(name) for name in ("encoder", "key_encoder"))
+
+    def _on_all_processes(self, encoder: nn.Module) -> nn.Module:
+        """The query encoder, whose gradient becomes the mean over the processes."""
+        if self.place.world == 1:
+            return encoder
+        return DistributedDataParallel(
+            encoder,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            **_LEAVE_BUFFERS,  # type: ignore[arg-type]
+            gradient_as_bucket_view=True,
+            static_graph=self.config.training.accumulate == 1,
+        )
+
+    def _from_pixels(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+        def embed(views: Tensor) -> Tensor:
+            embedding: Tensor = network(normalise(views, self.config.augment, self.layout))
+            return embedding
+
+        return embed
+
+    # -- a step -------------------------------------------------------------------------------------------------
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(
+            step,
+            peak=self.config.learning_rate,
+            steps=self.steps,
+            warmup=self.warmup,
+            schedule=self.config.optimizer.schedule,
+        )
+
+    def momentum(self, step: int) -> float:
+        """The momentum of the key encoder at a step."""
+        model = self.config.model
+        return key_momentum(step, base=model.momentum, steps=self.steps, schedule=model.momentum_schedule)
+
+    def step(self, batch: Batch, step: int, epoch: int) -> None:
+        """Train on this process's share of a batch; nothing here waits for a GPU.
+
+        Args:
+            batch: Its views, uint8.
+            step, epoch: Counted from 0.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(step)
+        # Dropout and stochastic depth draw by step and rank: there is no state of theirs to keep.
+        torch.manual_seed(derive_seed(self.config.seed, step, self.place.rank))
+        batch = batch.to(self.device)
+        arranged = self.method.arrange(Views(batch.first, batch.second, batch.images), step=step)
+        self._compute(arranged, step, epoch, self.momentum(step))
+
+    def _compute(self, arranged: Arranged, step: int | Tensor, epoch: int, momentum: float | Tensor) -> None:
+        """The step from views on the device to moved weights: launches alone, the same ones every time."""
+        parts = self.config.training.accumulate
+        before = self.statistics.copy()
+        with self.precision.autocast():
+            self.method.begin_step(arranged, momentum=momentum, parts=parts)
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics: dict[str, Tensor] = {}
+        for part in range(parts):
+            with self._without_exchange(part < parts - 1):
+                with self.precision.autocast():
+                    output = self.method.loss(arranged, step=step, epoch=epoch, part=part, parts=parts)
+                with phase("backward"):
+                    self.update.backward(output.loss / parts)
+            for name, value in output.metrics.items():
+                metrics[name] = metrics[name] + value / parts if part else value / parts
+        with phase("optimiser"):
+            accept, norm = self.update.step()
+            self.statistics.put_back(before, accept)
+        self.method.after_step(accept)
+        self.means.add({**metrics, "gradient_norm": norm}, accept)
+        self.skipped.add(accept, step)
+
+    def _without_exchange(self, without: bool) -> AbstractContextManager[None]:
+        if without and isinstance(self._query, DistributedDataParallel):
+            return self._query.no_sync()
+        return nullcontext()
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> int:
+        """A number that two processes share only if queue and weights agree to the bit."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        module = self.method.module()
+        for tensor in [*module.parameters(), *module.get_submodule("queue").buffers()]:
+            words = tensor.detach().contiguous().reshape(-1).view(torch.int32).to(torch.int64)
+            places = torch.arange(1, 2 * len(words), 2, device=self.device)
+            total = total * 31 + (words * places).sum()
+        return int(total)
+
+    def finite(self) -> bool:
+        """Whether every weight is a number; waits for the device."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.method.module().parameters())
+
+    def parameter_norm(self) -> float:
+        """The norm of all weights of the query encoder; waits for the device."""
+        return float(torch.nn.utils.get_total_norm(list(self.method.encoder.parameters())))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the steps to come, whatever the number of processes; called by all of them at the same step."""
+        self.statistics.average()
+        return {
+            "method": self.method.module().state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.update.state_dict(),
+            "means": self.means.state_dict(),
+            "skipped": self.skipped.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over from a checkpoint, but for the method's weights, which the caller has loaded."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.load_state_dict(state["precision"])
+        self.means.load_state_dict(state["means"], self.device)
+        if "skipped" in state:
+            self.skipped.load_state_dict(state["skipped"])
