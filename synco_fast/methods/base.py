@@ -72,6 +72,10 @@ class Method(Protocol):
         """The loss of one of ``parts`` equal parts of this process's rows: their mean."""
         ...
 
+    def like(self, epoch: int) -> int:
+        """The first epoch whose steps launch the same work: what is compiled or captured serves both."""
+        ...
+
     def after_step(self, accept: Tensor | None = None) -> None:
         """What happens once the optimiser has moved, such as writing keys; nothing where ``accept`` holds false."""
         ...

@@ -100,6 +100,10 @@ class MomentumContrast(nn.Module):
                 keys, images = _gather(normalize(torch.cat(embeddings), dim=1), arranged.images)
                 self._fresh.append((torch.empty_like(keys).index_copy_(0, order, keys), images))
 
+    def like(self, epoch: int) -> int:
+        """The first epoch whose steps compute what those of ``epoch`` do."""
+        return self.schedule.like(epoch)
+
     def loss(self, arranged: Arranged, *, step: int | Tensor, epoch: int, part: int = 0, parts: int = 1) -> StepOutput:
         """The mean loss of one part of this process's rows, after `begin_step`."""
         directions = [self._direction(arranged, number, step, epoch, part, parts) for number in range(len(self._fresh))]

@@ -14,10 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from synco_fast.config import Config
 from synco_fast.data.pipeline import Batch, normalise
 from synco_fast.data.seeding import derive_seed
-from synco_fast.methods.base import Arranged, Method, Networks, Views
+from synco_fast.methods.base import Arranged, Method, Networks, StepOutput, Views
 from synco_fast.methods.build import build_method
 from synco_fast.phases import phase
+from synco_fast.training.compiled import Compiled, keep_compile_cache
 from synco_fast.training.distributed import Place
+from synco_fast.training.graph import GRAPH_WARMUP, GraphedStep
 from synco_fast.training.means import RunningMeans
 from synco_fast.training.optimizer import build_optimizer
 from synco_fast.training.precision import Precision, memory_format, resolve_device
@@ -37,6 +39,8 @@ _LEAVE_BUFFERS = {
     ): False
 }
 
+_SETTLING_STEPS = 3
+
 
 class Engine:
     """Everything that moves in a step, built from a configuration.
@@ -45,6 +49,7 @@ class Engine:
         config: What to do.
         steps_per_epoch: Turns the configuration's epochs into steps.
         place: Where this process stands in its job, whose network must be joined already.
+        note: Takes a line about each setting that cannot be had here.
 
     Attributes:
         device: Where it computes.
@@ -56,7 +61,14 @@ class Engine:
         ConfigError: Anything in the configuration that cannot work here.
     """
 
-    def __init__(self, config: Config, steps_per_epoch: int, place: Place = Place()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        config: Config,
+        steps_per_epoch: int,
+        place: Place = Place(),  # noqa: B008 - frozen
+        *,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
         training, optimizer = config.training, config.optimizer
         self.config, self.place = config, place
         self.device = resolve_device(training.device)
@@ -71,9 +83,40 @@ class Engine:
         self.steps = steps_per_epoch * training.epochs
         self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
         self._query = self._on_all_processes(self.method.encoder)
-        self.method.networks = Networks(
-            query=self._from_pixels(self._query), key=self._from_pixels(self._encoders()[1])
-        )
+        query: Callable[..., Tensor] = self._query
+        key: Callable[..., Tensor] = self._encoders()[1]
+        self._loss: Callable[..., StepOutput] = self.method.loss
+        if training.compile != "none":
+            keep_compile_cache()
+            query, key = Compiled(query, "the query encoder", note), Compiled(key, "the key encoder", note)
+        if training.compile == "step":
+            self._loss = Compiled(self._loss, "the loss", note)
+        self.method.networks = Networks(query=self._from_pixels(query), key=self._from_pixels(key))
+        self._run: Callable[[Arranged, int, int, float], None] = self._compute
+        self.graphed = False
+        if training.cuda_graph:
+            reason = self._uncapturable()
+            if reason:
+                note(f"training.cuda_graph: steps run one launch at a time, since {reason}")
+            else:
+                self.graphed = True
+                self._run = GraphedStep(self._compute, self.device, note)
+                self._rates_on_device()
+
+    def _uncapturable(self) -> str | None:
+        """Why no step can be captured as a CUDA graph, if so."""
+        if self.device.type != "cuda":
+            return "there is no GPU"
+        if self.place.world > 1:
+            return "the gradients of several processes are exchanged in it"
+        if self.update.waits:
+            return f"the host decides in it whether {self.config.optimizer.name} moves the weights"
+        return None
+
+    def _rates_on_device(self) -> None:
+        """Keep the learning rate where a captured step can read it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
 
     def _encoders(self) -> tuple[nn.Module, ...]:
         module = self.method.module()
@@ -91,12 +134,16 @@ class Engine:
             static_graph=self.config.training.accumulate == 1,
         )
 
-    def _from_pixels(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _from_pixels(self, network: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         def embed(views: Tensor) -> Tensor:
-            embedding: Tensor = network(normalise(views, self.config.augment, self.layout))
-            return embedding
+            return network(normalise(views, self.config.augment, self.layout))
 
         return embed
+
+    @property
+    def settling(self) -> int:
+        """Steps that compile, capture and fill caches, and belong into no figure of speed."""
+        return _SETTLING_STEPS + (GRAPH_WARMUP + 1 if self.graphed else 0)
 
     # -- a step -------------------------------------------------------------------------------------------------
 
@@ -122,18 +169,27 @@ class Engine:
             batch: Its views, uint8.
             step, epoch: Counted from 0.
         """
+        rate = self.rate(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(step)
+            if self.graphed:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         # Dropout and stochastic depth draw by step and rank: there is no state of theirs to keep.
         torch.manual_seed(derive_seed(self.config.seed, step, self.place.rank))
         batch = batch.to(self.device)
         arranged = self.method.arrange(Views(batch.first, batch.second, batch.images), step=step)
-        self._compute(arranged, step, epoch, self.momentum(step))
+        self._run(arranged, step, self.method.like(epoch), self.momentum(step))
 
     def _compute(self, arranged: Arranged, step: int | Tensor, epoch: int, momentum: float | Tensor) -> None:
         """The step from views on the device to moved weights: launches alone, the same ones every time."""
         parts = self.config.training.accumulate
         before = self.statistics.copy()
+        if self.config.model.momentum_schedule == "constant":
+            momentum = self.config.model.momentum
+        if self.config.training.compile == "step" and not isinstance(step, Tensor):
+            # A number would be translated anew in every step.
+            step = torch.full((), step, dtype=torch.int64, device=self.device)
         with self.precision.autocast():
             self.method.begin_step(arranged, momentum=momentum, parts=parts)
         self.optimizer.zero_grad(set_to_none=True)
@@ -141,7 +197,7 @@ class Engine:
         for part in range(parts):
             with self._without_exchange(part < parts - 1):
                 with self.precision.autocast():
-                    output = self.method.loss(arranged, step=step, epoch=epoch, part=part, parts=parts)
+                    output = self._loss(arranged, step=step, epoch=epoch, part=part, parts=parts)
                 with phase("backward"):
                     self.update.backward(output.loss / parts)
             for name, value in output.metrics.items():
@@ -192,6 +248,8 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over from a checkpoint, but for the method's weights, which the caller has loaded."""
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.graphed:
+            self._rates_on_device()
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
         if "skipped" in state:

@@ -29,9 +29,6 @@ from synco_fast.training.throughput import Throughput
 
 __all__ = ["Trainer"]
 
-#: Steps that compile kernels and fill caches; no throughput is counted in them.
-_SETTLING_STEPS = 3
-
 
 class Trainer:
     """One run: builds everything from a configuration, trains, evaluates, leaves a self-describing folder.
@@ -67,7 +64,9 @@ class Trainer:
         self.source: Source = open_source(config.data.source)
         check_evaluation(config.evaluation, self.source)
         steps_per_epoch = len(self.source.train) // config.training.batch
-        self.engine = Engine(config, steps_per_epoch, self.place)
+        self._notes: list[str] = []
+        self.reporter: Reporter
+        self.engine = Engine(config, steps_per_epoch, self.place, note=self._warn)
         self.device, self.method = self.engine.device, self.engine.method
         self.pipeline = TorchvisionPipeline(
             self.source.train,
@@ -87,9 +86,8 @@ class Trainer:
         self.evaluated_at = -1
         self._save_due = False
         self.broken = BrokenImages(len(self.source.train), config.data.max_broken, self._warn)
-        self.throughput = Throughput(config.training.batch, _SETTLING_STEPS)
+        self.throughput = Throughput(config.training.batch, self.engine.settling)
         self.stopping = Stopping(self.control, config.training.max_time)
-        self._notes: list[str] = []
         if resume is not None:
             self._load(resume)
 
@@ -167,7 +165,10 @@ class Trainer:
         self.step += 1
 
     def _warn(self, line: str) -> None:
-        self.reporter.note(line, "yellow")
+        if hasattr(self, "reporter"):
+            self.reporter.note(line, "yellow")
+        else:
+            self._notes.append(line)
 
     # -- figures ------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ def build_optimizer(
         return fused(list(module.parameters()), lr=lr, momentum=config.momentum, weight_decay=decay)
     groups = _decayed_apart(module, decay)
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=cuda)
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=cuda, capturable=cuda)
     if name == "lars":
         return Lars(groups, lr=lr, momentum=config.momentum)
     if name == "lamb":

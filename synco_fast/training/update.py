@@ -103,7 +103,7 @@ class SkippedSteps:
         """Take in one step."""
         skipped = (~accept).to(torch.int64)
         total, row, first = self._counts.unbind()
-        began = torch.where(row > 0, first, torch.as_tensor(step, device=self._counts.device))
+        began = torch.where(row > 0, first, step if isinstance(step, Tensor) else torch.full_like(first, step))
         self._counts.copy_(
             torch.stack([total + skipped, (row + 1) * skipped, torch.where(accept, torch.full_like(first, -1), began)])
         )
