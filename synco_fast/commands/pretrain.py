@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs, two_columns
+from synco_fast.commands.verbs import Verbs, overrides_of, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config
@@ -41,34 +40,12 @@ def add(verbs: Verbs) -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
 
 
-def _overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML."""
-    from synco_fast.errors import ConfigError
-
-    found: dict[str, Any] = {}
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"found {word!r}, allowed --section.key VALUE")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise ConfigError(f"--{name}: found no value")
-            value = words.pop(0)
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: found {value!r}, which cannot be read as YAML") from error
-    return found
-
-
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.training.distributed import Place, joined
     from synco_fast.training.loop import Trainer
     from synco_fast.training.run import write_json
 
-    config, resume = _what_to_do(options, _overrides(rest))
+    config, resume = _what_to_do(options, overrides_of(rest))
     place = Place.find()
     with joined(place, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)

@@ -91,6 +91,7 @@ class Engine:
             query, key = Compiled(query, "the query encoder", note), Compiled(key, "the key encoder", note)
         if training.compile == "step":
             self._loss = Compiled(self._loss, "the loss", note)
+        self._bare = query, key
         self.method.networks = Networks(query=self._from_pixels(query), key=self._from_pixels(key))
         self._run: Callable[[Arranged, int, int, float], None] = self._compute
         self.graphed = False
@@ -208,6 +209,19 @@ class Engine:
         self.method.after_step(accept)
         self.means.add({**metrics, "gradient_norm": norm}, accept)
         self.skipped.add(accept, step)
+
+    def encoders_alone(self, first: Tensor, second: Tensor) -> None:
+        """The limit that a step is measured against: queries forward and backward, keys forward, and nothing else.
+
+        Args:
+            first, second: Normalised views, (b, 3, H, W).
+        """
+        with self.precision.autocast():
+            q = self._bare[0](first)
+            with torch.no_grad():
+                self._bare[1](second)
+        self.optimizer.zero_grad(set_to_none=True)
+        q.float().square().mean().backward()
 
     def _without_exchange(self, without: bool) -> AbstractContextManager[None]:
         if without and isinstance(self._query, DistributedDataParallel):
