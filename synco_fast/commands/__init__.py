@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from synco_fast.commands import bench_step, data_demo, evaluate_knn, presets, pretrain, profile_step
+from synco_fast.commands import bench_step, data_demo, evaluate_knn, presets, pretrain, profile_step, validate
 from synco_fast.commands.verbs import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
@@ -12,6 +12,7 @@ COMMANDS = (
     presets,
     evaluate_knn,
     data_demo,
+    validate,
     bench_step,
     profile_step,
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs, overrides_of
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.verbs import Verbs, positive
 
 __all__ = ["add"]
 
@@ -31,9 +32,9 @@ def add(verbs: Verbs) -> None:
         "--engines", nargs="+", metavar="NAME", help="eager (default), compile, compile-step, graph, compile+graph"
     )
     command.add_argument("--backends", nargs="+", metavar="NAME", help="of the head: closed_form, triton, reference")
-    command.add_argument("--steps", type=int, default=20, help="timed steps of each")
-    command.add_argument("--rounds", type=int, default=1, help="how often all are gone through")
-    command.add_argument("--threads", type=int, help="of each process")
+    command.add_argument("--steps", type=positive, default=20, help="timed steps of each")
+    command.add_argument("--rounds", type=positive, default=1, help="how often all are gone through")
+    command.add_argument("--threads", type=positive, help="of each process")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
 
 
@@ -48,9 +49,6 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
         for word in found:
             if word not in allowed:
                 raise ConfigError(f"{name}: found {word!r}, allowed {', '.join(allowed)}")
-    for name in ("steps", "rounds"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"{name}: found {getattr(options, name)}, allowed 1 or more")
     config = load_config(options.config, overrides_of(rest))
     report = bench_step(
         config,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs, overrides_of, two_columns
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.verbs import Verbs, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs, overrides_of
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.verbs import Verbs, positive
 
 __all__ = ["add"]
 
@@ -26,19 +27,16 @@ def add(verbs: Verbs) -> None:
     )
     command.add_argument("--config", metavar="PRESET", default="demo", help="a preset or a YAML file")
     command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
-    command.add_argument("--steps", type=int, default=10, help="timed steps")
+    command.add_argument("--steps", type=positive, default=10, help="timed steps")
     command.add_argument("--out", type=Path, metavar="DIR", help="for the trace; profiles/PRESET-DATE-TIME by default")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
 
 
 def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.errors import ConfigError
     from synco_fast.presets import load_config
     from synco_fast.training.profiler import profile_step
     from synco_fast.training.run import write_json
 
-    if options.steps < 1:
-        raise ConfigError(f"steps: found {options.steps}, allowed 1 or more")
     overrides = overrides_of(rest)
     if options.data is not None:
         overrides["data.source"] = options.data

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Run", "Verbs", "overrides_of", "two_columns"]
+__all__ = ["Run", "Verbs", "positive", "two_columns"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """What a verb does: parsed options, the words that were not parsed, where to print; the exit code."""
@@ -67,23 +65,9 @@ def two_columns(title: str) -> Table:
     return table
 
 
-def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
-    """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML."""
-    from synco_fast.errors import ConfigError
-
-    found: dict[str, Any] = {}
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"found {word!r}, allowed --section.key VALUE")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise ConfigError(f"--{name}: found no value")
-            value = words.pop(0)
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: found {value!r}, which cannot be read as YAML") from error
-    return found
+def positive(word: str) -> int:
+    """A whole number above 0, as the type of an argument."""
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number

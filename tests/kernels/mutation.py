@@ -37,10 +37,9 @@ BREAKS = (
     Break(
         "closed form: ties go to the larger queue index",
         "kernels/selection.py",
-        "values, order = self._values[:, :width].sort(dim=1, descending=True, stable=True)",
-        "values = self._values[:, :width]\n"
-        "        order = width - 1 - values.flip(1).argsort(dim=1, descending=True, stable=True)\n"
-        "        values = values.gather(1, order)",
+        "part.sort(axis=1)",
+        "part.put(np.arange(part.size), np.take_along_axis("
+        "part, np.lexsort((-(part & 0xFFFFFFFF), part >> 32), axis=1), axis=1))",
         CLOSED,
         "selection",
     ),
