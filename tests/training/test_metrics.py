@@ -1,10 +1,14 @@
 import json
 import math
+import sys
+import types
 
+import pytest
 import torch
 
+from synco_fast.errors import ConfigError
 from synco_fast.training.means import RunningMeans
-from synco_fast.training.metrics import Lines, MetricLog, TensorBoard, read_metrics
+from synco_fast.training.metrics import Lines, MetricLog, TensorBoard, open_log, read_metrics
 
 
 def test_means_over_steps_without_what_was_not_measured():
@@ -49,3 +53,35 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 9.0)]
     assert read_metrics(tmp_path) == lines
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_weights_and_biases_get_the_same_lines(tiny, tmp_path, monkeypatch):
+    class Run:
+        def __init__(self):
+            self.lines, self.finished = [], False
+
+        def log(self, values, step):
+            self.lines.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    run, asked = Run(), {}
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: asked.update(settings) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = tiny({"training.wandb": "synco"})
+    log = open_log(tmp_path, 0, config)
+    log.write("train", 3, {"loss": 1.5})
+    log.close()
+    assert run.lines == [(3, {"train/loss": 1.5})]
+    assert run.finished
+    assert (asked["project"], asked["id"], asked["resume"]) == ("synco", tmp_path.name, "allow")
+    assert asked["config"]["method"]["name"] == "synco"
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 3, "loss": 1.5}]
+    open_log(tmp_path / "nowhere", 0, config, writes=False).write("train", 4, {"loss": 1.0})
+    assert not (tmp_path / "nowhere").exists(), "one process writes"
+    assert len(run.lines) == 1
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"training\.wandb: found no package wandb"):
+        open_log(tmp_path, 0, config)
