@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from synco_fast.commands import bench_head, data_demo, evaluate_knn, presets, pretrain, profile_head, validate
+from synco_fast.commands import (
+    bench_head,
+    bench_step,
+    data_demo,
+    evaluate_knn,
+    presets,
+    pretrain,
+    profile_head,
+    profile_step,
+    validate,
+)
 from synco_fast.commands.verbs import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
@@ -15,5 +25,7 @@ COMMANDS = (
     validate,
     bench_head,
     profile_head,
+    bench_step,
+    profile_step,
 )
 """In the order in which the help lists them."""
