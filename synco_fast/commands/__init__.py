@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from synco_fast.commands import data_demo, evaluate_knn, presets, pretrain
+from synco_fast.commands import (
+    data_demo,
+    evaluate_knn,
+    export_checkpoint,
+    import_checkpoint,
+    presets,
+    pretrain,
+)
 from synco_fast.commands.verbs import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
@@ -11,6 +18,8 @@ COMMANDS = (
     pretrain,
     presets,
     evaluate_knn,
+    export_checkpoint,
+    import_checkpoint,
     data_demo,
 )
 """In the order in which the help lists them."""
