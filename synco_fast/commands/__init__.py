@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from synco_fast.commands import (
     data_demo,
+    evaluate_finetune,
     evaluate_knn,
+    evaluate_linear,
     export_checkpoint,
     import_checkpoint,
     presets,
@@ -18,6 +20,8 @@ COMMANDS = (
     pretrain,
     presets,
     evaluate_knn,
+    evaluate_linear,
+    evaluate_finetune,
     export_checkpoint,
     import_checkpoint,
     data_demo,

@@ -26,7 +26,7 @@ def make_run(tiny, tmp_path):
         generator = torch.Generator().manual_seed(1)
         for key, value in method.state_dict().items():
             if "running_" in key:
-                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+                value.add_(0.1 * torch.rand(value.shape, generator=generator))
         method.queue.pointer.fill_(8)
         folder = tmp_path / name
         describe_run(folder, config)
