@@ -15,6 +15,7 @@ FOLDERS = {
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
 EMBED = ["pyarrow>=15"]
+REPORT = ["scikit-learn>=1.4"]
 
 
 def packages() -> list[str]:
@@ -61,6 +62,7 @@ setup(
         "export": EXPORT,
         "detection": DETECTION,
         "embed": EMBED,
+        "report": REPORT,
         "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
         "dev": [
             "mypy>=1.11",
@@ -72,6 +74,7 @@ setup(
             *EXPORT,
             *DETECTION,
             *EMBED,
+            *REPORT,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

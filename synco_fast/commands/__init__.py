@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from synco_fast.commands import (
+    compare,
     data_demo,
+    embed,
     evaluate_finetune,
     evaluate_knn,
     evaluate_linear,
@@ -11,6 +13,7 @@ from synco_fast.commands import (
     import_checkpoint,
     presets,
     pretrain,
+    report,
 )
 from synco_fast.commands.verbs import Verbs
 
@@ -24,6 +27,9 @@ COMMANDS = (
     evaluate_finetune,
     export_checkpoint,
     import_checkpoint,
+    embed,
+    report,
+    compare,
     data_demo,
 )
 """In the order in which the help lists them."""

@@ -52,6 +52,7 @@ def extract_features(
     workers: int | None = None,
     limit: int | None = None,
     numbers: Iterable[int] | None = None,
+    labelled: bool = True,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Features:
     """Run a split's central crops through the backbone in evaluation mode, in float32; its mode is restored.
@@ -65,12 +66,13 @@ def extract_features(
         workers: Decoding processes.
         limit: Take at most so many images, evenly spread.
         numbers: Take these images instead; where none of them can be read, the features are empty.
+        labelled: Whether labels must be there; where they need not be and are not, they are -1.
         tick: Called with the number of images of each batch.
 
     Raises:
         DataError: The split has no labels, or no image of it can be read.
     """
-    if split.labels is None:
+    if split.labels is None and labelled:
         raise DataError(f"data: found no class folders beside {split.name(0)}, allowed one folder a class for kNN")
     wanted = spread(len(split), limit) if numbers is None else list(numbers)
     loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=wanted)
@@ -94,4 +96,5 @@ def extract_features(
         empty = torch.empty(0, dtype=torch.int64)
         return Features(torch.empty(0, 0), empty, broken, empty)
     read = torch.cat(found)
-    return Features(torch.cat(values), torch.from_numpy(split.labels)[read], broken, read)
+    labels = torch.full_like(read, -1) if split.labels is None else torch.from_numpy(split.labels)[read]
+    return Features(torch.cat(values), labels, broken, read)
