@@ -53,7 +53,8 @@ def print_result(
     table = two_columns(f"{result['evaluation']} of {result['checkpoint']}")
     for name, value in result["headline"].items():
         table.add_row(name, f"{value:.1%}", style="bold")
-    table.add_row("chance", f"{result['chance']:.1%}")
+    detection = result["evaluation"].startswith("detection")
+    table.add_row("before training (chance)" if detection else "chance", f"{result['chance']:.1%}")
     for name, text in rows:
         table.add_row(name, text)
     if result.get("backbone_unchanged"):
