@@ -40,6 +40,7 @@ class Plan:
         momentum: Of SGD.
         drops: Shares of the run after which the rates fall to a tenth; empty for half a cosine, changed once an epoch.
         seed: Of the head, the order and the crops.
+        tests: How often the held-out split is classified, the last epoch included; after every epoch if unset.
     """
 
     epochs: int
@@ -50,6 +51,12 @@ class Plan:
     momentum: float = 0.9
     drops: tuple[float, ...] = ()
     seed: int = 0
+    tests: int | None = None
+
+    def tested(self, epoch: int) -> bool:
+        """Whether the held-out split is classified after an epoch, counted from 0."""
+        every = 1 if self.tests is None else max(1, self.epochs // self.tests)
+        return (self.epochs - 1 - epoch) % every == 0
 
     def factor(self, epoch: int) -> float:
         """What the rates are multiplied with in an epoch, counted from 0."""
@@ -95,7 +102,7 @@ class _Classifier(nn.Module):
 def train_classifier(
     subject: Subject, numbers: list[int], plan: Plan, state: Path, title: str, console: Console | None = None
 ) -> Outcome:
-    """Train on the given training images, test on the held-out split after each epoch; goes on from ``state``.
+    """Train on the given training images, test on the held-out split; goes on from ``state``.
 
     Args:
         subject: The backbone, which is copied, and the images.
@@ -152,15 +159,18 @@ def train_classifier(
                     f"loss: found a value that is not finite in epoch {epoch + 1} of {title}, allowed finite ones; "
                     "try a lower --lr"
                 )
-            top1, top5, confusion = _test(subject, model)
-            history.append({"epoch": epoch + 1, "loss": loss, "top1": top1, "top5": top5})
-            bar.advance(0, f"loss {loss:.3f}  top-1 {top1:.1%}")
+            history.append({"epoch": epoch + 1, "loss": loss})
+            if plan.tested(epoch):
+                top1, top5, confusion = _test(subject, model)
+                history[-1] |= {"top1": top1, "top5": top5}
+                bar.advance(0, f"loss {loss:.3f}  top-1 {top1:.1%}")
             if rank() == 0:
                 _keep(state, made_by, history, confusion, model, optimizer, done=epoch + 1 == plan.epochs)
     if frozen and fingerprint(model.backbone) != before:
         raise RuntimeError("a frozen backbone was changed by its evaluation")
     last = history[-1]
-    return Outcome(last["top1"], last["top5"], max(line["top1"] for line in history), history, confusion)
+    best = max(line["top1"] for line in history if "top1" in line)
+    return Outcome(last["top1"], last["top5"], best, history, confusion)
 
 
 def _epoch(

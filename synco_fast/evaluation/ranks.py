@@ -30,12 +30,15 @@ def joined(device: torch.device) -> Iterator[torch.device]:
     Args:
         device: What the job runs on; a CUDA job gives each process the GPU of its local number.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or (dist.is_available() and dist.is_initialized()):
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device

@@ -54,7 +54,7 @@ class Group:
     def budget(self) -> str:
         """Epochs done and images a step."""
         epochs = {run.summary.get("epochs", 0) for run in self.runs}
-        return f"{'/'.join(f'{value:g}' for value in sorted(epochs))} x {self.runs[0].config.training.batch}"
+        return f"{'/'.join(f'{value:.3g}' for value in sorted(epochs))} x {self.runs[0].config.training.batch}"
 
 
 def compare_runs(folders: Sequence[Path]) -> list[Group]:

@@ -86,7 +86,7 @@ def draw_run(run: Run) -> dict[str, str]:
         if title.startswith("Throughput"):
             axes.set_ylim(bottom=0)
         if len(axes.get_lines()) > 1:
-            axes.legend(fontsize=6.5, ncol=2 if len(axes.get_lines()) > 4 else 1)
+            axes.legend(fontsize=7, ncol=2 if len(axes.get_lines()) > 4 else 1)
         found[title] = _svg(figure)
     return found
 
@@ -125,5 +125,5 @@ def draw_map(points: Tensor, labels: Tensor, names: list[str], title: str) -> st
     for points_drawn in axes.collections:
         points_drawn.set_rasterized(True)
     if len(names) <= 20:
-        figure.legend(loc="outside lower center", ncol=4, fontsize=6.5, markerscale=2, frameon=False)
+        figure.legend(loc="outside lower center", ncol=4, fontsize=7, markerscale=2, frameon=False)
     return _svg(figure)

@@ -65,7 +65,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     """The few figures at the top."""
 
     def percent(value: float | None) -> str:
-        return "not evaluated" if value is None else f"{value:.1%}"
+        return "none" if value is None else f"{value:.1%}"
 
     summary = run.summary
     return [
@@ -73,8 +73,8 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
         ("kNN after", percent(run.knn)),
         ("linear", percent(run.linear)),
         ("chance", percent(run.chance)),
-        ("epochs", f"{summary.get('epochs', 0):g}"),
-        ("images/s", f"{run.throughput:,.0f}" if run.throughput else "not measured"),
+        ("epochs", f"{summary.get('epochs', 0):.3g}"),
+        ("images/s", f"{run.throughput:,.0f}" if run.throughput else "none"),
         ("data wait", percent(summary.get("data_wait"))),
     ]
 

@@ -34,6 +34,8 @@ def test_published_protocols_are_the_defaults():
     one, ten = published_plan(1), published_plan(10)
     assert (one.epochs, ten.epochs, one.batch, one.head_lr) == (60, 30, 1024, 0.5)
     assert one.factor(0) == 1
+    assert [epoch for epoch in range(60) if one.tested(epoch)] == [9, 19, 29, 39, 49, 59]
+    assert all(PUBLISHED.tested(epoch) for epoch in range(100))
     assert one.factor(30) == pytest.approx(0.5)
 
 
@@ -253,12 +255,15 @@ def test_two_processes_find_what_one_finds(make_run, tmp_path):
     knn = evaluate_knn(run, setting, neighbours=(3,))
     script = tmp_path / "both.py"
     script.write_text(
+        "import torch\n"
         "from synco_fast.cli import main\n"
+        "from synco_fast.evaluation.ranks import joined\n"
         f"common = ['--out', {str(tmp_path / 'two')!r}, '--workers', '0', '--device', 'cpu', '--precision', 'fp32']\n"
-        f"main(['evaluate', 'linear', {str(run)!r}, '--epochs', '1', '--batch', '8', '--lr', '0.3', *common])\n"
-        f"main(['evaluate', 'knn', {str(run)!r}, '--neighbours', '3', *common])\n"
+        "with joined(torch.device('cpu')):\n"
+        f"  main(['evaluate', 'linear', {str(run)!r}, '--epochs', '1', '--batch', '8', '--lr', '0.3', *common])\n"
+        f"  main(['evaluate', 'knn', {str(run)!r}, '--neighbours', '3', *common])\n"
     )
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", script]
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("linear of") == 1, "one process prints"
