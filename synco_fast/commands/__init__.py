@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from synco_fast.commands import (
+    bench_head,
     compare,
     data_demo,
     embed,
@@ -14,7 +15,9 @@ from synco_fast.commands import (
     import_checkpoint,
     presets,
     pretrain,
+    profile_head,
     report,
+    validate,
 )
 from synco_fast.commands.verbs import Verbs
 
@@ -33,5 +36,8 @@ COMMANDS = (
     report,
     compare,
     data_demo,
+    validate,
+    bench_head,
+    profile_head,
 )
 """In the order in which the help lists them."""

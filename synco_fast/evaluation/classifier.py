@@ -21,6 +21,7 @@ from synco_fast.errors import DivergedError
 from synco_fast.evaluation.labelled import LabelledBatches
 from synco_fast.evaluation.progress import Bar
 from synco_fast.evaluation.ranks import barrier, rank, sum_over_ranks, world
+from synco_fast.evaluation.scaling import Update
 from synco_fast.evaluation.subject import Subject, fingerprint
 from synco_fast.export.reading import backbone_of, read_tensors
 
@@ -182,14 +183,14 @@ def _epoch(
 ) -> float:
     """One pass; the mean loss over its batches."""
     model.train()
+    update = Update(subject.precision)
     total, count = torch.zeros((), device=subject.device), 0
     for images, labels in batches:
         images = normalise(images.to(subject.device, non_blocking=True), subject.recipe)
         with subject.precision.autocast():
             logits = model(images)
         loss = cross_entropy(logits.float(), labels.to(subject.device, non_blocking=True))
-        optimizer.zero_grad(set_to_none=True)
-        subject.precision.step(loss, optimizer)
+        update(loss, optimizer)
         total += loss.detach()
         count += 1
         bar.advance(1)

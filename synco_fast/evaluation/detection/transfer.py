@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from synco_fast.data.torchvision import default_workers
 from synco_fast.environment import describe_environment
 from synco_fast.errors import ConfigError, DivergedError
 from synco_fast.evaluation.detection.sources import Detections, DetectionSource, Steps, open_detection
+from synco_fast.evaluation.labelled import decoding_processes
 from synco_fast.evaluation.progress import Bar
 from synco_fast.evaluation.ranks import barrier, joined, rank, world
+from synco_fast.evaluation.scaling import Update
 from synco_fast.evaluation.subject import Setting, fingerprint
 from synco_fast.export.reading import Weights, backbone_of, read_tensors, read_weights
 from synco_fast.training.precision import Precision, resolve_device
@@ -245,6 +246,7 @@ class _Job:
     def train(self, state: Path, made_by: dict[str, Any], *, fresh: bool) -> float:
         """Train from the state that is there, or from the beginning; returns the box AP before the first step."""
         plan = self.plan
+        update = Update(self.precision)
         learning = [value for value in self.detector.parameters() if value.requires_grad]
         optimizer = torch.optim.SGD(learning, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
         found = read_tensors(state) if state.is_file() and not fresh else None
@@ -271,8 +273,7 @@ class _Job:
                 with self.precision.autocast():
                     losses = model([image.to(self.device) for image in images], [self._moved(one) for one in targets])
                 loss = torch.stack([value.float() for value in losses.values()]).sum()
-                optimizer.zero_grad(set_to_none=True)
-                self.precision.step(loss, optimizer)
+                update(loss, optimizer)
                 total, step = loss.detach(), step + 1
                 bar.advance(1)
                 if step % 20 == 0 or step == plan.steps:
@@ -330,7 +331,7 @@ class _Job:
 
 
 def _loader(dataset: Detections | Subset[Any], setting: Setting, **how: Any) -> DataLoader[Any]:
-    workers = default_workers() if setting.workers is None else setting.workers
+    workers = decoding_processes(setting.workers)
     generator = torch.Generator().manual_seed(0)
     return DataLoader(dataset, num_workers=workers, collate_fn=_lists, generator=generator, **how)
 
