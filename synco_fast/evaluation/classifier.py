@@ -23,7 +23,8 @@ from synco_fast.evaluation.progress import Bar
 from synco_fast.evaluation.ranks import barrier, rank, sum_over_ranks, world
 from synco_fast.evaluation.scaling import Update
 from synco_fast.evaluation.subject import Subject, fingerprint
-from synco_fast.export.reading import backbone_of, read_tensors
+from synco_fast.export.reading import backbone_of
+from synco_fast.training.checkpoint import read_tensors
 
 __all__ = ["Outcome", "Plan", "train_classifier"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from synco_fast.config import build_config
 from synco_fast.errors import CheckpointError, ConfigError
 from synco_fast.export.layouts import from_moco, is_moco
-from synco_fast.export.reading import Weights, backbone_of, read_tensors
-from synco_fast.training.checkpoint import FORMAT
+from synco_fast.export.reading import Weights, backbone_of
+from synco_fast.training.checkpoint import FORMAT, read_tensors
 
 __all__ = ["import_checkpoint"]
 

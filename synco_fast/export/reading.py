@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -16,9 +14,9 @@ from synco_fast.config import Config, build_config
 from synco_fast.errors import CheckpointError, ConfigError
 from synco_fast.export.layouts import from_moco, is_moco
 from synco_fast.models.encoder import build_backbone
-from synco_fast.training.checkpoint import FORMAT, find_checkpoint
+from synco_fast.training.checkpoint import FORMAT, find_checkpoint, read_tensors
 
-__all__ = ["Weights", "backbone_of", "fit", "load_backbone", "read_tensors", "read_weights"]
+__all__ = ["Weights", "backbone_of", "fit", "load_backbone", "read_weights"]
 
 _BACKBONE = "encoder.backbone."
 #: How many names a message lists.
@@ -125,25 +123,6 @@ def read_weights(path: Path) -> Weights:
             f"'synco-fast import {path} --method NAME' turns it into one"
         )
     raise CheckpointError(f"{path}: found no encoder in it, allowed a checkpoint of synco-fast")
-
-
-def read_tensors(path: Path) -> Any:
-    """Whatever `torch.save` wrote, if it is tensors and plain values alone, on the CPU.
-
-    Raises:
-        CheckpointError: The file is missing or damaged, or carries code.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint: found no file {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
-        what = f"found {wanted} in its pickle" if wanted else "found a pickle that cannot be read safely"
-        raise CheckpointError(f"{path}: {what}, allowed tensors and plain values: a pickle can carry code") from error
-    except Exception as error:  # a damaged archive raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:120]
-        raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error
 
 
 def _own(content: dict[str, Any], file: Path) -> Weights:

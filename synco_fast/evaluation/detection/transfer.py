@@ -25,7 +25,8 @@ from synco_fast.evaluation.progress import Bar
 from synco_fast.evaluation.ranks import barrier, joined, rank, world
 from synco_fast.evaluation.scaling import Update
 from synco_fast.evaluation.subject import Setting, fingerprint
-from synco_fast.export.reading import Weights, backbone_of, read_tensors, read_weights
+from synco_fast.export.reading import Weights, backbone_of, read_weights
+from synco_fast.training.checkpoint import read_tensors
 from synco_fast.training.precision import Precision, resolve_device
 from synco_fast.training.run import write_json
 
