@@ -20,7 +20,7 @@ from synco_fast.export.reading import Weights, backbone_of, read_weights
 from synco_fast.training.precision import Precision, resolve_device
 from synco_fast.training.run import write_json
 
-__all__ = ["Setting", "Subject", "check_labels", "fingerprint", "open_subject"]
+__all__ = ["Setting", "Subject", "check_labels", "check_unchanged", "fingerprint", "open_subject"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,20 @@ def check_labels(source: Source) -> tuple[Split, Split]:
             "held-out ones, allowed the same"
         )
     return source.train, source.validation
+
+
+def check_unchanged(subject: Subject, before: str) -> None:
+    """Make sure that an evaluation of frozen features left the backbone as it was.
+
+    Args:
+        subject: After the evaluation.
+        before: The backbone's `fingerprint` at its beginning.
+
+    Raises:
+        RuntimeError: It did not.
+    """
+    if fingerprint(subject.backbone) != before:
+        raise RuntimeError("a frozen backbone was changed by its evaluation")
 
 
 def fingerprint(module: nn.Module) -> str:

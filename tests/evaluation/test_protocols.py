@@ -18,6 +18,7 @@ from synco_fast.errors import ConfigError, DataError, DivergedError
 from synco_fast.evaluation import cache, classifier
 from synco_fast.evaluation.cache import cached_features
 from synco_fast.evaluation.classifier import Plan
+from synco_fast.evaluation.features import extract_features
 from synco_fast.evaluation.finetune import evaluate_finetune, published_plan
 from synco_fast.evaluation.knn import knn_accuracy, nearest
 from synco_fast.evaluation.labelled import LabelledBatches, balanced_subset, listed_subset
@@ -153,9 +154,19 @@ def test_a_backbone_that_changes_is_noticed(make_run, monkeypatch):
         next(model.backbone.buffers()).add_(1)
         return 0.0
 
+    def read_and_meddle(backbone, *arguments, **named):
+        found = extract_features(backbone, *arguments, **named)
+        next(backbone.buffers()).add_(1)
+        return found
+
+    run = make_run()
     monkeypatch.setattr(classifier, "_epoch", meddle)
     with pytest.raises(RuntimeError, match="frozen backbone was changed"):
-        evaluate_linear(make_run(), Setting(workers=0), plan=replace(SHORT, epochs=1))
+        evaluate_linear(run, Setting(workers=0), plan=replace(SHORT, epochs=1))
+    monkeypatch.setattr(cache, "extract_features", read_and_meddle)
+    for evaluate in (evaluate_knn, evaluate_linear_fast):
+        with pytest.raises(RuntimeError, match="frozen backbone was changed"):
+            evaluate(run, Setting(workers=0, fresh=True))
 
 
 def test_divergence_is_one_line(make_run):
