@@ -299,7 +299,7 @@ class _Job:
         """COCO's average precision over the first so many test images, by ``box`` and ``mask``."""
         from torchmetrics.detection import MeanAveragePrecision
 
-        kinds = ("bbox", "segm") if self.source.masks else ("bbox",)
+        kinds: Any = ("bbox", "segm") if self.source.masks else ("bbox",)
         metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools")
         numbers = list(range(rank(), images, world()))
         self.detector.eval()
