@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from synco_fast.commands import (
+    <<<<<<< HEAD     bench_step,
+    =======     compare,
+    >>>>>>> evaluation     validate,
     bench_head,
-    bench_step,
     data_demo,
+    embed,
+    evaluate_detection,
+    evaluate_finetune,
     evaluate_knn,
+    evaluate_linear,
+    export_checkpoint,
+    import_checkpoint,
     presets,
     pretrain,
     profile_head,
     profile_step,
-    validate,
+    report,
 )
 from synco_fast.commands.verbs import Verbs
 
@@ -21,6 +29,14 @@ COMMANDS = (
     pretrain,
     presets,
     evaluate_knn,
+    evaluate_linear,
+    evaluate_finetune,
+    evaluate_detection,
+    export_checkpoint,
+    import_checkpoint,
+    embed,
+    report,
+    compare,
     data_demo,
     validate,
     bench_head,
