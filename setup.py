@@ -11,6 +11,11 @@ FOLDERS = {
     "synco_fast.data": "data",
     "synco_fast.bench": "bench",
 }
+#: What single commands need beside the rest.
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
+EMBED = ["pyarrow>=15"]
+REPORT = ["scikit-learn>=1.4"]
 
 
 def packages() -> list[str]:
@@ -38,7 +43,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"synco_fast": ["py.typed"]},
+    package_data={"synco_fast": ["py.typed"], "synco_fast.report": ["*.html"]},
     install_requires=[
         "torch>=2.11,<2.15",
         "torchvision>=0.26,<0.30",
@@ -50,10 +55,27 @@ setup(
         "rich>=13.7",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
+        "safetensors>=0.4.5",
     ],
     extras_require={
+        "export": EXPORT,
+        "detection": DETECTION,
+        "embed": EMBED,
+        "report": REPORT,
         "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
-        "dev": ["mypy>=1.11", "pytest>=8.0", "pytest-benchmark>=4.0", "pytest-xdist>=3.5", "ruff>=0.6", "types-PyYAML"],
+        "dev": [
+            "mypy>=1.11",
+            "pytest>=8.0",
+            "pytest-benchmark>=4.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "types-PyYAML",
+            *EXPORT,
+            *DETECTION,
+            *EMBED,
+            *REPORT,
+        ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},
     classifiers=[

@@ -23,7 +23,7 @@ from synco_fast.kernels.contrast import mean_of_finite
 from synco_fast.kernels.draws import draw
 from synco_fast.kernels.mixing import Along, ByScalars, ByVectors, Hard, Mixed
 from synco_fast.kernels.negatives import FAMILIES, Negatives
-from synco_fast.kernels.selection import Candidates, count_marks, select_whole_rows, stride_and_rank
+from synco_fast.kernels.selection import Candidates, count_marks, largest, select_whole_rows, stride_and_rank
 
 __all__ = ["Outputs", "contrast_and_gradient"]
 
@@ -73,8 +73,8 @@ class _Sums:
 
     def weights(self, similarity: Tensor) -> Tensor:
         """exp((similarity - top) / T), in the place of ``similarity``."""
-        shift = self.top / -self.temperature
-        return torch.add(shift, similarity, alpha=1 / self.temperature, out=similarity).exp_()
+        # The difference first: it is exact where it matters, and a sum of two large numbers would not be.
+        return similarity.sub_(self.top).div_(self.temperature).exp_()
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ class _Rows:
         if hard and packable and (sampling := stride_and_rank(length, hard)):
             stride, rank = sampling
             sample = self.similarities(every, 0, length, stride)
-            threshold = sample.topk(rank, dim=1).values[:, -1:]
+            threshold = largest(sample, rank)
             candidates = Candidates(threshold, rank * stride)
         width = _block(len(self.q), self.q.dtype)
         room = self.q.new_empty(len(self.q) * min(width, length))

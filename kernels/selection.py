@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLE", "Candidates", "count_marks", "select_whole_rows", "stride_and_rank"]
+__all__ = ["SAMPLE", "Candidates", "count_marks", "largest", "select_whole_rows", "stride_and_rank"]
 
 #: How many queue keys the threshold is estimated from, at most.
 SAMPLE = 4096
 
 #: A row that met more than this many times the keys that were expected is selected again from its whole row.
 _EXCESS = 2
+
+#: Blocks of the queue whose candidates are brought into place together.
+_TOGETHER = 8
 
 #: Similarities of R rows to the keys [start, stop) of the queue, (R, stop - start), -inf where a mask forbids the key.
 Similarities = Callable[[Tensor, int, int], Tensor]
@@ -54,7 +56,7 @@ class Candidates:
     """The float32 keys above each row's threshold, gathered block by block. For CPU tensors: sizes depend on the data.
 
     A similarity and its queue index are packed into one integer whose ascending order is the documented order of Q^N,
-    so that one sort in place, of plain integers, settles ties too.
+    so that one sort of plain integers settles ties too.
     """
 
     def __init__(self, threshold: Tensor, expected: int) -> None:
@@ -103,20 +105,27 @@ class Candidates:
         width = max(hard, int(self._count.max()))
         nothing = _pack(torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64))
         packed = nothing.expand(len(self._count), width).contiguous()
-        if self._found:
-            flat, values = (torch.cat(parts) for parts in list(zip(*self._found, strict=True))[:2])
-            counts = torch.stack([found.counts for found in self._found])
-            blocks = torch.tensor([(found.start, found.columns) for found in self._found])
-            row = torch.arange(len(self._count))
-            # A block's keys are ordered by row: what block and row add to place and index is the same for a whole run.
-            before = counts.cumsum(0) - counts
-            ran = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts)
-            runs = torch.stack((row * width + before - ran, blocks[:, :1] - row * blocks[:, 1:]), dim=-1)
-            shift = torch.repeat_interleave(runs.view(-1, 2), counts.view(-1), dim=0, output_size=len(flat))
-            place = shift[:, 0] + torch.arange(len(flat))
-            packed.view(-1).index_copy_(0, place, _pack(values, shift[:, 1] + flat))
-        _sort_rows(packed)
-        return *_unpack(packed[:, :hard]), failed
+        filled = torch.zeros_like(self._count)
+        for begin in range(0, len(self._found), _TOGETHER):
+            filled += self._place(self._found[begin : begin + _TOGETHER], packed, filled)
+        self._found.clear()
+        return *_unpack(packed.sort(dim=1).values[:, :hard]), failed
+
+    @staticmethod
+    def _place(blocks: list[_Found], packed: Tensor, filled: Tensor) -> Tensor:
+        """Append what some blocks gave to the rows of ``packed``, of which ``filled`` are taken; how many they are."""
+        flat, values = torch.cat([found.flat for found in blocks]), torch.cat([found.values for found in blocks])
+        counts = torch.stack([found.counts for found in blocks])
+        where = torch.tensor([(found.start, found.columns) for found in blocks])
+        row = torch.arange(len(filled))
+        # A block's keys are ordered by row: what block and row add to place and index is the same for a whole run.
+        before = filled + counts.cumsum(0) - counts
+        ran = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts)
+        runs = torch.stack((row * packed.shape[1] + before - ran, where[:, :1] - row * where[:, 1:]), dim=-1)
+        shift = torch.repeat_interleave(runs.view(-1, 2), counts.view(-1), dim=0, output_size=len(flat))
+        place = shift[:, 0] + torch.arange(len(flat))
+        packed.view(-1).index_copy_(0, place, _pack(values, shift[:, 1] + flat))
+        return counts.sum(dim=0)
 
 
 class _Found(NamedTuple):
@@ -142,6 +151,14 @@ def count_marks(marks: Tensor) -> Tensor:
     )
 
 
+def largest(values: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th largest of each row of a CPU tensor, which is overwritten; (R, 1)."""
+    # NumPy partitions in a third of the time of PyTorch's topk; both take NaN for the largest.
+    array = values.numpy()
+    array.partition(array.shape[1] - rank, axis=1)
+    return values[:, -rank, None].clone()
+
+
 def _pack(similarity: Tensor, index: Tensor) -> Tensor:
     """Float32 similarities and indices below 2**32 as int64, ascending as similarities descend and indices ascend."""
     # One zero and one NaN, which comes first as it does in PyTorch's sort.
@@ -157,13 +174,6 @@ def _unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _ordered(bits: Tensor) -> Tensor:
     """Bits of float32 numbers as int32 in the numbers' order, and back."""
     return bits ^ (bits >> 31 & 0x7FFFFFFF)
-
-
-def _sort_rows(packed: Tensor) -> None:
-    """Sort each row of an int64 tensor in place, on PyTorch's number of threads."""
-    parts = [part for part in np.array_split(packed.numpy(), torch.get_num_threads()) if len(part)]
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(lambda part: part.sort(axis=1), parts))
 
 
 def select_whole_rows(

@@ -99,6 +99,44 @@ def test_validate(run, tmp_path, monkeypatch):
     assert "hard: found 900, allowed up to 200" in run("validate", *shape[:-1], "900")[2]
 
 
+@pytest.mark.slow
+def test_bench_and_profile_head(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shape = ["--device", "cpu", "--rows", "4", "--dim", "16", "--hard", "16"]
+    files = ["--json", tmp_path / "head.json", "--plot", tmp_path / "head.png"]
+    words = [
+        "--backends",
+        "released",
+        "closed_form",
+        "--repeats",
+        "2",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--length",
+        "256",
+    ]
+    code, out, _ = run("bench", "head", *shape, *words, *files)
+    assert code == 0
+    assert "1.00x" in out
+    figures = json.loads((tmp_path / "head.json").read_text())
+    assert {result["backend"] for result in figures["results"]} == {"released", "closed_form"}
+    assert figures["environment"]["torch"]
+    assert (tmp_path / "head.png").exists()
+    assert run("bench", "head", *shape, "--backends", "triton")[0] == 2
+
+    trace = tmp_path / "trace.json"
+    code, out, _ = run(
+        "profile", "head", *shape, "--length", "256", "--trace", trace, "--json", tmp_path / "lines.json"
+    )
+    assert code == 0
+    assert "aten::mul" in out
+    assert trace.exists()
+    assert json.loads((tmp_path / "lines.json").read_text())["lines"]
+    assert "found no folder" in run("profile", "head", *shape, "--trace", tmp_path / "no" / "trace.json")[2]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -142,7 +180,15 @@ def test_other_words_are_refused(run):
     assert run("presets", "--colour")[0] == 2
     assert run("dance")[0] == 2
     assert run("--help")[0] == 0
-    for verb in (["pretrain"], ["presets"], ["evaluate", "knn"], ["data", "demo"], ["validate"]):
+    for verb in (
+        ["pretrain"],
+        ["presets"],
+        ["evaluate", "knn"],
+        ["data", "demo"],
+        ["validate"],
+        ["bench", "head"],
+        ["profile", "head"],
+    ):
         code, out, _ = run(*verb, "--help")
         assert code == 0
         assert "example:" in out

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from synco_fast.commands import bench_step, data_demo, evaluate_knn, presets, pretrain, profile_step, validate
+from synco_fast.commands import (
+    <<<<<<< HEAD     bench_step,
+    =======     compare,
+    >>>>>>> evaluation     validate,
+    bench_head,
+    data_demo,
+    embed,
+    evaluate_detection,
+    evaluate_finetune,
+    evaluate_knn,
+    evaluate_linear,
+    export_checkpoint,
+    import_checkpoint,
+    presets,
+    pretrain,
+    profile_head,
+    profile_step,
+    report,
+)
 from synco_fast.commands.verbs import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
@@ -11,8 +29,18 @@ COMMANDS = (
     pretrain,
     presets,
     evaluate_knn,
+    evaluate_linear,
+    evaluate_finetune,
+    evaluate_detection,
+    export_checkpoint,
+    import_checkpoint,
+    embed,
+    report,
+    compare,
     data_demo,
     validate,
+    bench_head,
+    profile_head,
     bench_step,
     profile_step,
 )

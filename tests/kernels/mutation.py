@@ -37,9 +37,8 @@ BREAKS = (
     Break(
         "closed form: ties go to the larger queue index",
         "kernels/selection.py",
-        "part.sort(axis=1)",
-        "part.put(np.arange(part.size), np.take_along_axis("
-        "part, np.lexsort((-(part & 0xFFFFFFFF), part >> 32), axis=1), axis=1))",
+        "packed.sort(dim=1).values[",
+        "packed.gather(1, torch.from_numpy(np.lexsort((-(packed & 0xFFFFFFFF).numpy(), packed >> 32), axis=1)))[",
         CLOSED,
         "selection",
     ),

@@ -1,0 +1,48 @@
+"""The momentum update of ResNet-50's parameters: a launch for each, by `torch._foreach`, and the one-launch kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import Parameter
+from torchvision.models import resnet50
+
+from synco_fast.kernels import momentum_update
+
+Timed = Callable[[Callable[[], object]], None]
+Pairs = tuple[list[Parameter], list[Parameter]]
+
+
+@pytest.fixture
+def pairs(device: torch.device) -> Pairs:
+    """Parameters of two encoders."""
+    key, query = (list(resnet50().to(device).parameters()) for _ in range(2))
+    return key, query
+
+
+def test_one_by_one(timed: Timed, pairs: Pairs) -> None:
+    """As the released code does it."""
+
+    @torch.no_grad()
+    def update() -> None:
+        for k, q in zip(*pairs, strict=True):
+            k.mul_(0.999).add_(q, alpha=0.001)
+
+    timed(update)
+
+
+def test_foreach(timed: Timed, pairs: Pairs) -> None:
+    """What training uses."""
+    timed(lambda: momentum_update(*pairs, 0.999))
+
+
+def test_one_launch(timed: Timed, pairs: Pairs, device: torch.device) -> None:
+    """The Triton kernel, whose tables are made once."""
+    if device.type != "cuda":
+        pytest.skip("the kernel runs on CUDA devices")
+    from synco_fast.kernels.triton.momentum import Plan, update
+
+    plan = Plan(*([tensor.detach() for tensor in side] for side in pairs))
+    timed(lambda: update(plan, 0.999))
