@@ -299,7 +299,7 @@ class _Job:
         """COCO's average precision over the first so many test images, by ``box`` and ``mask``."""
         from torchmetrics.detection import MeanAveragePrecision
 
-        kinds = ("bbox", "segm") if self.source.masks else ("bbox",)
+        kinds: Any = ("bbox", "segm") if self.source.masks else ("bbox",)
         metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools", sync_on_compute=False)
         numbers = list(range(rank(), images, world()))
         self.detector.eval()
@@ -313,6 +313,7 @@ class _Job:
                 bar.advance(len(pictures))
         transform.min_size = sizes
         # torchmetrics would gather image by image, which needs as many on each rank.
+        gathered: Any
         for name, gathered in metric.metric_state.items():
             setattr(metric, name, lists_of_all_ranks(gathered))
         values = metric.compute()
