@@ -88,10 +88,12 @@ class _Views(Dataset[tuple[Tensor, Tensor, int, dict[int, str]]]):
 
 
 class _EpochBatches:
-    """The batch sampler: which images make which batch of the current epoch."""
+    """The batch sampler: which images make this process's share of which batch of the current epoch."""
 
-    def __init__(self, length: int, batch: int, seed: int) -> None:
+    def __init__(self, length: int, batch: int, seed: int, rank: int, world: int) -> None:
         self.length, self.batch, self.seed = length, batch, seed
+        self.share = batch // world
+        self.shift = rank * self.share
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -100,7 +102,8 @@ class _EpochBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = epoch_order(self.length, seed=self.seed, epoch=self.epoch).tolist()
         for number in range(self.start, len(self)):
-            yield [(self.epoch, index) for index in order[number * self.batch : (number + 1) * self.batch]]
+            begin = number * self.batch + self.shift
+            yield [(self.epoch, index) for index in order[begin : begin + self.share]]
 
 
 def _collate(samples: list[tuple[Tensor, Tensor, int, dict[int, str]]]) -> Batch:
@@ -115,13 +118,15 @@ class TorchvisionPipeline:
     Args:
         split: The images.
         recipe: How views are made.
-        batch: B, images in a batch.
+        batch: B, images in a batch, over all processes.
         seed: Decides order and views together with the epoch.
         workers: Processes that decode; 0 decodes in the training process. By default one for each core.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
+        rank, world: Number of this process, and of all. Each yields its share of every batch, in blocks of B / world
+            images, so that a batch holds the same images whatever the number of processes.
 
     Raises:
-        DataError: The split holds fewer images than a batch.
+        DataError: The split holds fewer images than a batch, or B is not a multiple of ``world``.
     """
 
     def __init__(
@@ -133,10 +138,14 @@ class TorchvisionPipeline:
         seed: int,
         workers: int | None = None,
         pin_memory: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        if batch % world:
+            raise DataError(f"training.batch: found {batch}, allowed a multiple of {world}, the number of processes")
         if batch > len(split):
             raise DataError(f"training.batch: found {batch}, allowed up to {len(split)}, the number of training images")
-        self._batches = _EpochBatches(len(split), batch, seed)
+        self._batches = _EpochBatches(len(split), batch, seed, rank, world)
         workers = default_workers() if workers is None else workers
         self._loader: DataLoader[Batch] = DataLoader(
             _Views(split, recipe, seed),  # type: ignore[arg-type]

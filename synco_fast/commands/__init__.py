@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from synco_fast.commands import (
     bench_head,
+    bench_step,
     compare,
     data_demo,
     embed,
@@ -16,6 +17,7 @@ from synco_fast.commands import (
     presets,
     pretrain,
     profile_head,
+    profile_step,
     report,
     validate,
 )
@@ -38,6 +40,8 @@ COMMANDS = (
     data_demo,
     validate,
     bench_head,
+    bench_step,
     profile_head,
+    profile_step,
 )
 """In the order in which the help lists them."""

@@ -101,6 +101,18 @@ def test_a_batch_larger_than_the_set(split):
         pipeline(split, batch=34)
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_shares_of_all_processes_are_the_batch(split, world):
+    whole, shares = pipeline(split), [pipeline(split, rank=rank, world=world) for rank in range(world)]
+    for pipe in (whole, *shares):
+        pipe.set_epoch(1, start=1)
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for name in ("first", "second", "images"):
+            assert torch.equal(getattr(batch, name), torch.cat([getattr(part, name) for part in parts]))
+    with pytest.raises(DataError, match=r"training\.batch: found 8, allowed a multiple of 3"):
+        pipeline(split, world=3)
+
+
 def test_orders_are_permutations_of_seed_and_epoch():
     first = epoch_order(100, seed=0, epoch=0)
     assert sorted(first.tolist()) == list(range(100))
