@@ -16,6 +16,7 @@ EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
 EMBED = ["pyarrow>=15"]
 REPORT = ["scikit-learn>=1.4"]
+GENERATOR = ["torchmetrics>=1.4"]
 
 
 def packages() -> list[str]:
@@ -63,6 +64,7 @@ setup(
         "detection": DETECTION,
         "embed": EMBED,
         "report": REPORT,
+        "generator": GENERATOR,
         "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
         "dev": [
             "mypy>=1.11",
@@ -75,6 +77,7 @@ setup(
             *DETECTION,
             *EMBED,
             *REPORT,
+            *GENERATOR,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

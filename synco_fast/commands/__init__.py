@@ -16,6 +16,7 @@ from synco_fast.commands import (
     import_checkpoint,
     presets,
     pretrain,
+    pretrain_generator,
     profile_head,
     profile_step,
     report,
@@ -27,6 +28,7 @@ __all__ = ["COMMANDS", "Verbs"]
 
 COMMANDS = (
     pretrain,
+    pretrain_generator,
     presets,
     evaluate_knn,
     evaluate_linear,

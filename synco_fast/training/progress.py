@@ -48,10 +48,15 @@ class Reporter:
 
     def figures(self, step: int, epoch: str, values: dict[str, float]) -> None:
         """Show the latest figures: loss, contrastive accuracy, throughput, share of time waiting for data."""
-        text = (
+        self.line(
+            step,
+            epoch,
             f"loss {values['loss']:.3f}  acc {values['queue_top1']:.1%}  "
-            f"{values['images_per_second']:,.0f} img/s  data wait {values['data_wait']:.0%}"
+            f"{values['images_per_second']:,.0f} img/s  data wait {values['data_wait']:.0%}",
         )
+
+    def line(self, step: int, epoch: str, text: str) -> None:
+        """Show the latest figures as words: in the bar, or as a line every few seconds."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=epoch, figures=text)
             return

@@ -1,0 +1,73 @@
+"""``synco-fast pretrain-generator``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.verbs import Verbs, two_columns
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast pretrain-generator``."""
+    command = verbs.add(
+        "pretrain-generator",
+        _pretrain_generator,
+        "Train a generator on unlabelled images, for --method.name generated. Its keys are set as --key VALUE.",
+        "synco-fast pretrain-generator --data demo --out runs/generator --size 64 --steps 20000",
+        overrides=True,
+    )
+    command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo")
+    command.add_argument("--out", type=Path, metavar="DIR", help="the run folder; runs/generator-DATE-TIME by default")
+    command.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
+
+
+def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.errors import ConfigError
+    from synco_fast.generator_config import build_generator_config
+    from synco_fast.training.generator import GeneratorTrainer, choose_generator_folder
+    from synco_fast.training.run import read_run_config, write_json
+
+    values = overrides_of(rest)
+    if options.data is not None:
+        values["source"] = options.data
+    if options.resume is not None:
+        if options.out is not None:
+            raise ConfigError("resume: found --out beside it, allowed --key VALUE alone")
+        folder = options.resume
+        saved = read_run_config(folder)
+        if "latent" not in saved:
+            raise ConfigError(f"resume: found a run of another command in {folder}, allowed one of pretrain-generator")
+        values = {**saved, **values}
+    elif "source" not in values:
+        raise ConfigError("data: found none, allowed --data SOURCE, or --resume RUN")
+    else:
+        folder = choose_generator_folder(options.out)
+    trainer = GeneratorTrainer(build_generator_config(values), folder, resume=options.resume, console=console)
+    summary = trainer.run()
+    if options.json is not None:
+        write_json(options.json, summary)
+    done = "" if summary["finished"] else f", stopped on request: go on with --resume {folder}"
+    table = two_columns(f"generator on {summary['source']}: {summary['steps']:,} steps{done}")
+    kid = "not measured" if summary["kid"] is None else f"{summary['kid']:.4f} on {summary['kid_network']}"
+    spread = "not measured" if summary["diversity"] is None else f"{summary['diversity']:.2f} of the real images'"
+    for name, value in (
+        ("KID", kid),
+        ("diversity", spread),
+        ("images per second", f"{summary['images_per_second']:,.0f}"),
+        ("training time", f"{summary['training_seconds']:,.0f} s"),
+        ("run folder", summary["run"]),
+        ("checkpoint", summary["checkpoint"]),
+        ("samples", summary["samples"]),
+        ("curves", summary["curves"]),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    return 0

@@ -1,0 +1,63 @@
+"""The pictures of generators: sheets of samples, and the curves of stage one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.utils import save_image
+
+__all__ = ["draw_generator_curves", "draw_samples"]
+
+matplotlib.use("Agg")
+_SCALE = 2
+
+
+def draw_samples(images: Tensor, path: Path, *, columns: int = 8) -> None:
+    """Images (n, 3, H, W) in [0, 1] in rows of ``columns``, twice their size, as one PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    large = images.detach().float().cpu().clamp(0, 1)
+    for axis in (2, 3):
+        large = torch.repeat_interleave(large, _SCALE, dim=axis)
+    save_image(large, path, nrow=columns, padding=_SCALE, pad_value=1.0)
+
+
+def draw_generator_curves(lines: list[dict[str, Any]], path: Path, *, title: str, network: str | None) -> None:
+    """Losses, the discriminator's verdicts, diversity and quality over steps, as one PNG.
+
+    Args:
+        lines: From `read_metrics`.
+        path: Where the PNG goes.
+        title: Above the picture.
+        network: Whose features the quality is measured on, if it is.
+    """
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    (losses, verdicts), (alike, quality) = figure.subplots(2, 2)
+    panels = (
+        (losses, "losses", (("generator/loss", "generator"), ("discriminator/loss", "discriminator"))),
+        (
+            verdicts,
+            "share that the discriminator tells rightly",
+            (("discriminator/real", "real"), ("discriminator/generated", "generated")),
+        ),
+        (alike, "diversity, as a share of the real images'", (("generator/diversity", "diversity"),)),
+        (quality, f"KID on {network}" if network else "KID: not measured", (("generator/kid", "moving average"),)),
+    )
+    for axes, heading, curves in panels:
+        for name, label in curves:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6)
+        axes.set_title(heading, fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        if axes.get_lines():
+            axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
