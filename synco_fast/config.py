@@ -13,6 +13,7 @@ from synco_fast.data.augment import Recipe
 from synco_fast.errors import ConfigError
 from synco_fast.kernels import FAMILIES, Backend, Negatives
 from synco_fast.kernels.negatives import Extrapolation
+from synco_fast.models.generator import check_size
 
 __all__ = ["Config", "build_config", "read_config"]
 
@@ -50,7 +51,8 @@ class ModelConfig(Section):
 class MethodConfig(Section):
     """Which negatives. A count that is not set takes the method's published value times ``count_scale``."""
 
-    name: Literal["moco", "mochi", "synco"] = Field("synco", description="MoCo v2, MoCHi or SynCo")
+    name: Literal["moco", "mochi", "synco", "generated"] = Field("synco", description="MoCo v2, MoCHi, SynCo or pairs")
+    base: Literal["moco", "mochi", "synco"] = Field("moco", description="Whose synthetic negatives `generated` takes")
     queue: int = Field(65536, ge=1, description="K, past keys")
     temperature: float = Field(0.2, gt=0, description="T")
     count_scale: float = Field(1.0, gt=0, description="Share of the published counts that the unset ones take")
@@ -74,7 +76,8 @@ class MethodConfig(Section):
         Raises:
             ConfigError: The counts contradict one another.
         """
-        published = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}[self.name]()
+        whose = self.base if self.name == "generated" else self.name
+        published = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}[whose]()
         counts = {}
         for name in ("hard", *(family.name for family in FAMILIES)):
             own = getattr(self, name)
@@ -83,6 +86,28 @@ class MethodConfig(Section):
             return Negatives(**counts, extrapolation=self.extrapolation)
         except ValueError as error:
             raise ConfigError(f"method.{error}") from error
+
+
+class GeneratedConfig(Section):
+    """The pair of generators of `generated`, after Wu et al. (arXiv 2202.06464)."""
+
+    pair: Literal["joint", "frozen", "none"] = Field(
+        "joint", description="Learned with the encoder, fixed, or left out"
+    )
+    checkpoint: str | None = Field(None, description="The run of pretrain-generator that both generators start from")
+    latent: int = Field(128, ge=1, description="As in that run")
+    width: int = Field(32, ge=1, description="As in that run")
+    batch: int = Field(64, ge=2, description="Pairs a step")
+    weight: float = Field(0.5, ge=0, description="w_syn, of the loss on generated pairs in the encoder's loss")
+    hardness: float = Field(0.2, ge=0, description="w_hard at its end, of that loss in the generators' loss, negated")
+    ramp_epochs: float = Field(10, ge=0, description="Epochs over which w_hard rises from 0")
+    floor: float = Field(0.5, ge=-1, le=1, description="Similarity of a pair below which it is pushed together")
+    floor_weight: float = Field(10, ge=0, description="Weight of what lies below the floor")
+    lr: float = Field(5e-5, gt=0, description="Of generators and discriminator, by Adam")
+    betas: tuple[float, float] = (0.0, 0.99)
+    r1: float = Field(1.0, ge=0, description="Weight of R1")
+    r1_every: int = Field(16, ge=1, description="Steps between two computations of R1")
+    collapse: float = Field(0.2, ge=0, description="Diversity, as a share of the real images', that is warned of below")
 
 
 class OptimizerConfig(Section):
@@ -146,6 +171,7 @@ class Config(Section):
     augment: Recipe = Recipe()
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
+    generated: GeneratedConfig = GeneratedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -153,7 +179,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         negatives, batch = self.method.negatives(), self.training.batch
-        keys = batch * (2 if self.method.symmetric else 1)
+        keys = self.keys_per_step
         if self.method.queue < keys:
             raise ConfigError(f"method.queue: found {self.method.queue}, allowed {keys} or more, the keys of one step")
         if negatives.hard > self.method.queue:
@@ -165,7 +191,30 @@ class Config(Section):
             )
         if self.model.sync_batch_norm and groups > 1:
             raise ConfigError(f"model.batch_norm_groups: found {groups}, allowed 1 beside model.sync_batch_norm")
+        if self.generates:
+            self._generates_here()
         return self
+
+    def _generates_here(self) -> None:
+        training = self.training
+        check_size(self.augment.size, "augment.size")
+        for name, found, allowed in (
+            ("training.accumulate", training.accumulate, 1),
+            ("training.cuda_graph", training.cuda_graph, False),
+            ("training.compile", training.compile, "none"),
+        ):
+            if found != allowed:
+                raise ConfigError(f"{name}: found {found}, allowed {allowed} beside generated pairs")
+
+    @property
+    def keys_per_step(self) -> int:
+        """How many keys enter the queue in a step."""
+        return self.training.batch * (1 + self.method.symmetric) + self.generates * self.generated.batch
+
+    @property
+    def generates(self) -> bool:
+        """Whether pairs of generated images are positives beside the real ones."""
+        return self.method.name == "generated" and self.generated.pair != "none"
 
     @property
     def learning_rate(self) -> float:

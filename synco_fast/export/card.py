@@ -15,6 +15,7 @@ _METHODS = {
     "moco": "MoCo v2 ([arXiv 2003.04297](https://arxiv.org/abs/2003.04297))",
     "mochi": "MoCHi ([arXiv 2010.01028](https://arxiv.org/abs/2010.01028))",
     "synco": "SynCo ([arXiv 2410.02401](https://arxiv.org/abs/2410.02401))",
+    "generated": "generated pairs, after Wu et al. ([arXiv 2202.06464](https://arxiv.org/abs/2202.06464))",
 }
 
 

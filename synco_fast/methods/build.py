@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from synco_fast.config import Config
 from synco_fast.errors import ConfigError
+from synco_fast.methods.generated import Generated
 from synco_fast.methods.moco import MomentumContrast
 from synco_fast.methods.schedule import NegativeSchedule
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
@@ -69,17 +72,32 @@ def build_method(config: Config, *, processes: int = 1) -> MomentumContrast:
         ConfigError: As `build_encoder` says, or the batch or its groups cannot be spread like this.
     """
     method = config.method
-    return MomentumContrast(
-        build_encoder(config, processes=processes),
-        queue_length=method.queue,
-        dim=config.model.dim,
-        schedule=NegativeSchedule(
+    frame: dict[str, Any] = {
+        "queue_length": method.queue,
+        "dim": config.model.dim,
+        "schedule": NegativeSchedule(
             method.negatives(), config.training.epochs, method.warmup_epochs, method.cooldown_epochs
         ),
-        temperature=method.temperature,
-        momentum=config.model.momentum,
-        symmetric=method.symmetric,
-        mask_same_image=method.mask_same_image,
-        seed=config.seed,
-        backend=method.backend,
-    )
+        "temperature": method.temperature,
+        "momentum": config.model.momentum,
+        "symmetric": method.symmetric,
+        "mask_same_image": method.mask_same_image,
+        "seed": config.seed,
+        "backend": method.backend,
+    }
+    encoder = build_encoder(config, processes=processes)
+    if not config.generates:
+        return MomentumContrast(encoder, **frame)
+    pair = config.generated
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Generated(
+            encoder,
+            size=config.augment.size,
+            latent=pair.latent,
+            width=pair.width,
+            pairs=pair.batch,
+            weight=pair.weight,
+            recipe=config.augment,
+            **frame,
+        )

@@ -16,9 +16,11 @@ from synco_fast.data.pipeline import Batch, normalise
 from synco_fast.data.seeding import derive_seed
 from synco_fast.methods.base import Arranged, Method, Networks, StepOutput, Views
 from synco_fast.methods.build import build_method
+from synco_fast.methods.generated import Generated
 from synco_fast.phases import phase
 from synco_fast.training.compiled import Compiled, keep_compile_cache
 from synco_fast.training.distributed import Place
+from synco_fast.training.game import Game
 from synco_fast.training.graph import GRAPH_WARMUP, GraphedStep
 from synco_fast.training.means import RunningMeans
 from synco_fast.training.optimizer import build_optimizer
@@ -78,6 +80,9 @@ class Engine:
         self.optimizer = build_optimizer(self.method.encoder, optimizer, lr=config.learning_rate, device=self.device)
         self.update = Update(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
         self.statistics = RunningStatistics(*self._encoders())
+        self.game: Game | None = None
+        if isinstance(self.method, Generated):
+            self.game = Game(config, self.method, self.device, steps_per_epoch=steps_per_epoch, processes=place.world)
         self.skipped = SkippedSteps(self.device)
         self.means = RunningMeans()
         self.steps = steps_per_epoch * training.epochs
@@ -207,6 +212,9 @@ class Engine:
             accept, norm = self.update.step()
             self.statistics.put_back(before, accept)
         self.method.after_step(accept)
+        if self.game is not None:
+            accept, played = self.game.step(arranged, int(step), epoch, accept)
+            metrics |= played
         self.means.add({**metrics, "gradient_norm": norm}, accept)
         self.skipped.add(accept, step)
 
@@ -257,6 +265,7 @@ class Engine:
             "precision": self.update.state_dict(),
             "means": self.means.state_dict(),
             "skipped": self.skipped.state_dict(),
+            **({} if self.game is None else {"game": self.game.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,5 +275,7 @@ class Engine:
             self._rates_on_device()
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
+        if self.game is not None and "game" in state:
+            self.game.load_state_dict(state["game"])
         if "skipped" in state:
             self.skipped.load_state_dict(state["skipped"])

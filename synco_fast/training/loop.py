@@ -90,6 +90,8 @@ class Trainer:
         self.stopping = Stopping(self.control, config.training.max_time)
         if resume is not None:
             self._load(resume)
+        if self.engine.game is not None:
+            self._notes += self.engine.game.prepare(self.source.train, config.data.workers, fresh=self.step == 0)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -179,6 +181,9 @@ class Trainer:
         values |= monitors(self.engine, self.step)
         if "images_per_second" in values and "loss" in values:
             self.reporter.figures(self.step, title, values)
+        warning = self.engine.game.figures(values, self.step) if self.engine.game is not None else None
+        if warning:
+            self._warn(warning)
         self.log.write("train", self.step, values)
 
     def _check_skipped(self) -> int:
@@ -206,6 +211,8 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate before the first step, every so many epochs, and at the end; never twice at one step."""
         epoch, rest = divmod(self.step, self.steps_per_epoch)
+        if self.engine.game is not None and self.place.first:
+            self.engine.game.draw(self.folder / "plots", self.step)
         every = self.config.evaluation.every
         due = self.step == self.steps or (rest == 0 and epoch % max(1, every) == 0)
         if every and due and self.evaluated_at != self.step:

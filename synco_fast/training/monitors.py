@@ -23,7 +23,7 @@ def monitors(engine: Engine, step: int) -> dict[str, float]:
         the age of the oldest key in steps; where losses are scaled ``loss_scale``; on a GPU ``memory_mib``, the most
         that was allocated since the last call, and ``memory_reserved_mib``.
     """
-    queue, keys = engine.config.method.queue, engine.config.training.batch * (1 + engine.config.method.symmetric)
+    queue, keys = engine.config.method.queue, engine.config.keys_per_step
     values = {
         "parameter_norm": engine.parameter_norm(),
         "key_momentum": engine.momentum(step - 1),

@@ -1,0 +1,114 @@
+"""Stage two as whole runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from synco_fast.errors import CheckpointError, ConfigError, DivergedError
+from synco_fast.training.checkpoint import find_checkpoint
+from synco_fast.training.loop import Trainer
+from synco_fast.training.metrics import read_metrics
+
+from .test_generator import small, trainer
+from .test_loop import assert_identical, pretrain
+
+__all__ = ["small"]
+
+PAIRS = {
+    "method.name": "generated",
+    "generated.latent": 8,
+    "generated.width": 4,
+    "generated.batch": 4,
+    "generated.r1_every": 2,
+    "evaluation.every": 0,
+}
+
+
+@pytest.fixture
+def stage_one(small, tmp_path):
+    trainer(small(), tmp_path / "stage-one")._save()
+    return tmp_path / "stage-one"
+
+
+@pytest.fixture
+def paired(tiny, stage_one):
+    def make(**changes):
+        return tiny({**PAIRS, "generated.checkpoint": str(stage_one), **changes})
+
+    return make
+
+
+def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
+    config = paired(**{"method.base": "synco"})
+    pretrain(config, tmp_path / "whole")
+    first = Trainer(config, tmp_path / "parts", console=Console(quiet=True))
+    step = first._train_step
+
+    def step_then_signal(batch, epoch):
+        step(batch, epoch)
+        if first.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    first._train_step = step_then_signal
+    first.run()
+    assert find_checkpoint(tmp_path / "parts")[0]["step"] == 3
+    for file in (stage_one / "checkpoints").iterdir():
+        file.unlink()  # a run that goes on does not need stage one any more
+    pretrain(config, tmp_path / "parts", resume=tmp_path / "parts")
+    assert_identical(find_checkpoint(tmp_path / "whole")[0], find_checkpoint(tmp_path / "parts")[0])
+
+    lines = [line for line in read_metrics(tmp_path / "whole") if line["kind"] == "train"]
+    wanted = {"similarity/pair", "similarity/below_floor", "generator/loss", "discriminator/loss", "generated/loss"}
+    assert wanted | {"generator/hardness", "generator/diversity"} <= lines[0].keys()
+    assert 0 < lines[-1]["generators_time"] < 1
+    assert lines[0]["generator/hardness"] == 0
+    assert lines[-1]["generator/hardness"] > 0
+    sheets = sorted(path.name for path in (tmp_path / "whole" / "plots").glob("generated-*.png"))
+    assert sheets == [f"generated-{step:08d}.png" for step in (0, 4, 8)]
+
+
+def test_frozen_generators_come_out_as_they_went_in(paired, stage_one, tmp_path):
+    pretrain(paired(**{"generated.pair": "frozen", "training.max_steps": 2}), tmp_path / "run")
+    after, before = find_checkpoint(tmp_path / "run")[0]["method"], find_checkpoint(stage_one)[0]["average"]
+    assert all(torch.equal(after[f"generators.0.{name}"], value) for name, value in before.items())
+
+
+def test_what_does_not_fit_is_named(paired, tiny, small, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(ConfigError, match=r"generated.checkpoint: found none, allowed a run of"):
+        Trainer(tiny(PAIRS), folder)
+    with pytest.raises(CheckpointError, match="another architecture"):
+        Trainer(paired(**{"generated.width": 8}), folder)
+    sizes = {"augment.size": 64, "augment.evaluation_resize": 64}
+    with pytest.raises(ConfigError, match=r"found a generator of 32 pixels, allowed 64 \(augment.size\)"):
+        Trainer(paired(**sizes), folder)
+    pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "other")
+    with pytest.raises(CheckpointError, match="found no generator in it"):
+        Trainer(paired(**{"generated.checkpoint": str(tmp_path / "other")}), folder)
+    assert not folder.exists()
+
+
+def test_a_game_that_is_not_finite_stops_with_the_last_good_checkpoint(paired, tmp_path):
+    run = Trainer(
+        paired(**{"training.checkpoint_every": 2}),
+        tmp_path / "run",
+        console=Console(quiet=True),
+    )
+    step = run._train_step
+
+    def poisoned(batch, epoch):
+        if run.step == 5:
+            with torch.no_grad():
+                run.engine.game._method.discriminator.leave.weight.fill_(torch.nan)
+        step(batch, epoch)
+
+    run._train_step = poisoned
+    with pytest.raises(DivergedError, match=r"not finite at step 6 .*last good checkpoint is .*step-00000004.pt"):
+        run.run()
+    state = find_checkpoint(tmp_path / "run")[0]["method"]
+    assert all(torch.isfinite(value).all() for value in state.values())
