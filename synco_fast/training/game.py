@@ -20,7 +20,8 @@ from synco_fast.methods.generated import Generated, pairs_objective
 from synco_fast.models.discriminator import generator_loss
 from synco_fast.training.adversary import Adversary, CollapseMonitor, Player, diversity
 from synco_fast.training.checkpoint import find_checkpoint, load_weights
-from synco_fast.training.generator_plots import draw_samples
+from synco_fast.training.generator_plots import draw_pair_curves, draw_samples
+from synco_fast.training.metrics import read_metrics
 from synco_fast.training.resident import ResidentImages
 
 __all__ = ["Clock", "Game", "load_stage_one"]
@@ -195,6 +196,11 @@ class Game:
         path = folder / f"generated-{step:08d}.png"
         draw_samples(pairs, path)
         return path
+
+    def draw_curves(self, folder: Path) -> None:
+        """``plots/generated.png`` of the run in ``folder``: similarity, losses, diversity and cost over steps."""
+        title = f"generated pairs, {self.settings.pair}, seed {self.seed}"
+        draw_pair_curves(read_metrics(folder), folder / "plots" / "generated.png", title=title)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimisers' state; weights are kept with the method."""

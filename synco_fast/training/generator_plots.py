@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
-__all__ = ["draw_generator_curves", "draw_samples"]
+__all__ = ["draw_generator_curves", "draw_pair_curves", "draw_samples"]
 
 matplotlib.use("Agg")
 _SCALE = 2
@@ -35,27 +35,69 @@ def draw_generator_curves(lines: list[dict[str, Any]], path: Path, *, title: str
         title: Above the picture.
         network: Whose features the quality is measured on, if it is.
     """
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    (losses, verdicts), (alike, quality) = figure.subplots(2, 2)
-    panels = (
-        (losses, "losses", (("generator/loss", "generator"), ("discriminator/loss", "discriminator"))),
+    _draw_panels(
+        lines,
+        path,
+        title,
+        ("losses", (("generator/loss", "generator"), ("discriminator/loss", "discriminator"))),
         (
-            verdicts,
             "share that the discriminator tells rightly",
             (("discriminator/real", "real"), ("discriminator/generated", "generated")),
         ),
-        (alike, "diversity, as a share of the real images'", (("generator/diversity", "diversity"),)),
-        (quality, f"KID on {network}" if network else "KID: not measured", (("generator/kid", "moving average"),)),
+        ("diversity, as a share of the real images'", (("generator/diversity", "diversity"),)),
+        (f"KID on {network}" if network else "KID: not measured", (("generator/kid", "moving average"),)),
     )
-    for axes, heading, curves in panels:
+
+
+def draw_pair_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """The game of stage two over steps: the pair's similarity, the three losses, verdicts, diversity and cost.
+
+    Args:
+        lines: From `read_metrics`.
+        path: Where the PNG goes.
+        title: Above the picture.
+    """
+    _draw_panels(
+        lines,
+        path,
+        title,
+        (
+            "similarity of a pair: it must fall, down to the floor",
+            (
+                ("similarity/pair", "mean"),
+                ("similarity/pair_lowest", "lowest"),
+                ("similarity/below_floor", "below floor"),
+            ),
+        ),
+        (
+            "contrastive losses",
+            (("loss", "real"), ("generated/loss", "generated"), ("generator/contrastive", "generators' game")),
+        ),
+        ("losses of the players", (("generator/loss", "generators"), ("discriminator/loss", "discriminator"))),
+        (
+            "shares",
+            (
+                ("generators_time", "of a step's time"),
+                ("generator/diversity", "diversity"),
+                ("generator/hardness", "w_hard"),
+            ),
+        ),
+    )
+
+
+def _draw_panels(
+    lines: list[dict[str, Any]], path: Path, title: str, *panels: tuple[str, tuple[tuple[str, str], ...]]
+) -> None:
+    """Four panels, each a heading and its curves by name and label."""
+    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure.suptitle(title, fontsize=13)
+    for axes, (heading, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name, label in curves:
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6)
         axes.set_title(heading, fontsize=10)
         axes.set_xlabel("step")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
         if axes.get_lines():
             axes.legend(fontsize=8)

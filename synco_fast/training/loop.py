@@ -305,6 +305,8 @@ class Trainer:
         )
 
     def _finish(self) -> Summary:
+        if self.engine.game is not None and self.place.first:
+            self.engine.game.draw_curves(self.folder)
         summary = close_run(
             self.folder,
             self.config,

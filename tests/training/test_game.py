@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from synco_fast.errors import CheckpointError, ConfigError, DivergedError
@@ -68,6 +70,8 @@ def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
     assert 0 < lines[-1]["generators_time"] < 1
     assert lines[0]["generator/hardness"] == 0
     assert lines[-1]["generator/hardness"] > 0
+    with Image.open(tmp_path / "whole" / "plots" / "generated.png") as picture:
+        assert np.asarray(picture).std() > 10, "not an empty picture"
     sheets = sorted(path.name for path in (tmp_path / "whole" / "plots").glob("generated-*.png"))
     assert sheets == [f"generated-{step:08d}.png" for step in (0, 4, 8)]
 
