@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["barrier", "joined", "rank", "sum_over_ranks", "world"]
+__all__ = ["barrier", "joined", "lists_of_all_ranks", "rank", "sum_over_ranks", "world"]
 
 
 def rank() -> int:
@@ -57,3 +58,12 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(value)
     return value
+
+
+def lists_of_all_ranks(values: list[Any]) -> list[Any]:
+    """Every process's list, one after the other in order of rank; lengths may differ."""
+    if world() == 1:
+        return values
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]

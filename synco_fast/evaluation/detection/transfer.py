@@ -22,7 +22,7 @@ from synco_fast.errors import ConfigError, DivergedError
 from synco_fast.evaluation.detection.sources import Detections, DetectionSource, Steps, open_detection
 from synco_fast.evaluation.labelled import decoding_processes
 from synco_fast.evaluation.progress import Bar
-from synco_fast.evaluation.ranks import barrier, joined, rank, world
+from synco_fast.evaluation.ranks import barrier, joined, lists_of_all_ranks, rank, world
 from synco_fast.evaluation.scaling import Update
 from synco_fast.evaluation.subject import Setting, fingerprint
 from synco_fast.export.reading import Weights, backbone_of, read_weights
@@ -300,7 +300,7 @@ class _Job:
         from torchmetrics.detection import MeanAveragePrecision
 
         kinds: Any = ("bbox", "segm") if self.source.masks else ("bbox",)
-        metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools")
+        metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools", sync_on_compute=False)
         numbers = list(range(rank(), images, world()))
         self.detector.eval()
         transform: Any = self.detector.transform
@@ -312,6 +312,10 @@ class _Job:
                 metric.update([self._prediction(one) for one in outputs], targets)
                 bar.advance(len(pictures))
         transform.min_size = sizes
+        # torchmetrics would gather image by image, which needs as many on each rank.
+        gathered: Any
+        for name, gathered in metric.metric_state.items():
+            setattr(metric, name, lists_of_all_ranks(gathered))
         values = metric.compute()
         names = {"box": "bbox_" if self.source.masks else "", "mask": "segm_"}
         parts = ("box", "mask") if self.source.masks else ("box",)
