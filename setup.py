@@ -12,6 +12,8 @@ FOLDERS = {
     "synco_fast.bench": "bench",
 }
 
+DALI = "nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"
+
 
 def packages() -> list[str]:
     """Every package below the mapped folders, by its import name."""
@@ -52,8 +54,16 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
-        "dev": ["mypy>=1.11", "pytest>=8.0", "pytest-benchmark>=4.0", "pytest-xdist>=3.5", "ruff>=0.6", "types-PyYAML"],
+        "dali": [DALI],
+        "dev": [
+            "mypy>=1.11",
+            "pytest>=8.0",
+            "pytest-benchmark>=4.0",
+            "pytest-xdist>=3.5",
+            "ruff>=0.6",
+            "types-PyYAML",
+            DALI,
+        ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},
     classifiers=[

@@ -14,9 +14,9 @@ import torch
 from rich.console import Console
 
 from synco_fast.config import Config
+from synco_fast.data.build import build_pipeline
 from synco_fast.data.pipeline import Batch, normalise
 from synco_fast.data.sources import Source, open_source
-from synco_fast.data.torchvision import TorchvisionPipeline
 from synco_fast.errors import CheckpointError, DivergedError
 from synco_fast.evaluation.protocol import evaluate_backbone
 from synco_fast.methods.base import Views
@@ -60,13 +60,16 @@ class Trainer:
         self.precision = Precision(config.training.precision, self.device)
         self.source: Source = open_source(config.data.source)
         check_evaluation(config.evaluation, self.source)
-        self.pipeline = TorchvisionPipeline(
+        self.pipeline = build_pipeline(
             self.source.train,
             config.augment,
             batch=config.training.batch,
             seed=config.seed,
+            name=config.data.pipeline,
+            device=self.device,
+            dtype=self.precision.dtype,
             workers=config.data.workers,
-            pin_memory=self.device.type == "cuda",
+            decode=config.data.decode,
         )
         self.method = build_method(config).to(self.device)
         self.layout = memory_format(self.method, config.training.channels_last)
@@ -143,7 +146,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             self.broken.replaced(batch.broken)
             if undrawn:
-                draw_pairs(batch, pairs)
+                draw_pairs(batch.as_pixels(self.config.augment), pairs)
                 undrawn = False
             self._train_step(batch, epoch)
             timed_steps += 1

@@ -50,6 +50,11 @@ class Precision:
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the encoders' products are computed."""
+        return _DTYPES.get(self.name, torch.float32)
+
     def autocast(self) -> torch.autocast:
         """The context of a forward pass. Weight copies are not cached: the momentum encoder changes in between."""
         dtype = _DTYPES.get(self.name, torch.bfloat16)
