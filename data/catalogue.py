@@ -129,7 +129,7 @@ def read_catalogue(path: Path) -> Catalogue | None:
             if about["version"] != _VERSION:
                 return None
             arrays = {name: file[name] for name in ("text", "ends", "labels", "places") if name in file}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     catalogue = Catalogue(
         PackedNames(arrays["text"], arrays["ends"]),

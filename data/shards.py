@@ -105,6 +105,7 @@ class ShardSplit:
         return {**self.__dict__, "_opened": {}}
 
 
+_BLOCK = 512
 #: How many shards one process holds open: the usual limit is 1,024 files.
 _OPEN_SHARDS = 256
 
@@ -165,11 +166,19 @@ def _index(shard: Path, left_out: dict[str, str]) -> list[_Sample]:
                     elif suffix in (".cls", ".json"):
                         labels[key] = (member.offset_data, member.size, suffix)
                     archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                # tarfile takes a header that is cut short or broken for the end, which is a block of zeros.
+                if archive.offset < length and _block(shard, archive.offset) != bytes(_BLOCK):
+                    raise tarfile.ReadError("no end of archive")
             except (tarfile.TarError, EOFError) as error:
                 left_out[str(shard)] = f"the shard is cut short or broken after {len(images):,} images ({error})"
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"data: found no readable tar file at {shard} ({error})") from error
     return [(*image, labels.get(key)) for key, image in images.items()]
+
+
+def _block(shard: Path, offset: int) -> bytes:
+    with shard.open("rb") as opened:
+        return os.pread(opened.fileno(), _BLOCK, offset)
 
 
 def _label(content: bytes, kind: str) -> str | None:
