@@ -1,21 +1,19 @@
-"""Time and peak extra memory of the head, forward and gradient, by back end.
+"""Time and peak extra memory of the head, forward and gradient, by back end and shape.
 
-Each back end is measured in a process of its own, since what a process has once touched hides a later peak:
-
-    python -m synco_fast.bench.head --json head.json
+What a process has once touched hides a later peak, so on a CPU each measurement has a process of its own; on a GPU,
+where the allocator counts, each back end has one.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,89 +22,147 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from synco_fast.bench.baselines import released_form
-from synco_fast.environment import describe_environment
-from synco_fast.kernels import Negatives, synthetic_contrast
+from synco_fast.bench.timing import capture, seconds_of
+from synco_fast.kernels import Negatives, reference, synthetic_contrast
+from synco_fast.kernels.ops import unserved_by_triton
 
-__all__ = ["BACKENDS", "main", "measure", "sweep"]
+__all__ = ["BACKENDS", "Shape", "extra_bytes", "measure", "prepare", "sweep"]
 
-BACKENDS = ("released", "reference", "closed_form", "triton")
+BACKENDS = {
+    "released": "the cost model of the method as released (`bench/baselines.py`)",
+    "reference": "plain PyTorch, vectorised over negatives",
+    "compiled": "the reference under torch.compile",
+    "closed_form": "in blocks, without synthetic vectors",
+    "triton": "the fused kernels",
+}
+TEMPERATURE = 0.2
 _MIB = 1 << 20
 
 
-def measure(
-    backend: str, *, rows: int, length: int, dim: int, hard: int, repeats: int = 5, device: str = "cpu"
-) -> dict[str, Any]:
-    """Forward and gradient of SynCo's head at one shape.
+@dataclass(frozen=True)
+class Shape:
+    """B queries against K keys of D numbers, N of them hard; dtype by its name in torch."""
+
+    rows: int
+    length: int
+    dim: int = 128
+    hard: int = 1024
+    dtype: str = "float32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return self.torch_dtype.itemsize
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def negatives(self) -> Negatives:
+        """SynCo's 960 synthetic negatives; fewer hard ones than published where K holds no more."""
+        return Negatives.synco(min(self.hard, self.length))
+
+
+def prepare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
+    """A function that computes the mean loss and its gradient to q once, and returns the gradient.
 
     Args:
-        backend: One of `BACKENDS`; "released" is `released_form`.
-        rows, length, dim, hard: B, K, D, N.
-        repeats: Timed runs, after one that is not.
+        backend: One of `BACKENDS`.
+        shape: See `Shape`.
         device: Where.
 
-    Returns:
-        The arguments; the seconds of every run with their median and minimum; the median of the processor seconds of
-        all threads, which other programs on the machine disturb less; and the peak extra memory in MiB: on a CPU what
-        the process's resident peak rose by, on a CUDA device what the allocator's did.
+    Raises:
+        RuntimeError: The kernels do not serve the shape or the device.
     """
     generator = torch.Generator().manual_seed(0)
-    q, k, queue = (normalize(torch.randn(n, dim, generator=generator), dim=1).to(device) for n in (rows, rows, length))
+    sizes = (shape.rows, shape.rows, shape.length)
+    q, k, queue = (
+        normalize(torch.randn(n, shape.dim, generator=generator), dim=1).to(device, shape.torch_dtype) for n in sizes
+    )
     q.requires_grad_()
-    negatives = Negatives.synco(hard)
-    run = _runner(backend, q, k, queue, negatives)
-    # Libraries and thread pools are set up on a small shape, so that the peak below is the head's alone.
-    small = normalize(torch.randn(8, dim, generator=generator), dim=1).to(device)
-    _runner(backend, small.clone().requires_grad_(), small, queue[: max(2 * hard, 64)].clone(), negatives)(0)
-    before = _peak(device, reset=True)
-    run(0)
-    extra = _peak(device) - before
-    seconds, busy = [], []
-    for step in range(1, 1 + repeats):
-        start, start_busy = time.perf_counter(), time.process_time()
-        run(step)
-        seconds.append(time.perf_counter() - start)
-        busy.append(time.process_time() - start_busy)
-    return {
-        "backend": backend,
-        "rows": rows,
-        "length": length,
-        "dim": dim,
-        "hard": hard,
-        "seconds": seconds,
-        "median_s": statistics.median(seconds),
-        "minimum_s": min(seconds),
-        "processor_s": statistics.median(busy),
-        "peak_extra_mib": extra / _MIB,
-    }
+    # On the device, so that neither a compiled nor a captured form meets a new number in each step.
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    negatives = shape.negatives
+    if backend == "triton" and (reason := unserved_by_triton(q, queue, TEMPERATURE)):
+        raise RuntimeError(reason)
 
+    def plain(q: Tensor, step: Tensor) -> Tensor:
+        return reference.contrast(q, k, queue, negatives, temperature=TEMPERATURE, seed=0, step=step).loss.mean()
 
-def _runner(backend: str, q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives) -> Callable[[int], None]:
-    def run(step: int) -> None:
+    compiled = torch.compile(plain) if backend == "compiled" else plain
+
+    def run() -> Tensor:
         if backend == "released":
-            loss = released_form(q, k, queue, negatives, temperature=0.2)
+            loss = released_form(q, k, queue, negatives, temperature=TEMPERATURE).mean()
+        elif backend == "reference":
+            loss = plain(q, step)
+        elif backend == "compiled":
+            loss = compiled(q, step)
         else:
             loss = synthetic_contrast(
                 q,
                 k,
                 queue,
                 negatives,
-                temperature=0.2,
+                temperature=TEMPERATURE,
                 seed=0,
                 step=step,
                 backend=backend,  # type: ignore[arg-type]
-            ).loss
-        torch.autograd.grad(loss.mean(), q)
-        if q.is_cuda:
-            torch.cuda.synchronize()
+            ).loss.mean()
+        (gradient,) = torch.autograd.grad(loss, q)
+        step.add_(1)
+        return gradient
 
     return run
 
 
-def _peak(device: str, *, reset: bool = False) -> int:
-    if torch.device(device).type == "cuda":
+def measure(backend: str, shape: Shape, *, device: torch.device, repeats: int = 5) -> dict[str, Any]:
+    """Forward and gradient of SynCo's head at one shape.
+
+    Args:
+        backend: One of `BACKENDS`.
+        shape: See `Shape`.
+        device: Where.
+        repeats: Timed runs of each kind.
+
+    Returns:
+        The shape; ``seconds``, of every run, and their median; ``extra_mib``, by how much the peak of memory rose in a
+        run (of the process on a CPU, of the allocator on a GPU). On a GPU also ``cold_s``, with an empty L2 cache, and
+        ``graph_s``, as a replayed CUDA graph, or ``graph``, why it cannot be one.
+    """
+    # Libraries and thread pools are set up on a small shape, so that the peak below is the head's alone.
+    prepare(backend, Shape(8, 2048, shape.dim, min(shape.hard, 1024), shape.dtype), device)()
+    run = prepare(backend, shape, device)
+    found: dict[str, Any] = {"backend": backend, **asdict(shape)}
+    if backend == "compiled":
+        run()  # Compiling takes memory that running does not.
+    before = _peak(device, reset=True)
+    run()
+    found["extra_mib"] = (_peak(device) - before) / _MIB
+    found["seconds"] = seconds_of(run, device, repeats=repeats)
+    found["median_s"] = statistics.median(found["seconds"])
+    if device.type == "cuda":
+        found["cold_s"] = statistics.median(seconds_of(run, device, repeats=repeats, cold=True))
+        try:
+            replay = capture(run, device)
+        except RuntimeError as error:
+            found["graph"] = f"cannot be captured: {str(error).splitlines()[0]}"
+        else:
+            found["graph_s"] = statistics.median(seconds_of(replay, device, repeats=repeats))
+            found["graph_cold_s"] = statistics.median(seconds_of(replay, device, repeats=repeats, cold=True))
+    return found
+
+
+def _peak(device: torch.device, *, reset: bool = False) -> int:
+    """The highest memory so far, or since a reset, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
         if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
     linux = platform.system() == "Linux"
     if linux and reset:
         # Linux lets a process lower its own high-water mark to what it holds now.
@@ -118,49 +174,85 @@ def _peak(device: str, *, reset: bool = False) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def sweep(backends: tuple[str, ...], *, threads: int, **arguments: Any) -> dict[str, Any]:
-    """`measure` for several back ends, each in a process of its own; the environment beside it."""
-    results = []
-    for backend in backends:
-        command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--one", backend]
-        command += [f"--{name}={value}" for name, value in {**arguments, "threads": threads}.items()]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{backend}: {done.stderr.strip().splitlines()[-1]}")
-        results.append(json.loads(done.stdout))
-    load = Path("/proc/loadavg")
-    about: dict[str, Any] = {"load_average": load.read_text().split()[:3] if load.exists() else None}
-    return {"environment": {**describe_environment(), "threads": threads, **about}, "results": results}
+def extra_bytes(backend: str, shape: Shape) -> int:
+    """About the most that a run holds beside its inputs, to know beforehand what cannot fit."""
+    if backend in ("closed_form", "triton"):
+        return 64 * _MIB
+    logits = 6 * shape.rows * shape.length * max(4, shape.itemsize)
+    return logits + 4 * shape.rows * shape.negatives.synthetic * shape.dim * max(4, shape.itemsize)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; prints a table, and writes the same figures as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS[:3]))
-    for name, default in (("rows", 256), ("length", 65536), ("dim", 128), ("hard", 1024), ("repeats", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", choices=BACKENDS, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    shape = {name: getattr(options, name) for name in ("rows", "length", "dim", "hard", "repeats", "device")}
-    torch.set_num_threads(options.threads)
-    if options.one:
-        print(json.dumps(measure(options.one, **shape)))
-        return 0
-    report = sweep(tuple(options.backends), threads=options.threads, **shape)
-    first = report["results"][0]
-    print(f"{'back end':12} {'median s':>9} {'minimum s':>9} {'cpu s':>7} {'extra MiB':>10} {'time':>7} {'memory':>7}")
-    for result in report["results"]:
-        ratio, memory = first["median_s"] / result["median_s"], result["peak_extra_mib"] / first["peak_extra_mib"]
-        figures = f"{result['median_s']:9.3f} {result['minimum_s']:9.3f} {result['processor_s']:7.3f}"
-        figures += f" {result['peak_extra_mib']:10.1f}"
-        print(f"{result['backend']:12} {figures} {ratio:6.2f}x {memory:6.3f}x")
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+def sweep(
+    backends: Sequence[str],
+    shapes: Sequence[Shape],
+    *,
+    device: torch.device,
+    repeats: int = 5,
+    threads: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`measure` for back ends and shapes, in processes of their own.
+
+    Args:
+        backends: Of `BACKENDS`.
+        shapes: Each is measured with every back end.
+        device: Where.
+        repeats: Timed runs.
+        threads: Of PyTorch on the CPU; its own choice by default.
+
+    Yields:
+        What `measure` returns; or the back end, the shape and ``failed``, why there is no figure.
+    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
+    alone = device.type != "cuda"
+    for group in [[shape] for shape in shapes] if alone else [list(shapes)]:
+        for backend in backends:
+            fit = []
+            for shape in group:
+                if (wanted := extra_bytes(backend, shape)) > free:
+                    why = f"not run: takes about {wanted / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+                    yield {"backend": backend, **asdict(shape), "failed": why}
+                else:
+                    fit.append(shape)
+            if fit:
+                yield from _in_a_process(backend, fit, device, repeats, threads)
+
+
+def _available() -> int:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 1 << 62
+    return int(meminfo.read_text().split("MemAvailable:")[1].split()[0]) << 10
+
+
+def _in_a_process(
+    backend: str, shapes: list[Shape], device: torch.device, repeats: int, threads: int | None
+) -> Iterator[dict[str, Any]]:
+    task: dict[str, Any] = {"backend": backend, "shapes": [asdict(shape) for shape in shapes], "device": str(device)}
+    task |= {"repeats": repeats, "threads": threads}
+    command = [sys.executable, "-m", "synco_fast.bench.head", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    yield from results
+    for shape in shapes[len(results) :]:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        yield {"backend": backend, **asdict(shape), "failed": said[-1]}
+
+
+def main() -> None:
+    """Measure what the first argument describes, as `sweep` asks for it; a line of JSON for each shape."""
+    task = json.loads(sys.argv[1])
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    for values in task["shapes"]:
+        shape = Shape(**values)
+        try:
+            found = measure(task["backend"], shape, device=torch.device(task["device"]), repeats=task["repeats"])
+        except Exception as error:
+            # One shape that fails, for want of memory or of a compiler, must not take the others' figures along.
+            first = (str(error).strip().splitlines() or [""])[0]
+            found = {"backend": task["backend"], **values, "failed": f"{type(error).__name__}: {first}"}
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -23,7 +23,7 @@ from synco_fast.kernels.contrast import mean_of_finite
 from synco_fast.kernels.draws import draw
 from synco_fast.kernels.mixing import Along, ByScalars, ByVectors, Hard, Mixed
 from synco_fast.kernels.negatives import FAMILIES, Negatives
-from synco_fast.kernels.selection import Candidates, select_whole_rows, stride_and_rank
+from synco_fast.kernels.selection import Candidates, count_marks, largest, select_whole_rows, stride_and_rank
 
 __all__ = ["Outputs", "contrast_and_gradient"]
 
@@ -32,7 +32,7 @@ _ROWS = 256
 #: Bytes of one block of similarities; it should stay in a core's cache.
 _BLOCK = 2 << 20
 #: Bytes of one block of vectors, and of whole rows of similarities.
-_VECTORS = 4 << 20
+_VECTORS = 8 << 20
 _WHOLE = 16 << 20
 
 
@@ -73,9 +73,11 @@ class _Sums:
 
     def weights(self, similarity: Tensor) -> Tensor:
         """exp((similarity - top) / T), in the place of ``similarity``."""
-        return similarity.sub_(self.top).div_(self.temperature).exp_()
+        shift = self.top / -self.temperature
+        return torch.add(shift, similarity, alpha=1 / self.temperature, out=similarity).exp_()
 
 
+@torch.no_grad()
 def contrast_and_gradient(
     q: Tensor,
     k: Tensor,
@@ -102,7 +104,7 @@ def contrast_and_gradient(
     dtype = torch.promote_types(torch.promote_types(q.dtype, queue.dtype), torch.float32)
     by_vectors = q.device.type != "cpu" if by_vectors is None else by_vectors
     wide = (block.to(dtype) for block in torch.split(queue, _block(q.shape[1], dtype)))
-    squared = torch.cat([torch.linalg.vecdot(block, block) for block in wide])
+    squared = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in wide]).square_()
     parts = []
     for begin in range(0, len(q), _ROWS):
         rows = slice(begin, begin + _ROWS)
@@ -156,22 +158,25 @@ class _Rows:
         hard, length = self.negatives.hard, len(self.queue)
         every = torch.arange(len(self.q), device=self.q.device)
         candidates = None
-        if hard and not by_vectors and (sampling := stride_and_rank(length, hard)):
+        packable = not by_vectors and self.q.dtype == torch.float32
+        if hard and packable and (sampling := stride_and_rank(length, hard)):
             stride, rank = sampling
             sample = self.similarities(every, 0, length, stride)
-            threshold = sample.topk(rank, dim=1).values[:, -1:]
+            threshold = largest(sample, rank)
             candidates = Candidates(threshold, rank * stride)
         width = _block(len(self.q), self.q.dtype)
+        room = self.q.new_empty(len(self.q) * min(width, length))
         for begin in range(0, length, width):
             keys = self.queue[begin : begin + width].to(self.q.dtype)
-            similarity = self.q @ keys.T
+            similarity = room[: len(self.q) * len(keys)].view(len(self.q), len(keys))
+            torch.mm(self.q, keys.T, out=similarity)
             if self.image_ids is not None and self.queue_ids is not None:
                 same = self.image_ids[:, None] == self.queue_ids[begin : begin + width]
                 similarity.masked_fill_(same, -torch.inf)
                 self.available -= same.sum(dim=1)
             if candidates is not None:
                 candidates.add(similarity, begin)
-            self.rank += _count(similarity > self.positive)
+            self.rank += count_marks(similarity > self.positive)
             self.sums.rise(similarity)
             p = self.sums.weights(similarity)
             self.sums.rest += p.sum(dim=1, keepdim=True)
@@ -194,8 +199,7 @@ class _Rows:
         families = list(self.negatives.active())
         synthetic = torch.full((len(self.q), len(FAMILIES)), torch.nan, dtype=self.q.dtype, device=self.q.device)
         queue_rank = self.rank.clone()
-        widest = max((self.negatives.count_of(family) for family in families), default=1)
-        step_rows = _block(widest * self.q.shape[1], self.q.dtype, _VECTORS)
+        step_rows = max(1, _VECTORS // self._bytes_mixed(by_vectors))
         for begin in range(0, len(self.q) if families else 0, step_rows):
             rows = slice(begin, begin + step_rows)
             self._mix_block(rows, seed, step, first_row + begin, synthetic[rows], by_vectors)
@@ -214,6 +218,17 @@ class _Rows:
             rank=self.rank,
             queue_rank=queue_rank,
         )
+
+    def _bytes_mixed(self, by_vectors: bool) -> int:
+        """About what a row of synthetic negatives takes: draws, scalars of each slot, vectors where they are made."""
+        dim, size = self.q.shape[1], self.q.dtype.itemsize
+        slots = vectors = 0
+        for family in self.negatives.active():
+            count = self.negatives.count_of(family)
+            slots += count
+            vectors = max(vectors, count if by_vectors or family.noisy else 0)
+        # Philox holds a few 64-bit words for a slot, and for four numbers of noise.
+        return 64 * slots + (size + 12) * dim * vectors + size * dim
 
     def _mix_block(
         self, rows: slice, seed: int, step: int | Tensor, first_row: int, synthetic: Tensor, by_vectors: bool
@@ -241,7 +256,7 @@ class _Rows:
                 one.similarity.masked_fill_(self.available[rows, None] == 0, -torch.inf)
             synthetic[:, FAMILIES.index(family)] = mean_of_finite(one.similarity)
         similarity = torch.cat([one.similarity for one in mixed], dim=1)
-        self.rank[rows] += _count(similarity > self.positive[rows])
+        self.rank[rows] += count_marks(similarity > self.positive[rows])
         sums = _Sums(self.sums.top[rows], self.sums.rest[rows], self.sums.total[rows], self.sums.temperature)
         sums.rise(similarity)
         p = sums.weights(similarity)
@@ -253,11 +268,6 @@ class _Rows:
             sums.total += _weighted_keys(self.queue, along)
         # rest and total were changed in place; a new top was made.
         self.sums.top[rows] = sums.top
-
-
-def _count(marks: Tensor) -> Tensor:
-    """How many are true in each row; a sum of bytes is several times faster than one of bools."""
-    return marks.view(torch.int8).sum(dim=1, dtype=torch.int32)
 
 
 def _weighted_keys(queue: Tensor, along: list[Along]) -> Tensor:

@@ -66,7 +66,9 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
         # int64 products wrap, but both 32-bit halves of the wrapped value are those of the true one. The odd words
         # keep their product's upper half until the mask below takes it away.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32 ^ c1 ^ k0) & _MASK, p1, (p0 >> 32 ^ c3 ^ k1) & _MASK, p0
+        c0 = (p1 >> 32 ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK)
+        c2 = (p0 >> 32 ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK)
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1 & _MASK, c2, c3 & _MASK)
     return c0, c1, c2, c3
@@ -120,9 +122,17 @@ def draw(
     if available is not None:
         size = available.to(torch.int64).clamp(max=negatives.hard)[:, None]
 
-    def one(family: Family) -> Draw:
-        slot = torch.arange(negatives.count_of(family), dtype=torch.int64, device=device)
-        words = philox((row, slot, family.number, 0), (seed, step))
+    families = list(negatives.active())
+    counts = [negatives.count_of(family) for family in families]
+    if not families:
+        return {}
+    # Lane 0 of all families at once: a few calls on larger tensors instead of as many for each family.
+    slots = [torch.arange(count, dtype=torch.int64, device=device) for count in counts]
+    numbers = [torch.full_like(slot, family.number) for family, slot in zip(families, slots, strict=True)]
+    lane_0 = philox((row, torch.cat(slots), torch.cat(numbers), 0), (seed, step))
+    of_family = zip(*(torch.split(word, counts, dim=1) for word in lane_0), strict=True)
+
+    def one(family: Family, slot: Tensor, words: Words) -> Draw:
         coefficient = noise = second = None
         first = words[1] * size >> 32
         if family.paired:
@@ -136,4 +146,6 @@ def draw(
             noise = normal(blocks, exact).flatten(-2)[..., :dim].to(dtype)
         return Draw(first, second, coefficient, noise)
 
-    return {family.name: one(family) for family in negatives.active()}
+    return {
+        family.name: one(family, slot, words) for family, slot, words in zip(families, slots, of_family, strict=True)
+    }

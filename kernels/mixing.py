@@ -30,6 +30,9 @@ _CANCELLED = 0.1
 #: `torch.nn.functional.normalize` divides by no less.
 _SMALLEST = 1e-12
 
+#: Bytes of keys that are gathered at a time for their inner products; they should stay in a core's cache.
+_GATHERED = 1 << 20
+
 #: How many cancelled slots are computed from their vectors at a time.
 _AT_ONCE = 4096
 
@@ -178,27 +181,37 @@ def _inner_products(
         index: Queue indices of ``first`` and ``second``, (R, n).
         names: Which of q, first, second, noise, sign the family consists of, in this order.
     """
-    makers: dict[str, Callable[[], Tensor]] = {
-        "q": lambda: hard.q[:, None],
-        "sign": lambda: hard.q.sign()[:, None],
-        "noise": lambda: cast(Tensor, drawn.noise),
-        "first": lambda: hard.vectors(index["first"]),
-        "second": lambda: hard.vectors(index["second"]),
+    makers: dict[str, Callable[[slice], Tensor]] = {
+        "q": lambda rows: hard.q[rows, None],
+        "sign": lambda rows: hard.q[rows, None].sign(),
+        "noise": lambda rows: cast(Tensor, drawn.noise)[rows],
+        "first": lambda rows: hard.vectors(index["first"][rows]),
+        "second": lambda rows: hard.vectors(index["second"][rows]),
     }
-    vectors: dict[str, Tensor] = {}
-
-    def vector(name: str) -> Tensor:
-        if name not in vectors:
-            vectors[name] = makers[name]()
-        return vectors[name]
 
     def product(one: str, other: str) -> Tensor:
         if one == "q" and other in index:
             return hard.similarity.gather(1, drawn.first if other == "first" else cast(Tensor, drawn.second))
         if one == other and one in index:
             return hard.squared[index[one]]
-        found: Tensor = torch.linalg.vecdot(vector(one), vector(other))
-        return found
+        if one == other == "noise":
+            length: Tensor = torch.linalg.vector_norm(cast(Tensor, drawn.noise), dim=-1)
+            return length.square_()
+        if index.keys() & {one, other}:
+            # Gathered keys are held for a few rows at a time.
+            step = max(1, _GATHERED // (drawn.first.shape[1] * hard.q.shape[1] * hard.q.dtype.itemsize))
+            slices = [slice(begin, begin + step) for begin in range(0, len(hard.q), step)]
+            return torch.cat([_dot(makers[one](rows), makers[other](rows)) for rows in slices])
+        return _dot(makers[one](slice(None)), makers[other](slice(None)))
 
     pairs = {("q", name) for name in names} | {(name, name) for name in names} | set(combinations(names, 2))
     return {pair: product(*pair) for pair in sorted(pairs)}
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Inner products along the last dimension of (R, n, D) and (R, 1, D), in either order, or of two alike."""
+    few, many = (one, other) if one.shape[1] < other.shape[1] else (other, one)
+    if few.shape[1] == 1:
+        return torch.bmm(many, few.transpose(1, 2)).squeeze(2)
+    found: Tensor = torch.linalg.vecdot(one, other)
+    return found

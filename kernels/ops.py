@@ -15,7 +15,7 @@ from synco_fast.kernels.checks import check_arguments
 from synco_fast.kernels.contrast import Contrast, Statistics
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 
-__all__ = ["Backend", "synthetic_contrast"]
+__all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
 Backend = Literal["auto", "reference", "closed_form", "triton"]
 
@@ -147,18 +147,30 @@ def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: st
     )
 
 
+def unserved_by_triton(q: Tensor, queue: Tensor, temperature: float) -> str | None:
+    """Why the Triton kernels cannot compute a head here; None where they can.
+
+    Args:
+        q: Queries, (B, D), or a tensor of their dtype, width and device.
+        queue: (K, D).
+        temperature: T.
+    """
+    try:
+        from synco_fast.kernels import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return triton.unserved(q, queue, temperature)
+
+
 def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Callable[..., closed_form.Outputs]:
     """The form that computes, decided where the tensors are real, so that tracing never meets it."""
     if backend != "triton":
         return closed_form.contrast_and_gradient
-    try:
-        from synco_fast.kernels import triton
-    except ImportError as error:
-        _note(f"Triton cannot be imported ({error})")
-        return closed_form.contrast_and_gradient
-    if reason := triton.unserved(q, queue, temperature):
+    if reason := unserved_by_triton(q, queue, temperature):
         _note(reason)
         return closed_form.contrast_and_gradient
+    from synco_fast.kernels import triton
+
     return triton.contrast_and_gradient
 
 

@@ -75,6 +75,56 @@ def test_data_demo(run, tmp_path):
     assert len(list((tmp_path / "set").rglob("*.jpg"))) == 24
 
 
+def test_validate(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shape = ["--device", "cpu", "--rows", "3", "--length", "200", "--dim", "16", "32", "--hard", "9"]
+    code, out, _ = run("validate", *shape, "--dtypes", "float32", "--json", tmp_path / "cases.json")
+    assert code == 0
+    assert "3, 200, 32, 9" in out
+    assert "28 of 28 cases within their bounds" in out
+    assert "…" not in out, "nothing is cut at 80 columns"
+    assert len(json.loads((tmp_path / "cases.json").read_text())["cases"]) == 28
+
+    from synco_fast.kernels import closed_form
+
+    true = closed_form.contrast_and_gradient
+    wrong = lambda *a, **n: (found := true(*a, **n))._replace(loss=found.loss + 1)  # noqa: E731
+    monkeypatch.setattr(closed_form, "contrast_and_gradient", wrong)
+    code, out, _ = run("validate", *shape, "--dtypes", "float32", "--backends", "closed_form")
+    assert code == 1
+    assert "7 bad" in out
+    assert "14 of 14 cases missed" in out
+    assert "missed closed_form torch.float32 B=3" in out
+    assert run("validate", *shape, "--backends", "triton")[0] == 2
+    assert "hard: found 900, allowed up to 200" in run("validate", *shape[:-1], "900")[2]
+
+
+@pytest.mark.slow
+def test_bench_and_profile_head(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shape = ["--device", "cpu", "--rows", "4", "--dim", "16", "--hard", "16"]
+    files = ["--json", tmp_path / "head.json", "--plot", tmp_path / "head.png"]
+    words = ["--backends", "released", "closed_form", "--repeats", "2", "--threads", "1", "--length", "256"]
+    code, out, _ = run("bench", "head", *shape, *words, *files)
+    assert code == 0
+    assert "1.00x" in out
+    figures = json.loads((tmp_path / "head.json").read_text())
+    assert {result["backend"] for result in figures["results"]} == {"released", "closed_form"}
+    assert figures["environment"]["torch"]
+    assert (tmp_path / "head.png").exists()
+    assert run("bench", "head", *shape, "--backends", "triton")[0] == 2
+
+    trace = tmp_path / "trace.json"
+    code, out, _ = run(
+        "profile", "head", *shape, "--length", "256", "--trace", trace, "--json", tmp_path / "lines.json"
+    )
+    assert code == 0
+    assert "aten::mul" in out
+    assert trace.exists()
+    assert json.loads((tmp_path / "lines.json").read_text())["lines"]
+    assert "found no folder" in run("profile", "head", *shape, "--trace", tmp_path / "no" / "trace.json")[2]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -118,7 +168,15 @@ def test_other_words_are_refused(run):
     assert run("presets", "--colour")[0] == 2
     assert run("dance")[0] == 2
     assert run("--help")[0] == 0
-    for verb in (["pretrain"], ["presets"], ["evaluate", "knn"], ["data", "demo"]):
+    for verb in (
+        ["pretrain"],
+        ["presets"],
+        ["evaluate", "knn"],
+        ["data", "demo"],
+        ["validate"],
+        ["bench", "head"],
+        ["profile", "head"],
+    ):
         code, out, _ = run(*verb, "--help")
         assert code == 0
         assert "example:" in out

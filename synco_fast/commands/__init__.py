@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from synco_fast.commands import data_demo, evaluate_knn, presets, pretrain
+from synco_fast.commands import bench_head, data_demo, evaluate_knn, presets, pretrain, profile_head, validate
 from synco_fast.commands.verbs import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
@@ -12,5 +12,8 @@ COMMANDS = (
     presets,
     evaluate_knn,
     data_demo,
+    validate,
+    bench_head,
+    profile_head,
 )
 """In the order in which the help lists them."""

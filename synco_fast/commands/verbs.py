@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Run", "Verbs", "two_columns"]
+__all__ = ["Run", "Verbs", "positive", "two_columns"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """What a verb does: parsed options, the words that were not parsed, where to print; the exit code."""
@@ -63,3 +63,11 @@ def two_columns(title: str) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def positive(word: str) -> int:
+    """A whole number above 0, as the type of an argument."""
+    number = int(word)
+    if number < 1:
+        raise ValueError
+    return number

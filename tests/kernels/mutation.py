@@ -37,10 +37,8 @@ BREAKS = (
     Break(
         "closed form: ties go to the larger queue index",
         "kernels/selection.py",
-        "values, order = self._values[:, :width].sort(dim=1, descending=True, stable=True)",
-        "values = self._values[:, :width]\n"
-        "        order = width - 1 - values.flip(1).argsort(dim=1, descending=True, stable=True)\n"
-        "        values = values.gather(1, order)",
+        "packed.sort(dim=1).values[",
+        "packed.gather(1, torch.from_numpy(np.lexsort((-(packed & 0xFFFFFFFF).numpy(), packed >> 32), axis=1)))[",
         CLOSED,
         "selection",
     ),

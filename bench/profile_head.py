@@ -1,0 +1,121 @@
+"""Where the head spends its time: a trace, and what each kernel or operator achieves.
+
+Floating-point operations and bytes are counted, not measured: of the two products of the scan, of matrix products by
+their shapes, of the Triton kernels by what each must read and write once. An operator without a count shows none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from synco_fast.bench.head import Shape
+from synco_fast.kernels.selection import SAMPLE
+
+__all__ = ["Line", "profile_head"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One kernel on a GPU, or one operator on a CPU.
+
+    Attributes:
+        name: Of the kernel or operator.
+        calls: A run.
+        seconds: A run, of itself alone.
+        flops, bytes: A run, as counted; None where they are not.
+    """
+
+    name: str
+    calls: float
+    seconds: float
+    flops: float | None
+    bytes: float | None
+
+
+def profile_head(
+    run: Callable[[], Tensor], shape: Shape, device: torch.device, trace: Path, *, runs: int = 5
+) -> list[Line]:
+    """Profile some runs and write a chrome trace.
+
+    Args:
+        run: From `synco_fast.bench.head.prepare`.
+        shape: What it was prepared for.
+        device: Likewise.
+        trace: The JSON file for chrome://tracing or Perfetto; gzipped where it ends in .gz.
+        runs: How many are profiled, after three that are not.
+
+    Returns:
+        A line for each kernel (on a GPU) or operator (on a CPU), the longest first.
+    """
+    for _ in range(3):
+        run()
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profile(activities=activities, record_shapes=True) as profiler:
+        for _ in range(runs):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    profiler.export_chrome_trace(str(trace))
+    counted = _kernel_counts(shape)
+    lines: dict[str, Line] = {}
+    for event in profiler.events() or ():
+        if (event.device_type == DeviceType.CUDA) != on_gpu:
+            continue
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if microseconds <= 0:
+            continue
+        flops, moved = _product_counts(event.name, event.input_shapes, shape.itemsize) or (None, None)
+        before = lines.get(event.name, Line(event.name, 0, 0, None, None))
+        lines[event.name] = Line(
+            event.name,
+            before.calls + 1 / runs,
+            before.seconds + microseconds / 1e6 / runs,
+            _sum(before.flops, None if flops is None else flops / runs),
+            _sum(before.bytes, None if moved is None else moved / runs),
+        )
+    for name, (flops, moved) in counted.items():
+        if on_gpu and name in lines:
+            lines[name] = Line(name, lines[name].calls, lines[name].seconds, flops, moved)
+    return sorted(lines.values(), key=lambda line: -line.seconds)
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else one + other
+
+
+def _product_counts(name: str, shapes: list[list[int]], itemsize: int) -> tuple[float, float] | None:
+    """Operations and bytes of a call of a matrix product, by its operands' shapes."""
+    operands = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
+    if name not in operands:
+        return None
+    one, other = shapes[operands[name]], shapes[operands[name] + 1]
+    flops = 2 * math.prod(one) * other[-1]
+    numbers = math.prod(one) + math.prod(other) + math.prod(one[:-1]) * other[-1]
+    return flops, numbers * itemsize
+
+
+def _kernel_counts(shape: Shape) -> dict[str, tuple[float, float]]:
+    """Operations and bytes of the Triton kernels of one run, by name: what each needs, read and written once."""
+    rows, length, dim, size = shape.rows, shape.length, shape.dim, shape.itemsize
+    hard, negatives = min(shape.hard, length), shape.negatives
+    sample = min(length, SAMPLE)
+    marks = rows * length / 8
+    return {
+        "sample": (2 * rows * sample * dim, (rows + sample) * dim * size + 4 * rows * sample),
+        "rank": (2 * rows * dim, 2 * rows * dim * size + 4 * rows * sample),
+        "scan": (4 * rows * length * dim, (length + 2 * rows) * dim * size + marks),
+        "collect": (0, marks + 4 * rows * hard),
+        "score": (2 * rows * hard * dim, rows * hard * (dim * size + 8)),
+        "order": (0, 16 * rows * hard),
+        "mix": (4 * rows * negatives.synthetic * dim, 2 * rows * negatives.synthetic * dim * size),
+        "finish": (0, 8 * rows * dim + 4 * rows * hard),
+    }

@@ -1,0 +1,62 @@
+"""The least time that the head can take: its arithmetic and its bytes over what the device was seen to do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from synco_fast.bench.timing import seconds_of
+
+__all__ = ["Ceilings", "floor_seconds", "head_bytes", "head_flops", "measure_ceilings"]
+
+
+class Ceilings(NamedTuple):
+    """What a device does at best.
+
+    Attributes:
+        flops: Floating-point operations a second of a large matrix product.
+        bytes: Bytes read and written a second by a large copy.
+    """
+
+    flops: float
+    bytes: float
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Both ceilings, each the best of several runs, on random numbers (zeros can run faster than data will).
+
+    Args:
+        device: Where.
+        dtype: Of the matrix product; float32 is multiplied as PyTorch is set to, without TF32 unless allowed.
+    """
+    large = device.type == "cuda"
+    side, megabytes = (8192, 1024) if large else (1024, 128)
+    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(megabytes << 18, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds_of(lambda: torch.mm(one, other), device, repeats=10))
+    copy = min(seconds_of(lambda: target.copy_(source), device, repeats=10))
+    return Ceilings(flops=2 * side**3 / product, bytes=2 * source.nbytes / copy)
+
+
+def head_flops(rows: int, length: int, dim: int) -> int:
+    """Of the two products that no exact head avoids, q times the queue and the softmax times the queue."""
+    return 4 * rows * length * dim
+
+
+def head_bytes(rows: int, length: int, dim: int, itemsize: int) -> int:
+    """Of the queue, read once, and of q, k and the gradient."""
+    return (length + 3 * rows) * dim * itemsize
+
+
+def floor_seconds(rows: int, length: int, dim: int, itemsize: int, ceilings: Ceilings) -> float:
+    """The larger of arithmetic and bytes, each at its ceiling.
+
+    Args:
+        rows, length, dim: B, K, D.
+        itemsize: Bytes of a number of q and queue.
+        ceilings: See `measure_ceilings`.
+    """
+    arithmetic = head_flops(rows, length, dim) / ceilings.flops
+    return max(arithmetic, head_bytes(rows, length, dim, itemsize) / ceilings.bytes)

@@ -1,0 +1,33 @@
+"""Shared by the pytest-benchmark suites: ``python -m pytest bench/suites --benchmark-json results.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from synco_fast.environment import describe_environment
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def timed(benchmark: Any, device: torch.device) -> Callable[[Callable[[], object]], None]:
+    """Benchmark a function; each call waits for the device at its end."""
+
+    def run(function: Callable[[], object]) -> None:
+        def call() -> None:
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        benchmark.extra_info.update(describe_environment())
+        benchmark.pedantic(call, rounds=20 if device.type == "cuda" else 5, warmup_rounds=2)
+
+    return run

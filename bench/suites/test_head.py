@@ -1,0 +1,22 @@
+"""The head by back end, forward and gradient. ``synco-fast bench head`` adds memory, floors and graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synco_fast.bench.head import BACKENDS, Shape, prepare
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "length"), [(64, 4096), (256, 65536)])
+def test_head(timed, device, backend, rows, length):
+    """SynCo's 960 synthetic negatives of 1,024 hard ones, D = 128."""
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    try:
+        run = prepare(backend, Shape(rows, length, dtype=dtype), device)
+        run()
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    timed(run)
+    assert torch.isfinite(run()).all()

@@ -1,0 +1,316 @@
+"""The back ends against the reference in float64, on any device and any shape.
+
+The inputs are rows whose numbers are multiples of 1/128: exact in bfloat16, their products and sums exact in float32.
+Every back end then sees the very same similarities and must choose the same hard negatives, ties included, so that
+what remains is rounding, and rounding has a bound:
+
+    |found - exact|  <=  2 |reference in float32 - exact|  +  16 eps max|exact|  +  rounding of the softmax weights
+
+The last term is there for the kernels on halves alone, which round the weights of the queue keys to the format of the
+tensor cores before the second product: by at most u = 2^-8 (bfloat16) or 2^-10 (TF32) of each, and so the gradient by
+u / T times the same weighted sum of |n|.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from synco_fast.kernels import reference
+from synco_fast.kernels.contrast import Contrast, Statistics
+from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.ops import Backend, synthetic_contrast, unserved_by_triton
+
+__all__ = ["Answer", "Case", "Inputs", "Verdict", "cases", "exact_inputs", "reference_answer", "validate"]
+
+#: Units in the last place of float32 that an error may have beside that of the reference.
+_UNITS = 16
+#: By how much the kernels round a softmax weight, by the dtype of the queue; float32 weights stay as they are.
+_WEIGHT_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+#: Similarity means may differ by this much, in absolute terms: they are sums of a few float32 numbers up to 1.
+_STATISTICS = 1e-5
+_SEED, _STEP = 3, 7
+
+Ids = tuple[Tensor | None, Tensor | None]
+
+
+class Inputs(NamedTuple):
+    """Queries and keys (B, D), and the queue (K, D)."""
+
+    q: Tensor
+    k: Tensor
+    queue: Tensor
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Inputs:
+        """The same numbers in another dtype or on another device."""
+        return Inputs(*(tensor.to(device=device, dtype=dtype) for tensor in self))
+
+
+class Answer(NamedTuple):
+    """Loss and statistics, and the gradient of the summed loss, (B, D)."""
+
+    contrast: Contrast
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape, dtype and description to compare at.
+
+    Attributes:
+        rows, length, dim, hard: B, K, D, N; MoCo, which takes no hard negatives, is compared at the same shape.
+        negatives: What is contrasted.
+        method: What the description is called in a table.
+        dtype: Of q, k and the queue.
+        temperature: T.
+        peaked: Whether the queue holds the queries themselves: a softmax with nearly all its weight in one place.
+        masked: Whether a same-image mask forbids about one key in ten to each row.
+    """
+
+    rows: int
+    length: int
+    dim: int
+    hard: int
+    negatives: Negatives
+    method: str
+    dtype: torch.dtype
+    temperature: float
+    peaked: bool
+    masked: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a back end made of a case.
+
+    Attributes:
+        backend: Which.
+        case: Of what.
+        loss_error, loss_bound, gradient_error, gradient_bound: Largest absolute errors and what is allowed.
+        misses: What is wrong, in words; empty where all is within its bound.
+    """
+
+    backend: str
+    case: Case
+    loss_error: float
+    loss_bound: float
+    gradient_error: float
+    gradient_bound: float
+    misses: tuple[str, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        case, errors = self.case, ("loss_error", "loss_bound", "gradient_error", "gradient_bound")
+        return {
+            "backend": self.backend,
+            "rows": case.rows,
+            "length": case.length,
+            "dim": case.dim,
+            "hard": case.hard,
+            "method": case.method,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "temperature": case.temperature,
+            "peaked": case.peaked,
+            "masked": case.masked,
+            **{name: getattr(self, name) for name in errors},
+            "misses": list(self.misses),
+        }
+
+
+def exact_inputs(
+    rows: int, length: int, dim: int, dtype: torch.dtype = torch.float32, *, peaked: bool = False, seed: int = 0
+) -> Inputs:
+    """Rows of length about 1 whose similarities are exact in every dtype, on the CPU.
+
+    Args:
+        rows, length, dim: B, K, D.
+        dtype: Of all three; any floating dtype holds the same numbers.
+        peaked: See `Case`.
+        seed: Of the numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(*shape: int) -> Tensor:
+        return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+    q, queue = unit(rows, dim), unit(length, dim)
+    k = normalize(q + 0.7 * unit(rows, dim), dim=1)
+    if peaked:
+        queue[: min(rows, length)] = q[: min(rows, length)]
+    return Inputs(*((tensor * 128).round() / 128 for tensor in (q, k, queue))).to(dtype)
+
+
+def reference_answer(
+    inputs: Inputs,
+    negatives: Negatives,
+    dtype: torch.dtype = torch.float64,
+    *,
+    temperature: float = 0.2,
+    seed: int = _SEED,
+    step: int = _STEP,
+    image_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+) -> Answer:
+    """The reference computed in ``dtype`` on the values as they are stored.
+
+    Args:
+        inputs: In any dtype.
+        negatives, temperature, seed, step, image_ids, queue_ids: As `synthetic_contrast` describes them.
+        dtype: Of the computation.
+    """
+    q, k, queue = inputs.to(dtype)
+    q = q.detach().requires_grad_()
+    result = reference.contrast(
+        q,
+        k,
+        queue,
+        negatives,
+        temperature=temperature,
+        seed=seed,
+        step=step,
+        image_ids=image_ids,
+        queue_ids=queue_ids,
+    )
+    (gradient,) = torch.autograd.grad(result.loss.sum(), q)
+    return Answer(Contrast(result.loss.detach(), result.statistics), gradient)
+
+
+def cases(shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[torch.dtype]) -> list[Case]:
+    """The sweep: every shape and dtype with each method, flat and peaked, and once with a mask.
+
+    Args:
+        shapes: (B, K, D, N) each; every family gets N / 8 negatives or a few more, so that all are met.
+        dtypes: Of the inputs.
+    """
+    found = []
+    for (rows, length, dim, hard), dtype in itertools.product(shapes, dtypes):
+        few = max(2, hard // 8)
+        methods = {
+            "moco": Negatives.moco(),
+            "mochi": Negatives.mochi(hard, 2 * few, few),
+            "synco": Negatives.synco(
+                hard,
+                interpolated=2 * few,
+                extrapolated=2 * few,
+                mixed=2 * few,
+                noisy=min(few, 64),
+                perturbed=few,
+                adversarial=few,
+            ),
+        }
+        for (method, negatives), (temperature, peaked) in itertools.product(
+            methods.items(), ((0.2, False), (0.07, True))
+        ):
+            found.append(Case(rows, length, dim, hard, negatives, method, dtype, temperature, peaked))
+        found.append(Case(rows, length, dim, hard, methods["synco"], "synco", dtype, 0.2, False, masked=True))
+    return found
+
+
+def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.device) -> Iterator[Verdict]:
+    """Compare back ends with the reference in float64, case by case.
+
+    Args:
+        backends: Which; each must serve the device. "reference" is left out of cases in half precision.
+        wanted: See `cases`.
+        device: Where the back ends compute; the reference computes there too.
+
+    Yields:
+        A `Verdict` for each case and back end.
+
+    Raises:
+        ValueError: A back end does not serve a case on this device, so that another would have computed in its place.
+    """
+    for case in wanted:
+        # The reference computes in the dtype that it is given; as a back end of half precision it has no bound.
+        able = [backend for backend in backends if backend != "reference" or case.dtype.itemsize >= 4]
+        if not able:
+            continue
+        inputs = exact_inputs(case.rows, case.length, case.dim, case.dtype, peaked=case.peaked).to(device=device)
+        image_ids = torch.arange(case.rows, device=device) % 10 if case.masked else None
+        queue_ids = torch.arange(case.length, device=device) * 7 % 10 if case.masked else None
+        exact, plain = (
+            reference_answer(
+                inputs, case.negatives, dtype, temperature=case.temperature, image_ids=image_ids, queue_ids=queue_ids
+            )
+            for dtype in (torch.float64, torch.float32)
+        )
+        for backend in able:
+            if backend == "triton" and (reason := unserved_by_triton(inputs.q, inputs.queue, case.temperature)):
+                raise ValueError(f"backend: found triton, allowed others here: {reason}")
+            yield _judge(backend, case, inputs, (image_ids, queue_ids), exact, plain)
+
+
+def _judge(backend: Backend, case: Case, inputs: Inputs, ids: Ids, exact: Answer, plain: Answer) -> Verdict:
+    found, again = (_run(backend, case, inputs, ids) for _ in range(2))
+    misses = []
+    loss_error, loss_bound = _error_and_bound(found.contrast.loss, plain.contrast.loss, exact.contrast.loss)
+    gradient_error, gradient_bound = _error_and_bound(found.gradient, plain.gradient, exact.gradient)
+    # Autograd hands the gradient down in the dtype of q.
+    gradient_bound += torch.finfo(case.dtype).eps / 2 * exact.gradient.abs().max().item()
+    if backend == "triton":
+        gradient_bound += _WEIGHT_ROUNDING.get(case.dtype, 0.0) * _weighted_lengths(case, inputs, ids)
+    # Written so that NaN misses.
+    if not loss_error <= loss_bound:
+        misses.append("loss")
+    if not gradient_error <= gradient_bound:
+        misses.append("gradient")
+    misses += _compare_statistics(found.contrast.statistics, exact.contrast.statistics)
+    if not (torch.equal(found.contrast.loss, again.contrast.loss) and torch.equal(found.gradient, again.gradient)):
+        misses.append("a repeat gives other bits")
+    return Verdict(backend, case, loss_error, loss_bound, gradient_error, gradient_bound, tuple(misses))
+
+
+def _run(backend: Backend, case: Case, inputs: Inputs, ids: Ids) -> Answer:
+    q = inputs.q.detach().requires_grad_()
+    result = synthetic_contrast(
+        q,
+        inputs.k,
+        inputs.queue,
+        case.negatives,
+        temperature=case.temperature,
+        seed=_SEED,
+        step=_STEP,
+        image_ids=ids[0],
+        queue_ids=ids[1],
+        backend=backend,
+    )
+    (gradient,) = torch.autograd.grad(result.loss.sum(), q)
+    return Answer(Contrast(result.loss.detach(), result.statistics), gradient)
+
+
+def _error_and_bound(found: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, float]:
+    error = (found.double() - exact).abs().max().item()
+    bound = 2 * (plain.double() - exact).abs().max().item()
+    return error, bound + _UNITS * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+def _weighted_lengths(case: Case, inputs: Inputs, ids: Ids) -> float:
+    """The largest number in sum_j p_j |n_j| / T, with p the softmax over positive and queue."""
+    q, k, queue = inputs.to(torch.float64)
+    similarity = q @ queue.T
+    image_ids, queue_ids = ids
+    if image_ids is not None and queue_ids is not None:
+        similarity.masked_fill_(image_ids[:, None] == queue_ids, -torch.inf)
+    positive = (q * k).sum(dim=1, keepdim=True)
+    p = torch.cat((positive, similarity), dim=1).div_(case.temperature).softmax(dim=1)[:, 1:]
+    return (p @ queue.abs()).max().item() / case.temperature
+
+
+def _compare_statistics(found: Statistics, exact: Statistics) -> list[str]:
+    misses = []
+    for name in ("positive", "hard", "synthetic"):
+        one, other = cast(Tensor, getattr(found, name)).double(), cast(Tensor, getattr(exact, name))
+        if not torch.allclose(one, other, rtol=0, atol=_STATISTICS, equal_nan=True):
+            misses.append(f"statistics.{name}")
+    if not torch.equal(found.queue_rank, exact.queue_rank):
+        misses.append("statistics.queue_rank")
+    # A synthetic negative may tie with the positive but for rounding.
+    if (found.rank - exact.rank).abs().max() > 1:
+        misses.append("statistics.rank")
+    return misses

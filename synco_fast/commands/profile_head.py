@@ -1,0 +1,79 @@
+"""``synco-fast profile head``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from synco_fast.commands.verbs import Verbs, positive
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast profile head``."""
+    command = verbs.add(
+        "profile head",
+        _profile_head,
+        "Write a chrome trace of SynCo's head, and a table of what each kernel achieves.",
+        "synco-fast profile head --rows 256 --length 65536 --trace head-trace.json",
+    )
+    backends = ("released", "reference", "compiled", "closed_form", "triton")
+    command.add_argument("--backend", choices=backends, help="the kernels where they run, else the closed form")
+    for name, default, about in (("rows", 256, "B"), ("length", 65536, "K"), ("dim", 128, "D"), ("hard", 1024, "N")):
+        command.add_argument(f"--{name}", type=positive, default=default, help=about)
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU by default")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--trace", type=Path, metavar="FILE", default=Path("head-trace.json"), help="JSON or JSON.gz")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+
+
+def _profile_head(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    import os
+    from dataclasses import asdict
+
+    # The profiler's own remarks would stand between the lines of the table; read when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
+    from synco_fast.bench.head import Shape, prepare
+    from synco_fast.bench.profile_head import profile_head
+    from synco_fast.environment import describe_environment
+    from synco_fast.errors import UserError
+    from synco_fast.kernels.ops import unserved_by_triton
+    from synco_fast.training.precision import resolve_device
+    from synco_fast.training.run import write_json
+
+    device = resolve_device(options.device)
+    dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    shape = Shape(options.rows, options.length, options.dim, options.hard, dtype)
+    sample = torch.empty(0, shape.dim, dtype=shape.torch_dtype, device=device)
+    reason = unserved_by_triton(sample, sample, 0.2)
+    backend = options.backend or ("closed_form" if reason else "triton")
+    if backend == "triton" and reason:
+        raise UserError(f"backend: found triton, allowed the others on this machine: {reason}")
+    if not options.trace.absolute().parent.is_dir():
+        raise UserError(f"trace: found no folder {options.trace.absolute().parent}, allowed an existing one")
+    lines = profile_head(prepare(backend, shape, device), shape, device, options.trace)
+    total = sum(line.seconds for line in lines)
+    if options.json is not None:
+        about = {"environment": describe_environment(), "backend": backend, "shape": asdict(shape)}
+        write_json(options.json, about | {"lines": [asdict(line) for line in lines]})
+    title = f"{backend}, {dtype}, B = {shape.rows:,}, K = {shape.length:,}: {1e3 * total:,.2f} ms"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("kernel" if device.type == "cuda" else "operator", max_width=34, overflow="ellipsis", no_wrap=True)
+    for name in ("calls", "us", "share", "GFLOP/s", "GB/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines[:20]:
+        rates = [f"{count / line.seconds / 1e9:,.0f}" if count else "-" for count in (line.flops, line.bytes)]
+        table.add_row(
+            line.name, f"{line.calls:,.0f}", f"{1e6 * line.seconds:,.1f}", f"{line.seconds / total:.0%}", *rates
+        )
+    console.print(table)
+    console.print(f"trace: {options.trace}, for chrome://tracing or ui.perfetto.dev", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,136 @@
+"""``synco-fast validate``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from synco_fast.commands.verbs import Verbs, positive
+
+if TYPE_CHECKING:
+    from synco_fast.kernels.validation import Verdict
+
+__all__ = ["add"]
+
+#: (B, K, D, N): one row and N = K; a narrow and an odd one; the published counts.
+_SHAPES = ((1, 512, 64, 512), (7, 4096, 128, 63), (66, 1025, 96, 1000), (128, 8192, 128, 1024))
+_LARGE = ((255, 65536, 128, 1024), (1024, 65536, 128, 1024), (256, 65536, 256, 1024), (64, 16384, 512, 512))
+_DTYPES = ("float32", "bfloat16", "float16")
+_SHORT = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast validate``."""
+    command = verbs.add(
+        "validate",
+        _validate,
+        "Compare the back ends of the head with the reference in float64 on this machine. Exit code 1 on a miss.",
+        "synco-fast validate --rows 256 --length 65536 --dim 128 --hard 1024",
+    )
+    names = ("reference", "closed_form", "triton")
+    command.add_argument("--backends", nargs="+", choices=names, help="all that this machine can run by default")
+    command.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES))
+    for name, about in (("rows", "B"), ("length", "K"), ("dim", "D"), ("hard", "N")):
+        command.add_argument(
+            f"--{name}", nargs="+", type=positive, help=f"{about}; with any of these given, every combination is one"
+        )
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every case here")
+
+
+def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    import torch
+    from rich.progress import track
+
+    from synco_fast.environment import describe_environment
+    from synco_fast.errors import UserError
+    from synco_fast.kernels.ops import unserved_by_triton
+    from synco_fast.kernels.validation import cases, validate
+    from synco_fast.training.precision import resolve_device
+    from synco_fast.training.run import write_json
+
+    device = resolve_device(options.device)
+    shapes = _shapes(options, large=device.type == "cuda")
+    backends = options.backends
+    sample = torch.empty(0, shapes[0][2], device=device)
+    reason = unserved_by_triton(sample, sample, 0.2)
+    if backends is None:
+        backends = ["reference", "closed_form"] + ([] if reason else ["triton"])
+    elif "triton" in backends and reason:
+        raise UserError(f"backends: found triton, allowed reference and closed_form on this machine: {reason}")
+    wanted = cases(shapes, [getattr(torch, name) for name in options.dtypes])
+    verdicts: list[Verdict] = []
+    steps = track(wanted, "comparing", console=console, transient=True, disable=not console.is_terminal)
+    for case in steps:
+        verdicts += validate(backends, [case], device)
+    if options.json is not None:
+        figures = {"environment": describe_environment(), "device": device.type}
+        write_json(options.json, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
+    missed = [verdict for verdict in verdicts if verdict.misses]
+    _print(verdicts, missed, device.type, reason if "triton" not in backends else None, console)
+    return int(bool(missed))
+
+
+def _shapes(options: argparse.Namespace, *, large: bool) -> list[tuple[int, int, int, int]]:
+    from synco_fast.errors import UserError
+
+    given = {name: getattr(options, name) for name in ("rows", "length", "dim", "hard")}
+    if not any(given.values()):
+        return [*_SHAPES, *(_LARGE if large else ())]
+    usual = {"rows": [256], "length": [16384], "dim": [128], "hard": [1024]}
+    shapes = list(itertools.product(*(given[name] or usual[name] for name in given)))
+    for _, length, _, hard in shapes:
+        if hard > length:
+            raise UserError(f"hard: found {hard}, allowed up to {length}, the length of the queue")
+    return shapes
+
+
+def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped: str | None, console: Console) -> None:
+    table = Table(
+        title=f"largest error, and its share of what is allowed, on {device}",
+        caption=f"triton not run: {skipped}" if skipped else None,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("back end", "dtype"):
+        table.add_column(name, no_wrap=True)
+    for name in ("B, K, D, N", "loss", "gradient", "cases"):
+        table.add_column(name, justify="right", no_wrap=True)
+    groups: dict[tuple[Any, ...], list[Verdict]] = defaultdict(list)
+    for verdict in verdicts:
+        case = verdict.case
+        shape = f"{case.rows}, {case.length}, {case.dim}, {case.hard}"
+        groups[verdict.backend, _SHORT[str(case.dtype)], shape].append(verdict)
+    for key, group in groups.items():
+        misses = sum(bool(verdict.misses) for verdict in group)
+        table.add_row(
+            *key,
+            _worst([(verdict.loss_error, verdict.loss_bound) for verdict in group]),
+            _worst([(verdict.gradient_error, verdict.gradient_bound) for verdict in group]),
+            f"[bold red]{misses} bad[/]" if misses else f"[green]{len(group)} ok[/]",
+        )
+    console.print(table)
+    for verdict in missed:
+        case = verdict.case
+        about = f"{verdict.backend} {case.dtype} B={case.rows} K={case.length} D={case.dim} N={case.hard}"
+        about += f" {case.method} T={case.temperature}{' peaked' * case.peaked}{' masked' * case.masked}"
+        console.print(f"[red]missed[/] {about}: {', '.join(verdict.misses)}", highlight=False, soft_wrap=True)
+    if missed:
+        console.print(f"{len(missed)} of {len(verdicts)} cases missed", style="bold red")
+    else:
+        console.print(f"{len(verdicts)} of {len(verdicts)} cases within their bounds, repeats bit-equal", style="green")
+
+
+def _worst(errors: list[tuple[float, float]]) -> str:
+    """The error that takes the largest share of its bound; NaN is beyond every bound."""
+    share, error = max((error / bound if error == error else inf, error) for error, bound in errors)
+    return f"{error:.1e} {share:3.0%}"
