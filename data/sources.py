@@ -20,7 +20,7 @@ from synco_fast.data.catalogue import cache_folder
 from synco_fast.data.demo import make_demo
 from synco_fast.data.errors import DataError
 from synco_fast.data.shards import ShardSplit
-from synco_fast.data.splits import ArraySplit, FolderSplit, ListSplit, Split, read_image
+from synco_fast.data.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
 
 __all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
 
@@ -35,6 +35,19 @@ class Source:
     spec: str
     train: Split
     validation: Split | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it: images that an earlier check left out, shards that are cut short."""
+        found = []
+        for split in (self.train, self.validation):
+            left_out = split.catalogue.left_out if isinstance(split, FileSplit | ShardSplit) else {}
+            if left_out:
+                first = next(iter(left_out.items()))
+                found.append(
+                    f"{self.spec}: {len(left_out):,} left out as unreadable, the first: {first[0]}: {first[1]}"
+                )
+        return found
 
 
 def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:

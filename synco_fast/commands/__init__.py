@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from synco_fast.commands import bench_head, data_demo, evaluate_knn, presets, pretrain, profile_head, validate
+from synco_fast.commands import (
+    bench_data,
+    bench_head,
+    data_check,
+    data_demo,
+    data_show,
+    evaluate_knn,
+    presets,
+    pretrain,
+    profile_head,
+    validate,
+)
 from synco_fast.commands.verbs import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
@@ -12,8 +23,11 @@ COMMANDS = (
     presets,
     evaluate_knn,
     data_demo,
+    data_check,
+    data_show,
     validate,
     bench_head,
+    bench_data,
     profile_head,
 )
 """In the order in which the help lists them."""

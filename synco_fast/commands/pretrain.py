@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
+from synco_fast.commands.overrides import read_overrides
 from synco_fast.commands.verbs import Verbs, two_columns
 
 __all__ = ["add"]
@@ -25,33 +25,13 @@ def add(verbs: Verbs) -> None:
         overrides=True,
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
-    command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo; short for --data.source")
+    command.add_argument(
+        "--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo; short for --data.source"
+    )
     command.add_argument("--seed", type=int, help="decides weights, order, views and draws")
     command.add_argument("--out", type=Path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
     command.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
-
-
-def _overrides(rest: Sequence[str]) -> dict[str, Any]:
-    """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML."""
-    from synco_fast.errors import ConfigError
-
-    found: dict[str, Any] = {}
-    words = list(rest)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(f"found {word!r}, allowed --section.key VALUE")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            if not words:
-                raise ConfigError(f"--{name}: found no value")
-            value = words.pop(0)
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: found {value!r}, which cannot be read as YAML") from error
-    return found
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
@@ -61,7 +41,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     from synco_fast.training.loop import Trainer
     from synco_fast.training.run import choose_run_folder, read_run_config, write_json
 
-    overrides = _overrides(rest)
+    overrides = read_overrides(rest)
     if options.data is not None:
         overrides["data.source"] = options.data
     if options.seed is not None:

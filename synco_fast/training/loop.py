@@ -94,7 +94,7 @@ class Trainer:
         self.seconds = {"training": 0.0, "data": 0.0}
         self.images_timed = 0
         self._stop: int | None = None
-        self._notes: list[str] = []
+        self._notes: list[str] = self.source.notes
         # For backbones with dropout or stochastic depth; everything else has generators of its own.
         torch.manual_seed(config.seed)
         if resume is not None:

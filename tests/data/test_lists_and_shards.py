@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from synco_fast.data.catalogue import Catalogue, PackedNames, catalogue_path, read_catalogue, write_catalogue
+from synco_fast.data.check import find_broken, keep_list, open_afresh
 from synco_fast.data.errors import BrokenImageError, DataError
 from synco_fast.data.shards import ShardSplit
-from synco_fast.data.sources import open_source
+from synco_fast.data.sources import ArraySplit, open_source
 from tests.data.photos import photo
 
 
@@ -258,3 +259,44 @@ def test_a_kept_list_serves_a_folder_until_a_file_comes_or_goes(image_folder):
     time.sleep(0.01)
     photo(44, 40).save(image_folder / "train" / "class2" / "new.jpg")
     assert len(open_source(str(image_folder)).train) == 34
+
+
+# -- the check --------------------------------------------------------------------------------------------------------
+
+
+def test_a_check_leaves_out_what_is_broken_and_forgets_it_when_mended(image_folder):
+    victim = image_folder / "train" / "class1" / "3.jpg"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:100])
+    source = open_afresh(str(image_folder))
+    told = []
+    broken = find_broken(source.train, workers=2, tick=lambda done, wrong: told.append((done, wrong)))
+    assert [source.train.name(index) for index in broken] == [str(victim)]
+    assert told[-1] == (33, 1)
+    assert keep_list(source.train, broken) == str(catalogue_path(source.train.key))
+    assert keep_list(source.validation, {}) is not None
+    again = open_source(str(image_folder))
+    assert len(again.train) == 32
+    assert not find_broken(again.train, workers=0)
+    (note,) = again.notes
+    assert "1 left out as unreadable, the first: class1/3.jpg" in note
+    victim.write_bytes(content)
+    assert len(open_afresh(str(image_folder)).train) == 33
+
+
+def test_a_check_of_shards(shards):
+    path = shards / "train" / "00001.tar"
+    write_shard(path, [("good.jpg", jpeg()), ("bad.jpg", b"no picture")])
+    source = open_afresh(f"tar:{shards}")
+    broken = find_broken(source.train, workers=0)
+    keep_list(source.train, broken)
+    again = open_source(f"tar:{shards}").train
+    assert len(again) == len(source.train) - 1
+    assert not find_broken(again, workers=0)
+
+
+def test_nothing_is_kept_of_arrays_nor_where_nothing_is_left(tmp_path):
+    assert keep_list(ArraySplit(np.zeros((2, 8, 8), np.uint8), None, "zeros"), {}) is None
+    (tmp_path / "a.jpg").write_bytes(b"")
+    source = open_afresh(str(tmp_path))
+    assert keep_list(source.train, find_broken(source.train, workers=0)) is None

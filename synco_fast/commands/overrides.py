@@ -1,0 +1,36 @@
+"""Keys of the configuration on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+__all__ = ["read_overrides"]
+
+
+def read_overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: Something else, or a value that is missing or no YAML.
+    """
+    from synco_fast.errors import ConfigError
+
+    found: dict[str, Any] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"found {word!r}, allowed --section.key VALUE")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"--{name}: found no value")
+            value = words.pop(0)
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--{name}: found {value!r}, which cannot be read as YAML") from error
+    return found
