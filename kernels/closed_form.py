@@ -73,8 +73,8 @@ class _Sums:
 
     def weights(self, similarity: Tensor) -> Tensor:
         """exp((similarity - top) / T), in the place of ``similarity``."""
-        shift = self.top / -self.temperature
-        return torch.add(shift, similarity, alpha=1 / self.temperature, out=similarity).exp_()
+        # The difference first: it is exact where it matters, and a sum of two large numbers would not be.
+        return similarity.sub_(self.top).div_(self.temperature).exp_()
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from synco_fast.bench.head import BACKENDS, Shape, prepare
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rows", "length"), [(64, 4096), (256, 65536)])
-def test_head(timed, device, backend, rows, length):
+def test_head(
+    timed: Callable[[Callable[[], object]], None], device: torch.device, backend: str, rows: int, length: int
+) -> None:
     """SynCo's 960 synthetic negatives of 1,024 hard ones, D = 128."""
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:

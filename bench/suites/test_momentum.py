@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.nn import Parameter
 from torchvision.models import resnet50
 
 from synco_fast.kernels import momentum_update
 
+Timed = Callable[[Callable[[], object]], None]
+Pairs = tuple[list[Parameter], list[Parameter]]
+
 
 @pytest.fixture
-def pairs(device):
+def pairs(device: torch.device) -> Pairs:
     """Parameters of two encoders."""
-    return [list(resnet50().to(device).parameters()) for _ in range(2)]
+    key, query = (list(resnet50().to(device).parameters()) for _ in range(2))
+    return key, query
 
 
-def test_one_by_one(timed, pairs):
+def test_one_by_one(timed: Timed, pairs: Pairs) -> None:
     """As the released code does it."""
 
     @torch.no_grad()
-    def update():
+    def update() -> None:
         for k, q in zip(*pairs, strict=True):
             k.mul_(0.999).add_(q, alpha=0.001)
 
     timed(update)
 
 
-def test_foreach(timed, pairs):
+def test_foreach(timed: Timed, pairs: Pairs) -> None:
     """What training uses."""
     timed(lambda: momentum_update(*pairs, 0.999))
 
 
-def test_one_launch(timed, pairs, device):
+def test_one_launch(timed: Timed, pairs: Pairs, device: torch.device) -> None:
     """The Triton kernel, whose tables are made once."""
     if device.type != "cuda":
         pytest.skip("the kernel runs on CUDA devices")
