@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from multiprocessing import util
 from typing import Any
 
@@ -56,6 +57,7 @@ class GraphRunner:
         #: The arrays of batches that are done, for a while: a copy to the GPU may still be under way.
         self._done: deque[_Fed] = deque(maxlen=depth)
         self._doubted: set[int] = set()
+        self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     def run(self, batches: Iterable[EncodedBatch]) -> Iterator[tuple[EncodedBatch, list[Tensor]]]:
         """Each batch with the graph's outputs, (b, size, size, 3) each, on the graph's device; none where b is 0.
@@ -73,13 +75,17 @@ class GraphRunner:
                     stuck = [batch for batch, _ in under_way]
                     under_way.clear()
                     self._graph = None
-                    yield from map(self._run_alone, stuck)
+                    for batch in stuck:
+                        again, outputs = self._run_alone(batch)
+                        yield again, outputs
+                        self._hold(outputs)
                     self._fill(under_way, source)
                     continue
                 batch, _ = fed = under_way.popleft()
                 self._done.append(fed)
                 self._fill(under_way, source)
                 yield batch, outputs
+                self._hold(outputs)
         finally:
             self._drain(sum(bool(inputs) for _, inputs in under_way))
 
@@ -87,6 +93,7 @@ class GraphRunner:
         """Give back what the graph holds."""
         self._graph = None
         self._done.clear()
+        self._held.clear()
 
     def _fill(self, under_way: deque[_Fed], source: Iterator[EncodedBatch]) -> None:
         while len(under_way) < self._depth:
@@ -141,12 +148,21 @@ class GraphRunner:
         if not fed[1]:
             return []
         assert self._graph is not None
+        # The host waits until the views are there, so that the time that it waits tells whether DALI keeps up; the
+        # encoder's own work goes on meanwhile.
+        found = self._graph.outputs()
+        with nullcontext() if self._device is None else torch.cuda.device(self._device):
+            return [from_dlpack(views.as_tensor()) for views in found]
+
+    def _hold(self, outputs: list[Tensor]) -> None:
+        """Keep views until the kernels that read them are done: their memory is DALI's, which knows no such kernels."""
         if self._device is None:
-            return [from_dlpack(found.as_tensor()) for found in self._graph.outputs()]
-        # In order with the stream that will use them: neither the host nor the device waits for the other.
-        stream = torch.cuda.current_stream(self._device)
-        with torch.cuda.device(self._device):
-            return [from_dlpack(found.as_tensor()) for found in self._graph.outputs(cuda_stream=stream)]
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._held.append((event, outputs))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
 
     def _run_alone(self, batch: EncodedBatch) -> tuple[EncodedBatch, list[Tensor]]:
         try:

@@ -57,7 +57,8 @@ def read_image(file: str | os.PathLike[str]) -> Image.Image:
 
 def _read_file(file: str) -> bytes:
     try:
-        with open(file, "rb", buffering=0) as opened:  # noqa: PTH123 - once an image: no Path objects
+        # A pipe that somebody has given an image's name would wait for ever for a writer.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as opened:  # noqa: PTH123
             return opened.read()
     except OSError as error:
         raise BrokenImageError(f"{file}: {error.strerror or error}") from error
