@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from synco_fast.data.augment import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipeline import Decode, Pipeline, PipelineName
 from synco_fast.data.resident import ResidentPipeline
 from synco_fast.data.splits import ArraySplit, Split
-from synco_fast.data.torchvision import TorchvisionPipeline
+from synco_fast.data.torchvision import TorchvisionPipeline, evaluation_loader
 
-__all__ = ["build_pipeline", "choose_pipeline", "has_dali"]
+__all__ = ["build_pipeline", "choose_pipeline", "evaluation_batches", "has_dali"]
 
 
 def has_dali() -> bool:
@@ -61,7 +63,7 @@ def build_pipeline(
     Args:
         split: The images.
         recipe: How views are made.
-        batch: B, images in a batch of one rank.
+        batch: B, images in a batch, over all ranks.
         seed: Decides order and views together with the epoch.
         name: Which pipeline; see `choose_pipeline`.
         device: Where the encoder is; the CPU by default.
@@ -108,3 +110,35 @@ def build_pipeline(
         rank=rank,
         world=world,
     )
+
+
+def evaluation_batches(
+    split: Split,
+    recipe: Recipe,
+    *,
+    batch: int = 256,
+    name: PipelineName = "auto",
+    device: torch.device | None = None,
+    workers: int | None = None,
+    numbers: list[int] | None = None,
+) -> Iterable[tuple[Tensor, Tensor, dict[int, str]]]:
+    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and what was broken.
+
+    Args:
+        split: The images.
+        recipe: Gives the size and the resize before the crop.
+        batch: Images at a time; broken ones are left out, so b can be smaller.
+        name: Which pipeline; see `choose_pipeline`. Without DALI it is `evaluation_loader`, with the images on the CPU.
+        device: Where the encoder is; the CPU by default. DALI leaves the images there.
+        workers: Processes that read and decode, by default one for each core.
+        numbers: Which images, by default all.
+
+    Raises:
+        DataError: ``dali`` is asked for and not installed.
+    """
+    device = device or torch.device("cpu")
+    if choose_pipeline(name, split, device) == "dali":
+        from synco_fast.data.dali import dali_evaluation
+
+        return dali_evaluation(split, recipe, batch=batch, workers=workers, numbers=numbers, device=device)
+    return evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=numbers)

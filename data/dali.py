@@ -44,14 +44,14 @@ class DaliPipeline:
     Args:
         split: The images.
         recipe: How views are made.
-        batch: B, images in a batch.
+        batch: B, images in a batch, over all ranks.
         seed: Decides order and views together with the epoch.
         workers: Processes that read files; 0 reads in the training process. By default one for each core.
         device: Where the graph runs and the views are.
         dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
         decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
         threads: Of DALI's own; by default one for each core.
-        rank, world: This process's number in a run, and how many there are.
+        rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
 
     The views are channels-last. Broken images are replaced as in every pipeline.
 
@@ -82,7 +82,7 @@ class DaliPipeline:
         build = partial(
             build_views,
             recipe,
-            batch=batch,
+            batch=self._batches.share,
             device=number,
             threads=threads or _threads(),
             decode=decode,

@@ -24,27 +24,33 @@ T = TypeVar("T")
 class EpochBatches(Sampler[list[Place]]):
     """The batches of the current epoch, for one rank of a run.
 
-    All ranks go through one permutation of the images together: step n takes the n-th ``world * batch`` of them, and of
-    these each rank its own ``batch``. So no image comes twice in an epoch, ranks share none, all have equally many
-    batches, and what does not fill the last step, another few in each epoch, is left out.
+    All ranks go through one permutation of the images together: step n takes the n-th B of them, and of these each rank
+    a block of its own. So no image comes twice in an epoch, ranks share none, a step has the same images whatever the
+    number of ranks, and what does not fill the last step, another few in each epoch, is left out.
 
     Args:
         length: Images in the set.
-        batch: B, images in a batch of one rank.
+        batch: B, images in a step, over all ranks.
         seed: Decides the order together with the epoch.
         rank, world: This rank's number and how many there are.
 
+    Attributes:
+        share: Images in a step of one rank, B / world.
+
     Raises:
-        DataError: The set holds fewer images than a step takes, or there is no such rank.
+        DataError: The set holds fewer images than a step takes, B is no multiple of ``world``, or no rank has that
+            number.
     """
 
     def __init__(self, length: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
         if not 0 <= rank < world:
             raise DataError(f"rank: found {rank}, allowed 0 to {world - 1}")
-        if batch * world > length:
-            allowed = f"up to {length // world}, the number of training images" + (" per rank" if world > 1 else "")
-            raise DataError(f"training.batch: found {batch}, allowed {allowed}")
-        self.length, self.batch, self.seed, self.rank, self.world = length, batch, seed, rank, world
+        if batch % world:
+            raise DataError(f"training.batch: found {batch}, allowed a multiple of {world}, the number of processes")
+        if batch > length:
+            raise DataError(f"training.batch: found {batch}, allowed up to {length}, the number of training images")
+        self.length, self.batch, self.seed, self.rank = length, batch, seed, rank
+        self.share = batch // world
         self.epoch = self.start = 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -52,14 +58,14 @@ class EpochBatches(Sampler[list[Place]]):
         self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return self.length // (self.batch * self.world)
+        return self.length // self.batch
 
     def __iter__(self) -> Iterator[list[Place]]:
         epoch = self.epoch
         order = epoch_order(self.length, seed=self.seed, epoch=epoch)
         for number in range(self.start, len(self)):
-            first = (number * self.world + self.rank) * self.batch
-            yield [(epoch, index) for index in order[first : first + self.batch].tolist()]
+            first = number * self.batch + self.rank * self.share
+            yield [(epoch, index) for index in order[first : first + self.share].tolist()]
 
 
 def replace_broken(length: int, wanted: int, read: Callable[[int], T]) -> tuple[T, int, dict[int, str]]:

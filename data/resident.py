@@ -31,11 +31,12 @@ class ResidentPipeline:
     Args:
         split: Images of one size.
         recipe: How views are made.
-        batch: B, images in a batch.
+        batch: B, images in a batch, over all ranks.
         seed: Decides order and views together with the epoch.
         device: Where the set lies and the views are made.
         workers: Processes that decode the files once, at the start; by default one for each core.
-        rank, world: This process's number in a run, and how many there are. Each holds the whole set.
+        rank, world: This process's number in a run, and how many there are; each holds the whole set and yields its
+            share of every batch.
 
     Raises:
         DataError: The images differ in size, are too many for the device, or are fewer than a step takes.

@@ -76,11 +76,11 @@ class TorchvisionPipeline:
     Args:
         split: The images.
         recipe: How views are made.
-        batch: B, images in a batch.
+        batch: B, images in a batch, over all ranks.
         seed: Decides order and views together with the epoch.
         workers: Processes that decode; 0 decodes in the training process. By default one for each core.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
-        rank, world: This process's number in a run, and how many there are.
+        rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
 
     Raises:
         DataError: The split holds fewer images than a step takes.

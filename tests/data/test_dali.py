@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from synco_fast.data.augment import Recipe
-from synco_fast.data.build import has_dali
+from synco_fast.data.build import evaluation_batches, has_dali
 from synco_fast.data.sources import open_source
-from synco_fast.data.torchvision import evaluation_loader
 from tests.data.photos import photo
 from tests.data.test_pipelines import damage, epoch, special
 
@@ -97,8 +96,8 @@ def test_evaluation_is_that_of_the_portable_pipeline(folder):
     for workers in (0, 2):
         found, wanted = {}, {}
         for results, batches in (
-            (found, dali_evaluation(split, recipe, batch=5, workers=workers, numbers=numbers)),
-            (wanted, evaluation_loader(split, recipe, batch=5, workers=0, numbers=numbers)),
+            (found, evaluation_batches(split, recipe, batch=5, name="dali", workers=workers, numbers=numbers)),
+            (wanted, evaluation_batches(split, recipe, batch=5, workers=0, numbers=numbers)),
         ):
             results["broken"], order = {}, []
             for images, indices, broken in batches:
