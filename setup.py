@@ -11,8 +11,12 @@ FOLDERS = {
     "synco_fast.data": "data",
     "synco_fast.bench": "bench",
 }
-
-DALI = "nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"
+#: What single commands need beside the rest.
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
+DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
+EMBED = ["pyarrow>=15"]
+REPORT = ["scikit-learn>=1.4"]
+DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 
 
 def packages() -> list[str]:
@@ -40,7 +44,7 @@ setup(
     python_requires=">=3.11",
     packages=packages(),
     package_dir=FOLDERS,
-    package_data={"synco_fast": ["py.typed"]},
+    package_data={"synco_fast": ["py.typed"], "synco_fast.report": ["*.html"]},
     install_requires=[
         "torch>=2.11,<2.15",
         "torchvision>=0.26,<0.30",
@@ -52,9 +56,15 @@ setup(
         "rich>=13.7",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
+        "safetensors>=0.4.5",
     ],
     extras_require={
-        "dali": [DALI],
+        "export": EXPORT,
+        "detection": DETECTION,
+        "embed": EMBED,
+        "report": REPORT,
+        "dali": DALI,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
@@ -62,7 +72,11 @@ setup(
             "pytest-xdist>=3.5",
             "ruff>=0.6",
             "types-PyYAML",
-            DALI,
+            *EXPORT,
+            *DETECTION,
+            *EMBED,
+            *REPORT,
+            *DALI,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

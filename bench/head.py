@@ -6,6 +6,7 @@ where the allocator counts, each back end has one.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import resource
@@ -188,6 +189,7 @@ def sweep(
     *,
     device: torch.device,
     repeats: int = 5,
+    rounds: int = 1,
     threads: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """`measure` for back ends and shapes, in processes of their own.
@@ -196,25 +198,42 @@ def sweep(
         backends: Of `BACKENDS`.
         shapes: Each is measured with every back end.
         device: Where.
-        repeats: Timed runs.
+        repeats: Timed runs in a process.
+        rounds: How often the back ends are measured in turn, each time in fresh processes: where memory lies decides a
+            good part of a CPU's time, and it is another place in each process.
         threads: Of PyTorch on the CPU; its own choice by default.
 
     Yields:
-        What `measure` returns; or the back end, the shape and ``failed``, why there is no figure.
+        What `measure` returns, over all rounds; or the back end, the shape and ``failed``, why there is no figure.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
-    alone = device.type != "cuda"
-    for group in [[shape] for shape in shapes] if alone else [list(shapes)]:
-        for backend in backends:
-            fit = []
-            for shape in group:
-                if (wanted := extra_bytes(backend, shape)) > free:
-                    why = f"not run: takes about {wanted / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-                    yield {"backend": backend, **asdict(shape), "failed": why}
-                else:
-                    fit.append(shape)
-            if fit:
-                yield from _in_a_process(backend, fit, device, repeats, threads)
+    for group in [list(shapes)] if device.type == "cuda" else [[shape] for shape in shapes]:
+        found: dict[tuple[str, Shape], list[dict[str, Any]]] = {}
+        for shape, backend in itertools.product(group, backends):
+            found[backend, shape] = []
+            if (wanted := extra_bytes(backend, shape)) > free:
+                why = f"not run: takes about {wanted / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+                found[backend, shape].append({"backend": backend, **asdict(shape), "failed": why})
+        fit = {backend: [shape for shape in group if not found[backend, shape]] for backend in backends}
+        for _, backend in itertools.product(range(rounds), backends):
+            if fit[backend]:
+                for result in _in_a_process(backend, fit[backend], device, repeats, threads):
+                    found[backend, Shape(**{name: result[name] for name in asdict(group[0])})].append(result)
+        yield from (_over_rounds(results) for results in found.values())
+
+
+def _over_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of several rounds as one: all seconds, the median of every other figure."""
+    for result in results:
+        if "failed" in result or "graph" in result:
+            return result
+    together = dict(results[0])
+    together["seconds"] = [second for result in results for second in result["seconds"]]
+    together["median_s"] = statistics.median(together["seconds"])
+    for name in ("extra_mib", "cold_s", "graph_s", "graph_cold_s"):
+        if name in together:
+            together[name] = statistics.median(result[name] for result in results)
+    return together
 
 
 def _available() -> int:

@@ -60,7 +60,10 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
     """
     device = next((word.device for word in counter if isinstance(word, Tensor)), None)
     # Not broadcast yet: the first rounds mix small tensors, and only the third sees all of the counter at once.
-    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    # A fill, not a copy from the host, for which the host would wait and which a CUDA graph cannot hold.
+    c0, c1, c2, c3 = (
+        word if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device) for word in counter
+    )
     k0, k1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap, but both 32-bit halves of the wrapped value are those of the true one. The odd words

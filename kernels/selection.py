@@ -24,6 +24,9 @@ SAMPLE = 4096
 #: A row that met more than this many times the keys that were expected is selected again from its whole row.
 _EXCESS = 2
 
+#: Blocks of the queue whose candidates are brought into place together.
+_TOGETHER = 8
+
 #: Similarities of R rows to the keys [start, stop) of the queue, (R, stop - start), -inf where a mask forbids the key.
 Similarities = Callable[[Tensor, int, int], Tensor]
 
@@ -102,19 +105,27 @@ class Candidates:
         width = max(hard, int(self._count.max()))
         nothing = _pack(torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64))
         packed = nothing.expand(len(self._count), width).contiguous()
-        if self._found:
-            flat, values = (torch.cat(parts) for parts in list(zip(*self._found, strict=True))[:2])
-            counts = torch.stack([found.counts for found in self._found])
-            blocks = torch.tensor([(found.start, found.columns) for found in self._found])
-            row = torch.arange(len(self._count))
-            # A block's keys are ordered by row: what block and row add to place and index is the same for a whole run.
-            before = counts.cumsum(0) - counts
-            ran = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts)
-            runs = torch.stack((row * width + before - ran, blocks[:, :1] - row * blocks[:, 1:]), dim=-1)
-            shift = torch.repeat_interleave(runs.view(-1, 2), counts.view(-1), dim=0, output_size=len(flat))
-            place = shift[:, 0] + torch.arange(len(flat))
-            packed.view(-1).index_copy_(0, place, _pack(values, shift[:, 1] + flat))
+        filled = torch.zeros_like(self._count)
+        for begin in range(0, len(self._found), _TOGETHER):
+            filled += self._place(self._found[begin : begin + _TOGETHER], packed, filled)
+        self._found.clear()
         return *_unpack(packed.sort(dim=1).values[:, :hard]), failed
+
+    @staticmethod
+    def _place(blocks: list[_Found], packed: Tensor, filled: Tensor) -> Tensor:
+        """Append what some blocks gave to the rows of ``packed``, of which ``filled`` are taken; how many they are."""
+        flat, values = torch.cat([found.flat for found in blocks]), torch.cat([found.values for found in blocks])
+        counts = torch.stack([found.counts for found in blocks])
+        where = torch.tensor([(found.start, found.columns) for found in blocks])
+        row = torch.arange(len(filled))
+        # A block's keys are ordered by row: what block and row add to place and index is the same for a whole run.
+        before = filled + counts.cumsum(0) - counts
+        ran = (counts.view(-1).cumsum(0) - counts.view(-1)).view_as(counts)
+        runs = torch.stack((row * packed.shape[1] + before - ran, where[:, :1] - row * where[:, 1:]), dim=-1)
+        shift = torch.repeat_interleave(runs.view(-1, 2), counts.view(-1), dim=0, output_size=len(flat))
+        place = shift[:, 0] + torch.arange(len(flat))
+        packed.view(-1).index_copy_(0, place, _pack(values, shift[:, 1] + flat))
+        return counts.sum(dim=0)
 
 
 class _Found(NamedTuple):

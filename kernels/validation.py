@@ -7,9 +7,9 @@ what remains is rounding, and rounding has a bound:
     |found - exact|  <=  2 |reference in float32 - exact|  +  c eps max|exact|  +  rounding of the softmax weights
 
 with c = 16 for the loss and 64 for the gradient, a sum over the whole queue that some libraries make one term after
-another. The last term is there for the kernels on halves alone, which round the weights of the queue keys to the format of the
-tensor cores before the second product: by at most u = 2^-8 (bfloat16) or 2^-10 (TF32) of each, and so the gradient by
-u / T times the same weighted sum of |n|.
+another. The last term is there for the kernels on halves alone, which round the weights of the queue keys to the format
+of the tensor cores before the second product: by at most u = 2^-8 (bfloat16) or 2^-10 (TF32) of each, and so the
+gradient by u / T times the same weighted sum of |n|.
 """
 
 from __future__ import annotations

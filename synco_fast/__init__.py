@@ -1,5 +1,23 @@
 """synco-fast: contrastive pretraining with synthetic hard negatives."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from synco_fast.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from synco_fast.contrast_loss import SynthContrastLoss
+    from synco_fast.export.reading import load_backbone
+
+__all__ = ["SynthContrastLoss", "__version__", "load_backbone"]
+
+_HOMES = {"SynthContrastLoss": "synco_fast.contrast_loss", "load_backbone": "synco_fast.export.reading"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are first used: the commands start without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'synco_fast' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -17,9 +17,10 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 done, 2 for input that a person can mend, 130 after Ctrl-C."""
-    # Where decoding processes share the cores with the encoder, spinning threads take the time of those that work;
-    # OpenMP reads this once, when torch is first imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where decoding processes share the cores with the encoder, threads that spin take the time of those that work, and
+    # threads that sleep at once wake up late for the head's many short steps: they spin for some tens of microseconds.
+    # GNU OpenMP reads this once, when torch is first imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from synco_fast.errors import DataError, UserError
 
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -45,7 +45,9 @@ class ModelConfig(Section):
         None, ge=1, description="Width of the head's hidden layer; that of the features if unset"
     )
     momentum: float = Field(0.999, ge=0, le=1, description="Of the key encoder")
-    batch_norm_groups: int = Field(8, ge=1, description="Groups in which one device's batch is normalised")
+    momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 over the run")
+    batch_norm_groups: int = Field(8, ge=1, description="Groups in which a batch is normalised, over all processes")
+    sync_batch_norm: bool = Field(False, description="Normalise over all processes at once, on GPUs")
 
 
 class MethodConfig(Section):
@@ -87,26 +89,39 @@ class MethodConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """SGD as in MoCo v2."""
+    """SGD as in MoCo v2, or another by name."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd", "adamw", "lars", "lamb", "apex_sgd", "apex_lamb"] = Field(
+        "sgd", description="PyTorch's, timm's for large batches, or NVIDIA apex's where it is installed"
+    )
     lr: float = Field(0.03, gt=0, description="At a batch of 256; scaled with the batch")
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and lars")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Of adamw and lamb")
     weight_decay: float = Field(1e-4, ge=0)
     warmup_epochs: float = Field(0, ge=0, description="Epochs over which the learning rate rises from 0")
     schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient; no limit if unset")
 
 
 class TrainingConfig(Section):
     """The run."""
 
     epochs: int = Field(200, ge=1)
-    batch: int = Field(256, ge=1, description="Images a step")
+    batch: int = Field(256, ge=1, description="Images a step, over all processes")
+    accumulate: int = Field(1, ge=1, description="Parts in which each process computes its share of a batch")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, whatever the epochs")
+    max_time: float | None = Field(None, gt=0, description="Stop after this many minutes, with a checkpoint")
+    max_skipped: int = Field(16, ge=0, description="Steps in a row without a finite gradient that a run puts up with")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="bf16 where the device has it")
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
+        "auto", description="bf16 where the device has it"
+    )
     channels_last: bool = True
+    compile: Literal["none", "encoders", "step"] = Field("none", description="What torch.compile translates")
+    cuda_graph: bool = Field(False, description="Replay the whole step as one CUDA graph")
+    timeout: float = Field(300, gt=0, description="Seconds that a process waits for the others")
     log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl")
+    wandb: str | None = Field(None, description="Project of Weights & Biases that gets the figures as well")
     checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; an epoch by default")
     keep: int = Field(2, ge=1, description="How many checkpoints are kept")
 
@@ -146,11 +161,13 @@ class Config(Section):
             raise ConfigError(f"method.queue: found {self.method.queue}, allowed {keys} or more, the keys of one step")
         if negatives.hard > self.method.queue:
             raise ConfigError(f"method.hard: found {negatives.hard}, allowed up to {self.method.queue}, the queue")
-        if batch % self.model.batch_norm_groups:
+        groups = self.model.batch_norm_groups
+        if batch % groups:
             raise ConfigError(
-                f"training.batch: found {batch}, allowed a multiple of {self.model.batch_norm_groups} "
-                "(model.batch_norm_groups)"
+                f"training.batch: found {batch}, allowed a multiple of {groups} (model.batch_norm_groups)"
             )
+        if self.model.sync_batch_norm and groups > 1:
+            raise ConfigError(f"model.batch_norm_groups: found {groups}, allowed 1 beside model.sync_batch_norm")
         return self
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from synco_fast.data.errors import DataError
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "UserError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "LostProcessError", "UserError"]
 
 
 class UserError(Exception):
@@ -21,3 +21,7 @@ class CheckpointError(UserError):
 
 class DivergedError(UserError):
     """The loss stopped being a number."""
+
+
+class LostProcessError(UserError):
+    """Another process of the job is gone, or no longer answers."""

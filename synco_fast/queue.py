@@ -43,8 +43,13 @@ class KeyQueue(nn.Module):
         return len(self.rows)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, images: Tensor) -> None:
+    def enqueue(self, keys: Tensor, images: Tensor, accept: Tensor | None = None) -> None:
         """Write ``keys``, (n, D), over the n oldest rows, wrapping at the end.
+
+        Args:
+            keys: (n, D).
+            images: (n,) int64.
+            accept: Bool of no dimensions on the device; where it is false nothing changes, and the host never knows.
 
         Raises:
             ConfigError: n is larger than K, so that a key would overwrite one of its own batch.
@@ -52,6 +57,10 @@ class KeyQueue(nn.Module):
         if len(keys) > len(self):
             raise ConfigError(f"method.queue: found {len(self)}, allowed {len(keys)} or more, the keys of one step")
         places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self)
-        self.rows.index_copy_(0, places, keys.to(self.rows.dtype))
+        keys = keys.to(self.rows.dtype)
+        if accept is not None:
+            keys = torch.where(accept, keys, self.rows[places])
+            images = torch.where(accept, images, self.images[places])
+        self.rows.index_copy_(0, places, keys)
         self.images.index_copy_(0, places, images)
-        self.pointer.add_(len(keys)).remainder_(len(self))
+        self.pointer.add_(len(keys) if accept is None else len(keys) * accept).remainder_(len(self))

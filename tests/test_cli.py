@@ -104,7 +104,19 @@ def test_bench_and_profile_head(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shape = ["--device", "cpu", "--rows", "4", "--dim", "16", "--hard", "16"]
     files = ["--json", tmp_path / "head.json", "--plot", tmp_path / "head.png"]
-    words = ["--backends", "released", "closed_form", "--repeats", "2", "--threads", "1", "--length", "256"]
+    words = [
+        "--backends",
+        "released",
+        "closed_form",
+        "--repeats",
+        "2",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--length",
+        "256",
+    ]
     code, out, _ = run("bench", "head", *shape, *words, *files)
     assert code == 0
     assert "1.00x" in out

@@ -44,3 +44,15 @@ def test_rows_and_pointer_are_part_of_the_state():
     other.load_state_dict(queue.state_dict())
     assert torch.equal(other.rows, queue.rows)
     assert int(other.pointer) == 4
+
+
+def test_an_enqueue_that_is_not_accepted_changes_nothing():
+    queue = KeyQueue(6, 4)
+    before = {name: value.clone() for name, value in queue.state_dict().items()}
+    bad = torch.full((4, 4), torch.nan)
+    queue.enqueue(bad, torch.arange(4), torch.tensor(False))
+    assert all(torch.equal(before[name], value) for name, value in queue.state_dict().items())
+    good = normalize(torch.randn(4, 4), dim=1)
+    queue.enqueue(good, torch.arange(4), torch.tensor(True))
+    assert torch.equal(queue.rows[:4], good)
+    assert int(queue.pointer) == 4

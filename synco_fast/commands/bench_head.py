@@ -39,6 +39,7 @@ def add(verbs: Verbs) -> None:
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU by default")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
+    command.add_argument("--rounds", type=positive, help="fresh processes; 3 on a CPU and 1 on a GPU by default")
     command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw them here, as PNG")
@@ -85,7 +86,9 @@ def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Conso
     results = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=len(backends) * len(shapes))
-        for result in sweep(backends, shapes, device=device, repeats=repeats, threads=options.threads):
+        rounds = options.rounds or (1 if on_gpu else 3)
+        measured = sweep(backends, shapes, device=device, repeats=repeats, rounds=rounds, threads=options.threads)
+        for result in measured:
             itemsize = getattr(torch, dtype).itemsize
             result["floor_s"] = floor_seconds(result["rows"], result["length"], result["dim"], itemsize, ceilings)
             results.append(result)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.overrides import read_overrides
+from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.verbs import Verbs, positive
 
 __all__ = ["add"]
@@ -39,7 +39,7 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
     from synco_fast.training.plots import draw_pairs
     from synco_fast.training.precision import Precision, resolve_device
 
-    overrides = read_overrides(rest) | {"data.source": options.source}
+    overrides = overrides_of(rest) | {"data.source": options.source}
     config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
     device = resolve_device(config.training.device)
     split = open_source(config.data.source).train

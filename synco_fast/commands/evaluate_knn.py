@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs, two_columns
+from synco_fast.commands.evaluation_options import add_setting, print_result, setting_of
+from synco_fast.commands.verbs import Verbs
 
 __all__ = ["add"]
 
@@ -19,32 +19,34 @@ def add(verbs: Verbs) -> None:
         "evaluate knn",
         _evaluate_knn,
         "Weighted kNN accuracy of a checkpoint's backbone on the held-out split.",
-        "synco-fast evaluate knn runs/demo-20260101-120000 --neighbours 20",
+        "synco-fast evaluate knn runs/demo-20260101-120000 --neighbours 20 200",
     )
-    command.add_argument("checkpoint", type=Path, help="a run folder or a checkpoint")
-    command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
-    command.add_argument("--neighbours", type=int, help="k")
+    add_setting(command)
+    command.add_argument(
+        "--neighbours", type=int, nargs="+", metavar="K", help="20, 200 and the run's own by default, where they fit"
+    )
     command.add_argument("--temperature", type=float, help="of the neighbours' weights")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
 
 
 def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.checkpoint import evaluate_knn
-    from synco_fast.training.run import write_json
+    from synco_fast.errors import ConfigError
+    from synco_fast.evaluation.weighted_knn import evaluate_knn
 
+    if options.neighbours and min(options.neighbours) < 1:
+        raise ConfigError(f"neighbours: found {min(options.neighbours)}, allowed 1 or more")
+    if options.temperature is not None and options.temperature <= 0:
+        raise ConfigError(f"temperature: found {options.temperature:g}, allowed above 0")
     result = evaluate_knn(
-        options.checkpoint, source=options.data, neighbours=options.neighbours, temperature=options.temperature
+        options.checkpoint,
+        setting_of(options),
+        neighbours=tuple(options.neighbours) if options.neighbours else None,
+        temperature=options.temperature,
+        console=console,
     )
-    if options.json is not None:
-        write_json(options.json, result)
-    table = two_columns(f"kNN of {result['checkpoint']}")
-    for name, value in (
-        ("accuracy", f"{result['knn']:.1%}"),
-        ("chance", f"{result['chance']:.1%}"),
-        ("k", str(result["neighbours"])),
+    rows = [
+        ("temperature", f"{result['temperature']:g}"),
         ("images to choose from", f"{result['bank']:,}"),
         ("held-out images", f"{result['queries']:,}"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    ]
+    print_result(result, options, console, rows)
     return 0

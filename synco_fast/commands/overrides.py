@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-__all__ = ["read_overrides"]
+__all__ = ["overrides_of"]
 
 
-def read_overrides(rest: Sequence[str]) -> dict[str, Any]:
+def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
     """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML.
 
     Raises:

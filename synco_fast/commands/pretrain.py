@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.overrides import read_overrides
+from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.verbs import Verbs, two_columns
+
+if TYPE_CHECKING:
+    from synco_fast.config import Config
+    from synco_fast.training.distributed import Control
 
 __all__ = ["add"]
 
@@ -25,43 +29,81 @@ def add(verbs: Verbs) -> None:
         overrides=True,
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
-    command.add_argument(
-        "--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo; short for --data.source"
-    )
+    command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo; short for --data.source")
     command.add_argument("--seed", type=int, help="decides weights, order, views and draws")
     command.add_argument("--out", type=Path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
     command.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    command.add_argument(
+        "--continue", action="store_true", dest="go_on", help="go on with the run in --out where there is one"
+    )
+    command.add_argument("--max-steps", type=int, metavar="N", help="short for --training.max_steps")
+    command.add_argument("--max-time", type=float, metavar="MINUTES", help="short for --training.max_time")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.training.distributed import Place, joined
+    from synco_fast.training.loop import Trainer
+    from synco_fast.training.run import write_json
+
+    config, resume = _what_to_do(options, overrides_of(rest))
+    place = Place.find()
+    with joined(place, config.training.device, timeout=config.training.timeout) as control:
+        folder = resume or _new_folder(options.out, config, control)
+        trainer = Trainer(config, folder, resume=resume, console=console, control=control)
+        summary = trainer.run()
+    if place.first:
+        if options.json is not None:
+            write_json(options.json, summary.as_dict())
+        _print_summary(summary, console)
+    return 0
+
+
+def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path | None]:
+    """The configuration, and the run to go on with."""
     from synco_fast.config import build_config
     from synco_fast.errors import ConfigError
     from synco_fast.presets import load_config
-    from synco_fast.training.loop import Trainer
-    from synco_fast.training.run import choose_run_folder, read_run_config, write_json
+    from synco_fast.training.run import read_run_config
 
-    overrides = read_overrides(rest)
-    if options.data is not None:
-        overrides["data.source"] = options.data
-    if options.seed is not None:
-        overrides["seed"] = options.seed
+    for key, value in (
+        ("data.source", options.data),
+        ("seed", options.seed),
+        ("training.max_steps", options.max_steps),
+        ("training.max_time", options.max_time),
+    ):
+        if value is not None:
+            overrides[key] = value
+    if options.go_on:
+        if options.out is None or options.resume is not None:
+            raise ConfigError("continue: found without --out or beside --resume, allowed --config PRESET --out RUN")
+        if (options.out / "config.yaml").exists():
+            return build_config(read_run_config(options.out), overrides), options.out
     if options.resume is not None:
-        folder = options.resume
         if options.config is not None or options.out is not None:
             raise ConfigError("resume: found --config or --out beside it, allowed --section.key VALUE alone")
-        config = build_config(read_run_config(folder), overrides)
-        trainer = Trainer(config, folder, resume=folder, console=console)
-    else:
-        if options.config is None:
-            raise ConfigError("config: found none, allowed --config PRESET, or --resume RUN; see 'synco-fast presets'")
-        config = load_config(options.config, overrides)
-        trainer = Trainer(config, choose_run_folder(options.out, config), console=console)
-    summary = trainer.run()
-    if options.json is not None:
-        write_json(options.json, summary.as_dict())
-    _print_summary(summary, console)
-    return 0
+        return build_config(read_run_config(options.resume), overrides), options.resume
+    if options.config is None:
+        raise ConfigError("config: found none, allowed --config PRESET, or --resume RUN; see 'synco-fast presets'")
+    return load_config(options.config, overrides), None
+
+
+def _new_folder(out: Path | None, config: Config, control: Control) -> Path:
+    """Where a new run goes: the first process chooses, since the name holds the time."""
+    from synco_fast.errors import ConfigError
+    from synco_fast.training.run import choose_run_folder
+
+    chosen: Path | ConfigError | None = None
+    if control.place.first:
+        try:
+            chosen = choose_run_folder(out, config)
+        except ConfigError as error:
+            chosen = error
+    chosen = control.of_first(chosen)
+    if isinstance(chosen, ConfigError):
+        raise chosen
+    assert chosen is not None
+    return chosen
 
 
 def _print_summary(summary: Any, console: Console) -> None:

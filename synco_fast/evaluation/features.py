@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,13 @@ class Features:
         values: (n, F) float32 on the CPU.
         labels: (n,) int64.
         broken: By number of an image that could not be read, why.
+        numbers: Which image of the split each row is, (n,) int64.
     """
 
     values: Tensor
     labels: Tensor
     broken: dict[int, str]
+    numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 def spread(length: int, limit: int | None) -> list[int]:
@@ -49,6 +51,8 @@ def extract_features(
     batch: int = 256,
     workers: int | None = None,
     limit: int | None = None,
+    numbers: Iterable[int] | None = None,
+    labelled: bool = True,
     tick: Callable[[int], None] = lambda done: None,
 ) -> Features:
     """Run a split's central crops through the backbone in evaluation mode, in float32; its mode is restored.
@@ -61,29 +65,36 @@ def extract_features(
         batch: Images at a time.
         workers: Decoding processes.
         limit: Take at most so many images, evenly spread.
+        numbers: Take these images instead; where none of them can be read, the features are empty.
+        labelled: Whether labels must be there; where they need not be and are not, they are -1.
         tick: Called with the number of images of each batch.
 
     Raises:
         DataError: The split has no labels, or no image of it can be read.
     """
-    if split.labels is None:
+    if split.labels is None and labelled:
         raise DataError(f"data: found no class folders beside {split.name(0)}, allowed one folder a class for kNN")
-    loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=spread(len(split), limit))
+    wanted = spread(len(split), limit) if numbers is None else list(numbers)
+    loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=wanted)
     was_training = backbone.training
     backbone.eval()
     values: list[Tensor] = []
-    numbers: list[Tensor] = []
+    found: list[Tensor] = []
     broken: dict[int, str] = {}
     try:
         for images, indices, failed in loader:
             broken |= failed
             if len(images):
                 values.append(backbone(normalise(images.to(device), recipe)).float().cpu())
-                numbers.append(indices)
+                found.append(indices)
             tick(len(images))
     finally:
         backbone.train(was_training)
-    if not values:
+    if not values and numbers is None:
         raise DataError(f"data: found no readable image beside {split.name(0)}")
-    labels = torch.from_numpy(split.labels)[torch.cat(numbers)]
-    return Features(torch.cat(values), labels, broken)
+    if not values:
+        empty = torch.empty(0, dtype=torch.int64)
+        return Features(torch.empty(0, 0), empty, broken, empty)
+    read = torch.cat(found)
+    labels = torch.full_like(read, -1) if split.labels is None else torch.from_numpy(split.labels)[read]
+    return Features(torch.cat(values), labels, broken, read)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from synco_fast.config import Config
+from synco_fast.errors import ConfigError
 from synco_fast.methods.moco import MomentumContrast
 from synco_fast.methods.schedule import NegativeSchedule
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
@@ -12,34 +14,63 @@ from synco_fast.models.encoder import Encoder, build_backbone, check_input
 __all__ = ["build_encoder", "build_method"]
 
 
-def build_encoder(config: Config) -> Encoder:
-    """The query encoder with the weights that the seed gives it.
+def groups_of_part(config: Config, processes: int) -> int:
+    """In how many groups batch norm sees the images that pass through an encoder at once.
 
     Raises:
-        ConfigError: The backbone is unknown or does not take images of this size.
+        ConfigError: The batch or its groups cannot be spread over the processes and the parts of each.
+    """
+    training, groups = config.training, config.model.batch_norm_groups
+    parts = processes * training.accumulate
+    spread = f"{processes} processes" + (f" times {training.accumulate} parts" if training.accumulate > 1 else "")
+    if training.batch % parts:
+        raise ConfigError(f"training.batch: found {training.batch}, allowed a multiple of {parts} ({spread})")
+    if groups % parts and parts % groups:
+        raise ConfigError(
+            f"model.batch_norm_groups: found {groups}, allowed a multiple or a divisor of {parts} ({spread})"
+        )
+    return max(1, groups // parts)
+
+
+def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
+    """The query encoder with the weights that the seed gives it.
+
+    Args:
+        config: What to build.
+        processes: Over how many the batch is spread.
+
+    Raises:
+        ConfigError: The backbone is unknown or does not take images of this size, or as `groups_of_part` says.
     """
     model = config.model
+    groups = groups_of_part(config, processes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, features = build_backbone(
             model.backbone,
             arguments=model.backbone_args,
             small_stem=model.small_stem,
-            batch_norm_groups=model.batch_norm_groups,
+            batch_norm_groups=groups,
         )
         check_input(backbone, config.augment.size, model.backbone)
+        if model.sync_batch_norm and processes > 1:
+            backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
         return Encoder(backbone, features, model.dim, model.hidden)
 
 
-def build_method(config: Config) -> MomentumContrast:
+def build_method(config: Config, *, processes: int = 1) -> MomentumContrast:
     """The method that the configuration names, on the CPU.
 
+    Args:
+        config: What to build.
+        processes: Over how many the batch is spread; each normalises its share of the groups.
+
     Raises:
-        ConfigError: As `build_encoder` says.
+        ConfigError: As `build_encoder` says, or the batch or its groups cannot be spread like this.
     """
     method = config.method
     return MomentumContrast(
-        build_encoder(config),
+        build_encoder(config, processes=processes),
         queue_length=method.queue,
         dim=config.model.dim,
         schedule=NegativeSchedule(

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from synco_fast.data.seeding import derive_seed
+from synco_fast.collectives import exchange_rows, gather_rows, rank, world
 from synco_fast.kernels import FAMILIES, Backend, Contrast, synthetic_contrast
-from synco_fast.methods.base import StepOutput, Views
+from synco_fast.methods.base import Arranged, Networks, StepOutput, Views
 from synco_fast.methods.schedule import NegativeSchedule
 from synco_fast.models.encoder import Encoder
 from synco_fast.models.momentum import follow, key_encoder_of
+from synco_fast.models.shuffle import key_order
+from synco_fast.phases import phase
 from synco_fast.queue import KeyQueue
 
 __all__ = ["MomentumContrast"]
@@ -22,7 +24,8 @@ class MomentumContrast(nn.Module):
 
     A step: the key encoder follows the query encoder; one view becomes queries, the other keys; each query is
     contrasted with its key, the queue and the synthetic negatives; after the optimiser has moved, the keys enter the
-    queue, so that a key is never a negative of its own query.
+    queue, so that a key is never a negative of its own query. In a job of several processes the keys of all enter it,
+    in the order of the global batch, so that every process holds the same queue.
 
     Args:
         encoder: The query encoder.
@@ -60,55 +63,91 @@ class MomentumContrast(nn.Module):
         self.temperature, self.momentum = temperature, momentum
         self.symmetric, self.mask_same_image = symmetric, mask_same_image
         self.seed, self.backend = seed, backend
+        #: Views to embeddings; the engine puts wrapped encoders in their place.
+        self.networks = Networks(self.encoder, self.key_encoder)
         self._fresh: list[tuple[Tensor, Tensor]] = []
 
     def module(self) -> nn.Module:
         """Both encoders and the queue."""
         return self
 
-    def training_step(self, views: Views, *, step: int, epoch: int) -> StepOutput:
-        """The loss of one batch; `after_step` must follow once the optimiser has moved."""
-        follow(self.key_encoder, self.encoder, self.momentum)
-        directions = [self._direction(views.first, views.second, views.images, step, epoch, 0)]
-        if self.symmetric:
-            directions.append(self._direction(views.second, views.first, views.images, step, epoch, 1))
+    def arrange(self, views: Views, *, step: int) -> Arranged:
+        """Permute the views that become keys over the whole batch, across processes (ShuffleBN)."""
+        pairs = [(views.first, views.second), (views.second, views.first)][: 1 + self.symmetric]
+        device = views.images.device
+        # What each process sends follows from the order, so that the host must know it where there are several.
+        order_device = device if world() == 1 else torch.device("cpu")
+        orders = [
+            key_order(world() * len(views.images), seed=self.seed, step=step, direction=number, device=order_device)
+            for number in range(len(pairs))
+        ]
+        return Arranged(
+            queries=tuple(query for query, _ in pairs),
+            keys=tuple(exchange_rows(key, order) for (_, key), order in zip(pairs, orders, strict=True)),
+            orders=tuple(order.to(device, non_blocking=True) for order in orders),
+            images=views.images,
+        )
+
+    @torch.no_grad()
+    def begin_step(self, arranged: Arranged, *, momentum: float | Tensor | None = None, parts: int = 1) -> None:
+        """Let the key encoder follow and compute the keys of the whole batch, (B, D), the same on every process."""
+        with phase("momentum update"):
+            follow(self.key_encoder, self.encoder, self.momentum if momentum is None else momentum)
+        self._fresh.clear()
+        with phase("key forward"):
+            for views, order in zip(arranged.keys, arranged.orders, strict=True):
+                embeddings = [self.networks.key(part).float() for part in views.chunk(parts)]
+                keys, images = _gather(normalize(torch.cat(embeddings), dim=1), arranged.images)
+                self._fresh.append((torch.empty_like(keys).index_copy_(0, order, keys), images))
+
+    def like(self, epoch: int) -> int:
+        """The first epoch whose steps compute what those of ``epoch`` do."""
+        return self.schedule.like(epoch)
+
+    def loss(self, arranged: Arranged, *, step: int | Tensor, epoch: int, part: int = 0, parts: int = 1) -> StepOutput:
+        """The mean loss of one part of this process's rows, after `begin_step`."""
+        directions = [self._direction(arranged, number, step, epoch, part, parts) for number in range(len(self._fresh))]
         loss = torch.cat([contrast.loss for contrast in directions]).mean()
         return StepOutput(loss, _metrics(loss, directions))
 
-    def after_step(self) -> None:
-        """Write the step's keys to the queue."""
-        for keys, images in self._fresh:
-            self.queue.enqueue(keys, images)
+    def after_step(self, accept: Tensor | None = None) -> None:
+        """Write the step's keys to the queue, unless ``accept`` (bool, no dimensions) holds false."""
+        with phase("enqueue"):
+            for keys, images in self._fresh:
+                self.queue.enqueue(keys, images, accept)
         self._fresh.clear()
 
     def _direction(
-        self, query_view: Tensor, key_view: Tensor, images: Tensor, step: int, epoch: int, direction: int
+        self, arranged: Arranged, direction: int, step: int | Tensor, epoch: int, part: int, parts: int
     ) -> Contrast:
-        q = normalize(self.encoder(query_view).float(), dim=1)
-        k = self._keys(key_view, step, direction)
-        self._fresh.append((k, images))
-        with torch.autocast(q.device.type, enabled=False):
+        view = arranged.queries[direction].chunk(parts)[part]
+        with phase("query forward"):
+            q = normalize(self.networks.query(view).float(), dim=1)
+        keys, _ = self._fresh[direction]
+        begin = rank() * len(arranged.images) + part * len(view)
+        images = arranged.images.chunk(parts)[part]
+        with phase("head"), torch.autocast(q.device.type, enabled=False):
             return synthetic_contrast(
                 q,
-                k,
+                keys[begin : begin + len(view)],
                 self.queue.rows,
                 self.schedule.at(epoch),
                 temperature=self.temperature,
                 seed=self.seed,
                 step=step,
-                first_row=direction * len(q),
+                first_row=direction * len(keys) + begin,
                 image_ids=images if self.mask_same_image else None,
                 queue_ids=self.queue.images if self.mask_same_image else None,
                 backend=self.backend,
             )
 
-    @torch.no_grad()
-    def _keys(self, view: Tensor, step: int, direction: int) -> Tensor:
-        """Unit keys, (B, D): the batch goes through the key encoder in another order than through the query encoder."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, step, direction))
-        order = torch.randperm(len(view), generator=generator).to(view.device)
-        keys = normalize(self.key_encoder(view[order]).float(), dim=1)
-        return torch.empty_like(keys).index_copy_(0, order, keys)
+
+def _gather(keys: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, (b, D) float32, and images, (b,) int64, of all processes, in one exchange."""
+    if world() == 1:
+        return keys, images
+    both = gather_rows(torch.cat([keys, images[:, None].view(torch.float32)], dim=1))
+    return both[:, :-2].contiguous(), both[:, -2:].contiguous().view(torch.int64).squeeze(1)
 
 
 def _metrics(loss: Tensor, directions: list[Contrast]) -> dict[str, Tensor]:

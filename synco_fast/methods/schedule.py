@@ -29,3 +29,7 @@ class NegativeSchedule:
         """The negatives of an epoch, counted from 0."""
         on = self.warmup <= epoch < self.epochs - self.cooldown
         return self.negatives if on else self.negatives.without_synthetic()
+
+    def like(self, epoch: int) -> int:
+        """The first epoch with the negatives of ``epoch``."""
+        return next(number for number in range(epoch + 1) if self.at(number) == self.at(epoch))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from synco_fast.errors import DataError
+from synco_fast.training.distributed import Control
 
 __all__ = ["BrokenImages"]
 
@@ -53,6 +54,17 @@ class BrokenImages:
         if reason not in self._named:
             self._named.add(reason)
             self._note(f"{what}: {reason}")
+
+    def share(self, control: Control) -> None:
+        """Let every process know what the others found; called by all of them at the same step.
+
+        Raises:
+            DataError: More are broken than allowed.
+        """
+        if not control.largest(len(self._found))[0]:
+            return
+        for found in control.everyone(self._found):
+            self.replaced(found)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""

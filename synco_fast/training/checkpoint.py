@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from synco_fast.errors import CheckpointError
 
-__all__ = ["checkpoints_in", "find_checkpoint", "load_checkpoint", "load_weights", "save_checkpoint"]
+__all__ = ["checkpoints_in", "find_checkpoint", "load_checkpoint", "load_weights", "read_tensors", "save_checkpoint"]
 
 #: Raised when the layout changes in a way that older code or newer code cannot read.
 FORMAT = 1
@@ -47,6 +48,25 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
+def read_tensors(path: Path) -> Any:
+    """Whatever `torch.save` wrote, if it is tensors and plain values alone, on the CPU.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or carries code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: found no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
+        what = f"found {wanted} in its pickle" if wanted else "found a pickle that cannot be read safely"
+        raise CheckpointError(f"{path}: {what}, allowed tensors and plain values: a pickle can carry code") from error
+    except Exception as error:  # a damaged archive raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:120]
+        raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read one checkpoint onto the CPU.
 
@@ -54,13 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: The file is missing, cut short, holds more than tensors and plain values, or is no checkpoint
             of this program.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint: found no file {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged archive raises many kinds
-        reason = str(error).strip().splitlines()[0].rstrip(".")[:120] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: found a checkpoint that is cut short or damaged ({reason})") from error
+    state = read_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: found no synco-fast checkpoint of format {FORMAT}")
     return state

@@ -1,50 +1,46 @@
-"""The training loop."""
+"""The training loop: epochs, evaluations, checkpoints and logs around the engine's steps."""
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import torch
 from rich.console import Console
 
 from synco_fast.config import Config
 from synco_fast.data.build import build_pipeline
-from synco_fast.data.pipeline import Batch, normalise
+from synco_fast.data.pipeline import Batch
 from synco_fast.data.sources import Source, open_source
-from synco_fast.errors import CheckpointError, DivergedError
+from synco_fast.errors import CheckpointError, DivergedError, LostProcessError
 from synco_fast.evaluation.protocol import evaluate_backbone
-from synco_fast.methods.base import Views
-from synco_fast.methods.build import build_method
 from synco_fast.training.broken import BrokenImages
 from synco_fast.training.checkpoint import checkpoints_in, find_checkpoint, load_weights, save_checkpoint
 from synco_fast.training.checks import check_evaluation
-from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
-from synco_fast.training.plots import draw_curves, draw_pairs
-from synco_fast.training.precision import Precision, memory_format, resolve_device
+from synco_fast.training.distributed import Control, Place, lost_process
+from synco_fast.training.engine import Engine
+from synco_fast.training.metrics import MetricLog, open_log
+from synco_fast.training.monitors import monitors
+from synco_fast.training.plots import draw_pairs
+from synco_fast.training.precision import resolve_device
 from synco_fast.training.progress import Reporter
-from synco_fast.training.run import Summary, describe_run, write_json
-from synco_fast.training.schedule import learning_rate
+from synco_fast.training.run import Summary, close_run, describe_run
+from synco_fast.training.stopping import Stopping
+from synco_fast.training.throughput import Throughput
 
 __all__ = ["Trainer"]
-
-#: Steps that compile kernels and fill caches; no throughput is counted in them.
-_SETTLING_STEPS = 3
 
 
 class Trainer:
     """One run: builds everything from a configuration, trains, evaluates, leaves a self-describing folder.
 
+    In a job of several processes each builds a trainer. All of them train; the first alone evaluates, writes, speaks.
+
     Args:
         config: What to do.
         folder: The run folder; made when the run begins.
-        resume: A checkpoint or a run folder to go on from.
+        resume: A checkpoint or a run folder to go on from, also one that another number of processes wrote.
         console: Where progress is shown.
+        control: What the processes of the job agree by; by default there is one.
 
     Raises:
         UserError, DataError: Anything in the configuration, the data or the checkpoint that cannot work; before the
@@ -52,14 +48,26 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, folder: Path, *, resume: Path | None = None, console: Console | None = None
+        self,
+        config: Config,
+        folder: Path,
+        *,
+        resume: Path | None = None,
+        console: Console | None = None,
+        control: Control | None = None,
     ) -> None:
         self.config, self.folder = config, folder
-        self.console = console or Console()
-        self.device = resolve_device(config.training.device)
-        self.precision = Precision(config.training.precision, self.device)
+        self.control = control or Control(Place())
+        self.place = self.control.place
+        self.console = (console or Console()) if self.place.first else Console(quiet=True)
+        resolve_device(config.training.device)  # before a source is read, which can take long
         self.source: Source = open_source(config.data.source)
         check_evaluation(config.evaluation, self.source)
+        steps_per_epoch = len(self.source.train) // config.training.batch
+        self._notes: list[str] = self.source.notes
+        self.reporter: Reporter
+        self.engine = Engine(config, steps_per_epoch, self.place, note=self._warn)
+        self.device, self.method = self.engine.device, self.engine.method
         self.pipeline = build_pipeline(
             self.source.train,
             config.augment,
@@ -67,19 +75,11 @@ class Trainer:
             seed=config.seed,
             name=config.data.pipeline,
             device=self.device,
-            dtype=self.precision.dtype,
+            dtype=self.engine.precision.dtype,
             workers=config.data.workers,
             decode=config.data.decode,
-        )
-        self.method = build_method(config).to(self.device)
-        self.layout = memory_format(self.method, config.training.channels_last)
-        optimizer = config.optimizer
-        self.optimizer = torch.optim.SGD(
-            self.method.encoder.parameters(),
-            lr=config.learning_rate,
-            momentum=optimizer.momentum,
-            weight_decay=optimizer.weight_decay,
-            fused=self.device.type == "cuda",
+            rank=self.place.rank,
+            world=self.place.world,
         )
         self.steps_per_epoch = len(self.pipeline)
         self.steps = self.steps_per_epoch * config.training.epochs
@@ -87,43 +87,42 @@ class Trainer:
             self.steps = min(self.steps, config.training.max_steps)
         self.step = 0
         self.evaluated_at = -1
+        self._save_due = False
         self.broken = BrokenImages(len(self.source.train), config.data.max_broken, self._warn)
-        self.means = RunningMeans()
-        #: The first step whose loss was no number, on the device so that no step waits for it; -1 while there is none.
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self.seconds = {"training": 0.0, "data": 0.0}
-        self.images_timed = 0
-        self._stop: int | None = None
-        self._notes: list[str] = self.source.notes
-        # For backbones with dropout or stochastic depth; everything else has generators of its own.
-        torch.manual_seed(config.seed)
+        self.throughput = Throughput(config.training.batch, self.engine.settling)
+        self.stopping = Stopping(self.control, config.training.max_time)
         if resume is not None:
             self._load(resume)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
     def run(self) -> Summary:
-        """Train to the end, or until SIGTERM or SIGINT asks to stop; then write a checkpoint and the pictures.
+        """Train to the end, or until SIGTERM, SIGINT or the budget asks to stop; then write a checkpoint and pictures.
 
         Raises:
-            DivergedError: The loss was no number; the last good checkpoint is kept.
+            DivergedError: Too many steps in a row had no finite gradient; the last good checkpoint is kept.
             DataError: More images are broken than ``data.max_broken`` allows.
+            LostProcessError: Another process of the job is gone.
         """
-        describe_run(self.folder, self.config)
-        self.log = MetricLog(self.folder, self.step)
+        if self.place.first:
+            describe_run(self.folder, self.config)
+        self.log: MetricLog = open_log(self.folder, self.step, self.config, writes=self.place.first)
         self.reporter = Reporter(self.console, self.steps, self.step)
-        self._settled_at = self.step + _SETTLING_STEPS
         for note in self._notes:
             self._warn(note)
         try:
-            with self._stop_on_signals():
+            with self.stopping.on_signals():
                 self._evaluate_if_due()
-                while self.step < self.steps and self._stop is None:
+                while self.step < self.steps and not self.stopping.agreed:
                     self._train_epoch(self.step // self.steps_per_epoch)
                     # A run stopped right at the end of an epoch is evaluated there when it goes on.
-                    if self._stop is None:
+                    if not self.stopping.agree():
                         self._evaluate_if_due()
                     self._save()
+        except RuntimeError as error:
+            if self.place.world > 1 and lost_process(error):
+                raise self._lost(error) from error
+            raise
         finally:
             self.pipeline.close()
             self.reporter.close()
@@ -131,99 +130,78 @@ class Trainer:
         return self._finish()
 
     def _train_epoch(self, epoch: int) -> None:
-        """Train from the current step to the end of its epoch, the end of the run, or a signal."""
-        start = self.step - epoch * self.steps_per_epoch
-        self.pipeline.set_epoch(epoch, start)
-        self.method.train()
-        timed_from, waited, timed_steps = time.perf_counter(), 0.0, 0
-        title = f"epoch {epoch + 1}/{self.config.training.epochs}"
+        """Train from the current step to the end of its epoch, the end of the run, or a stop."""
+        training = self.config.training
+        self.pipeline.set_epoch(epoch, self.step - epoch * self.steps_per_epoch)
+        self.method.module().train()
+        title = f"epoch {epoch + 1}/{training.epochs}"
         pairs = self.folder / "plots" / "pairs.png"
-        undrawn = not pairs.exists()
+        undrawn = self.place.first and not pairs.exists()
         batches = iter(self.pipeline)
-        while self.step < min(self.steps, (epoch + 1) * self.steps_per_epoch) and self._stop is None:
+        self.throughput.begin()
+        while self.step < min(self.steps, (epoch + 1) * self.steps_per_epoch) and not self.stopping.agreed:
             asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            waited = time.perf_counter() - asked
             self.broken.replaced(batch.broken)
             if undrawn:
                 draw_pairs(batch.as_pixels(self.config.augment), pairs)
                 undrawn = False
             self._train_step(batch, epoch)
-            timed_steps += 1
-            if self.step <= self._settled_at:
-                timed_from, waited, timed_steps = time.perf_counter(), 0.0, 0
+            self.throughput.step(waited)
             self.reporter.step(self.step, title)
-            log_due = self.step % self.config.training.log_every == 0 or self.step == self.steps
+            log_due = self.step % training.log_every == 0 or self.step == self.steps
             if log_due or self.device.type == "cpu":
-                self._check_loss()
+                self._check_skipped()
             if log_due:
-                self._write_figures(title, timed_from, waited, timed_steps)
-                timed_from, waited, timed_steps = time.perf_counter(), 0.0, 0
-            every = self.config.training.checkpoint_every
-            if every and self.step % every == 0:
+                self._write_figures(title)
+            self.stopping.after_step(self.step)
+            every = training.checkpoint_every
+            if self._save_due or (every and self.step % every == 0):
                 paused = time.perf_counter()
                 self._save()
-                timed_from += time.perf_counter() - paused
-        self._count_time(timed_from, waited, timed_steps)
+                self.throughput.pause(time.perf_counter() - paused)
+        self.throughput.take()
 
     def _train_step(self, batch: Batch, epoch: int) -> None:
-        training, optimizer = self.config.training, self.config.optimizer
-        rate = learning_rate(
-            self.step,
-            peak=self.config.learning_rate,
-            steps=self.steps_per_epoch * training.epochs,
-            warmup=round(optimizer.warmup_epochs * self.steps_per_epoch),
-            schedule=optimizer.schedule,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        batch = batch.to(self.device)
-        first, second = (normalise(view, self.config.augment, self.layout) for view in (batch.first, batch.second))
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.precision.autocast():
-            output = self.method.training_step(Views(first, second, batch.images), step=self.step, epoch=epoch)
-        self.precision.step(output.loss, self.optimizer)
-        self.method.after_step()
-        unfit = ~torch.isfinite(output.loss.detach()) & (self.bad_step < 0)
-        self.bad_step.masked_fill_(unfit, self.step)
-        self.means.add(output.metrics)
+        self.engine.step(batch, self.step, epoch)
         self.step += 1
 
     def _warn(self, line: str) -> None:
-        self.reporter.note(line, "yellow")
+        if hasattr(self, "reporter"):
+            self.reporter.note(line, "yellow")
+        else:
+            self._notes.append(line)
 
     # -- figures ------------------------------------------------------------------------------------------------
 
-    def _write_figures(self, title: str, timed_from: float, waited: float, steps: int) -> None:
-        spent = max(time.perf_counter() - timed_from, 1e-9)
-        self._count_time(timed_from, waited, steps)
-        values = self.means.take()
-        values |= {
-            "epoch": self.step / self.steps_per_epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "data_wait": waited / spent,
-        }
-        if steps:
-            values["images_per_second"] = steps * self.config.training.batch / spent
+    def _write_figures(self, title: str) -> None:
+        speed = self.throughput.take()
+        values = self.engine.means.take()
+        values |= {"epoch": self.step / self.steps_per_epoch, "lr": self.engine.rate(self.step - 1), **speed}
+        values |= monitors(self.engine, self.step)
+        if "images_per_second" in values and "loss" in values:
             self.reporter.figures(self.step, title, values)
         self.log.write("train", self.step, values)
 
-    def _count_time(self, timed_from: float, waited: float, steps: int) -> None:
-        if steps:
-            self.seconds["training"] += time.perf_counter() - timed_from
-            self.seconds["data"] += waited
-            self.images_timed += steps * self.config.training.batch
+    def _check_skipped(self) -> int:
+        """How many steps in a row were left out up to now.
 
-    def _check_loss(self) -> None:
-        bad = int(self.bad_step)
-        if bad < 0:
-            return
+        Raises:
+            DivergedError: Leaving them out no longer helps: they are more than allowed, a weight is no number, or the
+                run ends with them.
+        """
+        _, row, first = self.engine.skipped.read()
+        allowed = row <= self.config.training.max_skipped and self.step < self.steps
+        if not row or (allowed and self.engine.finite()):
+            return row
         newest = checkpoints_in(self.folder / "checkpoints")
         kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint had been written"
-        epoch = bad // self.steps_per_epoch + 1
+        epoch = first // self.steps_per_epoch + 1
         raise DivergedError(
-            f"loss: found a value that is not finite at step {bad + 1} (epoch {epoch}), allowed finite ones; {kept}; "
-            "try a lower optimizer.lr"
+            f"loss: found a gradient that is not finite at step {first + 1} (epoch {epoch}) and {row - 1} more after "
+            f"it, allowed {self.config.training.max_skipped} in a row (training.max_skipped), none at the end, and "
+            f"weights that are numbers; {kept}; try a lower optimizer.lr or optimizer.clip"
         )
 
     # -- evaluation ---------------------------------------------------------------------------------------------
@@ -238,41 +216,54 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """The kNN accuracy of the query encoder's backbone on the held-out split, into the log."""
-        result = evaluate_backbone(
-            self.method.encoder.backbone,
-            self.source,
-            self.config.augment,
-            self.config.evaluation,
-            device=self.device,
-            workers=self.config.data.workers,
-        )
-        self.broken.left_out(result.broken)
+        self.engine.statistics.average()
         self.evaluated_at, epochs = self.step, self.step / self.steps_per_epoch
-        self.log.write("evaluation", self.step, {"epoch": epochs, "knn": result.accuracy})
-        self.reporter.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images")
+        if self.place.first:
+            result = evaluate_backbone(
+                self.method.encoder.backbone,
+                self.source,
+                self.config.augment,
+                self.config.evaluation,
+                device=self.device,
+                workers=self.config.data.workers,
+            )
+            self.broken.left_out(result.broken)
+            self.log.write("evaluation", self.step, {"epoch": epochs, "knn": result.accuracy})
+            self.reporter.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images")
+        self.control.of_first(None)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
-    def _save(self) -> Path:
-        """Write everything that decides the future of the run, unless the loss has stopped being a number."""
-        self._check_loss()
-        generators: dict[str, Any] = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+    def _save(self) -> None:
+        """Write everything that decides the future of the run; where the last step was left out, after a better one."""
+        self._save_due = self._check_skipped() > 0
+        self._check_agreement()
+        if self._save_due:
+            return
+        self.broken.share(self.control)
         state = {
             "config": self.config.model_dump(mode="json"),
-            "method": self.method.module().state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "precision": self.precision.state_dict(),
-            "generators": generators,
-            "means": self.means.state_dict(),
+            **self.engine.state_dict(),
+            **self.throughput.state_dict(),
             "steps_per_epoch": self.steps_per_epoch,
             "evaluated_at": self.evaluated_at,
             "broken": self.broken.state_dict(),
-            "seconds": self.seconds,
-            "images_timed": self.images_timed,
         }
-        return save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.config.training.keep)
+        if self.place.first:
+            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.config.training.keep)
+        self.control.of_first(None)
+
+    def _check_agreement(self) -> None:
+        """Queue and weights must be the same on every process."""
+        if self.place.world == 1:
+            return
+        found = self.control.everyone(self.engine.fingerprint())
+        other = [rank for rank, value in enumerate(found) if value != found[0]]
+        if other:
+            raise LostProcessError(
+                f"processes: found another queue or other weights on rank {other[0]} than on rank 0 at step "
+                f"{self.step}, allowed the same on all; {self._how_to_go_on()}"
+            )
 
     def _load(self, resume: Path) -> None:
         if resume.is_dir() and (resume / "config.yaml").exists() and not checkpoints_in(resume / "checkpoints"):
@@ -286,68 +277,40 @@ class Trainer:
                 f"{path}: found {state['steps_per_epoch']} steps an epoch, allowed {self.steps_per_epoch}: a run goes "
                 "on with the batch and the number of images that it began with"
             )
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.precision.load_state_dict(state["precision"])
-        torch.set_rng_state(state["generators"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in state["generators"]:
-            torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
-        self.means.load_state_dict(state["means"])
+        self.engine.load_state_dict(state)
         self.step, self.evaluated_at = state["step"], state["evaluated_at"]
         self.broken.load_state_dict(state["broken"])
-        self.seconds, self.images_timed = dict(state["seconds"]), state["images_timed"]
+        self.throughput.load_state_dict(state)
         self._notes.append(f"resumed from {path} at step {self.step} of {self.steps}")
 
-    # -- beginning and end --------------------------------------------------------------------------------------
+    # -- end ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the current step; a second one ends it at once."""
+    def _how_to_go_on(self) -> str:
+        newest = checkpoints_in(self.folder / "checkpoints")
+        return (
+            f"the newest checkpoint is {newest[0]}: go on with --resume {self.folder}"
+            if newest
+            else "no checkpoint had been written"
+        )
 
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self._stop is not None:
-                raise KeyboardInterrupt
-            self._stop = number
-
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _lost(self, error: RuntimeError) -> LostProcessError:
+        reason = str(error).strip().splitlines()[0][:160]
+        return LostProcessError(
+            f"processes: rank {self.place.rank} lost the others at step {self.step + 1} ({reason}), allowed all "
+            f"{self.place.world} to the end; {self._how_to_go_on()}"
+        )
 
     def _finish(self) -> Summary:
-        lines = read_metrics(self.folder)
-        knn = [line["knn"] for line in lines if line["kind"] == "evaluation"]
-        classes = self.source.validation.classes if self.source.validation else None
-        chance = 1 / len(classes) if classes and knn else None
-        curves = self.folder / "plots" / "curves.png"
-        config = self.config
-        draw_curves(
-            lines,
-            curves,
-            title=f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}",
+        summary = close_run(
+            self.folder,
+            self.config,
+            self.source,
             steps_per_epoch=self.steps_per_epoch,
-            chance=chance,
+            step=self.step,
+            finished=not self.stopping.agreed,
+            throughput=self.throughput,
+            broken=len(self.broken),
+            writes=self.place.first,
         )
-        training = max(self.seconds["training"], 1e-9)
-        newest = checkpoints_in(self.folder / "checkpoints")
-        summary = Summary(
-            method=config.method.name,
-            source=config.data.source,
-            epochs=self.step / self.steps_per_epoch,
-            steps=self.step,
-            finished=self._stop is None,
-            knn_before=knn[0] if knn else None,
-            knn_after=knn[-1] if len(knn) > 1 else None,
-            chance=chance,
-            images_per_second=self.images_timed / training,
-            data_wait=self.seconds["data"] / training,
-            training_seconds=self.seconds["training"],
-            broken_images=len(self.broken),
-            run=str(self.folder),
-            checkpoint=str(newest[0]) if newest else "",
-            curves=str(curves),
-            pairs=str(self.folder / "plots" / "pairs.png"),
-        )
-        write_json(self.folder / "summary.json", summary.as_dict())
+        self.control.of_first(None)
         return summary

@@ -1,11 +1,9 @@
-"""Number formats: where the encoders compute in sixteen bits, and loss scaling where that needs it."""
+"""Number formats: where the encoders compute in fewer bits; normalised embeddings, head and loss stay in float32."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from synco_fast.errors import ConfigError
 
@@ -23,7 +21,9 @@ def resolve_device(name: str) -> torch.device:
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise ConfigError("training.device: found cuda, allowed cpu on this machine, where PyTorch sees no GPU")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and found) else "cpu")
+    if name == "cuda" or (name == "auto" and found):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def _has_fast_bf16(device: torch.device) -> bool:
@@ -33,22 +33,30 @@ def _has_fast_bf16(device: torch.device) -> bool:
 
 
 class Precision:
-    """Autocast and, for fp16, loss scaling behind one interface.
+    """In which format the encoders compute.
 
     Args:
-        name: ``auto`` (bf16 where the device computes in it at speed, else fp32), ``fp32``, ``bf16`` or ``fp16``.
+        name: ``auto`` (bf16 where the device computes in it at speed, else fp32), ``fp32``, ``tf32``, ``bf16`` or
+            ``fp16``. tf32 is float32 with a GPU's convolutions multiplied in ten bits of mantissa; matrix products, the
+            head's among them, stay in float32.
         device: Where the encoders run.
 
     Raises:
-        ConfigError: fp16 on a CPU.
+        ConfigError: fp16 or tf32 on a CPU.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        if name == "fp16" and device.type != "cuda":
-            raise ConfigError("training.precision: found fp16, allowed auto, fp32 or bf16 without a GPU")
+        if name in ("fp16", "tf32") and device.type != "cuda":
+            raise ConfigError(f"training.precision: found {name}, allowed auto, fp32 or bf16 without a GPU")
         self.name = ("bf16" if _has_fast_bf16(device) else "fp32") if name == "auto" else name
         self.device = device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = self.name == "tf32"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether losses must be scaled."""
+        return self.name == "fp16"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,22 +66,7 @@ class Precision:
     def autocast(self) -> torch.autocast:
         """The context of a forward pass. Weight copies are not cached: the momentum encoder changes in between."""
         dtype = _DTYPES.get(self.name, torch.bfloat16)
-        return torch.autocast(self.device.type, dtype, enabled=self.name != "fp32", cache_enabled=False)
-
-    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Backward pass and optimiser step; one with infinite gradients is skipped where losses are scaled."""
-        self.scaler.scale(loss).backward()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loss scale, for the checkpoint."""
-        state: dict[str, Any] = self.scaler.state_dict()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the loss scale from a checkpoint."""
-        self.scaler.load_state_dict(state)
+        return torch.autocast(self.device.type, dtype, enabled=self.name in _DTYPES, cache_enabled=False)
 
 
 def memory_format(module: nn.Module, channels_last: bool) -> torch.memory_format:

@@ -11,10 +11,15 @@ from typing import Any
 import yaml
 
 from synco_fast.config import Config
+from synco_fast.data.sources import Source
 from synco_fast.environment import describe_environment
 from synco_fast.errors import ConfigError
+from synco_fast.training.checkpoint import checkpoints_in
+from synco_fast.training.metrics import read_metrics
+from synco_fast.training.plots import draw_curves
+from synco_fast.training.throughput import Throughput
 
-__all__ = ["Summary", "choose_run_folder", "describe_run", "read_run_config", "write_json"]
+__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run", "read_run_config", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,59 @@ def describe_run(folder: Path, config: Config) -> None:
     if not (folder / "config.yaml").exists():
         (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         write_json(folder / "environment.json", describe_environment())
+
+
+def close_run(
+    folder: Path,
+    config: Config,
+    source: Source,
+    *,
+    steps_per_epoch: int,
+    step: int,
+    finished: bool,
+    throughput: Throughput,
+    broken: int,
+    writes: bool = True,
+) -> Summary:
+    """Draw the curves and write ``summary.json``.
+
+    Args:
+        folder: The run's.
+        config, source: What the run was.
+        steps_per_epoch, step, finished: How far it came.
+        throughput: How fast it was.
+        broken: How many images could not be read.
+        writes: Whether this process writes; another one only returns the summary.
+    """
+    lines = read_metrics(folder)
+    knn = [line["knn"] for line in lines if line["kind"] == "evaluation"]
+    classes = source.validation.classes if source.validation else None
+    chance = 1 / len(classes) if classes and knn else None
+    curves = folder / "plots" / "curves.png"
+    newest = checkpoints_in(folder / "checkpoints")
+    summary = Summary(
+        method=config.method.name,
+        source=config.data.source,
+        epochs=step / steps_per_epoch,
+        steps=step,
+        finished=finished,
+        knn_before=knn[0] if knn else None,
+        knn_after=knn[-1] if len(knn) > 1 else None,
+        chance=chance,
+        images_per_second=throughput.images_per_second,
+        data_wait=throughput.data_wait,
+        training_seconds=throughput.training,
+        broken_images=broken,
+        run=str(folder),
+        checkpoint=str(newest[0]) if newest else "",
+        curves=str(curves),
+        pairs=str(folder / "plots" / "pairs.png"),
+    )
+    if writes:
+        title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"
+        draw_curves(lines, curves, title=title, steps_per_epoch=steps_per_epoch, chance=chance)
+        write_json(folder / "summary.json", summary.as_dict())
+    return summary
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ def test_measure_counts_memory_and_time():
 @pytest.mark.slow
 def test_sweep_says_why_a_figure_is_missing(monkeypatch):
     shapes = [SMALL, Shape(4, 64, 16, 64)]
-    found = list(sweep(["closed_form", "triton"], shapes, device=CPU, repeats=1, threads=1))
+    found = list(sweep(["closed_form", "triton"], shapes, device=CPU, repeats=1, rounds=2, threads=1))
+    assert [len(result["seconds"]) for result in found if "failed" not in result] == [2, 2]
     assert [(result["backend"], result["length"]) for result in found] == [
         ("closed_form", 2048),
         ("triton", 2048),

@@ -22,8 +22,14 @@ def views(seed=0, batch=8):
     return Views(first, second, torch.arange(batch) + 100 * seed)
 
 
+def training_step(model, batch, *, step, epoch):
+    arranged = model.arrange(batch, step=step)
+    model.begin_step(arranged)
+    return model.loss(arranged, step=step, epoch=epoch)
+
+
 def advance(model, optimizer, step, epoch=1):
-    output = model.training_step(views(step), step=step, epoch=epoch)
+    output = training_step(model, views(step), step=step, epoch=epoch)
     optimizer.zero_grad()
     output.loss.backward()
     optimizer.step()
@@ -34,7 +40,7 @@ def advance(model, optimizer, step, epoch=1):
 def test_the_loss_is_that_of_the_reference_head():
     model = method(**{"model.batch_norm_groups": 1}).eval()
     batch = views()
-    output = model.training_step(batch, step=5, epoch=2)
+    output = training_step(model, batch, step=5, epoch=2)
     q = normalize(model.encoder(batch.first), dim=1)
     k = normalize(model.key_encoder(batch.second), dim=1)
     expected = contrast(q, k, model.queue.rows, model.schedule.at(2), temperature=0.2, seed=0, step=5)
@@ -48,7 +54,7 @@ def test_keys_enter_the_queue_after_the_loss_and_in_order():
     model = method()
     before = model.queue.rows.clone()
     batch = views()
-    model.training_step(batch, step=0, epoch=0)
+    training_step(model, batch, step=0, epoch=0)
     assert torch.equal(model.queue.rows, before), "a key must not be a negative of its own query"
     model.after_step()
     assert int(model.queue.pointer) == 8
@@ -59,21 +65,25 @@ def test_keys_enter_the_queue_after_the_loss_and_in_order():
     assert int(model.queue.pointer) == 8, "keys are written once"
 
 
+def keys_of(model, batch, step=3):
+    arranged = model.arrange(batch, step=step)
+    model.begin_step(arranged)
+    return model._fresh[0][0]
+
+
 def test_the_key_batch_is_shuffled_and_put_back():
     """Without batch statistics the shuffle must be invisible; with them it must change what a key is."""
     model = method(**{"model.batch_norm_groups": 1})
     batch = views()
     model.key_encoder.eval()
-    assert torch.allclose(model._keys(batch.second, 3, 0), normalize(model.key_encoder(batch.second), dim=1), atol=1e-6)
+    assert torch.allclose(keys_of(model, batch), normalize(model.key_encoder(batch.second), dim=1), atol=1e-6)
     split = method(**{"model.batch_norm_groups": 4})
-    assert not torch.allclose(
-        split._keys(batch.second, 3, 0), normalize(split.key_encoder(batch.second), dim=1), atol=1e-4
-    )
+    assert not torch.allclose(keys_of(split, batch), normalize(split.key_encoder(batch.second), dim=1), atol=1e-4)
 
 
 def test_the_gradient_reaches_the_query_encoder_alone():
     model = method()
-    model.training_step(views(), step=0, epoch=1).loss.backward()
+    training_step(model, views(), step=0, epoch=1).loss.backward()
     assert all(parameter.grad is not None for parameter in model.encoder.parameters())
     assert all(parameter.grad is None for parameter in model.key_encoder.parameters())
     assert model.queue.rows.grad is None
@@ -113,25 +123,27 @@ def test_warm_up_and_cool_down():
     assert [schedule.at(epoch).synthetic > 0 for epoch in range(10)] == [False] * 3 + [True] * 5 + [False] * 2
     assert schedule.at(0).hard == negatives.hard, "hardness is measured all the same"
     model = method()
-    assert torch.isnan(model.training_step(views(), step=0, epoch=0).metrics["similarity/mixed"])
-    assert torch.isfinite(model.training_step(views(), step=1, epoch=1).metrics["similarity/mixed"])
+    assert torch.isnan(training_step(model, views(), step=0, epoch=0).metrics["similarity/mixed"])
+    assert torch.isfinite(training_step(model, views(), step=1, epoch=1).metrics["similarity/mixed"])
 
 
 def test_synthetic_negatives_raise_the_loss():
     """They are further terms of the same sum, so with the same encoders the loss can only grow."""
     moco, synco = (method(**{"method.name": name}) for name in ("moco", "synco"))
     assert all(torch.equal(a, b) for a, b in zip(moco.parameters(), synco.parameters(), strict=True))
-    plain, harder = (model.training_step(views(), step=0, epoch=1).loss for model in (moco, synco))
+    plain, harder = (training_step(model, views(), step=0, epoch=1).loss for model in (moco, synco))
     assert harder > plain + 0.1
 
 
 def test_the_symmetric_loss_is_the_mean_of_both_directions():
     batch = views()
     symmetric = method(**{"method.symmetric": True, "model.batch_norm_groups": 1}).eval()
-    one_way = method(**{"model.batch_norm_groups": 1}).eval()
-    there = one_way._direction(batch.first, batch.second, batch.images, 0, 1, 0).loss
-    back = one_way._direction(batch.second, batch.first, batch.images, 0, 1, 1).loss
-    both = symmetric.training_step(batch, step=0, epoch=1).loss
+    arranged = symmetric.arrange(batch, step=0)
+    symmetric.begin_step(arranged)
+    there, back = (symmetric._direction(arranged, way, 0, 1, 0, 1).loss for way in (0, 1))
+    one_way = training_step(method(**{"model.batch_norm_groups": 1}).eval(), batch, step=0, epoch=1)
+    assert torch.allclose(there.mean(), one_way.loss, atol=1e-6)
+    both = symmetric.loss(arranged, step=0, epoch=1).loss
     assert torch.allclose(both, torch.cat([there, back]).mean(), atol=1e-6)
     symmetric.after_step()
     assert int(symmetric.queue.pointer) == 16
@@ -139,10 +151,29 @@ def test_the_symmetric_loss_is_the_mean_of_both_directions():
 
 
 def test_directions_draw_different_negatives():
-    model = method(**{"model.batch_norm_groups": 1}).eval()
+    """With both views the same, nothing but the draws tells one direction from the other."""
+    model = method(**{"model.batch_norm_groups": 1, "method.symmetric": True}).eval()
     batch = views()
-    one, other = (model._direction(batch.first, batch.second, batch.images, 0, 1, way).loss for way in (0, 1))
-    assert not torch.equal(one, other)
+    arranged = model.arrange(Views(batch.first, batch.first, batch.images), step=0)
+    model.begin_step(arranged)
+    one, other = (model._direction(arranged, way, 0, 1, 0, 1).loss for way in (0, 1))
+    assert not torch.allclose(one, other, atol=1e-6)
+    without = [model._direction(arranged, way, 0, 0, 0, 1).loss for way in (0, 1)]
+    assert torch.allclose(*without, atol=1e-5)
+
+
+def test_parts_of_a_batch_are_the_batch():
+    """Accumulation changes neither the loss nor the gradient nor the keys, where a group is not cut."""
+    batch = views()
+    whole, parts = method(**{"model.batch_norm_groups": 4}), method(**{"model.batch_norm_groups": 2})
+    training_step(whole, batch, step=2, epoch=1).loss.backward()
+    arranged = parts.arrange(batch, step=2)
+    parts.begin_step(arranged, parts=2)
+    for part in range(2):
+        (parts.loss(arranged, step=2, epoch=1, part=part, parts=2).loss / 2).backward()
+    assert torch.allclose(whole._fresh[0][0], parts._fresh[0][0], atol=1e-6)
+    for one, other in zip(whole.encoder.parameters(), parts.encoder.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
 
 
 def test_the_mask_takes_out_keys_of_the_same_image():
@@ -151,11 +182,11 @@ def test_the_mask_takes_out_keys_of_the_same_image():
         method(**{"method.mask_same_image": mask, "model.batch_norm_groups": 1}).eval() for mask in (True, False)
     )
     for model in (masked, plain):
-        model.training_step(batch, step=0, epoch=0)
+        training_step(model, batch, step=0, epoch=0)
         model.after_step()
-    again = [model.training_step(batch, step=1, epoch=0).loss for model in (masked, plain)]
+    again = [training_step(model, batch, step=1, epoch=0).loss for model in (masked, plain)]
     assert again[0] < again[1] - 0.01
-    other = [model.training_step(views(7), step=1, epoch=0).loss for model in (masked, plain)]
+    other = [training_step(model, views(7), step=1, epoch=0).loss for model in (masked, plain)]
     assert torch.allclose(*other)
 
 

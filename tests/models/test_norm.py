@@ -5,6 +5,7 @@ from torch import nn
 
 from synco_fast.errors import ConfigError
 from synco_fast.models.norm import SplitBatchNorm2d, split_batch_norm
+from synco_fast.models.shuffle import key_order
 
 
 def test_each_group_is_normalised_on_its_own():
@@ -40,6 +41,59 @@ def test_evaluation_is_that_of_batch_norm():
 def test_gradient_is_that_of_the_groups():
     x = torch.randn(6, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(SplitBatchNorm2d(2, groups=2).double(), (x,))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_pytorchs_batch_norm_of_each_group_to_the_bit(layout, dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(12, 5, 4, 6) * 3 + 1).to(dtype, memory_format=layout)
+    split, parts = SplitBatchNorm2d(5, groups=3), [nn.BatchNorm2d(5) for _ in range(3)]
+    one, other = (x.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
+    out = split(one)
+    expected = torch.cat([norm(part) for norm, part in zip(parts, other.chunk(3), strict=True)])
+    assert torch.equal(out, expected)
+    assert out.is_contiguous(memory_format=layout)
+    for result in (out, expected):
+        result.float().pow(3).sum().backward()
+    assert torch.equal(one.grad, other.grad)
+    for name in ("weight", "bias"):
+        summed = torch.stack([getattr(norm, name).grad for norm in parts]).sum(0)
+        assert torch.allclose(getattr(split, name).grad, summed, rtol=1e-5)
+
+
+def test_the_formula_for_a_compiler_is_the_same():
+    x = torch.randn(8, 3, 4, 4)
+    one, other = SplitBatchNorm2d(3, groups=2), SplitBatchNorm2d(3, groups=2)
+    assert torch.allclose(one(x), other._as_one_formula(x, 0.1), atol=1e-5)
+    assert torch.allclose(one.running_mean, other.running_mean, atol=1e-6)
+    assert torch.allclose(one.running_var, other.running_var, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shuffled", "low", "high"), [(False, 0.99, 1.0), (True, 0.10, 0.18)])
+def test_statistics_do_not_tell_a_query_its_key(shuffled, low, high):
+    """A cheat that finds a query's key by the company it was normalised in, looking at nothing of the image itself.
+
+    All images have the same black pixel, which batch norm maps to minus the group's mean over its deviation: a
+    signature of the group. Two views of the same images have nearly the same one, so unshuffled it leads to the key's
+    group; after the shuffle it is right about one time in eight, the number of groups.
+    """
+    groups, share = 8, 64
+    length, right = groups * share, 0
+    for step in range(8):
+        generator = torch.Generator().manual_seed(step)
+        image = torch.randn(length, 4, 1, 1, generator=generator)
+        views = [image + 0.1 * torch.randn(length, 4, 3, 3, generator=generator) for _ in range(2)]
+        for view in views:
+            view[:, :, 0, 0] = 0
+        order = key_order(length, seed=0, step=step) if shuffled else torch.arange(length)
+        norm = SplitBatchNorm2d(4, groups)
+        query = norm(views[0])[:, :, 0, 0]
+        key = torch.empty_like(query)
+        key[order] = norm(views[1][order])[:, :, 0, 0]
+        distance = (query[:, None] - key).norm(dim=2)
+        right += int((distance.diagonal() <= distance.amin(dim=1) + 1e-5).sum())
+    assert low <= right / (8 * length) <= high
 
 
 def test_a_batch_that_does_not_divide():

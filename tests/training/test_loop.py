@@ -263,6 +263,62 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
     assert all(torch.isfinite(value).all() for value in kept["method"].values())
 
 
+def test_a_single_bad_step_is_left_out_and_counted(tiny, tmp_path):
+    """A batch whose loss is no number must leave no trace: not in the weights, the queue or the statistics."""
+    config = tiny({"evaluation.every": 0, "training.max_skipped": 1, "training.checkpoint_every": 1})
+    trainer = Trainer(config, tmp_path / "run", console=Console(quiet=True))
+    step, before = trainer._train_step, {}
+
+    def poison(batch, epoch):
+        if trainer.step == 5:
+            before.update({name: value.clone() for name, value in trainer.method.state_dict().items()})
+            networks = trainer.method.networks
+            trainer.method.networks = networks._replace(query=lambda views: networks.query(views) * torch.nan)
+            step(batch, epoch)
+            trainer.method.networks = networks
+            return
+        if trainer.step == 6:
+            after = trainer.method.state_dict()
+            key = {name for name in after if name.startswith("key_encoder") and "running" not in name}
+            same = after.keys() - key - {name for name in after if name.endswith("num_batches_tracked")}
+            assert all(torch.equal(before[name], after[name]) for name in same)
+        step(batch, epoch)
+
+    trainer._train_step = poison  # type: ignore[method-assign]
+    assert trainer.run().finished
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"}
+    assert [lines[number]["skipped"] for number in (5, 6, 7, 8)] == [0, 1, 1, 1]
+    assert "loss" not in lines[6]
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000006.pt").exists()
+
+
+def test_every_line_carries_what_a_long_run_is_watched_by(tiny, tmp_path):
+    pretrain(tiny({"model.momentum_schedule": "cosine", "model.momentum": 0.9}), tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert {"gradient_norm", "parameter_norm", "key_momentum", "skipped", "queue_age"} <= lines[0].keys()
+    assert [line["queue_age"] for line in lines] == [1, 2, 3, 4, 4, 4, 4, 4], "32 keys, eight a step"
+    momenta = [line["key_momentum"] for line in lines]
+    assert momenta[0] == 0.9
+    assert momenta == sorted(momenta)
+
+
+def test_a_budget_of_time_stops_with_a_checkpoint(tiny, tmp_path):
+    config = tiny({"training.max_time": 1e-6, "evaluation.every": 0})
+    summary = pretrain(config, tmp_path / "run")
+    assert not summary.finished
+    assert newest(tmp_path / "run")["step"] == summary.steps == 1
+
+
+@pytest.mark.parametrize("changes", [{"optimizer.name": "lars"}, {"optimizer.name": "adamw", "training.accumulate": 2}])
+def test_other_engines_resume_to_the_bit(tiny, tmp_path, changes):
+    config = {"optimizer.lr": 0.1, "optimizer.clip": 1.0, "evaluation.every": 0, **changes}
+    pretrain(tiny(config), tmp_path / "whole")
+    pretrain(tiny({**config, "training.max_steps": 3}), tmp_path / "parts")
+    pretrain(tiny(config), tmp_path / "parts", resume=tmp_path / "parts")
+    one, other = newest(tmp_path / "whole"), newest(tmp_path / "parts")
+    assert_identical({**one, "config": None}, {**other, "config": None})
+
+
 def test_broken_images_are_counted_and_too_many_stop_the_run(tiny, image_folder, tmp_path):
     (image_folder / "train" / "class0" / "0.jpg").write_text("text named .jpg")
     (image_folder / "val" / "class1" / "2.jpg").write_bytes(b"")

@@ -1,0 +1,245 @@
+"""Images a second and peak memory of the whole training step, without data, by method and engine setting.
+
+Each subject is measured in a process of its own; rounds go through all of them in turn, so that a machine that slows
+down slows down all. `synco-fast bench step` is the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from synco_fast.bench.memory import peak_memory, reset_peak_memory
+from synco_fast.bench.plain import plain_step
+from synco_fast.config import Config, build_config
+from synco_fast.data.pipeline import Batch, normalise
+from synco_fast.environment import describe_environment
+from synco_fast.training.engine import Engine
+from synco_fast.training.graph import GRAPH_WARMUP
+from synco_fast.training.precision import resolve_device
+
+__all__ = ["ENGINES", "SUBJECTS", "bench_step", "measure"]
+
+#: What is measured: two baselines and the three methods.
+SUBJECTS = ("encoder", "plain", "moco", "mochi", "synco")
+#: Engine settings by name.
+ENGINES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compile": {"compile": "encoders"},
+    "compile-step": {"compile": "step"},
+    "graph": {"cuda_graph": True},
+    "compile+graph": {"compile": "encoders", "cuda_graph": True},
+}
+_BLOCKS = 5
+_MIB = 1 << 20
+#: Dense bf16 operations a second that the maker states, by a part of the device's name; the first that fits counts.
+_STATED = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) -> dict[str, Any]:
+    """One subject in this process.
+
+    Args:
+        subject: One of `SUBJECTS`.
+        values: The configuration, by section and key.
+        engine: One of `ENGINES`; the plain loop has none.
+        steps: How many are timed, in five blocks, after those that compile and fill caches.
+
+    Returns:
+        Images a second of every block with their median, peak memory in MiB above what was held before the model was
+        built, the lines about settings that could not be had, and the loss of the last step where there is one.
+    """
+    values = {**values, "training": {**values["training"], **ENGINES[engine]}}
+    if subject in ("moco", "mochi", "synco"):
+        values["method"] = {**values["method"], "name": subject}
+    config = build_config(values)
+    device = resolve_device(config.training.device)
+    held = reset_peak_memory(device)
+    notes: list[str] = []
+    run, settling, last = _runner(subject, config, device, notes)
+    for number in range(settling):
+        run(number)
+    _wait(device)
+    rates = []
+    for block in range(_BLOCKS):
+        begun = time.perf_counter()
+        each = max(1, steps // _BLOCKS)
+        for number in range(each):
+            run(settling + block * each + number)
+        _wait(device)
+        rates.append(each * config.training.batch / (time.perf_counter() - begun))
+    return {
+        "subject": subject,
+        "engine": "plain" if subject == "plain" else engine,
+        "backend": None if subject in ("encoder", "plain") else config.method.backend,
+        "images_per_second": rates,
+        "median": statistics.median(rates),
+        "peak_mib": (peak_memory(device) - held) / _MIB,
+        "notes": notes,
+        "loss": last(),
+    }
+
+
+def _runner(
+    subject: str, config: Config, device: torch.device, notes: list[str]
+) -> tuple[Callable[[int], None], int, Callable[[], float | None]]:
+    """A function that does one step, how many steps to leave out, and a function that gives the last loss."""
+    size, rows = config.augment.size, config.training.batch
+    generator = torch.Generator().manual_seed(0)
+    pairs = [torch.randint(0, 256, (2, rows, 3, size, size), dtype=torch.uint8, generator=generator) for _ in range(2)]
+    views = [(pair[0].to(device), pair[1].to(device)) for pair in pairs]
+    images = torch.arange(rows, device=device)
+    if subject == "plain":
+        step = plain_step(config, device)
+        plain = [tuple(normalise(view, config.augment) for view in pair) for pair in views]
+        losses: list[float] = []
+        return lambda number: losses.append(step(*plain[number % 2])), 3, lambda: losses[-1]
+    engine = Engine(config, steps_per_epoch=1 << 20, note=notes.append)
+    if subject == "encoder":
+        ready = [tuple(normalise(view, config.augment, engine.layout) for view in pair) for pair in views]
+        return _captured(lambda: engine.encoders_alone(*ready[0]), engine), engine.settling, lambda: None
+
+    def train(number: int) -> None:
+        engine.step(Batch(*views[number % 2], images), number, 0)
+
+    return train, engine.settling, lambda: engine.means.take().get("loss")
+
+
+def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], None]:
+    """The encoders alone, as one CUDA graph where the steps they are compared with are one."""
+    if not engine.graphed:
+        return lambda number: run()
+    stream = torch.cuda.Stream(engine.device)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(GRAPH_WARMUP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return lambda number: graph.replay()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench_step(
+    config: Config,
+    *,
+    subjects: tuple[str, ...] = SUBJECTS,
+    engines: tuple[str, ...] = ("eager",),
+    backends: tuple[str, ...] = (),
+    steps: int = 20,
+    rounds: int = 1,
+    threads: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure every subject with every engine setting.
+
+    Args:
+        config: Encoder, batch, image size, precision; synthetic negatives are on from the first step.
+        subjects, engines: What to measure; the plain loop once.
+        backends: Of the head, for the methods; that of the configuration by default.
+        steps: Timed steps of each, a round.
+        rounds: How often all are gone through.
+        threads: Of each process; PyTorch's choice by default.
+        say: Takes a line of progress.
+
+    Returns:
+        The environment, the configuration, the encoder's floating-point operations for an image, and the results with
+        their ratios to both baselines, the best engine's encoder alone being the limit.
+    """
+    values = config.model_dump(mode="json")
+    values["method"]["warmup_epochs"] = 0
+    jobs = []
+    for subject in subjects:
+        for engine in ("eager",) if subject == "plain" else engines:
+            for backend in (None,) if subject in ("encoder", "plain") or not backends else backends:
+                jobs.append((subject, engine, backend))
+    found: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {job: [] for job in jobs}
+    for number in range(rounds):
+        for subject, engine, backend in jobs:
+            say(f"round {number + 1}/{rounds}: {subject}, {engine}" + (f", {backend}" if backend else ""))
+            own = values if backend is None else {**values, "method": {**values["method"], "backend": backend}}
+            spec = {"subject": subject, "values": own, "engine": engine, "steps": steps, "threads": threads}
+            found[subject, engine, backend].append(_in_a_process(spec))
+    results = []
+    for runs in found.values():
+        rates = [rate for run in runs for rate in run["images_per_second"]]
+        peak = max(run["peak_mib"] for run in runs)
+        results.append({**runs[-1], "images_per_second": rates, "median": statistics.median(rates), "peak_mib": peak})
+    operations = forward_operations(config)
+    _relate(results, operations)
+    return {
+        "environment": {**describe_environment(), **({"threads": threads} if threads else {})},
+        "config": values,
+        "steps": steps,
+        "rounds": rounds,
+        "forward_operations": operations,
+        "results": results,
+    }
+
+
+def _in_a_process(spec: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "synco_fast.bench.step", json.dumps(spec)], capture_output=True, text=True
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        raise RuntimeError(f"{spec['subject']}, {spec['engine']}: {last}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def forward_operations(config: Config) -> int:
+    """Floating-point operations of the query encoder's forward pass for one image, a multiply-add counted as two."""
+    from synco_fast.methods.build import build_encoder
+
+    size = config.augment.size
+    encoder = build_encoder(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(torch.zeros(1, 3, size, size))
+    return int(counter.get_total_flops())
+
+
+def _relate(results: list[dict[str, Any]], operations: int) -> None:
+    """Ratios to the baselines, and what share of the device's stated rate the model's operations make."""
+    best = {
+        name: max((row["median"] for row in results if row["subject"] == name), default=None)
+        for name in ("encoder", "plain", "moco")
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    stated = next((rate for part, rate in _STATED.items() if part in device), None)
+    for row in results:
+        for name, rate in best.items():
+            row[f"of_{name}"] = row["median"] / rate if rate else None
+        # Forward and twice that backward for queries, forward alone for keys; the head is not the model's.
+        row["operations_per_second"] = 4 * operations * row["median"]
+        row["utilisation"] = row["operations_per_second"] / stated if stated else None
+
+
+def main() -> None:
+    """Measure one subject, given as JSON, and print what was found as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", help="subject, values, engine, steps and threads, as JSON")
+    spec = json.loads(parser.parse_args().spec)
+    threads = spec.pop("threads")
+    if threads:
+        torch.set_num_threads(threads)
+    print(json.dumps(measure(spec.pop("subject"), spec.pop("values"), **spec)))
+
+
+if __name__ == "__main__":
+    main()

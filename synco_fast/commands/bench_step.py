@@ -1,0 +1,90 @@
+"""``synco-fast bench step``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.verbs import Verbs, positive
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast bench step``."""
+    command = verbs.add(
+        "bench step",
+        _bench_step,
+        "Images a second of the whole training step, without data, beside the encoder alone and a plain loop.",
+        "synco-fast bench step --config synco-r50-200 --engines eager graph --training.precision bf16 --json step.json",
+        overrides=True,
+    )
+    command.add_argument("--config", metavar="PRESET", default="synco-r50-200", help="encoder, batch and image size")
+    command.add_argument(
+        "--subjects", nargs="+", metavar="NAME", help="encoder, plain, moco, mochi, synco; all if unset"
+    )
+    command.add_argument(
+        "--engines", nargs="+", metavar="NAME", help="eager (default), compile, compile-step, graph, compile+graph"
+    )
+    command.add_argument("--backends", nargs="+", metavar="NAME", help="of the head: closed_form, triton, reference")
+    command.add_argument("--steps", type=positive, default=20, help="timed steps of each")
+    command.add_argument("--rounds", type=positive, default=1, help="how often all are gone through")
+    command.add_argument("--threads", type=positive, help="of each process")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+
+
+def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.bench.step import ENGINES, SUBJECTS, bench_step
+    from synco_fast.errors import ConfigError
+    from synco_fast.presets import load_config
+    from synco_fast.training.run import write_json
+
+    subjects, engines = tuple(options.subjects or SUBJECTS), tuple(options.engines or ("eager",))
+    for name, found, allowed in (("subjects", subjects, SUBJECTS), ("engines", engines, tuple(ENGINES))):
+        for word in found:
+            if word not in allowed:
+                raise ConfigError(f"{name}: found {word!r}, allowed {', '.join(allowed)}")
+    config = load_config(options.config, overrides_of(rest))
+    report = bench_step(
+        config,
+        subjects=subjects,
+        engines=engines,
+        backends=tuple(options.backends or ()),
+        steps=options.steps,
+        rounds=options.rounds,
+        threads=options.threads,
+        say=lambda line: console.print(line, style="dim", highlight=False),
+    )
+    if options.json is not None:
+        write_json(options.json, report)
+    rated = any(row["utilisation"] is not None for row in report["results"])
+    table = Table(title=f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}")
+    for title in ("step", "engine", "head"):
+        table.add_column(title)
+    for title in ("images/s", "/encoder", "/moco", "/plain", "MiB", *(("MFU",) if rated else ())):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in report["results"]:
+        shares = [row[f"of_{name}"] for name in ("encoder", "moco", "plain")]
+        table.add_row(
+            row["subject"],
+            row["engine"],
+            row["backend"] or "",
+            f"{row['median']:,.1f}",
+            *("" if share is None else f"{share:.3f}" for share in shares),
+            f"{row['peak_mib']:,.0f}",
+            *((f"{row['utilisation']:.1%}",) if rated else ()),
+        )
+    console.print(table)
+    for row in report["results"]:
+        for note in row["notes"]:
+            console.print(f"{row['subject']}, {row['engine']}: {note}", style="yellow", highlight=False)
+    environment = report["environment"]
+    console.print(
+        f"{environment['device']}, {environment['cores']} cores, torch {environment['torch']}", highlight=False
+    )
+    return 0

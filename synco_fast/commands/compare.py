@@ -1,0 +1,73 @@
+"""``synco-fast compare``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from synco_fast.commands.verbs import Verbs
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast compare``."""
+    command = verbs.add(
+        "compare",
+        _compare,
+        "Several runs as a table and one picture; runs that differ by seed alone give mean and spread.",
+        "synco-fast compare runs/moco-0 runs/moco-1 runs/synco-0 runs/synco-1 --out comparison.png",
+    )
+    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    command.add_argument("--out", type=Path, default=Path("comparison.png"), metavar="FILE", help="the picture")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+
+
+def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.environment import describe_environment
+    from synco_fast.errors import ConfigError
+    from synco_fast.report.comparing import FIGURES, compare_runs, draw_comparison, spread
+    from synco_fast.training.run import write_json
+
+    if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"out: found {options.out.name!r}, allowed a name that ends in .png, .svg or .pdf")
+    groups = compare_runs(options.runs)
+    draw_comparison(groups, options.out)
+    table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
+    for column in ("method", "seeds", "epochs x batch", *FIGURES):
+        table.add_column(column, overflow="fold")
+    for group in groups:
+        cells = [_cell(spread(group.values(name)), name) for name in FIGURES]
+        table.add_row(group.title, str(len(group.runs)), group.budget, *cells)
+    console.print(table)
+    console.print(f"picture: {options.out}", highlight=False, soft_wrap=True)
+    if options.json is not None:
+        figures = [
+            {
+                "method": group.title,
+                "runs": [str(run.folder) for run in group.runs],
+                "seeds": [run.config.seed for run in group.runs],
+                "budget": group.budget,
+                **{
+                    name: {"values": group.values(name), "mean": found[0], "deviation": found[1]}
+                    for name in FIGURES
+                    if (found := spread(group.values(name)))
+                },
+            }
+            for group in groups
+        ]
+        write_json(options.json, {"groups": figures, "environment": describe_environment()})
+    return 0
+
+
+def _cell(found: tuple[float, float] | None, name: str) -> str:
+    if found is None:
+        return ""
+    mean, deviation = found
+    if name == "images per second":
+        return f"{mean:,.0f}" + (f" ± {deviation:,.0f}" if deviation else "")
+    return f"{mean:.1%}" + (f" ± {100 * deviation:.1f}" if deviation else "")

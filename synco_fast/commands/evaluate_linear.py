@@ -1,0 +1,60 @@
+"""``synco-fast evaluate linear``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rich.console import Console
+
+from synco_fast.commands.evaluation_options import add_setting, print_result, setting_of
+from synco_fast.commands.verbs import Verbs
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast evaluate linear``."""
+    command = verbs.add(
+        "evaluate linear",
+        _evaluate_linear,
+        "Accuracy of a linear classifier on the frozen backbone: 100 epochs, batch 256, lr 30, as in MoCo.",
+        "torchrun --nproc-per-node 8 -m synco_fast evaluate linear runs/synco-r50-200 --data /data/imagenet",
+    )
+    add_setting(command)
+    command.add_argument("--fast", action="store_true", help="on features extracted once, all learning rates in a pass")
+    command.add_argument("--epochs", type=int, help="100 by default; the rate falls after 60 and 80 percent of them")
+    command.add_argument("--batch", type=int, help="images a step over all processes, 256 by default")
+    command.add_argument("--lr", type=float, nargs="+", help="30 by default; several with --fast")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.errors import ConfigError
+    from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast
+
+    given = {name: getattr(options, name) for name in ("epochs", "batch") if getattr(options, name) is not None}
+    for name, value in given.items():
+        if value < 1:
+            raise ConfigError(f"{name}: found {value}, allowed 1 or more")
+    plan = replace(PUBLISHED, seed=options.seed, **given)
+    if options.fast:
+        rates = tuple(options.lr) if options.lr else FAST_RATES
+        result = evaluate_linear_fast(options.checkpoint, setting_of(options), plan=plan, rates=rates, console=console)
+        rows = [("accuracy by lr", "  ".join(f"{rate}: {value:.1%}" for rate, value in result["rates"].items()))]
+    else:
+        if options.lr is not None and len(options.lr) != 1:
+            raise ConfigError(f"lr: found {len(options.lr)} rates, allowed one, or several with --fast")
+        plan = replace(plan, head_lr=options.lr[0]) if options.lr else plan
+        result = evaluate_linear(options.checkpoint, setting_of(options), plan=plan, console=console)
+        rows = [("best epoch", f"{result['best']:.1%}")]
+    rows += [("epochs, batch, lr", f"{result['epochs']}, {result['batch']}, {result['lr']:g}")]
+    if agreement := result["agreement"]:
+        other = "published protocol" if options.fast else "cached features"
+        text = f"{agreement['other_top1']:.1%}, so this is {agreement['difference_in_points']:+.1f} points"
+        rows.append((other, text))
+    elif options.fast:
+        rows.append(("published protocol", "not run here: 'evaluate linear' without --fast says how far it agrees"))
+    print_result(result, options, console, rows)
+    return 0

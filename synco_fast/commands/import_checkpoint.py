@@ -1,0 +1,50 @@
+"""``synco-fast import``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from synco_fast.commands.verbs import Verbs, two_columns
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast import``."""
+    command = verbs.add(
+        "import",
+        _import,
+        "Turn a published checkpoint of MoCo, MoCHi or SynCo, or a bare backbone, into one of synco-fast.",
+        "synco-fast import moco_v2_800ep_pretrain.pth.tar --method moco --out moco-v2-800.pt",
+    )
+    command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
+    command.add_argument("--method", required=True, choices=("moco", "mochi", "synco"), help="what pretrained it")
+    command.add_argument("--backbone", metavar="NAME", help="the architecture, where the file does not say")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write, .pt")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write what was done here as well")
+
+
+def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.environment import describe_environment
+    from synco_fast.export.importing import import_checkpoint
+    from synco_fast.training.run import write_json
+
+    weights = import_checkpoint(options.file, options.out, method=options.method, backbone=options.backbone)
+    figures = {
+        "checkpoint": str(options.out),
+        "method": options.method,
+        "backbone": weights.config.model.backbone,
+        "tensors": len(weights.state),
+        **{name: value for name, value in weights.imported.items() if value is not None},
+    }
+    table = two_columns(f"imported {options.file}")
+    for name, value in figures.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    if options.json is not None:
+        write_json(options.json, {**figures, "environment": describe_environment()})
+    return 0

@@ -1,0 +1,58 @@
+"""``synco-fast profile step``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.verbs import Verbs, positive
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast profile step``."""
+    command = verbs.add(
+        "profile step",
+        _profile_step,
+        "Where a training step spends its time, by phase, and a trace of it.",
+        "synco-fast profile step --config demo --data demo --steps 10",
+        overrides=True,
+    )
+    command.add_argument("--config", metavar="PRESET", default="demo", help="a preset or a YAML file")
+    command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
+    command.add_argument("--steps", type=positive, default=10, help="timed steps")
+    command.add_argument("--out", type=Path, metavar="DIR", help="for the trace; profiles/PRESET-DATE-TIME by default")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+
+
+def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.presets import load_config
+    from synco_fast.training.profiler import profile_step
+    from synco_fast.training.run import write_json
+
+    overrides = overrides_of(rest)
+    if options.data is not None:
+        overrides["data.source"] = options.data
+    config = load_config(options.config, overrides)
+    folder = options.out or Path("profiles") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    report = profile_step(config, folder, steps=options.steps)
+    if options.json is not None:
+        write_json(options.json, report)
+    title = f"{config.method.name}, {config.model.backbone}, batch {config.training.batch}: "
+    table = Table(title=title + f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s")
+    for name in ("phase", "ms", "share"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for name, found in report["phases"].items():
+        table.add_row(name, f"{found['ms']:,.2f}", f"{found['share']:.1%}")
+    console.print(table)
+    console.print(f"memory held at most: {report['peak_mib']:,.0f} MiB", highlight=False)
+    for line in [*report["notes"], *report["files"]]:
+        console.print(line, highlight=False, soft_wrap=True)
+    return 0

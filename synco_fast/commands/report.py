@@ -1,0 +1,36 @@
+"""``synco-fast report``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from synco_fast.commands.verbs import Verbs
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast report``."""
+    command = verbs.add(
+        "report",
+        _report,
+        "One self-contained HTML page about a run, for a browser without a network.",
+        "synco-fast report runs/demo-20260101-120000",
+    )
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    command.add_argument("--out", type=Path, metavar="FILE", help="RUN/report.html by default")
+    command.add_argument("--data", metavar="SOURCE", help="where the images are now; the run's own source by default")
+    command.add_argument("--workers", type=int, help="decoding processes; 0 for none")
+
+
+def _report(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.evaluation.subject import Setting
+    from synco_fast.report.page import write_report
+
+    page = write_report(options.run_folder, options.out, Setting(data=options.data, workers=options.workers))
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return 0

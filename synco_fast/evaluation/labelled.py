@@ -1,0 +1,162 @@
+"""Labelled training images with the crops of the published protocols, and subsets of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchvision.transforms import v2
+
+from synco_fast.data.augment import Recipe
+from synco_fast.data.errors import BrokenImageError
+from synco_fast.data.pipeline import epoch_order
+from synco_fast.data.seeding import derive_seed
+from synco_fast.data.sources import Split
+from synco_fast.errors import DataError
+
+__all__ = ["LabelledBatches", "balanced_subset", "decoding_processes", "listed_subset"]
+
+#: How many images in a row may be broken before a place in a batch cannot be filled.
+_REPLACEMENTS = 64
+
+
+class _Crops(Dataset[tuple[Tensor, int]]):
+    """Random resized crop (area 0.08 to 1) and flip: what linear evaluation and fine-tuning train on since ResNet."""
+
+    def __init__(self, split: Split, recipe: Recipe, seed: int, numbers: list[int]) -> None:
+        assert split.labels is not None
+        self.split, self.labels, self.seed, self.numbers = split, split.labels, seed, numbers
+        self.transform = v2.Compose([v2.RandomResizedCrop(recipe.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, place = key
+        for shift in range(_REPLACEMENTS):
+            number = self.numbers[(place + shift) % len(self.numbers)]
+            try:
+                image = self.split.read(number)
+            except BrokenImageError as error:
+                reason = str(error)
+                continue
+            with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.seed, epoch, number))
+                return self.transform(image), int(self.labels[number])
+        raise DataError(f"data: found {_REPLACEMENTS} broken images in a row, the last: {reason}")
+
+
+class LabelledBatches:
+    """Batches of labelled crops; order and crops depend on seed and epoch alone.
+
+    The ranks of a job take equal parts of each batch; the last batch of an epoch is filled up from its beginning to a
+    multiple of their number. A last batch of one image a rank, whose batch statistics would say nothing, joins the one
+    before.
+
+    Args:
+        split: The images.
+        recipe: Gives the size.
+        numbers: Which images.
+        batch: Images a step, over all ranks.
+        seed: Of order and crops.
+        workers: Decoding processes.
+        rank, world: This process and how many there are.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        numbers: list[int],
+        *,
+        batch: int,
+        seed: int,
+        workers: int | None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._seed, self._batch, self._rank, self._world, self._length = seed, batch, rank, world, len(numbers)
+        self._epoch = 0
+        workers = decoding_processes(workers)
+        self._loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
+            _Crops(split, recipe, seed, numbers),  # type: ignore[arg-type]
+            batch_sampler=self,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._starts())
+
+    def _starts(self) -> range:
+        length = self._length + -self._length % self._world
+        starts = range(0, length, self._batch)
+        return starts[:-1] if len(starts) > 1 and length - starts[-1] <= self._world else starts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = epoch_order(self._length, seed=self._seed, epoch=self._epoch).tolist()
+        order += order[: -len(order) % self._world]
+        starts = self._starts()
+        for start in starts:
+            end = len(order) if start == starts[-1] else start + self._batch
+            yield [(self._epoch, place) for place in order[start:end][self._rank :: self._world]]
+
+    def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (b, 3, size, size) uint8 and labels (b,) int64 of an epoch."""
+        self._epoch = number
+        yield from self._loader
+
+
+def decoding_processes(workers: int | None) -> int:
+    """As asked for, or one for each core that this process may use."""
+    return len(os.sched_getaffinity(0)) if workers is None else workers
+
+
+def balanced_subset(split: Split, share: float, *, seed: int) -> list[int]:
+    """The numbers of ``share`` of each class's images, at least one of each, in order.
+
+    Args:
+        split: Labelled images.
+        share: In (0, 1].
+        seed: Decides which.
+    """
+    assert split.labels is not None
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in np.unique(split.labels):
+        inside = np.flatnonzero(split.labels == label)
+        chosen.append(rng.permutation(inside)[: max(1, round(share * len(inside)))])
+    return sorted(int(number) for number in np.concatenate(chosen))
+
+
+def listed_subset(split: Split, file: Path) -> list[int]:
+    """The numbers of the images that a file lists, one name a line, as in SimCLR's ``1percent.txt``.
+
+    A line is a file's name, the end of its path, or the image's number.
+
+    Raises:
+        DataError: The file cannot be read, is empty, or names an image that the split does not have.
+    """
+    try:
+        wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"list: cannot read {file} ({error})") from error
+    if not wanted:
+        raise DataError(f"list: found no names in {file}, allowed one image a line")
+    by_name: dict[str, int] = {}
+    for number in range(len(split)):
+        parts = split.name(number).split("/")
+        for length in range(1, min(4, len(parts) + 1)):
+            by_name.setdefault("/".join(parts[-length:]), number)
+    chosen = []
+    for name in wanted:
+        number = int(name) if name.isdigit() else by_name.get(name, -1)
+        if not 0 <= number < len(split):
+            raise DataError(f"list: found {name!r} in {file}, which no training image is called")
+        chosen.append(number)
+    return sorted(set(chosen))

@@ -1,0 +1,1 @@
+"""Weights in and out: backbones for everyone else's tools, and checkpoints from elsewhere."""

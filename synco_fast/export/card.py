@@ -1,0 +1,120 @@
+"""The model card: what the weights are, how they came to be, what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from synco_fast.environment import describe_environment
+from synco_fast.export.reading import Weights
+
+__all__ = ["known_results", "write_card"]
+
+_METHODS = {
+    "moco": "MoCo v2 ([arXiv 2003.04297](https://arxiv.org/abs/2003.04297))",
+    "mochi": "MoCHi ([arXiv 2010.01028](https://arxiv.org/abs/2010.01028))",
+    "synco": "SynCo ([arXiv 2410.02401](https://arxiv.org/abs/2410.02401))",
+}
+
+
+def known_results(run: Path | None) -> dict[str, str]:
+    """The figures that a run folder holds: its own kNN, and every evaluation below ``evaluation/``."""
+    if run is None:
+        return {}
+    found: dict[str, str] = {}
+    summary = _json(run / "summary.json")
+    if summary.get("knn_after") is not None:
+        found["kNN during pretraining"] = f"{summary['knn_after']:.1%} (chance {summary['chance']:.1%})"
+    for file in sorted((run / "evaluation").glob("*.json")):
+        result = _json(file)
+        chance = f" (chance {result['chance']:.1%})" if result.get("chance") is not None else ""
+        for name, value in result.get("headline", {}).items():
+            found[name] = f"{value:.1%}{chance}"
+    return found
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_card(
+    path: Path,
+    weights: Weights,
+    *,
+    format: str,
+    files: tuple[str, ...],
+    usage: str,
+    checks: dict[str, float],
+    licence: str | None,
+) -> None:
+    """Write the card as Markdown.
+
+    Args:
+        path: The file.
+        weights: What was exported.
+        format: The export's format.
+        files: Written beside the card.
+        usage: Lines of code that load the weights.
+        checks: What was measured while exporting.
+        licence: Of the weights, as their owner states it.
+    """
+    config = weights.config
+    negatives = config.method.negatives()
+    counts = {family.name: negatives.count_of(family) for family in negatives.active()}
+    environment = {**describe_environment(), **_json(weights.run / "environment.json" if weights.run else Path())}
+    rows = {
+        "method": _METHODS[config.method.name],
+        "backbone": config.model.backbone
+        + (f" with {config.model.backbone_args}" if config.model.backbone_args else "")
+        + (", small stem" if config.model.small_stem else ""),
+        "data": config.data.source if not weights.imported else "not recorded in the imported file",
+        "epochs": f"{weights.epochs:g}" if weights.epochs is not None else "not recorded",
+    }
+    if weights.imported:
+        rows["imported from"] = ", ".join(f"{key} {value}" for key, value in weights.imported.items() if value)
+    else:
+        rows |= {
+            "steps": f"{weights.step:,} of {config.training.batch} images",
+            "queue, temperature": f"{config.method.queue:,}, {config.method.temperature:g}",
+            "synthetic negatives per query": ", ".join(f"{n} {name}" for name, n in counts.items()) or "none",
+            "seed": str(config.seed),
+        }
+    recipe = config.augment
+    rows["input"] = (
+        f"RGB in [0, 1], short side to {recipe.resize} pixels, central crop of {recipe.size}, minus mean "
+        f"{recipe.mean}, divided by {recipe.std}"
+    )
+    results = known_results(weights.run)
+    lines = [
+        f"# {config.model.backbone}, pretrained by {config.method.name}",
+        "",
+        f"The backbone without its projection head, for {format}: {', '.join(f'`{name}`' for name in files)}.",
+        "",
+        "```",
+        usage,
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "## Results",
+        "",
+        *([f"- {name}: {value}" for name, value in results.items()] or ["None recorded beside the checkpoint."]),
+        *(f"- {name}: {value:.1e}" for name, value in checks.items()),
+        "",
+        "## Versions",
+        "",
+        ", ".join(f"{name} {value}" for name, value in environment.items()),
+        "",
+        "## Licence",
+        "",
+        licence or "Not stated. The licence of the training images may bind the weights.",
+        "",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,97 @@
+"""What the same tensor is called elsewhere: the authors' checkpoints, and detectron2's ResNets."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synco_fast.errors import CheckpointError
+
+__all__ = ["from_detectron2", "from_moco", "is_moco", "to_detectron2", "to_moco"]
+
+_MOCO_ENCODERS = {"encoder": "module.encoder_q", "key_encoder": "module.encoder_k"}
+_PREFIX = re.compile(r"(?:module\.)?(encoder_q|encoder_k)\.(.+)")
+
+
+def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names to those of facebookresearch/moco's checkpoints, which MoCHi and SynCo share.
+
+    The backbone lies right below ``module.encoder_q.``, the projection head at ``module.encoder_q.fc.``; the queue is
+    (D, K) with a pointer of one element. Which image a key was made from has no place there and is left out.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        encoder, _, rest = name.partition(".")
+        if encoder in _MOCO_ENCODERS:
+            part, _, last = rest.partition(".")
+            inside = last if part == "backbone" else f"fc.{last}"
+            renamed[f"{_MOCO_ENCODERS[encoder]}.{inside}"] = value.contiguous()
+        elif name == "queue.rows":
+            renamed["module.queue"] = value.T.contiguous()
+        elif name == "queue.pointer":
+            renamed["module.queue_ptr"] = value.reshape(1)
+    return renamed
+
+
+def is_moco(state: Any) -> bool:
+    """Whether a checkpoint's content is laid out like the authors'."""
+    inside = state.get("state_dict") if isinstance(state, dict) else None
+    return isinstance(inside, dict) and any(_PREFIX.fullmatch(str(name)) for name in inside)
+
+
+def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
+    """The inverse of `to_moco`; names without ``module.`` are taken as well, and so is MoCo v1's linear head.
+
+    Raises:
+        CheckpointError: There are names that the layout does not have.
+    """
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for name, value in state.items():
+        if found := _PREFIX.fullmatch(name):
+            ours = "encoder" if found[1] == "encoder_q" else "key_encoder"
+            head = found[2].removeprefix("fc.")
+            renamed[f"{ours}.head.{head}" if head != found[2] else f"{ours}.backbone.{head}"] = value
+        elif name.removeprefix("module.") == "queue":
+            renamed["queue.rows"] = value.T.contiguous()
+            renamed["queue.images"] = torch.full((value.shape[1],), -1)
+        elif name.removeprefix("module.") == "queue_ptr":
+            renamed["queue.pointer"] = value.reshape(())
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"{file}: found {', '.join(unknown[:8])} ({len(unknown)} in all), allowed module.encoder_q.*, "
+            "module.encoder_k.*, module.queue and module.queue_ptr"
+        )
+    return renamed
+
+
+def to_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet's names in torchvision to those of detectron2: ``layer1.0.bn2.bias`` is ``res2.0.conv2.norm.bias``.
+
+    The counter of seen batches has no place there and is left out.
+    """
+    return {_detectron2_name(name): value for name, value in backbone.items() if "num_batches_tracked" not in name}
+
+
+def _detectron2_name(name: str) -> str:
+    if not name.startswith("layer"):
+        name = f"stem.{name}"
+    name = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+    name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
+    return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+
+
+def from_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_detectron2`."""
+    renamed = {}
+    for name, value in backbone.items():
+        name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+        name = re.sub(r"\bconv(\d)\.norm\.", r"bn\1.", name)
+        name = re.sub(r"\bres(\d)", lambda found: f"layer{int(found[1]) - 1}", name)
+        renamed[name.removeprefix("stem.")] = value
+    return renamed

@@ -1,0 +1,72 @@
+"""ONNX: written by PyTorch's exporter, checked by onnxruntime."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from synco_fast.errors import CheckpointError, ConfigError
+
+__all__ = ["write_onnx"]
+
+#: Of the largest feature: what sums in another order cost in float32.
+_TOLERANCE = 1e-4
+
+
+def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
+    """Write ``images`` (B, 3, size, size) float32 to ``features`` (B, F), for any B.
+
+    Returns:
+        The largest difference between onnxruntime and PyTorch on three random images, as a share of the largest
+        feature.
+
+    Raises:
+        ConfigError: A package of the extra ``export`` is missing.
+        CheckpointError: onnxruntime computes something else than PyTorch.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"format: found onnx without {', '.join(missing)}: pip install 'synco-fast[export]'")
+    import onnxruntime
+
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    part = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
+    backbone = backbone.to(memory_format=torch.contiguous_format).eval()
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                backbone,
+                (images[:2],),
+                part,
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        quiet.setLevel(level)
+    with torch.no_grad():
+        expected = backbone(images)
+    session = onnxruntime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    if not difference <= _TOLERANCE:
+        part.unlink()
+        raise CheckpointError(
+            f"{path}: found features that differ by {difference:.1e} of the largest one between onnxruntime and "
+            f"PyTorch, allowed {_TOLERANCE:.0e}"
+        )
+    part.replace(path)
+    return difference

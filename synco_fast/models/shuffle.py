@@ -1,0 +1,32 @@
+"""The order in which keys are computed: in other company than their queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from synco_fast.kernels.draws import philox
+
+__all__ = ["key_order"]
+
+#: Where the families of negatives have their numbers in the counter (`synco_fast.kernels.draws`), which end far below.
+_SHUFFLE = 1 << 31
+
+
+def key_order(
+    length: int, *, seed: int, step: int | Tensor, direction: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """A permutation of the batch, (length,) int64: the key computed at place i is that of row ``order[i]``.
+
+    A sort of Philox words with the row as counter: the same on every device and every rank, drawn where it is used,
+    with nothing to copy or to keep.
+
+    Args:
+        length: B, the global batch.
+        seed, step: As the head takes them; an int64 tensor keeps the step on the device.
+        direction: 0, and 1 for the second direction of a symmetric loss.
+        device: Where the order is made.
+    """
+    row = torch.arange(length, dtype=torch.int64, device=device)
+    words = philox((row, direction, _SHUFFLE, 0), (seed, step))
+    return torch.argsort(words[0], stable=True)

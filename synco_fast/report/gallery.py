@@ -1,0 +1,119 @@
+"""What the backbone sees as near: sheets of nearest neighbours, and a map of the held-out images."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from synco_fast.data.sources import Split
+from synco_fast.evaluation.features import extract_features
+from synco_fast.evaluation.knn import nearest
+from synco_fast.evaluation.subject import Subject
+
+__all__ = ["Gallery", "Neighbour", "Sheet", "flatten", "look_around"]
+
+#: Side of a thumbnail in pixels.
+_THUMB = 72
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image as a data URI, its class, and whether that is the query's."""
+
+    picture: str
+    label: str
+    right: bool
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A query image and its nearest training images, the nearest first."""
+
+    picture: str
+    label: str
+    neighbours: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Sheets, and features (n, F) with labels (n,) of the held-out images that were looked at."""
+
+    sheets: list[Sheet]
+    right: float
+    features: Tensor
+    labels: Tensor
+    bank: int
+
+
+def look_around(
+    subject: Subject, *, queries: int = 10, neighbours: int = 5, bank: int = 5000, map: int = 1000
+) -> Gallery:
+    """Find the nearest training images of some held-out ones.
+
+    Args:
+        subject: Backbone and images.
+        queries: Sheets, spread over the classes.
+        neighbours: Images a sheet shows beside its query.
+        bank: Training images to choose from, at most.
+        map: Held-out images whose features are returned, at most.
+    """
+    train, held_out = (
+        extract_features(
+            subject.backbone, split, subject.recipe, device=subject.device, workers=subject.workers, limit=limit
+        )
+        for split, limit in ((subject.train, bank), (subject.held_out, map))
+    )
+    similarity, whose = nearest([train.values], held_out.values, min(neighbours, len(train.labels)))
+    right = train.labels[whose] == held_out.labels[:, None]
+    names = subject.train.classes or ()
+    sheets = []
+    for row in _spread_over_classes(held_out.labels, queries):
+        number = int(held_out.numbers[row])
+        found = [
+            Neighbour(
+                _thumbnail(subject.train, int(train.numbers[place])),
+                names[int(train.labels[place])],
+                bool(right[row, column]),
+                float(similarity[row, column]),
+            )
+            for column, place in enumerate(whose[row].tolist())
+        ]
+        sheets.append(Sheet(_thumbnail(subject.held_out, number), names[int(held_out.labels[row])], found))
+    return Gallery(sheets, float(right.double().mean()), held_out.values, held_out.labels, len(train.labels))
+
+
+def _spread_over_classes(labels: Tensor, count: int) -> list[int]:
+    """Rows that take turns through the classes."""
+    by_class = [torch.nonzero(labels == label).flatten().tolist() for label in labels.unique()]
+    rows = [inside[turn] for turn in range(max(map(len, by_class))) for inside in by_class if turn < len(inside)]
+    return rows[:count]
+
+
+def _thumbnail(split: Split, number: int) -> str:
+    image = split.read(number)
+    image.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def flatten(features: Tensor) -> tuple[Tensor, str]:
+    """Features (n, F) as points (n, 2), and what did it: t-SNE, or principal components without scikit-learn."""
+    features = normalize(features, dim=1)
+    if importlib.util.find_spec("sklearn") and len(features) > 10:
+        from sklearn.manifold import TSNE
+
+        perplexity = min(30.0, (len(features) - 1) / 3)
+        model = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500)
+        return torch.from_numpy(model.fit_transform(features.numpy())), "t-SNE"
+    centred = features - features.mean(dim=0)
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    return centred @ directions[:2].T, "principal components"

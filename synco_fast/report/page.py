@@ -1,0 +1,97 @@
+"""One self-contained page about a run: works from a memory stick, asks the network for nothing."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from synco_fast.errors import CheckpointError, DataError
+from synco_fast.evaluation.subject import Setting, open_subject
+from synco_fast.report.figures import draw_confusion, draw_map, draw_run
+from synco_fast.report.gallery import flatten, look_around
+from synco_fast.report.runs import Run, read_run
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: Path, out: Path | None = None, setting: Setting | None = None) -> Path:
+    """Write the page, ``report.html`` in the run folder by default.
+
+    What the run folder does not hold, such as a linear probe, is named with the command that makes it. Where the images
+    or the checkpoint are gone, the page says so and shows the rest.
+
+    Args:
+        folder: The run.
+        out: The file.
+        setting: Source, device and workers for the pictures of neighbours.
+
+    Raises:
+        ConfigError: The folder is no run.
+    """
+    run = read_run(folder)
+    out = out or folder / "report.html"
+    pairs = folder / "plots" / "pairs.png"
+    probe = next((run.results[name] for name in ("linear", "linear_fast") if name in run.results), None)
+    environment = Environment(
+        loader=PackageLoader("synco_fast.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    text = environment.get_template("page.html").render(
+        run=run,
+        title=f"{run.config.method.name} on {run.summary.get('source', run.config.data.source)}",
+        tiles=_tiles(run),
+        curves={title: _uri(svg) for title, svg in draw_run(run).items()},
+        pairs=_uri(pairs.read_bytes(), "image/png") if pairs.is_file() else None,
+        **_gallery(folder, setting or Setting()),
+        confusion=_uri(draw_confusion(probe["confusion"], probe["class_names"])) if probe else None,
+        probe=probe,
+        results=[
+            (name, f"{value:.1%}", f"{result['chance']:.1%}")
+            for result in run.results.values()
+            for name, value in result.get("headline", {}).items()
+        ],
+        configuration=run.config.to_yaml(),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(out)
+    return out
+
+
+def _tiles(run: Run) -> list[tuple[str, str]]:
+    """The few figures at the top."""
+
+    def percent(value: float | None) -> str:
+        return "none" if value is None else f"{value:.1%}"
+
+    summary = run.summary
+    return [
+        ("kNN before", percent(summary.get("knn_before"))),
+        ("kNN after", percent(run.knn)),
+        ("linear", percent(run.linear)),
+        ("chance", percent(run.chance)),
+        ("epochs", f"{summary.get('epochs', 0):.3g}"),
+        ("images/s", f"{run.throughput:,.0f}" if run.throughput else "none"),
+        ("data wait", percent(summary.get("data_wait"))),
+    ]
+
+
+def _gallery(folder: Path, setting: Setting) -> dict[str, Any]:
+    """Neighbours and map, or the reason why there are none."""
+    try:
+        subject = open_subject(folder, setting)
+        found = look_around(subject)
+    except (CheckpointError, DataError) as error:
+        return {"gallery": None, "map": None, "map_by": None, "missing": str(error)}
+    points, by = flatten(found.features)
+    names = list(subject.train.classes or ())
+    title = f"{len(points):,} held-out images"
+    return {"gallery": found, "map": _uri(draw_map(points, found.labels, names, title)), "map_by": by, "missing": None}
+
+
+def _uri(content: str | bytes, kind: str = "image/svg+xml") -> str:
+    data = content.encode() if isinstance(content, str) else content
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,84 @@
+"""Optimisers by name: PyTorch's, timm's for large batches, and NVIDIA apex's where it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.optim.lamb import Lamb
+from timm.optim.lars import Lars
+from torch import nn
+
+from synco_fast.config import OptimizerConfig
+from synco_fast.errors import ConfigError
+
+__all__ = ["build_optimizer", "skips_on_device"]
+
+_NVIDIA = "git clone https://github.com/NVIDIA/apex and build it with its CUDA extensions, or take optimizer.name"
+
+
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, *, lr: float, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimiser of the query encoder.
+
+    SGD decays every parameter, as MoCo does. The others leave out vectors (biases and the affine parameters of
+    normalisation), which LARS (arXiv 1708.03888) and LAMB (arXiv 1904.00962) then do not adapt either.
+
+    Args:
+        module: Whose parameters learn.
+        config: Name, momentum, betas, weight decay.
+        lr: The peak rate.
+        device: Where the parameters are.
+
+    Raises:
+        ConfigError: apex is asked for and is not there, is another package of that name, or there is no GPU.
+    """
+    name, decay = config.name, config.weight_decay
+    cuda = device.type == "cuda"
+    if name == "sgd":
+        return torch.optim.SGD(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, fused=cuda)
+    if name == "apex_sgd":
+        fused = _from_apex("FusedSGD", name, device)
+        return fused(list(module.parameters()), lr=lr, momentum=config.momentum, weight_decay=decay)
+    groups = _decayed_apart(module, decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=cuda, capturable=cuda)
+    if name == "lars":
+        return Lars(groups, lr=lr, momentum=config.momentum)
+    if name == "lamb":
+        return Lamb(groups, lr=lr, betas=config.betas)
+    return _from_apex("FusedLAMB", name, device)(groups, lr=lr, betas=config.betas)
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step can be left out by a tensor on the device, without the host waiting for it."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _decayed_apart(module: nn.Module, decay: float) -> list[dict[str, Any]]:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _from_apex(kind: str, name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
+    plain = name.removeprefix("apex_")
+    if importlib.util.find_spec("apex") is None:
+        raise ConfigError(f"optimizer.name: found {name} and no NVIDIA apex here, allowed: {_NVIDIA} {plain}")
+    try:
+        found: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module("apex.optimizers"), kind)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"optimizer.name: found {name} and a package 'apex' without {kind}, such as the web toolkit of that name "
+            f"on PyPI; allowed NVIDIA's: pip uninstall apex, then {_NVIDIA} {plain}"
+        ) from error
+    if device.type != "cuda":
+        raise ConfigError(f"optimizer.name: found {name}, allowed {plain} without a GPU")
+    return found

@@ -1,0 +1,185 @@
+"""Where a step spends its time and memory: by phase, without making the device wait, and as a trace."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from synco_fast.config import Config
+from synco_fast.data.build import build_pipeline
+from synco_fast.data.sources import open_source
+from synco_fast.environment import describe_environment
+from synco_fast.phases import PHASES, phase, recorded_by
+from synco_fast.training.engine import Engine
+
+__all__ = ["PhaseClock", "profile_step"]
+
+_MIB = 1 << 20
+#: On the host's clock even beside a GPU, which does not know what the host waits for.
+_OF_THE_HOST = ("data wait",)
+
+
+class PhaseClock:
+    """Times phases by events on the device's stream, or by the host's clock on a CPU.
+
+    Every phase is also a range for Nsight Systems (NVTX) and in a PyTorch trace.
+
+    Args:
+        device: Where the phases run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda, self._device = device.type == "cuda", device
+        self._times: list[tuple[str, Any, Any]] = []
+        self.memory: list[dict[str, Any]] = []
+        self._begun = time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time one occurrence."""
+        on_device = self._cuda and name not in _OF_THE_HOST
+        nvtx: AbstractContextManager[None] = torch.cuda.nvtx.range(name) if self._cuda else nullcontext()
+        with nvtx, record_function(name):
+            begin = self._mark(on_device)
+            try:
+                yield
+            finally:
+                self._times.append((name, begin, self._mark(on_device)))
+                seconds = time.perf_counter() - self._begun
+                self.memory.append({"seconds": seconds, "phase": name, "mib": self._held() / _MIB})
+
+    def take(self) -> list[tuple[str, float]]:
+        """The phases since the last call and their seconds; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize(self._device)
+        taken = [
+            (name, end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000)
+            for name, begin, end in self._times
+        ]
+        self._times.clear()
+        return taken
+
+    def _mark(self, on_device: bool) -> Any:
+        if not on_device:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _held(self) -> int:
+        if self._cuda:
+            return torch.cuda.memory_allocated(self._device)
+        # Pages that are resident; on a system without this file the timeline is flat.
+        statm = Path("/proc/self/statm")
+        return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
+
+
+def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int = 3) -> dict[str, Any]:
+    """Train a few steps on the configured images and say where they spend their time.
+
+    Writes ``trace.json`` (for Perfetto or chrome://tracing) and, on a GPU, ``memory.pickle``
+    (for pytorch.org/memory_viz) into the folder.
+
+    Args:
+        config: What to run. Synthetic negatives are on from the first step; a CUDA graph hides its phases, so none is
+            captured.
+        folder: Made where it is missing.
+        steps: Timed ones, after those that compile and fill caches.
+        traced: Further ones, under the profiler, which slows them down.
+
+    Returns:
+        The environment, the configuration, by phase the milliseconds a step (median) and their share of the step, the
+        step's own milliseconds, images a second, the timeline of memory held at the end of every phase, and the files.
+    """
+    values = config.model_dump(mode="json")
+    values["method"]["warmup_epochs"] = 0
+    values["training"]["cuda_graph"] = False
+    config = Config.model_validate(values)
+    folder.mkdir(parents=True, exist_ok=True)
+    split = open_source(config.data.source).train
+    notes: list[str] = []
+    engine = Engine(config, len(split) // config.training.batch, note=notes.append)
+    pipeline = build_pipeline(
+        split,
+        config.augment,
+        batch=config.training.batch,
+        seed=config.seed,
+        name=config.data.pipeline,
+        device=engine.device,
+        dtype=engine.precision.dtype,
+        workers=config.data.workers,
+        decode=config.data.decode,
+    )
+    clock = PhaseClock(engine.device)
+    number, epoch, batches = 0, 0, iter(pipeline)
+
+    def step() -> None:
+        nonlocal number, epoch, batches
+        with phase("data wait"):
+            batch = next(batches, None)
+            if batch is None:
+                epoch += 1
+                pipeline.set_epoch(epoch)
+                batches = iter(pipeline)
+                batch = next(batches)
+        engine.step(batch, number, 0)
+        number += 1
+
+    try:
+        for _ in range(engine.settling):
+            step()
+        by_step: list[dict[str, float]] = []
+        with recorded_by(clock):
+            for _ in range(steps):
+                begun = time.perf_counter()
+                step()
+                taken = clock.take()
+                whole: dict[str, float] = {"step": time.perf_counter() - begun}
+                for name, seconds in taken:
+                    whole[name] = whole.get(name, 0.0) + seconds
+                by_step.append(whole)
+            timeline = list(clock.memory)
+            files = _trace(step, folder, traced, engine.device)
+    finally:
+        pipeline.close()
+    middle = statistics.median(whole["step"] for whole in by_step)
+    phases = {name: statistics.median(whole.get(name, 0.0) for whole in by_step) for name in PHASES}
+    phases["other"] = max(0.0, middle - sum(phases.values()))
+    return {
+        "environment": describe_environment(),
+        "config": values,
+        "step_ms": 1000 * middle,
+        "images_per_second": config.training.batch / middle,
+        "phases": {name: {"ms": 1000 * value, "share": value / middle} for name, value in phases.items()},
+        "memory": timeline,
+        "peak_mib": max(point["mib"] for point in timeline),
+        "notes": notes,
+        "files": files,
+    }
+
+
+def _trace(step: Any, folder: Path, traced: int, device: torch.device) -> list[str]:
+    """Run further steps under PyTorch's profiler; the files that were written."""
+    activities, cuda = [ProfilerActivity.CPU], device.type == "cuda"
+    if cuda:
+        activities.append(ProfilerActivity.CUDA)
+        torch.cuda.memory._record_memory_history()
+    with profile(activities=activities, profile_memory=True) as trace:
+        for _ in range(traced):
+            step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    files = [folder / "trace.json"]
+    trace.export_chrome_trace(str(files[0]))
+    if cuda:
+        files.append(folder / "memory.pickle")
+        torch.cuda.memory._dump_snapshot(str(files[1]))
+        torch.cuda.memory._record_memory_history(enabled=None)
+    return [str(file) for file in files]

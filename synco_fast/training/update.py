@@ -1,0 +1,122 @@
+"""From a loss to moved weights: scaling, the gradient's norm, clipping, and leaving out what is not finite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synco_fast.training.optimizer import skips_on_device
+
+__all__ = ["SkippedSteps", "Update"]
+
+#: Dynamic loss scaling as in mixed-precision training (arXiv 1710.03740 section 3.2), with PyTorch's constants.
+_FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 65536.0, 2.0, 0.5, 2000
+
+
+class Update:
+    """One optimiser step from gradients that may be scaled or not finite; nothing here waits for a GPU.
+
+    Args:
+        optimizer: What moves the weights. One that cannot be told on the device to leave out a step makes the host wait
+            for the gradient's norm.
+        scaled: Whether losses are scaled, for fp16.
+        clip: The largest norm of the gradient over all parameters; None for no limit.
+        device: Where the parameters are.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *, scaled: bool, clip: float | None, device: torch.device
+    ) -> None:
+        self.optimizer, self.clip = optimizer, clip
+        self._on_device = device.type == "cuda" and skips_on_device(optimizer)
+        self.scale: Tensor | None = torch.full((), _FIRST_SCALE, device=device) if scaled else None
+        self._growth = torch.zeros((), dtype=torch.int32, device=device)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the host must wait for the gradient's norm in each step."""
+        return not self._on_device
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss, scaled where losses are."""
+        (loss if self.scale is None else loss * self.scale).backward()
+
+    @torch.no_grad()
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Move the weights by the gradients that were added, unless their norm is not finite.
+
+        With several processes the gradients are those of the whole batch, so that all decide alike.
+
+        Returns:
+            Whether the step was taken, bool, and the norm of the whole gradient before clipping, float32; both of no
+            dimensions, on the device.
+        """
+        gradients = [
+            parameter.grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if self.scale is not None:
+            torch._foreach_mul_(gradients, 1 / self.scale)
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        accept = torch.isfinite(norm)
+        if self.scale is not None:
+            torch._amp_update_scale_(self.scale, self._growth, (~accept).float(), _GROWTH, _BACKOFF, _INTERVAL)
+        if self.clip is not None:
+            torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
+        if self._on_device:
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~accept).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(accept):
+            self.optimizer.step()
+        return accept, norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loss scale and the steps since it last changed; empty where losses are not scaled."""
+        if self.scale is None:
+            return {}
+        return {"scale": float(self.scale), "growth": int(self._growth)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the loss scale from a checkpoint; one of a run without scaling leaves it at its first value."""
+        if self.scale is not None and "scale" in state:
+            self.scale.fill_(state["scale"])
+            self._growth.fill_(state.get("growth", state.get("_growth_tracker", 0)))
+
+
+class SkippedSteps:
+    """Counts the steps that were left out, on the device.
+
+    Args:
+        device: Where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        #: All, those in a row up to now, and the first of that row (-1 for none).
+        self._counts = torch.tensor([0, 0, -1], dtype=torch.int64, device=device)
+
+    def add(self, accept: Tensor, step: int | Tensor) -> None:
+        """Take in one step."""
+        skipped = (~accept).to(torch.int64)
+        total, row, first = self._counts.unbind()
+        began = torch.where(row > 0, first, step if isinstance(step, Tensor) else torch.full_like(first, step))
+        self._counts.copy_(
+            torch.stack([total + skipped, (row + 1) * skipped, torch.where(accept, torch.full_like(first, -1), began)])
+        )
+
+    def read(self) -> tuple[int, int, int]:
+        """All, those in a row up to now, and the first of that row; waits for the device."""
+        total, row, first = self._counts.tolist()
+        return total, row, first
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"counts": self._counts.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over from a checkpoint."""
+        self._counts.copy_(torch.tensor(state["counts"]))

@@ -1,0 +1,57 @@
+"""The benchmark of the step: what it measures is a step, and its ratios are those of its figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from synco_fast.bench.plain import plain_step
+from synco_fast.bench.step import forward_operations, measure
+from synco_fast.cli import main
+
+SMALL = {"training.batch": 8, "training.device": "cpu"}
+
+
+def test_the_plain_loop_learns(tiny):
+    step = plain_step(tiny({**SMALL, "optimizer.lr": 1.0, "model.momentum": 0.9}), torch.device("cpu"))
+    torch.manual_seed(0)
+    first, second = torch.randn(2, 8, 3, 32, 32)
+    losses = [step(first, second) for _ in range(12)]
+    assert losses[0] > losses[-1] or losses[-1] < 6
+    assert all(loss == loss for loss in losses)
+
+
+@pytest.mark.parametrize("subject", ["encoder", "plain", "synco"])
+def test_each_subject_is_measured(tiny, subject):
+    found = measure(subject, tiny(SMALL).model_dump(mode="json"), engine="graph", steps=5)
+    assert len(found["images_per_second"]) == 5
+    assert found["median"] > 0
+    assert (found["loss"] is None) == (subject == "encoder")
+    assert (found["notes"] == []) == (subject == "plain"), "a graph needs a GPU, and that is said"
+
+
+def test_operations_are_counted_as_two_for_a_multiply_add(tiny):
+    config = tiny(
+        {"model.backbone": "resnet18", "model.backbone_args": {}, "augment.size": 224, "augment.evaluation_resize": 224}
+    )
+    assert forward_operations(config) == pytest.approx(2 * 1.814e9, rel=0.01), "ResNet-18 at 224: 1.8 GMACs"
+
+
+@pytest.mark.slow
+def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(tiny(SMALL).to_yaml())
+    words = ["bench", "step", "--config", str(tmp_path / "tiny.yaml"), "--subjects", "encoder", "moco"]
+    assert main([*words, "--steps", "5", "--threads", "1", "--json", str(tmp_path / "step.json")]) == 0
+    report = json.loads((tmp_path / "step.json").read_text())
+    encoder, moco = report["results"]
+    assert moco["of_encoder"] == pytest.approx(moco["median"] / encoder["median"])
+    assert moco["of_plain"] is None
+    assert report["environment"]["threads"] == 1
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_unknown_words_are_refused(capsys):
+    assert main(["bench", "step", "--subjects", "simclr"]) == 2
+    assert "subjects: found 'simclr', allowed encoder, plain" in capsys.readouterr().err

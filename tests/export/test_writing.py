@@ -1,0 +1,223 @@
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+import torchvision
+import yaml
+from safetensors.torch import load_file
+
+import synco_fast
+from synco_fast.errors import CheckpointError, ConfigError
+from synco_fast.export.importing import import_checkpoint
+from synco_fast.export.layouts import from_detectron2, from_moco, to_moco
+from synco_fast.export.reading import read_weights
+from synco_fast.export.writing import export_checkpoint
+from tests.export.conftest import STOCK
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
+
+
+@pytest.mark.parametrize(
+    ("format", "backbone"),
+    [
+        ("torchvision", "resnet18"),
+        ("torchvision", "timm/resnet18"),
+        ("timm", "timm/resnet18"),
+        ("safetensors", "resnet18"),
+        ("moco", "resnet18"),
+    ],
+)
+def test_round_trips_are_bit_equal(make_run, tmp_path, format, backbone):
+    run = make_run({**STOCK, "model.backbone": backbone})
+    before = read_weights(run)
+    done = export_checkpoint(run, format, tmp_path / "out")
+    assert sorted(done.files) == sorted(path.name for path in (tmp_path / "out").iterdir())
+    again = tmp_path / "again.pt"
+    import_checkpoint(tmp_path / "out" / done.files[0], again, method="synco", backbone=backbone)
+    assert same(read_weights(again).backbone, before.backbone)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(synco_fast.load_backbone(again)(images), synco_fast.load_backbone(run)(images))
+
+
+def test_the_libraries_load_what_is_theirs(make_run, tmp_path):
+    run = make_run(STOCK)
+    images = torch.randn(2, 3, 64, 64)
+    expected = synco_fast.load_backbone(run)(images)
+
+    export_checkpoint(run, "torchvision", tmp_path / "torchvision")
+    model = torchvision.models.resnet18()
+    state = torch.load(tmp_path / "torchvision" / "backbone.pth", weights_only=True)
+    found = model.load_state_dict(state, strict=False)
+    assert set(found.missing_keys) == {"fc.weight", "fc.bias"}
+    assert not found.unexpected_keys
+    model.fc = torch.nn.Identity()
+    assert torch.equal(model.eval()(images), expected)
+
+    export_checkpoint(run, "timm", tmp_path / "timm")
+    file = tmp_path / "timm" / "model.safetensors"
+    model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(file))
+    assert torch.allclose(model.eval()(images), expected, atol=1e-6)
+    card = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert (card["architecture"], card["num_features"]) == ("resnet18", 512)
+
+    export_checkpoint(run, "safetensors", tmp_path / "safetensors")
+    file = tmp_path / "safetensors" / "backbone.safetensors"
+    assert torch.equal(synco_fast.load_backbone(file)(images), expected)
+
+
+def test_a_thin_timm_model_keeps_its_arguments(make_run, tmp_path):
+    run = make_run()
+    export_checkpoint(run, "timm", tmp_path / "timm")
+    card = json.loads((tmp_path / "timm" / "config.json").read_text())
+    model = timm.create_model(card["architecture"], num_classes=0, **card["model_args"])
+    model.load_state_dict(load_file(tmp_path / "timm" / "model.safetensors"))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), synco_fast.load_backbone(run)(images))
+    for format in ("torchvision", "detectron2"):
+        with pytest.raises(CheckpointError, match="--format timm takes it"):
+            export_checkpoint(run, format, tmp_path / format)
+        assert not (tmp_path / format).exists()
+
+
+def authors_linear_evaluation(file) -> torchvision.models.ResNet:
+    """What facebookresearch/moco's main_lincls.py does with a checkpoint: encoder_q without fc, all but fc must fit."""
+    prefix, state = "module.encoder_q.", torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    kept = {
+        name[len(prefix) :]: value
+        for name, value in state.items()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}fc")
+    }
+    model = torchvision.models.resnet18()
+    found = model.load_state_dict(kept, strict=False)
+    assert set(found.missing_keys) == {"fc.weight", "fc.bias"}
+    assert not found.unexpected_keys
+    return model
+
+
+def test_the_authors_layout_holds_everything(make_run, tmp_path):
+    run = make_run(STOCK)
+    export_checkpoint(run, "moco", tmp_path / "moco")
+    file = tmp_path / "moco" / "checkpoint.pth.tar"
+    model = authors_linear_evaluation(file)
+    model.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(model.eval()(images), synco_fast.load_backbone(run)(images))
+    content = torch.load(file, weights_only=True)
+    assert (content["arch"], content["epoch"]) == ("resnet18", 2)
+    assert content["state_dict"]["module.queue"].shape == (16, 32)
+    assert content["state_dict"]["module.queue_ptr"].tolist() == [8]
+    assert content["state_dict"]["module.encoder_k.fc.2.weight"].shape == (16, 512)
+    state = read_weights(run).state
+    back = from_moco(to_moco(state), "here")
+    back["queue.images"] = state["queue.images"]
+    assert same(back, state)
+
+
+def published(tmp_path, *, mlp: bool) -> dict:
+    """A checkpoint as the authors' programs write it."""
+
+    def encoder() -> dict:
+        model = torchvision.models.resnet18(num_classes=16)
+        if mlp:
+            model.fc = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), model.fc)
+        return model.state_dict()
+
+    state = {f"module.encoder_q.{name}": value for name, value in encoder().items()}
+    state |= {f"module.encoder_k.{name}": value for name, value in encoder().items()}
+    state |= {"module.queue": torch.randn(16, 64), "module.queue_ptr": torch.tensor([32])}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.03).state_dict()
+    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("mlp", [True, False], ids=["v2", "v1"])
+def test_published_checkpoints_come_in_and_go_out_unchanged(tmp_path, mlp):
+    content = published(tmp_path, mlp=mlp)
+    torch.save(content, tmp_path / "published.pth.tar")
+    weights = import_checkpoint(tmp_path / "published.pth.tar", tmp_path / "ours.pt", method="mochi")
+    assert (weights.config.method.name, weights.config.model.backbone, weights.epochs) == ("mochi", "resnet18", 200)
+    export_checkpoint(tmp_path / "ours.pt", "moco", tmp_path / "back")
+    back = torch.load(tmp_path / "back" / "checkpoint.pth.tar", weights_only=True)
+    assert same(back["state_dict"], content["state_dict"])
+    assert back["epoch"] == 200
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert "published.pth.tar" in card
+    assert "| epochs | 200 |" in card
+
+
+def test_names_that_the_layout_lacks(tmp_path):
+    content = published(tmp_path, mlp=True)
+    content["state_dict"]["module.predictor.weight"] = torch.ones(1)
+    torch.save(content, tmp_path / "other.pth.tar")
+    with pytest.raises(CheckpointError, match=r"found module\.predictor\.weight \(1 in all\)"):
+        import_checkpoint(tmp_path / "other.pth.tar", tmp_path / "ours.pt", method="moco")
+    torch.save({"state_dict": {"module.encoder_k.conv1.weight": torch.ones(1)}}, tmp_path / "key.pth.tar")
+    with pytest.raises(CheckpointError, match="found no encoder"):
+        import_checkpoint(tmp_path / "key.pth.tar", tmp_path / "ours.pt", method="moco")
+    torch.save({"conv1.weight": torch.ones(1)}, tmp_path / "bare.pth")
+    with pytest.raises(ConfigError, match="--backbone NAME"):
+        import_checkpoint(tmp_path / "bare.pth", tmp_path / "ours.pt", method="moco")
+
+
+def test_detectron2(make_run, tmp_path):
+    run = make_run({**STOCK, "model.backbone": "resnet50"})
+    done = export_checkpoint(run, "detectron2", tmp_path / "d2")
+    content = pickle.loads((tmp_path / "d2" / "backbone.pkl").read_bytes())
+    assert content["matching_heuristics"] is True
+    names = content["model"]
+    for name in (
+        "stem.conv1.weight",
+        "stem.conv1.norm.running_var",
+        "res2.0.shortcut.weight",
+        "res5.2.conv3.norm.bias",
+        "res5.0.shortcut.norm.weight",
+    ):
+        assert name in names
+    tensors = {name: torch.from_numpy(value) for name, value in names.items()}
+    backbone = {k: v for k, v in read_weights(run).backbone.items() if "num_batches_tracked" not in k}
+    assert same(from_detectron2(tensors), backbone)
+    voc = yaml.safe_load((tmp_path / "d2" / done.files[1]).read_text())
+    assert voc["MODEL"]["ROI_HEADS"] == {"NAME": "Res5ROIHeadsExtraNorm", "NUM_CLASSES": 20}
+    assert voc["MODEL"]["PIXEL_MEAN"] == [123.675, 116.28, 103.53]
+    assert voc["SOLVER"]["MAX_ITER"] == 24000
+    with pytest.raises(CheckpointError, match="made of bottlenecks"):
+        export_checkpoint(make_run(STOCK, "small"), "detectron2", tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_onnx_agrees_with_pytorch(make_run, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run = make_run()
+    done = export_checkpoint(run, "onnx", tmp_path / "onnx")
+    assert len(list((tmp_path / "onnx").iterdir())) == 2
+    assert 0 <= next(iter(done.checks.values())) < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "backbone.onnx"))
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        assert torch.allclose(found, synco_fast.load_backbone(run)(images), atol=1e-4)
+
+
+def test_the_card_says_what_the_weights_are(make_run, tmp_path):
+    run = make_run()
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "knn.json").write_text(json.dumps({"headline": {"kNN, k 20": 0.5}, "chance": 1 / 3}))
+    done = export_checkpoint(run, "safetensors", licence="CC-BY-4.0")
+    assert done.folder == run / "export" / "safetensors"
+    card = (done.folder / "README.md").read_text()
+    for words in ("SynCo", "timm/resnet18", "| epochs | 2 |", "kNN, k 20: 50.0% (chance 33.3%)", "75.0%", "CC-BY-4.0"):
+        assert words in card
+    assert str(torch.__version__).split("+")[0] in card
+
+
+def test_bad_words(make_run, tmp_path):
+    with pytest.raises(ConfigError, match=r"format: found 'keras', allowed torchvision"):
+        export_checkpoint(make_run(), "keras")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="found a file"):
+        export_checkpoint(tmp_path / "run", "safetensors", tmp_path / "file")

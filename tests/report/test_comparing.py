@@ -1,0 +1,46 @@
+import json
+
+import pytest
+
+from synco_fast.errors import ConfigError
+from synco_fast.report.comparing import compare_runs, draw_comparison, spread
+
+
+def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
+    runs = [
+        told_run({"seed": 0}, "a", knn=0.7),
+        told_run({"seed": 1}, "b", knn=0.8),
+        told_run({"method.name": "moco"}, "c", knn=0.6),
+        told_run({"method.name": "moco", "method.temperature": 0.1}, "d", knn=0.5),
+    ]
+    (runs[0] / "evaluation").mkdir()
+    (runs[0] / "evaluation" / "linear.json").write_text(json.dumps({"top1": 0.9}))
+    groups = compare_runs(runs)
+    assert [group.title for group in groups] == [
+        "synco, temperature 0.2",
+        "moco, temperature 0.2",
+        "moco, temperature 0.1",
+    ]
+    assert groups[0].values("kNN") == [0.7, 0.8]
+    assert groups[0].values("linear") == [0.9]
+    assert groups[0].budget == "2 x 8"
+    assert groups[1].values("linear") == []
+    draw_comparison(groups, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_spread():
+    assert spread([]) is None
+    assert spread([0.5]) == (0.5, 0.0)
+    assert spread([0.4, 0.6]) == (pytest.approx(0.5), pytest.approx(0.1414, abs=1e-3))
+
+
+def test_what_is_no_run(told_run, tmp_path):
+    run = told_run()
+    with pytest.raises(ConfigError, match="run: found no run in"):
+        compare_runs([run, tmp_path])
+    with pytest.raises(ConfigError, match=r"found .* twice"):
+        compare_runs([run, run])
+    (run / "summary.json").write_text("{")
+    with pytest.raises(ConfigError, match="JSON that cannot be read"):
+        compare_runs([run])

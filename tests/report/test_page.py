@@ -1,0 +1,130 @@
+"""The report, read as a file and looked at in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from synco_fast.errors import ConfigError
+from synco_fast.evaluation.subject import Setting, open_subject
+from synco_fast.report import gallery
+from synco_fast.report.gallery import flatten, look_around
+from synco_fast.report.page import write_report
+
+BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
+
+
+@pytest.fixture
+def page(told_run):
+    folder = told_run(probe=True)
+    (folder / "plots" / "pairs.png").write_bytes(PIXEL)
+    return write_report(folder, setting=Setting(workers=0))
+
+
+#: One grey pixel.
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
+    "3a7e9b550000000a49444154789c63680000008200814fd342250000000049454e44ae426082"
+)
+
+
+def test_everything_is_inside(page):
+    text = page.read_text()
+    for words in (
+        "Contrastive loss",
+        "Hardness: cosine to the query",
+        "Throughput, images per second",
+        "Time spent waiting for data",
+        "kNN accuracy on the held-out split",
+        "Pairs of views",
+        "Map of the embedding",
+        "t-SNE of the frozen features",
+        "Confusion matrix of the linear probe",
+        "linear top-1, cached features",
+        "backbone: timm/resnet18",
+        f"<td>{torch.__version__.split('+')[0]}",
+    ):
+        assert words in text, words
+    assert not re.search(r"(src|href)=\"(?!data:)", text), "nothing is asked of the network"
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
+    assert text.count('<div class="sheet">') == 10
+    assert text.count('<figure class="right">') + text.count('<figure class="wrong">') == 50
+
+
+def test_neighbours_are_marked_by_class(told_run):
+    subject = open_subject(told_run(), Setting(workers=0))
+    found = look_around(subject, queries=6, neighbours=4)
+    assert [sheet.label for sheet in found.sheets] == ["class0", "class1", "class2"] * 2
+    for sheet in found.sheets:
+        assert all(one.right == (one.label == sheet.label) for one in sheet.neighbours)
+        similarities = [one.similarity for one in sheet.neighbours]
+        assert similarities == sorted(similarities, reverse=True)
+    assert 0 <= found.right <= 1
+
+
+def test_the_map_needs_no_extra_package(monkeypatch):
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    points, by = flatten(features)
+    assert (points.shape, by) == ((40, 2), "t-SNE")
+    monkeypatch.setattr(gallery.importlib.util, "find_spec", lambda name: None)
+    points, by = flatten(features)
+    assert (points.shape, by) == ((40, 2), "principal components")
+
+
+def test_what_is_missing_is_named(told_run, image_folder):
+    folder = told_run({"data.source": str(image_folder)})
+    shutil.rmtree(image_folder)
+    text = write_report(folder).read_text()
+    assert f"found no folder {image_folder}" in html.unescape(text)
+    assert f"synco-fast evaluate linear {folder} --fast" in text
+    assert "holds no plots/pairs.png" in text
+    with pytest.raises(ConfigError, match="found no run in"):
+        write_report(folder / "plots")
+
+
+def test_words_of_the_user_stay_words(told_run):
+    folder = told_run({"about": "<script>alert(1)</script>", "preset": "<b>bold</b>"})
+    text = write_report(folder, setting=Setting(workers=0)).read_text()
+    assert "<script>" not in text
+    assert "<b>bold" not in text
+
+
+def browse(page: Path, folder: Path, width: int) -> tuple[dict, str]:
+    """What a browser makes of a page at a width: measured inside a frame, as a phone would show it."""
+    probe = """<script>addEventListener("load", () => parent.postMessage({
+        scroll: document.documentElement.scrollWidth, width: innerWidth,
+        broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length, images: document.images.length,
+        smallest: Math.min(
+            ...[...document.querySelectorAll("body *")].map(e => parseFloat(getComputedStyle(e).fontSize)))
+    }, "*"))</script>"""
+    copy, frame = folder / "copy.html", folder / "frame.html"
+    copy.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
+    frame.write_text(
+        f'<body style="margin:0"><iframe src="copy.html" style="border:0;width:{width}px;height:900px"></iframe>'
+        '<p id="found"></p><script>addEventListener("message", '
+        'e => document.getElementById("found").textContent = JSON.stringify(e.data))</script></body>'
+    )
+    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    words += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(html.unescape(re.search(r'<p id="found">(.*?)</p>', done.stdout, re.S)[1])), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_it_without_complaint(page, tmp_path, width):
+    found, log = browse(page, tmp_path, width)
+    assert found["width"] == width
+    assert found["scroll"] <= width, "nothing sticks out to the right"
+    assert found["broken"] == 0
+    assert found["images"] > 60
+    assert found["smallest"] >= 11
+    assert "CONSOLE" not in log, log

@@ -1,0 +1,116 @@
+"""What the verbs about finished runs say when they are given what they cannot use: one line, exit code 2."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from synco_fast.cli import main
+from tests.export.conftest import make_run
+
+__all__ = ["make_run"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> str:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        said = capsys.readouterr().err
+        assert code == 2, said
+        assert said.startswith("error: ")
+        assert said.strip().count("\n") == 0, said
+        return said
+
+    return call
+
+
+VERBS = (
+    ["evaluate", "knn"],
+    ["evaluate", "linear"],
+    ["evaluate", "linear", "--fast"],
+    ["evaluate", "finetune"],
+    ["evaluate", "detection", "--data", "voc:nowhere"],
+    ["export", "--format", "safetensors"],
+    ["embed", "--out", "features.npz"],
+)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_checkpoints_that_cannot_be_used(refused, make_run, tmp_path, verb):
+    run = make_run()
+    checkpoint = run / "checkpoints" / "step-00000008.pt"
+    content = torch.load(checkpoint, weights_only=True)
+    content["method"]["encoder.backbone.wings"] = content["method"].pop("encoder.backbone.bn1.bias")
+    torch.save(content, tmp_path / "other.pt")
+    torch.save({**content, "method": {}}, tmp_path / "empty.pt")
+    torch.save({**content, "bomb": Bomb()}, tmp_path / "bomb.pt")
+    for file, says in (
+        ("none.pt", "found no file"),
+        ("empty.pt", "found no encoder in it"),
+        ("other.pt", "it lacks bn1.bias; it has besides wings"),
+        ("bomb.pt", "found exec in its pickle, allowed tensors and plain values"),
+    ):
+        if verb[-1] == "voc:nowhere" and file == "other.pt":
+            continue  # the images are looked for first
+        if verb[0] == "export" and file == "other.pt":
+            continue  # safetensors takes whatever the backbone is
+        assert says in refused(*verb, tmp_path / file)
+    shutil.copy(tmp_path / "bomb.pt", checkpoint)
+    assert "exec" in refused(*verb, run)
+
+
+def test_data_and_words_that_cannot_be_used(refused, make_run, image_folder):
+    run = make_run()
+    for words, says in (
+        (["knn", run, "--neighbours", "34"], "neighbours: found 34, allowed up to 33"),
+        (["knn", run, "--neighbours", "0"], "neighbours: found 0, allowed 1 or more"),
+        (["knn", run, "--temperature", "0"], "temperature: found 0, allowed above 0"),
+        (["knn", run, "--workers", "-1"], "workers: found -1, allowed 0 or more"),
+        (["knn", run, "--data", image_folder / "train" / "class0"], "found no held-out split"),
+        (["linear", run, "--epochs", "0"], "epochs: found 0, allowed 1 or more"),
+        (["linear", run, "--lr", "1", "2"], "lr: found 2 rates, allowed one, or several with --fast"),
+        (["finetune", run, "--percent", "101"], "percent: found 101, allowed above 0, up to 100"),
+        (["finetune", run, "--lr", "0"], "lr: found 0, allowed rates above 0"),
+        (["finetune", run, "--list", image_folder / "none.txt"], "list: cannot read"),
+        (["detection", run], "data: found none, allowed voc:FOLDER or coco:FOLDER"),
+        (["detection", run, "--data", "voc:x", "--steps", "0"], "steps: found 0, allowed above 0"),
+    ):
+        assert says in refused("evaluate", *words)
+    assert "found no run in" in refused("report", image_folder)
+    assert "found no run in" in refused("compare", run, image_folder)
+    assert "allowed a name that ends in .png" in refused("compare", run, "--out", "comparison.txt")
+    assert "allowed a name that ends in .npz" in refused("embed", run, "--out", "features.csv")
+    shutil.rmtree(image_folder / "val" / "class1")
+    assert "found 3 classes among the training images" in refused("evaluate", "linear", run)
+
+
+def test_an_imported_checkpoint_asks_for_its_images(refused, tmp_path, capsys):
+    import torchvision
+
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
+    words = ["import", tmp_path / "resnet.pth", "--method", "moco", "--out", tmp_path / "ours.pt"]
+    assert "--backbone NAME" in refused(*words)
+    assert "nearest: resnet18" in refused(*words, "--backbone", "resnet188")
+    assert "another architecture than resnet34: it lacks" in refused(*words, "--backbone", "resnet34")
+    assert main([str(word) for word in [*words, "--backbone", "resnet18"]]) == 0
+    assert "data: found none, allowed --data SOURCE" in refused("evaluate", "knn", tmp_path / "ours.pt")
+    assert "data: found none, allowed --data SOURCE" in refused("embed", tmp_path / "ours.pt", "--out", "f.npz")
+
+
+def test_every_verb_has_an_example(capsys):
+    for verb in [*(verb[:2] for verb in VERBS[:5]), ["export"], ["import"], ["embed"], ["report"], ["compare"]]:
+        with pytest.raises(SystemExit) as left:
+            main([*verb, "--help"])
+        assert left.value.code == 0
+        assert "example:" in capsys.readouterr().out

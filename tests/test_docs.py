@@ -1,0 +1,84 @@
+"""The commands and lines of the pages on evaluation and export, as they are printed there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from synco_fast.cli import main
+from tests.evaluation.detection.test_transfer import voc
+from tests.export.conftest import STOCK, make_run
+from tests.export.test_writing import published
+from tests.report.conftest import told_run
+
+__all__ = ["make_run", "told_run", "voc"]
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.S)
+
+
+@pytest.fixture
+def workplace(told_run, image_folder, tmp_path, monkeypatch):
+    """A folder in which the pages' names mean something."""
+    inside = tmp_path / "workplace"
+    (inside / "datasets").mkdir(parents=True)
+    told_run(name="workplace/runs/demo")
+    told_run({"seed": 1}, "workplace/runs/other")
+    shutil.copytree(image_folder, inside / "datasets" / "demo")
+    monkeypatch.chdir(inside)
+    return inside
+
+
+def run(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    assert words[0] == "synco-fast"
+    assert main(words[1:]) == 0, line
+
+
+@pytest.mark.slow
+def test_evaluation(workplace, voc):
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("pyarrow")
+    shutil.copytree(voc, workplace / "datasets" / "voc")
+    (workplace / "datasets/voc/VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("000008\n")
+    (workplace / "subset.txt").write_text("class0/1.jpg\nclass1/2.jpg\nclass2/3.jpg\n")
+    lines = [line for block in blocks("evaluation.md", "sh") for line in block.splitlines() if line]
+    assert len(lines) == 11
+    for line in lines:
+        run(line)
+    left = {path.name for path in (workplace / "runs/demo/evaluation").glob("*.json")}
+    assert left == {
+        "knn.json",
+        "linear.json",
+        "linear_fast.json",
+        "finetune_10.json",
+        "finetune_subset.json",
+        "detection_voc.json",
+    }
+    for name in ("features.npz", "features.parquet", "comparison.png", "runs/demo/report.html"):
+        assert (workplace / name).stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_export(workplace, make_run, tmp_path):
+    pytest.importorskip("onnxruntime")
+    make_run({**STOCK, "model.backbone": "resnet50"}, "workplace/runs/synco-r50")
+    torch.save(published(tmp_path, mlp=True), workplace / "moco_v2_800ep_pretrain.pth.tar")
+    torch.save(torchvision.models.resnet18().state_dict(), workplace / "backbone.pth")
+    lines = [line for block in blocks("export.md", "sh") for line in block.splitlines() if line]
+    assert len(lines) == 9
+    for line in lines:
+        run(line)
+    for name in ("torchvision", "safetensors", "moco", "detectron2"):
+        assert (workplace / "runs/synco-r50/export" / name / "README.md").is_file()
+    for block in blocks("export.md", "python"):
+        exec(block, {})

@@ -1,0 +1,167 @@
+"""Several processes over gloo do what one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synco_fast.errors import ConfigError
+from synco_fast.training.checkpoint import find_checkpoint
+from synco_fast.training.distributed import Place
+from synco_fast.training.metrics import read_metrics
+
+from .job import Job, run_job
+
+BASE = {
+    "evaluation.every": 0,
+    # Four images of some size in a group: statistics of fewer values would magnify rounding into other losses.
+    "training.batch": 16,
+    "training.epochs": 4,
+    "augment.size": 64,
+    "augment.evaluation_resize": 64,
+    "model.batch_norm_groups": 4,
+    "model.momentum": 0.9,
+    "optimizer.lr": 0.03,
+    "method.mask_same_image": True,
+}
+
+
+def losses(folder):
+    return torch.tensor([line["loss"] for line in read_metrics(folder) if line["kind"] == "train"])
+
+
+def assert_same_state(job: Job, state: dict, atol: float = 2e-5) -> None:
+    """Identical on every rank, and that of another job but for rounding."""
+    assert job.codes == [0] * len(job.codes), job.words
+    for other in job.states[1:]:
+        assert all(torch.equal(job.states[0][name], value) for name, value in other.items() if name.startswith("queue"))
+    for name in ("queue.rows", "queue.images", "queue.pointer", "encoder.head.2.weight"):
+        assert torch.allclose(job.states[0][name], state[name], atol=atol), (name, job.states[0][name] - state[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (2, {"method.symmetric": True}),
+        (4, {}),
+        (2, {"training.accumulate": 2, "method.name": "moco"}),
+    ],
+)
+def test_losses_and_queue_are_those_of_one_process(tiny, tmp_path, world, changes):
+    config = tiny({**BASE, "method.warmup_epochs": 0, "training.max_steps": 5, **changes})
+    alone = run_job(1, tiny({**config_values(config), "training.accumulate": 1}), tmp_path / "alone")
+    job = run_job(world, config, tmp_path / "job")
+    assert_same_state(job, alone.states[0])
+    assert torch.allclose(losses(tmp_path / "job"), losses(tmp_path / "alone"), atol=1e-5)
+    if config.training.accumulate > 1:
+        return  # running statistics move once for each part
+    mean = find_checkpoint(tmp_path / "job")[0]["method"]["encoder.backbone.bn1.running_mean"]
+    expected = find_checkpoint(tmp_path / "alone")[0]["method"]["encoder.backbone.bn1.running_mean"]
+    assert torch.allclose(mean, expected, atol=1e-5), "the statistics of all ranks"
+
+
+def config_values(config):
+    return {
+        f"{section}.{key}": value
+        for section, keys in config.model_dump(mode="json").items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+    }
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path):
+    changes = {**BASE, "method.name": "moco", "training.epochs": 4}
+    whole = run_job(1, tiny(changes), tmp_path / "whole")
+    run_job(2, tiny({**changes, "training.max_steps": 3}), tmp_path / "parts")
+    job = run_job(4, tiny({**changes, "training.max_steps": 6}), tmp_path / "parts", resume=True)
+    assert job.states[0]["step"] == 6
+    last = run_job(1, tiny(changes), tmp_path / "parts", resume=True)
+    assert_same_state(last, whole.states[0], atol=1e-4)
+    assert torch.allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_the_job_resumes(tiny, tmp_path):
+    config = tiny({**BASE, "training.checkpoint_every": 2})
+    act = "if rank == 1 and step == 5: os.kill(os.getpid(), 9)"
+    job = run_job(2, config, tmp_path / "run", act=act, within=40)
+    assert job.codes[1] == -9
+    assert job.codes[0] == 2, job.words[0]
+    assert job.seconds < 30
+    assert "processes: rank 0 lost the others at step 6" in job.words[0]
+    assert f"step-00000004.pt: go on with --resume {tmp_path / 'run'}" in job.words[0]
+    resumed = run_job(2, config, tmp_path / "run", resume=True)
+    assert "resumed from" in resumed.words[0]
+    whole = run_job(2, config, tmp_path / "whole")
+    assert_same_state(resumed, whole.states[0], atol=0)
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_same_step_and_differences_are_found(tiny, tmp_path):
+    config = tiny({**BASE, "training.epochs": 400})
+    act = "if rank == 1 and step == 2: os.kill(os.getpid(), 15)"
+    job = run_job(2, config, tmp_path / "run", act=act)
+    assert job.codes == [0, 0], job.words
+    assert [state["step"] for state in job.states] == [4, 4], "the processes agree at the end of the epoch"
+    act = "if rank == 1 and step == 5: trainer.method.queue.rows[3, 2] += 1e-3"
+    job = run_job(2, config, tmp_path / "run", resume=True, act=act)
+    assert job.codes == [2, 2], job.words
+    assert "found another queue or other weights on rank 1 than on rank 0 at step 6" in job.words[0]
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "h",
+    "MASTER_PORT": "29500",
+}
+SLURM = {
+    "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+
+
+def test_the_place_is_found_in_what_torchrun_or_slurm_sets():
+    assert Place.find({}) == Place()
+    assert Place.find(TORCHRUN) == Place(3, 4, 1, 2, "h", 29500)
+    assert Place.find({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) == Place()
+    assert Place.find(SLURM) == Place(9, 16, 1, 8, "gpu03", 24567)
+    assert Place.find({**SLURM, "MASTER_PORT": "7", "MASTER_ADDR": "a"}).port == 7
+    assert Place.find({**SLURM, "SLURM_STEP_ID": ""}) == Place(), "a shell inside an allocation is no task"
+    assert Place.find({**SLURM, **TORCHRUN}).world == 4, "torchrun inside a Slurm job"
+    with pytest.raises(ConfigError, match="MASTER_PORT: found '' in the environment"):
+        Place.find({**TORCHRUN, "MASTER_PORT": ""})
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu03", "gpu03"),
+        ("gpu[03-05,9]", "gpu03"),
+        ("a1,b[2-3]", "a1"),
+        ("n[7,9]-ib", "n7-ib"),
+        ("rack-1-n5", "rack-1-n5"),
+    ],
+)
+def test_the_first_machine_of_slurms_list(nodes, first):
+    assert Place.find({**SLURM, "SLURM_STEP_NODELIST": nodes}).address == first
+
+
+def test_a_batch_that_cannot_be_spread(tiny):
+    from synco_fast.methods.build import build_method, groups_of_part
+
+    config = tiny({"model.batch_norm_groups": 4})
+    assert [groups_of_part(config, processes) for processes in (1, 2, 4, 8)] == [4, 2, 1, 1]
+    with pytest.raises(ConfigError, match=r"training\.batch: found 8, allowed a multiple of 3 \(3 processes\)"):
+        build_method(config, processes=3)
+    with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 4, allowed a multiple or a divisor of 6"):
+        groups_of_part(tiny({"training.batch": 24, "model.batch_norm_groups": 4, "training.accumulate": 2}), 3)

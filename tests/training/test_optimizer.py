@@ -1,0 +1,85 @@
+"""Optimisers by name."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from synco_fast.config import OptimizerConfig
+from synco_fast.errors import ConfigError
+from synco_fast.training.optimizer import build_optimizer
+
+CPU = torch.device("cpu")
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_each_learns_and_keeps_its_state(name):
+    net, x = model(), torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    optimizer = build_optimizer(net, OptimizerConfig(name=name), lr=0.05, device=CPU)
+    first = None
+    for _ in range(60):
+        loss = (net(x) - 1).square().mean()
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.8 * first
+    other = build_optimizer(model(), OptimizerConfig(name=name), lr=0.05, device=CPU)
+    other.load_state_dict(optimizer.state_dict())
+    assert len(other.state) == len(list(net.parameters()))
+
+
+def test_vectors_are_not_decayed_but_by_sgd():
+    for name, decays in (("sgd", {0.1}), ("adamw", {0.1, 0.0}), ("lars", {0.1, 0.0}), ("lamb", {0.1, 0.0})):
+        optimizer = build_optimizer(model(), OptimizerConfig(name=name, weight_decay=0.1), lr=0.1, device=CPU)
+        assert {group["weight_decay"] for group in optimizer.param_groups} == decays
+        for group in optimizer.param_groups:
+            if group["weight_decay"] == 0:
+                assert all(parameter.dim() == 1 for parameter in group["params"])
+
+
+@pytest.fixture
+def apex(tmp_path, monkeypatch):
+    """Make a package of that name importable, with the given files."""
+
+    def make(**files):
+        for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+            monkeypatch.delitem(sys.modules, name)
+        (tmp_path / "apex").mkdir()
+        for name, text in {"__init__": "", **files}.items():
+            (tmp_path / "apex" / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        del sys.modules[name]
+
+
+def refused(name="apex_sgd"):
+    with pytest.raises(ConfigError) as error:
+        build_optimizer(model(), OptimizerConfig(name=name), lr=0.1, device=CPU)
+    return str(error.value)
+
+
+def test_without_apex():
+    assert "found apex_sgd and no NVIDIA apex here" in refused()
+
+
+def test_the_other_package_of_that_name_is_recognised(apex):
+    apex(interfaces="# what PyPI's package of that name looks like: a toolkit for Pyramid")
+    said = refused()
+    assert "without FusedSGD, such as the web toolkit of that name on PyPI" in said
+    assert "pip uninstall apex" in said
+    assert "github.com/NVIDIA/apex" in said
+
+
+def test_nvidias_apex_wants_a_gpu(apex):
+    apex(optimizers="class FusedSGD: ...\nclass FusedLAMB: ...")
+    assert refused() == "optimizer.name: found apex_sgd, allowed sgd without a GPU"
+    assert refused("apex_lamb") == "optimizer.name: found apex_lamb, allowed lamb without a GPU"
