@@ -16,6 +16,7 @@ EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
 EMBED = ["pyarrow>=15"]
 REPORT = ["scikit-learn>=1.4"]
+DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 
 
 def packages() -> list[str]:
@@ -63,7 +64,7 @@ setup(
         "detection": DETECTION,
         "embed": EMBED,
         "report": REPORT,
-        "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
+        "dali": DALI,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
@@ -75,6 +76,7 @@ setup(
             *DETECTION,
             *EMBED,
             *REPORT,
+            *DALI,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

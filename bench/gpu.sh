@@ -65,6 +65,7 @@ part "head, all shapes" 80 "${SYNCO[@]}" bench head --backends released referenc
   --json "$OUT/head.json" --plot "$OUT/head.png"
 part "training step" 70 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder synco moco --engines eager graph --steps 10 --rounds 1 \
   --json "$OUT/step.json"
+part "data" 75 "${SYNCO[@]}" bench data --device cuda --batch 256 --seconds 4 --rounds 2 --json "$OUT/data.json"
 gzip -f "$OUT/logs.txt"
 cat "$OUT/summary.txt"
 exit "$WORST"
