@@ -63,6 +63,8 @@ part "momentum" 25 "$PYTHON" -m pytest -q -p no:cacheprovider bench/suites/test_
   --benchmark-json "$OUT/momentum.json"
 part "head, all shapes" 80 "${SYNCO[@]}" bench head --backends released reference closed_form triton --repeats 20 \
   --json "$OUT/head.json" --plot "$OUT/head.png"
+part "training step" 70 "${SYNCO[@]}" bench step --config synco-r50-200 --engines eager graph --steps 10 --rounds 1 \
+  --json "$OUT/step.json"
 gzip -f "$OUT/logs.txt"
 cat "$OUT/summary.txt"
 exit "$WORST"
