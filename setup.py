@@ -16,6 +16,7 @@ EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
 EMBED = ["pyarrow>=15"]
 REPORT = ["scikit-learn>=1.4"]
+DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 GENERATOR = ["torchmetrics>=1.4"]
 
 
@@ -64,8 +65,8 @@ setup(
         "detection": DETECTION,
         "embed": EMBED,
         "report": REPORT,
+        "dali": DALI,
         "generator": GENERATOR,
-        "dali": ["nvidia-dali-cuda130>=1.50; platform_system == 'Linux'"],
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
@@ -77,6 +78,7 @@ setup(
             *DETECTION,
             *EMBED,
             *REPORT,
+            *DALI,
             *GENERATOR,
         ],
     },

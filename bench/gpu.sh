@@ -48,7 +48,7 @@ nvidia-smi >> "$OUT/environment.txt" 2>&1
 # The shape that matters first, in case the time ends early.
 part "head, B = 256" 80 "${SYNCO[@]}" bench head --rows 256 --length 65536 --json "$OUT/head-256.json"
 part "profile of the head" 25 "${SYNCO[@]}" profile head --trace "$OUT/head-trace.json.gz" --json "$OUT/head-profile.json"
-part "tests" 110 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
+part "tests" 100 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1) \
     && [ -n "$sanitizer" ]; then
   for tool in memcheck racecheck; do
@@ -61,10 +61,11 @@ fi
 part "validate" 40 "${SYNCO[@]}" validate --device cuda --json "$OUT/validate.json"
 part "momentum" 25 "$PYTHON" -m pytest -q -p no:cacheprovider bench/suites/test_momentum.py \
   --benchmark-json "$OUT/momentum.json"
-part "head, all shapes" 80 "${SYNCO[@]}" bench head --backends released reference closed_form triton --repeats 20 \
+part "head, all shapes" 75 "${SYNCO[@]}" bench head --backends released reference closed_form triton --repeats 20 \
   --json "$OUT/head.json" --plot "$OUT/head.png"
-part "training step" 70 "${SYNCO[@]}" bench step --config synco-r50-200 --engines eager graph --steps 10 --rounds 1 \
-  --json "$OUT/step.json"
+part "training step" 60 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder synco moco \
+  --engines eager graph --steps 10 --rounds 1 --json "$OUT/step.json"
+part "data" 60 "${SYNCO[@]}" bench data --device cuda --batch 256 --seconds 4 --rounds 2 --json "$OUT/data.json"
 gzip -f "$OUT/logs.txt"
 cat "$OUT/summary.txt"
 exit "$WORST"

@@ -29,8 +29,8 @@ from synco_fast.training.precision import resolve_device
 
 __all__ = ["ENGINES", "SUBJECTS", "bench_step", "measure"]
 
-#: What is measured: two baselines and the three methods.
-SUBJECTS = ("encoder", "plain", "moco", "mochi", "synco")
+#: What is measured: two baselines and the three methods, what says most first, in case the time ends early.
+SUBJECTS = ("encoder", "synco", "moco", "plain", "mochi")
 #: Engine settings by name.
 ENGINES: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -145,6 +145,7 @@ def bench_step(
     rounds: int = 1,
     threads: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Measure every subject with every engine setting.
 
@@ -156,10 +157,11 @@ def bench_step(
         rounds: How often all are gone through.
         threads: Of each process; PyTorch's choice by default.
         say: Takes a line of progress.
+        keep: Takes the report as far as it goes after every measurement, so that nothing is lost where one never ends.
 
     Returns:
-        The environment, the configuration, the encoder's floating-point operations for an image, and the results with
-        their ratios to both baselines, the best engine's encoder alone being the limit.
+        The environment, the configuration, the encoder's floating-point operations for an image, the results with their
+        ratios to both baselines, the best engine's encoder alone being the limit, and what failed, with the reason.
     """
     values = config.model_dump(mode="json")
     values["method"]["warmup_epochs"] = 0
@@ -169,27 +171,39 @@ def bench_step(
             for backend in (None,) if subject in ("encoder", "plain") or not backends else backends:
                 jobs.append((subject, engine, backend))
     found: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {job: [] for job in jobs}
+    report: dict[str, Any] = {
+        "environment": {**describe_environment(), **({"threads": threads} if threads else {})},
+        "config": values,
+        "steps": steps,
+        "rounds": rounds,
+        "forward_operations": forward_operations(config),
+        "results": [],
+        "failed": [],
+    }
     for number in range(rounds):
         for subject, engine, backend in jobs:
             say(f"round {number + 1}/{rounds}: {subject}, {engine}" + (f", {backend}" if backend else ""))
             own = values if backend is None else {**values, "method": {**values["method"], "backend": backend}}
             spec = {"subject": subject, "values": own, "engine": engine, "steps": steps, "threads": threads}
-            found[subject, engine, backend].append(_in_a_process(spec))
+            try:
+                found[subject, engine, backend].append(_in_a_process(spec))
+            except RuntimeError as error:
+                say(f"failed: {error}")
+                report["failed"].append(str(error))
+            report["results"] = _results(found, report["forward_operations"])
+            keep(report)
+    return report
+
+
+def _results(found: dict[tuple[str, str, str | None], list[dict[str, Any]]], operations: int) -> list[dict[str, Any]]:
+    """All rounds of each subject together, with ratios."""
     results = []
-    for runs in found.values():
+    for runs in filter(None, found.values()):
         rates = [rate for run in runs for rate in run["images_per_second"]]
         peak = max(run["peak_mib"] for run in runs)
         results.append({**runs[-1], "images_per_second": rates, "median": statistics.median(rates), "peak_mib": peak})
-    operations = forward_operations(config)
     _relate(results, operations)
-    return {
-        "environment": {**describe_environment(), **({"threads": threads} if threads else {})},
-        "config": values,
-        "steps": steps,
-        "rounds": rounds,
-        "forward_operations": operations,
-        "results": results,
-    }
+    return results
 
 
 def _in_a_process(spec: dict[str, Any]) -> dict[str, Any]:

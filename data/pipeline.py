@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from torch import Tensor
 from synco_fast.data.augment import Recipe
 from synco_fast.data.seeding import derive_seed
 
-__all__ = ["Batch", "Pipeline", "epoch_order", "normalise"]
+__all__ = ["Batch", "Decode", "Pipeline", "PipelineName", "epoch_order", "normalise"]
+
+PipelineName = Literal["auto", "torchvision", "dali", "resident"]
+#: How DALI decodes: a whole image once for both views, or each view's window.
+Decode = Literal["once", "windows"]
 
 
 @dataclass
@@ -21,7 +25,8 @@ class Batch:
     """Two views of each image.
 
     Attributes:
-        first, second: uint8, (B, 3, size, size). `normalise` makes them what the encoder takes.
+        first, second: (B, 3, size, size): pixels in uint8, or normalised values in a floating type. `normalise` makes
+            either what the encoder takes.
         images: The image each pair was made from, (B,) int64.
         broken: By number of an image that could not be read, why. Its place was taken by another image.
     """
@@ -38,6 +43,11 @@ class Batch:
         )
         return Batch(first, second, images, self.broken)
 
+    def as_pixels(self, recipe: Recipe) -> Batch:
+        """The same batch as uint8 on the CPU, to look at."""
+        first, second = (_pixels(view, recipe).cpu() for view in (self.first, self.second))
+        return Batch(first, second, self.images.cpu(), self.broken)
+
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
         return Batch(self.first.pin_memory(), self.second.pin_memory(), self.images.pin_memory(), self.broken)
@@ -46,7 +56,8 @@ class Batch:
 class Pipeline(Protocol):
     """Batches of two views: every epoch of equal length, complete but for a last batch that is not full.
 
-    What an epoch yields depends on seed and epoch number alone, so a run that starts in the middle of one
+    What an epoch yields depends on seed and epoch number alone. So the whole state of a pipeline is the epoch and the
+    number of the next batch, which the training step tells, and a run that starts in the middle of an epoch
     (``set_epoch(epoch, start)``) meets the batches that it would have met.
     """
 
@@ -71,9 +82,21 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Pixels 0 to 255, (B, 3, H, W) uint8, as float32 with the recipe's mean and deviation taken out."""
+    """Pixels 0 to 255, (B, 3, H, W) uint8, as float32 with the recipe's mean and deviation taken out.
+
+    Views in a floating type are normalised already; they are only laid out.
+    """
+    if views.is_floating_point():
+        return views.contiguous(memory_format=memory_format)
     mean, scale = _mean_and_scale(recipe, views.device)
     return views.to(torch.float32, memory_format=memory_format).sub_(mean).mul_(scale)
+
+
+def _pixels(views: Tensor, recipe: Recipe) -> Tensor:
+    if not views.is_floating_point():
+        return views
+    mean, scale = _mean_and_scale(recipe, views.device)
+    return views.float().div(scale).add_(mean).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=8)

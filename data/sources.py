@@ -1,8 +1,8 @@
-"""Where images come from: folders, gzipped IDX files, and the embedded demo set.
+"""Where images come from: folders, lists of files, tar shards, gzipped IDX files, and the embedded demo set.
 
-A source has a `train` split and, where there is one, a held-out `validation` split. A split yields RGB images and
-labels by number and knows nothing of augmentation. A new kind of source is one function here that returns a `Source`,
-and its prefix in `open_source`.
+A source has a `train` split and, where there is one, a held-out `validation` split. A split yields images and labels by
+number and knows nothing of augmentation. A new kind of source is one function here that returns a `Source`, and its
+prefix in `open_source`.
 """
 
 from __future__ import annotations
@@ -10,42 +10,22 @@ from __future__ import annotations
 import gzip
 import os
 import struct
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
+from synco_fast.data.catalogue import cache_folder
 from synco_fast.data.demo import make_demo
-from synco_fast.data.errors import BrokenImageError, DataError
+from synco_fast.data.errors import DataError
+from synco_fast.data.shards import ShardSplit
+from synco_fast.data.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
 
-__all__ = ["IMAGE_SUFFIXES", "ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
+__all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
-
-
-class Split(Protocol):
-    """A numbered set of images."""
-
-    classes: tuple[str, ...] | None
-    labels: NDArray[np.int64] | None
-
-    def __len__(self) -> int: ...
-
-    def name(self, index: int) -> str:
-        """What to call an image in a message: its path, or file and number."""
-        ...
-
-    def read(self, index: int) -> Image.Image:
-        """The image in mode RGB.
-
-        Raises:
-            BrokenImageError: It cannot be decoded.
-        """
-        ...
+#: Names of the held-out split, beside ``train``.
+_HELD_OUT = ("val", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -56,141 +36,18 @@ class Source:
     train: Split
     validation: Split | None
 
-
-def read_image(file: str | os.PathLike[str]) -> Image.Image:
-    """Decode an image file to RGB, upright.
-
-    Greyscale, palette, CMYK and transparent images are converted; 16-bit ones keep their upper eight bits; the EXIF
-    orientation is applied.
-
-    Raises:
-        BrokenImageError: The file is empty, cut short, no image, or larger than Pillow's safety limit.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(file) as opened:
-                opened.load()
-                image: Image.Image = ImageOps.exif_transpose(opened)
-                if image.mode.startswith(("I", "F")):
-                    return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
-                if image.mode in ("P", "PA", "LA", "La"):
-                    image = image.convert("RGBA")
-                return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise many kinds, down to SyntaxError for a broken PNG
-        size = Path(file).stat().st_size if Path(file).exists() else None
-        reason = "the file has no bytes" if size == 0 else (str(error) or type(error).__name__).replace(str(file), "it")
-        raise BrokenImageError(f"{file}: {reason}") from error
-
-
-def _eight_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Single-channel pixels of 16 or 32 bits, or floats, as eight bits: whole numbers by their 16-bit scale."""
-    values = pixels.astype(np.float64)
-    if np.issubdtype(pixels.dtype, np.floating) and values.size and values.max() <= 1:
-        values = values * 65535
-    return (values.clip(0, 65535) / 257).round().astype(np.uint8)
-
-
-class FolderSplit:
-    """Image files below a folder: one sub-folder a class, or files without classes.
-
-    Args:
-        root: The folder. Where it has sub-folders with images, each is a class, in order of name; otherwise the images
-            right inside it form a split without labels.
-        classes: The class names that must be found, in label order; by default those that are there.
-
-    Raises:
-        DataError: There is no such folder, it holds no image, or its classes are not ``classes``.
-    """
-
-    def __init__(self, root: str | os.PathLike[str], classes: tuple[str, ...] | None = None) -> None:
-        root = Path(root)
-        if not root.is_dir():
-            raise DataError(f"data: found no folder {root}")
-        by_class = {
-            folder.name: _image_files(folder)
-            for folder in sorted(root.iterdir())
-            if folder.is_dir() and not folder.name.startswith(".")
-        }
-        by_class = {name: files for name, files in by_class.items() if files}
-        flat = [file for file in sorted(root.iterdir()) if _is_image(file)]
-        self.labels: NDArray[np.int64] | None = None
-        self.classes: tuple[str, ...] | None = None
-        if by_class:
-            self.classes = classes or tuple(by_class)
-            unknown = sorted(set(by_class) - set(self.classes))
-            if unknown:
-                raise DataError(f"data: found the class {unknown[0]} in {root}, which the training images do not have")
-            files = [(file, self.classes.index(name)) for name, inside in by_class.items() for file in inside]
-            self.files = [file for file, _ in files]
-            self.labels = np.array([label for _, label in files], dtype=np.int64)
-        elif flat:
-            self.files = [os.fspath(file) for file in flat]
-        else:
-            raise DataError(f"data: found no image in {root}, allowed files named {', '.join(sorted(IMAGE_SUFFIXES))}")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, index: int) -> str:
-        """The file's path."""
-        return self.files[index]
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded file; see `read_image`."""
-        return read_image(self.files[index])
-
-
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-
-def _image_files(folder: Path) -> list[str]:
-    found = []
-    for inside, folders, names in os.walk(folder):
-        folders.sort()
-        found += [
-            os.path.join(inside, name)  # noqa: PTH118 - a million files: strings, not Path objects
-            for name in sorted(names)
-            if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")  # noqa: PTH122
-        ]
-    return found
-
-
-class ArraySplit:
-    """Images held in memory.
-
-    Args:
-        images: uint8, (n, height, width) or (n, height, width, 3).
-        labels: int64, (n,), or None.
-        title: What a message calls the set.
-        classes: Class names, by default the numbers.
-    """
-
-    def __init__(
-        self,
-        images: NDArray[np.uint8],
-        labels: NDArray[np.int64] | None,
-        title: str,
-        classes: tuple[str, ...] | None = None,
-    ) -> None:
-        self.images, self.labels, self.title = images, labels, title
-        if classes is None and labels is not None:
-            classes = tuple(str(label) for label in range(int(labels.max()) + 1))
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        """The set's title and the image's number."""
-        return f"{self.title}[{index}]"
-
-    def read(self, index: int) -> Image.Image:
-        """The image in mode RGB."""
-        return Image.fromarray(self.images[index]).convert("RGB")
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it: images that an earlier check left out, shards that are cut short."""
+        found = []
+        for split in (self.train, self.validation):
+            left_out = split.catalogue.left_out if isinstance(split, FileSplit | ShardSplit) else {}
+            if left_out:
+                first = next(iter(left_out.items()))
+                found.append(
+                    f"{self.spec}: {len(left_out):,} left out as unreadable, the first: {first[0]}: {first[1]}"
+                )
+        return found
 
 
 def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
@@ -237,21 +94,53 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     if not (root / "train").is_dir():
         return Source(os.fspath(root), FolderSplit(root), None)
     train = FolderSplit(root / "train")
-    held_out = next((root / name for name in ("val", "validation", "test") if (root / name).is_dir()), None)
+    held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
     return Source(os.fspath(root), train, FolderSplit(held_out, train.classes) if held_out else None)
+
+
+def open_list(spec: str) -> Source:
+    """Lists of files: ``TRAIN_LIST`` or ``TRAIN_LIST,HELD_OUT_LIST``, each as `ListSplit` describes.
+
+    Raises:
+        DataError: A list cannot be read, or names nothing.
+    """
+    files = [Path(file).expanduser() for file in spec.split(",")]
+    if len(files) > 2:
+        raise DataError(f"data: found {len(files)} lists in {spec!r}, allowed one, or two with a comma between")
+    train = ListSplit(files[0])
+    return Source(f"list:{spec}", train, ListSplit(files[1], train.classes) if files[1:] else None)
+
+
+def open_shards(folder: str | os.PathLike[str]) -> Source:
+    """Tar shards: ``train/*.tar`` and ``val/*.tar``, or ``*train*.tar`` and ``*val*.tar``, or ``*.tar`` alone.
+
+    Raises:
+        DataError: There is no shard, one is no tar file, or there is no image in them.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data: found no folder {root}")
+
+    def shards(name: str) -> list[Path]:
+        return sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
+
+    train = ShardSplit(shards("train") or sorted(root.glob("*.tar")), title=f"{root}")
+    held_out = next((found for found in map(shards, _HELD_OUT) if found), None)
+    split = ShardSplit(held_out, train.classes, title=f"{root}") if held_out and shards("train") else None
+    return Source(f"tar:{root}", train, split)
 
 
 def demo_folder() -> Path:
     """Where the demo set is kept: below the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(cache) / "synco-fast" / "demo"
+    return cache_folder() / "demo"
 
 
 def open_source(spec: str) -> Source:
     """Open a source by what a person writes after ``--data``.
 
     Args:
-        spec: A folder; ``idx:FOLDER`` for IDX files; ``demo`` for the embedded set, drawn on first use.
+        spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
+            ``idx:FOLDER`` for IDX files; ``demo`` for the embedded set, drawn on first use.
 
     Raises:
         DataError: There is nothing to read there, or the prefix is unknown.
@@ -261,6 +150,10 @@ def open_source(spec: str) -> Source:
     prefix, colon, rest = spec.partition(":")
     if colon and prefix == "idx":
         return open_idx(Path(rest).expanduser())
+    if colon and prefix == "tar":
+        return open_shards(rest)
+    if colon and prefix == "list":
+        return open_list(rest)
     if colon and not Path(spec).exists():
-        raise DataError(f"data: found the source {spec!r}, allowed a folder, idx:FOLDER or demo")
+        raise DataError(f"data: found the source {spec!r}, allowed a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
     return open_folder(spec)

@@ -1,112 +1,70 @@
-"""The portable pipeline: Pillow decodes an image once, torchvision's transforms make two views of it."""
+"""The portable pipeline: Pillow decodes an image once, and two views are made of it on tensors, in worker processes."""
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 
+import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from synco_fast.data.augment import Recipe
-from synco_fast.data.errors import BrokenImageError, DataError
-from synco_fast.data.pipeline import Batch, epoch_order
-from synco_fast.data.seeding import derive_seed
-from synco_fast.data.sources import Split
+from synco_fast.data.epochs import EpochBatches, Place, replace_broken
+from synco_fast.data.errors import BrokenImageError
+from synco_fast.data.parameters import ViewParameters, draw_views
+from synco_fast.data.pipeline import Batch
+from synco_fast.data.splits import Split
+from synco_fast.data.views import crop_and_resize, finish_views
+from synco_fast.data.workers import default_workers, start_worker
 
-__all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_transform", "view_transform"]
+__all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_view", "make_view"]
 
-#: How many images in a row may be broken before a place in a batch cannot be filled.
-_REPLACEMENTS = 64
-
-Transform = Callable[[Image.Image], Tensor]
-
-
-class _Blur(v2.Transform):
-    """Gaussian blur as MoCo v2 has it: Pillow's, with the radius drawn uniformly."""
-
-    def __init__(self, sigma: tuple[float, float]) -> None:
-        super().__init__()
-        self.sigma = sigma
-
-    def forward(self, image: Image.Image) -> Image.Image:
-        low, high = self.sigma
-        return image.filter(ImageFilter.GaussianBlur(low + (high - low) * float(torch.rand(()))))
+_Sample = tuple[Tensor, Tensor, int, dict[int, str]]
 
 
-def view_transform(recipe: Recipe) -> Transform:
-    """An RGB image to one random view, uint8 (3, size, size). Draws come from torch's global generator."""
-    jitter = v2.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    transform: Transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(recipe.size, scale=recipe.area, ratio=recipe.ratio),
-            v2.RandomApply([jitter], recipe.jitter_probability),
-            v2.RandomGrayscale(recipe.greyscale_probability),
-            v2.RandomApply([_Blur(recipe.blur_sigma)], recipe.blur_probability),
-            v2.RandomHorizontalFlip(recipe.flip_probability),
-            v2.PILToTensor(),
-        ]
-    )
-    return transform
+def pixels_of(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W), channels innermost in memory: what torchvision's fastest resize takes."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def evaluation_transform(recipe: Recipe) -> Transform:
-    """An RGB image to its central crop, uint8 (3, size, size)."""
-    transform: Transform = v2.Compose([v2.Resize(recipe.resize), v2.CenterCrop(recipe.size), v2.PILToTensor()])
-    return transform
+def make_view(pixels: Tensor, parameters: ViewParameters, size: int) -> Tensor:
+    """A view (3, size, size) uint8 of an image (3, H, W) uint8 by the parameters of that one view."""
+    return finish_views(crop_and_resize(pixels, parameters.crop[0], size), parameters)[0]
 
 
-class _Views(Dataset[tuple[Tensor, Tensor, int, dict[int, str]]]):
+def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
+    """The central crop (3, size, size) uint8 of an image (3, H, W) uint8, whose short side becomes `Recipe.resize`."""
+    small = v2.functional.resize(pixels, [recipe.resize], antialias=True)
+    view: Tensor = v2.functional.center_crop(small, [recipe.size, recipe.size])
+    return view
+
+
+class _Views(Dataset[_Sample]):
     """Two views of an image by (epoch, number); the views depend on seed, epoch and number, not on the worker."""
 
     def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
-        self.split, self.transform, self.seed = split, view_transform(recipe), seed
+        self.split, self.recipe, self.seed = split, recipe, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int, dict[int, str]]:
-        epoch, wanted = key
-        broken: dict[int, str] = {}
-        for shift in range(_REPLACEMENTS):
-            index = (wanted + shift) % len(self.split)
-            try:
-                image = self.split.read(index)
-            except BrokenImageError as error:
-                broken[index] = str(error)
-                continue
-            # A worker owns its generator; the training process must get its own back untouched.
-            with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(self.seed, epoch, wanted))
-                return self.transform(image), self.transform(image), index, broken
-        reason = next(iter(broken.values()))
-        raise DataError(f"data: found {_REPLACEMENTS} broken images in a row, the first: {reason}")
+    def __getitem__(self, place: Place) -> _Sample:
+        epoch, wanted = place
+        image, index, broken = replace_broken(len(self.split), wanted, self.split.read)
+        pixels = pixels_of(image)
+        parameters = draw_views(
+            self.recipe,
+            seed=self.seed,
+            epoch=epoch,
+            images=np.full(2, wanted),
+            views=np.arange(2),
+            sizes=np.tile(pixels.shape[1:], (2, 1)),
+        )
+        first, second = (make_view(pixels, parameters[view : view + 1], self.recipe.size) for view in range(2))
+        return first, second, index, broken
 
 
-class _EpochBatches:
-    """The batch sampler: which images make this process's share of which batch of the current epoch."""
-
-    def __init__(self, length: int, batch: int, seed: int, rank: int, world: int) -> None:
-        self.length, self.batch, self.seed = length, batch, seed
-        self.share = batch // world
-        self.shift = rank * self.share
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.length // self.batch
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self.length, seed=self.seed, epoch=self.epoch).tolist()
-        for number in range(self.start, len(self)):
-            begin = number * self.batch + self.shift
-            yield [(self.epoch, index) for index in order[begin : begin + self.share]]
-
-
-def _collate(samples: list[tuple[Tensor, Tensor, int, dict[int, str]]]) -> Batch:
+def _collate(samples: list[_Sample]) -> Batch:
     first, second, images, broken = zip(*samples, strict=True)
     merged = {index: reason for part in broken for index, reason in part.items()}
     return Batch(torch.stack(first), torch.stack(second), torch.tensor(images), merged)
@@ -118,15 +76,14 @@ class TorchvisionPipeline:
     Args:
         split: The images.
         recipe: How views are made.
-        batch: B, images in a batch, over all processes.
+        batch: B, images in a batch, over all ranks.
         seed: Decides order and views together with the epoch.
         workers: Processes that decode; 0 decodes in the training process. By default one for each core.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
-        rank, world: Number of this process, and of all. Each yields its share of every batch, in blocks of B / world
-            images, so that a batch holds the same images whatever the number of processes.
+        rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
 
     Raises:
-        DataError: The split holds fewer images than a batch, or B is not a multiple of ``world``.
+        DataError: The split holds fewer images than a step takes.
     """
 
     def __init__(
@@ -141,11 +98,7 @@ class TorchvisionPipeline:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch % world:
-            raise DataError(f"training.batch: found {batch}, allowed a multiple of {world}, the number of processes")
-        if batch > len(split):
-            raise DataError(f"training.batch: found {batch}, allowed up to {len(split)}, the number of training images")
-        self._batches = _EpochBatches(len(split), batch, seed, rank, world)
+        self._batches = EpochBatches(len(split), batch, seed, rank, world)
         workers = default_workers() if workers is None else workers
         self._loader: DataLoader[Batch] = DataLoader(
             _Views(split, recipe, seed),  # type: ignore[arg-type]
@@ -154,7 +107,7 @@ class TorchvisionPipeline:
             collate_fn=_collate,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=start_worker,
             # The loader draws a base seed from this generator, not from the global one that a checkpoint holds.
             generator=torch.Generator().manual_seed(seed),
         )
@@ -164,7 +117,7 @@ class TorchvisionPipeline:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch that the next iteration yields, and its first batch."""
-        self._batches.epoch, self._batches.start = epoch, start
+        self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)
@@ -176,7 +129,7 @@ class TorchvisionPipeline:
 
 class _Whole(Dataset[tuple[Tensor, int, str | None]]):
     def __init__(self, split: Split, recipe: Recipe, numbers: list[int]) -> None:
-        self.split, self.numbers, self.transform, self.size = split, numbers, evaluation_transform(recipe), recipe.size
+        self.split, self.numbers, self.recipe = split, numbers, recipe
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -184,9 +137,9 @@ class _Whole(Dataset[tuple[Tensor, int, str | None]]):
     def __getitem__(self, place: int) -> tuple[Tensor, int, str | None]:
         index = self.numbers[place]
         try:
-            return self.transform(self.split.read(index)), index, None
+            return evaluation_view(pixels_of(self.split.read(index)), self.recipe), index, None
         except BrokenImageError as error:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), index, str(error)
+            return torch.zeros(3, self.recipe.size, self.recipe.size, dtype=torch.uint8), index, str(error)
 
 
 def _collate_whole(samples: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, dict[int, str]]:
@@ -219,26 +172,5 @@ def evaluation_loader(
         num_workers=workers,
         collate_fn=_collate_whole,
         generator=generator,
-        worker_init_fn=_leave_signals,
+        worker_init_fn=start_worker,
     )
-
-
-def _leave_signals(worker: int) -> None:
-    """A worker outlives the signals that ask a job to stop: the training process still wants its step's batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@atexit.register
-def _end_workers() -> None:
-    """What is left of the workers at the end of the program, which ends daemons by a SIGTERM that they ignore."""
-    left = [process for process in multiprocessing.active_children() if process.daemon]
-    if left:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each as a failed worker
-    for process in left:
-        process.kill()
-
-
-def default_workers() -> int:
-    """One worker for each core that this process may use."""
-    return len(os.sched_getaffinity(0))

@@ -17,13 +17,14 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 done, 2 for input that a person can mend, 130 after Ctrl-C."""
-    # Where decoding processes share the cores with the encoder, threads that spin take the time of those that work, and
-    # threads that sleep at once wake up late for the head's many short steps: they spin for some tens of microseconds.
-    # GNU OpenMP reads this once, when torch is first imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from synco_fast.errors import DataError, UserError
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # Where decoding processes share the cores with the encoder, threads that spin take the time of those that work, and
+    # threads that sleep at once wake up late for the head's many short steps: they spin for some tens of microseconds.
+    # GNU OpenMP reads this once, when torch is first imported. Benchmarks have the cores to themselves.
+    if words[:1] not in (["bench"], ["profile"]):
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     options, rest = _parser().parse_known_args(words)
     if rest and not options.overrides:
         options.parser.error(f"unknown argument {rest[0]}")

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from synco_fast.data.augment import Recipe
+from synco_fast.data.pipeline import Decode, PipelineName
 from synco_fast.errors import ConfigError
 from synco_fast.kernels import FAMILIES, Backend, Negatives
 from synco_fast.kernels.negatives import Extrapolation
@@ -27,7 +28,9 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where images come from."""
 
-    source: str = Field("demo", description="A folder, idx:FOLDER, or demo")
+    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, idx:FOLDER, or demo")
+    pipeline: PipelineName = Field("auto", description="What makes the views")
+    decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
     workers: int | None = Field(None, ge=0, description="Decoding processes; one a core by default, 0 for none")
     max_broken: float = Field(0.01, ge=0, le=1, description="Share of unreadable images above which the run stops")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from synco_fast.collectives import gather_rows, rank
 from synco_fast.kernels import Backend, Contrast, Negatives, Statistics, synthetic_contrast
 from synco_fast.queue import KeyQueue
 
@@ -77,9 +77,7 @@ class SynthContrastLoss(nn.Module):
             ConfigError: The batch is larger than the queue.
         """
         q, k = normalize(query.float(), dim=1), normalize(key.detach().float(), dim=1)
-        rank, keys, owners = 0, k, images if images is not None else self.queue.images.new_full((len(k),), -1)
-        if dist.is_available() and dist.is_initialized():
-            rank, keys, owners = dist.get_rank(), _gather(k), _gather(owners)
+        owners = images if images is not None else self.queue.images.new_full((len(k),), -1)
         # The reference form keeps the queue for its backward pass, and the keys enter before that.
         rows = self.queue.rows.clone() if self.backend == "reference" and self.training else self.queue.rows
         found: Contrast = synthetic_contrast(
@@ -90,24 +88,17 @@ class SynthContrastLoss(nn.Module):
             temperature=self.temperature,
             seed=self.seed,
             step=self.step,
-            first_row=rank * len(q),
+            first_row=rank() * len(q),
             image_ids=images,
             queue_ids=None if images is None else self.queue.images,
             backend=self.backend,
         )
         self.statistics = found.statistics
         if self.training:
-            self.queue.enqueue(keys, owners)
+            self.queue.enqueue(gather_rows(k), gather_rows(owners))
             self.step.add_(1)
         return found.loss.mean()
 
     def extra_repr(self) -> str:
         """What `repr` shows."""
         return f"{self.negatives}, temperature={self.temperature}, seed={self.seed}"
-
-
-def _gather(values: Tensor) -> Tensor:
-    """The rows of every rank, in order of rank."""
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)

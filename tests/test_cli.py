@@ -192,3 +192,44 @@ def test_other_words_are_refused(run):
         code, out, _ = run(*verb, "--help")
         assert code == 0
         assert "example:" in out
+
+
+def test_data_check(run, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("data", "check", image_folder, "--workers", "1")[0] == 0
+    (image_folder / "val" / "class1" / "3.jpg").write_bytes(b"")
+    code, out, _ = run("data", "check", image_folder, "--workers", "1", "--json", tmp_path / "check.json")
+    assert code == 1
+    assert "val/class1/3.jpg: the file has no bytes" in out
+    assert "1 (2.22%)" in out
+    figures = json.loads((tmp_path / "check.json").read_text())
+    assert (figures["images"], len(figures["broken"]), len(figures["lists"])) == (45, 1, 2)
+    assert run("data", "check", tmp_path / "nowhere")[0] == 2
+
+
+def test_data_show(run, image_folder, tmp_path):
+    out_file = tmp_path / "pairs.png"
+    words = ["--augment.size", "24", "--data.workers", "0", "--training.device", "cpu", "--out", out_file]
+    code, out, _ = run("data", "show", image_folder, "--pairs", "5", *words)
+    assert code == 0
+    assert "5 pairs of 33 images by torchvision on cpu" in out
+    assert out_file.read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("data", "show", image_folder, *words, "--data.pipeline", "resident")
+    assert "by resident on cpu" in out
+    code, _, error = run("data", "show", image_folder, "--augment.siz", "24")
+    assert code == 2
+    assert "did you mean augment.size?" in error
+
+
+@pytest.mark.slow
+def test_bench_data(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ["--photos", "3", "--folder", tmp_path, "--batch", "2", "--seconds", "1", "--rounds", "1", "--workers", "1"]
+    code, out, _ = run("bench", "data", *words, "--device", "cpu", "--json", tmp_path / "data.json")
+    assert code == 0
+    assert "1.00x" in out
+    figures = json.loads((tmp_path / "data.json").read_text())
+    assert {result["pipeline"] for result in figures["results"]} >= {"pil", "torchvision", "resident-32"}
+    assert all(result["images_per_second"] > 0 for result in figures["results"])
+    assert 50 < figures["kilobytes"] < 200

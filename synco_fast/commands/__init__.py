@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from synco_fast.commands import (
+    bench_data,
     bench_head,
     bench_step,
     compare,
+    data_check,
     data_demo,
+    data_show,
     embed,
     evaluate_detection,
     evaluate_finetune,
@@ -40,8 +43,11 @@ COMMANDS = (
     report,
     compare,
     data_demo,
+    data_check,
+    data_show,
     validate,
     bench_head,
+    bench_data,
     bench_step,
     profile_head,
     profile_step,

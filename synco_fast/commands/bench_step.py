@@ -59,9 +59,8 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
         rounds=options.rounds,
         threads=options.threads,
         say=lambda line: console.print(line, style="dim", highlight=False),
+        keep=lambda report: None if options.json is None else write_json(options.json, report),
     )
-    if options.json is not None:
-        write_json(options.json, report)
     rated = any(row["utilisation"] is not None for row in report["results"])
     table = Table(title=f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}")
     for title in ("step", "engine", "head"):
@@ -87,4 +86,6 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     console.print(
         f"{environment['device']}, {environment['cores']} cores, torch {environment['torch']}", highlight=False
     )
-    return 0
+    for line in report["failed"]:
+        console.print(f"failed: {line}", style="red", highlight=False, soft_wrap=True)
+    return 1 if report["failed"] else 0

@@ -38,10 +38,11 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     groups = compare_runs(options.runs)
     draw_comparison(groups, options.out)
     table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
-    for column in ("method", "seeds", "epochs x batch", *FIGURES):
+    shown = [name for name in FIGURES if any(group.values(name) for group in groups)]
+    for column in ("method", "seeds", "epochs x batch", *shown):
         table.add_column(column, overflow="fold")
     for group in groups:
-        cells = [_cell(spread(group.values(name)), name) for name in FIGURES]
+        cells = [_cell(spread(group.values(name)), name) for name in shown]
         table.add_row(group.title, str(len(group.runs)), group.budget, *cells)
     console.print(table)
     console.print(f"picture: {options.out}", highlight=False, soft_wrap=True)
@@ -54,7 +55,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
                 "budget": group.budget,
                 **{
                     name: {"values": group.values(name), "mean": found[0], "deviation": found[1]}
-                    for name in FIGURES
+                    for name in shown
                     if (found := spread(group.values(name)))
                 },
             }

@@ -26,7 +26,7 @@ def add(verbs: Verbs) -> None:
     command.add_argument("--split", choices=("train", "val", "both"), default="both", help="both by default")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="ends in .npz or .parquet")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    command.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto")
     command.add_argument("--workers", type=int, help="decoding processes; 0 for none")
     command.add_argument("--json", type=Path, metavar="FILE", help="write what was done here as well")
 

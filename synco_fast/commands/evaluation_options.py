@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ def add_setting(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
     command.add_argument("--out", type=Path, metavar="DIR", help="figures, caches, states; RUN/evaluation by default")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    command.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto")
     command.add_argument("--workers", type=int, help="decoding processes; 0 for none")
     command.add_argument("--fresh", action="store_true", help="take up nothing that an earlier call left")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
@@ -43,10 +42,11 @@ def setting_of(options: argparse.Namespace) -> Setting:
 def print_result(
     result: dict[str, Any], options: argparse.Namespace, console: Console, rows: Sequence[tuple[str, str]]
 ) -> None:
-    """The closing table, and ``--json``; only by the first process of a torchrun job."""
+    """The closing table, and ``--json``; only by the first process of a job."""
+    from synco_fast.training.distributed import Place
     from synco_fast.training.run import write_json
 
-    if os.environ.get("RANK", "0") != "0":
+    if not Place.find().first:
         return
     if options.json is not None:
         write_json(options.json, result)

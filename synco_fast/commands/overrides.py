@@ -11,7 +11,11 @@ __all__ = ["overrides_of"]
 
 
 def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
-    """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML."""
+    """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: Something else, or a value that is missing or no YAML.
+    """
     from synco_fast.errors import ConfigError
 
     found: dict[str, Any] = {}

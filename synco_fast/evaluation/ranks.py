@@ -1,8 +1,7 @@
-"""The processes of a torchrun job, as far as evaluations need them; everything works alone as well."""
+"""The processes of a torchrun or Slurm job, as far as evaluations need them; everything works alone as well."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,40 +10,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from synco_fast.collectives import rank, world
+from synco_fast.training import distributed
+from synco_fast.training.precision import resolve_device
+
 __all__ = ["barrier", "joined", "lists_of_all_ranks", "rank", "sum_over_ranks", "world"]
 
-
-def rank() -> int:
-    """The number of this process."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+#: Seconds that a process waits for the others: one may have a chunk of features more to extract.
+_PATIENCE = 3600
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
-    """Join the job that torchrun started, if it did; yields the device of this process.
+    """Join the job that this process was started in, if it was; yields the device of this process.
 
     Args:
         device: What the job runs on; a CUDA job gives each process the GPU of its local number.
+
+    Raises:
+        ConfigError: There are more processes on this machine than GPUs.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield device
+    if dist.is_available() and dist.is_initialized():
+        yield resolve_device(device.type)
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    if dist.is_initialized():
-        yield device
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    with distributed.joined(distributed.Place.find(), device.type, timeout=_PATIENCE):
+        yield resolve_device(device.type)
 
 
 def barrier() -> None:

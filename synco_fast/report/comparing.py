@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from synco_fast.config import known_keys
 from synco_fast.errors import ConfigError
@@ -22,12 +23,15 @@ matplotlib.use("Agg")
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
-    "kNN": lambda run: run.knn,
-    "linear": lambda run: run.linear,
-    "1 % labels": lambda run: run.finetuned,
+    "kNN": lambda run: run.results.get("knn", {}).get("knn"),
+    "kNN in training": lambda run: run.summary.get("knn_after"),
+    "linear": lambda run: run.top1("linear"),
+    "linear, cached": lambda run: run.top1("linear_fast"),
+    "1 % labels": lambda run: run.top1("finetune_1"),
+    "10 % labels": lambda run: run.top1("finetune_10"),
     "images per second": lambda run: run.throughput,
 }
-"""What is compared, by the column's title."""
+"""What is compared, by the column's title: a column never mixes two protocols."""
 
 #: Keys in which runs of one group may differ.
 _FREE = frozenset({"seed", "preset", "about", "data.workers", "training.log_every", "training.keep"})
@@ -112,15 +116,14 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
     colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(groups))]
     for group, colour in zip(groups, colours, strict=True):
-        for place, run in enumerate(group.runs):
+        for run in group.runs:
             points = [(line["epoch"], line["knn"]) for line in run.evaluations]
             if points:
-                label = group.title if place == 0 else None
-                curves.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8, label=label)
+                curves.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8)
     curves.set_xlabel("epoch")
     curves.set_title("kNN during pretraining")
-    if curves.get_lines():
-        curves.legend(fontsize=7)
+    if not curves.get_lines():
+        curves.text(0.5, 0.5, "not evaluated", ha="center", color="grey", transform=curves.transAxes)
     names = [name for name in FIGURES if name != "images per second" and any(group.values(name) for group in groups)]
     _bars(bars, groups, colours, names)
     bars.set_title("evaluations, spread over seeds")
@@ -135,6 +138,8 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     for axes in (curves, bars, speed):
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
+    keys = [Patch(color=colour, label=group.title) for group, colour in zip(groups, colours, strict=True)]
+    figure.legend(handles=keys, loc="outside lower center", ncol=min(4, len(keys)), fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
@@ -147,4 +152,4 @@ def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[s
             if found:
                 x = place + (number - (len(groups) - 1) / 2) * width
                 axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, color=colour, capsize=3)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=8)

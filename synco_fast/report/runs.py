@@ -51,11 +51,10 @@ class Run:
                 return float(self.results[name]["top1"])
         return None
 
-    @property
-    def finetuned(self) -> float | None:
-        """The accuracy after fine-tuning on 1 % of the labels."""
-        found = self.results.get("finetune_1")
-        return float(found["top1"]) if found else None
+    def top1(self, evaluation: str) -> float | None:
+        """The accuracy that ``evaluation/NAME.json`` gives."""
+        found = self.results.get(evaluation, {}).get("top1")
+        return float(found) if found is not None else None
 
     @property
     def throughput(self) -> float | None:

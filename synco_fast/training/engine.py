@@ -172,7 +172,7 @@ class Engine:
         """Train on this process's share of a batch; nothing here waits for a GPU.
 
         Args:
-            batch: Its views, uint8.
+            batch: Its views, uint8 or normalised.
             step, epoch: Counted from 0.
         """
         rate = self.rate(step)

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.config import Config
+from synco_fast.data.build import build_pipeline
 from synco_fast.data.pipeline import Batch
 from synco_fast.data.sources import Source, open_source
-from synco_fast.data.torchvision import TorchvisionPipeline
 from synco_fast.errors import CheckpointError, DivergedError, LostProcessError
 from synco_fast.evaluation.protocol import evaluate_backbone
 from synco_fast.training.broken import BrokenImages
@@ -64,17 +64,20 @@ class Trainer:
         self.source: Source = open_source(config.data.source)
         check_evaluation(config.evaluation, self.source)
         steps_per_epoch = len(self.source.train) // config.training.batch
-        self._notes: list[str] = []
+        self._notes: list[str] = self.source.notes
         self.reporter: Reporter
         self.engine = Engine(config, steps_per_epoch, self.place, note=self._warn)
         self.device, self.method = self.engine.device, self.engine.method
-        self.pipeline = TorchvisionPipeline(
+        self.pipeline = build_pipeline(
             self.source.train,
             config.augment,
             batch=config.training.batch,
             seed=config.seed,
+            name=config.data.pipeline,
+            device=self.device,
+            dtype=self.engine.precision.dtype,
             workers=config.data.workers,
-            pin_memory=self.device.type == "cuda",
+            decode=config.data.decode,
             rank=self.place.rank,
             world=self.place.world,
         )
@@ -144,7 +147,7 @@ class Trainer:
             waited = time.perf_counter() - asked
             self.broken.replaced(batch.broken)
             if undrawn:
-                draw_pairs(batch, pairs)
+                draw_pairs(batch.as_pixels(self.config.augment), pairs)
                 undrawn = False
             self._train_step(batch, epoch)
             self.throughput.step(waited)

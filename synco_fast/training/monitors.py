@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import torch
 
 from synco_fast.training.engine import Engine
@@ -21,7 +23,8 @@ def monitors(engine: Engine, step: int) -> dict[str, float]:
     Returns:
         ``parameter_norm`` of the query encoder; ``key_momentum``; ``skipped`` steps since the run began; ``queue_age``,
         the age of the oldest key in steps; where losses are scaled ``loss_scale``; on a GPU ``memory_mib``, the most
-        that was allocated since the last call, and ``memory_reserved_mib``.
+        that was allocated since the last call, and ``memory_reserved_mib``; on a CPU ``memory_mib``, the most that the
+        process has held.
     """
     queue, keys = engine.config.method.queue, engine.config.keys_per_step
     values = {
@@ -36,4 +39,6 @@ def monitors(engine: Engine, step: int) -> dict[str, float]:
         values["memory_mib"] = torch.cuda.max_memory_allocated(engine.device) / _MIB
         values["memory_reserved_mib"] = torch.cuda.max_memory_reserved(engine.device) / _MIB
         torch.cuda.reset_peak_memory_stats(engine.device)
+    else:
+        values["memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return values

@@ -40,7 +40,12 @@ def build_optimizer(
     name, decay = config.name, config.weight_decay
     cuda = device.type == "cuda"
     if name == "sgd":
-        return torch.optim.SGD(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, fused=cuda)
+        sgd = torch.optim.SGD(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, fused=cuda)
+        if cuda and config.momentum:
+            # Fused SGD takes memory as it finds it for momentum when the very first step is left out.
+            for parameter in module.parameters():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if name == "apex_sgd":
         fused = _from_apex("FusedSGD", name, device)
         return fused(list(module.parameters()), lr=lr, momentum=config.momentum, weight_decay=decay)

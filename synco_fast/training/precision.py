@@ -58,6 +58,11 @@ class Precision:
         """Whether losses must be scaled."""
         return self.name == "fp16"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the encoders' products are computed."""
+        return _DTYPES.get(self.name, torch.float32)
+
     def autocast(self) -> torch.autocast:
         """The context of a forward pass. Weight copies are not cached: the momentum encoder changes in between."""
         dtype = _DTYPES.get(self.name, torch.bfloat16)

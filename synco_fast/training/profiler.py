@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from synco_fast.config import Config
+from synco_fast.data.build import build_pipeline
 from synco_fast.data.sources import open_source
-from synco_fast.data.torchvision import TorchvisionPipeline
 from synco_fast.environment import describe_environment
 from synco_fast.phases import PHASES, phase, recorded_by
 from synco_fast.training.engine import Engine
@@ -103,16 +103,20 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     values["training"]["cuda_graph"] = False
     config = Config.model_validate(values)
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline = TorchvisionPipeline(
-        open_source(config.data.source).train,
+    split = open_source(config.data.source).train
+    notes: list[str] = []
+    engine = Engine(config, len(split) // config.training.batch, note=notes.append)
+    pipeline = build_pipeline(
+        split,
         config.augment,
         batch=config.training.batch,
         seed=config.seed,
+        name=config.data.pipeline,
+        device=engine.device,
+        dtype=engine.precision.dtype,
         workers=config.data.workers,
-        pin_memory=torch.cuda.is_available(),
+        decode=config.data.decode,
     )
-    notes: list[str] = []
-    engine = Engine(config, len(pipeline), note=notes.append)
     clock = PhaseClock(engine.device)
     number, epoch, batches = 0, 0, iter(pipeline)
 

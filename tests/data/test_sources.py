@@ -1,4 +1,5 @@
 import gzip
+import os
 import struct
 
 import numpy as np
@@ -149,3 +150,9 @@ def test_arrays():
     assert split.name(1) == "noise[1]"
     assert split.classes == ("0", "1")
     assert split.read(1).size == (8, 8)
+
+
+def test_a_pipe_with_the_name_of_an_image_is_broken_and_stalls_nothing(tmp_path):
+    os.mkfifo(tmp_path / "x.jpg")
+    with pytest.raises(BrokenImageError, match=r"x\.jpg: the file has no bytes"):
+        read_image(tmp_path / "x.jpg")

@@ -15,14 +15,18 @@ def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     ]
     (runs[0] / "evaluation").mkdir()
     (runs[0] / "evaluation" / "linear.json").write_text(json.dumps({"top1": 0.9}))
+    (runs[0] / "evaluation" / "linear_fast.json").write_text(json.dumps({"top1": 0.8}))
+    (runs[0] / "evaluation" / "knn.json").write_text(json.dumps({"knn": 0.6}))
     groups = compare_runs(runs)
     assert [group.title for group in groups] == [
         "synco, temperature 0.2",
         "moco, temperature 0.2",
         "moco, temperature 0.1",
     ]
-    assert groups[0].values("kNN") == [0.7, 0.8]
+    assert groups[0].values("kNN in training") == [0.7, 0.8]
     assert groups[0].values("linear") == [0.9]
+    assert groups[0].values("linear, cached") == [0.8], "a column does not mix protocols"
+    assert groups[0].values("kNN") == [0.6]
     assert groups[0].budget == "2 x 8"
     assert groups[1].values("linear") == []
     draw_comparison(groups, tmp_path / "picture.png")

@@ -132,7 +132,7 @@ def test_stopped_and_resumed_is_never_stopped(tiny, tmp_path, stop):
     assert_identical(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
     figures = [
         [
-            {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")}
+            {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait", "memory_mib")}
             for line in read_metrics(tmp_path / name)
         ]
         for name in ("whole", "parts")
@@ -295,7 +295,7 @@ def test_a_single_bad_step_is_left_out_and_counted(tiny, tmp_path):
 def test_every_line_carries_what_a_long_run_is_watched_by(tiny, tmp_path):
     pretrain(tiny({"model.momentum_schedule": "cosine", "model.momentum": 0.9}), tmp_path / "run")
     lines = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
-    assert {"gradient_norm", "parameter_norm", "key_momentum", "skipped", "queue_age"} <= lines[0].keys()
+    assert {"gradient_norm", "parameter_norm", "key_momentum", "skipped", "queue_age", "memory_mib"} <= lines[0].keys()
     assert [line["queue_age"] for line in lines] == [1, 2, 3, 4, 4, 4, 4, 4], "32 keys, eight a step"
     momenta = [line["key_momentum"] for line in lines]
     assert momenta[0] == 0.9

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from synco_fast.config import OptimizerConfig
 from synco_fast.models.norm import SplitBatchNorm2d
+from synco_fast.training.optimizer import build_optimizer
 from synco_fast.training.statistics import RunningStatistics
 from synco_fast.training.update import SkippedSteps, Update
 
@@ -53,6 +55,26 @@ def test_a_step_without_a_finite_gradient_moves_nothing():
         update.backward((weight * bad).sum())
         assert not bool(update.step()[0])
         assert weight.tolist() == [3.0, 4.0]
+
+
+def test_a_gpus_optimiser_leaves_out_steps_by_a_tensor_also_the_first():
+    """PyTorch's fused SGD runs on a CPU too; against plain SGD that never meets the bad gradients."""
+    plain, fused = (nn.Linear(3, 2) for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    config = OptimizerConfig(momentum=0.9, weight_decay=0.1)
+    one = Update(build_optimizer(plain, config, lr=0.5, device=CPU), scaled=False, clip=None, device=CPU)
+    other = Update(
+        build_optimizer(fused, config, lr=0.5, device=torch.device("cuda")), scaled=True, clip=None, device=CPU
+    )
+    assert one.waits
+    other._on_device = True
+    for factor in (torch.nan, 1.0, torch.inf, 2.0):
+        for module, update in ((plain, one), (fused, other)):
+            module.zero_grad()
+            update.backward(module(torch.ones(4, 3)).square().sum() * factor)
+            assert bool(update.step()[0]) == (factor < 3)
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)
 
 
 def test_skipped_steps_are_counted_and_their_row_begins_at_its_first():

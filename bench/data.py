@@ -1,0 +1,208 @@
+"""Images and views a second, by pipeline, against the plain loader of the released code.
+
+Every pipeline reads the same JPEG files, of the size that ImageNet's have, with equally many processes, in rounds that
+alternate between the pipelines, so that whatever else the machine does meets them all.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from synco_fast.bench.data_baseline import two_crop_loader
+from synco_fast.data.augment import Recipe
+from synco_fast.data.build import build_pipeline, has_dali
+from synco_fast.data.catalogue import Catalogue, PackedNames
+from synco_fast.data.pipeline import Batch, Pipeline
+from synco_fast.data.sources import ArraySplit
+from synco_fast.data.splits import FileSplit
+
+__all__ = ["PIPELINES", "make_photos", "measure_pipelines"]
+
+#: The first is the one that the others are held against.
+PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32")
+_WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
+_RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
+
+
+def make_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
+    """Draw JPEG files of 500 x 375 pixels and about 110 kB whose spectra fall as those of photographs do.
+
+    Returns:
+        Their names. Files that are there already are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    frequency = np.hypot(np.fft.fftfreq(_HEIGHT)[:, None], np.fft.rfftfreq(_WIDTH)[None])
+    frequency[0, 0] = 1
+    names = [f"{number:05d}.jpg" for number in range(count)]
+    for number, name in enumerate(names):
+        if (folder / name).exists():
+            continue
+        rng = np.random.default_rng([seed, number])
+        phases = rng.uniform(0, 2 * np.pi, (3, *frequency.shape))
+        fields = np.fft.irfft2(np.exp(1j * phases) / frequency**1.1, s=(_HEIGHT, _WIDTH))
+        fields = np.moveaxis(fields / fields.std(axis=(1, 2), keepdims=True), 0, -1)
+        pixels = 118 + 50 * (0.75 * fields[..., :1] + 0.5 * fields) + rng.normal(0, 4, fields.shape)
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=_QUALITY)
+        (folder / name).write_bytes(file.getvalue())
+    return names
+
+
+def measure_pipelines(
+    folder: Path,
+    names: list[str],
+    *,
+    pipelines: list[str],
+    device: torch.device,
+    batch: int,
+    workers: int,
+    seconds: float,
+    rounds: int,
+    recipe: Recipe,
+    tick: Callable[[], None] = lambda: None,
+) -> list[dict[str, Any]]:
+    """Throughput of each pipeline.
+
+    Args:
+        folder, names: JPEG files.
+        pipelines: Of `PIPELINES`.
+        device: Where the encoder would be.
+        batch: Images in a batch.
+        workers: Processes that decode, for every pipeline alike.
+        seconds: Time of one round of one pipeline.
+        rounds: How often each is measured.
+        recipe: The augmentation.
+        tick: Called after each round of each pipeline.
+
+    Returns:
+        For each: images a second of every round and their median, views a second, and the share of the machine's
+        cores that it took, None where the system does not tell.
+    """
+    found: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        streams = []
+        for name in pipelines:
+            pipe = _pipeline(name, folder, names, device, batch, workers, recipe)
+            stack.enter_context(closing(pipe))
+            streams.append(_endless(pipe))
+            found.append({"pipeline": name, "rounds": [], "busy": []})
+        for _ in range(rounds):
+            for result, stream in zip(found, streams, strict=True):
+                images, busy = _round(stream, device, seconds, settle=2 * workers + 4)
+                result["rounds"].append(images)
+                result["busy"].append(busy)
+                tick()
+    for result in found:
+        result["images_per_second"] = statistics.median(result["rounds"])
+        result["views_per_second"] = 2 * result["images_per_second"]
+        shares = [share for share in result.pop("busy") if share is not None]
+        result["core_share"] = statistics.median(shares) if shares else None
+    return found
+
+
+def _pipeline(
+    name: str, folder: Path, names: list[str], device: torch.device, batch: int, workers: int, recipe: Recipe
+) -> Pipeline:
+    # Many epochs in one: a pause at an epoch's end is rare in a set of ImageNet's size.
+    many = names * max(1, 100_000 // len(names))
+    if name == "pil":
+        files = [os.fspath(folder / file) for file in many]
+        return _Plain(two_crop_loader(files, recipe, batch=batch, workers=workers))
+    if name == "resident-32":
+        pixels = np.random.default_rng(0).integers(
+            0, 256, (_RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_SIZE, 3), dtype=np.uint8
+        )
+        small = recipe.model_copy(update={"size": _RESIDENT_SIZE, "evaluation_resize": None})
+        split = ArraySplit(pixels, None, "noise")
+        return build_pipeline(split, small, batch=_RESIDENT_BATCH, seed=0, name="resident", device=device)
+    return build_pipeline(
+        FileSplit(folder, Catalogue(PackedNames.pack(many)), None, ""),
+        recipe,
+        batch=batch,
+        seed=0,
+        name="torchvision" if name == "torchvision" else "dali",
+        decode="windows" if name == "dali-windows" else "once",
+        device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        workers=workers,
+    )
+
+
+class _Plain:
+    """The plain loader as a `Pipeline`."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader[tuple[Tensor, Tensor]]) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Nothing: its order is another one each time."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first, second in self._loader:
+            yield Batch(first, second, torch.arange(len(first)))
+
+    def close(self) -> None:
+        """End the workers."""
+        del self._loader
+
+
+def _endless(pipe: Pipeline) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        pipe.set_epoch(epoch)
+        yield from pipe
+        epoch += 1
+
+
+def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
+    """Images a second and the share of the cores that was busy with them, after the batches that lay ready are gone."""
+    for _ in range(settle):
+        next(stream).to(device)
+    _wait(device)
+    images, busy, start = 0, _busy_seconds(), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        batch = next(stream).to(device)
+        images += len(batch.images)
+    _wait(device)
+    spent = time.perf_counter() - start
+    after = _busy_seconds()
+    cores = len(os.sched_getaffinity(0))
+    return images / spent, None if busy is None or after is None else (after - busy) / (spent * cores)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _busy_seconds() -> float | None:
+    """Processor time of this process and its workers so far; Linux alone tells that of live ones."""
+    total = 0.0
+    for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        try:
+            fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
+        except OSError:
+            return None
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def has_pipeline(name: str) -> bool:
+    """Whether a pipeline can be measured here."""
+    return not name.startswith("dali") or has_dali()

@@ -1,0 +1,65 @@
+"""The plain two-crop loader that MoCo v2's and SynCo's released code use, written anew from its description.
+
+Pillow decodes a file once, torchvision's transforms run twice on Pillow's image, each view becomes a normalised float
+tensor in the worker.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from synco_fast.data.augment import Recipe
+
+__all__ = ["two_crop_loader"]
+
+
+class _Blur:
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
+
+
+class _TwoCrops(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, files: list[str], recipe: Recipe) -> None:
+        self.files = files
+        jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(recipe.size, scale=recipe.area, ratio=recipe.ratio),
+                transforms.RandomApply([jitter], p=recipe.jitter_probability),
+                transforms.RandomGrayscale(recipe.greyscale_probability),
+                transforms.RandomApply([_Blur(recipe.blur_sigma)], p=recipe.blur_probability),
+                transforms.RandomHorizontalFlip(recipe.flip_probability),
+                transforms.ToTensor(),
+                transforms.Normalize(recipe.mean, recipe.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        with open(self.files[index], "rb") as file, Image.open(file) as opened:  # noqa: PTH123
+            image = opened.convert("RGB")
+        return self.transform(image), self.transform(image)
+
+
+def two_crop_loader(files: list[str], recipe: Recipe, *, batch: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Shuffled batches of two normalised views, (batch, 3, size, size) float32 each."""
+    return DataLoader(
+        _TwoCrops(files, recipe),
+        batch,
+        shuffle=True,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )

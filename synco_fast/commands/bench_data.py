@@ -1,0 +1,102 @@
+"""``synco-fast bench data``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from synco_fast.commands.verbs import Verbs, positive
+
+__all__ = ["add"]
+
+_PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32")
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast bench data``."""
+    command = verbs.add(
+        "bench data",
+        _bench_data,
+        "Images and views a second by pipeline, on JPEG files of ImageNet's size that are drawn on the spot, against "
+        "the plain two-crop loader of the released code (pil).",
+        "synco-fast bench data --workers 16 --batch 256 --json data.json",
+    )
+    command.add_argument("--pipelines", nargs="+", choices=_PIPELINES, help="all that this machine can run by default")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    command.add_argument("--workers", type=positive, help="processes for each pipeline; one a core by default")
+    command.add_argument("--batch", type=positive, default=64)
+    command.add_argument("--photos", type=positive, default=256, help="how many files to draw")
+    command.add_argument("--folder", type=Path, help="where to draw and keep them; the user's cache by default")
+    command.add_argument("--seconds", type=positive, default=6, help="of one round of one pipeline")
+    command.add_argument("--rounds", type=positive, default=3, help="of which the median counts")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+
+
+def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from rich.progress import Progress
+
+    from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
+    from synco_fast.data.augment import Recipe
+    from synco_fast.data.catalogue import cache_folder
+    from synco_fast.data.workers import default_workers
+    from synco_fast.environment import describe_environment
+    from synco_fast.errors import UserError
+    from synco_fast.training.precision import resolve_device
+    from synco_fast.training.run import write_json
+
+    device = resolve_device(options.device)
+    pipelines = options.pipelines or [name for name in _PIPELINES if has_pipeline(name)]
+    missing = [name for name in pipelines if not has_pipeline(name)]
+    if missing:
+        raise UserError(
+            f"pipelines: found {missing[0]}, allowed {', '.join(filter(has_pipeline, _PIPELINES))} here, where DALI is "
+            "not installed"
+        )
+    folder = options.folder or cache_folder() / "bench-photos"
+    workers = options.workers or default_workers()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task("drawing photos", total=None)
+        names = make_photos(folder, options.photos)
+        task = progress.add_task("measuring", total=len(pipelines) * options.rounds)
+        results = measure_pipelines(
+            folder,
+            names,
+            pipelines=pipelines,
+            device=device,
+            batch=options.batch,
+            workers=workers,
+            seconds=options.seconds,
+            rounds=options.rounds,
+            recipe=Recipe(),
+            tick=lambda: progress.advance(task),
+        )
+    sizes = [(folder / name).stat().st_size for name in names]
+    about = {"device": device.type, "workers": workers, "batch": options.batch, "photos": len(names)}
+    about["kilobytes"] = round(sum(sizes) / len(sizes) / 1e3)
+    environment = describe_environment()
+    if options.json is not None:
+        write_json(options.json, {"environment": environment, **about, "results": results})
+    _print(results, f"{environment['device']}, {environment['cores']} cores, {workers} workers", console)
+    return 0
+
+
+def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("pipeline", no_wrap=True)
+    first = results[0]["pipeline"]
+    for name in ("images/s", "views/s", "CPU", f"against {first}"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        speed = result["images_per_second"] / results[0]["images_per_second"]
+        share = "-" if result["core_share"] is None else f"{result['core_share']:.0%}"
+        figures = [f"{result[name]:,.0f}" for name in ("images_per_second", "views_per_second")]
+        same = not result["pipeline"].startswith("resident") or first.startswith("resident")
+        table.add_row(result["pipeline"], *figures, share, f"{speed:.2f}x" if same else "-")
+    console.print(table)
+    console.print("CPU: share of all cores; resident-32: arrays of 32 x 32 pixels, the others files of 500 x 375")

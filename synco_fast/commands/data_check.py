@@ -1,0 +1,98 @@
+"""``synco-fast data check``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from synco_fast.commands.verbs import Verbs, positive, two_columns
+
+if TYPE_CHECKING:
+    from synco_fast.data.splits import Split
+
+__all__ = ["add"]
+
+#: How many broken images are named on the screen; all of them are in the JSON file.
+_NAMED = 50
+#: Seconds between plain lines where there is no terminal.
+_LINE_EVERY = 15.0
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast data check``."""
+    command = verbs.add(
+        "data check",
+        _data_check,
+        "Decode every image of a source, name what is broken, and keep a list of the others, with which training "
+        "starts at once. Ends with code 1 where an image is broken.",
+        "synco-fast data check /data/imagenet --json broken.json",
+    )
+    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+    command.add_argument("--workers", type=positive, help="decoding processes; one a core by default")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all broken images here")
+
+
+def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.data.check import find_broken, keep_list, open_afresh
+    from synco_fast.environment import describe_environment
+    from synco_fast.errors import UserError
+    from synco_fast.training.run import write_json
+
+    source = open_afresh(options.source)
+    start = time.perf_counter()
+    figures: dict[str, Any] = {"source": options.source, "images": 0, "broken": {}, "lists": [], "cut_short": {}}
+    for title, split in (("training", source.train), ("held-out", source.validation)):
+        if split is None:
+            continue
+        broken = _with_progress(f"{title} images", split, find_broken, options.workers, console)
+        figures["images"] += len(split)
+        figures["broken"] |= {split.name(index): reason for index, reason in sorted(broken.items())}
+        figures["cut_short"] |= getattr(getattr(split, "catalogue", None), "left_out", {})
+        try:
+            kept = keep_list(split, broken)
+        except OSError as error:
+            raise UserError(f"cache: cannot write the list of {options.source} ({error})") from error
+        figures["lists"] += [kept] if kept else []
+    spent = time.perf_counter() - start
+    figures["seconds"] = spent
+    if options.json is not None:
+        write_json(options.json, figures | {"environment": describe_environment()})
+    wrong = [*figures["broken"].values(), *(f"{name}: {why}" for name, why in figures["cut_short"].items())]
+    for reason in wrong[:_NAMED]:
+        console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
+    if len(wrong) > _NAMED:
+        console.print(f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", style="yellow")
+    table = two_columns(f"check of {options.source}")
+    share = len(figures["broken"]) / figures["images"]
+    table.add_row("images", f"{figures['images']:,}")
+    table.add_row("broken", f"{len(figures['broken']):,} ({share:.2%})")
+    table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images a second")
+    for kept in figures["lists"]:
+        table.add_row("list of the others", kept)
+    console.print(table)
+    return 1 if wrong else 0
+
+
+def _with_progress(
+    title: str, split: Split, find: Callable[..., dict[int, str]], workers: int | None, console: Console
+) -> dict[int, str]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    said = time.monotonic()
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=len(split), note="")
+
+        def tick(done: int, broken: int) -> None:
+            nonlocal said
+            progress.update(task, completed=done, note=f"{broken:,} broken")
+            if not console.is_terminal and time.monotonic() - said > _LINE_EVERY:
+                said = time.monotonic()
+                console.print(f"{title}: {done:,} of {len(split):,}, {broken:,} broken", highlight=False)
+
+        return find(split, workers=workers, tick=tick)

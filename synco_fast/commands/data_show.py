@@ -1,0 +1,69 @@
+"""``synco-fast data show``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.verbs import Verbs, positive
+
+__all__ = ["add"]
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast data show``."""
+    command = verbs.add(
+        "data show",
+        _data_show,
+        "Draw augmented pairs as a run would meet them, from the pipeline that it would choose. Any key of the "
+        "configuration can be set as --section.key VALUE.",
+        "synco-fast data show /data/imagenet --augment.size 96 --out pairs.png",
+        overrides=True,
+    )
+    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+    command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults without it")
+    command.add_argument("--pairs", type=positive, default=24)
+    command.add_argument("--epoch", type=int, default=0, help="views differ from epoch to epoch")
+    command.add_argument("--out", type=Path, default=Path("pairs.png"), metavar="FILE", help="the PNG")
+
+
+def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.config import build_config
+    from synco_fast.data.build import build_pipeline, choose_pipeline
+    from synco_fast.data.sources import open_source
+    from synco_fast.presets import load_config
+    from synco_fast.training.plots import draw_pairs
+    from synco_fast.training.precision import Precision, resolve_device
+
+    overrides = overrides_of(rest) | {"data.source": options.source}
+    config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
+    device = resolve_device(config.training.device)
+    split = open_source(config.data.source).train
+    chosen = choose_pipeline(config.data.pipeline, split, device)
+    pipeline = build_pipeline(
+        split,
+        config.augment,
+        batch=min(options.pairs, len(split)),
+        seed=config.seed,
+        name=chosen,
+        device=device,
+        dtype=Precision(config.training.precision, device).dtype,
+        workers=config.data.workers,
+        decode=config.data.decode,
+    )
+    pipeline.set_epoch(options.epoch)
+    batch = next(iter(pipeline)).as_pixels(config.augment)
+    draw_pairs(batch, options.out, pairs=options.pairs)
+    pipeline.close()
+    for reason in batch.broken.values():
+        console.print(f"broken image, replaced by another: {reason}", style="yellow", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(batch.images)} pairs of {len(split):,} images by {chosen} on {device.type}: {options.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0

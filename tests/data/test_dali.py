@@ -1,0 +1,165 @@
+"""What is DALI's own: getting over files that its decoder refuses, forked workers, evaluation."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from synco_fast.data.augment import Recipe
+from synco_fast.data.build import evaluation_batches, has_dali
+from synco_fast.data.sources import open_source
+from tests.data.photos import photo
+from tests.data.test_pipelines import damage, epoch, special
+
+if not has_dali():
+    pytest.skip("DALI is not installed", allow_module_level=True)
+
+from synco_fast.data import dali_reader
+from synco_fast.data.dali import DaliPipeline, dali_evaluation
+
+RECIPE = Recipe(size=16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number in range(20):
+        photo(50, 40, number).save(tmp_path / f"good{number:02d}.jpg")
+    return tmp_path
+
+
+def pipeline(folder, **changes):
+    return DaliPipeline(open_source(str(folder)).train, RECIPE, **({"batch": 4, "seed": 0, "workers": 0} | changes))
+
+
+def test_a_file_that_only_the_decoder_finds_broken_is_remembered(folder):
+    damage(folder)
+    pipe = pipeline(folder)
+    bent = next(index for index in range(28) if pipe._reader.split.name(index).endswith("bent.jpg"))
+    builds = []
+    build = pipe._runner._build
+    pipe._runner._build = lambda: builds.append(1) or build()
+    for number in range(3):
+        assert len(epoch(pipe, number)) == 7
+        assert bent in pipe._runner._doubted
+        assert all("good" not in pipe._reader.split.name(index) for index in pipe._runner._doubted)
+        assert len(builds) == 3, "built at first, before the second try, after it; then never again"
+
+
+def test_a_file_that_only_dali_refuses_is_decoded_by_pillow(folder, monkeypatch):
+    photo(50, 40, 99).save(folder / "still.gif")
+    expected = [epoch(pipeline(folder, batch=7), number) for number in (0, 1)]
+
+    def trusting(content):
+        return (40, 50)
+
+    monkeypatch.setattr(dali_reader, "plain_jpeg_size", trusting)
+    pipe = pipeline(folder, batch=7)
+    for number in (0, 1):
+        for batch, wanted in zip(epoch(pipe, number), expected[number], strict=True):
+            assert not batch.broken
+            assert torch.equal(batch.images, wanted.images)
+            assert (batch.first.int() - wanted.first.int()).abs().float().mean() < 1
+    assert 0 < len(pipe._runner._doubted) <= 7
+
+
+def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch):
+    pipe = pipeline(folder)
+    inputs = pipe._runner._inputs
+
+    def wrong(batch):
+        found = inputs(batch)
+        if len(batch) > 1:
+            found["extent_0"] = found["extent_0"][:, :1]
+        return found
+
+    monkeypatch.setattr(pipe._runner, "_inputs", wrong)
+    with pytest.raises(RuntimeError):
+        epoch(pipe, 0)
+
+
+@pytest.mark.parametrize("decode", ["once", "windows"])
+def test_both_ways_to_decode_make_the_same_views(folder, decode):
+    for batch, other in zip(epoch(pipeline(folder, decode=decode), 1), epoch(pipeline(folder), 1), strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert (batch.second.int() - other.second.int()).abs().float().mean() < 1.5
+
+
+def test_evaluation_is_that_of_the_portable_pipeline(folder):
+    special(folder)
+    damage(folder)
+    split = open_source(str(folder)).train
+    (folder / "missing.jpg").unlink()
+    recipe = Recipe(size=24, evaluation_resize=30)
+    numbers = list(range(len(split)))[::-1]
+    for workers in (0, 2):
+        found, wanted = {}, {}
+        for results, batches in (
+            (found, evaluation_batches(split, recipe, batch=5, name="dali", workers=workers, numbers=numbers)),
+            (wanted, evaluation_batches(split, recipe, batch=5, workers=0, numbers=numbers)),
+        ):
+            results["broken"], order = {}, []
+            for images, indices, broken in batches:
+                results["broken"] |= broken
+                order += indices.tolist()
+                results.update(zip(indices.tolist(), images, strict=True))
+            assert order == [number for number in numbers if number not in results["broken"]]
+        assert set(found["broken"]) == set(wanted["broken"])
+        assert len(found["broken"]) == 8
+        del found["broken"], wanted["broken"]
+        assert set(found) == set(wanted)
+        for number, image in found.items():
+            difference = (image.int() - wanted[number].int()).abs().float()
+            assert difference.mean() < 0.6, split.name(number)
+            assert difference.max() <= 8, split.name(number)
+
+
+def test_evaluation_of_nothing_but_broken_files(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    batches = list(dali_evaluation(open_source(str(tmp_path)).train, RECIPE, batch=2, workers=0))
+    assert [len(broken) for _, _, broken in batches] == [2, 1]
+    assert all(images.shape == (0, 3, 16, 16) and len(numbers) == 0 for images, numbers, _ in batches)
+
+
+def test_a_forked_worker_does_not_collect_a_graph_that_was_left_behind(folder):
+    program = f"""
+import gc, multiprocessing
+from synco_fast.data.augment import Recipe
+from synco_fast.data.dali import DaliPipeline
+from synco_fast.data.sources import open_source
+pipe = DaliPipeline(open_source({str(folder)!r}).train, Recipe(size=16), batch=4, seed=0, workers=0)
+list(pipe)
+gc.collect(); gc.disable()
+cycle = [pipe]; cycle.append(cycle)
+del pipe, cycle
+worker = multiprocessing.get_context("fork").Process(target=gc.collect)
+worker.start()
+worker.join(30)
+print("worker", worker.exitcode)
+worker.kill()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["worker 0"], done.stderr
+
+
+def test_sixteen_bit_and_palette_pixels_reach_dali_as_pillow_reads_them(tmp_path):
+    special(tmp_path)
+    reader = dali_reader.Reader(open_source(str(tmp_path)).train, replace=True)
+    names = [reader.split.name(index).rpartition("/")[2] for index in range(len(reader.split))]
+    batch = reader[[(0, index) for index in range(len(names))]]
+    plain = {
+        name for name, file in zip(names, batch.files(), strict=True) if np.asarray(file[:2]).tobytes() == b"\xff\xd8"
+    }
+    assert plain == {
+        "grey.jpg",
+        "turned3.jpg",
+        "turned6.jpg",
+        "pixel.jpg",
+        "progressive.jpg",
+        "wrong-suffix.png",
+    }
+    sizes = dict(zip(names, batch.sizes.tolist(), strict=True))
+    assert sizes["turned6.jpg"] == [80, 60]
+    assert sizes["turned3.jpg"] == [60, 80]

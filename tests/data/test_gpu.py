@@ -1,0 +1,97 @@
+"""The pipelines on a GPU against the same ones on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from synco_fast.data.augment import Recipe
+from synco_fast.data.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.pipeline import normalise
+from synco_fast.data.sources import ArraySplit, open_source
+from tests.data.photos import photo
+from tests.data.test_pipelines import BROKEN, damage, special
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DALI = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
+RECIPE = Recipe(size=96)
+
+
+@pytest.fixture
+def split(tmp_path):
+    for number in range(40):
+        photo(200 + number, 150, number).save(tmp_path / f"good{number:02d}.jpg", quality=92)
+    return open_source(str(tmp_path)).train
+
+
+@DALI
+@pytest.mark.parametrize("decode", ["once", "windows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dali_makes_the_views_of_the_portable_pipeline(split, decode, dtype):
+    options = {"batch": 8, "seed": 0, "workers": 2}
+    cuda = torch.device("cuda")
+    assert choose_pipeline("auto", split, cuda) == "dali"
+    ours = build_pipeline(split, RECIPE, device=cuda, dtype=dtype, decode=decode, **options)
+    theirs = build_pipeline(split, RECIPE, name="torchvision", **options)
+    for number in range(2):
+        for pipe in (ours, theirs):
+            pipe.set_epoch(number, start=number)
+        for batch, other in zip(ours, theirs, strict=True):
+            assert torch.equal(batch.images, other.images)
+            for view, wanted in ((batch.first, other.first), (batch.second, other.second)):
+                assert view.is_cuda
+                assert view.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
+                assert view.is_contiguous(memory_format=torch.channels_last)
+                difference = (view.float().cpu() - normalise(wanted, RECIPE)).abs()
+                # Two levels of 255: another JPEG decoder, and the graph rounds after each operation.
+                assert difference.mean() < 2 / 255 / 0.225
+    for pipe in (ours, theirs):
+        pipe.close()
+
+
+@DALI
+def test_dali_gets_over_broken_and_special_files(split, tmp_path):
+    damage(tmp_path)
+    special(tmp_path)
+    split = open_source(str(tmp_path)).train
+    (tmp_path / "missing.jpg").unlink()
+    cuda = torch.device("cuda")
+    pipe = build_pipeline(split, RECIPE, name="dali", device=cuda, batch=len(split), seed=0, workers=2)
+    for number in range(2):
+        pipe.set_epoch(number)
+        (batch,) = pipe
+        assert torch.isfinite(batch.first.float()).all()
+        assert sorted(split.name(index).rpartition("/")[2] for index in batch.broken) == list(BROKEN)
+    pipe.close()
+
+
+@DALI
+def test_a_view_is_not_overwritten_while_it_is_in_use(split):
+    """Views that are kept stay as they were, however far the graph has gone on."""
+    pipe = build_pipeline(split, RECIPE, name="dali", device=torch.device("cuda"), batch=4, seed=0, workers=2)
+    kept, copies = [], []
+    for number in range(3):
+        pipe.set_epoch(number)
+        for batch in pipe:
+            kept.append(batch.first)
+            copies.append(batch.first.clone())
+    torch.cuda.synchronize()
+    assert all(torch.equal(view, copy) for view, copy in zip(kept, copies, strict=True))
+    pipe.close()
+
+
+def test_a_resident_set_makes_the_same_views_on_the_gpu():
+    pixels = np.stack([np.asarray(photo(40, 36, number)) for number in range(32)])
+    split = ArraySplit(pixels, None, "photos")
+    recipe = Recipe(size=32)
+    on_gpu, on_cpu = (
+        list(build_pipeline(split, recipe, name="resident", batch=8, seed=0, device=torch.device(device)))
+        for device in ("cuda", "cpu")
+    )
+    for batch, other in zip(on_gpu, on_cpu, strict=True):
+        assert batch.first.is_cuda
+        difference = (batch.first.cpu().int() - other.first.int()).abs()
+        assert difference.float().mean() < 0.05
+        assert difference.max() <= 3

@@ -1,0 +1,302 @@
+"""Sources beside folders: lists of files, tar shards, and the lists that are kept of them."""
+
+import io
+import os
+import pickle
+import tarfile
+import time
+
+import numpy as np
+import pytest
+
+from synco_fast.data.catalogue import Catalogue, PackedNames, catalogue_path, read_catalogue, write_catalogue
+from synco_fast.data.check import find_broken, keep_list, open_afresh
+from synco_fast.data.errors import BrokenImageError, DataError
+from synco_fast.data.shards import ShardSplit
+from synco_fast.data.sources import ArraySplit, open_source
+from tests.data.photos import photo
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def jpeg(seed=0):
+    file = io.BytesIO()
+    photo(40, 30, seed).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_shard(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as shard:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = tarfile.SYMTYPE, content
+                shard.addfile(info)
+            else:
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path):
+    root = tmp_path / "shards"
+    for number in range(3):
+        members = []
+        for place in range(4):
+            label = (number + place) % 3
+            members += [(f"{number}{place}.jpg", jpeg(10 * number + place)), (f"{number}{place}.cls", b"%d\n" % label)]
+        write_shard(root / "train" / f"{number:05d}.tar", members)
+    write_shard(root / "val" / "00000.tar", [("a.cls", b"2"), ("a.jpg", jpeg(99))])
+    return root
+
+
+# -- tar shards -------------------------------------------------------------------------------------------------------
+
+
+def test_shards(shards):
+    source = open_source(f"tar:{shards}")
+    assert (len(source.train), len(source.validation)) == (12, 1)
+    assert source.train.classes == source.validation.classes == ("0", "1", "2")
+    assert source.train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+    assert source.validation.labels.tolist() == [2]
+    assert source.train.encoded(5) == jpeg(11)
+    assert source.train.read(5).size == (40, 30)
+    assert source.train.name(5).endswith("00001.tar:'11.jpg'")
+
+
+def test_labels_in_json_by_folder_or_none(tmp_path):
+    write_shard(
+        tmp_path / "j" / "a.tar",
+        [("x.jpg", jpeg()), ("x.json", b'{"label": "cat"}'), ("y.jpg", jpeg()), ("y.cls", b"10")],
+    )
+    write_shard(tmp_path / "f" / "a.tar", [("dog/1.jpg", jpeg()), ("cat/1.jpg", jpeg()), ("dog/1.txt", b"woof")])
+    write_shard(tmp_path / "n" / "a.tar", [("1.jpg", jpeg()), ("2.PNG", jpeg())])
+    by_json, by_folder, none = (open_source(f"tar:{tmp_path / name}").train for name in "jfn")
+    assert (by_json.classes, by_json.labels.tolist()) == (("10", "cat"), [1, 0])
+    assert (by_folder.classes, by_folder.labels.tolist()) == (("cat", "dog"), [1, 0])
+    assert (none.classes, none.labels, len(none)) == (None, None, 2)
+
+
+def test_numbered_classes_are_in_order_of_value(tmp_path):
+    write_shard(
+        tmp_path / "a.tar",
+        [part for label in (10, 9, 2) for part in ((f"{label}.jpg", jpeg()), (f"{label}.cls", b"%d" % label))],
+    )
+    assert open_source(f"tar:{tmp_path}").train.classes == ("2", "9", "10")
+
+
+def test_nothing_in_a_shard_reaches_the_file_system(tmp_path):
+    """Names that climb out, absolute ones and links are names: nothing is written, and links are no images."""
+    outside = tmp_path / "outside.jpg"
+    outside.write_bytes(b"secret")
+    members = [
+        ("../../escape.jpg", jpeg(1)),
+        ("/etc/absolute.jpg", jpeg(2)),
+        ("link.jpg", str(outside)),
+        ("line\nbreak.jpg", jpeg(3)),
+    ]
+    write_shard(tmp_path / "set" / "evil.tar", members)
+    before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    split = open_source(f"tar:{tmp_path / 'set'}").train
+    assert [split.encoded(index) for index in range(len(split))] == [jpeg(1), jpeg(2), jpeg(3)]
+    assert "\n" not in split.name(2)
+    assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
+    assert not (tmp_path.parent / "escape.jpg").exists()
+
+
+def test_the_index_is_kept_until_a_shard_changes(shards, monkeypatch):
+    first = open_source(f"tar:{shards}").train
+
+    def scan(paths):
+        raise AssertionError("scanned again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("synco_fast.data.shards.index_shards", scan)
+        again = open_source(f"tar:{shards}").train
+    assert again.catalogue.names[:] == first.catalogue.names[:]
+    assert again.labels.tolist() == first.labels.tolist()
+    write_shard(shards / "train" / "00001.tar", [("new.jpg", jpeg(5)), ("new.cls", b"1")])
+    os.utime(shards / "train" / "00001.tar", ns=(1, 1))
+    assert len(open_source(f"tar:{shards}").train) == 9
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(shards, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(open_source(f"tar:{shards}").train) == 12
+
+
+def test_a_shard_that_is_cut_short_gives_what_is_before_the_end(shards):
+    path = shards / "train" / "00002.tar"
+    path.write_bytes(path.read_bytes()[:3500])
+    split = open_source(f"tar:{shards}").train
+    assert 8 <= len(split) < 12
+    assert all(split.read(index).size == (40, 30) for index in range(len(split)))
+    ((name, reason),) = split.catalogue.left_out.items()
+    assert name == str(path)
+    assert "cut short" in reason
+
+
+def test_a_shard_that_shrinks_while_a_run_reads_it(shards):
+    split = open_source(f"tar:{shards}").train
+    path = shards / "train" / "00002.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BrokenImageError, match="the shard ends in the middle"):
+        split.read(11)
+
+
+def test_what_is_no_shard(tmp_path):
+    with pytest.raises(DataError, match="found no folder"):
+        open_source(f"tar:{tmp_path / 'nowhere'}")
+    with pytest.raises(DataError, match=r"found no \*\.tar in"):
+        open_source(f"tar:{tmp_path}")
+    (tmp_path / "a.tar").write_bytes(b"not a tar file" * 100)
+    with pytest.raises(DataError, match=r"found no readable tar file at .*a\.tar"):
+        open_source(f"tar:{tmp_path}")
+    write_shard(tmp_path / "a.tar", [("a.txt", b"words")])
+    with pytest.raises(DataError, match="found no image in the shards"):
+        open_source(f"tar:{tmp_path}")
+
+
+def test_a_split_of_many_shards_holds_few_open_and_travels_to_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("synco_fast.data.shards._OPEN_SHARDS", 2)
+    paths = [write_shard(tmp_path / f"{number}.tar", [("a.jpg", jpeg(number))]) for number in range(5)]
+    split = ShardSplit(paths)
+    for index in (0, 4, 1, 3, 2, 0):
+        assert split.encoded(index) == jpeg(index)
+        assert len(split._opened) <= 2
+    assert pickle.loads(pickle.dumps(split)).encoded(3) == jpeg(3)
+
+
+# -- lists of files ---------------------------------------------------------------------------------------------------
+
+
+def test_lists(image_folder, tmp_path):
+    train, held_out = tmp_path / "train.txt", tmp_path / "val.txt"
+    train.write_text("# mine\n\nimages/train/class1/3.jpg\tb\n" + f"{image_folder}/train/class0/1.jpg\ta\n")
+    held_out.write_text("images/val/class1/0.jpg\tb\n")
+    source = open_source(f"list:{train},{held_out}")
+    assert source.train.classes == source.validation.classes == ("a", "b")
+    assert source.train.labels.tolist() == [1, 0]
+    assert source.validation.labels.tolist() == [1]
+    assert source.train.read(0).size == source.train.read(1).size == (44, 40)
+    held_out.write_text("images/val/class1/0.jpg\n")
+    assert open_source(f"list:{held_out}").train.labels is None
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "found no path in the list"),
+        ("a.jpg\tx\nb.jpg\n", "found no class after 'b.jpg' .* allowed one in every line or in none"),
+        (None, "cannot read the list"),
+    ],
+)
+def test_lists_that_cannot_be(tmp_path, content, says):
+    file = tmp_path / "list.txt"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(DataError, match=says):
+        open_source(f"list:{file}")
+
+
+def test_three_lists(tmp_path):
+    with pytest.raises(DataError, match="found 3 lists"):
+        open_source("list:a,b,c")
+
+
+# -- kept lists -------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_packed_and_found_again():
+    names = ["a", "", "été.jpg", "b" * 300, os.fsdecode(b"\xff\xfe.jpg")]
+    packed = PackedNames.pack(names)
+    assert list(packed) == names
+    assert packed[-1] == names[-1]
+    assert packed[1:3] == names[1:3]
+    with pytest.raises(IndexError):
+        packed[5]
+    assert list(PackedNames.pack([])) == []
+
+
+def test_a_list_that_is_damaged_or_out_of_date_is_not_used(tmp_path):
+    path, folder = catalogue_path("key"), tmp_path / "folder"
+    folder.mkdir()
+    catalogue = Catalogue(
+        PackedNames.pack(["a", "b"]),
+        np.array([0, 1]),
+        ("x", "y"),
+        stamps={str(folder): folder.stat().st_mtime_ns},
+        left_out={"c": "broken"},
+    )
+    write_catalogue(path, catalogue)
+    found = read_catalogue(path)
+    assert (found.names[:], found.labels.tolist(), found.classes) == (["a", "b"], [0, 1], ("x", "y"))
+    assert found.left_out == {"c": "broken"}
+    assert found.places is None
+    os.utime(folder, ns=(1, 1))
+    assert read_catalogue(path) is None
+    content = path.read_bytes()
+    for damaged in (content[:100], b"", b"no archive"):
+        path.write_bytes(damaged)
+        assert read_catalogue(path) is None
+    assert read_catalogue(tmp_path / "nowhere") is None
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "no part is left behind"
+
+
+def test_a_kept_list_serves_a_folder_until_a_file_comes_or_goes(image_folder):
+    split = open_source(str(image_folder)).train
+    write_catalogue(catalogue_path(split.key), split.catalogue.without({4: "it is broken"}))
+    kept = open_source(str(image_folder)).train
+    assert len(kept) == 32
+    assert kept.labels.tolist() == split.labels.tolist()[:4] + split.labels.tolist()[5:]
+    assert kept.catalogue.left_out == {split.catalogue.names[4]: "it is broken"}
+    time.sleep(0.01)
+    photo(44, 40).save(image_folder / "train" / "class2" / "new.jpg")
+    assert len(open_source(str(image_folder)).train) == 34
+
+
+# -- the check --------------------------------------------------------------------------------------------------------
+
+
+def test_a_check_leaves_out_what_is_broken_and_forgets_it_when_mended(image_folder):
+    victim = image_folder / "train" / "class1" / "3.jpg"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:100])
+    source = open_afresh(str(image_folder))
+    told = []
+    broken = find_broken(source.train, workers=2, tick=lambda done, wrong: told.append((done, wrong)))
+    assert [source.train.name(index) for index in broken] == [str(victim)]
+    assert told[-1] == (33, 1)
+    assert keep_list(source.train, broken) == str(catalogue_path(source.train.key))
+    assert keep_list(source.validation, {}) is not None
+    again = open_source(str(image_folder))
+    assert len(again.train) == 32
+    assert not find_broken(again.train, workers=0)
+    (note,) = again.notes
+    assert "1 left out as unreadable, the first: class1/3.jpg" in note
+    victim.write_bytes(content)
+    assert len(open_afresh(str(image_folder)).train) == 33
+
+
+def test_a_check_of_shards(shards):
+    path = shards / "train" / "00001.tar"
+    write_shard(path, [("good.jpg", jpeg()), ("bad.jpg", b"no picture")])
+    source = open_afresh(f"tar:{shards}")
+    broken = find_broken(source.train, workers=0)
+    keep_list(source.train, broken)
+    again = open_source(f"tar:{shards}").train
+    assert len(again) == len(source.train) - 1
+    assert not find_broken(again, workers=0)
+
+
+def test_nothing_is_kept_of_arrays_nor_where_nothing_is_left(tmp_path):
+    assert keep_list(ArraySplit(np.zeros((2, 8, 8), np.uint8), None, "zeros"), {}) is None
+    (tmp_path / "a.jpg").write_bytes(b"")
+    source = open_afresh(str(tmp_path))
+    assert keep_list(source.train, find_broken(source.train, workers=0)) is None

@@ -1,0 +1,267 @@
+"""What every pipeline promises: complete epochs, shares for ranks, reproducible views, exact resume, no fatal file."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from synco_fast.data.augment import Recipe
+from synco_fast.data.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.errors import DataError
+from synco_fast.data.sources import ArraySplit, open_source
+from tests.data.photos import photo
+
+RECIPE = Recipe(size=16)
+DALI = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
+NAMES = ["torchvision", "resident", pytest.param("dali", marks=DALI)]
+
+
+@pytest.fixture(params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def split(image_folder):
+    return open_source(str(image_folder)).train
+
+
+def pipeline(split, name, **changes):
+    return build_pipeline(split, RECIPE, name=name, **({"batch": 8, "seed": 3, "workers": 0} | changes))
+
+
+def epoch(pipe, number, start=0):
+    pipe.set_epoch(number, start)
+    return list(pipe)
+
+
+def same(one, other):
+    return all(torch.equal(getattr(one, field), getattr(other, field)) for field in ("first", "second", "images"))
+
+
+def test_every_epoch_is_complete_and_of_equal_length(split, name):
+    pipe = pipeline(split, name, batch=11)
+    orders = []
+    for number in range(3):
+        batches = epoch(pipe, number)
+        assert len(batches) == len(pipe) == 3
+        orders.append(torch.cat([batch.images for batch in batches]).tolist())
+        assert sorted(orders[-1]) == list(range(33)), "each image once"
+        for batch in batches:
+            assert batch.first.shape == batch.second.shape == (11, 3, 16, 16)
+            assert not torch.equal(batch.first, batch.second)
+            assert not batch.broken
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_a_last_batch_that_is_not_full_is_left_out_another_in_each_epoch(split, name):
+    pipe = pipeline(split, name, batch=10)
+    left = []
+    for number in range(4):
+        seen = torch.cat([batch.images for batch in epoch(pipe, number)]).tolist()
+        assert len(seen) == len(set(seen)) == 30
+        left.append(set(range(33)) - set(seen))
+    assert len({frozenset(images) for images in left}) > 1
+
+
+def test_ranks_share_an_epoch_without_overlap_and_make_the_views_of_one_process(split, name):
+    whole = epoch(pipeline(split, name, batch=9), 2)
+    shares = [epoch(pipeline(split, name, batch=9, rank=rank, world=3), 2) for rank in range(3)]
+    assert {len(share) for share in shares} == {3}
+    for step, batch in enumerate(whole):
+        for field in ("images", "first", "second"):
+            together = torch.cat([getattr(share[step], field) for share in shares])
+            assert torch.equal(together, getattr(batch, field)), field
+
+
+def test_views_depend_on_seed_and_epoch_not_on_workers(split, name):
+    alone, shared = pipeline(split, name), pipeline(split, name, workers=2)
+    first = [epoch(alone, number) for number in (0, 1)]
+    assert all(same(a, b) for number in (0, 1) for a, b in zip(epoch(shared, number), first[number], strict=True))
+    assert not same(epoch(pipeline(split, name, seed=4), 0)[0], first[0][0])
+    shared.close()
+
+
+def test_starting_in_the_middle_meets_the_same_batches(split, name):
+    whole = epoch(pipeline(split, name), 1)
+    assert all(same(a, b) for a, b in zip(whole[2:], epoch(pipeline(split, name), 1, start=2), strict=True))
+
+
+def test_an_epoch_given_up_in_the_middle_leaves_no_trace(split, name):
+    pipe, fresh = pipeline(split, name), pipeline(split, name)
+    pipe.set_epoch(0)
+    batches = iter(pipe)
+    next(batches)
+    del batches
+    assert all(same(a, b) for a, b in zip(epoch(pipe, 1), epoch(fresh, 1), strict=True))
+
+
+def test_loading_leaves_the_global_generator_alone(split, name):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    epoch(pipeline(split, name), 0)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_too_few_images_for_a_step(split, name):
+    with pytest.raises(DataError, match=r"training\.batch: found 34, allowed up to 33"):
+        pipeline(split, name, batch=34)
+    with pytest.raises(DataError, match=r"training\.batch: found 9, allowed a multiple of 2"):
+        pipeline(split, name, batch=9, world=2)
+    with pytest.raises(DataError, match="rank: found 2, allowed 0 to 1"):
+        pipeline(split, name, batch=2, rank=2, world=2)
+
+
+def test_arrays(name):
+    colours = ArraySplit(np.random.default_rng(0).integers(0, 256, (9, 20, 24, 3), dtype=np.uint8), None, "noise")
+    grey = ArraySplit(colours.images[..., 0].copy(), None, "grey")
+    for split in (colours, grey):
+        ours, theirs = (epoch(pipeline(split, chosen, batch=4), 0) for chosen in (name, "torchvision"))
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.images, b.images)
+            assert (a.first.int() - b.first.int()).abs().float().mean() < 1.5
+
+
+# -- what real folders hold -------------------------------------------------------------------------------------------
+
+BROKEN = (
+    "bent.jpg",
+    "empty.jpg",
+    "headless.jpg",
+    "huge.png",
+    "missing.jpg",
+    "text.jpg",
+    "truncated.jpg",
+    "truncated.png",
+)
+
+
+def damage(folder):
+    """Eight files that cannot be read, by name, beside the good ones of the folder."""
+    sound = folder / "whole.jpg"
+    photo(200, 150).save(sound, quality=95)
+    content = sound.read_bytes()
+    (folder / "truncated.jpg").write_bytes(content[: len(content) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("I am no picture")
+    photo(60, 60).save(folder / "truncated.png")
+    (folder / "truncated.png").write_bytes((folder / "truncated.png").read_bytes()[:2000])
+    (folder / "headless.jpg").write_bytes(content[300:])
+    # A header that promises 20,000 x 20,000 pixels, as a decompression bomb has.
+    Image.new("1", (20_000, 20_000)).save(folder / "huge.png")
+    (folder / "missing.jpg").write_bytes(content)
+    # Header and end are there; what lies between has no meaning.
+    scan = content.index(b"\xff\xda")
+    (folder / "bent.jpg").write_bytes(content[: scan + 2] + b"\x00\x03\x01" + b"\xff\xd9")
+    sound.unlink()
+
+
+def special(folder):
+    """Files that are sound and out of the ordinary."""
+    image = photo(80, 60)
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("L").save(folder / "grey.jpg")
+    image.convert("P").save(folder / "palette.png")
+    image.convert("RGBA").save(folder / "transparent.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    exif = Image.Exif()
+    for orientation in (3, 6):
+        exif[0x0112] = orientation
+        image.save(folder / f"turned{orientation}.jpg", exif=exif, quality=95)
+    Image.new("RGB", (1, 1), (10, 200, 30)).save(folder / "pixel.png")
+    Image.new("RGB", (1, 1), (10, 200, 30)).save(folder / "pixel.jpg")
+    image.save(folder / "progressive.jpg", progressive=True)
+    image.save(folder / "still.gif")
+    image.save(folder / "picture.webp")
+    image.save(folder / "wrong-suffix.png", format="JPEG", quality=95)
+
+
+@pytest.mark.parametrize("name", ["torchvision", pytest.param("dali", marks=DALI)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_replaced_and_named_and_never_end_a_run(tmp_path, name, workers):
+    for number in range(16):
+        photo(50, 40, number).save(tmp_path / f"good{number:02d}.jpg")
+    damage(tmp_path)
+    split = open_source(str(tmp_path)).train
+    assert len(split) == 24
+    (tmp_path / "missing.jpg").unlink()
+    pipe = pipeline(split, name, batch=6, workers=workers)
+    for number in range(2):
+        batches = epoch(pipe, number)
+        assert [len(batch.images) for batch in batches] == [6] * 4
+        broken = {index: reason for batch in batches for index, reason in batch.broken.items()}
+        assert sorted(split.name(index).rpartition("/")[2] for index in broken) == list(BROKEN)
+        for index, reason in broken.items():
+            assert split.name(index) in reason
+            assert "\n" not in reason
+        images = torch.cat([batch.images for batch in batches]).tolist()
+        assert not set(images) & set(broken)
+        assert set(images) | set(broken) == set(range(24)), "every good image is there"
+    pipe.close()
+
+
+@pytest.mark.parametrize("name", ["torchvision", pytest.param("dali", marks=DALI)])
+def test_special_files_are_read_alike_by_every_pipeline(tmp_path, name):
+    special(tmp_path)
+    split = open_source(str(tmp_path)).train
+    (batch,) = epoch(pipeline(split, name, batch=len(split)), 0)
+    assert not batch.broken
+    still = Recipe(
+        size=16, jitter_probability=0, greyscale_probability=0, blur_probability=0, flip_probability=0, area=(1, 1)
+    )
+    (batch,) = list(build_pipeline(split, still, name=name, batch=len(split), seed=0, workers=0))
+    found = {split.name(i).rpartition("/")[2]: view for i, view in zip(batch.images.tolist(), batch.first, strict=True)}
+    assert found["grey.jpg"][0].equal(found["grey.jpg"][2])
+    assert (found["pixel.png"].float().mean((1, 2)) - torch.tensor([10.0, 200, 30])).abs().max() <= 1
+    upright = np.asarray(photo(80, 60).resize((16, 16), Image.Resampling.BILINEAR)).astype(float).transpose(2, 0, 1)
+    for file in ("cmyk.jpg", "palette.png", "transparent.png", "progressive.jpg", "picture.webp", "wrong-suffix.png"):
+        assert np.abs(found[file].numpy() - upright).mean() < 40, file
+    for file, turns in (("turned3.jpg", 2), ("turned6.jpg", 3)):
+        with Image.open(tmp_path / file) as stored:
+            turned = np.rot90(np.asarray(stored), turns)
+        expected = np.asarray(Image.fromarray(turned).resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        difference = np.abs(found[file].numpy().astype(float) - expected)
+        assert difference.mean() < 20, file
+
+
+def test_a_resident_set_replaces_what_is_broken(image_folder):
+    (image_folder / "train" / "class1" / "3.jpg").write_bytes(b"")
+    split = open_source(str(image_folder)).train
+    victim = next(index for index in range(33) if split.name(index).endswith("class1/3.jpg"))
+    for number in range(2):
+        batches = epoch(pipeline(split, "resident", batch=11, workers=2), number)
+        assert [list(batch.broken) for batch in batches if batch.broken] == [[victim]]
+        images = torch.cat([batch.images for batch in batches]).tolist()
+        assert images.count(victim + 1) == 2
+        assert victim not in images
+
+
+def test_a_resident_set_has_images_of_one_size(tmp_path):
+    for number, width in enumerate((20, 20, 24)):
+        photo(width, 20).save(tmp_path / f"{number}.png")
+    with pytest.raises(DataError, match=r"found .*2\.png of 20 x 24 pixels among images of 20 x 20, allowed one size"):
+        pipeline(open_source(str(tmp_path)).train, "resident", batch=2)
+
+
+def test_nothing_but_broken_images_is_an_error(tmp_path, name):
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(b"")
+    split = open_source(str(tmp_path)).train
+    with pytest.raises(DataError, match=r"found 3 broken images in a row, the first: .* the file has no bytes"):
+        next(iter(pipeline(split, name, batch=2)))
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+def test_the_choice(split, monkeypatch):
+    arrays = ArraySplit(np.zeros((9, 28, 28), np.uint8), None, "zeros")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for installed in (True, False):
+        monkeypatch.setattr("synco_fast.data.build.has_dali", lambda installed=installed: installed)
+        assert choose_pipeline("auto", arrays, gpu) == "resident"
+        assert choose_pipeline("auto", split, cpu) == "torchvision"
+        assert choose_pipeline("auto", split, gpu) == ("dali" if installed else "torchvision")
+        assert choose_pipeline("torchvision", arrays, gpu) == "torchvision"
+    with pytest.raises(DataError, match=r"data\.pipeline: found dali, allowed .* where DALI is not installed"):
+        choose_pipeline("dali", split, cpu)
