@@ -203,10 +203,11 @@ class Trainer:
         newest = checkpoints_in(self.folder / "checkpoints")
         kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint had been written"
         epoch = first // self.steps_per_epoch + 1
+        rates = "optimizer.lr or generated.lr" if self.config.method.name == "generated" else "optimizer.lr"
         raise DivergedError(
             f"loss: found a gradient that is not finite at step {first + 1} (epoch {epoch}) and {row - 1} more after "
             f"it, allowed {self.config.training.max_skipped} in a row (training.max_skipped), none at the end, and "
-            f"weights that are numbers; {kept}; try a lower optimizer.lr or optimizer.clip"
+            f"weights that are numbers; {kept}; try a lower {rates}, or optimizer.clip"
         )
 
     # -- evaluation ---------------------------------------------------------------------------------------------
