@@ -27,12 +27,12 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 @pytest.fixture
-def workplace(told_run, image_folder, tmp_path, monkeypatch):
+def workspace(told_run, image_folder, tmp_path, monkeypatch):
     """A folder in which the pages' names mean something."""
-    inside = tmp_path / "workplace"
+    inside = tmp_path / "workspace"
     (inside / "datasets").mkdir(parents=True)
-    told_run(name="workplace/runs/demo")
-    told_run({"seed": 1}, "workplace/runs/other")
+    told_run(name="workspace/runs/demo")
+    told_run({"seed": 1}, "workspace/runs/other")
     shutil.copytree(image_folder, inside / "datasets" / "demo")
     monkeypatch.chdir(inside)
     return inside
@@ -45,17 +45,17 @@ def run(line: str) -> None:
 
 
 @pytest.mark.slow
-def test_evaluation(workplace, voc):
+def test_evaluation(workspace, voc):
     pytest.importorskip("torchmetrics")
     pytest.importorskip("pyarrow")
-    shutil.copytree(voc, workplace / "datasets" / "voc")
-    (workplace / "datasets/voc/VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("000008\n")
-    (workplace / "subset.txt").write_text("class0/1.jpg\nclass1/2.jpg\nclass2/3.jpg\n")
+    shutil.copytree(voc, workspace / "datasets" / "voc")
+    (workspace / "datasets/voc/VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("000008\n")
+    (workspace / "subset.txt").write_text("class0/1.jpg\nclass1/2.jpg\nclass2/3.jpg\n")
     lines = [line for block in blocks("evaluation.md", "sh") for line in block.splitlines() if line]
     assert len(lines) == 11
     for line in lines:
         run(line)
-    left = {path.name for path in (workplace / "runs/demo/evaluation").glob("*.json")}
+    left = {path.name for path in (workspace / "runs/demo/evaluation").glob("*.json")}
     assert left == {
         "knn.json",
         "linear.json",
@@ -65,20 +65,20 @@ def test_evaluation(workplace, voc):
         "detection_voc.json",
     }
     for name in ("features.npz", "features.parquet", "comparison.png", "runs/demo/report.html"):
-        assert (workplace / name).stat().st_size > 0
+        assert (workspace / name).stat().st_size > 0
 
 
 @pytest.mark.slow
-def test_export(workplace, make_run, tmp_path):
+def test_export(workspace, make_run, tmp_path):
     pytest.importorskip("onnxruntime")
-    make_run({**STOCK, "model.backbone": "resnet50"}, "workplace/runs/synco-r50")
-    torch.save(published(tmp_path, mlp=True), workplace / "moco_v2_800ep_pretrain.pth.tar")
-    torch.save(torchvision.models.resnet18().state_dict(), workplace / "backbone.pth")
+    make_run({**STOCK, "model.backbone": "resnet50"}, "workspace/runs/synco-r50")
+    torch.save(published(tmp_path, mlp=True), workspace / "moco_v2_800ep_pretrain.pth.tar")
+    torch.save(torchvision.models.resnet18().state_dict(), workspace / "backbone.pth")
     lines = [line for block in blocks("export.md", "sh") for line in block.splitlines() if line]
     assert len(lines) == 9
     for line in lines:
         run(line)
     for name in ("torchvision", "safetensors", "moco", "detectron2"):
-        assert (workplace / "runs/synco-r50/export" / name / "README.md").is_file()
+        assert (workspace / "runs/synco-r50/export" / name / "README.md").is_file()
     for block in blocks("export.md", "python"):
         exec(block, {})
