@@ -225,14 +225,14 @@ def sweep(
 def _over_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of several rounds as one: all seconds, the median of every other figure."""
     for result in results:
-        if "failed" in result or "graph" in result:
+        if "failed" in result:
             return result
     together = dict(results[0])
     together["seconds"] = [second for result in results for second in result["seconds"]]
     together["median_s"] = statistics.median(together["seconds"])
     for name in ("extra_mib", "cold_s", "graph_s", "graph_cold_s"):
         if name in together:
-            together[name] = statistics.median(result[name] for result in results)
+            together[name] = statistics.median(result[name] for result in results if name in result)
     return together
 
 

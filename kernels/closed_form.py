@@ -6,8 +6,9 @@ candidates; the synthetic negatives follow from scalars (`mixing.py`). The gradi
 autograd will only multiply each row of it by one number.
 
 What is held beside inputs and outputs is blocks of a fixed number of bytes, whatever B and K, and the N hard
-similarities of up to 256 rows. On other devices than the CPU, where sizes must not depend on data, the candidates give
-way to a sort of whole rows, a few at a time, and the scalars to the vectors of a few rows at a time.
+similarities and candidates of up to 256 rows. On other devices than the CPU, where sizes must not depend on data, the
+candidates give way to a sort of whole rows, a few at a time, and the scalars to the vectors of a few rows at a time; in
+float64, which does not fit into a candidate's packed integer, whole rows are sorted too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from synco_fast.kernels.contrast import mean_of_finite
 from synco_fast.kernels.draws import draw
 from synco_fast.kernels.mixing import Along, ByScalars, ByVectors, Hard, Mixed
 from synco_fast.kernels.negatives import FAMILIES, Negatives
-from synco_fast.kernels.selection import Candidates, count_marks, largest, select_whole_rows, stride_and_rank
+from synco_fast.kernels.selection import Candidates, count_marks, select_whole_rows, stride_and_rank
 
 __all__ = ["Outputs", "contrast_and_gradient"]
 
@@ -162,7 +163,7 @@ class _Rows:
         if hard and packable and (sampling := stride_and_rank(length, hard)):
             stride, rank = sampling
             sample = self.similarities(every, 0, length, stride)
-            threshold = largest(sample, rank)
+            threshold = sample.topk(rank, dim=1).values[:, -1:]
             candidates = Candidates(threshold, rank * stride)
         width = _block(len(self.q), self.q.dtype)
         room = self.q.new_empty(len(self.q) * min(width, length))

@@ -205,7 +205,10 @@ class Engine:
                 with self.precision.autocast():
                     output = self._loss(arranged, step=step, epoch=epoch, part=part, parts=parts)
                 with phase("backward"):
-                    self.update.backward(output.loss / parts)
+                    self.update.backward(output.loss if parts == 1 else output.loss / parts)
+            if parts == 1:
+                metrics = output.metrics
+                continue
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / parts if part else value / parts
         with phase("optimiser"):

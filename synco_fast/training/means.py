@@ -14,7 +14,7 @@ __all__ = ["RunningMeans"]
 
 
 class RunningMeans:
-    """Means over steps, kept on the device so that no step waits for a figure; all figures are added in one launch."""
+    """Means over steps, kept on the device so that no step waits for a figure; all figures are added together."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -30,8 +30,8 @@ class RunningMeans:
         if self._sums is None:
             self._names = list(metrics)
             self._sums = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=metrics[self._names[0]].device)
-        values = [metrics[name].detach().double() for name in self._names]
-        step = torch.stack([*values, torch.ones_like(values[0])])
+        values = torch.stack([metrics[name].detach() for name in self._names]).double()
+        step = torch.cat([values, values.new_ones(1)])
         self._sums.add_(step if accept is None else torch.where(accept, step, 0.0))
 
     def take(self) -> dict[str, float]:

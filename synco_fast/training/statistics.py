@@ -21,14 +21,16 @@ class RunningStatistics:
         self._buffers = [buffer for module in modules for buffer in module.buffers() if buffer.dtype == torch.float32]
         # As whole numbers, of which a NaN is one like any other: nought times it is nought.
         self._bits = [buffer.view(torch.int32) for buffer in self._buffers]
+        self._copies: list[Tensor] = []
 
     @torch.no_grad()
     def copy(self) -> list[Tensor]:
-        """What they hold now."""
-        copies = [torch.empty_like(bits) for bits in self._bits]
-        if copies:
-            torch._foreach_copy_(copies, self._bits)
-        return copies
+        """What they hold now, in tensors that the next call writes over."""
+        if not self._copies:
+            self._copies = [torch.empty_like(bits) for bits in self._bits]
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._bits)
+        return self._copies
 
     @torch.no_grad()
     def put_back(self, copies: list[Tensor], accept: Tensor) -> None:

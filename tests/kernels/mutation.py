@@ -38,7 +38,7 @@ BREAKS = (
         "closed form: ties go to the larger queue index",
         "kernels/selection.py",
         "packed.sort(dim=1).values[",
-        "packed.gather(1, torch.from_numpy(np.lexsort((-(packed & 0xFFFFFFFF).numpy(), packed >> 32), axis=1)))[",
+        "((packed ^ 0xFFFFFFFF).sort(dim=1).values ^ 0xFFFFFFFF)[",
         CLOSED,
         "selection",
     ),
