@@ -24,7 +24,7 @@ from synco_fast.kernels.contrast import mean_of_finite
 from synco_fast.kernels.draws import draw
 from synco_fast.kernels.mixing import Along, ByScalars, ByVectors, Hard, Mixed
 from synco_fast.kernels.negatives import FAMILIES, Negatives
-from synco_fast.kernels.selection import Candidates, count_marks, select_whole_rows, stride_and_rank
+from synco_fast.kernels.selection import Candidates, count_marks, largest, select_whole_rows, stride_and_rank
 
 __all__ = ["Outputs", "contrast_and_gradient"]
 
@@ -163,7 +163,7 @@ class _Rows:
         if hard and packable and (sampling := stride_and_rank(length, hard)):
             stride, rank = sampling
             sample = self.similarities(every, 0, length, stride)
-            threshold = sample.topk(rank, dim=1).values[:, -1:]
+            threshold = largest(sample, rank)
             candidates = Candidates(threshold, rank * stride)
         width = _block(len(self.q), self.q.dtype)
         room = self.q.new_empty(len(self.q) * min(width, length))

@@ -12,10 +12,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLE", "Candidates", "count_marks", "select_whole_rows", "stride_and_rank"]
+__all__ = ["SAMPLE", "Candidates", "count_marks", "largest", "select_whole_rows", "stride_and_rank"]
 
 #: How many queue keys the threshold is estimated from, at most.
 SAMPLE = 4096
@@ -84,7 +85,8 @@ class Candidates:
             kept[full] = False
         counts = count_marks(kept).to(torch.int64)
         self._count += counts
-        flat = kept.view(-1).nonzero().squeeze(1)
+        # NumPy finds the few that are set somewhat faster than PyTorch.
+        flat = torch.from_numpy(np.flatnonzero(kept.numpy()))
         values = similarity.view(-1).index_select(0, flat)
         self._found.append(_Found(flat.to(torch.int32), values, counts, start, similarity.shape[1]))
 
@@ -137,8 +139,24 @@ class _Found(NamedTuple):
 
 
 def count_marks(marks: Tensor) -> Tensor:
-    """How many are true in each row, (R,) int32; a sum of bytes is faster than one of bools."""
-    return marks.view(torch.int8).sum(dim=1, dtype=torch.int32)
+    """How many are true in each row of contiguous marks, (R,) int32."""
+    rows, columns = marks.shape
+    if columns % 8:
+        return marks.view(torch.int8).sum(dim=1, dtype=torch.int32)
+    # Eight marks are the bytes of a word, and sums of up to 255 words do not carry: no wider copy of the marks is made.
+    words = torch.split(marks.view(torch.int64), 255, dim=1)
+    return sum(
+        (part.sum(dim=1).view(torch.uint8).view(rows, 8).sum(dim=1, dtype=torch.int32) for part in words),
+        torch.zeros(rows, dtype=torch.int32, device=marks.device),
+    )
+
+
+def largest(values: Tensor, rank: int) -> Tensor:
+    """The ``rank``-th largest of each row of a CPU tensor, which is overwritten; (R, 1)."""
+    # In place, which topk is not; both take NaN for the largest.
+    array = values.numpy()
+    array.partition(array.shape[1] - rank, axis=1)
+    return values[:, -rank, None].clone()
 
 
 def _pack(similarity: Tensor, index: Tensor) -> Tensor:
