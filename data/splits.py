@@ -14,7 +14,7 @@ from synco_fast.data.catalogue import Catalogue, PackedNames, catalogue_path, re
 from synco_fast.data.errors import BrokenImageError, DataError
 from synco_fast.data.images import IMAGE_SUFFIXES, decode_image, encode_pixels
 
-__all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "Split", "read_image"]
+__all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "PartSplit", "Split", "read_image", "share_of"]
 
 
 class Split(Protocol):
@@ -249,3 +249,49 @@ class ArraySplit:
     def read(self, index: int) -> Image.Image:
         """The image in mode RGB."""
         return Image.fromarray(self.images[index]).convert("RGB")
+
+
+class PartSplit:
+    """Some of a split's images, numbered anew.
+
+    Args:
+        whole: The split.
+        numbers: Which images of it, in order.
+    """
+
+    def __init__(self, whole: Split, numbers: NDArray[np.int64]) -> None:
+        self._whole, self._numbers = whole, numbers
+        self.classes = whole.classes
+        self.labels = None if whole.labels is None else whole.labels[numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def name(self, index: int) -> str:
+        """As in the whole split."""
+        return self._whole.name(int(self._numbers[index]))
+
+    def encoded(self, index: int) -> bytes:
+        """As in the whole split."""
+        return self._whole.encoded(int(self._numbers[index]))
+
+    def read(self, index: int) -> Image.Image:
+        """As in the whole split."""
+        return self._whole.read(int(self._numbers[index]))
+
+
+def share_of(split: Split, share: float) -> Split:
+    """A random part of a split, always the same one: a smaller share is a part of every larger one.
+
+    Args:
+        split: The images; labels decide nothing.
+        share: In (0, 1], rounded to at least one image.
+    """
+    if share == 1:
+        return split
+    order = np.random.default_rng(0).permutation(len(split))
+    numbers = np.sort(order[: max(1, round(share * len(split)))]).astype(np.int64)
+    if isinstance(split, ArraySplit):
+        labels = None if split.labels is None else split.labels[numbers]
+        return ArraySplit(split.images[numbers], labels, f"{share:g} of {split.title}", split.classes)
+    return PartSplit(split, numbers)

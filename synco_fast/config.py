@@ -29,6 +29,7 @@ class DataConfig(Section):
     """Where images come from."""
 
     source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, idx:FOLDER, or demo")
+    share: float = Field(1.0, gt=0, le=1, description="Share of the training images that is learned from")
     pipeline: PipelineName = Field("auto", description="What makes the views")
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
     workers: int | None = Field(None, ge=0, description="Decoding processes; one a core by default, 0 for none")

@@ -19,6 +19,7 @@ class GeneratorConfig(Section):
     """Everything that decides a run of ``pretrain-generator``."""
 
     source: str = Field("demo", description="A folder, idx:FOLDER, or demo")
+    share: float = Field(1.0, gt=0, le=1, description="Share of the training images that is learned from")
     workers: int | None = Field(None, ge=0, description="Decoding processes; one a core by default, 0 for none")
     max_broken: float = Field(0.01, ge=0, le=1, description="Share of unreadable images above which nothing begins")
     seed: int = Field(0, ge=0, lt=1 << 31)
@@ -38,6 +39,8 @@ class GeneratorConfig(Section):
     quality_images: int = Field(1000, ge=4, description="Images of each kind that the figure compares")
     encoder: str | None = Field(None, description="Checkpoint whose features the figure takes; random ones if unset")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field("auto", description="bf16 where the device has it")
+    channels_last: bool = True
     max_time: float | None = Field(None, gt=0, description="Stop after this many minutes, with a checkpoint")
     max_skipped: int = Field(16, ge=0, description="Steps in a row without a finite gradient that a run puts up with")
     log_every: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl")

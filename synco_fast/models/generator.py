@@ -71,7 +71,7 @@ class Generator(nn.Module):
             if number:
                 features = interpolate(features, scale_factor=2.0, mode="nearest")
             features = block(features)
-        return torch.sigmoid(self.leave(activate(features)))
+        return torch.sigmoid(self.leave(activate(features)).float())
 
 
 def average_momentum(step: int, momentum: float) -> float:

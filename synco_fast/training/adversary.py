@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Adversary:
         penalty_every: R1 is computed every so many steps and weighted by as much (arXiv 1912.04958 section 3.1).
         augmented: Whether images are augmented before they are judged, real and generated ones alike.
         device: Where it computes.
+        autocast: The context of a forward pass; R1, a gradient of a gradient, is computed in float32.
     """
 
     def __init__(
@@ -68,18 +70,20 @@ class Adversary:
         penalty_every: int,
         augmented: bool,
         device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.discriminator, self._penalty, self._every = discriminator, penalty, penalty_every
-        self._augmented = augmented
+        self._augmented, self._autocast = augmented, autocast
         self.player = Player(discriminator.parameters(), lr=lr, betas=betas, device=device)
 
-    def judge(self, images: Tensor) -> Tensor:
-        """Logits (n,) of images (n, 3, H, W) in [0, 1]: the only way by which images reach the discriminator."""
+    def judge(self, images: Tensor, *, in_float32: bool = False) -> Tensor:
+        """Float32 logits (n,) of images (n, 3, H, W) in [0, 1]: the only way by which they reach the discriminator."""
         if self._augmented:
             draws = draw_discriminator(len(images), images.shape[-1], images.device)
             images = augment_for_discriminator(images, draws)
-        logits: Tensor = self.discriminator(images)
-        return logits
+        with nullcontext() if in_float32 else self._autocast():
+            logits: Tensor = self.discriminator(images)
+        return logits.float()
 
     def learn(self, real: Tensor, generated: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Take one step towards telling ``real``, uint8 (n, 3, H, W), from ``generated``, (m, 3, H, W) in [0, 1].
@@ -90,7 +94,7 @@ class Adversary:
         images = real.float() / 255
         penalised = bool(self._penalty) and step % self._every == 0
         images.requires_grad_(penalised)
-        on_real, on_generated = self.judge(images), self.judge(generated.detach())
+        on_real, on_generated = (self.judge(x, in_float32=penalised) for x in (images, generated.detach()))
         loss = discriminator_loss(on_real, on_generated)
         whole = loss
         if penalised:

@@ -82,7 +82,14 @@ class Engine:
         self.statistics = RunningStatistics(*self._encoders())
         self.game: Game | None = None
         if isinstance(self.method, Generated):
-            self.game = Game(config, self.method, self.device, steps_per_epoch=steps_per_epoch, processes=place.world)
+            self.game = Game(
+                config,
+                self.method,
+                self.device,
+                steps_per_epoch=steps_per_epoch,
+                processes=place.world,
+                autocast=self.precision.autocast_unscaled,
+            )
         self.skipped = SkippedSteps(self.device)
         self.means = RunningMeans()
         self.steps = steps_per_epoch * training.epochs

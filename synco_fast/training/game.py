@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Game:
         device: Where they are.
         steps_per_epoch: Turns the ramp's epochs into steps.
         processes: Of the job.
+        autocast: The context of a forward pass.
 
     Attributes:
         images: The real images without augmentation; the loop puts them in.
@@ -83,7 +84,14 @@ class Game:
     """
 
     def __init__(
-        self, config: Config, method: Generated, device: torch.device, *, steps_per_epoch: int, processes: int = 1
+        self,
+        config: Config,
+        method: Generated,
+        device: torch.device,
+        *,
+        steps_per_epoch: int,
+        processes: int = 1,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if processes > 1:
             raise ConfigError(f"processes: found {processes}, allowed 1 beside generated pairs")
@@ -104,7 +112,9 @@ class Game:
             penalty_every=settings.r1_every,
             augmented=True,
             device=device,
+            autocast=autocast,
         )
+        self._autocast = autocast
         self.player = Player(method.generators.parameters(), lr=settings.lr, betas=settings.betas, device=device)
         self.collapse = CollapseMonitor(settings.collapse, grace=0)
         self.clock = Clock(device)
@@ -134,7 +144,8 @@ class Game:
         settings = self.settings
         with self.clock():
             real = self.images.take(arranged.images[: 2 * self._method.pairs])
-            played = self._method.play(self._method.latents(self.device), arranged, step=step, epoch=epoch)
+            with self._autocast():
+                played = self._method.play(self._method.latents(self.device), arranged, step=step, epoch=epoch)
             generated = played.images.flatten(0, 1)
             adversarial = generator_loss(self.adversary.judge(generated))
             added = pairs_objective(

@@ -13,6 +13,7 @@ from torch import Tensor
 from synco_fast.data.pipeline import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources import open_source
+from synco_fast.data.splits import share_of
 from synco_fast.environment import describe_environment
 from synco_fast.errors import ConfigError, DivergedError
 from synco_fast.generator_config import GeneratorConfig
@@ -26,7 +27,7 @@ from synco_fast.training.distributed import Control, Place
 from synco_fast.training.generator_plots import draw_generator_curves, draw_samples
 from synco_fast.training.means import RunningMeans
 from synco_fast.training.metrics import Lines, MetricLog, TensorBoard, read_metrics
-from synco_fast.training.precision import resolve_device
+from synco_fast.training.precision import Precision, memory_format, resolve_device
 from synco_fast.training.progress import Reporter
 from synco_fast.training.quality import Quality
 from synco_fast.training.resident import ResidentImages
@@ -77,17 +78,20 @@ class GeneratorTrainer:
     ) -> None:
         self.config, self.folder, self.console = config, folder, console or Console()
         self.device = resolve_device(config.device)
+        self.precision = Precision(config.precision, self.device, key="precision")
         self.quality = Quality(config.encoder, config.size, self.device) if config.quality_every else None
         self._notes: list[str] = []
-        source = open_source(config.source)
-        if len(source.train) < config.batch:
-            raise ConfigError(f"batch: found {config.batch}, allowed up to {len(source.train)}, the number of images")
-        self.images = ResidentImages(source.train, config.size, workers=config.workers, device=self.device)
+        train = share_of(open_source(config.source).train, config.share)
+        if len(train) < config.batch:
+            raise ConfigError(f"batch: found {config.batch}, allowed up to {len(train)}, the number of images")
+        self.images = ResidentImages(train, config.size, workers=config.workers, device=self.device)
         BrokenImages(len(self.images), config.max_broken, self._notes.append).replaced(self.images.broken)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.generator = Generator(config.size, latent=config.latent, width=config.width).to(self.device)
             discriminator = Discriminator(config.size, width=config.width).to(self.device)
+        for network in (self.generator, discriminator):
+            memory_format(network, config.channels_last)
         self.average = key_encoder_of(self.generator)
         self.adversary = Adversary(
             discriminator,
@@ -97,6 +101,7 @@ class GeneratorTrainer:
             penalty_every=config.r1_every,
             augmented=config.augment,
             device=self.device,
+            autocast=self.precision.autocast,
         )
         self.player = Player(self.generator.parameters(), lr=config.lr, betas=config.betas, device=self.device)
         self.means, self.skipped = RunningMeans(), SkippedSteps(self.device)
@@ -141,7 +146,8 @@ class GeneratorTrainer:
         config, step = self.config, self.step
         torch.manual_seed(derive_seed(config.seed, step))
         real = self.images.take(self._numbers(step))
-        generated = self.generator(torch.randn(config.batch, config.latent, device=self.device))
+        with self.precision.autocast():
+            generated = self.generator(torch.randn(config.batch, config.latent, device=self.device))
         learned, metrics = self.adversary.learn(real, generated, step)
         loss = generator_loss(self.adversary.judge(generated))
         accept = self.player.learn(loss) & learned

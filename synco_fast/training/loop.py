@@ -11,6 +11,7 @@ from synco_fast.config import Config
 from synco_fast.data.build import build_pipeline
 from synco_fast.data.pipeline import Batch
 from synco_fast.data.sources import Source, open_source
+from synco_fast.data.splits import share_of
 from synco_fast.errors import CheckpointError, DivergedError, LostProcessError
 from synco_fast.evaluation.protocol import evaluate_backbone
 from synco_fast.training.broken import BrokenImages
@@ -63,13 +64,14 @@ class Trainer:
         resolve_device(config.training.device)  # before a source is read, which can take long
         self.source: Source = open_source(config.data.source)
         check_evaluation(config.evaluation, self.source)
-        steps_per_epoch = len(self.source.train) // config.training.batch
+        train = share_of(self.source.train, config.data.share)
+        steps_per_epoch = len(train) // config.training.batch
         self._notes: list[str] = self.source.notes
         self.reporter: Reporter
         self.engine = Engine(config, steps_per_epoch, self.place, note=self._warn)
         self.device, self.method = self.engine.device, self.engine.method
         self.pipeline = build_pipeline(
-            self.source.train,
+            train,
             config.augment,
             batch=config.training.batch,
             seed=config.seed,
@@ -88,13 +90,13 @@ class Trainer:
         self.step = 0
         self.evaluated_at = -1
         self._save_due = False
-        self.broken = BrokenImages(len(self.source.train), config.data.max_broken, self._warn)
+        self.broken = BrokenImages(len(train), config.data.max_broken, self._warn)
         self.throughput = Throughput(config.training.batch, self.engine.settling)
         self.stopping = Stopping(self.control, config.training.max_time)
         if resume is not None:
             self._load(resume)
         if self.engine.game is not None:
-            self._notes += self.engine.game.prepare(self.source.train, config.data.workers, fresh=self.step == 0)
+            self._notes += self.engine.game.prepare(train, config.data.workers, fresh=self.step == 0)
 
     # -- the run ------------------------------------------------------------------------------------------------
 

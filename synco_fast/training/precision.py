@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -40,14 +42,15 @@ class Precision:
             ``fp16``. tf32 is float32 with a GPU's convolutions multiplied in ten bits of mantissa; matrix products, the
             head's among them, stay in float32.
         device: Where the encoders run.
+        key: What a message calls the setting.
 
     Raises:
         ConfigError: fp16 or tf32 on a CPU.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, *, key: str = "training.precision") -> None:
         if name in ("fp16", "tf32") and device.type != "cuda":
-            raise ConfigError(f"training.precision: found {name}, allowed auto, fp32 or bf16 without a GPU")
+            raise ConfigError(f"{key}: found {name}, allowed auto, fp32 or bf16 without a GPU")
         self.name = ("bf16" if _has_fast_bf16(device) else "fp32") if name == "auto" else name
         self.device = device
         if device.type == "cuda":
@@ -67,6 +70,10 @@ class Precision:
         """The context of a forward pass. Weight copies are not cached: the momentum encoder changes in between."""
         dtype = _DTYPES.get(self.name, torch.bfloat16)
         return torch.autocast(self.device.type, dtype, enabled=self.name in _DTYPES, cache_enabled=False)
+
+    def autocast_unscaled(self) -> AbstractContextManager[None]:
+        """The context of a forward pass whose loss is not scaled: float32 where the format would need it."""
+        return nullcontext() if self.scaled else self.autocast()
 
 
 def memory_format(module: nn.Module, channels_last: bool) -> torch.memory_format:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from synco_fast.data.errors import BrokenImageError, DataError
 from synco_fast.data.sources import ArraySplit, open_source, read_image
+from synco_fast.data.splits import PartSplit, share_of
 
 
 def pixels(height=20, width=30, seed=0):
@@ -156,3 +157,32 @@ def test_a_pipe_with_the_name_of_an_image_is_broken_and_stalls_nothing(tmp_path)
     os.mkfifo(tmp_path / "x.jpg")
     with pytest.raises(BrokenImageError, match=r"x\.jpg: the file has no bytes"):
         read_image(tmp_path / "x.jpg")
+
+
+def test_a_share_is_part_of_every_larger_one_and_looks_like_a_split(image_folder):
+    whole = open_source(str(image_folder)).train
+    few, more = share_of(whole, 0.2), share_of(whole, 0.5)
+    assert (len(few), len(more)) == (round(0.2 * len(whole)), round(0.5 * len(whole)))
+    number = {whole.name(index): index for index in range(len(whole))}
+    chosen = [number[more.name(index)] for index in range(len(more))]
+    assert chosen == sorted(set(chosen))
+    assert {few.name(index) for index in range(len(few))} < {more.name(index) for index in range(len(more))}
+    assert more.classes == whole.classes
+    assert more.labels.tolist() == whole.labels[chosen].tolist()
+    for index in (0, len(more) - 1):
+        assert more.encoded(index) == whole.encoded(chosen[index])
+        assert more.read(index).tobytes() == whole.read(chosen[index]).tobytes()
+    assert share_of(whole, 1.0) is whole
+    assert len(share_of(whole, 1e-6)) == 1
+
+
+def test_a_share_of_an_array_stays_an_array_and_is_the_same_images():
+    whole = ArraySplit(np.arange(60 * 4, dtype=np.uint8).reshape(60, 2, 2), np.arange(60) % 3, "numbers")
+    part = share_of(whole, 0.5)
+    assert isinstance(part, ArraySplit), "or the resident pipeline would not be chosen"
+    listed = PartSplit(whole, np.arange(60)[::7])
+    assert listed.read(2).tobytes() == whole.read(14).tobytes()
+    assert part.classes == whole.classes
+    found = [int(np.flatnonzero((whole.images == image).all(axis=(1, 2)))[0]) for image in part.images]
+    assert part.labels.tolist() == whole.labels[found].tolist()
+    assert len(set(found)) == 30

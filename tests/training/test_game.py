@@ -76,6 +76,19 @@ def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
     assert sheets == [f"generated-{step:08d}.png" for step in (0, 4, 8)]
 
 
+def test_a_share_of_the_images_is_what_both_sides_learn_from(paired, tmp_path):
+    """The encoder's steps, the discriminator's real images and the run's length; evaluation keeps them all."""
+    run = Trainer(paired(**{"data.share": 0.5}), tmp_path / "run", console=Console(quiet=True))
+    seen = []
+    take = run.engine.game.images.take
+    run.engine.game.images.take = lambda numbers: seen.append(numbers) or take(numbers)
+    assert run.steps_per_epoch == 16 // run.config.training.batch
+    assert len(run.engine.game.images) == 16
+    assert len(run.source.train) == 33
+    run.run()
+    assert int(torch.cat(seen).max()) < 16
+
+
 def test_frozen_generators_come_out_as_they_went_in(paired, stage_one, tmp_path):
     pretrain(paired(**{"generated.pair": "frozen", "training.max_steps": 2}), tmp_path / "run")
     after, before = find_checkpoint(tmp_path / "run")[0]["method"], find_checkpoint(stage_one)[0]["average"]

@@ -188,6 +188,25 @@ def test_real_and_generated_images_meet_the_same_augmentation():
         assert float(measure(on_real)) == pytest.approx(float(measure(on_generated)), rel=0.15)
 
 
+def test_fewer_bits_are_for_the_networks_alone(small, tmp_path):
+    """Images, logits and losses come out in float32, and the gradient of R1 is computed in it."""
+    run = trainer(small(precision="bf16", share=0.5), tmp_path / "run")
+    assert len(run.images) == 16
+    formats = []
+    discriminator = run.adversary.discriminator
+    discriminator.blocks[0].register_forward_hook(lambda module, inputs, out: formats.append(out.dtype))
+    run.generator.register_forward_hook(lambda module, inputs, out: formats.append(out.dtype))
+    for _ in range(2):
+        run._train_step()
+        run.step = 1
+    real_and_generated, judged = [torch.float32] * 2, [torch.bfloat16]
+    assert formats == [torch.float32, *real_and_generated, *judged, torch.float32, *[torch.bfloat16] * 2, *judged]
+    assert run.adversary.judge(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+    assert all(weight.dtype == torch.float32 for weight in [*run.generator.parameters(), *discriminator.parameters()])
+    with pytest.raises(ConfigError, match=r"^precision: found tf32, allowed auto, fp32 or bf16 without a GPU"):
+        trainer(small(precision="tf32"), tmp_path / "other")
+
+
 def test_the_discriminator_learns_and_the_penalty_holds_it_back():
     real = torch.full((16, 3, 32, 32), 200, dtype=torch.uint8)
     generated = torch.full((16, 3, 32, 32), 0.1)
