@@ -11,10 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -22,24 +18,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from synco_fast.bench.studies import must, read_json, spread
+
 METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
 
 
 def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One run in a process of its own; returns its summary."""
     folder = runs / f"{method}-{seed}"
-    summary = folder / "summary.json"
-    if not summary.exists():
-        words = [sys.executable, "-m", "synco_fast", "pretrain", "--config", "fashion-mnist", "--seed", str(seed)]
-        words += ["--data", options.data, "--out", str(folder), "--data.workers", "0"]
-        words += ["--method.name", method, "--training.epochs", str(options.epochs)]
-        threads = max(1, len(os.sched_getaffinity(0)) // options.parallel)
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        started = time.monotonic()
-        subprocess.run(words, check=True, env=environment, stdout=subprocess.DEVNULL)
-        print(f"{folder.name}: {time.monotonic() - started:.0f} s", flush=True)
-    found: dict[str, Any] = json.loads(summary.read_text(encoding="utf-8"))
-    return found
+    if not (folder / "summary.json").exists():
+        words: list[object] = ["--config", "fashion-mnist", "--seed", seed, "--data", options.data, "--out", folder]
+        words += ["--data.workers", 0, "--method.name", method, "--training.epochs", options.epochs]
+        must("pretrain", *words, threads=max(1, len(os.sched_getaffinity(0)) // options.parallel))
+    return read_json(folder / "summary.json")
 
 
 def raw_pixels(options: argparse.Namespace) -> float:
@@ -57,12 +48,6 @@ def raw_pixels(options: argparse.Namespace) -> float:
     return evaluate_backbone(
         nn.Flatten(), source, plain, config.evaluation, device=torch.device("cpu"), workers=0
     ).accuracy
-
-
-def spread(values: list[float]) -> dict[str, float | list[float]]:
-    """Mean, sample standard deviation, and the values."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.mean(values), "deviation": deviation, "values": values}
 
 
 def draw(record: dict[str, Any], runs: Path, path: Path) -> None:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from synco_fast.bench.studies import call, evaluate, must, read_json, spread
 
 METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
@@ -32,52 +29,22 @@ EVALUATIONS = {
 LINEAR = ("linear", ["linear", "--epochs", "2"])
 
 
-def call(*words: str | Path) -> tuple[int, str, float]:
-    """Run ``synco-fast``; its exit code, what it said on standard error, and how long it took."""
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "synco_fast", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-    )
-    seconds = time.monotonic() - started
-    print(f"{seconds:6.1f} s  {' '.join(map(str, words))}", flush=True)
-    return done.returncode, done.stderr.strip(), seconds
-
-
-def must(*words: str | Path) -> None:
-    """Run ``synco-fast`` or end with what it said."""
-    code, said, _ = call(*words)
-    if code:
-        raise SystemExit(f"exit code {code}: {said}")
-
-
 def pretrain(folder: Path, method: str, seed: int, options: argparse.Namespace, steps: int) -> None:
     """One run, unless it is there."""
     if (folder / "summary.json").exists():
         return
-    words = ["--data.source", options.data, "--data.workers", 0, "--evaluation.every", 0, "--training.epochs", 1]
+    words: list[object] = [
+        "--data.source",
+        options.data,
+        "--data.workers",
+        0,
+        "--evaluation.every",
+        0,
+        "--training.epochs",
+        1,
+    ]
     words += ["--training.max_steps", steps, "--method.warmup_epochs", 0, "--method.name", method]
-    must("pretrain", "--config", "fashion-mnist", "--seed", str(seed), "--out", folder, *map(str, words))
-
-
-def evaluate(folder: Path, file: str, words: list[str]) -> dict[str, Any]:
-    """One evaluation, unless it is there."""
-    result = folder / "evaluation" / f"{file}.json"
-    if not result.exists():
-        must("evaluate", words[0], folder, *words[1:], "--workers", "0")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return found
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation, and the values."""
-    return {
-        "mean": statistics.mean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-        "values": values,
-    }
+    must("pretrain", "--config", "fashion-mnist", "--seed", seed, "--out", folder, *words)
 
 
 def export(folder: Path) -> dict[str, str]:
@@ -90,7 +57,7 @@ def export(folder: Path) -> dict[str, str]:
         if code == 2:
             found[name] = f"refused: {said.partition('found ')[2]}"
         else:
-            checks = json.loads((folder / f"export-{name}.json").read_text(encoding="utf-8"))["checks"]
+            checks = read_json(folder / f"export-{name}.json")["checks"]
             found[name] = "written" + "".join(f", {key} {value:.0e}" for key, value in checks.items())
     return found
 
@@ -189,7 +156,7 @@ def main() -> None:
     trained = [folder for (method, _), folder in runs.items() if method != "untrained"]
     must("compare", *trained, "--out", options.record / "comparison.png", "--json", options.runs / "comparison.json")
 
-    summary = json.loads((shown / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(shown / "summary.json")
     record = {
         "environment": summary["environment"],
         "seeds": options.seeds,

