@@ -1,6 +1,6 @@
 """Pairs of generated images as hard positives beside the real ones, after Wu et al. (arXiv 2202.06464).
 
-The paper's equations are not public; the form here is this project's reading, described in ``docs/methods.md``.
+Built without the paper's equations: the form here is this project's reading, described in ``docs/methods.md``.
 """
 
 from __future__ import annotations
