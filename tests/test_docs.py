@@ -82,3 +82,40 @@ def test_export(workspace, make_run, tmp_path):
         assert (workspace / "runs/synco-r50/export" / name / "README.md").is_file()
     for block in blocks("export.md", "python"):
         exec(block, {})
+
+
+@pytest.mark.slow
+def test_methods(workspace):
+    """Both stages as they are printed, at two steps."""
+    pytest.importorskip("torchmetrics")
+    game = "--generated.batch 4 --generated.width 4 --generated.latent 8"
+    few = {
+        "pretrain-generator": "--steps 2 --batch 4 --width 4 --latent 8 --quality_images 8 --workers 0",
+        "pretrain": f"--training.batch 8 --training.max_steps 2 --method.queue 256 {game} --data.workers 0"
+        " --evaluation.every 0",
+    }
+    lines = [line for block in blocks("methods.md", "sh") for line in block.splitlines() if line]
+    assert [line.split()[1] for line in lines] == ["pretrain-generator", "pretrain"]
+    for line in lines:
+        run(f"{line} {few[line.split()[1]]}")
+    assert list((workspace / "runs").glob("*/plots/generated.png"))
+
+
+def test_the_code_that_methods_names_is_there():
+    """Files and names in the tables of equations."""
+    import importlib
+
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    files = {name for row in rows for name in re.findall(r"`((?:kernels|data|synco_fast)/[\w/]+\.py)`", row)}
+    assert len(files) > 20
+    for file in files:
+        assert (DOCS.parent / file).is_file(), file
+    for file, names in re.findall(r"`((?:kernels|synco_fast)/[\w/]+\.py)`: ((?:`[\w.]+`(?:, )?)+)", page):
+        dotted = file.removesuffix(".py").replace("/", ".")
+        module = importlib.import_module(dotted if dotted.startswith("synco_fast") else f"synco_fast.{dotted}")
+        for name in re.findall(r"`([\w.]+)`", names):
+            found = module
+            for part in name.split("."):
+                assert hasattr(found, part), f"{name} in {file}"
+                found = getattr(found, part)

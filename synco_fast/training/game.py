@@ -211,7 +211,8 @@ class Game:
     def draw_curves(self, folder: Path) -> None:
         """``plots/generated.png`` of the run in ``folder``: similarity, losses, diversity and cost over steps."""
         title = f"generated pairs, {self.settings.pair}, seed {self.seed}"
-        draw_pair_curves(read_metrics(folder), folder / "plots" / "generated.png", title=title)
+        path = folder / "plots" / "generated.png"
+        draw_pair_curves(read_metrics(folder), path, title=title, floor=self.settings.floor)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimisers' state; weights are kept with the method."""
@@ -249,4 +250,4 @@ def load_stage_one(method: Generated, checkpoint: str | None, size: int) -> str:
         load_weights(generator, state["average"], path)
     load_weights(method.discriminator, state["discriminator"], path)
     method.part(method.seed)
-    return f"generators from {path}, step {state['step']}"
+    return f"generators from {path}, step {state['step']}, which learned from {state['images']:,} images"

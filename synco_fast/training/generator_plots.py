@@ -15,6 +15,12 @@ __all__ = ["draw_generator_curves", "draw_pair_curves", "draw_samples"]
 
 matplotlib.use("Agg")
 _SCALE = 2
+#: Points up to which a curve shows each of them.
+_FEW = 20
+_VERDICTS = (
+    "share that the discriminator tells rightly",
+    (("discriminator/real", "real"), ("discriminator/generated", "generated")),
+)
 
 
 def draw_samples(images: Tensor, path: Path, *, columns: int = 8) -> None:
@@ -40,46 +46,43 @@ def draw_generator_curves(lines: list[dict[str, Any]], path: Path, *, title: str
         path,
         title,
         ("losses", (("generator/loss", "generator"), ("discriminator/loss", "discriminator"))),
-        (
-            "share that the discriminator tells rightly",
-            (("discriminator/real", "real"), ("discriminator/generated", "generated")),
-        ),
+        _VERDICTS,
         ("diversity, as a share of the real images'", (("generator/diversity", "diversity"),)),
         (f"KID on {network}" if network else "KID: not measured", (("generator/kid", "moving average"),)),
     )
 
 
-def draw_pair_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> None:
-    """The game of stage two over steps: the pair's similarity, the three losses, verdicts, diversity and cost.
+def draw_pair_curves(lines: list[dict[str, Any]], path: Path, *, title: str, floor: float) -> None:
+    """The game of stage two over steps: the pair's similarity, losses, w_hard, verdicts, diversity and cost.
 
     Args:
         lines: From `read_metrics`.
         path: Where the PNG goes.
         title: Above the picture.
+        floor: Of the pair's similarity.
     """
+    lines = [line | {"floor": floor} if "similarity/pair" in line else line for line in lines]
     _draw_panels(
         lines,
         path,
         title,
         (
             "similarity of a pair: it must fall, down to the floor",
-            (
-                ("similarity/pair", "mean"),
-                ("similarity/pair_lowest", "lowest"),
-                ("similarity/below_floor", "below floor"),
-            ),
+            (("similarity/pair", "mean"), ("similarity/pair_lowest", "lowest"), ("floor", "floor")),
         ),
         (
             "contrastive losses",
             (("loss", "real"), ("generated/loss", "generated"), ("generator/contrastive", "generators' game")),
         ),
+        ("weight of the game", (("generator/hardness", "w_hard"),)),
         ("losses of the players", (("generator/loss", "generators"), ("discriminator/loss", "discriminator"))),
+        _VERDICTS,
         (
             "shares",
             (
                 ("generators_time", "of a step's time"),
-                ("generator/diversity", "diversity"),
-                ("generator/hardness", "w_hard"),
+                ("generator/diversity", "diversity, of the real images'"),
+                ("similarity/below_floor", "pairs below the floor"),
             ),
         ),
     )
@@ -88,14 +91,16 @@ def draw_pair_curves(lines: list[dict[str, Any]], path: Path, *, title: str) -> 
 def _draw_panels(
     lines: list[dict[str, Any]], path: Path, title: str, *panels: tuple[str, tuple[tuple[str, str], ...]]
 ) -> None:
-    """Four panels, each a heading and its curves by name and label."""
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    """Panels in two rows, each a heading and its curves by name and label."""
+    columns = len(panels) // 2
+    figure = Figure(figsize=(5.5 * columns, 7.2), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    for axes, (heading, curves) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    for axes, (heading, curves) in zip(figure.subplots(2, columns).flat, panels, strict=True):
         for name, label in curves:
             points = [(line["step"], line[name]) for line in lines if name in line]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6)
+                marker = "o" if len(points) <= _FEW else None
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6, marker=marker, markersize=4)
         axes.set_title(heading, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)

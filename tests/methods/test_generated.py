@@ -145,9 +145,8 @@ def test_the_game_parts_the_pair_and_the_floor_holds():
     apart = similarities(free, floor=-1.0, floor_weight=0.0)
     near = similarities(held, floor=0.8, floor_weight=50.0)
     assert apart[0] == near[0] > 0.98
-    assert min(apart[-10:]) < 0.5
-    assert min(near) > 0.7, "a step may go over the edge, the next ones come back"
-    assert sum(near) / len(near) > 0.9
+    assert sum(apart[-20:]) / 20 < 0.3
+    assert sum(near[-20:]) / 20 > 0.8, "a step may go over the edge, the next ones come back"
 
 
 def test_the_encoders_step_reaches_the_query_encoder_alone():

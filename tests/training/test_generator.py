@@ -21,7 +21,7 @@ from synco_fast.training.checkpoint import find_checkpoint
 from synco_fast.training.generator import GeneratorTrainer
 from synco_fast.training.metrics import read_metrics
 
-from .test_loop import assert_identical
+from .test_loop import assert_identical, pretrain
 
 CPU = torch.device("cpu")
 SMALL = {
@@ -83,6 +83,21 @@ def test_the_quality_tells_real_images_from_noise(small, tmp_path):
     before = torch.get_rng_state()
     quality.measure([real], [real / 255], 32)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_quality_on_features_of_an_encoder_of_ones_own(small, tiny, tmp_path):
+    pytest.importorskip("torchmetrics")
+    from synco_fast.training.quality import Quality
+
+    pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "encoder")
+    real = trainer(small(), tmp_path / "run").images.take(torch.arange(32))
+    quality = Quality(str(tmp_path / "encoder"), 32, CPU)
+    assert quality.network.startswith("timm/resnet18 of ")
+    torch.manual_seed(0)
+    noise = quality.measure([real], [torch.rand(32, 3, 32, 32)], 32)
+    assert noise > quality.measure([real], [real / 255], 32)
+    with pytest.raises(CheckpointError):
+        Quality(str(tmp_path / "run"), 32, CPU)
 
 
 @pytest.mark.parametrize("stop", [2, 4])
