@@ -35,7 +35,11 @@ ARMS = {
     "joint": ("joint pair", "joint", "moco", "#0072B2"),
     "joint-synco": ("joint pair, SynCo's negatives", "joint", "synco", "#009E73"),
 }
+#: Which way is compared with which, seed by seed.
+COMPARED = (("frozen", "none"), ("joint", "none"), ("joint", "frozen"), ("joint-synco", "none-synco"))
 MEASURES = {"knn": "kNN, k 20", "knn_200": "kNN, k 200", "linear": "linear probe"}
+#: Of the unlabelled images.
+SHARES = (0.1, 0.2, 1.0)
 _PROBE_EPOCHS = 30
 _PRESET = "fashion-mnist"
 _BATCH = 128
@@ -137,9 +141,6 @@ def gather(options: argparse.Namespace, runs: dict[tuple[str, float, int], Path]
     }
 
 
-SHARES = (0.1, 0.2, 1.0)
-
-
 def draw_accuracies(record: dict[str, Any], path: Path) -> None:
     """Both accuracies by share: each seed a point, their mean a line."""
     figure = Figure(figsize=(9.5, 4.6), layout="constrained")
@@ -193,15 +194,31 @@ def table(record: dict[str, Any]) -> str:
             cells = (cell(record["results"][f"{share:g}"][arm][name]) for share in SHARES)
             yield f"| {title} | " + " | ".join(cells) + " |"
 
+    def difference_rows() -> Iterable[str]:
+        for name, title in MEASURES.items():
+            for arm, than in COMPARED:
+                cells = []
+                for share in SHARES:
+                    results = record["results"][f"{share:g}"]
+                    pairs = zip(results[arm][name]["values"], results[than][name]["values"], strict=True)
+                    found = spread([one - other for one, other in pairs])
+                    deviation = f" ± {100 * found['deviation']:.1f}" if seeds > 1 else ""
+                    cells.append(f"{100 * found['mean']:+.1f}{deviation}")
+                yield f"| {title} | {ARMS[arm][0]} | {ARMS[than][0]} | " + " | ".join(cells) + " |"
+
     def pair_rows() -> Iterable[str]:
         for share, (arm, (title, pair, *_)) in product(SHARES, ARMS.items()):
-            if pair != "joint":
+            if pair == "none":
                 continue
             found = {name: value["mean"] for name, value in record["game"][f"{share:g}"][arm].items()}
-            yield (
-                f"| {share:.0%} | {title} | {found['similarity_first']:.3f} to {found['similarity_last']:.3f} | "
-                f"{found['below_floor_last']:.0%} | {found['diversity_last']:.2f} | {found['generators_time']:.0%} |"
-            )
+            cells = ["", "", ""]
+            if pair == "joint":
+                cells = [
+                    f"{found['similarity_first']:.3f} to {found['similarity_last']:.3f}",
+                    f"{found['below_floor_last']:.0%}",
+                    f"{found['diversity_last']:.2f}",
+                ]
+            yield f"| {share:.0%} | {title} | " + " | ".join(cells) + f" | {found['generators_time']:.0%} |"
 
     header = "| pair | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |"
     rule = "|---" * (1 + len(SHARES)) + "|"
@@ -232,6 +249,12 @@ def table(record: dict[str, Any]) -> str:
             "",
         ]
     lines += [
+        "**Differences with the same seed**, in points:",
+        "",
+        "| | | minus | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
+        "|---" * (3 + len(SHARES)) + "|",
+        *difference_rows(),
+        "",
         "![accuracy by share](accuracy.png)",
         "",
         "## The game",

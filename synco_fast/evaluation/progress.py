@@ -6,14 +6,12 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from synco_fast.evaluation.ranks import rank
+from synco_fast.progress import LINE_EVERY, progress_bar
 
 __all__ = ["Bar"]
-
-#: Seconds between plain lines.
-_LINE_EVERY = 15.0
 
 
 class Bar:
@@ -32,16 +30,7 @@ class Bar:
         self._figures = ""
         self._bar: Progress | None = None
         if self.console is not None and self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=self.console,
-            )
+            self._bar = progress_bar(self.console)
             self._task = self._bar.add_task(title, total=total, completed=done, figures="")
 
     def __enter__(self) -> Bar:
@@ -63,7 +52,7 @@ class Bar:
         if self._bar is not None:
             self._figures = self._figures if figures is None else figures
             self._bar.update(self._task, completed=self.done, figures=self._figures)
-        elif self.console is not None and time.monotonic() - self._last >= _LINE_EVERY:
+        elif self.console is not None and time.monotonic() - self._last >= LINE_EVERY:
             self._last = time.monotonic()
             text = f"{self.title}: {self.done:,} of {self.total:,}{f'  {figures}' if figures else ''}"
             self.console.print(text, highlight=False, soft_wrap=True)

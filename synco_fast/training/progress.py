@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from synco_fast.progress import LINE_EVERY, progress_bar
 
 __all__ = ["Reporter"]
-
-#: Seconds between plain lines.
-_LINE_EVERY = 15.0
 
 
 class Reporter:
@@ -28,16 +27,7 @@ class Reporter:
         self._figures = ""
         self._bar: Progress | None = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=console,
-            )
+            self._bar = progress_bar(console)
             self._task = self._bar.add_task("pretrain", total=steps, completed=done, figures="")
             self._bar.start()
 
@@ -61,7 +51,7 @@ class Reporter:
             self._bar.update(self._task, completed=step, description=epoch, figures=text)
             return
         now = time.monotonic()
-        if now - self._last_line >= _LINE_EVERY or step >= self.steps:
+        if now - self._last_line >= LINE_EVERY or step >= self.steps:
             self._last_line = now
             spent = now - self._start
             left = spent / max(1, step - self._first) * (self.steps - step)
