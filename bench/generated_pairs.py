@@ -233,8 +233,9 @@ def table(record: dict[str, Any]) -> str:
         f"a run on 10 % sees each image ten times as often. Beside them, {settings['pairs']} generated pairs a step "
         f"(w_syn {settings['weight']:g}); w_hard rises to {settings['hardness']:g} over {settings['ramp']} steps, "
         f"floor {settings['floor']:g}, generators' learning rate {settings['lr']:g}. Stage one: "
-        f"{settings['generator_steps']:,} steps of 64 images on the same share, width {settings['width']}. Negatives "
-        f"at {protocol['count_scale']:g} of the published counts, from the first step. Evaluation: all 60,000 labelled "
+        f"{settings['generator_steps']:,} steps of 64 images on the same share, width {settings['width']}, one "
+        f"generator a share. Negatives at {protocol['count_scale']:g} of the published counts, from the first step. "
+        "Evaluation: all 60,000 labelled "
         f"images and 10,000 test images; linear probe on cached features, {protocol['probe']['epochs']} epochs, best "
         "of eight rates.",
         "",
