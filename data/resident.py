@@ -19,7 +19,7 @@ from synco_fast.data.splits import ArraySplit, Split
 from synco_fast.data.views import finish_views
 from synco_fast.data.workers import default_workers, start_worker
 
-__all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels"]
+__all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"]
 
 #: Share of the device's free memory that a set may take.
 _SHARE_OF_MEMORY = 0.5
@@ -181,10 +181,13 @@ class _Pixels(Dataset[tuple[Tensor, int, dict[int, str]]]):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), index, broken
 
 
+def room_on(device: torch.device) -> float:
+    """How many bytes a set may take on a device; no limit on the CPU."""
+    return _SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
 def _check_room(size: int, device: torch.device) -> None:
-    if device.type != "cuda":
-        return
-    allowed = _SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]
+    allowed = room_on(device)
     if size > allowed:
         raise DataError(
             f"data.pipeline: found a set of {size / 2**30:.1f} GiB, allowed up to {allowed / 2**30:.1f} GiB for "

@@ -96,7 +96,7 @@ def _new_folder(out: Path | None, config: Config, control: Control) -> Path:
     chosen: Path | ConfigError | None = None
     if control.place.first:
         try:
-            chosen = choose_run_folder(out, config)
+            chosen = choose_run_folder(out, config.preset)
         except ConfigError as error:
             chosen = error
     chosen = control.of_first(chosen)

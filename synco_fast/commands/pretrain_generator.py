@@ -32,8 +32,8 @@ def add(verbs: Verbs) -> None:
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.errors import ConfigError
     from synco_fast.generator_config import build_generator_config
-    from synco_fast.training.generator import GeneratorTrainer, choose_generator_folder
-    from synco_fast.training.run import read_run_config, write_json
+    from synco_fast.training.generator import GeneratorTrainer
+    from synco_fast.training.run import choose_run_folder, read_run_config, write_json
 
     values = overrides_of(rest)
     if options.data is not None:
@@ -49,7 +49,7 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
     elif "source" not in values:
         raise ConfigError("data: found none, allowed --data SOURCE, or --resume RUN")
     else:
-        folder = choose_generator_folder(options.out)
+        folder = choose_run_folder(options.out, "generator")
     trainer = GeneratorTrainer(build_generator_config(values), folder, resume=options.resume, console=console)
     summary = trainer.run()
     if options.json is not None:

@@ -7,6 +7,7 @@ generated images gets one augmentation.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,21 @@ __all__ = ["DiscriminatorDraws", "ViewDraws", "augment_for_discriminator", "draw
 _LUMA = (0.299, 0.587, 0.114)
 #: The YIQ colour space, in which a turn of the colour circle is a rotation of the last two axes.
 _YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
+
+
+class _Colours(NamedTuple):
+    """Weights of the greyscale, (1, 3, 1, 1), and matrices between RGB and YIQ, (3, 3)."""
+
+    luma: Tensor
+    to_yiq: Tensor
+    from_yiq: Tensor
+
+
+@cache
+def _colours(device: torch.device) -> _Colours:
+    """Made once a device: copies to a GPU and an inverse there would make every step wait."""
+    luma, to_yiq = torch.tensor(_LUMA).view(1, 3, 1, 1), torch.tensor(_YIQ)
+    return _Colours(*(part.to(device) for part in (luma, to_yiq, torch.linalg.inv(to_yiq))))
 
 
 class DiscriminatorDraws(NamedTuple):
@@ -149,7 +165,7 @@ def view(images: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
     shape = [len(images), 3, recipe.size, recipe.size]
     grid = affine_grid(draws.crop, shape, align_corners=False)
     out = grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    luma = torch.tensor(_LUMA, device=images.device).view(1, 3, 1, 1)
+    luma = _colours(images.device).luma
     if recipe.jitter_probability:
         out = (out * _each(draws.brightness)).clamp(0, 1)
         mean = (out * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
@@ -170,10 +186,10 @@ def _each(values: Tensor) -> Tensor:
 
 def _hue_turn(angle: Tensor) -> Tensor:
     """Matrices on RGB, (B, 3, 3)."""
-    there = torch.tensor(_YIQ, device=angle.device)
+    colours = _colours(angle.device)
     cosine, sine, one, zero = angle.cos(), angle.sin(), torch.ones_like(angle), torch.zeros_like(angle)
     turn = torch.stack([one, zero, zero, zero, cosine, -sine, zero, sine, cosine], dim=1).view(-1, 3, 3)
-    matrices: Tensor = torch.linalg.inv(there) @ turn @ there
+    matrices: Tensor = colours.from_yiq @ turn @ colours.to_yiq
     return matrices
 
 

@@ -31,31 +31,17 @@ from synco_fast.training.precision import Precision, memory_format, resolve_devi
 from synco_fast.training.progress import Reporter
 from synco_fast.training.quality import Quality
 from synco_fast.training.resident import ResidentImages
-from synco_fast.training.run import write_json
+from synco_fast.training.run import describe_run, write_json
 from synco_fast.training.stopping import Stopping
 from synco_fast.training.throughput import Throughput
 from synco_fast.training.update import SkippedSteps
 
-__all__ = ["GeneratorTrainer", "choose_generator_folder"]
+__all__ = ["GeneratorTrainer"]
 
 _SHEET = 64
 _SETTLING_STEPS = 3
 #: Apart from the numbers of steps, which seed everything else.
 _SHEET_SEED, _QUALITY_SEED = 1 << 40, 1 << 41
-
-
-def choose_generator_folder(folder: Path | None) -> Path:
-    """Where a new run goes: ``folder``, or ``runs/generator-DATE-TIME``. Makes nothing yet.
-
-    Raises:
-        ConfigError: There is a run in the folder already, or something else in its place.
-    """
-    folder = folder or Path("runs") / f"generator-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "config.yaml").exists():
-        raise ConfigError(f"out: found a run in {folder}, allowed a new folder, or --resume {folder} to go on with it")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: found a file {folder}, allowed a folder")
-    return folder
 
 
 class GeneratorTrainer:
@@ -121,11 +107,7 @@ class GeneratorTrainer:
             DivergedError: A loss of either player stopped being a number; the last good checkpoint is kept.
         """
         config = self.config
-        for inner in ("checkpoints", "plots"):
-            (self.folder / inner).mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "config.yaml").exists():
-            (self.folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            write_json(self.folder / "environment.json", describe_environment())
+        describe_run(self.folder, config)
         self.log = MetricLog(Lines(self.folder, self.step), TensorBoard(self.folder, self.step))
         self.reporter = Reporter(self.console, config.steps, self.step)
         for note in self._notes:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from synco_fast.data.augment import Recipe
+from synco_fast.data.resident import room_on
 from synco_fast.data.sources import Split
 from synco_fast.data.torchvision import evaluation_loader
 from synco_fast.errors import DataError
@@ -20,7 +21,8 @@ class ResidentImages:
         split: The images; labels are not looked at.
         size: Side in pixels.
         workers: Decoding processes, by default one a core.
-        device: Where batches are wanted; the set itself stays in the host's memory.
+        device: Where batches are wanted. The set lies there as well, so that no step waits for the host, or in the
+            host's memory where it would take more than half of what the device has left.
 
     Attributes:
         broken: By number of an image that could not be read, why. Another one takes its place.
@@ -43,10 +45,13 @@ class ResidentImages:
             self.broken |= broken
         if not filled:
             raise DataError(f"data: found no readable image beside {split.name(0)}")
+        if self._images.nbytes <= room_on(device):
+            self._images, self._rows = self._images.to(device), self._rows.to(device)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def take(self, numbers: Tensor) -> Tensor:
         """Images by number, (n,) int64, as uint8 (n, 3, size, size) on the device."""
-        return self._images[self._rows[numbers.cpu()]].to(self._device, non_blocking=True)
+        rows = self._rows[numbers.to(self._rows.device, non_blocking=True)]
+        return self._images[rows].to(self._device, non_blocking=True)

@@ -14,6 +14,7 @@ from synco_fast.config import Config
 from synco_fast.data.sources import Source
 from synco_fast.environment import describe_environment
 from synco_fast.errors import ConfigError
+from synco_fast.generator_config import GeneratorConfig
 from synco_fast.training.checkpoint import checkpoints_in
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_curves
@@ -52,13 +53,13 @@ class Summary:
         return {**asdict(self), "environment": describe_environment()}
 
 
-def choose_run_folder(folder: Path | None, config: Config) -> Path:
-    """Where a new run goes: ``folder``, or ``runs/PRESET-DATE-TIME`` below the working folder. Makes nothing yet.
+def choose_run_folder(folder: Path | None, name: str) -> Path:
+    """Where a new run goes: ``folder``, or ``runs/NAME-DATE-TIME`` below the working folder. Makes nothing yet.
 
     Raises:
         ConfigError: There is a run in the folder already, or something else in its place.
     """
-    folder = folder or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "config.yaml").exists():
         raise ConfigError(f"out: found a run in {folder}, allowed a new folder, or --resume {folder} to go on with it")
     if folder.exists() and not folder.is_dir():
@@ -66,7 +67,7 @@ def choose_run_folder(folder: Path | None, config: Config) -> Path:
     return folder
 
 
-def describe_run(folder: Path, config: Config) -> None:
+def describe_run(folder: Path, config: Config | GeneratorConfig) -> None:
     """Make the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)

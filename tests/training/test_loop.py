@@ -26,7 +26,7 @@ from synco_fast.training.run import choose_run_folder, describe_run
 
 def pretrain(config: Config, folder: Path, resume: Path | None = None):
     if resume is None:
-        choose_run_folder(folder, config)
+        choose_run_folder(folder, config.preset)
     folder.mkdir(exist_ok=True)
     console = Console(file=(folder / "screen.txt").open("a"), width=200)
     return Trainer(config, folder, resume=resume, console=console).run()
