@@ -21,7 +21,7 @@ install: $(STAMP)
 
 $(STAMP): setup.py constraints.txt synco_fast/version.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: found $$($(PYTHON) --version), allowed Python 3.11 or later: make PYTHON=python3.11"; exit 2; }
+	  { echo "error: found $$($(PYTHON) --version), expected Python 3.11 or later: make PYTHON=python3.11"; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

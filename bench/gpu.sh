@@ -22,7 +22,7 @@ if ! "$PYTHON" -c 'import synco_fast.kernels' 2>/dev/null; then
   export PYTHONPATH="$LINKS${PYTHONPATH:+:$PYTHONPATH}"
 fi
 "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' \
-  || { echo "error: found no CUDA device, or no PyTorch that sees one, allowed at least one" >&2; exit 2; }
+  || { echo "error: found no CUDA device, or no PyTorch that sees one, expected at least one" >&2; exit 2; }
 SYNCO=("$PYTHON" -m synco_fast)
 WORST=0
 : > "$OUT/summary.txt"
@@ -46,8 +46,8 @@ PY
 nvidia-smi >> "$OUT/environment.txt" 2>&1
 
 # The shape that matters first, in case the time ends early.
-part "head, B = 256" 80 "${SYNCO[@]}" bench head --rows 256 --length 65536 --json "$OUT/head-256.json"
-part "profile of the head" 25 "${SYNCO[@]}" profile head --trace "$OUT/head-trace.json.gz" --json "$OUT/head-profile.json"
+part "head, B = 256" 80 "${SYNCO[@]}" bench loss --rows 256 --length 65536 --json "$OUT/head-256.json"
+part "profile of the loss" 25 "${SYNCO[@]}" profile loss --trace "$OUT/loss-trace.json.gz" --json "$OUT/head-profile.json"
 part "tests" 100 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
 if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1) \
     && [ -n "$sanitizer" ]; then
@@ -61,8 +61,8 @@ fi
 part "validate" 40 "${SYNCO[@]}" validate --device cuda --json "$OUT/validate.json"
 part "momentum" 25 "$PYTHON" -m pytest -q -p no:cacheprovider bench/suites/test_momentum.py \
   --benchmark-json "$OUT/momentum.json"
-part "head, all shapes" 75 "${SYNCO[@]}" bench head --backends released reference closed_form triton --repeats 20 \
-  --json "$OUT/head.json" --plot "$OUT/head.png"
+part "head, all shapes" 75 "${SYNCO[@]}" bench loss --backends released reference blockwise triton --repeats 20 \
+  --json "$OUT/loss.json" --plot "$OUT/loss.png"
 part "training step" 60 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder synco moco \
   --engines eager graph --steps 10 --rounds 1 --json "$OUT/step.json"
 part "data" 60 "${SYNCO[@]}" bench data --device cuda --batch 256 --seconds 4 --rounds 2 --json "$OUT/data.json"

@@ -1,7 +1,7 @@
 """A step with the cost model of the released single-file loops: what the engine is measured against.
 
 Written from what such loops do, for its costs: float32 in PyTorch's default layout, the momentum update one parameter
-at a time, the key batch permuted on the host, a head of whole tensors with loops over negatives, the queue's pointer
+at a time, the key batch permuted on the host, the loss of whole tensors with loops over negatives, the queue's pointer
 and the loss read by the host in every step.
 """
 

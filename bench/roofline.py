@@ -1,4 +1,4 @@
-"""The least time that the head can take: its arithmetic and its bytes over what the device was seen to do."""
+"""The least time that the loss can take: its arithmetic and its bytes over what the device was seen to do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def head_flops(rows: int, length: int, dim: int) -> int:
-    """Of the two products that no exact head avoids, q times the queue and the softmax times the queue."""
+    """Of the two products that no exact form avoids, q times the queue and the softmax times the queue."""
     return 4 * rows * length * dim
 
 

@@ -152,7 +152,7 @@ def bench_step(
     Args:
         config: Encoder, batch, image size, precision; synthetic negatives are on from the first step.
         subjects, engines: What to measure; the plain loop once.
-        backends: Of the head, for the methods; that of the configuration by default.
+        backends: Of the loss, for the methods; that of the configuration by default.
         steps: Timed steps of each, a round.
         rounds: How often all are gone through.
         threads: Of each process; PyTorch's choice by default.
@@ -239,7 +239,7 @@ def _relate(results: list[dict[str, Any]], operations: int) -> None:
     for row in results:
         for name, rate in best.items():
             row[f"of_{name}"] = row["median"] / rate if rate else None
-        # Forward and twice that backward for queries, forward alone for keys; the head is not the model's.
+        # Forward and twice that backward for queries, forward alone for keys; the loss is not the model's.
         row["operations_per_second"] = 4 * operations * row["median"]
         row["utilisation"] = row["operations_per_second"] / stated if stated else None
 

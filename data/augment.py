@@ -50,13 +50,13 @@ class Recipe(BaseModel):
         for name in ("area", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"{name}: found ({low}, {high}), allowed 0 < low <= high")
+                raise ValueError(f"{name}: found ({low}, {high}), expected 0 < low <= high")
         if self.area[1] > 1:
-            raise ValueError(f"area: found up to {self.area[1]}, allowed up to 1")
+            raise ValueError(f"area: found up to {self.area[1]}, expected up to 1")
         if min(self.std) <= 0:
-            raise ValueError(f"std: found {self.std}, allowed numbers above 0")
+            raise ValueError(f"std: found {self.std}, expected numbers above 0")
         if self.evaluation_resize is not None and self.evaluation_resize < self.size:
-            raise ValueError(f"evaluation_resize: found {self.evaluation_resize}, allowed {self.size} (size) or more")
+            raise ValueError(f"evaluation_resize: found {self.evaluation_resize}, expected {self.size} (size) or more")
         return self
 
     @property

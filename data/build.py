@@ -34,7 +34,7 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
     """
     if name == "dali" and not has_dali():
         raise DataError(
-            "data.pipeline: found dali, allowed auto, torchvision or resident here, where DALI is not installed; "
+            "data.pipeline: found dali, expected auto, torchvision or resident here, where DALI is not installed; "
             "pip install 'synco-fast[dali]'"
         )
     if name != "auto":

@@ -201,13 +201,13 @@ def make_demo(folder: str | os.PathLike[str], *, train: int = 200, validation: i
     """
     folder = Path(folder)
     if train < 1 or validation < 1:
-        raise ValueError(f"demo images: found {train} train and {validation} validation a class, allowed 1 or more")
+        raise ValueError(f"demo images: found {train} train and {validation} validation a class, expected 1 or more")
     card = folder / "demo.json"
     wanted = {"version": VERSION, "seed": seed, "train": train, "val": validation, "classes": list(CLASSES)}
     if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == wanted:
         return folder
     if folder.is_dir() and any(folder.iterdir()) and not card.is_file():
-        raise ValueError(f"{folder}: found a folder with other files, allowed an empty one or an earlier demo set")
+        raise ValueError(f"{folder}: found a folder with other files, expected an empty one or an earlier demo set")
 
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(scratch, ignore_errors=True)

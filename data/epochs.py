@@ -44,11 +44,11 @@ class EpochBatches(Sampler[list[Place]]):
 
     def __init__(self, length: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
         if not 0 <= rank < world:
-            raise DataError(f"rank: found {rank}, allowed 0 to {world - 1}")
+            raise DataError(f"rank: found {rank}, expected 0 to {world - 1}")
         if batch % world:
-            raise DataError(f"training.batch: found {batch}, allowed a multiple of {world}, the number of processes")
+            raise DataError(f"training.batch: found {batch}, expected a multiple of {world}, the number of processes")
         if batch > length:
-            raise DataError(f"training.batch: found {batch}, allowed up to {length}, the number of training images")
+            raise DataError(f"training.batch: found {batch}, expected up to {length}, the number of training images")
         self.length, self.batch, self.seed, self.rank = length, batch, seed, rank
         self.share = batch // world
         self.epoch = self.start = 0

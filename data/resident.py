@@ -161,7 +161,7 @@ def load_pixels(
             if image.shape != (3, *sizes):
                 raise DataError(
                     f"data.pipeline: found {split.name(index)} of {image.shape[1]} x {image.shape[2]} pixels among "
-                    f"images of {sizes[0]} x {sizes[1]}, allowed one size for resident; use another pipeline"
+                    f"images of {sizes[0]} x {sizes[1]}, expected one size for resident; use another pipeline"
                 )
             pixels[place], stand_ins[place] = image, index
             broken |= reasons
@@ -190,6 +190,6 @@ def _check_room(size: int, device: torch.device) -> None:
     allowed = room_on(device)
     if size > allowed:
         raise DataError(
-            f"data.pipeline: found a set of {size / 2**30:.1f} GiB, allowed up to {allowed / 2**30:.1f} GiB for "
+            f"data.pipeline: found a set of {size / 2**30:.1f} GiB, expected up to {allowed / 2**30:.1f} GiB for "
             "resident on this device; use another pipeline"
         )

@@ -106,7 +106,7 @@ def open_list(spec: str) -> Source:
     """
     files = [Path(file).expanduser() for file in spec.split(",")]
     if len(files) > 2:
-        raise DataError(f"data: found {len(files)} lists in {spec!r}, allowed one, or two with a comma between")
+        raise DataError(f"data: found {len(files)} lists in {spec!r}, expected one, or two with a comma between")
     train = ListSplit(files[0])
     return Source(f"list:{spec}", train, ListSplit(files[1], train.classes) if files[1:] else None)
 
@@ -155,5 +155,5 @@ def open_source(spec: str) -> Source:
     if colon and prefix == "list":
         return open_list(rest)
     if colon and not Path(spec).exists():
-        raise DataError(f"data: found the source {spec!r}, allowed a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+        raise DataError(f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
     return open_folder(spec)

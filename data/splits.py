@@ -136,7 +136,7 @@ class FolderSplit(FileSplit):
         key = f"folder:{root.resolve()}"
         catalogue = read_catalogue(catalogue_path(key)) or _walk(root)
         if not len(catalogue.names):
-            raise DataError(f"data: found no image in {root}, allowed files named {', '.join(sorted(IMAGE_SUFFIXES))}")
+            raise DataError(f"data: found no image in {root}, expected files named {', '.join(sorted(IMAGE_SUFFIXES))}")
         super().__init__(root, catalogue, classes, key)
 
 
@@ -203,7 +203,7 @@ def _parse_list(file: Path) -> Catalogue:
     labelled = [bool(tab) for _, tab, _ in lines]
     if any(labelled) and not all(labelled):
         without = lines[labelled.index(False)][0]
-        raise DataError(f"data: found no class after {without!r} in {file}, allowed one in every line or in none")
+        raise DataError(f"data: found no class after {without!r} in {file}, expected one in every line or in none")
     catalogue = Catalogue(PackedNames.pack(path for path, _, _ in lines), stamps={str(file.resolve()): stamp})
     if any(labelled):
         classes = sorted({label for _, _, label in lines})

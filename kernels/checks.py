@@ -1,4 +1,4 @@
-"""Arguments of the head, checked: one line that names the argument, what was found and what is allowed."""
+"""Arguments of the loss, checked: one line that names the argument, what was found and what is expected."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from synco_fast.kernels.draws import WORD
 from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.rng import WORD
 
 __all__ = ["check_arguments"]
 
@@ -26,7 +26,7 @@ def check_arguments(
     image_ids: Tensor | None,
     queue_ids: Tensor | None,
 ) -> None:
-    """Raise for what the head does not take; reads shapes and types only, never values on a device.
+    """Raise for what the loss does not take; reads shapes and types only, never values on a device.
 
     Raises:
         TypeError: An argument is not of the type it must be, or tensors lie on different devices.
@@ -35,42 +35,42 @@ def check_arguments(
     for name, tensor in (("q", q), ("k", k), ("queue", queue)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name}: found {found}, allowed a floating-point tensor")
+            raise TypeError(f"{name}: found {found}, expected a floating-point tensor")
         if tensor.dim() != 2 or 0 in tensor.shape:
-            raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, allowed two dimensions, none of them 0")
+            raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected two dimensions, none of them 0")
         if tensor.device != q.device:
-            raise TypeError(f"{name}: found on {tensor.device}, allowed {q.device}, where q is")
+            raise TypeError(f"{name}: found on {tensor.device}, expected {q.device}, where q is")
     if k.shape != q.shape:
-        raise ValueError(f"k: found shape {tuple(k.shape)}, allowed {tuple(q.shape)}, the shape of q")
+        raise ValueError(f"k: found shape {tuple(k.shape)}, expected {tuple(q.shape)}, the shape of q")
     if k.dtype != q.dtype:
-        raise TypeError(f"k: found {k.dtype}, allowed {q.dtype}, the dtype of q")
+        raise TypeError(f"k: found {k.dtype}, expected {q.dtype}, the dtype of q")
     if queue.shape[1] != q.shape[1]:
-        raise ValueError(f"queue: found shape {tuple(queue.shape)}, allowed (K, {q.shape[1]}), as wide as q")
+        raise ValueError(f"queue: found shape {tuple(queue.shape)}, expected (K, {q.shape[1]}), as wide as q")
     if not isinstance(negatives, Negatives):
-        raise TypeError(f"negatives: found {type(negatives).__name__}, allowed a synco_fast.kernels.Negatives")
+        raise TypeError(f"negatives: found {type(negatives).__name__}, expected a synco_fast.kernels.Negatives")
     if negatives.hard > len(queue):
-        raise ValueError(f"negatives.hard: found {negatives.hard}, allowed 0 to {len(queue)}, the queue's length")
+        raise ValueError(f"negatives.hard: found {negatives.hard}, expected 0 to {len(queue)}, the queue's length")
     if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature: found {temperature!r}, allowed a finite number above 0")
+        raise ValueError(f"temperature: found {temperature!r}, expected a finite number above 0")
     _check_word("seed", seed, WORD)
     if isinstance(step, Tensor):
         if step.dim() or step.dtype != torch.int64:
-            raise ValueError(f"step: found {step.dtype} of shape {tuple(step.shape)}, allowed int64 of no dimensions")
+            raise ValueError(f"step: found {step.dtype} of shape {tuple(step.shape)}, expected int64 of no dimensions")
     else:
         _check_word("step", step, WORD)
     _check_word("first_row", first_row, WORD - len(q) + 1)
     if (image_ids is None) != (queue_ids is None):
         missing = "image_ids" if image_ids is None else "queue_ids"
-        raise ValueError(f"{missing}: found None, allowed a tensor where its counterpart is given")
+        raise ValueError(f"{missing}: found None, expected a tensor where its counterpart is given")
     for name, ids, length in (("image_ids", image_ids, len(q)), ("queue_ids", queue_ids, len(queue))):
         if ids is None:
             continue
         if ids.dtype != torch.int64 or ids.device != q.device:
-            raise TypeError(f"{name}: found {ids.dtype} on {ids.device}, allowed int64 on {q.device}")
+            raise TypeError(f"{name}: found {ids.dtype} on {ids.device}, expected int64 on {q.device}")
         if ids.shape != (length,):
-            raise ValueError(f"{name}: found shape {tuple(ids.shape)}, allowed ({length},)")
+            raise ValueError(f"{name}: found shape {tuple(ids.shape)}, expected ({length},)")
 
 
 def _check_word(name: str, value: int, limit: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
-        raise ValueError(f"{name}: found {value!r}, allowed a whole number from 0 to {limit - 1}")
+        raise ValueError(f"{name}: found {value!r}, expected a whole number from 0 to {limit - 1}")

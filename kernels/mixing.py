@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.kernels.draws import Draw
 from synco_fast.kernels.negatives import Affine, Family, Negatives
 from synco_fast.kernels.reference import FORMULAS
+from synco_fast.kernels.rng import Draw
 
 __all__ = ["Along", "ByScalars", "ByVectors", "Hard", "Mixed"]
 

@@ -31,17 +31,17 @@ def momentum_update(params_k: Iterable[Tensor], params_q: Iterable[Tensor], m: f
     """
     keys, queries = list(params_k), list(params_q)
     if not (isinstance(m, (int, float)) and math.isfinite(m) and 0 <= m <= 1):
-        raise ValueError(f"m: found {m!r}, allowed a number from 0 to 1")
+        raise ValueError(f"m: found {m!r}, expected a number from 0 to 1")
     if len(keys) != len(queries):
-        raise ValueError(f"params_q: found {len(queries)} tensors, allowed {len(keys)}, as many as params_k")
+        raise ValueError(f"params_q: found {len(queries)} tensors, expected {len(keys)}, as many as params_k")
     averaged: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for number, (k, q) in enumerate(zip(keys, queries, strict=True)):
         if k.shape != q.shape:
             raise ValueError(
-                f"params_q[{number}]: found shape {tuple(q.shape)}, allowed {tuple(k.shape)}, as in params_k"
+                f"params_q[{number}]: found shape {tuple(q.shape)}, expected {tuple(k.shape)}, as in params_k"
             )
         if k.dtype != q.dtype or k.device != q.device:
-            raise TypeError(f"params_q[{number}]: found {q.dtype} on {q.device}, allowed {k.dtype} on {k.device}")
+            raise TypeError(f"params_q[{number}]: found {q.dtype} on {q.device}, expected {k.dtype} on {k.device}")
         if k.is_floating_point():
             group = averaged[k.device, k.dtype]
             group[0].append(k.detach())

@@ -113,21 +113,21 @@ class Negatives:
         for name in ("hard", *(family.name for family in FAMILIES)):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int):
-                raise TypeError(f"{name}: found {count!r}, allowed a whole number from 0 up")
+                raise TypeError(f"{name}: found {count!r}, expected a whole number from 0 up")
             if count < 0:
-                raise ValueError(f"{name}: found {count}, allowed a whole number from 0 up")
+                raise ValueError(f"{name}: found {count}, expected a whole number from 0 up")
         if self.synthetic and not self.hard:
-            raise ValueError(f"hard: found 0, allowed 1 or more where {self.synthetic} synthetic negatives are made")
+            raise ValueError(f"hard: found 0, expected 1 or more where {self.synthetic} synthetic negatives are made")
         if self.extrapolation not in ("released", "paper"):
-            raise ValueError(f"extrapolation: found {self.extrapolation!r}, allowed 'released' or 'paper'")
+            raise ValueError(f"extrapolation: found {self.extrapolation!r}, expected 'released' or 'paper'")
         for family in FAMILIES:
             if family.ranged:
                 low, high = self.range_of(family)
                 if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-                    raise ValueError(f"{family.name}_range: found ({low}, {high}), allowed finite low <= high")
+                    raise ValueError(f"{family.name}_range: found ({low}, {high}), expected finite low <= high")
         for name in ("sigma", "delta", "eta"):
             if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: found {getattr(self, name)}, allowed a finite number")
+                raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number")
 
     @classmethod
     def moco(cls) -> Negatives:

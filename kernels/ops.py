@@ -10,14 +10,14 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from synco_fast.kernels import closed_form, reference
+from synco_fast.kernels import blockwise, reference
 from synco_fast.kernels.checks import check_arguments
-from synco_fast.kernels.contrast import Contrast, Statistics
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
+from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
-Backend = Literal["auto", "reference", "closed_form", "triton"]
+Backend = Literal["auto", "reference", "blockwise", "triton"]
 
 
 def synthetic_contrast(
@@ -40,14 +40,14 @@ def synthetic_contrast(
     synthetic negatives are constants. A query or key row that holds NaN makes its own loss NaN and no other row's; a
     queue row that holds NaN makes every loss NaN; a synthetic vector of length 0 stays 0 and so has similarity 0.
 
-    Autocast does not reach inside: the head computes in the dtypes that it is given. Every back end but the reference
+    Autocast does not reach inside: the loss computes in the dtypes that it is given. Every back end but the reference
     computes the gradient together with the loss, so it can be differentiated once, and float16 and bfloat16 are
     multiplied exactly and summed in float32.
 
     Args:
         q: Queries, (B, D), floating point.
         k: The positive key of each query, (B, D), dtype and device of q.
-        queue: Keys of earlier steps, (K, D), any floating dtype; the head computes in the wider of the two dtypes.
+        queue: Keys of earlier steps, (K, D), any floating dtype; the loss computes in the wider of the two dtypes.
         negatives: What is contrasted beside the queue: `Negatives.moco()`, `.mochi(N, s, s')` or `.synco()`.
         temperature: T, above 0.
         seed: The run's seed, in [0, 2**32).
@@ -56,16 +56,16 @@ def synthetic_contrast(
         image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
             same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
-        backend: ``"auto"`` takes the closed form, which runs anywhere, in blocks. ``"triton"`` asks for the kernels,
+        backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` asks for the kernels,
             which are proved in the interpreter but have not run on a GPU yet and are nobody's default until they have;
-            what they do not serve goes to the closed form, with a warning once. ``"reference"`` is the plain form,
+            what they do not serve goes to the blockwise form, with a warning once. ``"reference"`` is the plain form,
             differentiable as often as wanted.
 
     Returns:
         The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.
 
     Raises:
-        TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is allowed.
+        TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is expected.
         RuntimeError: A second derivative was asked of another back end than the reference.
     """
     check_arguments(
@@ -81,7 +81,7 @@ def synthetic_contrast(
         queue_ids=queue_ids,
     )
     if backend not in get_args(Backend):
-        raise ValueError(f"backend: found {backend!r}, allowed {', '.join(get_args(Backend))}")
+        raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(Backend))}")
     if backend == "reference":
         with torch.autocast(q.device.type, enabled=False):
             result = reference.contrast(
@@ -148,7 +148,7 @@ def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: st
 
 
 def unserved_by_triton(q: Tensor, queue: Tensor, temperature: float) -> str | None:
-    """Why the Triton kernels cannot compute a head here; None where they can.
+    """Why the Triton kernels cannot compute the loss here; None where they can.
 
     Args:
         q: Queries, (B, D), or a tensor of their dtype, width and device.
@@ -162,13 +162,13 @@ def unserved_by_triton(q: Tensor, queue: Tensor, temperature: float) -> str | No
     return triton.unserved(q, queue, temperature)
 
 
-def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Callable[..., closed_form.Outputs]:
+def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Callable[..., blockwise.Outputs]:
     """The form that computes, decided where the tensors are real, so that tracing never meets it."""
     if backend != "triton":
-        return closed_form.contrast_and_gradient
+        return blockwise.contrast_and_gradient
     if reason := unserved_by_triton(q, queue, temperature):
         _note(reason)
-        return closed_form.contrast_and_gradient
+        return blockwise.contrast_and_gradient
     from synco_fast.kernels import triton
 
     return triton.contrast_and_gradient
@@ -177,7 +177,7 @@ def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Calla
 @functools.cache
 def _note(reason: str) -> None:
     """Say once why the kernels are not used."""
-    warnings.warn(f"the closed form computes the head: {reason}", stacklevel=2)
+    warnings.warn(f"the blockwise form computes the loss: {reason}", stacklevel=2)
 
 
 @torch.library.custom_op("synco_fast::contrast", mutates_args=())
@@ -197,10 +197,10 @@ def _contrast(
     queue_ids: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`closed_form.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
-    head = _choose(backend, q, queue, temperature)
+    """`blockwise.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
+    compute = _choose(backend, q, queue, temperature)
     with torch.autocast(q.device.type, enabled=False):
-        outputs = head(
+        outputs = compute(
             q,
             k,
             queue,
@@ -241,7 +241,7 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], 
 def _backward(ctx: torch.autograd.function.FunctionCtx, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     """Each row of the kept gradient times what autograd hands down for the row's loss."""
     if torch.is_grad_enabled():
-        raise RuntimeError("backend: this one has a first derivative only; allowed for higher ones: 'reference'")
+        raise RuntimeError("backend: this one has a first derivative only; expected for higher ones: 'reference'")
     (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
     of_q = None if loss is None else (gradient * loss[:, None]).to(ctx.dtype)  # type: ignore[attr-defined]
     return (of_q, *(None,) * 13)

@@ -1,6 +1,6 @@
-"""The contrastive head in plain PyTorch, every synthetic vector materialised.
+"""The contrastive loss in plain PyTorch, every synthetic vector materialised.
 
-This is the head to read beside the papers, and the one that every faster back end is measured against. It runs in any
+This is the loss to read beside the papers, and the one that every faster back end is measured against. It runs in any
 floating dtype and leaves the gradient to autograd.
 
 Notation: q and k are B unit rows of D numbers, the queue holds K past keys, Q^N are the N queue keys most similar to a
@@ -12,16 +12,48 @@ query, T is the temperature. With s the synthetic negatives, a row's loss is Inf
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.kernels.contrast import Contrast, Statistics, mean_of_finite
-from synco_fast.kernels.draws import Draw, draw
 from synco_fast.kernels.negatives import FAMILIES, Negatives
+from synco_fast.kernels.rng import Draw, draw
 
-__all__ = ["contrast", "hard_negatives", "synthesise"]
+__all__ = ["Contrast", "Statistics", "contrast", "hard_negatives", "mean_of_finite", "synthesise"]
+
+
+class Statistics(NamedTuple):
+    """What a trainer logs, a value per query and without gradient.
+
+    Attributes:
+        positive: q.k, (B,).
+        hard: Mean of q.n over Q^N, (B,); NaN where N = 0 or a mask left no key.
+        synthetic: Mean of q.s by family, (B, 6), in the order of `FAMILIES`; NaN where a family has no negatives.
+        rank: How many negatives, queue keys and synthetic ones, are more similar to q than k is, (B,) int64. 0 is what
+            the field's contrastive top-1 accuracy counts.
+        queue_rank: The same among queue keys alone, (B,) int64: comparable between methods and across a warm-up.
+    """
+
+    positive: Tensor
+    hard: Tensor
+    synthetic: Tensor
+    rank: Tensor
+    queue_rank: Tensor
+
+
+class Contrast(NamedTuple):
+    """The loss of each query, (B,), which carries the gradient to q, and the statistics beside it."""
+
+    loss: Tensor
+    statistics: Statistics
+
+
+def mean_of_finite(similarity: Tensor) -> Tensor:
+    """Means over the last dimension without the -inf of masked keys and without NaN; NaN where nothing is left."""
+    return similarity.masked_fill(similarity == -torch.inf, torch.nan).nanmean(dim=-1)
+
 
 # Called with (q, n_i, n_j, t, e, negatives); n_j, t and e are None where the family has none, so it uses none.
 Formula = Callable[..., Tensor]
@@ -96,7 +128,7 @@ def contrast(
     image_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
 ) -> Contrast:
-    """The head on checked arguments; `synco_fast.kernels.synthetic_contrast` describes them."""
+    """The loss on checked arguments; `synco_fast.kernels.synthetic_contrast` describes them."""
     dtype = torch.promote_types(q.dtype, queue.dtype)
     q, k, queue = q.to(dtype), k.detach().to(dtype), queue.detach().to(dtype)
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from synco_fast.kernels import reference
-from synco_fast.kernels.contrast import Contrast, Statistics
 from synco_fast.kernels.negatives import Negatives
 from synco_fast.kernels.ops import Backend, synthetic_contrast, unserved_by_triton
+from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Answer", "Case", "Inputs", "Verdict", "cases", "exact_inputs", "reference_answer", "validate"]
 
@@ -243,7 +243,7 @@ def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.
         )
         for backend in able:
             if backend == "triton" and (reason := unserved_by_triton(inputs.q, inputs.queue, case.temperature)):
-                raise ValueError(f"backend: found triton, allowed others here: {reason}")
+                raise ValueError(f"backend: found triton, expected others here: {reason}")
             yield _judge(backend, case, inputs, (image_ids, queue_ids), exact, plain)
 
 

@@ -185,16 +185,16 @@ class Config(Section):
         negatives, batch = self.method.negatives(), self.training.batch
         keys = self.keys_per_step
         if self.method.queue < keys:
-            raise ConfigError(f"method.queue: found {self.method.queue}, allowed {keys} or more, the keys of one step")
+            raise ConfigError(f"method.queue: found {self.method.queue}, expected {keys} or more, the keys of one step")
         if negatives.hard > self.method.queue:
-            raise ConfigError(f"method.hard: found {negatives.hard}, allowed up to {self.method.queue}, the queue")
+            raise ConfigError(f"method.hard: found {negatives.hard}, expected up to {self.method.queue}, the queue")
         groups = self.model.batch_norm_groups
         if batch % groups:
             raise ConfigError(
-                f"training.batch: found {batch}, allowed a multiple of {groups} (model.batch_norm_groups)"
+                f"training.batch: found {batch}, expected a multiple of {groups} (model.batch_norm_groups)"
             )
         if self.model.sync_batch_norm and groups > 1:
-            raise ConfigError(f"model.batch_norm_groups: found {groups}, allowed 1 beside model.sync_batch_norm")
+            raise ConfigError(f"model.batch_norm_groups: found {groups}, expected 1 beside model.sync_batch_norm")
         if self.generates:
             self._generates_here()
         return self
@@ -202,13 +202,13 @@ class Config(Section):
     def _generates_here(self) -> None:
         training = self.training
         check_size(self.augment.size, "augment.size")
-        for name, found, allowed in (
+        for name, found, expected in (
             ("training.accumulate", training.accumulate, 1),
             ("training.cuda_graph", training.cuda_graph, False),
             ("training.compile", training.compile, "none"),
         ):
-            if found != allowed:
-                raise ConfigError(f"{name}: found {found}, allowed {allowed} beside generated pairs")
+            if found != expected:
+                raise ConfigError(f"{name}: found {found}, expected {expected} beside generated pairs")
 
     @property
     def keys_per_step(self) -> int:
@@ -266,7 +266,7 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config: cannot read {path} ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"config: found {type(values).__name__} in {path}, allowed sections and keys")
+        raise ConfigError(f"config: found {type(values).__name__} in {path}, expected sections and keys")
     return build_config(values, overrides)
 
 
@@ -304,4 +304,4 @@ def _explain(error: ValidationError) -> str:
         message = str(first["ctx"]["error"])
         return f"{dotted}.{message}" if dotted else message
     said = first["msg"].replace("Input should be ", "")
-    return f"{dotted}: found {first['input']!r}, allowed {said}"
+    return f"{dotted}: found {first['input']!r}, expected {said}"

@@ -54,10 +54,10 @@ class SynthContrastLoss(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(method, str) and method not in _METHODS:
-            raise ValueError(f"method: found {method!r}, allowed {', '.join(_METHODS)} or Negatives")
+            raise ValueError(f"method: found {method!r}, expected {', '.join(_METHODS)} or Negatives")
         self.negatives = _METHODS[method]() if isinstance(method, str) else method
         if self.negatives.hard > queue:
-            raise ValueError(f"queue: found {queue}, allowed {self.negatives.hard} or more, the hard negatives N")
+            raise ValueError(f"queue: found {queue}, expected {self.negatives.hard} or more, the hard negatives N")
         self.queue = KeyQueue(queue, dim, seed=seed)
         self.temperature, self.seed, self.backend = temperature, seed, backend
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))

@@ -8,7 +8,7 @@ __all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "Lost
 
 
 class UserError(Exception):
-    """Input that is not what it must be; the message names the thing, what was found and what is allowed."""
+    """Input that is not what it must be; the message names the thing, what was found and what is expected."""
 
 
 class ConfigError(UserError):

@@ -74,4 +74,4 @@ def build_generator_config(values: dict[str, Any]) -> GeneratorConfig:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         said = first["msg"].replace("Input should be ", "")
-        raise ConfigError(f"{name}: found {first['input']!r}, allowed {said}") from error
+        raise ConfigError(f"{name}: found {first['input']!r}, expected {said}") from error

@@ -55,7 +55,7 @@ class KeyQueue(nn.Module):
             ConfigError: n is larger than K, so that a key would overwrite one of its own batch.
         """
         if len(keys) > len(self):
-            raise ConfigError(f"method.queue: found {len(self)}, allowed {len(keys)} or more, the keys of one step")
+            raise ConfigError(f"method.queue: found {len(self)}, expected {len(keys)} or more, the keys of one step")
         places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self)
         keys = keys.to(self.rows.dtype)
         if accept is not None:

@@ -85,29 +85,29 @@ def test_validate(run, tmp_path, monkeypatch):
     assert "…" not in out, "nothing is cut at 80 columns"
     assert len(json.loads((tmp_path / "cases.json").read_text())["cases"]) == 28
 
-    from synco_fast.kernels import closed_form
+    from synco_fast.kernels import blockwise
 
-    true = closed_form.contrast_and_gradient
+    true = blockwise.contrast_and_gradient
     wrong = lambda *a, **n: (found := true(*a, **n))._replace(loss=found.loss + 1)  # noqa: E731
-    monkeypatch.setattr(closed_form, "contrast_and_gradient", wrong)
-    code, out, _ = run("validate", *shape, "--dtypes", "float32", "--backends", "closed_form")
+    monkeypatch.setattr(blockwise, "contrast_and_gradient", wrong)
+    code, out, _ = run("validate", *shape, "--dtypes", "float32", "--backends", "blockwise")
     assert code == 1
     assert "7 bad" in out
     assert "14 of 14 cases missed" in out
-    assert "missed closed_form torch.float32 B=3" in out
+    assert "missed blockwise torch.float32 B=3" in out
     assert run("validate", *shape, "--backends", "triton")[0] == 2
-    assert "hard: found 900, allowed up to 200" in run("validate", *shape[:-1], "900")[2]
+    assert "hard: found 900, expected up to 200" in run("validate", *shape[:-1], "900")[2]
 
 
 @pytest.mark.slow
 def test_bench_and_profile_head(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shape = ["--device", "cpu", "--rows", "4", "--dim", "16", "--hard", "16"]
-    files = ["--json", tmp_path / "head.json", "--plot", tmp_path / "head.png"]
+    files = ["--json", tmp_path / "loss.json", "--plot", tmp_path / "loss.png"]
     words = [
         "--backends",
         "released",
-        "closed_form",
+        "blockwise",
         "--repeats",
         "2",
         "--rounds",
@@ -120,10 +120,10 @@ def test_bench_and_profile_head(run, tmp_path, monkeypatch):
     code, out, _ = run("bench", "head", *shape, *words, *files)
     assert code == 0
     assert "1.00x" in out
-    figures = json.loads((tmp_path / "head.json").read_text())
-    assert {result["backend"] for result in figures["results"]} == {"released", "closed_form"}
+    figures = json.loads((tmp_path / "loss.json").read_text())
+    assert {result["backend"] for result in figures["results"]} == {"released", "blockwise"}
     assert figures["environment"]["torch"]
-    assert (tmp_path / "head.png").exists()
+    assert (tmp_path / "loss.png").exists()
     assert run("bench", "head", *shape, "--backends", "triton")[0] == 2
 
     trace = tmp_path / "trace.json"
@@ -143,12 +143,12 @@ def test_bench_and_profile_head(run, tmp_path, monkeypatch):
         (["--config", "snyco-r50-200"], "did you mean synco-r50-200?"),
         (["--config", "demo", "--method.temprature", "1"], "did you mean method.temperature?"),
         (["--config", "demo", "--data", "/no/such/folder"], "found no folder /no/such/folder"),
-        (["--config", "demo", "--method.queue", "32"], "method.queue: found 32, allowed 64 or more"),
+        (["--config", "demo", "--method.queue", "32"], "method.queue: found 32, expected 64 or more"),
         (["--config", "demo", "--method.queue"], "--method.queue: found no value"),
         (["--config", "demo", "stray"], "found 'stray'"),
-        (["--config", "demo", "--training.device", "cuda"], "found cuda, allowed cpu"),
+        (["--config", "demo", "--training.device", "cuda"], "found cuda, expected cpu"),
         (["--resume", "/no/run"], "found no run in /no/run"),
-        ([], "found none, allowed --config PRESET"),
+        ([], "found none, expected --config PRESET"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, words, says, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_checkpoints_that_cannot_be_used(refused, make_run, tmp_path, verb):
         ("none.pt", "found no file"),
         ("empty.pt", "found no encoder in it"),
         ("other.pt", "it lacks bn1.bias; it has besides wings"),
-        ("bomb.pt", "found exec in its pickle, allowed tensors and plain values"),
+        ("bomb.pt", "found exec in its pickle, expected tensors and plain values"),
     ):
         if verb[-1] == "voc:nowhere" and file == "other.pt":
             continue  # the images are looked for first
@@ -73,24 +73,24 @@ def test_checkpoints_that_cannot_be_used(refused, make_run, tmp_path, verb):
 def test_data_and_words_that_cannot_be_used(refused, make_run, image_folder):
     run = make_run()
     for words, says in (
-        (["knn", run, "--neighbours", "34"], "neighbours: found 34, allowed up to 33"),
-        (["knn", run, "--neighbours", "0"], "neighbours: found 0, allowed 1 or more"),
-        (["knn", run, "--temperature", "0"], "temperature: found 0, allowed above 0"),
-        (["knn", run, "--workers", "-1"], "workers: found -1, allowed 0 or more"),
+        (["knn", run, "--neighbours", "34"], "neighbours: found 34, expected up to 33"),
+        (["knn", run, "--neighbours", "0"], "neighbours: found 0, expected 1 or more"),
+        (["knn", run, "--temperature", "0"], "temperature: found 0, expected above 0"),
+        (["knn", run, "--workers", "-1"], "workers: found -1, expected 0 or more"),
         (["knn", run, "--data", image_folder / "train" / "class0"], "found no held-out split"),
-        (["linear", run, "--epochs", "0"], "epochs: found 0, allowed 1 or more"),
-        (["linear", run, "--lr", "1", "2"], "lr: found 2 rates, allowed one, or several with --fast"),
-        (["finetune", run, "--percent", "101"], "percent: found 101, allowed above 0, up to 100"),
-        (["finetune", run, "--lr", "0"], "lr: found 0, allowed rates above 0"),
+        (["linear", run, "--epochs", "0"], "epochs: found 0, expected 1 or more"),
+        (["linear", run, "--lr", "1", "2"], "lr: found 2 rates, expected one, or several with --fast"),
+        (["finetune", run, "--percent", "101"], "percent: found 101, expected above 0, up to 100"),
+        (["finetune", run, "--lr", "0"], "lr: found 0, expected rates above 0"),
         (["finetune", run, "--list", image_folder / "none.txt"], "list: cannot read"),
-        (["detection", run], "data: found none, allowed voc:FOLDER or coco:FOLDER"),
-        (["detection", run, "--data", "voc:x", "--steps", "0"], "steps: found 0, allowed above 0"),
+        (["detection", run], "data: found none, expected voc:FOLDER or coco:FOLDER"),
+        (["detection", run, "--data", "voc:x", "--steps", "0"], "steps: found 0, expected above 0"),
     ):
         assert says in refused("evaluate", *words)
     assert "found no run in" in refused("report", image_folder)
     assert "found no run in" in refused("compare", run, image_folder)
-    assert "allowed a name that ends in .png" in refused("compare", run, "--out", "comparison.txt")
-    assert "allowed a name that ends in .npz" in refused("embed", run, "--out", "features.csv")
+    assert "expected a name that ends in .png" in refused("compare", run, "--out", "comparison.txt")
+    assert "expected a name that ends in .npz" in refused("embed", run, "--out", "features.csv")
     shutil.rmtree(image_folder / "val" / "class1")
     assert "found 3 classes among the training images" in refused("evaluate", "linear", run)
 
@@ -104,8 +104,8 @@ def test_an_imported_checkpoint_asks_for_its_images(refused, tmp_path, capsys):
     assert "nearest: resnet18" in refused(*words, "--backbone", "resnet188")
     assert "another architecture than resnet34: it lacks" in refused(*words, "--backbone", "resnet34")
     assert main([str(word) for word in [*words, "--backbone", "resnet18"]]) == 0
-    assert "data: found none, allowed --data SOURCE" in refused("evaluate", "knn", tmp_path / "ours.pt")
-    assert "data: found none, allowed --data SOURCE" in refused("embed", tmp_path / "ours.pt", "--out", "f.npz")
+    assert "data: found none, expected --data SOURCE" in refused("evaluate", "knn", tmp_path / "ours.pt")
+    assert "data: found none, expected --data SOURCE" in refused("embed", tmp_path / "ours.pt", "--out", "f.npz")
 
 
 def test_every_verb_has_an_example(capsys):

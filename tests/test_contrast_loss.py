@@ -72,12 +72,12 @@ def test_keys_of_the_same_image_are_masked():
 
 
 def test_bad_settings():
-    with pytest.raises(ValueError, match="method: found 'simclr', allowed moco"):
+    with pytest.raises(ValueError, match="method: found 'simclr', expected moco"):
         SynthContrastLoss("simclr")
-    with pytest.raises(ValueError, match="queue: found 64, allowed 1024 or more"):
+    with pytest.raises(ValueError, match="queue: found 64, expected 1024 or more"):
         SynthContrastLoss("synco", queue=64)
     loss = SynthContrastLoss("moco", dim=8, queue=4)
-    with pytest.raises(ConfigError, match="found 4, allowed 6"):
+    with pytest.raises(ConfigError, match="found 4, expected 6"):
         loss(*embeddings())
 
 

@@ -34,7 +34,7 @@ def test_a_batch_may_fill_it_but_not_more():
     keys = normalize(torch.randn(4, 4), dim=1)
     queue.enqueue(keys, torch.arange(4))
     assert torch.equal(queue.rows, keys)
-    with pytest.raises(ConfigError, match=r"method\.queue: found 4, allowed 5 or more"):
+    with pytest.raises(ConfigError, match=r"method\.queue: found 4, expected 5 or more"):
         queue.enqueue(torch.randn(5, 4), torch.arange(5))
 
 

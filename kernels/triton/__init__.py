@@ -1,5 +1,5 @@
-"""The head on a CUDA device: sample, scan, select, mix, finish. Importing this needs Triton."""
+"""The loss on a CUDA device: sample, scan, select, mix, reduce. Importing this needs Triton."""
 
-from synco_fast.kernels.triton.head import contrast_and_gradient, unserved
+from synco_fast.kernels.triton.launch import contrast_and_gradient, unserved
 
 __all__ = ["contrast_and_gradient", "unserved"]

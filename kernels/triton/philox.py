@@ -1,6 +1,6 @@
-"""The draws of `synco_fast.kernels.draws` inside a kernel.
+"""The draws of `synco_fast.kernels.rng` inside a kernel.
 
-Words, and so all picks, are equal to those of `draws.py` bit for bit; coefficients and normal numbers up to the
+Words, and so all picks, are equal to those of `rng.py` bit for bit; coefficients and normal numbers up to the
 rounding of float32.
 """
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.threshold import product
+from synco_fast.kernels.triton.sample import product
 
 __all__ = ["scan"]
 

@@ -1,8 +1,8 @@
 """Step three: from the marks of a row to its N hardest keys, in order.
 
 `collect` turns the marked bits into queue indices, `score` computes their similarities in float32 and `order` sorts
-them by (similarity descending, index ascending). A row is flagged for the slow path (`whole.py`) instead where too few
-or too many keys were marked, or where the N-th is so close to the threshold that the rounding of the scan's
+them by (similarity descending, index ascending). A row is flagged for the slow path (`full_sort.py`) instead where too
+few or too many keys were marked, or where the N-th is so close to the threshold that the rounding of the scan's
 similarity, which made the mark, could matter.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from synco_fast.commands import (
     bench_data,
-    bench_head,
+    bench_loss,
     bench_step,
     compare,
     data_check,
@@ -20,7 +20,7 @@ from synco_fast.commands import (
     presets,
     pretrain,
     pretrain_generator,
-    profile_head,
+    profile_loss,
     profile_step,
     report,
     validate,
@@ -46,10 +46,10 @@ COMMANDS = (
     data_check,
     data_show,
     validate,
-    bench_head,
+    bench_loss,
     bench_data,
     bench_step,
-    profile_head,
+    profile_loss,
     profile_step,
 )
 """In the order in which the help lists them."""

@@ -55,8 +55,8 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     missing = [name for name in pipelines if not has_pipeline(name)]
     if missing:
         raise UserError(
-            f"pipelines: found {missing[0]}, allowed {', '.join(filter(has_pipeline, _PIPELINES))} here, where DALI is "
-            "not installed"
+            f"pipelines: found {missing[0]}, expected {', '.join(filter(has_pipeline, _PIPELINES))} here, where "
+            "DALI is not installed"
         )
     folder = options.folder or cache_folder() / "bench-photos"
     workers = options.workers or default_workers()

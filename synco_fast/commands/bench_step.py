@@ -31,7 +31,7 @@ def add(verbs: Verbs) -> None:
     command.add_argument(
         "--engines", nargs="+", metavar="NAME", help="eager (default), compile, compile-step, graph, compile+graph"
     )
-    command.add_argument("--backends", nargs="+", metavar="NAME", help="of the head: closed_form, triton, reference")
+    command.add_argument("--backends", nargs="+", metavar="NAME", help="of the loss: blockwise, triton, reference")
     command.add_argument("--steps", type=positive, default=20, help="timed steps of each")
     command.add_argument("--rounds", type=positive, default=1, help="how often all are gone through")
     command.add_argument("--threads", type=positive, help="of each process")
@@ -45,10 +45,10 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.training.run import write_json
 
     subjects, engines = tuple(options.subjects or SUBJECTS), tuple(options.engines or ("eager",))
-    for name, found, allowed in (("subjects", subjects, SUBJECTS), ("engines", engines, tuple(ENGINES))):
+    for name, found, expected in (("subjects", subjects, SUBJECTS), ("engines", engines, tuple(ENGINES))):
         for word in found:
-            if word not in allowed:
-                raise ConfigError(f"{name}: found {word!r}, allowed {', '.join(allowed)}")
+            if word not in expected:
+                raise ConfigError(f"{name}: found {word!r}, expected {', '.join(expected)}")
     config = load_config(options.config, overrides_of(rest))
     report = bench_step(
         config,

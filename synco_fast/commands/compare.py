@@ -34,7 +34,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     from synco_fast.training.run import write_json
 
     if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigError(f"out: found {options.out.name!r}, allowed a name that ends in .png, .svg or .pdf")
+        raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png, .svg or .pdf")
     groups = compare_runs(options.runs)
     draw_comparison(groups, options.out)
     table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")

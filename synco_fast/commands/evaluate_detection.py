@@ -39,7 +39,7 @@ def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], consol
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if value <= 0:
-            raise ConfigError(f"{name}: found {value}, allowed above 0")
+            raise ConfigError(f"{name}: found {value}, expected above 0")
     plan = published_plan("voc" if (options.data or "").startswith("voc:") else "coco")
     if "steps" in given:
         share = given["steps"] / plan.steps

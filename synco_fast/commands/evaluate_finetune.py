@@ -41,7 +41,7 @@ def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         if value <= 0:
-            raise ConfigError(f"{name}: found {value}, allowed above 0")
+            raise ConfigError(f"{name}: found {value}, expected above 0")
     result = evaluate_finetune(
         options.checkpoint,
         setting_of(options),

@@ -33,9 +33,9 @@ def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Con
     from synco_fast.evaluation.weighted_knn import evaluate_knn
 
     if options.neighbours and min(options.neighbours) < 1:
-        raise ConfigError(f"neighbours: found {min(options.neighbours)}, allowed 1 or more")
+        raise ConfigError(f"neighbours: found {min(options.neighbours)}, expected 1 or more")
     if options.temperature is not None and options.temperature <= 0:
-        raise ConfigError(f"temperature: found {options.temperature:g}, allowed above 0")
+        raise ConfigError(f"temperature: found {options.temperature:g}, expected above 0")
     result = evaluate_knn(
         options.checkpoint,
         setting_of(options),

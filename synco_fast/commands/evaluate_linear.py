@@ -37,7 +37,7 @@ def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: 
     given = {name: getattr(options, name) for name in ("epochs", "batch") if getattr(options, name) is not None}
     for name, value in given.items():
         if value < 1:
-            raise ConfigError(f"{name}: found {value}, allowed 1 or more")
+            raise ConfigError(f"{name}: found {value}, expected 1 or more")
     plan = replace(PUBLISHED, seed=options.seed, **given)
     if options.fast:
         rates = tuple(options.lr) if options.lr else FAST_RATES
@@ -45,7 +45,7 @@ def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: 
         rows = [("accuracy by lr", "  ".join(f"{rate}: {value:.1%}" for rate, value in result["rates"].items()))]
     else:
         if options.lr is not None and len(options.lr) != 1:
-            raise ConfigError(f"lr: found {len(options.lr)} rates, allowed one, or several with --fast")
+            raise ConfigError(f"lr: found {len(options.lr)} rates, expected one, or several with --fast")
         plan = replace(plan, head_lr=options.lr[0]) if options.lr else plan
         result = evaluate_linear(options.checkpoint, setting_of(options), plan=plan, console=console)
         rows = [("best epoch", f"{result['best']:.1%}")]

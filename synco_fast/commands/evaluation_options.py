@@ -35,7 +35,7 @@ def setting_of(options: argparse.Namespace) -> Setting:
     from synco_fast.evaluation.subject import Setting
 
     if options.workers is not None and options.workers < 0:
-        raise ConfigError(f"workers: found {options.workers}, allowed 0 or more")
+        raise ConfigError(f"workers: found {options.workers}, expected 0 or more")
     return Setting(options.data, options.out, options.device, options.precision, options.workers, options.fresh)
 
 

@@ -23,7 +23,7 @@ def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            raise ConfigError(f"found {word!r}, allowed --section.key VALUE")
+            raise ConfigError(f"found {word!r}, expected --section.key VALUE")
         name, equals, value = word[2:].partition("=")
         if not equals:
             if not words:

@@ -76,15 +76,15 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
             overrides[key] = value
     if options.go_on:
         if options.out is None or options.resume is not None:
-            raise ConfigError("continue: found without --out or beside --resume, allowed --config PRESET --out RUN")
+            raise ConfigError("continue: found without --out or beside --resume, expected --config PRESET --out RUN")
         if (options.out / "config.yaml").exists():
             return build_config(read_run_config(options.out), overrides), options.out
     if options.resume is not None:
         if options.config is not None or options.out is not None:
-            raise ConfigError("resume: found --config or --out beside it, allowed --section.key VALUE alone")
+            raise ConfigError("resume: found --config or --out beside it, expected --section.key VALUE alone")
         return build_config(read_run_config(options.resume), overrides), options.resume
     if options.config is None:
-        raise ConfigError("config: found none, allowed --config PRESET, or --resume RUN; see 'synco-fast presets'")
+        raise ConfigError("config: found none, expected --config PRESET, or --resume RUN; see 'synco-fast presets'")
     return load_config(options.config, overrides), None
 
 

@@ -40,14 +40,14 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
         values["source"] = options.data
     if options.resume is not None:
         if options.out is not None:
-            raise ConfigError("resume: found --out beside it, allowed --key VALUE alone")
+            raise ConfigError("resume: found --out beside it, expected --key VALUE alone")
         folder = options.resume
         saved = read_run_config(folder)
         if "latent" not in saved:
-            raise ConfigError(f"resume: found a run of another command in {folder}, allowed one of pretrain-generator")
+            raise ConfigError(f"resume: found a run of another command in {folder}, expected one of pretrain-generator")
         values = {**saved, **values}
     elif "source" not in values:
-        raise ConfigError("data: found none, allowed --data SOURCE, or --resume RUN")
+        raise ConfigError("data: found none, expected --data SOURCE, or --resume RUN")
     else:
         folder = choose_run_folder(options.out, "generator")
     trainer = GeneratorTrainer(build_generator_config(values), folder, resume=options.resume, console=console)

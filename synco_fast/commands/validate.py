@@ -33,10 +33,10 @@ def add(verbs: Verbs) -> None:
     command = verbs.add(
         "validate",
         _validate,
-        "Compare the back ends of the head with the reference in float64 on this machine. Exit code 1 on a miss.",
+        "Compare the back ends of the loss with the reference in float64 on this machine. Exit code 1 on a miss.",
         "synco-fast validate --rows 256 --length 65536 --dim 128 --hard 1024",
     )
-    names = ("reference", "closed_form", "triton")
+    names = ("reference", "blockwise", "triton")
     command.add_argument("--backends", nargs="+", choices=names, help="all that this machine can run by default")
     command.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES))
     for name, about in (("rows", "B"), ("length", "K"), ("dim", "D"), ("hard", "N")):
@@ -64,9 +64,9 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
     sample = torch.empty(0, shapes[0][2], device=device)
     reason = unserved_by_triton(sample, sample, 0.2)
     if backends is None:
-        backends = ["reference", "closed_form"] + ([] if reason else ["triton"])
+        backends = ["reference", "blockwise"] + ([] if reason else ["triton"])
     elif "triton" in backends and reason:
-        raise UserError(f"backends: found triton, allowed reference and closed_form on this machine: {reason}")
+        raise UserError(f"backends: found triton, expected reference and blockwise on this machine: {reason}")
     wanted = cases(shapes, [getattr(torch, name) for name in options.dtypes])
     verdicts: list[Verdict] = []
     steps = track(wanted, "comparing", console=console, transient=True, disable=not console.is_terminal)
@@ -90,7 +90,7 @@ def _shapes(options: argparse.Namespace, *, large: bool) -> list[tuple[int, int,
     shapes = list(itertools.product(*(given[name] or usual[name] for name in given)))
     for _, length, _, hard in shapes:
         if hard > length:
-            raise UserError(f"hard: found {hard}, allowed up to {length}, the length of the queue")
+            raise UserError(f"hard: found {hard}, expected up to {length}, the length of the queue")
     return shapes
 
 

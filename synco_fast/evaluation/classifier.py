@@ -158,7 +158,7 @@ def train_classifier(
             loss = _epoch(subject, trained, optimizer, batches.epoch(epoch), bar)
             if not math.isfinite(loss):
                 raise DivergedError(
-                    f"loss: found a value that is not finite in epoch {epoch + 1} of {title}, allowed finite ones; "
+                    f"loss: found a value that is not finite in epoch {epoch + 1} of {title}, expected finite ones; "
                     "try a lower --lr"
                 )
             history.append({"epoch": epoch + 1, "loss": loss})

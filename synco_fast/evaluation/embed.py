@@ -42,19 +42,19 @@ def embed(
     """
     setting = setting or Setting()
     if out.suffix not in (".npz", ".parquet"):
-        raise ConfigError(f"out: found {out.name!r}, allowed a name that ends in .npz or .parquet")
+        raise ConfigError(f"out: found {out.name!r}, expected a name that ends in .npz or .parquet")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("out: found .parquet without pyarrow: pip install 'synco-fast[embed]'")
     weights = read_weights(path)
     if setting.data is None and weights.imported:
-        raise ConfigError("data: found none, allowed --data SOURCE: an imported checkpoint does not know its images")
+        raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint does not know its images")
     device = resolve_device(setting.device)
     precision = Precision(setting.precision, device)
     source = open_source(setting.data or weights.config.data.source)
     chosen = {"train": source.train, "val": source.validation}
     chosen = {name: split for name, split in chosen.items() if splits in (name, "both")}
     if splits == "val" and source.validation is None:
-        raise DataError(f"data: found no held-out split in {source.spec}, allowed --split train")
+        raise DataError(f"data: found no held-out split in {source.spec}, expected --split train")
     backbone = backbone_of(weights).to(device)
     features, labels, paths, names, broken = [], [], [], [], 0
     for name, split in chosen.items():

@@ -73,7 +73,7 @@ def extract_features(
         DataError: The split has no labels, or no image of it can be read.
     """
     if split.labels is None and labelled:
-        raise DataError(f"data: found no class folders beside {split.name(0)}, allowed one folder a class for kNN")
+        raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class for kNN")
     wanted = spread(len(split), limit) if numbers is None else list(numbers)
     loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=wanted)
     was_training = backbone.training

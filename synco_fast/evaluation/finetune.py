@@ -61,9 +61,9 @@ def evaluate_finetune(
         DivergedError: The loss was no number.
     """
     if not 0 < percent <= 100:
-        raise ConfigError(f"percent: found {percent:g}, allowed above 0, up to 100")
+        raise ConfigError(f"percent: found {percent:g}, expected above 0, up to 100")
     if not rates or min(rates) <= 0:
-        raise ConfigError(f"lr: found {', '.join(f'{rate:g}' for rate in rates) or 'none'}, allowed rates above 0")
+        raise ConfigError(f"lr: found {', '.join(f'{rate:g}' for rate in rates) or 'none'}, expected rates above 0")
     setting, plan = setting or Setting(), plan or published_plan(percent)
     with joined(resolve_device(setting.device)) as device:
         subject = open_subject(path, setting, device)

@@ -48,7 +48,7 @@ def nearest(banks: Iterable[Tensor], queries: Tensor, neighbours: int) -> tuple[
         best, whose = torch.cat([top for top, _ in parts]), torch.cat([places for _, places in parts])
         seen += len(bank)
     if neighbours > seen:
-        raise ConfigError(f"neighbours: found {neighbours}, allowed up to {seen}, the images to choose from")
+        raise ConfigError(f"neighbours: found {neighbours}, expected up to {seen}, the images to choose from")
     return best, whose
 
 
@@ -90,7 +90,7 @@ def knn_predict(
     """
     if neighbours > len(bank):
         raise ConfigError(
-            f"evaluation.neighbours: found {neighbours}, allowed up to {len(bank)}, the images to choose from"
+            f"evaluation.neighbours: found {neighbours}, expected up to {len(bank)}, the images to choose from"
         )
     similarity, whose = nearest([bank], queries, neighbours)
     return vote(similarity, bank_labels[whose], classes=classes, temperature=temperature)

@@ -147,7 +147,7 @@ def listed_subset(split: Split, file: Path) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list: cannot read {file} ({error})") from error
     if not wanted:
-        raise DataError(f"list: found no names in {file}, allowed one image a line")
+        raise DataError(f"list: found no names in {file}, expected one image a line")
     by_name: dict[str, int] = {}
     for number in range(len(split)):
         parts = split.name(number).split("/")

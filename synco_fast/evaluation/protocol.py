@@ -52,7 +52,7 @@ def evaluate_backbone(
         ConfigError: k is larger than the number of neighbours to choose from.
     """
     if source.validation is None:
-        raise DataError(f"data: found no held-out split in {source.spec}, allowed train/ and val/ with class folders")
+        raise DataError(f"data: found no held-out split in {source.spec}, expected train/ and val/ with class folders")
     bank, queries = (
         extract_features(backbone, split, recipe, device=device, batch=evaluation.batch, workers=workers, limit=limit)
         for split, limit in ((source.train, evaluation.train_images), (source.validation, evaluation.images))

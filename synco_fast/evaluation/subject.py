@@ -98,7 +98,7 @@ def open_subject(path: Path, setting: Setting, device: torch.device | None = Non
     """
     weights = read_weights(path)
     if setting.data is None and weights.imported:
-        raise ConfigError("data: found none, allowed --data SOURCE: an imported checkpoint does not know its images")
+        raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint does not know its images")
     device = device or resolve_device(setting.device)
     source = open_source(setting.data or weights.config.data.source)
     train, held_out = check_labels(source)
@@ -125,16 +125,16 @@ def check_labels(source: Source) -> tuple[Split, Split]:
         DataError: There is no held-out split, a split has no labels, or the splits differ in classes.
     """
     if source.validation is None:
-        raise DataError(f"data: found no held-out split in {source.spec}, allowed train/ and val/ with class folders")
+        raise DataError(f"data: found no held-out split in {source.spec}, expected train/ and val/ with class folders")
     counts = []
     for split in (source.train, source.validation):
         if split.labels is None:
-            raise DataError(f"data: found no class folders beside {split.name(0)}, allowed one folder a class")
+            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class")
         counts.append(len(np.unique(split.labels)))
     if counts[0] != counts[1]:
         raise DataError(
             f"data: found {counts[0]} classes among the training images of {source.spec} and {counts[1]} among the "
-            "held-out ones, allowed the same"
+            "held-out ones, expected the same"
         )
     return source.train, source.validation
 

@@ -56,7 +56,7 @@ def evaluate_knn(
         wanted = neighbours or tuple(k for k in sorted({*PUBLISHED, own.neighbours}) if k <= size)
         if not wanted or max(wanted) > size:
             raise ConfigError(
-                f"neighbours: found {max(wanted, default=min(PUBLISHED))}, allowed up to {size}, the training images"
+                f"neighbours: found {max(wanted, default=min(PUBLISHED))}, expected up to {size}, the training images"
             )
         before = fingerprint(subject.backbone)
         bank = cached_features(subject, subject.train, "training images", console)

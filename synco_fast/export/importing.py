@@ -42,14 +42,14 @@ def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | Non
         backbone = backbone or content.get("arch")
         state = from_moco(content["state_dict"], str(path))
         if not any(name.startswith("encoder.") for name in state):
-            raise CheckpointError(f"{path}: found no encoder in it, allowed names that begin with module.encoder_q.")
+            raise CheckpointError(f"{path}: found no encoder in it, expected names that begin with module.encoder_q.")
     else:
         plain = content.get("state_dict", content) if isinstance(content, dict) else None
         if not isinstance(plain, dict) or not plain or not all(isinstance(value, Tensor) for value in plain.values()):
-            raise CheckpointError(f"{path}: found no encoder in it, allowed a state_dict of tensors")
+            raise CheckpointError(f"{path}: found no encoder in it, expected a state_dict of tensors")
         state = {f"encoder.backbone.{name}": value for name, value in plain.items() if not _is_classifier(name)}
     if backbone is None:
-        raise ConfigError(f"backbone: found no architecture in {path}, allowed --backbone NAME, such as resnet50")
+        raise ConfigError(f"backbone: found no architecture in {path}, expected --backbone NAME, such as resnet50")
     known = {"from": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "epoch": epoch}
     weights = Weights(
         config=build_config(_values(state, str(backbone), method, path.name)),

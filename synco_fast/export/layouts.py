@@ -64,7 +64,7 @@ def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            f"{file}: found {', '.join(unknown[:8])} ({len(unknown)} in all), allowed module.encoder_q.*, "
+            f"{file}: found {', '.join(unknown[:8])} ({len(unknown)} in all), expected module.encoder_q.*, "
             "module.encoder_k.*, module.queue and module.queue_ptr"
         )
     return renamed

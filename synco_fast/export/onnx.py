@@ -66,7 +66,7 @@ def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
         part.unlink()
         raise CheckpointError(
             f"{path}: found features that differ by {difference:.1e} of the largest one between onnxruntime and "
-            f"PyTorch, allowed {_TOLERANCE:.0e}"
+            f"PyTorch, expected {_TOLERANCE:.0e}"
         )
     part.replace(path)
     return difference

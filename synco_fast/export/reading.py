@@ -119,15 +119,15 @@ def read_weights(path: Path) -> Weights:
         return _described(content["synco_fast"], from_moco(content["state_dict"], str(path)), path)
     if is_moco(content):
         raise CheckpointError(
-            f"{path}: found a checkpoint in the authors' layout, allowed one of synco-fast: "
+            f"{path}: found a checkpoint in the authors' layout, expected one of synco-fast: "
             f"'synco-fast import {path} --method NAME' turns it into one"
         )
-    raise CheckpointError(f"{path}: found no encoder in it, allowed a checkpoint of synco-fast")
+    raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of synco-fast")
 
 
 def _own(content: dict[str, Any], file: Path) -> Weights:
     if "config" not in content or not any(name.startswith(_BACKBONE) for name in content.get("method", {})):
-        raise CheckpointError(f"{file}: found no encoder in it, allowed a checkpoint of synco-fast")
+        raise CheckpointError(f"{file}: found no encoder in it, expected a checkpoint of synco-fast")
     run = file.resolve().parent.parent
     steps_per_epoch = content.get("steps_per_epoch")
     imported = content.get("imported", {})
@@ -153,7 +153,7 @@ def _from_safetensors(path: Path) -> Weights:
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({error})") from error
     if described is None:
         raise CheckpointError(
-            f"{path}: found no description of its architecture, allowed a file that 'synco-fast export' wrote, "
+            f"{path}: found no description of its architecture, expected a file that 'synco-fast export' wrote, "
             f"or 'synco-fast import {path} --backbone NAME --method NAME'"
         )
     return _described(json.loads(described), {f"{_BACKBONE}{name}": value for name, value in state.items()}, path)

@@ -51,11 +51,11 @@ def export_checkpoint(path: Path, format: str, out: Path | None = None, *, licen
         ConfigError: The format is unknown, or a package that it needs is missing.
     """
     if format not in FORMATS:
-        raise ConfigError(f"format: found {format!r}, allowed {', '.join(FORMATS)}")
+        raise ConfigError(f"format: found {format!r}, expected {', '.join(FORMATS)}")
     weights = read_weights(path)
     folder = out or (weights.run / "export" / format if weights.run else Path(f"export-{format}"))
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: found a file {folder}, allowed a folder")
+        raise ConfigError(f"out: found a file {folder}, expected a folder")
     files, checks, usage = FORMATS[format](weights, folder)
     write_card(folder / "README.md", weights, format=format, files=files, usage=usage, checks=checks, licence=licence)
     return Exported(format, folder, (*files, "README.md"), checks)
@@ -136,7 +136,7 @@ def _detectron2(weights: Weights, folder: Path) -> Written:
     name = _stock_name(weights, "torchvision")
     if name not in DEPTHS or weights.config.model.small_stem:
         raise CheckpointError(
-            f"{weights.file}: found {weights.config.model.backbone}, allowed {', '.join(DEPTHS)} with their own stem "
+            f"{weights.file}: found {weights.config.model.backbone}, expected {', '.join(DEPTHS)} with their own stem "
             "for detectron2, whose C4 head is made of bottlenecks"
         )
     arrays = {key: value.numpy() for key, value in to_detectron2(weights.backbone).items()}
@@ -215,7 +215,7 @@ def _stock_name(weights: Weights, library: str) -> str:
     other = "timm" if library == "torchvision" else "safetensors"
     arguments = f" with {model.backbone_args}" if model.backbone_args else ""
     raise CheckpointError(
-        f"{weights.file}: found {model.backbone}{arguments}, allowed a model that {library} has under that name and "
+        f"{weights.file}: found {model.backbone}{arguments}, expected a model that {library} has under that name and "
         f"shape; --format {other} takes it"
     )
 

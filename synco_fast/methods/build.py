@@ -27,10 +27,10 @@ def groups_of_part(config: Config, processes: int) -> int:
     parts = processes * training.accumulate
     spread = f"{processes} processes" + (f" times {training.accumulate} parts" if training.accumulate > 1 else "")
     if training.batch % parts:
-        raise ConfigError(f"training.batch: found {training.batch}, allowed a multiple of {parts} ({spread})")
+        raise ConfigError(f"training.batch: found {training.batch}, expected a multiple of {parts} ({spread})")
     if groups % parts and parts % groups:
         raise ConfigError(
-            f"model.batch_norm_groups: found {groups}, allowed a multiple or a divisor of {parts} ({spread})"
+            f"model.batch_norm_groups: found {groups}, expected a multiple or a divisor of {parts} ({spread})"
         )
     return max(1, groups // parts)
 

@@ -60,7 +60,7 @@ def build_backbone(
     """
     prefix, _, bare = name.rpartition("/")
     if prefix not in ("", "timm", "torchvision"):
-        raise ConfigError(f"model.backbone: found {name!r}, allowed NAME, torchvision/NAME or timm/NAME")
+        raise ConfigError(f"model.backbone: found {name!r}, expected NAME, torchvision/NAME or timm/NAME")
     in_torchvision = prefix != "timm" and bare in torchvision.models.list_models(module=torchvision.models)
     try:
         if in_torchvision:
@@ -69,7 +69,7 @@ def build_backbone(
             module = timm.create_model(bare, pretrained=False, num_classes=0, **(arguments or {}))
             features = int(module.num_features)  # type: ignore[arg-type]
         else:
-            raise ConfigError(f"model.backbone: found {name!r}, allowed a torchvision or timm model{_nearest(bare)}")
+            raise ConfigError(f"model.backbone: found {name!r}, expected a torchvision or timm model{_nearest(bare)}")
     except TypeError as error:
         raise ConfigError(f"model.backbone_args: {name} does not take them ({error})") from error
     if small_stem:
@@ -97,7 +97,7 @@ def _shrink_stem(module: nn.Module, name: str) -> None:
     stem = getattr(module, "conv1", None)
     if not isinstance(stem, nn.Conv2d) or not hasattr(module, "maxpool"):
         raise ConfigError(
-            f"model.small_stem: found true, allowed for ResNets whose stem is one convolution, not {name}"
+            f"model.small_stem: found true, expected for ResNets whose stem is one convolution, not {name}"
         )
     module.conv1 = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -121,5 +121,5 @@ def check_input(module: nn.Module, size: int, name: str) -> None:
         module.train(was_training)
     if features.dim() != 2:
         raise ConfigError(
-            f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, allowed (B, C)"
+            f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, expected (B, C)"
         )

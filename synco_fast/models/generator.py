@@ -26,7 +26,7 @@ def check_size(size: int, name: str) -> None:
         ConfigError: ``size`` is not in `SIZES`; the message calls it ``name``.
     """
     if size not in SIZES:
-        raise ConfigError(f"{name}: found {size}, allowed {' or '.join(map(str, SIZES))} where images are generated")
+        raise ConfigError(f"{name}: found {size}, expected {' or '.join(map(str, SIZES))} where images are generated")
 
 
 def stage_channels(size: int, width: int) -> list[int]:

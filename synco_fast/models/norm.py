@@ -42,7 +42,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training or self.groups == 1:
             return super().forward(x)
         if len(x) % self.groups:
-            raise ValueError(f"x: found a batch of {len(x)}, allowed a multiple of {self.groups} groups")
+            raise ValueError(f"x: found a batch of {len(x)}, expected a multiple of {self.groups} groups")
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -163,7 +163,7 @@ def split_batch_norm(module: nn.Module, groups: int) -> nn.Module:
             setattr(module, name, split)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.BatchNorm1d):
             raise ConfigError(
-                f"model.batch_norm_groups: found {groups}, allowed 1 for this backbone, whose {name} is a "
+                f"model.batch_norm_groups: found {groups}, expected 1 for this backbone, whose {name} is a "
                 f"{type(child).__name__}"
             )
         else:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from synco_fast.kernels.draws import philox
+from synco_fast.kernels.rng import philox
 
 __all__ = ["key_order"]
 
-#: Where the families of negatives have their numbers in the counter (`synco_fast.kernels.draws`), which end far below.
+#: Where the families of negatives have their numbers in the counter (`synco_fast.kernels.rng`), which end far below.
 _SHUFFLE = 1 << 31
 
 

@@ -70,7 +70,7 @@ def compare_runs(folders: Sequence[Path]) -> list[Group]:
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         twice = next(folder for folder in folders if resolved.count(folder.resolve()) > 1)
-        raise ConfigError(f"run: found {twice} twice, allowed each run once")
+        raise ConfigError(f"run: found {twice} twice, expected each run once")
     runs = [read_run(folder) for folder in folders]
     described = [_settings(run) for run in runs]
     differing = [key for key in described[0] if any(other[key] != described[0][key] for other in described)]

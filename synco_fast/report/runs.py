@@ -76,7 +76,7 @@ def read_run(folder: Path) -> Run:
         ConfigError: It is none, or a file in it is broken.
     """
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"run: found no run in {folder}, allowed a folder with a config.yaml")
+        raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")
     config = build_config(read_run_config(folder))
     lines = read_metrics(folder)
     results = {file.stem: _read(file) for file in sorted((folder / "evaluation").glob("*.json"))}
@@ -99,5 +99,5 @@ def _read(file: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{file}: found JSON that cannot be read ({error})") from error
     if not isinstance(found, dict):
-        raise ConfigError(f"{file}: found {type(found).__name__}, allowed an object")
+        raise ConfigError(f"{file}: found {type(found).__name__}, expected an object")
     return found

@@ -151,6 +151,6 @@ class CollapseMonitor:
             return None
         self._warned = True
         return (
-            f"generator: found a diversity of {value:.2f} at step {step}, allowed {self._threshold:g} or more of the "
+            f"generator: found a diversity of {value:.2f} at step {step}, expected {self._threshold:g} or more of the "
             "real images': it makes nearly the same image every time (mode collapse); try more r1 or a lower lr"
         )

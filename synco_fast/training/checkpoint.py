@@ -61,7 +61,7 @@ def read_tensors(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         wanted = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
         what = f"found {wanted} in its pickle" if wanted else "found a pickle that cannot be read safely"
-        raise CheckpointError(f"{path}: {what}, allowed tensors and plain values: a pickle can carry code") from error
+        raise CheckpointError(f"{path}: {what}, expected tensors and plain values: a pickle can carry code") from error
     except Exception as error:  # a damaged archive raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:120]
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error

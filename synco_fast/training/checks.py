@@ -22,16 +22,16 @@ def check_evaluation(evaluation: EvaluationConfig, source: Source) -> None:
         return
     if source.validation is None:
         raise DataError(
-            f"data: found no held-out split in {source.spec}, allowed train/ and val/ with one folder a class; "
+            f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder a class; "
             f"{_WITHOUT}"
         )
     for split in (source.train, source.validation):
         if split.labels is None:
             raise DataError(
-                f"data: found no class folders beside {split.name(0)}, allowed one folder a class for kNN; {_WITHOUT}"
+                f"data: found no class folders beside {split.name(0)}, expected one folder a class for kNN; {_WITHOUT}"
             )
     bank = min(len(source.train), evaluation.train_images or len(source.train))
     if evaluation.neighbours > bank:
         raise ConfigError(
-            f"evaluation.neighbours: found {evaluation.neighbours}, allowed up to {bank}, the images to choose from"
+            f"evaluation.neighbours: found {evaluation.neighbours}, expected up to {bank}, the images to choose from"
         )

@@ -58,7 +58,7 @@ class Place:
         def number(name: str) -> int:
             value = variables.get(name, "")
             if not value.isdigit():
-                raise ConfigError(f"{name}: found {value!r} in the environment, allowed a whole number")
+                raise ConfigError(f"{name}: found {value!r} in the environment, expected a whole number")
             return int(value)
 
         if "RANK" in variables and "WORLD_SIZE" in variables:
@@ -92,7 +92,7 @@ def _first_node(nodes: str) -> str:
     """The first name of Slurm's list: ``gpu[03-05,9]`` is ``gpu03``, ``a1,b[2-3]`` is ``a1``."""
     found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
     if found is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST: found {nodes!r}, allowed the names of the job's machines")
+        raise ConfigError(f"SLURM_JOB_NODELIST: found {nodes!r}, expected the names of the job's machines")
     return found[1] + (found[2] or "") + (found[3] or "")
 
 
@@ -154,7 +154,7 @@ def joined(place: Place, device: str = "auto", *, timeout: float = 300) -> Itera
     if cuda:
         if place.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"processes: found {place.local_world} on this machine, allowed {torch.cuda.device_count()}, one a GPU"
+                f"processes: found {place.local_world} on this machine, expected {torch.cuda.device_count()}, one a GPU"
             )
         torch.cuda.set_device(place.local_rank)
     try:

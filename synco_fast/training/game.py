@@ -94,7 +94,7 @@ class Game:
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         if processes > 1:
-            raise ConfigError(f"processes: found {processes}, allowed 1 beside generated pairs")
+            raise ConfigError(f"processes: found {processes}, expected 1 beside generated pairs")
         self.settings, self.seed, self.device, self._method = config.generated, config.seed, device, method
         self._batch, self._recipe_size, self._steps_per_epoch = (
             config.training.batch,
@@ -238,14 +238,15 @@ def load_stage_one(method: Generated, checkpoint: str | None, size: int) -> str:
     """
     if checkpoint is None:
         raise ConfigError(
-            "generated.checkpoint: found none, allowed a run of 'synco-fast pretrain-generator', or generated.pair none"
+            "generated.checkpoint: found none, expected a run of 'synco-fast pretrain-generator', or "
+            "generated.pair none"
         )
     state, path, _ = find_checkpoint(Path(checkpoint))
     if "generator_config" not in state:
-        raise CheckpointError(f"{path}: found no generator in it, allowed a checkpoint of pretrain-generator")
+        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
     found = state["generator_config"]["size"]
     if found != size:
-        raise ConfigError(f"generated.checkpoint: found a generator of {found} pixels, allowed {size} (augment.size)")
+        raise ConfigError(f"generated.checkpoint: found a generator of {found} pixels, expected {size} (augment.size)")
     for generator in method.generators:
         load_weights(generator, state["average"], path)
     load_weights(method.discriminator, state["discriminator"], path)

@@ -69,7 +69,7 @@ class GeneratorTrainer:
         self._notes: list[str] = []
         train = share_of(open_source(config.source).train, config.share)
         if len(train) < config.batch:
-            raise ConfigError(f"batch: found {config.batch}, allowed up to {len(train)}, the number of images")
+            raise ConfigError(f"batch: found {config.batch}, expected up to {len(train)}, the number of images")
         self.images = ResidentImages(train, config.size, workers=config.workers, device=self.device)
         BrokenImages(len(self.images), config.max_broken, self._notes.append).replaced(self.images.broken)
         with torch.random.fork_rng(devices=[]):
@@ -213,7 +213,7 @@ class GeneratorTrainer:
         newest = checkpoints_in(self.folder / "checkpoints")
         kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint had been written"
         raise DivergedError(
-            f"generator: found a gradient that is not finite at step {first + 1} and {row - 1} more after it, allowed "
+            f"generator: found a gradient that is not finite at step {first + 1} and {row - 1} more after it, expected "
             f"{self.config.max_skipped} in a row (max_skipped), and none at the end; {kept}; try a lower lr or more r1"
         )
 
@@ -241,10 +241,10 @@ class GeneratorTrainer:
         state, path, problems = find_checkpoint(resume)
         self._notes += [f"{problem}; going on from an older one" for problem in problems]
         if "generator_config" not in state:
-            raise ConfigError(f"resume: found no generator in {path}, allowed a run of pretrain-generator")
+            raise ConfigError(f"resume: found no generator in {path}, expected a run of pretrain-generator")
         if state["images"] != len(self.images):
             raise ConfigError(
-                f"source: found {len(self.images)} images, allowed {state['images']} to go on with {path}"
+                f"source: found {len(self.images)} images, expected {state['images']} to go on with {path}"
             )
         load_weights(self.generator, state["generator"], path)
         load_weights(self.average, state["average"], path)

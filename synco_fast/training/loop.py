@@ -208,7 +208,7 @@ class Trainer:
         rates = "optimizer.lr or generated.lr" if self.config.method.name == "generated" else "optimizer.lr"
         raise DivergedError(
             f"loss: found a gradient that is not finite at step {first + 1} (epoch {epoch}) and {row - 1} more after "
-            f"it, allowed {self.config.training.max_skipped} in a row (training.max_skipped), none at the end, and "
+            f"it, expected {self.config.training.max_skipped} in a row (training.max_skipped), none at the end, and "
             f"weights that are numbers; {kept}; try a lower {rates}, or optimizer.clip"
         )
 
@@ -272,7 +272,7 @@ class Trainer:
         if other:
             raise LostProcessError(
                 f"processes: found another queue or other weights on rank {other[0]} than on rank 0 at step "
-                f"{self.step}, allowed the same on all; {self._how_to_go_on()}"
+                f"{self.step}, expected the same on all; {self._how_to_go_on()}"
             )
 
     def _load(self, resume: Path) -> None:
@@ -284,7 +284,7 @@ class Trainer:
         load_weights(self.method.module(), state["method"], path)
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
-                f"{path}: found {state['steps_per_epoch']} steps an epoch, allowed {self.steps_per_epoch}: a run goes "
+                f"{path}: found {state['steps_per_epoch']} steps an epoch, expected {self.steps_per_epoch}: a run goes "
                 "on with the batch and the number of images that it began with"
             )
         self.engine.load_state_dict(state)
@@ -306,7 +306,7 @@ class Trainer:
     def _lost(self, error: RuntimeError) -> LostProcessError:
         reason = str(error).strip().splitlines()[0][:160]
         return LostProcessError(
-            f"processes: rank {self.place.rank} lost the others at step {self.step + 1} ({reason}), allowed all "
+            f"processes: rank {self.place.rank} lost the others at step {self.step + 1} ({reason}), expected all "
             f"{self.place.world} to the end; {self._how_to_go_on()}"
         )
 

@@ -105,7 +105,7 @@ class WandB:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError as error:
-            raise ConfigError("training.wandb: found no package wandb, allowed after pip install wandb") from error
+            raise ConfigError("training.wandb: found no package wandb, expected after pip install wandb") from error
         name = folder.resolve().name
         self._run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=config, resume="allow")
 

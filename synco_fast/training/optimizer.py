@@ -76,14 +76,14 @@ def _decayed_apart(module: nn.Module, decay: float) -> list[dict[str, Any]]:
 def _from_apex(kind: str, name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
     plain = name.removeprefix("apex_")
     if importlib.util.find_spec("apex") is None:
-        raise ConfigError(f"optimizer.name: found {name} and no NVIDIA apex here, allowed: {_NVIDIA} {plain}")
+        raise ConfigError(f"optimizer.name: found {name} and no NVIDIA apex here, expected: {_NVIDIA} {plain}")
     try:
         found: Callable[..., torch.optim.Optimizer] = getattr(importlib.import_module("apex.optimizers"), kind)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"optimizer.name: found {name} and a package 'apex' without {kind}, such as the web toolkit of that name "
-            f"on PyPI; allowed NVIDIA's: pip uninstall apex, then {_NVIDIA} {plain}"
+            f"on PyPI; expected NVIDIA's: pip uninstall apex, then {_NVIDIA} {plain}"
         ) from error
     if device.type != "cuda":
-        raise ConfigError(f"optimizer.name: found {name}, allowed {plain} without a GPU")
+        raise ConfigError(f"optimizer.name: found {name}, expected {plain} without a GPU")
     return found

@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     """
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        raise ConfigError("training.device: found cuda, allowed cpu on this machine, where PyTorch sees no GPU")
+        raise ConfigError("training.device: found cuda, expected cpu on this machine, where PyTorch sees no GPU")
     if name == "cuda" or (name == "auto" and found):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -50,7 +50,7 @@ class Precision:
 
     def __init__(self, name: str, device: torch.device, *, key: str = "training.precision") -> None:
         if name in ("fp16", "tf32") and device.type != "cuda":
-            raise ConfigError(f"{key}: found {name}, allowed auto, fp32 or bf16 without a GPU")
+            raise ConfigError(f"{key}: found {name}, expected auto, fp32 or bf16 without a GPU")
         self.name = ("bf16" if _has_fast_bf16(device) else "fp32") if name == "auto" else name
         self.device = device
         if device.type == "cuda":

@@ -57,7 +57,9 @@ class Quality:
 
     def __init__(self, encoder: str | None, size: int, device: torch.device) -> None:
         if importlib.util.find_spec("torchmetrics") is None:
-            raise ConfigError("quality_every: found no torchmetrics, allowed 0, or pip install 'synco-fast[generator]'")
+            raise ConfigError(
+                "quality_every: found no torchmetrics, expected 0, or pip install 'synco-fast[generator]'"
+            )
         if encoder is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

@@ -61,9 +61,9 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
     """
     folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "config.yaml").exists():
-        raise ConfigError(f"out: found a run in {folder}, allowed a new folder, or --resume {folder} to go on with it")
+        raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to go on with it")
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"out: found a file {folder}, allowed a folder")
+        raise ConfigError(f"out: found a file {folder}, expected a folder")
     return folder
 
 
@@ -144,6 +144,6 @@ def read_run_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"resume: found no run in {folder}, allowed a folder with a config.yaml")
+        raise ConfigError(f"resume: found no run in {folder}, expected a folder with a config.yaml")
     values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return values

@@ -43,7 +43,7 @@ def test_operations_are_counted_as_two_for_a_multiply_add(tiny):
 def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(tiny(SMALL).to_yaml())
     words = ["bench", "step", "--config", str(tmp_path / "tiny.yaml"), "--subjects", "encoder", "moco"]
-    words += ["--backends", "closed_form", "nonsense"]
+    words += ["--backends", "blockwise", "nonsense"]
     assert main([*words, "--steps", "5", "--threads", "1", "--json", str(tmp_path / "step.json")]) == 1
     report = json.loads((tmp_path / "step.json").read_text())
     encoder, moco = report["results"]
@@ -57,4 +57,4 @@ def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
 
 def test_unknown_words_are_refused(capsys):
     assert main(["bench", "step", "--subjects", "simclr"]) == 2
-    assert "subjects: found 'simclr', allowed encoder, synco" in capsys.readouterr().err
+    assert "subjects: found 'simclr', expected encoder, synco" in capsys.readouterr().err

@@ -193,7 +193,7 @@ def test_lists(image_folder, tmp_path):
     ("content", "says"),
     [
         ("", "found no path in the list"),
-        ("a.jpg\tx\nb.jpg\n", "found no class after 'b.jpg' .* allowed one in every line or in none"),
+        ("a.jpg\tx\nb.jpg\n", "found no class after 'b.jpg' .* expected one in every line or in none"),
         (None, "cannot read the list"),
     ],
 )

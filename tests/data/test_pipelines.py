@@ -104,11 +104,11 @@ def test_loading_leaves_the_global_generator_alone(split, name):
 
 
 def test_too_few_images_for_a_step(split, name):
-    with pytest.raises(DataError, match=r"training\.batch: found 34, allowed up to 33"):
+    with pytest.raises(DataError, match=r"training\.batch: found 34, expected up to 33"):
         pipeline(split, name, batch=34)
-    with pytest.raises(DataError, match=r"training\.batch: found 9, allowed a multiple of 2"):
+    with pytest.raises(DataError, match=r"training\.batch: found 9, expected a multiple of 2"):
         pipeline(split, name, batch=9, world=2)
-    with pytest.raises(DataError, match="rank: found 2, allowed 0 to 1"):
+    with pytest.raises(DataError, match="rank: found 2, expected 0 to 1"):
         pipeline(split, name, batch=2, rank=2, world=2)
 
 
@@ -239,7 +239,7 @@ def test_a_resident_set_replaces_what_is_broken(image_folder):
 def test_a_resident_set_has_images_of_one_size(tmp_path):
     for number, width in enumerate((20, 20, 24)):
         photo(width, 20).save(tmp_path / f"{number}.png")
-    with pytest.raises(DataError, match=r"found .*2\.png of 20 x 24 pixels among images of 20 x 20, allowed one size"):
+    with pytest.raises(DataError, match=r"found .*2\.png of 20 x 24 pixels among images of 20 x 20, expected one size"):
         pipeline(open_source(str(tmp_path)).train, "resident", batch=2)
 
 
@@ -263,5 +263,5 @@ def test_the_choice(split, monkeypatch):
         assert choose_pipeline("auto", split, cpu) == "torchvision"
         assert choose_pipeline("auto", split, gpu) == ("dali" if installed else "torchvision")
         assert choose_pipeline("torchvision", arrays, gpu) == "torchvision"
-    with pytest.raises(DataError, match=r"data\.pipeline: found dali, allowed .* where DALI is not installed"):
+    with pytest.raises(DataError, match=r"data\.pipeline: found dali, expected .* where DALI is not installed"):
         choose_pipeline("dali", split, cpu)

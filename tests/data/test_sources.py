@@ -62,7 +62,7 @@ def test_images_without_classes(tmp_path):
 
 @pytest.mark.parametrize(
     ("spec", "says"),
-    [("/no/such/folder", "found no folder /no/such/folder"), ("s3:bucket", "found the source 's3:bucket'")],
+    [("/no/such/folder", "found no folder /no/such/folder"), ("s3:bucket", "found 's3:bucket'")],
 )
 def test_a_source_that_is_not_there(spec, says):
     with pytest.raises(DataError, match=says):

@@ -42,5 +42,5 @@ def test_images_without_labels(make_run, image_folder, tmp_path):
 
 
 def test_other_endings(make_run, tmp_path):
-    with pytest.raises(ConfigError, match=r"out: found 'features\.csv', allowed a name that ends in"):
+    with pytest.raises(ConfigError, match=r"out: found 'features\.csv', expected a name that ends in"):
         embed(make_run(), tmp_path / "features.csv")

@@ -43,7 +43,7 @@ def test_accuracy_is_a_share():
 
 
 def test_k_larger_than_the_bank():
-    with pytest.raises(ConfigError, match=r"evaluation\.neighbours: found 5, allowed up to 4"):
+    with pytest.raises(ConfigError, match=r"evaluation\.neighbours: found 5, expected up to 4"):
         knn_predict(torch.eye(4), torch.arange(4), torch.eye(4), classes=4, neighbours=5, temperature=1.0)
 
 

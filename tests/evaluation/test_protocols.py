@@ -47,7 +47,7 @@ def test_the_bank_may_come_in_parts():
     parts = nearest([bank[:3], bank[3:40], bank[40:]], queries, 7)
     assert torch.equal(whole[1], parts[1])
     assert torch.allclose(whole[0], parts[0])
-    with pytest.raises(ConfigError, match="found 51, allowed up to 50"):
+    with pytest.raises(ConfigError, match="found 51, expected up to 50"):
         nearest([bank[:25], bank[25:]], queries, 51)
 
 
@@ -90,7 +90,7 @@ def test_other_weights_have_other_features(make_run):
 def test_k_follows_the_size_of_the_set(make_run):
     run = make_run()
     assert evaluate_knn(run, Setting(workers=0))["neighbours"] == [3, 20]
-    with pytest.raises(ConfigError, match="neighbours: found 34, allowed up to 33"):
+    with pytest.raises(ConfigError, match="neighbours: found 34, expected up to 33"):
         evaluate_knn(run, Setting(workers=0), neighbours=(3, 34))
 
 
@@ -192,7 +192,7 @@ def test_fine_tuning_sweeps_and_learns(make_run):
     state = torch.load(run / "evaluation" / "finetune_50-lr0.01.pt", weights_only=True)
     assert set(state["model"]) == {"head.weight", "head.bias"}, "a finished run keeps its head alone"
     assert fingerprint(open_subject(run, Setting()).backbone) == before
-    with pytest.raises(ConfigError, match="percent: found 0, allowed above 0"):
+    with pytest.raises(ConfigError, match="percent: found 0, expected above 0"):
         evaluate_finetune(run, percent=0)
 
 

@@ -36,8 +36,8 @@ class Bomb:
         ({"format": 1, "step": 1}, "found no encoder"),
         ({"format": 1, "step": 1, "config": {}, "method": {"queue.rows": torch.ones(1)}}, "found no encoder"),
         ({"state_dict": {"module.encoder_q.conv1.weight": torch.ones(1)}}, "'synco-fast import"),
-        ({"weights": Bomb()}, "found exec in its pickle, allowed tensors"),
-        ({"weights": Bomb}, "in its pickle, allowed tensors"),
+        ({"weights": Bomb()}, "found exec in its pickle, expected tensors"),
+        ({"weights": Bomb}, "in its pickle, expected tensors"),
         (3, "found no encoder"),
     ],
 )

@@ -216,7 +216,7 @@ def test_the_card_says_what_the_weights_are(make_run, tmp_path):
 
 
 def test_bad_words(make_run, tmp_path):
-    with pytest.raises(ConfigError, match=r"format: found 'keras', allowed torchvision"):
+    with pytest.raises(ConfigError, match=r"format: found 'keras', expected torchvision"):
         export_checkpoint(make_run(), "keras")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="found a file"):

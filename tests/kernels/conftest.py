@@ -41,6 +41,6 @@ def within() -> Callable[..., None]:
         error = (found.double() - exact).abs().max().item()
         allowed = 2 * (plain.double() - exact).abs().max().item()
         allowed += units * torch.finfo(plain.dtype).eps * exact.abs().max().item()
-        assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+        assert error <= allowed, f"{what}: error {error:.3e}, expected {allowed:.3e}"
 
     return check

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOSED = ("tests/kernels/test_closed_form.py",)
+CLOSED = ("tests/kernels/test_blockwise.py",)
 OPS = ("tests/kernels/test_ops.py",)
-HEAD = ("-o", "python_files=check_*.py", "tests/kernels/triton/interpreted/check_head.py")
+LOSS = ("-o", "python_files=check_*.py", "tests/kernels/triton/interpreted/check_loss.py")
 SELECTION = ("-o", "python_files=check_*.py", "tests/kernels/triton/interpreted/check_selection.py")
 
 
@@ -35,23 +35,23 @@ class Break(NamedTuple):
 
 BREAKS = (
     Break(
-        "closed form: ties go to the larger queue index",
-        "kernels/selection.py",
+        "blockwise form: ties go to the larger queue index",
+        "kernels/topk.py",
         "packed.sort(dim=1).values[",
         "((packed ^ 0xFFFFFFFF).sort(dim=1).values ^ 0xFFFFFFFF)[",
         CLOSED,
         "selection",
     ),
     Break(
-        "closed form: rows with too many candidates are not selected again",
-        "kernels/selection.py",
+        "blockwise form: rows with too many candidates are not selected again",
+        "kernels/topk.py",
         "(self._count < needed) | (self._count > self._limit)",
         "self._count < needed",
         CLOSED,
         "selection",
     ),
     Break(
-        "closed form: vectors are not normalised",
+        "blockwise form: vectors are not normalised",
         "kernels/mixing.py",
         "squared.clamp(min=0).sqrt().clamp(min=_SMALLEST).reciprocal()",
         "torch.ones_like(squared)",
@@ -59,7 +59,7 @@ BREAKS = (
         "family",
     ),
     Break(
-        "closed form: the weight of n_j goes to n_i",
+        "blockwise form: the weight of n_j goes to n_i",
         "kernels/mixing.py",
         "Along(self._index[name], part)",
         'Along(self._index["first"], part)',
@@ -67,8 +67,8 @@ BREAKS = (
         "family",
     ),
     Break(
-        "closed form: sums are not rescaled when a larger similarity comes",
-        "kernels/closed_form.py",
+        "blockwise form: sums are not rescaled when a larger similarity comes",
+        "kernels/blockwise.py",
         "        self.total *= shrink\n",
         "",
         CLOSED,
@@ -111,7 +111,7 @@ BREAKS = (
         "kernels/triton/scan.py",
         "allowed = allowed & (image[:, None] != queue_image[None, :])",
         "allowed = allowed & (image[:, None] >= -1)",
-        HEAD,
+        LOSS,
         "mask",
     ),
 )
@@ -130,7 +130,7 @@ def noticed(broken: Break) -> bool:
         file = copy / "synco_fast" / broken.file
         text = file.read_text()
         if text.count(broken.old) != 1:
-            raise LookupError(f"{broken.file}: found {text.count(broken.old)} places to break, allowed 1")
+            raise LookupError(f"{broken.file}: found {text.count(broken.old)} places to break, expected 1")
         file.write_text(text.replace(broken.old, broken.new))
         environment = os.environ | {"PYTHONPATH": name, "OMP_NUM_THREADS": "1"}
         if "-o" in broken.tests:
@@ -148,8 +148,8 @@ def noticed(broken: Break) -> bool:
 def main() -> int:
     """Make each break, print what came of it."""
     missed = 0
-    for tests, only in ((CLOSED, "selection or family"), (SELECTION, "boundary"), (HEAD, "mask")):
-        if noticed(Break("nothing", "kernels/contrast.py", "class Contrast", "class Contrast", tests, only)):
+    for tests, only in ((CLOSED, "selection or family"), (SELECTION, "boundary"), (LOSS, "mask")):
+        if noticed(Break("nothing", "kernels/reference.py", "class Contrast", "class Contrast", tests, only)):
             print(f"the tests fail on unbroken code: {' '.join(tests)} -k {only!r}")
             return 1
     for number, broken in enumerate(BREAKS, 1):

@@ -59,10 +59,10 @@ def test_parameters_buffers_and_views_in_place():
 @pytest.mark.parametrize(
     ("k", "q", "m", "error", "line"),
     [
-        ([], [], 1.5, ValueError, "m: found 1.5, allowed a number from 0 to 1"),
-        ([], [], float("nan"), ValueError, "m: found nan, allowed a number from 0 to 1"),
-        ([torch.ones(2)], [], 0.5, ValueError, "params_q: found 0 tensors, allowed 1, as many as params_k"),
-        ([torch.ones(2)], [torch.ones(3)], 0.5, ValueError, r"params_q\[0\]: found shape \(3,\), allowed \(2,\)"),
+        ([], [], 1.5, ValueError, "m: found 1.5, expected a number from 0 to 1"),
+        ([], [], float("nan"), ValueError, "m: found nan, expected a number from 0 to 1"),
+        ([torch.ones(2)], [], 0.5, ValueError, "params_q: found 0 tensors, expected 1, as many as params_k"),
+        ([torch.ones(2)], [torch.ones(3)], 0.5, ValueError, r"params_q\[0\]: found shape \(3,\), expected \(2,\)"),
         ([torch.ones(2)], [torch.ones(2).double()], 0.5, TypeError, r"params_q\[0\]: found torch.float64 on cpu"),
     ],
 )

@@ -45,14 +45,14 @@ def test_hashable_and_frozen():
 @pytest.mark.parametrize(
     ("changes", "error", "line"),
     [
-        ({"mixed": -1}, ValueError, "mixed: found -1, allowed a whole number from 0 up"),
-        ({"mixed": 1.5}, TypeError, "mixed: found 1.5, allowed a whole number from 0 up"),
-        ({"hard": True}, TypeError, "hard: found True, allowed a whole number from 0 up"),
-        ({"hard": 0}, ValueError, "hard: found 0, allowed 1 or more where 960 synthetic negatives are made"),
-        ({"extrapolation": "other"}, ValueError, "extrapolation: found 'other', allowed 'released' or 'paper'"),
-        ({"mixed_range": (1.0, 0.0)}, ValueError, r"mixed_range: found \(1.0, 0.0\), allowed finite low <= high"),
-        ({"mixed_range": (0.0, float("inf"))}, ValueError, r"mixed_range: found \(0.0, inf\), allowed finite"),
-        ({"eta": float("nan")}, ValueError, "eta: found nan, allowed a finite number"),
+        ({"mixed": -1}, ValueError, "mixed: found -1, expected a whole number from 0 up"),
+        ({"mixed": 1.5}, TypeError, "mixed: found 1.5, expected a whole number from 0 up"),
+        ({"hard": True}, TypeError, "hard: found True, expected a whole number from 0 up"),
+        ({"hard": 0}, ValueError, "hard: found 0, expected 1 or more where 960 synthetic negatives are made"),
+        ({"extrapolation": "other"}, ValueError, "extrapolation: found 'other', expected 'released' or 'paper'"),
+        ({"mixed_range": (1.0, 0.0)}, ValueError, r"mixed_range: found \(1.0, 0.0\), expected finite low <= high"),
+        ({"mixed_range": (0.0, float("inf"))}, ValueError, r"mixed_range: found \(0.0, inf\), expected finite"),
+        ({"eta": float("nan")}, ValueError, "eta: found nan, expected a finite number"),
     ],
 )
 def test_bad_descriptions(changes, error, line):

@@ -10,14 +10,14 @@ from synco_fast.kernels import Negatives, ops, synthetic_contrast
 NEGATIVES = Negatives.synco(16, interpolated=5, extrapolated=4, mixed=6, noisy=3, perturbed=2, adversarial=3)
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
 IDS = {"image_ids": torch.arange(5), "queue_ids": torch.arange(200) % 9}
-BACKENDS = pytest.mark.parametrize("backend", ["auto", "closed_form", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["auto", "blockwise", "reference"])
 
 
 def flat(inputs, *, step=7, step_on_device=None, ids=None, extrapolation="released"):
     ids = ids or {"image_ids": None, "queue_ids": None}
     counts, numbers = ops._counts(NEGATIVES), ops._numbers(NEGATIVES)
     settings = (counts, numbers, extrapolation, 0.2, 3, step, step_on_device, 0)
-    return (*inputs, *settings, ids["image_ids"], ids["queue_ids"], "closed_form")
+    return (*inputs, *settings, ids["image_ids"], ids["queue_ids"], "blockwise")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -98,7 +98,7 @@ def test_k_and_queue_get_no_gradient(make):
 def test_inputs_may_be_strided(make):
     inputs = make(5, 200, 32)
     strided = [tensor.T.contiguous().T for tensor in inputs]
-    for backend in ("closed_form", "reference"):
+    for backend in ("blockwise", "reference"):
         one, other = (synthetic_contrast(*some, NEGATIVES, **SETTINGS, backend=backend) for some in (inputs, strided))
         torch.testing.assert_close(one.loss, other.loss)
 
@@ -107,7 +107,7 @@ def test_second_derivatives_are_refused_rather_than_wrong(make):
     inputs = make(5, 200, 16)
     q = inputs.q.requires_grad_()
     loss = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS).loss.sum()
-    with pytest.raises(RuntimeError, match="first derivative only; allowed for higher ones: 'reference'"):
+    with pytest.raises(RuntimeError, match="first derivative only; expected for higher ones: 'reference'"):
         torch.autograd.grad(loss, q, create_graph=True)
 
 
@@ -158,12 +158,12 @@ def test_compiles_whole_with_inductor(make):
 def test_kernels_hand_over_with_one_note(make):
     inputs = make(5, 200, 16)
     ops._note.cache_clear()
-    with pytest.warns(UserWarning, match="the closed form computes the head: q is on cpu; the kernels run on CUDA"):
+    with pytest.warns(UserWarning, match="the blockwise form computes the loss: q is on cpu; the kernels run on CUDA"):
         found = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend="triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend="triton")
-        expected = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend="closed_form")
+        expected = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, backend="blockwise")
     assert torch.equal(found.loss, expected.loss)
     assert torch.equal(again.loss, expected.loss)
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import normalize
 
 from synco_fast.kernels import FAMILIES, Negatives, draw, synthetic_contrast
-from synco_fast.kernels.draws import Draw
 from synco_fast.kernels.reference import FORMULAS, contrast, hard_negatives, synthesise
+from synco_fast.kernels.rng import Draw
 
 ALL = Negatives.synco(8, interpolated=5, extrapolated=4, mixed=6, noisy=3, perturbed=2, adversarial=3)
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
@@ -174,31 +174,31 @@ IDS = {"image_ids": torch.arange(3), "queue_ids": torch.arange(12)}
         (
             {"q": torch.ones(3, 6, dtype=torch.int64)},
             TypeError,
-            "q: found torch.int64, allowed a floating-point tensor",
+            "q: found torch.int64, expected a floating-point tensor",
         ),
-        ({"k": [1.0]}, TypeError, "k: found list, allowed a floating-point tensor"),
-        ({"q": torch.ones(6)}, ValueError, r"q: found shape \(6,\), allowed two dimensions, none of them 0"),
-        ({"queue": torch.ones(0, 6)}, ValueError, r"queue: found shape \(0, 6\), allowed two dimensions, none of"),
-        ({"queue": torch.ones(12, 6, device="meta")}, TypeError, "queue: found on meta, allowed cpu, where q is"),
-        ({"k": torch.ones(2, 6)}, ValueError, r"k: found shape \(2, 6\), allowed \(3, 6\), the shape of q"),
-        ({"k": torch.ones(3, 6).double()}, TypeError, "k: found torch.float64, allowed torch.float32, the dtype of q"),
-        ({"queue": torch.ones(12, 5)}, ValueError, r"queue: found shape \(12, 5\), allowed \(K, 6\), as wide as q"),
-        ({"negatives": 3}, TypeError, "negatives: found int, allowed a synco_fast.kernels.Negatives"),
+        ({"k": [1.0]}, TypeError, "k: found list, expected a floating-point tensor"),
+        ({"q": torch.ones(6)}, ValueError, r"q: found shape \(6,\), expected two dimensions, none of them 0"),
+        ({"queue": torch.ones(0, 6)}, ValueError, r"queue: found shape \(0, 6\), expected two dimensions, none of"),
+        ({"queue": torch.ones(12, 6, device="meta")}, TypeError, "queue: found on meta, expected cpu, where q is"),
+        ({"k": torch.ones(2, 6)}, ValueError, r"k: found shape \(2, 6\), expected \(3, 6\), the shape of q"),
+        ({"k": torch.ones(3, 6).double()}, TypeError, "k: found torch.float64, expected torch.float32, the dtype of q"),
+        ({"queue": torch.ones(12, 5)}, ValueError, r"queue: found shape \(12, 5\), expected \(K, 6\), as wide as q"),
+        ({"negatives": 3}, TypeError, "negatives: found int, expected a synco_fast.kernels.Negatives"),
         (
             {"negatives": Negatives(hard=13)},
             ValueError,
-            "negatives.hard: found 13, allowed 0 to 12, the queue's length",
+            "negatives.hard: found 13, expected 0 to 12, the queue's length",
         ),
-        ({"temperature": 0.0}, ValueError, "temperature: found 0.0, allowed a finite number above 0"),
-        ({"temperature": math.nan}, ValueError, "temperature: found nan, allowed a finite number above 0"),
-        ({"seed": -1}, ValueError, "seed: found -1, allowed a whole number from 0 to 4294967295"),
-        ({"step": 2**32}, ValueError, "step: found 4294967296, allowed a whole number from 0 to 4294967295"),
-        ({"step": torch.tensor([1])}, ValueError, r"step: found torch.int64 of shape \(1,\), allowed int64 of no dim"),
-        ({"first_row": 2**32 - 2}, ValueError, "first_row: found 4294967294, allowed a whole number from 0 to 42949"),
-        ({"image_ids": torch.arange(3)}, ValueError, "queue_ids: found None, allowed a tensor where its counterpart"),
-        (IDS | {"image_ids": torch.ones(3)}, TypeError, "image_ids: found torch.float32 on cpu, allowed int64 on cpu"),
-        (IDS | {"queue_ids": torch.arange(3)}, ValueError, r"queue_ids: found shape \(3,\), allowed \(12,\)"),
-        ({"backend": "fast"}, ValueError, "backend: found 'fast', allowed auto, reference, closed_form, triton"),
+        ({"temperature": 0.0}, ValueError, "temperature: found 0.0, expected a finite number above 0"),
+        ({"temperature": math.nan}, ValueError, "temperature: found nan, expected a finite number above 0"),
+        ({"seed": -1}, ValueError, "seed: found -1, expected a whole number from 0 to 4294967295"),
+        ({"step": 2**32}, ValueError, "step: found 4294967296, expected a whole number from 0 to 4294967295"),
+        ({"step": torch.tensor([1])}, ValueError, r"step: found torch.int64 of shape \(1,\), expected int64 of no dim"),
+        ({"first_row": 2**32 - 2}, ValueError, "first_row: found 4294967294, expected a whole number from 0 to 42949"),
+        ({"image_ids": torch.arange(3)}, ValueError, "queue_ids: found None, expected a tensor where its counterpart"),
+        (IDS | {"image_ids": torch.ones(3)}, TypeError, "image_ids: found torch.float32 on cpu, expected int64 on cpu"),
+        (IDS | {"queue_ids": torch.arange(3)}, ValueError, r"queue_ids: found shape \(3,\), expected \(12,\)"),
+        ({"backend": "fast"}, ValueError, "backend: found 'fast', expected auto, reference, blockwise, triton"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(changes, error, line):

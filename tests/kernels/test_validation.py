@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from synco_fast.kernels import closed_form, ops
+from synco_fast.kernels import blockwise, ops
 from synco_fast.kernels.validation import cases, validate
 
 CPU = torch.device("cpu")
@@ -13,23 +13,23 @@ SHAPE = (5, 300, 16, 40)
 
 def misses(wanted=None):
     wanted = wanted or cases([SHAPE], [torch.float32, torch.bfloat16])
-    return {miss for verdict in validate(["closed_form"], wanted, CPU) for miss in verdict.misses}
+    return {miss for verdict in validate(["blockwise"], wanted, CPU) for miss in verdict.misses}
 
 
 def damaged(monkeypatch, change):
-    true = closed_form.contrast_and_gradient
+    true = blockwise.contrast_and_gradient
 
     def wrong(*arguments, **named):
         return change(true(*arguments, **named))
 
-    monkeypatch.setattr(ops.closed_form, "contrast_and_gradient", wrong)
+    monkeypatch.setattr(ops.blockwise, "contrast_and_gradient", wrong)
 
 
 def test_every_method_dtype_softmax_and_mask_is_met_and_passes():
     wanted = cases([SHAPE], [torch.float32, torch.bfloat16, torch.float16])
     assert {case.method for case in wanted} == {"moco", "mochi", "synco"}
     assert {case.peaked for case in wanted} == {case.masked for case in wanted} == {True, False}
-    verdicts = list(validate(["closed_form", "reference"], wanted, CPU))
+    verdicts = list(validate(["blockwise", "reference"], wanted, CPU))
     assert not any(verdict.misses for verdict in verdicts)
     assert all(0 < verdict.loss_bound < 1e-4 for verdict in verdicts)
     assert {verdict.case.dtype for verdict in verdicts if verdict.backend == "reference"} == {torch.float32}

@@ -269,17 +269,17 @@ def test_real_and_generated_keys_enter_the_queue():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"augment.size": 48, "augment.evaluation_resize": 48}, "augment.size: found 48, allowed 32 or 64"),
-        ({"training.accumulate": 2}, "training.accumulate: found 2, allowed 1 beside generated pairs"),
-        ({"training.compile": "encoders"}, "training.compile: found encoders, allowed none beside generated pairs"),
-        ({"training.cuda_graph": True}, "training.cuda_graph: found True, allowed False"),
-        ({"generated.batch": 25}, "method.queue: found 32, allowed 33 or more"),
-        ({"generated.pair": "both"}, "generated.pair: found 'both', allowed 'joint', 'frozen' or 'none'"),
+        ({"augment.size": 48, "augment.evaluation_resize": 48}, "augment.size: found 48, expected 32 or 64"),
+        ({"training.accumulate": 2}, "training.accumulate: found 2, expected 1 beside generated pairs"),
+        ({"training.compile": "encoders"}, "training.compile: found encoders, expected none beside generated pairs"),
+        ({"training.cuda_graph": True}, "training.cuda_graph: found True, expected False"),
+        ({"generated.batch": 25}, "method.queue: found 32, expected 33 or more"),
+        ({"generated.pair": "both"}, "generated.pair: found 'both', expected 'joint', 'frozen' or 'none'"),
     ],
 )
 def test_what_cannot_work_is_named(changes, says):
     with pytest.raises(ConfigError) as caught:
         config(**changes)
     assert says in str(caught.value)
-    with pytest.raises(ConfigError, match="processes: found 2, allowed 1"):
+    with pytest.raises(ConfigError, match="processes: found 2, expected 1"):
         Game(config(), method(), CPU, steps_per_epoch=4, processes=2)

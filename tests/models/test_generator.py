@@ -29,7 +29,7 @@ def test_channels_halve_with_every_doubling():
 
 @pytest.mark.parametrize("network", [Generator, Discriminator])
 def test_another_size_is_refused(network):
-    with pytest.raises(ConfigError, match="size: found 48, allowed 32 or 64"):
+    with pytest.raises(ConfigError, match="size: found 48, expected 32 or 64"):
         network(48)
 
 

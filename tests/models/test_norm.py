@@ -97,7 +97,7 @@ def test_statistics_do_not_tell_a_query_its_key(shuffled, low, high):
 
 
 def test_a_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match="found a batch of 7, allowed a multiple of 2"):
+    with pytest.raises(ValueError, match="found a batch of 7, expected a multiple of 2"):
         SplitBatchNorm2d(3, groups=2)(torch.randn(7, 3, 2, 2))
 
 
@@ -119,5 +119,5 @@ def test_one_group_changes_nothing_and_other_norms_are_refused():
     class Own(nn.BatchNorm2d):
         pass
 
-    with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 2, allowed 1 .* Own"):
+    with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 2, expected 1 .* Own"):
         split_batch_norm(nn.Sequential(Own(3)), 2)

@@ -161,7 +161,7 @@ def test_a_batch_that_cannot_be_spread(tiny):
 
     config = tiny({"model.batch_norm_groups": 4})
     assert [groups_of_part(config, processes) for processes in (1, 2, 4, 8)] == [4, 2, 1, 1]
-    with pytest.raises(ConfigError, match=r"training\.batch: found 8, allowed a multiple of 3 \(3 processes\)"):
+    with pytest.raises(ConfigError, match=r"training\.batch: found 8, expected a multiple of 3 \(3 processes\)"):
         build_method(config, processes=3)
-    with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 4, allowed a multiple or a divisor of 6"):
+    with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 4, expected a multiple or a divisor of 6"):
         groups_of_part(tiny({"training.batch": 24, "model.batch_norm_groups": 4, "training.accumulate": 2}), 3)

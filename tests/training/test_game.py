@@ -97,12 +97,12 @@ def test_frozen_generators_come_out_as_they_went_in(paired, stage_one, tmp_path)
 
 def test_what_does_not_fit_is_named(paired, tiny, small, tmp_path):
     folder = tmp_path / "run"
-    with pytest.raises(ConfigError, match=r"generated.checkpoint: found none, allowed a run of"):
+    with pytest.raises(ConfigError, match=r"generated.checkpoint: found none, expected a run of"):
         Trainer(tiny(PAIRS), folder)
     with pytest.raises(CheckpointError, match="another architecture"):
         Trainer(paired(**{"generated.width": 8}), folder)
     sizes = {"augment.size": 64, "augment.evaluation_resize": 64}
-    with pytest.raises(ConfigError, match=r"found a generator of 32 pixels, allowed 64 \(augment.size\)"):
+    with pytest.raises(ConfigError, match=r"found a generator of 32 pixels, expected 64 \(augment.size\)"):
         Trainer(paired(**sizes), folder)
     pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "other")
     with pytest.raises(CheckpointError, match="found no generator in it"):

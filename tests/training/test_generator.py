@@ -146,16 +146,16 @@ def test_another_architecture_is_named(small, tmp_path):
     trainer(small(), tmp_path / "run").run()
     with pytest.raises(CheckpointError, match="another architecture"):
         trainer(small(width=8), tmp_path / "run", resume=tmp_path / "run")
-    with pytest.raises(ConfigError, match="batch: found 99, allowed up to 33"):
+    with pytest.raises(ConfigError, match="batch: found 99, expected up to 33"):
         trainer(small(batch=99), tmp_path / "other")
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"size": 48}, "size: found 48, allowed 32 or 64"),
+        ({"size": 48}, "size: found 48, expected 32 or 64"),
         ({"lrate": 1}, "lrate: found an unknown key; did you mean "),
-        ({"batch": 0}, "batch: found 0, allowed greater than or equal to 2"),
+        ({"batch": 0}, "batch: found 0, expected greater than or equal to 2"),
     ],
 )
 def test_bad_settings_are_one_line(values, says):
@@ -176,7 +176,7 @@ def test_the_command(image_folder, tmp_path, capsys, monkeypatch):
     assert main(["pretrain-generator", "--data", str(image_folder), "--out", str(run)]) == 2
     assert f"--resume {run}" in capsys.readouterr().err
     assert main(["pretrain-generator"]) == 2
-    assert "allowed --data SOURCE" in capsys.readouterr().err
+    assert "expected --data SOURCE" in capsys.readouterr().err
 
 
 def adversary(**changes):
@@ -218,7 +218,7 @@ def test_fewer_bits_are_for_the_networks_alone(small, tmp_path):
     assert formats == [torch.float32, *real_and_generated, *judged, torch.float32, *[torch.bfloat16] * 2, *judged]
     assert run.adversary.judge(torch.rand(2, 3, 32, 32)).dtype == torch.float32
     assert all(weight.dtype == torch.float32 for weight in [*run.generator.parameters(), *discriminator.parameters()])
-    with pytest.raises(ConfigError, match=r"^precision: found tf32, allowed auto, fp32 or bf16 without a GPU"):
+    with pytest.raises(ConfigError, match=r"^precision: found tf32, expected auto, fp32 or bf16 without a GPU"):
         trainer(small(precision="tf32"), tmp_path / "other")
 
 

@@ -240,7 +240,7 @@ def test_another_architecture_on_resume(tiny, tmp_path):
     for change in ({"model.dim": 8}, {"model.hidden": 5}, {"method.queue": 64}):
         with pytest.raises(CheckpointError, match="another architecture"):
             Trainer(tiny(change), tmp_path / "run", resume=tmp_path / "run")
-    with pytest.raises(CheckpointError, match="found 4 steps an epoch, allowed 2"):
+    with pytest.raises(CheckpointError, match="found 4 steps an epoch, expected 2"):
         Trainer(tiny({"training.batch": 16}), tmp_path / "run", resume=tmp_path / "run")
 
 
@@ -329,7 +329,7 @@ def test_broken_images_are_counted_and_too_many_stop_the_run(tiny, image_folder,
     assert "on 11 held-out images" in screen
     for number in range(1, 6):
         (image_folder / "train" / "class0" / f"{number}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"broken images, .* allowed 1\.0% \(data\.max_broken\)"):
+    with pytest.raises(DataError, match=r"broken images, .* expected 1\.0% \(data\.max_broken\)"):
         pretrain(tiny(), tmp_path / "many")
     assert pretrain(tiny({"data.max_broken": 0.5}), tmp_path / "allowed").broken_images == 6
 
@@ -341,8 +341,8 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
         with pytest.raises(error, match=says):
             Trainer(tiny(changes), tmp_path, console=Console(quiet=True))
 
-    refused(DataError, "found 64, allowed up to 33", **{"training.batch": 64, "method.queue": 64})
-    refused(ConfigError, "neighbours: found 34, allowed up to 33", **{"evaluation.neighbours": 34})
+    refused(DataError, "found 64, expected up to 33", **{"training.batch": 64, "method.queue": 64})
+    refused(ConfigError, "neighbours: found 34, expected up to 33", **{"evaluation.neighbours": 34})
     refused(ConfigError, "fp16", **{"training.precision": "fp16"})
     shutil.rmtree(image_folder / "val" / "class1")
     shutil.rmtree(image_folder / "val" / "class2")

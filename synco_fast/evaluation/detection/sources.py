@@ -153,7 +153,7 @@ def open_detection(spec: str, *, seed: int = 0) -> DetectionSource:
     """
     layout, colon, rest = spec.partition(":")
     if not colon or layout not in ("voc", "coco"):
-        raise DataError(f"data: found the source {spec!r}, allowed voc:FOLDER or coco:FOLDER")
+        raise DataError(f"data: found the source {spec!r}, expected voc:FOLDER or coco:FOLDER")
     folder = Path(rest).expanduser()
     return _open_voc(spec, folder, seed) if layout == "voc" else _open_coco(spec, folder, seed)
 
@@ -188,7 +188,7 @@ def _voc_target(part: _Raw, annotation: Any, picture: Any) -> Target:
     boxes, labels, difficult = [], [], []
     for one in objects:
         if one["name"] not in VOC_CLASSES:
-            raise DataError(f"data: found an object {one['name']!r}, allowed the twenty classes of VOC")
+            raise DataError(f"data: found an object {one['name']!r}, expected the twenty classes of VOC")
         corners = (float(one["bndbox"][key]) for key in ("xmin", "ymin", "xmax", "ymax"))
         left, top, right, bottom = corners
         # VOC counts pixels from 1 and names the last one inside.
@@ -216,7 +216,7 @@ def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
     if categories[0] != categories[1]:
         raise DataError(
             f"data: found {len(categories[0])} classes among the training images of {folder} and {len(categories[1])} "
-            "others among the held-out ones, allowed the same"
+            "others among the held-out ones, expected the same"
         )
     order = {number: place + 1 for place, number in enumerate(sorted(categories[0]))}
     masks = any(one.get("segmentation") for one in splits[0].coco.anns.values())

@@ -105,7 +105,7 @@ def build_detector(weights: Weights, classes: int, *, masks: bool, plan: Detecti
     stages = [f"layer{number}" for number in (1, 2, 3, 4)]
     if any(not hasattr(backbone, stage) for stage in stages):
         raise ConfigError(
-            f"model.backbone: found {weights.config.model.backbone}, allowed ResNets, whose stages are "
+            f"model.backbone: found {weights.config.model.backbone}, expected ResNets, whose stages are "
             f"{', '.join(stages)}"
         )
     widths = _widths(backbone, stages)
@@ -169,13 +169,13 @@ def evaluate_detection(
     if missing:
         raise ConfigError(f"evaluate detection: found no {', '.join(missing)}: pip install 'synco-fast[detection]'")
     if setting.data is None:
-        raise ConfigError("data: found none, allowed voc:FOLDER or coco:FOLDER")
+        raise ConfigError("data: found none, expected voc:FOLDER or coco:FOLDER")
     with joined(resolve_device(setting.device)) as device:
         weights = read_weights(path)
         source = open_detection(setting.data, seed=plan.seed if plan else 0)
         plan = plan or published_plan(source.layout)
         if plan.batch % world():
-            raise ConfigError(f"batch: found {plan.batch}, allowed a multiple of {world()}, the processes")
+            raise ConfigError(f"batch: found {plan.batch}, expected a multiple of {world()}, the processes")
         default = (
             weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
         )
@@ -287,7 +287,7 @@ class _Job:
     def _look(self, loss: float, step: int, bar: Bar) -> None:
         if not math.isfinite(loss):
             raise DivergedError(
-                f"loss: found a value that is not finite near iteration {step}, allowed finite ones; try a lower --lr"
+                f"loss: found a value that is not finite near iteration {step}, expected finite ones; try a lower --lr"
             )
         bar.advance(0, f"loss {loss:.3f}")
 

@@ -177,7 +177,7 @@ def test_masks_with_a_frozen_backbone(make_run, coco):
 def test_what_cannot_be_detected_on(make_run, voc, coco, tmp_path):
     run = make_run()
     for data, says in (
-        ("/data/voc", "found the source '/data/voc', allowed voc:FOLDER"),
+        ("/data/voc", "found the source '/data/voc', expected voc:FOLDER"),
         (f"voc:{tmp_path}", "found no VOCdevkit"),
         (f"coco:{tmp_path}", "instances_train2017.json"),
     ):
@@ -187,11 +187,11 @@ def test_what_cannot_be_detected_on(make_run, voc, coco, tmp_path):
         evaluate_detection(run, Setting())
     file = coco / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"bottle"', '"vase"'))
-    with pytest.raises(DataError, match="allowed the same"):
+    with pytest.raises(DataError, match="expected the same"):
         evaluate_detection(run, Setting(data=f"coco:{coco}"))
     file.write_text("[]")
     with pytest.raises(DataError, match="found annotations that cannot be read"):
         evaluate_detection(run, Setting(data=f"coco:{coco}"))
     mobile = make_run({"model.backbone": "mobilenet_v3_small", "model.backbone_args": {}}, "mobile")
-    with pytest.raises(ConfigError, match="allowed ResNets, whose stages are layer1"):
+    with pytest.raises(ConfigError, match="expected ResNets, whose stages are layer1"):
         evaluate_detection(mobile, Setting(data=f"voc:{voc}"))

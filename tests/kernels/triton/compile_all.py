@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from synco_fast.kernels import Negatives
-from synco_fast.kernels.triton import head, momentum
+from synco_fast.kernels.triton import launch, momentum
 
 DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 LIMIT = {80: 163, 90: 227, 100: 227}
@@ -67,7 +67,7 @@ def main(capability: int, cases: list[tuple[int, torch.dtype, bool]]) -> None:
         case = f"D={dim} {dtype} {'masked' if masked else 'plain'}"
         q, queue = torch.zeros(256, dim, dtype=dtype), torch.zeros(65536, dim, dtype=dtype)
         ids = {"image_ids": torch.arange(256), "queue_ids": torch.arange(65536)} if masked else {}
-        head.contrast_and_gradient(q, q, queue, SYNCO, temperature=0.2, seed=3, step=5, **ids)
+        launch.contrast_and_gradient(q, q, queue, SYNCO, temperature=0.2, seed=3, step=5, **ids)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         case = f"{dtype}"
         pair = [torch.zeros(5000, dtype=dtype)], [torch.zeros(5000, dtype=dtype)]

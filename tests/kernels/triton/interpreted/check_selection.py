@@ -5,7 +5,7 @@ import torch
 
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.reference import hard_negatives
-from synco_fast.kernels.triton import head
+from synco_fast.kernels.triton import launch
 
 K = 600
 
@@ -26,10 +26,10 @@ def chosen(monkeypatch, inputs, hard: int):
 
             return launch
 
-    original = head.whole
-    monkeypatch.setattr(head, "whole", Watch(original))
-    head.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1)
-    monkeypatch.setattr(head, "whole", original)
+    original = launch.full_sort
+    monkeypatch.setattr(launch, "full_sort", Watch(original))
+    launch.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1)
+    monkeypatch.setattr(launch, "full_sort", original)
     return seen["value"], seen["index"], slow[0]
 
 
@@ -55,9 +55,9 @@ WORST = {
 @pytest.mark.parametrize("hard", [1, 63, K])
 @pytest.mark.parametrize("case", WORST)
 def test_selection_is_exact(make, monkeypatch, case, hard):
-    from synco_fast.kernels import selection
+    from synco_fast.kernels import topk
 
-    monkeypatch.setattr(selection, "SAMPLE", 300)
+    monkeypatch.setattr(topk, "SAMPLE", 300)
     inputs = WORST[case](make(2, K, 16))
     values, index, slow = chosen(monkeypatch, inputs, hard)
     expected, order = hard_negatives(inputs.q @ inputs.queue.T, hard)
@@ -84,7 +84,7 @@ def test_ties_at_the_boundary(make, monkeypatch, shift):
 
 def test_more_candidates_than_room(make, monkeypatch):
     inputs = make(2, K, 16)
-    monkeypatch.setattr(head, "capacity_of", lambda stride, wanted: 64)
+    monkeypatch.setattr(launch, "capacity_of", lambda stride, wanted: 64)
     _, index, slow = chosen(monkeypatch, inputs, 63)
     assert slow == 2
     assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
@@ -97,7 +97,7 @@ def test_a_threshold_too_close_to_the_last_is_not_trusted(make, monkeypatch):
     order = (inputs.q @ inputs.queue.T)[0].argsort(descending=True, stable=True)
     inputs.queue[order[63]] = inputs.queue[order[62]].clone()
     inputs.queue[order[63], 0] -= 1 / 128
-    monkeypatch.setattr(head, "stride_and_rank", lambda length, hard: (1, 64))
+    monkeypatch.setattr(launch, "stride_and_rank", lambda length, hard: (1, 64))
     _, index, slow = chosen(monkeypatch, inputs, 63)
     assert slow == 1
     assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])

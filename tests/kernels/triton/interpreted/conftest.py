@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from synco_fast.kernels.triton import head, plan
+from synco_fast.kernels.triton import config, launch
 
 
 def poisoned(*shape, dtype=torch.float32, device):
@@ -15,5 +15,5 @@ def poisoned(*shape, dtype=torch.float32, device):
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    assert plan.interpreted(), "these checks run through test_interpreter.py"
-    monkeypatch.setattr(head, "empty", poisoned)
+    assert config.interpreted(), "these checks run through test_interpreter.py"
+    monkeypatch.setattr(launch, "empty", poisoned)

@@ -14,11 +14,11 @@ import triton.language as tl
 
 from synco_fast.kernels.triton.select import sortable, unsorted
 
-__all__ = ["whole"]
+__all__ = ["full_sort"]
 
 
 @triton.jit
-def whole(
+def full_sort(
     p_q,
     p_queue,
     p_image,

@@ -1,4 +1,4 @@
-"""The head by back end, forward and gradient. ``synco-fast bench head`` adds memory, floors and graphs."""
+"""The loss by back end, forward and gradient. ``synco-fast bench loss`` adds memory, floors and graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from synco_fast.bench.head import BACKENDS, Shape, prepare
+from synco_fast.bench.loss import BACKENDS, Shape, prepare
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -110,9 +110,9 @@ def test_step_on_the_device_and_global_rows(make):
 
 
 def test_rows_beyond_one_series_of_launches(make, answer, within, monkeypatch):
-    from synco_fast.kernels.triton import head
+    from synco_fast.kernels.triton import launch
 
-    monkeypatch.setattr(head, "_ROWS", 3)
+    monkeypatch.setattr(launch, "_ROWS", 3)
     check(make, answer, within, (5, 130, 32), some(9), image_ids=torch.arange(5), queue_ids=torch.arange(130) % 11)
 
 

@@ -1,4 +1,4 @@
-"""Time and peak extra memory of the head, forward and gradient, by back end and shape.
+"""Time and peak extra memory of the loss, forward and gradient, by back end and shape.
 
 What a process has once touched hides a later peak, so on a CPU each measurement has a process of its own; on a GPU,
 where the allocator counts, each back end has one.
@@ -33,7 +33,7 @@ BACKENDS = {
     "released": "the cost model of the method as released (`bench/baselines.py`)",
     "reference": "plain PyTorch, vectorised over negatives",
     "compiled": "the reference under torch.compile",
-    "closed_form": "in blocks, without synthetic vectors",
+    "blockwise": "in blocks, without synthetic vectors",
     "triton": "the fused kernels",
 }
 TEMPERATURE = 0.2
@@ -121,7 +121,7 @@ def prepare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Te
 
 
 def measure(backend: str, shape: Shape, *, device: torch.device, repeats: int = 5) -> dict[str, Any]:
-    """Forward and gradient of SynCo's head at one shape.
+    """Forward and gradient of SynCo's loss at one shape.
 
     Args:
         backend: One of `BACKENDS`.
@@ -134,7 +134,7 @@ def measure(backend: str, shape: Shape, *, device: torch.device, repeats: int = 
         run (of the process on a CPU, of the allocator on a GPU). On a GPU also ``cold_s``, with an empty L2 cache, and
         ``graph_s``, as a replayed CUDA graph, or ``graph``, why it cannot be one.
     """
-    # Libraries and thread pools are set up on a small shape, so that the peak below is the head's alone.
+    # Libraries and thread pools are set up on a small shape, so that the peak below is the loss's alone.
     prepare(backend, Shape(8, 2048, shape.dim, min(shape.hard, 1024), shape.dtype), device)()
     run = prepare(backend, shape, device)
     found: dict[str, Any] = {"backend": backend, **asdict(shape)}
@@ -177,7 +177,7 @@ def _peak(device: torch.device, *, reset: bool = False) -> int:
 
 def extra_bytes(backend: str, shape: Shape) -> int:
     """About the most that a run holds beside its inputs, to know beforehand what cannot fit."""
-    if backend in ("closed_form", "triton"):
+    if backend in ("blockwise", "triton"):
         return 64 * _MIB
     logits = 6 * shape.rows * shape.length * max(4, shape.itemsize)
     return logits + 4 * shape.rows * shape.negatives.synthetic * shape.dim * max(4, shape.itemsize)
@@ -248,7 +248,7 @@ def _in_a_process(
 ) -> Iterator[dict[str, Any]]:
     task: dict[str, Any] = {"backend": backend, "shapes": [asdict(shape) for shape in shapes], "device": str(device)}
     task |= {"repeats": repeats, "threads": threads}
-    command = [sys.executable, "-m", "synco_fast.bench.head", json.dumps(task)]
+    command = [sys.executable, "-m", "synco_fast.bench.loss", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True)
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     yield from results

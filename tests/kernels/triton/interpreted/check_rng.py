@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from synco_fast.kernels import draws
+from synco_fast.kernels import rng
 from synco_fast.kernels.triton.philox import normal, philox
 
 
@@ -30,7 +30,7 @@ def test_words_are_equal_and_normal_numbers_nearly():
     for seed, step, row in ((0, 0, 0), (1, 2, 3), (2**32 - 1, 2**31 + 5, 2**32 - 1)):
         words, numbers = torch.zeros(256, 4, dtype=torch.int64), torch.zeros(256, 4)
         _draw[(1,)](words, numbers, seed, step, row, N=256)
-        expected = draws.philox((row, torch.arange(256), 4, 9), (seed, step))
+        expected = rng.philox((row, torch.arange(256), 4, 9), (seed, step))
         assert torch.equal(words, torch.stack(expected, dim=1))
-        exact = draws.normal(expected, torch.float64)
+        exact = rng.normal(expected, torch.float64)
         torch.testing.assert_close(numbers.double(), exact, rtol=1e-6, atol=2e-6)

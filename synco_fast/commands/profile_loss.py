@@ -1,4 +1,4 @@
-"""``synco-fast profile head``."""
+"""``synco-fast profile loss``."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["add"]
 
 
 def add(verbs: Verbs) -> None:
-    """Add ``synco-fast profile head``."""
+    """Add ``synco-fast profile loss``."""
     command = verbs.add(
-        "profile head",
+        "profile loss",
         _profile_head,
-        "Write a chrome trace of SynCo's head, and a table of what each kernel achieves.",
-        "synco-fast profile head --rows 256 --length 65536 --trace head-trace.json",
+        "Write a chrome trace of SynCo's loss, and a table of what each kernel achieves.",
+        "synco-fast profile loss --rows 256 --length 65536 --trace loss-trace.json",
     )
-    backends = ("released", "reference", "compiled", "closed_form", "triton")
-    command.add_argument("--backend", choices=backends, help="the kernels where they run, else the closed form")
+    backends = ("released", "reference", "compiled", "blockwise", "triton")
+    command.add_argument("--backend", choices=backends, help="the kernels where they run, else the blockwise form")
     for name, default, about in (("rows", 256, "B"), ("length", 65536, "K"), ("dim", 128, "D"), ("hard", 1024, "N")):
         command.add_argument(f"--{name}", type=positive, default=default, help=about)
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU by default")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--trace", type=Path, metavar="FILE", default=Path("head-trace.json"), help="JSON or JSON.gz")
+    command.add_argument("--trace", type=Path, metavar="FILE", default=Path("loss-trace.json"), help="JSON or JSON.gz")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
 
 
@@ -41,8 +41,8 @@ def _profile_head(options: argparse.Namespace, rest: Sequence[str], console: Con
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
-    from synco_fast.bench.head import Shape, prepare
-    from synco_fast.bench.profile_head import profile_head
+    from synco_fast.bench.loss import Shape, prepare
+    from synco_fast.bench.profile_loss import profile_loss
     from synco_fast.environment import describe_environment
     from synco_fast.errors import UserError
     from synco_fast.kernels.ops import unserved_by_triton
@@ -54,12 +54,12 @@ def _profile_head(options: argparse.Namespace, rest: Sequence[str], console: Con
     shape = Shape(options.rows, options.length, options.dim, options.hard, dtype)
     sample = torch.empty(0, shape.dim, dtype=shape.torch_dtype, device=device)
     reason = unserved_by_triton(sample, sample, 0.2)
-    backend = options.backend or ("closed_form" if reason else "triton")
+    backend = options.backend or ("blockwise" if reason else "triton")
     if backend == "triton" and reason:
-        raise UserError(f"backend: found triton, allowed the others on this machine: {reason}")
+        raise UserError(f"backend: found triton, expected the others on this machine: {reason}")
     if not options.trace.absolute().parent.is_dir():
-        raise UserError(f"trace: found no folder {options.trace.absolute().parent}, allowed an existing one")
-    lines = profile_head(prepare(backend, shape, device), shape, device, options.trace)
+        raise UserError(f"trace: found no folder {options.trace.absolute().parent}, expected an existing one")
+    lines = profile_loss(prepare(backend, shape, device), shape, device, options.trace)
     total = sum(line.seconds for line in lines)
     if options.json is not None:
         about = {"environment": describe_environment(), "backend": backend, "shape": asdict(shape)}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from synco_fast.kernels import FAMILIES, Negatives, closed_form, mixing, selection
-from synco_fast.kernels.closed_form import contrast_and_gradient
+from synco_fast.kernels import FAMILIES, Negatives, blockwise, mixing, topk
+from synco_fast.kernels.blockwise import contrast_and_gradient
 from synco_fast.kernels.reference import contrast, hard_negatives
 
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
@@ -21,7 +21,7 @@ def some(hard: int, **changes) -> Negatives:
 
 
 def check(make, answer, within, shape, negatives, *, dtype=torch.float32, by_vectors=False, peaked=False, **arguments):
-    """Closed form against the float64 reference, with the error of the reference in float32 (or 64) as the measure."""
+    """The blockwise form against the float64 reference, measured by the error of the reference in float32 (or 64)."""
     inputs = make(*shape, dtype, peaked=peaked)
     settings = SETTINGS | arguments
     found = contrast_and_gradient(*inputs, negatives, **settings, by_vectors=by_vectors)
@@ -117,8 +117,8 @@ def test_nothing_available_is_a_zero_loss_with_a_zero_gradient(make, by_vectors)
 
 
 def chosen(inputs, hard: int, by_vectors: bool = False, **arguments):
-    """Q^N as the closed form finds it, row by row."""
-    rows = closed_form._Rows(
+    """Q^N as the blockwise form finds it, row by row."""
+    rows = blockwise._Rows(
         inputs.q,
         inputs.k,
         inputs.queue,
@@ -167,13 +167,13 @@ def test_selection_with_more_candidates_than_expected_and_with_fewer(make, monke
     inputs = make(6, 9000, 32)
     expected, order = hard_negatives(inputs.q @ inputs.queue.T, 100)
     whole = []
-    original = selection.select_whole_rows
-    monkeypatch.setattr(closed_form, "select_whole_rows", lambda *a: whole.append(len(a[1])) or original(*a))
+    original = topk.select_whole_rows
+    monkeypatch.setattr(blockwise, "select_whole_rows", lambda *a: whole.append(len(a[1])) or original(*a))
     assert torch.equal(chosen(inputs, 100)[1], order)
     assert whole == [], "the estimate should hold for every row here"
     for rank in (2, 4000):
-        monkeypatch.setattr(closed_form, "stride_and_rank", lambda length, hard, rank=rank: (2, rank))
-        monkeypatch.setattr(selection, "_EXCESS", 50 if rank == 2 else 0.5)
+        monkeypatch.setattr(blockwise, "stride_and_rank", lambda length, hard, rank=rank: (2, rank))
+        monkeypatch.setattr(topk, "_EXCESS", 50 if rank == 2 else 0.5)
         values, index = chosen(inputs, 100)
         assert torch.equal(index, order)
         assert torch.equal(values, expected)
@@ -182,11 +182,11 @@ def test_selection_with_more_candidates_than_expected_and_with_fewer(make, monke
 
 def test_threshold_lets_few_but_enough_through():
     for length, hard in ((65536, 1024), (65536, 1), (4096, 64), (262144, 1024), (5000, 1000)):
-        stride, rank = selection.stride_and_rank(length, hard)
+        stride, rank = topk.stride_and_rank(length, hard)
         assert rank * stride >= hard + 5 * stride * math.sqrt(hard / stride)
         assert rank * stride <= 4 * hard + 40 * stride
-    assert selection.stride_and_rank(1000, 1000) is None
-    assert selection.stride_and_rank(10, 1) is None
+    assert topk.stride_and_rank(1000, 1000) is None
+    assert topk.stride_and_rank(10, 1) is None
 
 
 @FORMS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from synco_fast.kernels import FAMILIES, Negatives, draw
-from synco_fast.kernels.draws import normal, philox, uniform
+from synco_fast.kernels.rng import normal, philox, uniform
 
 SYNCO = Negatives.synco(64, interpolated=9, extrapolated=8, mixed=7, noisy=6, perturbed=5, adversarial=4)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from synco_fast.bench import head
-from synco_fast.bench.head import Shape, measure, prepare, sweep
-from synco_fast.bench.head_report import best_seconds, draw_head
-from synco_fast.bench.profile_head import profile_head
+from synco_fast.bench import loss
+from synco_fast.bench.loss import Shape, measure, prepare, sweep
+from synco_fast.bench.loss_report import best_seconds, draw_loss
+from synco_fast.bench.profile_loss import profile_loss
 from synco_fast.bench.roofline import Ceilings, floor_seconds, measure_ceilings
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_back_end_computes_what_the_reference_does():
     expected = prepare("reference", SMALL, CPU)()
-    torch.testing.assert_close(prepare("closed_form", SMALL, CPU)(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(prepare("blockwise", SMALL, CPU)(), expected, rtol=1e-3, atol=1e-4)
     # PyTorch's own draws: equal in size, not in digits.
     released = prepare("released", SMALL, CPU)()
     assert released.shape == expected.shape
@@ -30,7 +30,7 @@ def test_every_back_end_computes_what_the_reference_does():
 
 
 def test_measure_counts_memory_and_time():
-    found = measure("closed_form", SMALL, device=CPU, repeats=3)
+    found = measure("blockwise", SMALL, device=CPU, repeats=3)
     assert len(found["seconds"]) == 3
     assert sorted(found["seconds"])[1] == found["median_s"] > 0
     assert found["extra_mib"] >= 0
@@ -42,19 +42,19 @@ def test_measure_counts_memory_and_time():
 @pytest.mark.slow
 def test_sweep_says_why_a_figure_is_missing(monkeypatch):
     shapes = [SMALL, Shape(4, 64, 16, 64)]
-    found = list(sweep(["closed_form", "triton"], shapes, device=CPU, repeats=1, rounds=2, threads=1))
+    found = list(sweep(["blockwise", "triton"], shapes, device=CPU, repeats=1, rounds=2, threads=1))
     assert [len(result["seconds"]) for result in found if "failed" not in result] == [2, 2]
     assert [(result["backend"], result["length"]) for result in found] == [
-        ("closed_form", 2048),
+        ("blockwise", 2048),
         ("triton", 2048),
-        ("closed_form", 64),
+        ("blockwise", 64),
         ("triton", 64),
     ]
-    assert all("failed" not in result for result in found if result["backend"] == "closed_form")
+    assert all("failed" not in result for result in found if result["backend"] == "blockwise")
     assert all(
         "the kernels run on CUDA devices" in result["failed"] for result in found if result["backend"] == "triton"
     )
-    monkeypatch.setattr(head, "_available", lambda: 1 << 20)
+    monkeypatch.setattr(loss, "_available", lambda: 1 << 20)
     (result,) = sweep(["reference"], [Shape(4096, 262144)], device=CPU)
     assert "not run: takes about" in result["failed"]
 
@@ -77,7 +77,7 @@ def test_best_effort_is_the_graph_where_it_is_faster():
 def test_picture_leaves_out_what_failed(tmp_path):
     results = [
         {
-            "backend": "closed_form",
+            "backend": "blockwise",
             "rows": rows,
             "length": 64,
             "median_s": rows / 1e3,
@@ -86,12 +86,12 @@ def test_picture_leaves_out_what_failed(tmp_path):
         }
         for rows in (2, 4)
     ] + [{"backend": "triton", "rows": 2, "length": 64, "failed": "no"}]
-    draw_head(results, "here", tmp_path / "head.png")
-    assert (tmp_path / "head.png").stat().st_size > 10_000
+    draw_loss(results, "here", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
 
 
 def test_profile_counts_the_two_products_of_the_scan(tmp_path):
-    lines = profile_head(prepare("closed_form", SMALL, CPU), SMALL, CPU, tmp_path / "trace.json", runs=2)
+    lines = profile_loss(prepare("blockwise", SMALL, CPU), SMALL, CPU, tmp_path / "trace.json", runs=2)
     assert lines == sorted(lines, key=lambda line: -line.seconds)
     by_name = {line.name: line for line in lines}
     values = by_name["aten::addmm_"]
@@ -104,7 +104,7 @@ def test_profile_counts_the_two_products_of_the_scan(tmp_path):
 @pytest.mark.slow
 def test_suites_run():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "--benchmark-disable"]
-    command += [str(ROOT / "bench" / "suites"), "-k", "closed_form and 4096 or triton and 4096 or momentum"]
+    command += [str(ROOT / "bench" / "suites"), "-k", "blockwise and 4096 or triton and 4096 or momentum"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "3 passed, 2 skipped" in done.stdout or torch.cuda.is_available()

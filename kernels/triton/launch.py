@@ -1,7 +1,7 @@
 """The launcher: which arguments the kernels serve, what room they need, and the launches in order.
 
 Everything here is decided by shapes, dtypes and the description of the negatives, never by values on the device: no
-wait for the host, so a CUDA graph can hold the whole head, and the same inputs always take the same way.
+wait for the host, so a CUDA graph can hold the whole loss, and the same inputs always take the same way.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -14,25 +14,25 @@ import torch
 import triton
 from torch import Tensor
 
-from synco_fast.kernels.closed_form import Outputs
+from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.negatives import Negatives
-from synco_fast.kernels.selection import SAMPLE, stride_and_rank
-from synco_fast.kernels.triton.finish import finish
-from synco_fast.kernels.triton.mix import mix
-from synco_fast.kernels.triton.plan import (
+from synco_fast.kernels.topk import SAMPLE, stride_and_rank
+from synco_fast.kernels.triton.config import (
     TILE,
     capacity_of,
-    classes,
+    compact_ids,
     form_of,
     splits_of,
     table,
     unserved,
     warps,
 )
+from synco_fast.kernels.triton.full_sort import full_sort
+from synco_fast.kernels.triton.mix import mix
+from synco_fast.kernels.triton.reduce import reduce
+from synco_fast.kernels.triton.sample import rank, sample
 from synco_fast.kernels.triton.scan import scan
 from synco_fast.kernels.triton.select import collect, order, score
-from synco_fast.kernels.triton.threshold import rank, sample
-from synco_fast.kernels.triton.whole import whole
 
 __all__ = ["contrast_and_gradient", "unserved"]
 
@@ -57,7 +57,7 @@ def contrast_and_gradient(
     image_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
 ) -> Outputs:
-    """The head and its gradient on checked arguments for which `unserved` gives None.
+    """The loss and its gradient on checked arguments for which `unserved` gives None.
 
     Args:
         q, k, queue, negatives, temperature, seed, step, first_row, image_ids, queue_ids: As
@@ -113,7 +113,7 @@ def _launch(
     images = queue_images = available = None
     if masked := image_ids is not None:
         assert queue_ids is not None
-        images, queue_images, available = classes(image_ids, queue_ids)
+        images, queue_images, available = compact_ids(image_ids, queue_ids)
     wide = triton.next_power_of_2(max(dim, TILE))
     scale = math.log2(math.e) / temperature
     form = form_of(q.dtype, dim)
@@ -214,7 +214,7 @@ def _launch(
             flag = torch.ones(rows, dtype=torch.int32, device=device)
         padded = triton.next_power_of_2(length)
         rooms = min(rows, 64, max(1, _ROOM // (8 * padded)))
-        whole[(rooms,)](
+        full_sort[(rooms,)](
             q,
             queue,
             images,
@@ -270,7 +270,7 @@ def _launch(
         )
 
     # Step five.
-    finish[(rows,)](
+    reduce[(rows,)](
         k,
         outputs.positive,
         shift,

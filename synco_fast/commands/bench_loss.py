@@ -1,4 +1,4 @@
-"""``synco-fast bench head``."""
+"""``synco-fast bench loss``."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rich.table import Table
 from synco_fast.commands.verbs import Verbs, positive
 
 if TYPE_CHECKING:
-    from synco_fast.bench.head import Shape
+    from synco_fast.bench.loss import Shape
 
 __all__ = ["add"]
 
-_BACKENDS = ("released", "reference", "compiled", "closed_form", "triton")
+_BACKENDS = ("released", "reference", "compiled", "blockwise", "triton")
 
 
 def add(verbs: Verbs) -> None:
-    """Add ``synco-fast bench head``."""
+    """Add ``synco-fast bench loss``."""
     command = verbs.add(
-        "bench head",
+        "bench loss",
         _bench_head,
-        "Time and peak memory of SynCo's head, forward and gradient, by back end. By default B = 64 and 256, K = 4,096 "
+        "Time and peak memory of SynCo's loss, forward and gradient, by back end. By default B = 64 and 256, K = 4,096 "
         "and 65,536 on a CPU; B from 64 to 4,096 and K from 4,096 to 262,144 on a GPU.",
-        "synco-fast bench head --rows 256 --length 65536 --json head.json --plot head.png",
+        "synco-fast bench loss --rows 256 --length 65536 --json loss.json --plot loss.png",
     )
     command.add_argument("--backends", nargs="+", choices=_BACKENDS, help="all that this machine can run by default")
     for name, about in (("rows", "B"), ("length", "K")):
@@ -46,7 +46,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _shapes(options: argparse.Namespace, dtype: str, *, large: bool) -> list[Shape]:
-    from synco_fast.bench.head import Shape
+    from synco_fast.bench.loss import Shape
 
     if options.rows or options.length:
         pairs = list(itertools.product(options.rows or [256], options.length or [65536]))
@@ -61,8 +61,8 @@ def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Conso
     import torch
     from rich.progress import Progress
 
-    from synco_fast.bench.head import sweep
-    from synco_fast.bench.head_report import draw_head
+    from synco_fast.bench.loss import sweep
+    from synco_fast.bench.loss_report import draw_loss
     from synco_fast.bench.roofline import floor_seconds, measure_ceilings
     from synco_fast.environment import describe_environment
     from synco_fast.errors import UserError
@@ -77,7 +77,7 @@ def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Conso
     reason = unserved_by_triton(sample, sample, 0.2)
     backends = options.backends or [name for name in _BACKENDS if name != "triton" or not reason]
     if "triton" in backends and reason:
-        raise UserError(f"backends: found triton, allowed the others on this machine: {reason}")
+        raise UserError(f"backends: found triton, expected the others on this machine: {reason}")
     if options.threads:
         torch.set_num_threads(options.threads)
     shapes = _shapes(options, dtype, large=on_gpu)
@@ -103,12 +103,12 @@ def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Conso
         highlight=False,
     )
     if options.plot is not None and any("failed" not in result for result in results):
-        draw_head(results, f"{environment['device']}, torch {environment['torch']}, {dtype}", options.plot)
+        draw_loss(results, f"{environment['device']}, torch {environment['torch']}, {dtype}", options.plot)
     return 0
 
 
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
-    from synco_fast.bench.head_report import best_seconds
+    from synco_fast.bench.loss_report import best_seconds
 
     on_gpu = any("cold_s" in result for result in results)
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -1,4 +1,4 @@
-"""The contrastive head without its large tensors: any device, any floating dtype, gradient included.
+"""The contrastive loss without its large tensors: any device, any floating dtype, gradient included.
 
 Three steps, as in the fused kernels. A sample of the queue gives each query a threshold that somewhat more than N
 similarities exceed; one pass over the queue, block by block, sums the softmax and its gradient and gathers the
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from synco_fast.kernels.contrast import mean_of_finite
-from synco_fast.kernels.draws import draw
 from synco_fast.kernels.mixing import Along, ByScalars, ByVectors, Hard, Mixed
 from synco_fast.kernels.negatives import FAMILIES, Negatives
-from synco_fast.kernels.selection import Candidates, count_marks, largest, select_whole_rows, stride_and_rank
+from synco_fast.kernels.reference import mean_of_finite
+from synco_fast.kernels.rng import draw
+from synco_fast.kernels.topk import Candidates, count_marks, largest, select_whole_rows, stride_and_rank
 
 __all__ = ["Outputs", "contrast_and_gradient"]
 
@@ -93,7 +93,7 @@ def contrast_and_gradient(
     queue_ids: Tensor | None = None,
     by_vectors: bool | None = None,
 ) -> Outputs:
-    """The head and its gradient on checked arguments; `synco_fast.kernels.synthetic_contrast` describes them.
+    """The loss and its gradient on checked arguments; `synco_fast.kernels.synthetic_contrast` describes them.
 
     Args:
         q, k, queue, negatives, temperature, seed, step, first_row, image_ids, queue_ids: As there.
@@ -110,9 +110,9 @@ def contrast_and_gradient(
     for begin in range(0, len(q), _ROWS):
         rows = slice(begin, begin + _ROWS)
         ids = None if image_ids is None else image_ids[rows]
-        head = _Rows(q[rows].to(dtype), k[rows].to(dtype), queue, squared, negatives, temperature, ids, queue_ids)
-        head.scan(by_vectors)
-        parts.append(head.mix(seed, step, first_row + begin, by_vectors))
+        block = _Rows(q[rows].to(dtype), k[rows].to(dtype), queue, squared, negatives, temperature, ids, queue_ids)
+        block.scan(by_vectors)
+        parts.append(block.mix(seed, step, first_row + begin, by_vectors))
     return Outputs(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""The head's figures as a picture: time against batch and queue, and memory."""
+"""The loss's figures as a picture: time against batch and queue, and memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["best_seconds", "draw_head"]
+__all__ = ["best_seconds", "draw_loss"]
 
 
 def best_seconds(result: dict[str, Any]) -> float:
@@ -16,7 +16,7 @@ def best_seconds(result: dict[str, Any]) -> float:
     return float(found)
 
 
-def draw_head(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def draw_loss(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Draw time and peak extra memory, against B at one K and against K at one B; dotted is the floor of the time.
 
     Args:

@@ -1,4 +1,4 @@
-"""Where the head spends its time: a trace, and what each kernel or operator achieves.
+"""Where the loss spends its time: a trace, and what each kernel or operator achieves.
 
 Floating-point operations and bytes are counted, not measured: of the two products of the scan, of matrix products by
 their shapes, of the Triton kernels by what each must read and write once. An operator without a count shows none.
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from synco_fast.bench.head import Shape
-from synco_fast.kernels.selection import SAMPLE
+from synco_fast.bench.loss import Shape
+from synco_fast.kernels.topk import SAMPLE
 
-__all__ = ["Line", "profile_head"]
+__all__ = ["Line", "profile_loss"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Line:
     bytes: float | None
 
 
-def profile_head(
+def profile_loss(
     run: Callable[[], Tensor], shape: Shape, device: torch.device, trace: Path, *, runs: int = 5
 ) -> list[Line]:
     """Profile some runs and write a chrome trace.
 
     Args:
-        run: From `synco_fast.bench.head.prepare`.
+        run: From `synco_fast.bench.loss.prepare`.
         shape: What it was prepared for.
         device: Likewise.
         trace: The JSON file for chrome://tracing or Perfetto; gzipped where it ends in .gz.
@@ -117,5 +117,5 @@ def _kernel_counts(shape: Shape) -> dict[str, tuple[float, float]]:
         "score": (2 * rows * hard * dim, rows * hard * (dim * size + 8)),
         "order": (0, 16 * rows * hard),
         "mix": (4 * rows * negatives.synthetic * dim, 2 * rows * negatives.synthetic * dim * size),
-        "finish": (0, 8 * rows * dim + 4 * rows * hard),
+        "reduce": (0, 8 * rows * dim + 4 * rows * hard),
     }

@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["finish"]
+__all__ = ["reduce"]
 
 
 @triton.jit
-def finish(
+def reduce(
     p_k,
     p_positive,
     p_shift,

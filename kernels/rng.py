@@ -1,4 +1,4 @@
-"""The random numbers of the head: counters, not state.
+"""The random numbers of the loss: counters, not state.
 
 Every draw is a Philox-4x32-10 block (Salmon et al., SC 2011) with
 

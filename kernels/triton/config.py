@@ -20,7 +20,7 @@ __all__ = [
     "TILE",
     "Form",
     "capacity_of",
-    "classes",
+    "compact_ids",
     "form_of",
     "interpreted",
     "splits_of",
@@ -93,7 +93,7 @@ def capacity_of(stride: int, wanted: int) -> int | None:
     return room if room <= CAPACITY else None
 
 
-def classes(image_ids: Tensor, queue_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compact_ids(image_ids: Tensor, queue_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Images renamed to int32, which halves the registers that a comparison takes, without a wait for the host.
 
     Returns:
