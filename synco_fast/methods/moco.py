@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from synco_fast.collectives import exchange_rows, gather_rows, rank, world
 from synco_fast.kernels import FAMILIES, Backend, Contrast, synthetic_contrast
 from synco_fast.methods.base import Arranged, Networks, StepOutput, Views
 from synco_fast.methods.schedule import NegativeSchedule
+from synco_fast.models.ema import follow, key_encoder_of
 from synco_fast.models.encoder import Encoder
-from synco_fast.models.momentum import follow, key_encoder_of
+from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
-from synco_fast.phases import phase
-from synco_fast.queue import KeyQueue
+from synco_fast.runtime.collectives import exchange_rows, gather_rows, rank, world
+from synco_fast.runtime.phases import phase
 
 __all__ = ["MomentumContrast"]
 
