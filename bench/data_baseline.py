@@ -35,7 +35,7 @@ class _TwoCrops(Dataset[tuple[Tensor, Tensor]]):
             [
                 transforms.RandomResizedCrop(recipe.size, scale=recipe.area, ratio=recipe.ratio),
                 transforms.RandomApply([jitter], p=recipe.jitter_probability),
-                transforms.RandomGrayscale(recipe.greyscale_probability),
+                transforms.RandomGrayscale(recipe.grayscale_probability),
                 transforms.RandomApply([_Blur(recipe.blur_sigma)], p=recipe.blur_probability),
                 transforms.RandomHorizontalFlip(recipe.flip_probability),
                 transforms.ToTensor(),

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from synco_fast.kernels import blockwise, reference
+from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.checks import check_arguments
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
-
-Backend = Literal["auto", "reference", "blockwise", "triton"]
 
 
 def synthetic_contrast(

@@ -96,7 +96,7 @@ def draw_views(
         crop=_crops(recipe, u[:, : 2 * _ATTEMPTS + 2], sizes),
         order=_ORDERS[(order * len(_ORDERS)).astype(np.int64)],
         factors=np.where((jittered < recipe.jitter_probability)[:, None], drawn, _IDENTITY).astype(np.float32),
-        grey=grey < recipe.greyscale_probability,
+        grey=grey < recipe.grayscale_probability,
         sigma=np.where(blurred < recipe.blur_probability, sigmas, 0).astype(np.float32),
         flip=flip < recipe.flip_probability,
     )

@@ -19,7 +19,7 @@ class Recipe(BaseModel):
         ratio: Range of the crop's width divided by its height, log-uniform.
         jitter_probability, brightness, contrast, saturation, hue: Colour jitter; the factor of each of the first three
             is uniform in [1 - x, 1 + x], the hue shift uniform in [-x, x] turns of the colour circle.
-        greyscale_probability: Three equal channels of the image's luma.
+        grayscale_probability: Three equal channels of the image's luma.
         blur_probability, blur_sigma: Gaussian blur with sigma uniform in the range, in pixels of the view.
         flip_probability: Left and right exchanged.
         mean, std: Of the three channels, for values in [0, 1]. The defaults are ImageNet's.
@@ -37,7 +37,7 @@ class Recipe(BaseModel):
     contrast: float = Field(0.4, ge=0)
     saturation: float = Field(0.4, ge=0)
     hue: float = Field(0.1, ge=0, le=0.5)
-    greyscale_probability: float = Field(0.2, ge=0, le=1)
+    grayscale_probability: float = Field(0.2, ge=0, le=1)
     blur_probability: float = Field(0.5, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     flip_probability: float = Field(0.5, ge=0, le=1)

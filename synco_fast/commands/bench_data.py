@@ -11,16 +11,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 _PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32")
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench data``."""
-    command = verbs.add(
+    command = commands.add(
         "bench data",
         _bench_data,
         "Images and views a second by pipeline, on JPEG files of ImageNet's size that are drawn on the spot, against "
@@ -44,7 +44,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
     from synco_fast.data.augment.recipe import Recipe
     from synco_fast.data.sources.catalogue import cache_folder
-    from synco_fast.data.workers import default_workers
+    from synco_fast.data.workers import available_cores
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
@@ -59,7 +59,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             "DALI is not installed"
         )
     folder = options.folder or cache_folder() / "bench-photos"
-    workers = options.workers or default_workers()
+    workers = options.workers or available_cores()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task("drawing photos", total=None)
         names = make_photos(folder, options.photos)

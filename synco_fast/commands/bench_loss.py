@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
     from synco_fast.bench.loss import Shape
@@ -22,9 +22,9 @@ __all__ = ["add"]
 _BACKENDS = ("released", "reference", "compiled", "blockwise", "triton")
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench loss``."""
-    command = verbs.add(
+    command = commands.add(
         "bench loss",
         _bench_head,
         "Time and peak memory of SynCo's loss, forward and gradient, by back end. By default B = 64 and 256, K = 4,096 "

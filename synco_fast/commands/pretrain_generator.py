@@ -9,14 +9,14 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.commands.parser import Commands, two_columns
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast pretrain-generator``."""
-    command = verbs.add(
+    command = commands.add(
         "pretrain-generator",
         _pretrain_generator,
         "Train a generator on unlabelled images, for --method.name generated. Its keys are set as --key VALUE.",

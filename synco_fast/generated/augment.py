@@ -151,7 +151,7 @@ def draw_views(count: int, recipe: Recipe, device: torch.device) -> ViewDraws:
         factor(7, recipe.contrast),
         factor(8, recipe.saturation),
         jittered * between(9, -recipe.hue, recipe.hue) * (2 * math.pi),
-        (uniform[10] < recipe.greyscale_probability).float(),
+        (uniform[10] < recipe.grayscale_probability).float(),
         torch.where(blurred, between(12, *recipe.blur_sigma), 0.0),
     )
 
@@ -174,7 +174,7 @@ def view(images: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
         out = (grey + (out - grey) * _each(draws.saturation)).clamp(0, 1)
         if recipe.hue:
             out = torch.einsum("bij,bjhw->bihw", _hue_turn(draws.hue), out).clamp(0, 1)
-    if recipe.greyscale_probability:
+    if recipe.grayscale_probability:
         grey = (out * luma).sum(dim=1, keepdim=True)
         out = out + _each(draws.grey) * (grey - out)
     return _blur(out, draws.sigma, recipe.blur_sigma[1]) if recipe.blur_probability else out

@@ -23,7 +23,7 @@ from synco_fast.generated.plots import draw_generator_curves, draw_samples
 from synco_fast.generated.real_images import ResidentImages
 from synco_fast.models.ema import follow, key_encoder_of
 from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, load_weights, save_checkpoint
-from synco_fast.runtime.distributed import Control, Place
+from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError, DivergedError
 from synco_fast.runtime.files import write_json
@@ -93,7 +93,7 @@ class GeneratorTrainer:
         self.player = Player(self.generator.parameters(), lr=config.lr, betas=config.betas, device=self.device)
         self.means, self.skipped = RunningMeans(), SkippedSteps(self.device)
         self.throughput = Throughput(config.batch, _SETTLING_STEPS)
-        self.stopping = Stopping(Control(Place()), config.max_time)
+        self.stopping = Stopping(HostGroup(DistEnv()), config.max_time)
         self.collapse = CollapseMonitor(config.collapse, config.steps // 5)
         self.step = 0
         self._save_due = False

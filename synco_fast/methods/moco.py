@@ -13,7 +13,7 @@ from synco_fast.models.ema import follow, key_encoder_of
 from synco_fast.models.encoder import Encoder
 from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
-from synco_fast.runtime.collectives import exchange_rows, gather_rows, rank, world
+from synco_fast.runtime.distributed import exchange_rows, gather_rows, rank, world
 from synco_fast.runtime.phases import phase
 
 __all__ = ["MomentumContrast"]
@@ -91,7 +91,7 @@ class MomentumContrast(nn.Module):
     @torch.no_grad()
     def begin_step(self, arranged: Arranged, *, momentum: float | Tensor | None = None, parts: int = 1) -> None:
         """Let the key encoder follow and compute the keys of the whole batch, (B, D), the same on every process."""
-        with phase("momentum update"):
+        with phase("EMA update"):
             follow(self.key_encoder, self.encoder, self.momentum if momentum is None else momentum)
         self._fresh.clear()
         with phase("key forward"):
@@ -126,7 +126,7 @@ class MomentumContrast(nn.Module):
         keys, _ = self._fresh[direction]
         begin = rank() * len(arranged.images) + part * len(view)
         images = arranged.images.chunk(parts)[part]
-        with phase("head"), torch.autocast(q.device.type, enabled=False):
+        with phase("loss"), torch.autocast(q.device.type, enabled=False):
             return synthetic_contrast(
                 q,
                 keys[begin : begin + len(view)],

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from synco_fast.config import known_keys
+from synco_fast.config import Config
+from synco_fast.explain import known_keys
 from synco_fast.report.runs import Run, read_run
 from synco_fast.runtime.errors import ConfigError
 
@@ -89,7 +90,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """Every key of the configuration by its dotted name, without those in which seeds may differ."""
     dumped = run.config.model_dump(mode="json")
     found = {}
-    for key in known_keys():
+    for key in known_keys(Config):
         if key not in _FREE:
             value: Any = dumped
             for part in key.split("."):

@@ -18,8 +18,8 @@ from synco_fast.generated.game import Game
 from synco_fast.generated.method import Generated
 from synco_fast.methods.base import Arranged, Method, Networks, StepOutput, Views
 from synco_fast.methods.build import build_method
-from synco_fast.runtime.distributed import Place
-from synco_fast.runtime.optim_step import SkippedSteps, Update
+from synco_fast.runtime.distributed import DistEnv
+from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.compiled import Compiled, keep_compile_cache
@@ -67,7 +67,7 @@ class Engine:
         self,
         config: Config,
         steps_per_epoch: int,
-        place: Place = Place(),  # noqa: B008 - frozen
+        place: DistEnv = DistEnv(),  # noqa: B008 - frozen
         *,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -78,7 +78,7 @@ class Engine:
         self.method: Method = build_method(config, processes=place.world).to(self.device)
         self.layout = memory_format(self.method.module(), training.channels_last)
         self.optimizer = build_optimizer(self.method.encoder, optimizer, lr=config.learning_rate, device=self.device)
-        self.update = Update(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
+        self.update = OptimStep(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
         self.statistics = RunningStatistics(*self._encoders())
         self.game: Game | None = None
         if isinstance(self.method, Generated):
@@ -218,7 +218,7 @@ class Engine:
                 continue
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / parts if part else value / parts
-        with phase("optimiser"):
+        with phase("optimizer"):
             accept, norm = self.update.step()
             self.statistics.put_back(before, accept)
         self.method.after_step(accept)

@@ -12,13 +12,12 @@ from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.build import build_pipeline
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
-from synco_fast.evaluation.protocol import evaluate_backbone
+from synco_fast.evaluation.knn import check_periodic_knn, periodic_knn
 from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, load_weights, save_checkpoint
-from synco_fast.runtime.distributed import Control, Place, lost_process
+from synco_fast.runtime.distributed import DistEnv, HostGroup, lost_process
 from synco_fast.runtime.errors import CheckpointError, DivergedError, LostProcessError
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import BrokenImages
-from synco_fast.training.checks import check_evaluation
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import MetricLog, open_log
 from synco_fast.training.monitors import monitors
@@ -55,16 +54,16 @@ class Trainer:
         *,
         resume: Path | None = None,
         console: Console | None = None,
-        control: Control | None = None,
+        control: HostGroup | None = None,
     ) -> None:
         self.config, self.folder = config, folder
-        self.control = control or Control(Place())
-        self.place = self.control.place
-        self.console = (console or Console()) if self.place.first else Console(quiet=True)
+        self.control = control or HostGroup(DistEnv())
+        self.place = self.control.env
+        self.console = (console or Console()) if self.place.is_main else Console(quiet=True)
         resolve_device(config.training.device)  # before a source is read, which can take long
         self.source: Source = open_source(config.data.source)
-        check_evaluation(config.evaluation, self.source)
-        train = share_of(self.source.train, config.data.share)
+        check_periodic_knn(config.evaluation, self.source)
+        train = share_of(self.source.train, config.data.fraction)
         steps_per_epoch = len(train) // config.training.batch
         self._notes: list[str] = self.source.notes
         self.reporter: Reporter
@@ -108,9 +107,9 @@ class Trainer:
             DataError: More images are broken than ``data.max_broken`` allows.
             LostProcessError: Another process of the job is gone.
         """
-        if self.place.first:
+        if self.place.is_main:
             describe_run(self.folder, self.config)
-        self.log: MetricLog = open_log(self.folder, self.step, self.config, writes=self.place.first)
+        self.log: MetricLog = open_log(self.folder, self.step, self.config, writes=self.place.is_main)
         self.reporter = Reporter(self.console, self.steps, self.step)
         for note in self._notes:
             self._warn(note)
@@ -140,7 +139,7 @@ class Trainer:
         self.method.module().train()
         title = f"epoch {epoch + 1}/{training.epochs}"
         pairs = self.folder / "plots" / "pairs.png"
-        undrawn = self.place.first and not pairs.exists()
+        undrawn = self.place.is_main and not pairs.exists()
         batches = iter(self.pipeline)
         self.throughput.begin()
         while self.step < min(self.steps, (epoch + 1) * self.steps_per_epoch) and not self.stopping.agreed:
@@ -217,7 +216,7 @@ class Trainer:
     def _evaluate_if_due(self) -> None:
         """Evaluate before the first step, every so many epochs, and at the end; never twice at one step."""
         epoch, rest = divmod(self.step, self.steps_per_epoch)
-        if self.engine.game is not None and self.place.first:
+        if self.engine.game is not None and self.place.is_main:
             self.engine.game.draw(self.folder / "plots", self.step)
         every = self.config.evaluation.every
         due = self.step == self.steps or (rest == 0 and epoch % max(1, every) == 0)
@@ -228,8 +227,8 @@ class Trainer:
         """The kNN accuracy of the query encoder's backbone on the held-out split, into the log."""
         self.engine.statistics.average()
         self.evaluated_at, epochs = self.step, self.step / self.steps_per_epoch
-        if self.place.first:
-            result = evaluate_backbone(
+        if self.place.is_main:
+            result = periodic_knn(
                 self.method.encoder.backbone,
                 self.source,
                 self.config.augment,
@@ -240,7 +239,7 @@ class Trainer:
             self.broken.left_out(result.broken)
             self.log.write("evaluation", self.step, {"epoch": epochs, "knn": result.accuracy})
             self.reporter.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images")
-        self.control.of_first(None)
+        self.control.broadcast(None)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -259,15 +258,15 @@ class Trainer:
             "evaluated_at": self.evaluated_at,
             "broken": self.broken.state_dict(),
         }
-        if self.place.first:
+        if self.place.is_main:
             save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.config.training.keep)
-        self.control.of_first(None)
+        self.control.broadcast(None)
 
     def _check_agreement(self) -> None:
         """Queue and weights must be the same on every process."""
         if self.place.world == 1:
             return
-        found = self.control.everyone(self.engine.fingerprint())
+        found = self.control.gather(self.engine.fingerprint())
         other = [rank for rank, value in enumerate(found) if value != found[0]]
         if other:
             raise LostProcessError(
@@ -311,7 +310,7 @@ class Trainer:
         )
 
     def _finish(self) -> Summary:
-        if self.engine.game is not None and self.place.first:
+        if self.engine.game is not None and self.place.is_main:
             self.engine.game.draw_curves(self.folder)
         summary = close_run(
             self.folder,
@@ -322,7 +321,7 @@ class Trainer:
             finished=not self.stopping.agreed,
             throughput=self.throughput,
             broken=len(self.broken),
-            writes=self.place.first,
+            writes=self.place.is_main,
         )
-        self.control.of_first(None)
+        self.control.broadcast(None)
         return summary

@@ -139,7 +139,7 @@ def test_crops_of_tiny_and_extreme_images_fit(size):
 
 
 def test_parts_that_the_recipe_leaves_out_change_nothing():
-    still = Recipe(brightness=0, contrast=0, saturation=0, hue=0, greyscale_probability=0, blur_probability=0)
+    still = Recipe(brightness=0, contrast=0, saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
     views = draw(still)
     assert not list(views.steps())
     assert not views.grey.any()

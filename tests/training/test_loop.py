@@ -342,7 +342,7 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
             Trainer(tiny(changes), tmp_path, console=Console(quiet=True))
 
     refused(DataError, "found 64, expected up to 33", **{"training.batch": 64, "method.queue": 64})
-    refused(ConfigError, "neighbours: found 34, expected up to 33", **{"evaluation.neighbours": 34})
+    refused(ConfigError, "evaluation.k: found 34, expected up to 33", **{"evaluation.k": 34})
     refused(ConfigError, "fp16", **{"training.precision": "fp16"})
     shutil.rmtree(image_folder / "val" / "class1")
     shutil.rmtree(image_folder / "val" / "class2")
