@@ -82,11 +82,15 @@ def contrast_and_gradient(
         rank=empty(rows, dtype=torch.int64, device=device),
         queue_rank=empty(rows, dtype=torch.int64, device=device),
     )
-    for begin in range(0, rows, _ROWS):
-        some = slice(begin, begin + _ROWS)
-        ids = None if image_ids is None else image_ids[some]
-        part = Outputs(*(output[some] for output in outputs))
-        _launch(q[some], k[some], queue, negatives, temperature, seed, step, first_row + begin, ids, queue_ids, part)
+    # Triton launches on the current device and its stream, which need not be those of q.
+    with torch.cuda.device_of(q):
+        for begin in range(0, rows, _ROWS):
+            some = slice(begin, begin + _ROWS)
+            ids = None if image_ids is None else image_ids[some]
+            part = Outputs(*(output[some] for output in outputs))
+            _launch(
+                q[some], k[some], queue, negatives, temperature, seed, step, first_row + begin, ids, queue_ids, part
+            )
     return outputs
 
 
@@ -151,7 +155,7 @@ def _launch(
     splits = splits_of(rows, length, device)
     tiles = triton.cdiv(triton.cdiv(length, form.keys), splits)
     splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
-    words = triton.cdiv(length, TILE) * TILE // 32
+    words = triton.cdiv(length, form.keys) * form.keys // 32
     marks = empty(rows, words, dtype=torch.int32, device=device) if estimate else None
     scan_sum = empty(splits, rows, device=device)
     scan_total = empty(splits, rows, dim, device=device)

@@ -109,6 +109,27 @@ def test_step_on_the_device_and_global_rows(make):
     torch.testing.assert_close(whole.gradient[2:], part.gradient)
 
 
+def test_launches_go_to_the_device_of_q(make, monkeypatch):
+    from contextlib import contextmanager
+
+    from synco_fast.kernels.triton import launch
+
+    current, launched, true = [], [], launch._launch
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(launch, "_launch", lambda *arguments: launched.append(list(current)) or true(*arguments))
+    inputs = make(2, 64, 16)
+    contrast_and_gradient(*inputs, some(4), **SETTINGS)
+    assert len(launched) == 1
+    assert launched[0][0] is inputs.q
+
+
 def test_rows_beyond_one_series_of_launches(make, answer, within, monkeypatch):
     from synco_fast.kernels.triton import launch
 
