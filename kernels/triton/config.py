@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.negatives import FAMILIES, Negatives
 
 __all__ = [
     "CAPACITY",
@@ -76,7 +76,8 @@ def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
         mixture = negatives.mixture(family)
         affine = (*mixture.q, *mixture.first, *mixture.second)
         numbers = (low, high, *affine, mixture.noise, mixture.sign)
-        rows.append((family.number, negatives.count_of(family), *(float(number) for number in numbers)))
+        column = FAMILIES.index(family)
+        rows.append((family.number, negatives.count_of(family), *(float(number) for number in numbers), column))
     return tuple(rows)
 
 

@@ -180,6 +180,19 @@ def test_selection_with_more_candidates_than_expected_and_with_fewer(make, monke
     assert whole == [6, 6]
 
 
+def test_rows_selected_again_are_reported(make):
+    inputs = make(6, 9000, 32)
+    inputs.queue[::9] = inputs.q[2]
+    inputs.q[4] = 0
+    found = contrast_and_gradient(*inputs, some(100), **SETTINGS)
+    assert found.fallback.tolist() == [0, 0, 1, 0, 1, 0]
+    assert found.fallback.dtype == torch.int32
+    for negatives, by_vectors in ((some(9000), False), (Negatives(), False), (some(100), True)):
+        found = contrast_and_gradient(*inputs, negatives, **SETTINGS, by_vectors=by_vectors)
+        assert found.fallback.tolist() == [0] * 6
+    assert contrast(*inputs, some(100), **SETTINGS).statistics.fallback.tolist() == [0] * 6
+
+
 def test_threshold_lets_few_but_enough_through():
     for length, hard in ((65536, 1024), (65536, 1), (4096, 64), (262144, 1024), (5000, 1000)):
         stride, rank = topk.stride_and_rank(length, hard)
