@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from synco_fast.kernels import FAMILIES, Negatives, blockwise, mixing, topk
+from synco_fast.kernels import FAMILIES, Negatives, blockwise, mixing, ops, topk
 from synco_fast.kernels.blockwise import contrast_and_gradient
 from synco_fast.kernels.reference import contrast, hard_negatives
+from synco_fast.kernels.validation import random_cases, validate
 
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
 COUNTS = {"interpolated": 40, "extrapolated": 33, "mixed": 37, "noisy": 9, "perturbed": 8, "adversarial": 7}
@@ -66,6 +68,19 @@ def test_each_family_alone(make, answer, within, name, extrapolation, by_vectors
     if name != "none":
         alone = replace(alone, **{name: COUNTS[name]})
     check(make, answer, within, (9, 4096, 64), alone, by_vectors=by_vectors, peaked=True)
+
+
+@pytest.mark.parametrize(
+    "case", random_cases(40, [torch.float32, torch.float64, torch.bfloat16, torch.float16]), ids=str
+)
+def test_random_shapes(case, monkeypatch):
+    for by_vectors in (False, True):
+        with monkeypatch.context() as patch:
+            true = blockwise.contrast_and_gradient
+            form = functools.partial(true, by_vectors=by_vectors)
+            patch.setattr(ops.blockwise, "contrast_and_gradient", form)
+            (verdict,) = validate(["blockwise"], [case], torch.device("cpu"))
+        assert not verdict.misses, verdict.as_dict()
 
 
 @FORMS

@@ -17,7 +17,7 @@ def some(hard: int, **changes) -> Negatives:
 
 
 def check(make, answer, within, shape, negatives, *, dtype=torch.float32, peaked=False, **arguments):
-    inputs = make(*shape, dtype, peaked=peaked)
+    inputs = make(*shape, dtype, peaked=peaked).guarded()
     settings = SETTINGS | arguments
     found = contrast_and_gradient(*inputs, negatives, **settings)
     exact = answer(inputs, negatives, **settings)
@@ -39,6 +39,12 @@ SHAPES = [(1, 64, 64, 1), (2, 257, 16, 30), (66, 130, 96, 20), (2, 300, 128, 63)
 def test_shapes(make, answer, within, shape):
     counts = {"noisy": 2, "mixed": 3} if shape[0] > 60 else COUNTS
     check(make, answer, within, shape[:3], Negatives(hard=shape[3], **counts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_queue_that_ends_within_a_word_of_marks(make, answer, within, dtype):
+    # The first word behind the last tile of 32 keys belongs to no tile of 64.
+    check(make, answer, within, (1, 4097, 16), Negatives(hard=63, mixed=2), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
