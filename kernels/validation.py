@@ -66,7 +66,7 @@ class Inputs(NamedTuple):
         return Inputs(*(tensor.to(device=device, dtype=dtype) for tensor in self))
 
     def guarded(self) -> Inputs:
-        """The same numbers in the middle of larger tensors of NaN: what reads past an input then shows in the result."""
+        """The same numbers inside larger tensors of NaN: what reads past an input then shows in the result."""
 
         def within(tensor: Tensor) -> Tensor:
             room = tensor.new_full((len(tensor) + 2 * _GUARD, tensor.shape[1]), torch.nan)

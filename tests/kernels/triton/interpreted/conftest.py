@@ -1,4 +1,4 @@
-"""Every buffer of the launcher starts as poison, NaN or a whole number that no result may be, with more on both sides."""
+"""Every buffer of the launcher starts as poison, NaN or a whole number that no result may be, between guards."""
 
 from __future__ import annotations
 
