@@ -295,7 +295,7 @@ class _Rows:
 
 def _weighted_keys(queue: Tensor, along: list[Along], budget: int) -> Tensor:
     """sum_j weight_j n_j for each row, (R, D), without a copy of the keys where the dtypes agree."""
-    index = torch.cat([part.keys for part in along], dim=1)
+    index = torch.cat([part.indices for part in along], dim=1)
     weight = torch.cat([part.weight for part in along], dim=1)
     if queue.dtype == weight.dtype:
         return embedding_bag(index, queue, per_sample_weights=weight, mode="sum")
