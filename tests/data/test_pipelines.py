@@ -207,7 +207,7 @@ def test_special_files_are_read_alike_by_every_pipeline(tmp_path, name):
     (batch,) = epoch(pipeline(split, name, batch=len(split)), 0)
     assert not batch.broken
     still = Recipe(
-        size=16, jitter_probability=0, greyscale_probability=0, blur_probability=0, flip_probability=0, area=(1, 1)
+        size=16, jitter_probability=0, grayscale_probability=0, blur_probability=0, flip_probability=0, area=(1, 1)
     )
     (batch,) = list(build_pipeline(split, still, name=name, batch=len(split), seed=0, workers=0))
     found = {split.name(i).rpartition("/")[2]: view for i, view in zip(batch.images.tolist(), batch.first, strict=True)}

@@ -112,7 +112,7 @@ class DaliPipeline:
         draw = partial(
             draw_views, self._recipe, seed=self._seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes
         )
-        return view_inputs([draw(views=np.full(len(files), view)) for view in range(2)])
+        return view_inputs([draw(views=np.full(len(files), view)) for view in range(2)], self._recipe)
 
 
 class _InOrder(Sampler[list[Place]]):
