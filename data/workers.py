@@ -8,15 +8,15 @@ import multiprocessing
 import os
 import signal
 
-__all__ = ["default_workers", "start_worker"]
+__all__ = ["available_cores", "start_worker"]
 
 #: Of mallopt(3) in glibc, and the sizes up to which a worker keeps memory that it has freed.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_IN_ALL, _KEPT_IN_ONE = 256 << 20, 32 << 20
 
 
-def default_workers() -> int:
-    """One worker for each core that this process may use."""
+def available_cores() -> int:
+    """The number of cores that this process may use, which an affinity mask or a container can limit."""
     return len(os.sched_getaffinity(0))
 
 

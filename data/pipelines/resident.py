@@ -17,7 +17,7 @@ from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, replace_broken
 from synco_fast.data.sources.splits import ArraySplit, Split
-from synco_fast.data.workers import default_workers, start_worker
+from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"]
 
@@ -141,7 +141,7 @@ def load_pixels(
         _check_room(split.images.nbytes, device)
         pixels = torch.tensor(split.images, device=device)
         return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2), np.arange(len(split)), {}
-    workers = default_workers() if workers is None else workers
+    workers = available_cores() if workers is None else workers
     sizes = np.asarray(replace_broken(len(split), 0, split.read)[0]).shape[:2]
     _check_room(len(split) * 3 * sizes[0] * sizes[1], device)
     pixels = torch.empty((len(split), 3, *sizes), dtype=torch.uint8, device=device)

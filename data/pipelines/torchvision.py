@@ -18,7 +18,7 @@ from synco_fast.data.errors import BrokenImageError
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, Place, replace_broken
 from synco_fast.data.sources.splits import Split
-from synco_fast.data.workers import default_workers, start_worker
+from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_view", "make_view"]
 
@@ -99,7 +99,7 @@ class TorchvisionPipeline:
         world: int = 1,
     ) -> None:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
-        workers = default_workers() if workers is None else workers
+        workers = available_cores() if workers is None else workers
         self._loader: DataLoader[Batch] = DataLoader(
             _Views(split, recipe, seed),  # type: ignore[arg-type]
             batch_sampler=self._batches,
@@ -164,7 +164,7 @@ def evaluation_loader(
     Broken images are left out of a batch, so b can be smaller than ``batch``.
     """
     dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
-    workers = default_workers() if workers is None else workers
+    workers = available_cores() if workers is None else workers
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from synco_fast.data.sources.catalogue import catalogue_path, write_catalogue
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import FileSplit, Split
-from synco_fast.data.workers import default_workers, start_worker
+from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["find_broken", "keep_list", "open_afresh"]
 
@@ -47,7 +47,7 @@ def find_broken(
     loader = DataLoader(
         _Tried(split),
         _AT_A_TIME,
-        num_workers=default_workers() if workers is None else workers,
+        num_workers=available_cores() if workers is None else workers,
         collate_fn=list,
         worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),

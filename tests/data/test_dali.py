@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.pipelines.build import evaluation_batches, has_dali
+from synco_fast.data.pipelines.build import has_dali
 from synco_fast.data.sources.open import open_source
 from tests.data.photos import photo
 from tests.data.test_pipelines import damage, epoch, special
@@ -18,6 +18,7 @@ if not has_dali():
 
 from synco_fast.data.pipelines.dali import reader as dali_reader
 from synco_fast.data.pipelines.dali.pipeline import DaliPipeline, dali_evaluation
+from synco_fast.data.pipelines.torchvision import evaluation_loader
 
 RECIPE = Recipe(size=16)
 
@@ -96,8 +97,8 @@ def test_evaluation_is_that_of_the_portable_pipeline(folder):
     for workers in (0, 2):
         found, wanted = {}, {}
         for results, batches in (
-            (found, evaluation_batches(split, recipe, batch=5, name="dali", workers=workers, numbers=numbers)),
-            (wanted, evaluation_batches(split, recipe, batch=5, workers=0, numbers=numbers)),
+            (found, dali_evaluation(split, recipe, batch=5, workers=workers, numbers=numbers)),
+            (wanted, evaluation_loader(split, recipe, batch=5, workers=0, numbers=numbers)),
         ):
             results["broken"], order = {}, []
             for images, indices, broken in batches:
@@ -163,3 +164,29 @@ def test_sixteen_bit_and_palette_pixels_reach_dali_as_pillow_reads_them(tmp_path
     sizes = dict(zip(names, batch.sizes.tolist(), strict=True))
     assert sizes["turned6.jpg"] == [80, 60]
     assert sizes["turned3.jpg"] == [60, 80]
+
+
+def test_features_of_dalis_crops_are_those_of_pillows(folder, monkeypatch):
+    """The evaluation as it is called, with the graph on the CPU back end in a GPU's place."""
+    from torch import nn
+
+    from synco_fast.evaluation import features
+
+    class Means(nn.Module):
+        def forward(self, images):
+            return images.unflatten(2, (4, -1)).unflatten(4, (4, -1)).mean((3, 5)).flatten(1)
+
+    damage(folder)
+    split = open_source(str(folder)).train
+    split.labels = np.zeros(len(split), np.int64)
+    options = {"device": torch.device("cpu"), "batch": 5, "workers": 0}
+    expected = features.extract_features(Means(), split, RECIPE, **options)
+    monkeypatch.setattr(
+        features,
+        "evaluation_batches",
+        lambda split, recipe, *, pipeline, device, **rest: dali_evaluation(split, recipe, **rest),
+    )
+    found = features.extract_features(Means(), split, RECIPE, **options)
+    assert found.numbers.tolist() == expected.numbers.tolist()
+    assert set(found.broken) == set(expected.broken)
+    assert (found.values - expected.values).abs().max() < 2 / 255 / 0.224

@@ -6,7 +6,7 @@ import torch
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
-from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
 from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
 from tests.data.test_pipelines import BROKEN, damage, special
@@ -95,3 +95,15 @@ def test_a_resident_set_makes_the_same_views_on_the_gpu():
         difference = (batch.first.cpu().int() - other.first.int()).abs()
         assert difference.float().mean() < 0.05
         assert difference.max() <= 3
+
+
+@DALI
+def test_evaluation_by_dali_is_that_of_pillow(split):
+    cuda = torch.device("cuda")
+    ours = list(evaluation_batches(split, RECIPE, batch=16, device=cuda, workers=2))
+    theirs = list(evaluation_batches(split, RECIPE, batch=16, workers=2))
+    for (images, numbers, broken), (others, same, _) in zip(ours, theirs, strict=True):
+        assert images.is_cuda
+        assert not broken
+        assert torch.equal(numbers, same)
+        assert (images.cpu().int() - others.int()).abs().float().mean() < 1

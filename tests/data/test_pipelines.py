@@ -7,7 +7,8 @@ from PIL import Image
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
-from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.pipelines import build
+from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
 from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
 
@@ -265,3 +266,32 @@ def test_the_choice(split, monkeypatch):
         assert choose_pipeline("torchvision", arrays, gpu) == "torchvision"
     with pytest.raises(DataError, match=r"data\.pipeline: found dali, expected .* where DALI is not installed"):
         choose_pipeline("dali", split, cpu)
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "pipeline", "wanted"),
+    [
+        (True, "cuda", "auto", "dali"),
+        (True, "cuda", "dali", "dali"),
+        (True, "cuda", "torchvision", "torchvision"),
+        (False, "cuda", "auto", "torchvision"),
+        (False, "cuda", "dali", "torchvision"),
+        (True, "cpu", "dali", "torchvision"),
+        (True, None, "auto", "torchvision"),
+    ],
+)
+def test_what_decodes_for_an_evaluation(split, monkeypatch, installed, device, pipeline, wanted):
+    monkeypatch.setattr(build, "has_dali", lambda: installed)
+    monkeypatch.setattr(build, "evaluation_loader", lambda *_, **options: ("torchvision", options))
+    if has_dali():
+        monkeypatch.setattr(
+            "synco_fast.data.pipelines.dali.pipeline.dali_evaluation", lambda *_, **options: ("dali", options)
+        )
+    elif wanted == "dali":
+        pytest.skip("DALI is not installed")
+    device = device and torch.device(device)
+    chosen, options = evaluation_batches(split, RECIPE, batch=5, pipeline=pipeline, device=device, numbers=[1])
+    assert chosen == wanted
+    assert (options["batch"], options["numbers"]) == (5, [1])
+    arrays = ArraySplit(np.zeros((9, 28, 28), np.uint8), None, "zeros")
+    assert evaluation_batches(arrays, RECIPE, device=device)[0] == "torchvision"

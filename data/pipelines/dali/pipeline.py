@@ -7,7 +7,6 @@ operators and checkpoints are not used: they would tie order and views to the nu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
 from synco_fast.data.pipelines.epochs import EpochBatches, Place
 from synco_fast.data.sources.splits import Split
+from synco_fast.data.workers import available_cores
 
 __all__ = ["DaliPipeline", "dali_evaluation"]
 
@@ -84,7 +84,7 @@ class DaliPipeline:
             recipe,
             batch=self._batches.share,
             device=number,
-            threads=threads or _threads(),
+            threads=threads or available_cores(),
             decode=decode,
             dtype=dtype,
             depth=_DEPTH,
@@ -156,7 +156,7 @@ def dali_evaluation(
         recipe,
         batch=batch,
         device=number,
-        threads=threads or _threads(),
+        threads=threads or available_cores(),
         dtype=torch.uint8,
         depth=_DEPTH,
     )
@@ -176,7 +176,3 @@ def _gpu_number(device: torch.device | None) -> int | None:
     if device is None or device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))

@@ -16,7 +16,7 @@ from synco_fast.data.errors import BrokenImageError
 from synco_fast.data.pipelines.epochs import Place, replace_broken
 from synco_fast.data.sources.decode import decode_image, encode_pixels, plain_jpeg_size
 from synco_fast.data.sources.splits import Split
-from synco_fast.data.workers import default_workers, start_worker
+from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["EncodedBatch", "Reader"]
 
@@ -139,7 +139,7 @@ class Reader(Dataset[EncodedBatch]):
 
     def loader(self, batches: Sampler[list[Place]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:
         """Batches of the sampler's places, read by ``workers`` processes (default: one a core; 0: this one)."""
-        workers = default_workers() if workers is None else workers
+        workers = available_cores() if workers is None else workers
         options: dict[str, Any] = {
             "sampler": batches,
             "batch_size": None,
