@@ -1,4 +1,4 @@
-"""One draw for every pipeline: the random parameters of a view as a pure function of seed, epoch, image and view.
+"""Augmentation parameters: a pure function of seed, epoch, image and view, and the list of operations.
 
 A pipeline only carries out what is drawn here, so all of them make the same views, whatever their workers, batches and
 ranks are, and a run that resumes in the middle of an epoch needs no state but the position.
@@ -193,7 +193,7 @@ OPERATIONS = (
 
 
 def operations_of(recipe: Recipe, executor: str) -> list[Operation]:
-    """The operations that an executor carries out for a recipe: those of probability 0 are left out."""
+    """The operations that an executor carries out for a recipe: those of probability 0 are skipped."""
     return [
         operation
         for operation in OPERATIONS

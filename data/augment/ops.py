@@ -1,4 +1,4 @@
-"""A view from pixels and drawn parameters, on tensors: shared by the torchvision pipeline and the resident one.
+"""Augmentation on tensors: from pixels and drawn parameters to a view, for the torchvision and resident pipelines.
 
 Each operation is torchvision's, to within rounding, written for whole batches in which every image has parameters of
 its own. Pixels are floats from 0 to 255; they are clamped after each operation, as torchvision does, and rounded once.
@@ -66,7 +66,7 @@ def _where(views: Tensor, drawn: NDArray[np.bool_], change: Callable[[Tensor], T
 
 
 def _column(values: NDArray[np.float32], like: Tensor) -> Tensor:
-    """One number an image, (n, 1, 1, 1), on the device of ``like``."""
+    """One number per image, (n, 1, 1, 1), on the device of ``like``."""
     return torch.from_numpy(values).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
 
 

@@ -1,4 +1,4 @@
-"""The augmentation as one typed description, from which every pipeline is built."""
+"""Augmentation settings: one typed description that every pipeline is built from."""
 
 from __future__ import annotations
 

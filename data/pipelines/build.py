@@ -1,4 +1,4 @@
-"""Which pipeline a run uses."""
+"""Choosing and building a pipeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
     """The pipeline that a name stands for.
 
     ``auto`` is resident for images that are in memory anyhow, DALI on a GPU where it is installed, and torchvision
-    everywhere else: on the CPU it makes views several times faster than DALI's CPU back end.
+    everywhere else: on the CPU it makes views several times faster than DALI's CPU backend.
 
     Raises:
         DataError: ``dali`` is asked for and not installed.
@@ -122,7 +122,7 @@ def evaluation_batches(
     workers: int | None = None,
     numbers: list[int] | None = None,
 ) -> Iterable[tuple[Tensor, Tensor, dict[int, str]]]:
-    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and what was corrupt.
+    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and the corrupt ones.
 
     On a CUDA device DALI decodes and resizes them where the run's pipeline is DALI, and leaves them there; everywhere
     else Pillow and torchvision do, and the images are on the CPU. A pixel differs by 8 of 255 levels at most

@@ -43,8 +43,8 @@ def test_a_file_that_only_the_decoder_finds_broken_is_remembered(folder):
     pipe._runner._build = lambda: builds.append(1) or build()
     for number in range(3):
         assert len(epoch(pipe, number)) == 7
-        assert bent in pipe._runner._doubted
-        assert all("good" not in pipe._reader.split.name(index) for index in pipe._runner._doubted)
+        assert bent in pipe._runner._failed
+        assert all("good" not in pipe._reader.split.name(index) for index in pipe._runner._failed)
         assert len(builds) == 3, "built at first, before the second try, after it; then never again"
 
 
@@ -59,10 +59,10 @@ def test_a_file_that_only_dali_refuses_is_decoded_by_pillow(folder, monkeypatch)
     pipe = pipeline(folder, batch=7)
     for number in (0, 1):
         for batch, wanted in zip(epoch(pipe, number), expected[number], strict=True):
-            assert not batch.broken
-            assert torch.equal(batch.images, wanted.images)
+            assert not batch.corrupt
+            assert torch.equal(batch.image_ids, wanted.image_ids)
             assert (batch.first.int() - wanted.first.int()).abs().float().mean() < 1
-    assert 0 < len(pipe._runner._doubted) <= 7
+    assert 0 < len(pipe._runner._failed) <= 7
 
 
 def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch):
@@ -83,7 +83,7 @@ def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch
 @pytest.mark.parametrize("decode", ["once", "windows"])
 def test_both_ways_to_decode_make_the_same_views(folder, decode):
     for batch, other in zip(epoch(pipeline(folder, decode=decode), 1), epoch(pipeline(folder), 1), strict=True):
-        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.image_ids, other.image_ids)
         assert (batch.second.int() - other.second.int()).abs().float().mean() < 1.5
 
 
@@ -100,15 +100,15 @@ def test_evaluation_is_that_of_the_portable_pipeline(folder):
             (found, dali_evaluation(split, recipe, batch=5, workers=workers, numbers=numbers)),
             (wanted, evaluation_loader(split, recipe, batch=5, workers=0, numbers=numbers)),
         ):
-            results["broken"], order = {}, []
-            for images, indices, broken in batches:
-                results["broken"] |= broken
+            results["corrupt"], order = {}, []
+            for images, indices, corrupt in batches:
+                results["corrupt"] |= corrupt
                 order += indices.tolist()
                 results.update(zip(indices.tolist(), images, strict=True))
-            assert order == [number for number in numbers if number not in results["broken"]]
-        assert set(found["broken"]) == set(wanted["broken"])
-        assert len(found["broken"]) == 8
-        del found["broken"], wanted["broken"]
+            assert order == [number for number in numbers if number not in results["corrupt"]]
+        assert set(found["corrupt"]) == set(wanted["corrupt"])
+        assert len(found["corrupt"]) == 8
+        del found["corrupt"], wanted["corrupt"]
         assert set(found) == set(wanted)
         for number, image in found.items():
             difference = (image.int() - wanted[number].int()).abs().float()
@@ -120,7 +120,7 @@ def test_evaluation_of_nothing_but_broken_files(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     batches = list(dali_evaluation(open_source(str(tmp_path)).train, RECIPE, batch=2, workers=0))
-    assert [len(broken) for _, _, broken in batches] == [2, 1]
+    assert [len(corrupt) for _, _, corrupt in batches] == [2, 1]
     assert all(images.shape == (0, 3, 16, 16) and len(numbers) == 0 for images, numbers, _ in batches)
 
 

@@ -1,4 +1,4 @@
-"""The graph that DALI runs: encoded images and drawn parameters in, views out, on a GPU or on the CPU.
+"""DALI graphs: encoded images and drawn parameters in, views out, on a GPU or on the CPU.
 
 Nothing in it is random: every operation takes its parameters as inputs. Conditions send an image through those
 operations alone that it was drawn for, so that images without jitter or blur cost nothing there. Operations that the
@@ -127,7 +127,7 @@ def build_views(
     Args:
         recipe: Size, normalisation, and which parts of the jitter there are.
         batch: B.
-        device: Number of the GPU, or None for the CPU back end.
+        device: Number of the GPU, or None for the CPU backend.
         threads: Of DALI's own pool.
         decode: Whether to decode once or by window.
         dtype: torch.uint8 for pixels; torch.float32 or torch.float16 for normalised values.
