@@ -43,8 +43,8 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
     from synco_fast.data.augment.recipe import Recipe
-    from synco_fast.data.sources.catalogue import cache_folder
-    from synco_fast.data.workers import default_workers
+    from synco_fast.data.sources.manifest import cache_folder
+    from synco_fast.data.workers import available_cores
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
@@ -59,7 +59,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             "DALI is not installed"
         )
     folder = options.folder or cache_folder() / "bench-photos"
-    workers = options.workers or default_workers()
+    workers = options.workers or available_cores()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task("drawing photos", total=None)
         names = make_photos(folder, options.photos)

@@ -147,7 +147,7 @@ class Trainer:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            self.broken.replaced(batch.broken)
+            self.broken.replaced(batch.corrupt)
             if undrawn:
                 draw_pairs(batch.as_pixels(self.config.augment), pairs)
                 undrawn = False
