@@ -25,7 +25,7 @@ from synco_fast.bench.data_baseline import two_crop_loader
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
-from synco_fast.data.sources.catalogue import Catalogue, PackedNames
+from synco_fast.data.sources.manifest import Manifest, PackedNames
 from synco_fast.data.sources.open import ArraySplit
 from synco_fast.data.sources.splits import FileSplit
 
@@ -129,7 +129,7 @@ def _pipeline(
         split = ArraySplit(pixels, None, "noise")
         return build_pipeline(split, small, batch=_RESIDENT_BATCH, seed=0, name="resident", device=device)
     return build_pipeline(
-        FileSplit(folder, Catalogue(PackedNames.pack(many)), None, ""),
+        FileSplit(folder, Manifest(PackedNames.pack(many)), None, ""),
         recipe,
         batch=batch,
         seed=0,
@@ -178,7 +178,7 @@ def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle
     images, busy, start = 0, _busy_seconds(), time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = next(stream).to(device)
-        images += len(batch.images)
+        images += len(batch.image_ids)
     _wait(device)
     spent = time.perf_counter() - start
     after = _busy_seconds()

@@ -37,6 +37,7 @@ class _TwoCrops(Dataset[tuple[Tensor, Tensor]]):
                 transforms.RandomApply([jitter], p=recipe.jitter_probability),
                 transforms.RandomGrayscale(recipe.grayscale_probability),
                 transforms.RandomApply([_Blur(recipe.blur_sigma)], p=recipe.blur_probability),
+                transforms.RandomSolarize(128, recipe.solarize_probability),
                 transforms.RandomHorizontalFlip(recipe.flip_probability),
                 transforms.ToTensor(),
                 transforms.Normalize(recipe.mean, recipe.std),

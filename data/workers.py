@@ -1,4 +1,4 @@
-"""The processes that read and decode."""
+"""Worker processes of the data loaders."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def available_cores() -> int:
 
 
 def start_worker(worker: int) -> None:
-    """Settings of a worker of `torch.utils.data.DataLoader`; the number is that of the worker."""
+    """Set up a worker of `torch.utils.data.DataLoader`, by number."""
     # A worker outlives the signals that ask a job to stop: the training process still wants its step's batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -40,7 +40,7 @@ def _keep_freed_memory() -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """What is left of the workers at the end of the program, which ends daemons by a SIGTERM that they ignore."""
+    """Kill the workers that are left at exit: they ignore the SIGTERM that ends daemons."""
     left = [process for process in multiprocessing.active_children() if process.daemon]
     if left:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each as a failed worker

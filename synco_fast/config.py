@@ -61,7 +61,7 @@ class DataConfig(Section):
     pipeline: PipelineName = Field("auto", description="What makes the views; auto: the fastest one for the device")
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
-    max_broken: Fraction = Field(0.01, description="Fraction of unreadable images above which the run stops")
+    max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
 
 
 class ModelConfig(Section):
@@ -105,7 +105,7 @@ else:
         **{
             family.name: (
                 Count | None,
-                Field(None, description=f"Synthetic negatives of type {family.number} a query: {family.formula}"),
+                Field(None, description=f"{family.title}; SynCo's count is {family.published}"),
             )
             for family in FAMILIES
         },
@@ -113,7 +113,7 @@ else:
 
 
 class MethodConfig(_MethodCounts):
-    """Which negatives. A count that is null is the method's published one times ``count_scale``."""
+    """Which negatives. A count that is null is the method's published one times count_scale."""
 
     extrapolation: Extrapolation = Field("released", description="Formula of type 2: of the released code or the paper")
     warmup_epochs: int = Field(10, ge=0, le=100_000, description="First epochs without synthetic negatives")
@@ -141,7 +141,7 @@ class MethodConfig(_MethodCounts):
 
 
 class GeneratedConfig(Section):
-    """The pair of generators of `generated`, after Wu et al. (arXiv 2202.06464)."""
+    """Pairs of generated images, after Wu et al. (arXiv 2202.06464)."""
 
     pair: Literal["joint", "frozen", "none"] = Field(
         "joint", description="Generators that learn with the encoder, stay fixed, or no pairs"

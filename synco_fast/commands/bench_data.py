@@ -43,7 +43,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
     from synco_fast.data.augment.recipe import Recipe
-    from synco_fast.data.sources.catalogue import cache_folder
+    from synco_fast.data.sources.manifest import cache_folder
     from synco_fast.data.workers import available_cores
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError

@@ -38,7 +38,7 @@ def _embed(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     if options.json is not None:
         write_json(options.json, result)
     table = two_columns(f"features of {result['source']}")
-    for name in ("file", "images", "width", "labelled", "broken"):
+    for name in ("file", "images", "width", "labelled", "corrupt"):
         table.add_row(name, f"{result[name]:,}" if isinstance(result[name], int) else str(result[name]))
     console.print(table)
     return 0

@@ -35,6 +35,7 @@ def add(commands: Commands) -> None:
 
 def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     given = check_ranges(options, epochs=0, batch=0, head_lr=0)
+    check_ranges(options, lr=0, percent=0)
     from synco_fast.evaluation.finetune import RATES, evaluate_finetune, published_protocol
 
     result = evaluate_finetune(

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from synco_fast.data.pipelines.base import normalise
-from synco_fast.data.pipelines.torchvision import evaluation_loader
+from synco_fast.data.pipelines.build import evaluation_batches
 from synco_fast.evaluation.context import EvalContext, check_unchanged, fingerprint, progress
 from synco_fast.evaluation.labelled import LabelledBatches
 from synco_fast.export.load import backbone_of
@@ -218,14 +218,21 @@ def _test(context: EvalContext, model: nn.Module) -> tuple[float, float, list[li
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=context.device)
     counts = torch.zeros(2, dtype=torch.int64, device=context.device)
     numbers = list(range(rank(), len(context.held_out), world()))
-    loader = evaluation_loader(context.held_out, context.recipe, workers=context.workers, numbers=numbers)
+    loader = evaluation_batches(
+        context.held_out,
+        context.recipe,
+        pipeline=context.pipeline,
+        device=context.device,
+        workers=context.workers,
+        numbers=numbers,
+    )
     assert context.held_out.labels is not None
     for images, indices, _ in loader:
         if not len(images):
             continue
         with context.precision.autocast():
             logits = model(normalise(images.to(context.device), context.recipe)).float()
-        labels = torch.from_numpy(context.held_out.labels)[indices].to(context.device)
+        labels = torch.from_numpy(context.held_out.labels)[indices.cpu()].to(context.device)
         top = logits.topk(min(5, classes), dim=1).indices
         counts += torch.stack([(top == labels[:, None]).any(dim=1).sum(), torch.tensor(len(labels)).to(counts)])
         confusion.index_put_((labels, top[:, 0]), torch.ones_like(labels), accumulate=True)

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, Split, open_source
 from synco_fast.export.load import Weights, backbone_of, read_weights
 from synco_fast.runtime.distributed import DistEnv, init_distributed, rank
@@ -77,6 +78,7 @@ class EvalContext:
     device: torch.device
     precision: Precision
     folder: Path
+    pipeline: PipelineName
     workers: int | None
     fresh: bool
 
@@ -153,6 +155,7 @@ def open_context(path: Path, options: EvalOptions, device: torch.device | None =
         device=device,
         precision=Precision(options.precision, device, key="precision"),
         folder=folder_of(weights, options),
+        pipeline=weights.config.data.pipeline,
         workers=options.workers if options.workers is not None else weights.config.data.workers,
         fresh=options.fresh,
     )

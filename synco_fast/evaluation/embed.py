@@ -53,7 +53,7 @@ def embed(
     if splits == "val" and source.validation is None:
         raise DataError(f"data: found no held-out split in {source.spec}, expected --split train")
     backbone = backbone_of(weights).to(device)
-    features, labels, paths, names, broken = [], [], [], [], 0
+    features, labels, paths, names, corrupt = [], [], [], [], 0
     for name, split in chosen.items():
         if split is None:
             continue
@@ -64,6 +64,7 @@ def embed(
                 weights.config.augment,
                 device=device,
                 workers=options.workers if options.workers is not None else weights.config.data.workers,
+                pipeline=weights.config.data.pipeline,
                 labelled=False,
                 tick=bar.advance,
             )
@@ -71,7 +72,7 @@ def embed(
         labels.append(found.labels)
         paths += [split.name(number) for number in found.numbers.tolist()]
         names += [name] * len(found.labels)
-        broken += len(found.broken)
+        corrupt += len(found.corrupt)
     values, classes = torch.cat(features).numpy(), torch.cat(labels).numpy()
     _write(out, values, classes, paths, names)
     return {
@@ -81,7 +82,7 @@ def embed(
         "images": len(paths),
         "width": values.shape[1],
         "labelled": int((classes >= 0).sum()),
-        "broken": broken,
+        "corrupt": corrupt,
         "environment": describe_environment(),
     }
 

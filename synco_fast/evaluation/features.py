@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
-from synco_fast.data.pipelines.torchvision import evaluation_loader
+from synco_fast.data.pipelines.build import evaluation_batches
+from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Split
 from synco_fast.evaluation.context import EvalContext, fingerprint, progress
 from synco_fast.runtime.distributed import barrier, rank, world
@@ -36,13 +37,13 @@ class Features:
     Attributes:
         values: (n, F) float32 on the CPU.
         labels: (n,) int64.
-        broken: By index of an image that could not be read, why.
+        corrupt: By index of an image that could not be read, why.
         numbers: The split's index of each row's image, (n,) int64.
     """
 
     values: Tensor
     labels: Tensor
-    broken: dict[int, str]
+    corrupt: dict[int, str]
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
@@ -62,6 +63,7 @@ def extract_features(
     device: torch.device,
     batch: int = 256,
     workers: int | None = None,
+    pipeline: PipelineName = "auto",
     limit: int | None = None,
     numbers: Iterable[int] | None = None,
     labelled: bool = True,
@@ -76,6 +78,7 @@ def extract_features(
         device: Where the backbone is.
         batch: Images at a time.
         workers: Decoding processes.
+        pipeline: ``data.pipeline`` of the run, which says whether DALI decodes on a GPU.
         limit: At most so many images, evenly spaced.
         numbers: The indices of these images instead; where none of them can be read, the features are empty.
         labelled: Whether labels are required; where they are not and there are none, they are -1.
@@ -87,15 +90,17 @@ def extract_features(
     if split.labels is None and labelled:
         raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class for kNN")
     wanted = evenly_spaced(len(split), limit) if numbers is None else list(numbers)
-    loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=wanted)
+    loader = evaluation_batches(
+        split, recipe, batch=batch, pipeline=pipeline, device=device, workers=workers, numbers=wanted
+    )
     was_training = backbone.training
     backbone.eval()
     values: list[Tensor] = []
     found: list[Tensor] = []
-    broken: dict[int, str] = {}
+    corrupt: dict[int, str] = {}
     try:
         for images, indices, failed in loader:
-            broken |= failed
+            corrupt |= failed
             if len(images):
                 values.append(backbone(normalise(images.to(device), recipe)).float().cpu())
                 found.append(indices)
@@ -106,10 +111,10 @@ def extract_features(
         raise DataError(f"data: found no readable image beside {split.name(0)}")
     if not values:
         empty = torch.empty(0, dtype=torch.int64)
-        return Features(torch.empty(0, 0), empty, broken, empty)
+        return Features(torch.empty(0, 0), empty, corrupt, empty)
     read = torch.cat(found)
     labels = torch.full_like(read, -1) if split.labels is None else torch.from_numpy(split.labels)[read]
-    return Features(torch.cat(values), labels, broken, read)
+    return Features(torch.cat(values), labels, corrupt, read)
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,11 @@ class CachedFeatures:
         chunks = [chunk for chunk in self if len(chunk.labels)]
         if not chunks:
             raise DataError("data: found no readable image")
-        broken = {number: reason for chunk in self for number, reason in chunk.broken.items()}
+        corrupt = {number: reason for chunk in self for number, reason in chunk.corrupt.items()}
         return Features(
             torch.cat([chunk.values for chunk in chunks]),
             torch.cat([chunk.labels for chunk in chunks]),
-            broken,
+            corrupt,
             torch.cat([chunk.numbers for chunk in chunks]),
         )
 
@@ -181,6 +186,7 @@ def cached_features(context: EvalContext, split: Split, title: str, console: Con
                     context.recipe,
                     device=context.device,
                     workers=context.workers,
+                    pipeline=context.pipeline,
                     numbers=range(start, end),
                     tick=bar.advance,
                 )
@@ -195,6 +201,8 @@ def _key(context: EvalContext, split: Split) -> str:
     digest = hashlib.sha256(fingerprint(context.backbone).encode())
     digest.update(f"{recipe.size} {recipe.resize} {recipe.mean} {recipe.std} {context.precision.name}".encode())
     digest.update(f"{len(split)} {context.source.spec}".encode())
+    if context.device.type == "cuda":  # DALI's crops differ by rounding
+        digest.update(context.pipeline.encode())
     for number in range(len(split)):
         digest.update(split.name(number).encode() + b"\0")
     if split.labels is not None:
@@ -205,7 +213,7 @@ def _key(context: EvalContext, split: Split) -> str:
 def _write(file: Path, found: Features) -> None:
     tensors = {"values": found.values, "labels": found.labels, "numbers": found.numbers}
     with atomic_write(file) as temporary:
-        save_file(tensors, temporary, metadata={"broken": json.dumps(found.broken)})
+        save_file(tensors, temporary, metadata={"corrupt": json.dumps(found.corrupt)})
 
 
 def _read(file: Path) -> Features | None:
@@ -214,8 +222,8 @@ def _read(file: Path) -> Features | None:
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            broken = json.loads((opened.metadata() or {}).get("broken", "{}"))
+            corrupt = json.loads((opened.metadata() or {}).get("corrupt", "{}"))
             values, labels, numbers = (opened.get_tensor(name) for name in ("values", "labels", "numbers"))
     except (SafetensorError, OSError, ValueError):
         return None
-    return Features(values, labels, {int(number): reason for number, reason in broken.items()}, numbers)
+    return Features(values, labels, {int(number): reason for number, reason in corrupt.items()}, numbers)

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 
 from synco_fast.config import EvaluationConfig
 from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source
 from synco_fast.evaluation.context import (
     EvalOptions,
@@ -199,7 +200,7 @@ class KnnResult:
     chance: float
     bank: int
     queries: int
-    broken: tuple[str, ...]
+    corrupt: tuple[str, ...]
 
 
 def check_periodic_knn(evaluation: EvaluationConfig, source: Source) -> None:
@@ -224,6 +225,7 @@ def periodic_knn(
     evaluation: EvaluationConfig,
     *,
     device: torch.device,
+    pipeline: PipelineName = "auto",
     workers: int | None = None,
     tick: Callable[[int], None] = lambda images: None,
 ) -> KnnResult:
@@ -235,6 +237,7 @@ def periodic_knn(
         recipe: Size and normalisation.
         evaluation: k, temperature, and how many images of each split.
         device: Where features are made and compared.
+        pipeline: ``data.pipeline`` of the run.
         workers: Decoding processes.
         tick: Called with the number of images of each batch that was embedded.
 
@@ -245,7 +248,15 @@ def periodic_knn(
     train, held_out = labelled_splits(source)
     bank, queries = (
         extract_features(
-            backbone, split, recipe, device=device, batch=evaluation.batch, workers=workers, limit=limit, tick=tick
+            backbone,
+            split,
+            recipe,
+            device=device,
+            batch=evaluation.batch,
+            pipeline=pipeline,
+            workers=workers,
+            limit=limit,
+            tick=tick,
         )
         for split, limit in ((train, evaluation.train_images), (held_out, evaluation.images))
     )
@@ -263,5 +274,5 @@ def periodic_knn(
         chance=1 / int(bank.labels.unique().numel()),
         bank=len(bank.labels),
         queries=len(queries.labels),
-        broken=(*bank.broken.values(), *queries.broken.values()),
+        corrupt=(*bank.corrupt.values(), *queries.corrupt.values()),
     )

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.errors import BrokenImageError
+from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import Split
@@ -22,7 +22,7 @@ from synco_fast.runtime.errors import DataError
 
 __all__ = ["LabelledBatches", "balanced_subset", "listed_subset"]
 
-#: How many images in a row may be broken before a place in a batch cannot be filled.
+#: How many images in a row may be corrupt before a place in a batch cannot be filled.
 _REPLACEMENTS = 64
 
 
@@ -40,13 +40,13 @@ class _Crops(Dataset[tuple[Tensor, int]]):
             number = self.numbers[(place + shift) % len(self.numbers)]
             try:
                 image = self.split.read(number)
-            except BrokenImageError as error:
+            except CorruptImageError as error:
                 reason = str(error)
                 continue
             with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(self.seed, epoch, number))
                 return self.transform(image), int(self.labels[number])
-        raise DataError(f"data: found {_REPLACEMENTS} broken images in a row, the last: {reason}")
+        raise DataError(f"data: found {_REPLACEMENTS} corrupt images in a row, the last: {reason}")
 
 
 class LabelledBatches:

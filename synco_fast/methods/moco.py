@@ -159,6 +159,7 @@ def _metrics(loss: Tensor, directions: list[Contrast]) -> dict[str, Tensor]:
         "queue_top1": torch.cat([part.queue_rank == 0 for part in statistics]).float().mean(),
         "similarity/positive": torch.cat([part.positive for part in statistics]).mean(),
         "similarity/hard": torch.cat([part.hard for part in statistics]).nanmean(),
+        "slow_path": torch.cat([part.fallback for part in statistics]).float().mean(),
     }
     synthetic = torch.cat([part.synthetic for part in statistics]).nanmean(dim=0)
     metrics |= {f"similarity/{family.name}": synthetic[column] for column, family in enumerate(FAMILIES)}

@@ -67,7 +67,13 @@ def look_around(
     """
     train, held_out = (
         extract_features(
-            context.backbone, split, context.recipe, device=context.device, workers=context.workers, limit=limit
+            context.backbone,
+            split,
+            context.recipe,
+            device=context.device,
+            pipeline=context.pipeline,
+            workers=context.workers,
+            limit=limit,
         )
         for split, limit in ((context.train, bank), (context.held_out, map))
     )

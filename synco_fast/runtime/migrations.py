@@ -10,6 +10,7 @@ __all__ = ["KEYS", "OldLayoutWarning", "migrate_config"]
 #: Keys of the configuration by dotted name.
 KEYS: dict[str, str] = {
     "augment.greyscale_probability": "augment.grayscale_probability",
+    "data.max_broken": "data.max_corrupt",
     "data.share": "data.fraction",
     "evaluation.neighbours": "evaluation.k",
 }

@@ -41,7 +41,7 @@ class BrokenImages:
         if len(self._found) > max(1, self._allowed * self._images):
             raise DataError(
                 f"data: found {len(self._found)} broken images, {len(self._found) / self._images:.1%} of "
-                f"{self._images}, expected {self._allowed:.1%} (data.max_broken); the last: "
+                f"{self._images}, expected {self._allowed:.1%} (data.max_corrupt); the last: "
                 f"{next(reversed(self._found.values()))}"
             )
 

@@ -191,7 +191,7 @@ class Engine:
         # Dropout and stochastic depth draw by step and rank: there is no state of theirs to keep.
         torch.manual_seed(derive_seed(self.config.seed, step, self.place.rank))
         batch = batch.to(self.device)
-        arranged = self.method.arrange(Views(batch.first, batch.second, batch.images), step=step)
+        arranged = self.method.arrange(Views(batch.first, batch.second, batch.image_ids), step=step)
         self._run(arranged, step, self.method.like(epoch), self.momentum(step))
 
     def _compute(self, arranged: Arranged, step: int | Tensor, epoch: int, momentum: float | Tensor) -> None:

@@ -89,7 +89,7 @@ class Trainer:
         self.step = 0
         self.evaluated_at = -1
         self._save_due = False
-        self.broken = BrokenImages(len(train), config.data.max_broken, self._warn)
+        self.broken = BrokenImages(len(train), config.data.max_corrupt, self._warn)
         self.throughput = Throughput(config.training.batch, self.engine.settling)
         self.stopping = Stopping(self.control, config.training.max_time)
         if resume is not None:
@@ -104,7 +104,7 @@ class Trainer:
 
         Raises:
             DivergedError: Too many steps in a row had no finite gradient; the last good checkpoint is kept.
-            DataError: More images are broken than ``data.max_broken`` allows.
+            DataError: More images are broken than ``data.max_corrupt`` allows.
             LostProcessError: Another process of the job is gone.
         """
         if self.place.is_main:
@@ -146,7 +146,7 @@ class Trainer:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            self.broken.replaced(batch.broken)
+            self.broken.replaced(batch.corrupt)
             if undrawn:
                 draw_pairs(batch.as_pixels(self.config.augment), pairs)
                 undrawn = False
@@ -234,9 +234,10 @@ class Trainer:
                 self.config.augment,
                 self.config.evaluation,
                 device=self.device,
+                pipeline=self.config.data.pipeline,
                 workers=self.config.data.workers,
             )
-            self.broken.left_out(result.broken)
+            self.broken.left_out(result.corrupt)
             self.log.write("evaluation", self.step, {"epoch": epochs, "knn": result.accuracy})
             self.reporter.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images")
         self.control.broadcast(None)

@@ -32,7 +32,7 @@ def test_images_without_labels(make_run, image_folder, tmp_path):
     folder = image_folder / "train" / "class0"
     (folder / "broken.jpg").write_bytes(b"")
     done = embed(run, tmp_path / "features.npz", EvalOptions(data=str(folder), workers=0))
-    assert (done["images"], done["labelled"], done["broken"]) == (11, 0, 1)
+    assert (done["images"], done["labelled"], done["corrupt"]) == (11, 0, 1)
     found = np.load(tmp_path / "features.npz")
     assert set(found["labels"].tolist()) == {-1}
     features = torch.from_numpy(found["features"])

@@ -64,7 +64,7 @@ def test_features_are_those_of_evaluation_mode(image_folder):
     assert torch.allclose(found.values, again.values, atol=1e-6)
     assert found.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 4
     assert sum(seen) == 11
-    assert list(found.broken) == [0]
+    assert list(found.corrupt) == [0]
     assert backbone.training
 
 
