@@ -17,11 +17,11 @@ from synco_fast.config import Config
 from synco_fast.explain import known_keys
 from synco_fast.report.runs import Run, read_run
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.style import colour_of
 
 __all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison", "spread"]
 
 matplotlib.use("Agg")
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN": lambda run: run.results.get("knn", {}).get("knn"),
@@ -115,7 +115,7 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     """
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
-    colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(groups))]
+    colours = [colour_of(place) for place in range(len(groups))]
     for group, colour in zip(groups, colours, strict=True):
         for run in group.runs:
             points = [(line["epoch"], line["knn"]) for line in run.evaluations]
