@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     create_model,
-    field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.names import Decode, PipelineName
+from synco_fast.data.section import Section
 from synco_fast.explain import explain_error, nearest_key
 from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
@@ -28,7 +24,7 @@ from synco_fast.runtime.migrations import migrate_config
 from synco_fast.runtime.names import Device, Format
 from synco_fast.runtime.strict_yaml import read_yaml
 
-__all__ = ["Config", "build_config", "read_config"]
+__all__ = ["Config", "Section", "build_config", "read_config", "read_mapping"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -36,21 +32,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0, le=65_536)]
 """Negatives of one kind a query."""
 Epochs = Annotated[float, Field(ge=0, le=100_000)]
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, strict about the names of its keys, its numbers finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's ``true`` is no 1."""
-        kind = str(cls.model_fields[info.field_name or ""].annotation)
-        if isinstance(value, bool) and "bool" not in kind and "Any" not in kind:
-            raise PydanticCustomError("truth", "something else than true or false")
-        return value
 
 
 class DataConfig(Section):

@@ -54,6 +54,10 @@ def test_numbers_in_scientific_notation_are_numbers():
 def test_files(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
     (tmp_path / "twice.yaml").write_text("a: 1\na: 2\n")
-    for name, says in (("none.yaml", "cannot read"), ("latin.yaml", "cannot read"), ("twice.yaml", r"twice\.yaml, line 2")):
+    for name, says in (
+        ("none.yaml", "cannot read"),
+        ("latin.yaml", "cannot read"),
+        ("twice.yaml", r"twice\.yaml, line 2"),
+    ):
         with pytest.raises(ConfigError, match=says):
             read_yaml(tmp_path / name)
