@@ -1,0 +1,48 @@
+"""The elementwise pass: y = relu((x - mean) rstd w + b + r), rounded once."""
+
+# mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from synco_fast.kernels.norm.triton.tile import affine, channel_numbers, rectify, rounded
+
+__all__ = ["normalise"]
+
+
+@triton.jit
+def normalise(
+    p_x,
+    p_mean,
+    p_variance,
+    p_weight,
+    p_bias,
+    p_residual,
+    p_y,
+    C,
+    count,
+    columns,
+    eps,
+    RELU: tl.constexpr,
+    EMULATE: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    """Grid (blocks of C and of rows, 1, G), the former faster. Weight, bias and residual may be None."""
+    program, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    o_channel = program % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    m_channel = o_channel < C
+    mean, _, scale, bias = channel_numbers(p_mean, p_variance, p_weight, p_bias, o_channel, m_channel, group, C, eps)
+    for tile in range(TILES):
+        o_row = (program // columns * TILES + tile) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        m_x = (o_row < count)[:, None] & m_channel[None, :]
+        o_x = (group * count + o_row)[:, None] * C + o_channel[None, :]
+        b_y = affine(tl.load(p_x + o_x, m_x, 0).to(tl.float32), mean, scale, bias)
+        if p_residual is not None:
+            b_y += tl.load(p_residual + o_x, m_x, 0).to(tl.float32)
+        if RELU:
+            b_y = rectify(b_y, b_y)
+        tl.store(p_y + o_x, rounded(b_y, p_y.dtype.element_ty, EMULATE), m_x)
