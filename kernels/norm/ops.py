@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -90,13 +91,18 @@ def batch_norm(
         "eps": float(eps),
         "num_batches_tracked": num_batches_tracked,
     }
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         if backend == "triton":
             return _by_operators(x, weight, bias, running_mean, running_var, **arguments)
         # A compiler makes two kernels of the formula; the loop over groups would stay one.
         if backend == "reference" or (training and groups > 1 and torch.compiler.is_compiling()):
             return reference.batch_norm(x, weight, bias, running_mean, running_var, **arguments)
         return native.batch_norm(x, weight, bias, running_mean, running_var, **arguments)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Every dtype here is chosen already; a device without autocast ("meta") has none to switch off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _by_operators(

@@ -12,7 +12,7 @@ from synco_fast.kernels.norm.triton.tile import affine, channel_numbers, rectify
 __all__ = ["normalise"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "columns"])
 def normalise(
     p_x,
     p_mean,
@@ -32,17 +32,18 @@ def normalise(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     """Grid (blocks of C and of rows, 1, G), the former faster. Weight, bias and residual may be None."""
-    program, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    program, group = tl.program_id(0), tl.program_id(2)
     o_channel = program % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < C
     mean, _, scale, bias = channel_numbers(p_mean, p_variance, p_weight, p_bias, o_channel, m_channel, group, C, eps)
+    o_tile = tl.arange(0, BLOCK_ROWS)[:, None] * C + o_channel[None, :]
     for tile in range(TILES):
-        o_row = (program // columns * TILES + tile) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        m_x = (o_row < count)[:, None] & m_channel[None, :]
-        o_x = (group * count + o_row)[:, None] * C + o_channel[None, :]
-        b_y = affine(tl.load(p_x + o_x, m_x, 0).to(tl.float32), mean, scale, bias)
+        row = (program // columns * TILES + tile) * BLOCK_ROWS
+        m_x = (row + tl.arange(0, BLOCK_ROWS) < count)[:, None] & m_channel[None, :]
+        base = (group.to(tl.int64) * count + row) * C
+        b_y = affine(tl.load(p_x + base + o_tile, m_x, 0).to(tl.float32), mean, scale, bias)
         if p_residual is not None:
-            b_y += tl.load(p_residual + o_x, m_x, 0).to(tl.float32)
+            b_y += tl.load(p_residual + base + o_tile, m_x, 0).to(tl.float32)
         if RELU:
             b_y = rectify(b_y, b_y)
-        tl.store(p_y + o_x, rounded(b_y, p_y.dtype.element_ty, EMULATE), m_x)
+        tl.store(p_y + base + o_tile, rounded(b_y, p_y.dtype.element_ty, EMULATE), m_x)

@@ -21,6 +21,8 @@ CHANNELS = 64
 PROGRAMS = 512
 #: Tiles that a program of an elementwise pass handles, to load the numbers of a channel once for all of them.
 TILES = 4
+#: Shares of a channel that are added up at once, of all groups together.
+SHARES = 256
 #: Channels of a program that adds shares up: a sector of the L2 cache.
 SHARED_CHANNELS = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +39,8 @@ def unserved(x: Tensor) -> str | None:
         return f"x has dtype {x.dtype}; the kernels take float32, bfloat16 and float16"
     if x.shape[0] * x.shape[2] * x.shape[3] >= 1 << 30:
         return f"x has {x.shape[0] * x.shape[2] * x.shape[3]} values a channel; the kernels take fewer than {1 << 30}"
+    if max(PROGRAMS, x.shape[0]) * x.shape[1] >= 1 << 31:
+        return f"x has {x.shape[0]} images of {x.shape[1]} channels; the kernels take fewer than {1 << 31} in all"
     if interpreted():
         return None
     if not x.is_cuda or torch.version.hip:
@@ -90,7 +94,7 @@ def shape_of(x: Tensor, groups: int) -> Shape:
     tiles = triton.cdiv(count, block_rows)
     wanted = max(1, PROGRAMS // (groups * triton.cdiv(channels, block_channels)))
     each = triton.cdiv(tiles, wanted)
-    at_once = min(PROGRAMS, triton.next_power_of_2(groups))
+    at_once = min(SHARES, triton.next_power_of_2(groups))
     return Shape(
         channels,
         count,

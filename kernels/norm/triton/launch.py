@@ -12,7 +12,7 @@ Launches, whatever the number of groups, and passes over memory of x's size, eac
 | `backward` | `partial_sums`, `finish_sums`, `of_input` | dy twice, x twice | dx |
 | `backward` of ReLU with residual | the same | dy, y, dr, x twice | dr, dx |
 
-What is small beside x are the numbers of a channel and the shares of `splits` programs, 8 C bytes a split and group.
+What is small beside x are the numbers of a channel and the shares of `splits` programs, 12 C bytes a split and group.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor
 from synco_fast.kernels.norm.triton.apply import normalise
 from synco_fast.kernels.norm.triton.backward import finish_sums, of_input, partial_sums
 from synco_fast.kernels.norm.triton.config import (
-    PROGRAMS,
     SHARED_CHANNELS,
+    SHARES,
     TILES,
     Shape,
     interpreted,
@@ -47,8 +47,8 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def _adding(shape: Shape) -> dict[str, int]:
-    """How shares are added up: as many at once as there are in most cases."""
-    return {"GROUPS": shape.at_once, "SPLITS": PROGRAMS // shape.at_once, "CHANNELS": SHARED_CHANNELS}
+    """How shares are added up: all of a channel in one or two goes, in most cases."""
+    return {"GROUPS": shape.at_once, "SPLITS": SHARES // shape.at_once, "CHANNELS": SHARED_CHANNELS}
 
 
 def _tile(shape: Shape) -> dict[str, int]:
@@ -72,7 +72,7 @@ def statistics(
             `synco_fast.kernels.norm.batch_norm`.
     """
     shape, device = shape_of(x, groups), x.device
-    shares = [empty(groups, shape.splits, shape.channels, device=device) for _ in range(2)]
+    shares = [empty(groups, shape.splits, shape.channels, device=device) for _ in range(3)]
     partial_statistics[(shape.columns, shape.splits, groups)](
         x,
         *shares,
