@@ -79,5 +79,8 @@ def _show_note(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning as one line, without the place in the code."""
-    Console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    """What this package warns of as one line, from one process of a job; Python's own form for the rest."""
+    if not issubclass(category, UserWarning) or ("synco_fast" not in filename and "argparse" in filename):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+    elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        Console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)

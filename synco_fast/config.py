@@ -19,6 +19,7 @@ from synco_fast.data.section import Section
 from synco_fast.explain import explain_error, nearest_key
 from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
+from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import migrate_config
 from synco_fast.runtime.names import Device, Format
@@ -66,8 +67,9 @@ class ModelConfig(Section):
 
 
 class _MethodChoice(Section):
-    name: Literal["moco", "mochi", "synco", "generated"] = Field("synco", description="MoCo v2, MoCHi, SynCo or pairs")
-    base: Literal["moco", "mochi", "synco"] = Field("moco", description="Whose synthetic negatives `generated` takes")
+    name: str = Field(
+        "synco", description=f"The method: {', '.join(f'{name} ({spec.title})' for name, spec in METHODS.items())}"
+    )
     queue: int = Field(65536, ge=1, le=1 << 26, description="K, keys of past steps that serve as negatives")
     temperature: float = Field(0.2, ge=1e-4, le=100, description="T, of the contrastive loss")
     count_scale: float = Field(
@@ -94,7 +96,7 @@ else:
 
 
 class MethodConfig(_MethodCounts):
-    """Which negatives. A count that is null is the method's published one times count_scale."""
+    """Which method. A count that is null is the method's published one times count_scale."""
 
     extrapolation: Extrapolation = Field("released", description="Formula of type 2: of the released code or the paper")
     warmup_epochs: int = Field(10, ge=0, le=100_000, description="First epochs without synthetic negatives")
@@ -103,14 +105,23 @@ class MethodConfig(_MethodCounts):
     mask_same_image: bool = Field(False, description="Queue keys of the query's own image are no negatives")
     backend: Backend = Field("auto", description="What computes the loss")
 
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        if self.name not in METHODS:
+            *names, last = (repr(name) for name in METHODS)
+            raise ValueError(f"name: found {self.name!r}, expected {', '.join(names)} or {last}")
+        return self
+
     def negatives(self) -> Negatives:
         """The negatives that the loss takes.
 
         Raises:
-            ConfigError: The counts contradict one another.
+            ConfigError: The counts contradict one another, or the method has no queue.
         """
-        base = self.base if self.name == "generated" else self.name
-        published = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}[base]()
+        known = with_queue()
+        if self.name not in known:
+            raise ConfigError(f"method.name: found {self.name}, expected one with a queue: {', '.join(known)}")
+        published = known[self.name]()
         counts = {}
         for name in ("hard", *(family.name for family in FAMILIES)):
             own = getattr(self, name)
@@ -122,10 +133,10 @@ class MethodConfig(_MethodCounts):
 
 
 class GeneratedConfig(Section):
-    """Pairs of generated images, after Wu et al. (arXiv 2202.06464)."""
+    """Pairs of generated images as further positives, after Wu et al. (arXiv 2202.06464)."""
 
     pair: Literal["joint", "frozen", "none"] = Field(
-        "joint", description="Generators that learn with the encoder, stay fixed, or no pairs"
+        "none", description="joint: generators learn with the encoder; frozen: they are fixed; none: no pairs"
     )
     checkpoint: str | None = Field(None, description="Run of pretrain-generator that both generators start from")
     latent: int = Field(128, ge=1, le=65_536, description="Length of a latent vector, as in that run")
@@ -146,6 +157,11 @@ class GeneratedConfig(Section):
         le=100,
         description="Warn of mode collapse below this fraction of the real images' diversity",
     )
+
+    @property
+    def on(self) -> bool:
+        """Whether pairs are made."""
+        return self.pair != "none"
 
 
 class OptimizerConfig(Section):
@@ -218,12 +234,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        negatives, batch = self.method.negatives(), self.training.batch
-        keys = self.keys_per_step
-        if self.method.queue < keys:
-            raise ConfigError(f"method.queue: found {self.method.queue}, expected {keys} or more, the keys of one step")
-        if negatives.hard > self.method.queue:
-            raise ConfigError(f"method.hard: found {negatives.hard}, expected up to {self.method.queue}, the queue")
+        method, batch = self.method, self.training.batch
+        if method.name in with_queue():
+            hard, keys = method.negatives().hard, batch * (1 + method.symmetric)
+            if method.queue < keys:
+                raise ConfigError(f"method.queue: found {method.queue}, expected {keys} or more, the keys of one step")
+            if hard > method.queue:
+                raise ConfigError(f"method.hard: found {hard}, expected up to {method.queue}, the queue")
         groups = self.model.batch_norm_groups
         if batch % groups:
             raise ConfigError(
@@ -231,32 +248,10 @@ class Config(Section):
             )
         if self.model.sync_batch_norm and groups > 1:
             raise ConfigError(f"model.batch_norm_groups: found {groups}, expected 1 beside model.sync_batch_norm")
-        if self.generates:
-            self._generates_here()
+        extra = extra_of(self)
+        if extra is not None:
+            extra.check(self)
         return self
-
-    def _generates_here(self) -> None:
-        from synco_fast.generated.generator import check_size
-
-        training = self.training
-        check_size(self.augment.size, "augment.size")
-        for name, found, expected in (
-            ("training.accumulate", training.accumulate, 1),
-            ("training.cuda_graph", training.cuda_graph, False),
-            ("training.compile", training.compile, "none"),
-        ):
-            if found != expected:
-                raise ConfigError(f"{name}: found {found}, expected {expected} beside generated pairs")
-
-    @property
-    def keys_per_step(self) -> int:
-        """How many keys enter the queue in a step."""
-        return self.training.batch * (1 + self.method.symmetric) + self.generates * self.generated.batch
-
-    @property
-    def generates(self) -> bool:
-        """Whether pairs of generated images are positives beside the real ones."""
-        return self.method.name == "generated" and self.generated.pair != "none"
 
     @property
     def learning_rate(self) -> float:
@@ -278,7 +273,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
     Raises:
         ConfigError: An unknown key (with the nearest one), or a value that is not allowed.
     """
-    merged = migrate_config(_copy(values))
+    merged = _copy(migrate_config(values))
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
         inside = merged
@@ -288,7 +283,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
                 raise ConfigError(f"{dotted}: found no section of that name{nearest_key(dotted, Config)}")
         inside[last] = value
     try:
-        return Config.model_validate(merged)
+        return Config.model_validate(migrate_config(merged))
     except ValidationError as error:
         raise ConfigError(explain_error(error, Config)) from error
 

@@ -20,6 +20,8 @@ __all__ = ["Manifest", "PackedNames", "cache_folder", "manifest_path", "read_man
 
 #: Raised with every change of the format, so that an older file is made anew.
 _VERSION = 2
+#: The arrays of a `Manifest` with one row per image.
+_ARRAYS = ("labels", "places", "checksums")
 
 
 class PackedNames(Sequence[str]):
@@ -60,6 +62,7 @@ class Manifest:
         labels: (n,) int64 numbers of ``classes``, or None.
         classes: Class names, or None.
         places: For images in tar shards, (n, 3) int64: number of the shard, offset and size in bytes.
+        checksums: For images of a pack, the CRC-32 of their bytes, (n,) uint32.
         stamps: Folders, list files and shards that were read, with their time of change in nanoseconds.
         excluded: Corrupt images and shards that are not in the list, with the reason by name.
     """
@@ -68,6 +71,7 @@ class Manifest:
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] | None = None
     places: NDArray[np.int64] | None = None
+    checksums: NDArray[np.uint32] | None = None
     stamps: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
 
@@ -77,12 +81,15 @@ class Manifest:
         keep[list(corrupt)] = False
         return Manifest(
             PackedNames.pack(self.names[index] for index in np.flatnonzero(keep).tolist()),
-            None if self.labels is None else self.labels[keep],
-            self.classes,
-            None if self.places is None else self.places[keep],
-            self.stamps,
-            {**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
+            classes=self.classes,
+            stamps=self.stamps,
+            excluded={**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
+            **{name: values[keep] for name, values in self.arrays().items()},
         )
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays with one row per image, by name, as far as they are there."""
+        return {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
 
     def is_current(self) -> bool:
         """Whether no folder, list file or shard has changed since."""
@@ -110,11 +117,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "stamps": manifest.stamps,
         "excluded": manifest.excluded,
     }
-    arrays: dict[str, Any] = {"text": manifest.names.text, "ends": manifest.names.ends}
-    for name in ("labels", "places"):
-        values = getattr(manifest, name)
-        if values is not None:
-            arrays[name] = values
+    arrays: dict[str, Any] = {"text": manifest.names.text, "ends": manifest.names.ends, **manifest.arrays()}
     with atomic_write(path) as temporary:
         np.savez(temporary, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
 
@@ -126,15 +129,14 @@ def read_manifest(path: Path) -> Manifest | None:
             about = json.loads(file["about"].tobytes())
             if about["version"] != _VERSION:
                 return None
-            arrays = {name: file[name] for name in ("text", "ends", "labels", "places") if name in file}
+            arrays = {name: file[name] for name in ("text", "ends", *_ARRAYS) if name in file}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
     manifest = Manifest(
-        PackedNames(arrays["text"], arrays["ends"]),
-        arrays.get("labels"),
-        None if about["classes"] is None else tuple(about["classes"]),
-        arrays.get("places"),
-        about["stamps"],
-        about["excluded"],
+        PackedNames(arrays.pop("text"), arrays.pop("ends")),
+        classes=None if about["classes"] is None else tuple(about["classes"]),
+        stamps=about["stamps"],
+        excluded=about["excluded"],
+        **arrays,
     )
     return manifest if manifest.is_current() else None

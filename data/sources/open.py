@@ -62,7 +62,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
         raise DataError(f"{file}: found a corrupt IDX file ({error})") from error
     if kind != 8 or rank != dimensions or values.size != np.prod(shape):
         raise DataError(
-            f"{file}: found another format or a truncated file, expected IDX of bytes in {dimensions} dimensions"
+            f"{file}: found another format or a truncated file, expected IDX with uint8 in {dimensions} dimensions"
         )
     return values.reshape(shape)
 

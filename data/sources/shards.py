@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ from synco_fast.data.sources.manifest import (
     read_manifest,
     write_manifest,
 )
+from synco_fast.data.sources.pack_index import packed_manifest
 from synco_fast.data.sources.splits import relabel
 
 __all__ = ["ShardSplit", "index_shards"]
@@ -36,7 +38,8 @@ class ShardSplit:
     class name or number) or in the key ``label`` of ``.json``; without either, the folder that the image lies in is its
     class. Only regular members are read, only by offset and size: names in a shard reach no file system.
 
-    The index is made once, by reading the shards' headers, and kept in the user's cache until a shard changes.
+    A pack (`synco_fast.data.sources.pack`) brings its index along, with checksums that every read is held to. Of other
+    shards the index is made once, by reading their headers, and kept in the user's cache until a shard changes.
 
     Args:
         shards: Uncompressed tar files.
@@ -52,7 +55,7 @@ class ShardSplit:
             raise DataError(f"data: found no *.tar in {title}")
         self.key = "tar:" + "\n".join(str(shard.resolve()) for shard in shards)
         kept = manifest_path(self.key)
-        manifest = read_manifest(kept)
+        manifest = read_manifest(kept) or packed_manifest(shards)
         if manifest is None or manifest.places is None:
             manifest = index_shards(shards)
             if len(manifest.names):
@@ -83,6 +86,8 @@ class ShardSplit:
             raise CorruptImageError(f"{self.name(index)}: {error.strerror or error}") from error
         if len(content) < size:
             raise CorruptImageError(f"{self.name(index)}: the shard ends inside the image")
+        if self.manifest.checksums is not None and zlib.crc32(content) != int(self.manifest.checksums[index]):
+            raise CorruptImageError(f"{self.name(index)}: found bytes that differ from the pack's checksum")
         return content
 
     def read(self, index: int) -> Image.Image:
@@ -137,8 +142,8 @@ def index_shards(shards: list[Path]) -> Manifest:
         np.array([number_of[label] for label in labels], dtype=np.int64) if labels else None,
         classes if labels else None,  # type: ignore[arg-type]
         np.array(places, dtype=np.int64).reshape(-1, 3),
-        {str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
-        excluded,
+        stamps={str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
+        excluded=excluded,
     )
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from synco_fast.commands.options import add_options, path
 from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.methods import METHODS
 
 __all__ = ["add"]
 
@@ -23,7 +24,7 @@ def add(commands: Commands) -> None:
         "synco-fast import moco_v2_800ep_pretrain.pth.tar --method moco --out moco-v2-800.pt",
     )
     command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
-    command.add_argument("--method", required=True, choices=("moco", "mochi", "synco"), help="what pretrained it")
+    command.add_argument("--method", required=True, choices=tuple(METHODS), help="what pretrained it")
     command.add_argument("--backbone", metavar="NAME", help="the architecture, where the file does not say")
     command.add_argument("--out", type=path, required=True, metavar="FILE", help="the checkpoint to write, .pt")
     add_options(command, json="write what was done here as well")

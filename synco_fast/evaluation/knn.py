@@ -31,7 +31,16 @@ from synco_fast.evaluation.features import cached_features, extract_features
 from synco_fast.runtime.distributed import rank, sum_over_ranks, world
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["KnnResult", "check_periodic_knn", "evaluate_knn", "knn_accuracy", "knn_predict", "nearest", "periodic_knn"]
+__all__ = [
+    "KnnResult",
+    "PeriodicKnn",
+    "check_periodic_knn",
+    "evaluate_knn",
+    "knn_accuracy",
+    "knn_predict",
+    "nearest",
+    "periodic_knn",
+]
 
 #: The k that the papers report.
 PUBLISHED = (20, 200)
@@ -276,3 +285,25 @@ def periodic_knn(
         queries=len(queries.labels),
         corrupt=(*bank.corrupt.values(), *queries.corrupt.values()),
     )
+
+
+class PeriodicKnn:
+    """The two of them, for a trainer that knows no evaluation of its own."""
+
+    def check(self, evaluation: EvaluationConfig, source: Source) -> None:
+        """As `check_periodic_knn`."""
+        check_periodic_knn(evaluation, source)
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        source: Source,
+        recipe: Recipe,
+        evaluation: EvaluationConfig,
+        *,
+        device: torch.device,
+        pipeline: PipelineName,
+        workers: int | None,
+    ) -> KnnResult:
+        """As `periodic_knn`."""
+        return periodic_knn(backbone, source, recipe, evaluation, device=device, pipeline=pipeline, workers=workers)

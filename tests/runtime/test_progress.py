@@ -7,7 +7,6 @@ from rich.console import Console
 
 from synco_fast.runtime import progress
 from synco_fast.runtime.progress import ProgressBar, clock
-from synco_fast.training.progress import figures_of
 
 FIGURES = ("loss 5.123", "acc 34.5%", "1,234 img/s", "data wait 2%")
 
@@ -70,7 +69,3 @@ def test_silence_and_notes():
 
 def test_clock():
     assert [clock(value) for value in (-1, 0, 125, 3600, 36_000)] == ["0:00", "0:00", "2:05", "1:00:00", "10:00:00"]
-
-
-def test_figures_that_a_method_does_not_measure_are_absent():
-    assert figures_of({"loss": 1.0, "images_per_second": 1234.0}) == ("loss 1.000", "1,234 img/s")
