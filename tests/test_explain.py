@@ -43,7 +43,8 @@ def numbers(kind, limits=()):
         yield limits
 
 
-ALL = dict(fields(Config))
+ALL = {**dict(fields(Config)), **dict(fields(GeneratorConfig, "generator."))}
+OURS = dict(fields(Config))
 
 
 @pytest.mark.parametrize("key", ALL)
@@ -87,11 +88,11 @@ def test_a_generator_is_explained_too():
 
 @pytest.mark.parametrize(
     "key",
-    [key for key, field in ALL.items() if list(numbers(field.annotation, tuple(field.metadata)))],
+    [key for key, field in OURS.items() if list(numbers(field.annotation, tuple(field.metadata)))],
 )
 def test_no_number_takes_what_is_none(key):
     """One line that begins with the key; null is a value of some."""
-    optional = type(None) in get_args(ALL[key].annotation)
+    optional = type(None) in get_args(OURS[key].annotation)
     for value in (math.nan, math.inf, -math.inf, True, "much", -1e300, 1e300, [1], *([] if optional else [None])):
         with pytest.raises(ConfigError) as caught:
             build_config({}, {key: value})
@@ -148,6 +149,12 @@ sys.stderr.write(f"code {{code}} torch {{'torch' in sys.modules}}")
         (["presets"], 0),
         (["presets", "demo"], 0),
         (["presets", "dmo"], 2),
+        (["pretrain"], 2),
+        (["pretrain", "--config", "demo", "--method.temperature", "0"], 2),
+        (["pretrain", "--config", "demo", "--json", "/proc/a.json"], 2),
+        (["pretrain", "--config", "demo", "--out", ""], 2),
+        (["pretrain", "--resume", "nowhere"], 2),
+        (["pretrain", "--help"], 0),
         (["evaluate", "knn", "run", "--k", "0"], 2),
         (["evaluate", "linear", "run", "--lr", "1", "2"], 2),
         (["data", "show", "demo", "--augmnt.size", "3"], 2),

@@ -27,6 +27,7 @@ def add(commands: Commands) -> None:
         "Pretrain an encoder. Any key of the configuration can be set as --section.key VALUE.",
         "synco-fast pretrain --config demo --data demo --method.name mochi --training.epochs 10",
         overrides=True,
+        more="'synco-fast presets NAME' prints every key with its meaning, its values and its default.",
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
     command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo; short for --data.source")
@@ -42,13 +43,14 @@ def add(commands: Commands) -> None:
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    config, resume = _what_to_do(options, overrides_of(rest))
+
     from synco_fast.evaluation.knn import PeriodicKnn
     from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
 
-    config, resume = _what_to_do(options, overrides_of(rest))
     place = DistEnv.detect()
     with init_distributed(place, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
@@ -63,10 +65,9 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
 
 def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path | None]:
     """The configuration, and the run to resume."""
-    from synco_fast.config import build_config
+    from synco_fast.config import build_config, read_run_config
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.training.run_folder import read_run_config
 
     for key, value in (
         ("data.source", options.data),

@@ -34,12 +34,13 @@ def add(commands: Commands) -> None:
 
 
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.config import read_run_config
     from synco_fast.generated.config import build_generator_config
     from synco_fast.generated.stage_one import GeneratorTraining
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
-    from synco_fast.training.run_folder import choose_run_folder, read_run_config
+    from synco_fast.training.run_folder import choose_run_folder
 
     values = overrides_of(rest)
     if options.data is not None:

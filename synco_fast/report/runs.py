@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synco_fast.config import Config, build_config
+from synco_fast.config import Config, build_config, read_run_config
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import read_json
 from synco_fast.training.metrics import read_metrics
-from synco_fast.training.run_folder import read_run_config
 
 __all__ = ["Run", "read_run"]
 
