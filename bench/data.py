@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from synco_fast.bench.data_baseline import two_crop_loader
+from synco_fast.bench.baselines.data import two_crop_loader
 from synco_fast.data.augment import Recipe
 from synco_fast.data.build import build_pipeline, has_dali
 from synco_fast.data.catalogue import Catalogue, PackedNames

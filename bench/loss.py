@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.bench.baselines import released_form
+from synco_fast.bench.baselines.loss import released_form
 from synco_fast.bench.timing import capture, seconds_of
 from synco_fast.kernels import Negatives, reference, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from synco_fast.bench.memory import peak_memory, reset_peak_memory
-from synco_fast.bench.plain import plain_step
+from synco_fast.bench.baselines.step import plain_step
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipeline import Batch, normalise
 from synco_fast.environment import describe_environment

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from synco_fast.bench.plain import plain_step
+from synco_fast.bench.baselines.step import plain_step
 from synco_fast.bench.step import forward_operations, measure
 from synco_fast.cli import main
 

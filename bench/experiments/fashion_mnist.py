@@ -1,6 +1,6 @@
 """The record of Fashion-MNIST: MoCo v2, MoCHi and SynCo at equal budget, over seeds, by kNN.
 
-``python -m synco_fast.bench.fashion_mnist`` pretrains with the preset ``fashion-mnist``, each method with each seed for
+``python -m synco_fast.bench.experiments.fashion_mnist`` pretrains with the preset ``fashion-mnist``, each method with each seed for
 the same number of steps, and compares the kNN accuracy of each encoder with that of raw pixels and of the encoders
 before training. It writes ``record.json``, a table and a picture below ``bench/records/fashion-mnist``. Runs that are
 there already are not repeated.
@@ -18,7 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from synco_fast.bench.studies import must, read_json, spread
+from synco_fast.bench.experiments.common import must, read_json, spread
 
 METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
 
@@ -82,7 +82,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Fashion-MNIST: MoCo v2, MoCHi and SynCo at equal budget",
         "",
-        "Made by `python -m synco_fast.bench.fashion_mnist`; the figures are in `record.json`.",
+        "Made by `python -m synco_fast.bench.experiments.fashion_mnist`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist`: {protocol['steps']:,} steps of {protocol['batch']} images "
         f"({protocol['epochs']} epochs), a {protocol['backbone']}, the same for every method; negatives at "

@@ -1,6 +1,6 @@
 """The record of a whole use: pretrain by each method, evaluate, export, report, compare, by the commands alone.
 
-``python -m synco_fast.bench.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget for two CPU
+``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget for two CPU
 cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step goes on where
 an earlier call left it.
 """
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.bench.studies import call, evaluate, must, read_json, spread
+from synco_fast.bench.experiments.common import call, evaluate, must, read_json, spread
 
 METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
@@ -85,7 +85,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Fashion-MNIST from pretraining to export, by the commands alone",
         "",
-        "Made by `python -m synco_fast.bench.transfer`; the figures are in `record.json`.",
+        "Made by `python -m synco_fast.bench.experiments.transfer`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist` (a ResNet-10 of half the width) for {protocol['steps']} steps of {protocol['batch']} "
         "images, synthetic negatives on from the first step; then the evaluations on all 60,000 and 10,000 images. "
