@@ -22,12 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from synco_fast.bench.baselines.data import two_crop_loader
-from synco_fast.data.augment import Recipe
-from synco_fast.data.build import build_pipeline, has_dali
-from synco_fast.data.catalogue import Catalogue, PackedNames
-from synco_fast.data.pipeline import Batch, Pipeline
-from synco_fast.data.sources import ArraySplit
-from synco_fast.data.splits import FileSplit
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import Batch, Pipeline
+from synco_fast.data.pipelines.build import build_pipeline, has_dali
+from synco_fast.data.sources.catalogue import Catalogue, PackedNames
+from synco_fast.data.sources.open import ArraySplit
+from synco_fast.data.sources.splits import FileSplit
 
 __all__ = ["PIPELINES", "make_photos", "measure_pipelines"]
 

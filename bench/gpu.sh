@@ -40,7 +40,7 @@ part() { # part NAME SECONDS COMMAND...
 
 "$PYTHON" - > "$OUT/environment.txt" <<'PY'
 import json
-from synco_fast.environment import describe_environment
+from synco_fast.runtime.environment import describe_environment
 print(json.dumps(describe_environment(), indent=1))
 PY
 nvidia-smi >> "$OUT/environment.txt" 2>&1

@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from synco_fast.bench.memory import peak_memory, reset_peak_memory
 from synco_fast.bench.baselines.step import plain_step
 from synco_fast.config import Config, build_config
-from synco_fast.data.pipeline import Batch, normalise
-from synco_fast.environment import describe_environment
+from synco_fast.data.pipelines.base import Batch, normalise
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.engine import Engine
 from synco_fast.training.graph import GRAPH_WARMUP
-from synco_fast.training.precision import resolve_device
 
 __all__ = ["ENGINES", "SUBJECTS", "bench_step", "measure"]
 

@@ -38,12 +38,12 @@ _WHOLE = 16 << 20
 
 
 class Outputs(NamedTuple):
-    """What the operator computes, all in the dtype of computation but for the two counts.
+    """What the operator computes, all in the dtype of computation but for the counts.
 
     Attributes:
         loss: (B,).
         gradient: d loss_i / d q_i, (B, D).
-        positive, hard, synthetic, rank, queue_rank: The fields of `Statistics`.
+        positive, hard, synthetic, rank, queue_rank, fallback: The fields of `Statistics`.
     """
 
     loss: Tensor
@@ -53,6 +53,7 @@ class Outputs(NamedTuple):
     synthetic: Tensor
     rank: Tensor
     queue_rank: Tensor
+    fallback: Tensor
 
 
 @dataclass
@@ -141,6 +142,7 @@ class _Rows:
         self.sums = _Sums(self.positive, torch.zeros_like(self.positive), torch.zeros_like(q), temperature)
         self.rank = torch.zeros(len(q), dtype=torch.int64, device=q.device)
         self.available = torch.full_like(self.rank, len(queue))
+        self.fallback = torch.zeros(len(q), dtype=torch.int32, device=q.device)
 
     def similarities(self, rows: Tensor, begin: int, end: int, stride: int = 1) -> Tensor:
         """q.n of some of the rows to keys of the queue, -inf for those of the same image."""
@@ -188,6 +190,7 @@ class _Rows:
         if candidates is not None:
             self.hard, self.index, failed = candidates.select(hard, self.available.clamp(max=hard))
             again = failed.nonzero().squeeze(1)
+            self.fallback[again] = 1
         if len(again):
             values, index = select_whole_rows(self.similarities, again, length, hard, _WHOLE)
             if len(again) == len(every):
@@ -218,6 +221,7 @@ class _Rows:
             synthetic=synthetic,
             rank=self.rank,
             queue_rank=queue_rank,
+            fallback=self.fallback,
         )
 
     def _bytes_mixed(self, by_vectors: bool) -> int:

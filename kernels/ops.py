@@ -196,7 +196,7 @@ def _contrast(
     image_ids: Tensor | None,
     queue_ids: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`blockwise.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
     compute = _choose(backend, q, queue, temperature)
     with torch.autocast(q.device.type, enabled=False):
@@ -228,6 +228,7 @@ def _(q: Tensor, k: Tensor, queue: Tensor, *_: object) -> tuple[Tensor, ...]:
         q.new_empty(rows, len(FAMILIES), dtype=dtype),
         count,
         torch.empty_like(count),
+        q.new_empty(rows, dtype=torch.int32),
     )
 
 

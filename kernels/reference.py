@@ -30,10 +30,14 @@ class Statistics(NamedTuple):
     Attributes:
         positive: q.k, (B,).
         hard: Mean of q.n over Q^N, (B,); NaN where N = 0 or a mask left no key.
-        synthetic: Mean of q.s by family, (B, 6), in the order of `FAMILIES`; NaN where a family has no negatives.
+        synthetic: Mean of q.s by family, (B, F), in the order of the F families of `FAMILIES`; NaN where one has no
+            negatives.
         rank: How many negatives, queue keys and synthetic ones, are more similar to q than k is, (B,) int64. 0 is what
             the field's contrastive top-1 accuracy counts.
         queue_rank: The same among queue keys alone, (B,) int64: comparable between methods and across a warm-up.
+        fallback: 1 where a threshold was estimated for Q^N and did not hold, so that the row was selected again from
+            all its similarities, which is slower and as exact; else 0, as always from the reference. (B,) int32.
+            Next to none on ordinary features, all of them on collapsed ones.
     """
 
     positive: Tensor
@@ -41,6 +45,7 @@ class Statistics(NamedTuple):
     synthetic: Tensor
     rank: Tensor
     queue_rank: Tensor
+    fallback: Tensor
 
 
 class Contrast(NamedTuple):
@@ -172,5 +177,6 @@ def contrast(
         synthetic=torch.stack([families.get(family.name, absent) for family in FAMILIES], dim=1),
         rank=(everything[:, 1:] > positive).sum(dim=1),
         queue_rank=(similarity > positive).sum(dim=1),
+        fallback=torch.zeros(len(q), dtype=torch.int32, device=q.device),
     )
     return Contrast(loss, statistics)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from synco_fast.version import __version__
 
 if TYPE_CHECKING:
-    from synco_fast.contrast_loss import SynthContrastLoss
-    from synco_fast.export.reading import load_backbone
+    from synco_fast.export.load import load_backbone
+    from synco_fast.loss import SynthContrastLoss
 
 __all__ = ["SynthContrastLoss", "__version__", "load_backbone"]
 
-_HOMES = {"SynthContrastLoss": "synco_fast.contrast_loss", "load_backbone": "synco_fast.export.reading"}
+_HOMES = {"SynthContrastLoss": "synco_fast.loss", "load_backbone": "synco_fast.export.load"}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 done, 2 for input that a person can mend, 130 after Ctrl-C."""
-    from synco_fast.errors import DataError, UserError
+    from synco_fast.runtime.errors import UserError
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Where decoding processes share the cores with the encoder, threads that spin take the time of those that work, and
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         code: int = options.run(options, rest, console)
-    except (UserError, DataError) as error:
+    except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:

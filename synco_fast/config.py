@@ -9,12 +9,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.pipeline import Decode, PipelineName
-from synco_fast.errors import ConfigError
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import Decode, PipelineName
+from synco_fast.generated.generator import check_size
 from synco_fast.kernels import FAMILIES, Backend, Negatives
 from synco_fast.kernels.negatives import Extrapolation
-from synco_fast.models.generator import check_size
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["Config", "build_config", "read_config"]
 

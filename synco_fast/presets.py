@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synco_fast.config import Config, build_config, read_config
-from synco_fast.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["PRESETS", "load_config"]
 

@@ -186,8 +186,8 @@ def test_other_words_are_refused(run):
         ["evaluate", "knn"],
         ["data", "demo"],
         ["validate"],
-        ["bench", "head"],
-        ["profile", "head"],
+        ["bench", "loss"],
+        ["profile", "loss"],
     ):
         code, out, _ = run(*verb, "--help")
         assert code == 0

@@ -2,9 +2,9 @@ import pytest
 import yaml
 
 from synco_fast.config import build_config, known_keys, read_config
-from synco_fast.errors import ConfigError
 from synco_fast.kernels import Negatives
 from synco_fast.presets import PRESETS, load_config
+from synco_fast.runtime.errors import ConfigError
 
 
 def test_defaults_are_those_of_the_papers():

@@ -5,8 +5,8 @@ import torch.multiprocessing as mp
 from torch.nn.functional import normalize
 
 from synco_fast import SynthContrastLoss
-from synco_fast.errors import ConfigError
 from synco_fast.kernels import Negatives, synthetic_contrast
+from synco_fast.runtime.errors import ConfigError
 
 SMALL = Negatives.synco(16, interpolated=4, extrapolated=4, mixed=4, noisy=2, perturbed=2, adversarial=2)
 

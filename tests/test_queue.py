@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from synco_fast.errors import ConfigError
-from synco_fast.queue import KeyQueue
+from synco_fast.models.queue import KeyQueue
+from synco_fast.runtime.errors import ConfigError
 
 
 def test_it_starts_with_unit_rows_of_its_seed():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from synco_fast.data.augment import Recipe
+from synco_fast.data.augment.recipe import Recipe
 
 __all__ = ["two_crop_loader"]
 

@@ -38,7 +38,7 @@ def raw_pixels(options: argparse.Namespace) -> float:
     import torch
     from torch import nn
 
-    from synco_fast.data.sources import open_source
+    from synco_fast.data.sources.open import open_source
     from synco_fast.evaluation.protocol import evaluate_backbone
     from synco_fast.presets import load_config
 

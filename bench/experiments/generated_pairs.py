@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
 from synco_fast.bench.experiments.common import Spread, evaluate, must, read_json, spread
-from synco_fast.data.sources import open_source
+from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.linear import FAST_RATES
 from synco_fast.presets import load_config
 from synco_fast.training.metrics import read_metrics

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from synco_fast.environment import describe_environment
+from synco_fast.runtime.environment import describe_environment
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from synco_fast.commands import (
     evaluate_finetune,
     evaluate_knn,
     evaluate_linear,
-    export_checkpoint,
+    export,
     import_checkpoint,
     presets,
     pretrain,
@@ -25,7 +25,7 @@ from synco_fast.commands import (
     report,
     validate,
 )
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["COMMANDS", "Verbs"]
 
@@ -37,7 +37,7 @@ COMMANDS = (
     evaluate_linear,
     evaluate_finetune,
     evaluate_detection,
-    export_checkpoint,
+    export,
     import_checkpoint,
     embed,
     report,

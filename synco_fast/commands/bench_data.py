@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs, positive
+from synco_fast.commands.parser import Verbs, positive
 
 __all__ = ["add"]
 
@@ -42,13 +42,13 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from rich.progress import Progress
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
-    from synco_fast.data.augment import Recipe
-    from synco_fast.data.catalogue import cache_folder
+    from synco_fast.data.augment.recipe import Recipe
+    from synco_fast.data.sources.catalogue import cache_folder
     from synco_fast.data.workers import default_workers
-    from synco_fast.environment import describe_environment
-    from synco_fast.errors import UserError
-    from synco_fast.training.precision import resolve_device
-    from synco_fast.training.run import write_json
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
     pipelines = options.pipelines or [name for name in _PIPELINES if has_pipeline(name)]

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs, positive
+from synco_fast.commands.parser import Verbs, positive
 
 if TYPE_CHECKING:
     from synco_fast.bench.loss import Shape
@@ -64,11 +64,11 @@ def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.bench.loss import sweep
     from synco_fast.bench.loss_report import draw_loss
     from synco_fast.bench.roofline import floor_seconds, measure_ceilings
-    from synco_fast.environment import describe_environment
-    from synco_fast.errors import UserError
     from synco_fast.kernels.ops import unserved_by_triton
-    from synco_fast.training.precision import resolve_device
-    from synco_fast.training.run import write_json
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
     on_gpu = device.type == "cuda"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.verbs import Verbs, positive
+from synco_fast.commands.parser import Verbs, positive
 
 __all__ = ["add"]
 
@@ -40,9 +40,9 @@ def add(verbs: Verbs) -> None:
 
 def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.bench.step import ENGINES, SUBJECTS, bench_step
-    from synco_fast.errors import ConfigError
     from synco_fast.presets import load_config
-    from synco_fast.training.run import write_json
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.files import write_json
 
     subjects, engines = tuple(options.subjects or SUBJECTS), tuple(options.engines or ("eager",))
     for name, found, expected in (("subjects", subjects, SUBJECTS), ("engines", engines, tuple(ENGINES))):

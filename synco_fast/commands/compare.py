@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 
@@ -28,10 +28,10 @@ def add(verbs: Verbs) -> None:
 
 
 def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.environment import describe_environment
-    from synco_fast.errors import ConfigError
-    from synco_fast.report.comparing import FIGURES, compare_runs, draw_comparison, spread
-    from synco_fast.training.run import write_json
+    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison, spread
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.files import write_json
 
     if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png, .svg or .pdf")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs, positive, two_columns
+from synco_fast.commands.parser import Verbs, positive, two_columns
 
 if TYPE_CHECKING:
-    from synco_fast.data.splits import Split
+    from synco_fast.data.sources.splits import Split
 
 __all__ = ["add"]
 
@@ -38,10 +38,10 @@ def add(verbs: Verbs) -> None:
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.data.check import find_broken, keep_list, open_afresh
-    from synco_fast.environment import describe_environment
-    from synco_fast.errors import UserError
-    from synco_fast.training.run import write_json
+    from synco_fast.data.sources.check import find_broken, keep_list, open_afresh
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import write_json
 
     source = open_afresh(options.source)
     start = time.perf_counter()

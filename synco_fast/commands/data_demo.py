@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 
@@ -25,8 +25,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _data_demo(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.data.demo import CLASSES, make_demo
-    from synco_fast.errors import UserError
+    from synco_fast.data.sources.demo import CLASSES, make_demo
+    from synco_fast.runtime.errors import UserError
 
     try:
         folder = make_demo(options.folder, train=options.train, validation=options.validation, seed=options.seed)

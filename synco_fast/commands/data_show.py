@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.verbs import Verbs, positive
+from synco_fast.commands.parser import Verbs, positive
 
 __all__ = ["add"]
 
@@ -33,11 +33,11 @@ def add(verbs: Verbs) -> None:
 
 def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.config import build_config
-    from synco_fast.data.build import build_pipeline, choose_pipeline
-    from synco_fast.data.sources import open_source
+    from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline
+    from synco_fast.data.sources.open import open_source
     from synco_fast.presets import load_config
+    from synco_fast.runtime.precision import Precision, resolve_device
     from synco_fast.training.plots import draw_pairs
-    from synco_fast.training.precision import Precision, resolve_device
 
     overrides = overrides_of(rest) | {"data.source": options.source}
     config = load_config(options.config, overrides) if options.config else build_config({}, overrides)

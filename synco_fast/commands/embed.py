@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs, two_columns
+from synco_fast.commands.parser import Verbs, two_columns
 
 __all__ = ["add"]
 
@@ -32,9 +32,9 @@ def add(verbs: Verbs) -> None:
 
 
 def _embed(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.evaluation.context import Setting
     from synco_fast.evaluation.embed import embed
-    from synco_fast.evaluation.subject import Setting
-    from synco_fast.training.run import write_json
+    from synco_fast.runtime.files import write_json
 
     setting = Setting(options.data, None, options.device, options.precision, options.workers)
     result = embed(options.checkpoint, options.out, setting, splits=options.split, console=console)

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from synco_fast.commands.evaluation_options import add_setting, print_result, setting_of
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.options import add_setting, print_result, setting_of
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 
@@ -32,8 +32,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.errors import ConfigError
-    from synco_fast.evaluation.detection.transfer import evaluate_detection, published_plan
+    from synco_fast.evaluation.detection.finetune import evaluate_detection, published_plan
+    from synco_fast.runtime.errors import ConfigError
 
     given = {name: getattr(options, name) for name in ("steps", "batch", "lr", "size")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.evaluation_options import add_setting, print_result, setting_of
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.options import add_setting, print_result, setting_of
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 
@@ -34,8 +34,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.errors import ConfigError
     from synco_fast.evaluation.finetune import RATES, evaluate_finetune, published_plan
+    from synco_fast.runtime.errors import ConfigError
 
     given = {name: getattr(options, name) for name in ("epochs", "batch", "head_lr")}
     given = {name: value for name, value in given.items() if value is not None}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from synco_fast.commands.evaluation_options import add_setting, print_result, setting_of
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.options import add_setting, print_result, setting_of
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 
@@ -29,8 +29,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.errors import ConfigError
     from synco_fast.evaluation.weighted_knn import evaluate_knn
+    from synco_fast.runtime.errors import ConfigError
 
     if options.neighbours and min(options.neighbours) < 1:
         raise ConfigError(f"neighbours: found {min(options.neighbours)}, expected 1 or more")

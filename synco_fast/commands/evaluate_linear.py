@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from synco_fast.commands.evaluation_options import add_setting, print_result, setting_of
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.options import add_setting, print_result, setting_of
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 
@@ -31,8 +31,8 @@ def add(verbs: Verbs) -> None:
 
 
 def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.errors import ConfigError
     from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast
+    from synco_fast.runtime.errors import ConfigError
 
     given = {name: getattr(options, name) for name in ("epochs", "batch") if getattr(options, name) is not None}
     for name, value in given.items():

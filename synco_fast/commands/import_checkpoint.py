@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs, two_columns
+from synco_fast.commands.parser import Verbs, two_columns
 
 __all__ = ["add"]
 
@@ -29,9 +29,9 @@ def add(verbs: Verbs) -> None:
 
 
 def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.environment import describe_environment
-    from synco_fast.export.importing import import_checkpoint
-    from synco_fast.training.run import write_json
+    from synco_fast.export.import_checkpoint import import_checkpoint
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.files import write_json
 
     weights = import_checkpoint(options.file, options.out, method=options.method, backbone=options.backbone)
     figures = {

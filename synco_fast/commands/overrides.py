@@ -16,7 +16,7 @@ def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: Something else, or a value that is missing or no YAML.
     """
-    from synco_fast.errors import ConfigError
+    from synco_fast.runtime.errors import ConfigError
 
     found: dict[str, Any] = {}
     words = list(rest)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.verbs import Verbs, two_columns
+from synco_fast.commands.parser import Verbs, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config
-    from synco_fast.training.distributed import Control
+    from synco_fast.runtime.distributed import Control
 
 __all__ = ["add"]
 
@@ -42,9 +42,9 @@ def add(verbs: Verbs) -> None:
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.training.distributed import Place, joined
+    from synco_fast.runtime.distributed import Place, joined
+    from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
-    from synco_fast.training.run import write_json
 
     config, resume = _what_to_do(options, overrides_of(rest))
     place = Place.find()
@@ -62,9 +62,9 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
 def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path | None]:
     """The configuration, and the run to go on with."""
     from synco_fast.config import build_config
-    from synco_fast.errors import ConfigError
     from synco_fast.presets import load_config
-    from synco_fast.training.run import read_run_config
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.training.run_folder import read_run_config
 
     for key, value in (
         ("data.source", options.data),
@@ -90,8 +90,8 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
 
 def _new_folder(out: Path | None, config: Config, control: Control) -> Path:
     """Where a new run goes: the first process chooses, since the name holds the time."""
-    from synco_fast.errors import ConfigError
-    from synco_fast.training.run import choose_run_folder
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.training.run_folder import choose_run_folder
 
     chosen: Path | ConfigError | None = None
     if control.place.first:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.verbs import Verbs, two_columns
+from synco_fast.commands.parser import Verbs, two_columns
 
 __all__ = ["add"]
 
@@ -30,10 +30,11 @@ def add(verbs: Verbs) -> None:
 
 
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.errors import ConfigError
-    from synco_fast.generator_config import build_generator_config
-    from synco_fast.training.generator import GeneratorTrainer
-    from synco_fast.training.run import choose_run_folder, read_run_config, write_json
+    from synco_fast.generated.config import build_generator_config
+    from synco_fast.generated.stage_one import GeneratorTrainer
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.files import write_json
+    from synco_fast.training.run_folder import choose_run_folder, read_run_config
 
     values = overrides_of(rest)
     if options.data is not None:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs, positive
+from synco_fast.commands.parser import Verbs, positive
 
 __all__ = ["add"]
 
@@ -43,11 +43,11 @@ def _profile_head(options: argparse.Namespace, rest: Sequence[str], console: Con
 
     from synco_fast.bench.loss import Shape, prepare
     from synco_fast.bench.profile_loss import profile_loss
-    from synco_fast.environment import describe_environment
-    from synco_fast.errors import UserError
     from synco_fast.kernels.ops import unserved_by_triton
-    from synco_fast.training.precision import resolve_device
-    from synco_fast.training.run import write_json
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
     dtype = options.dtype or ("bfloat16" if device.type == "cuda" else "float32")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.verbs import Verbs, positive
+from synco_fast.commands.parser import Verbs, positive
 
 __all__ = ["add"]
 
@@ -34,8 +34,8 @@ def add(verbs: Verbs) -> None:
 
 def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.presets import load_config
+    from synco_fast.runtime.files import write_json
     from synco_fast.training.profiler import profile_step
-    from synco_fast.training.run import write_json
 
     overrides = overrides_of(rest)
     if options.data is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.verbs import Verbs
+from synco_fast.commands.parser import Verbs
 
 __all__ = ["add"]
 
@@ -28,7 +28,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.subject import Setting
+    from synco_fast.evaluation.context import Setting
     from synco_fast.report.page import write_report
 
     page = write_report(options.run_folder, options.out, Setting(data=options.data, workers=options.workers))

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.verbs import Verbs, positive
+from synco_fast.commands.parser import Verbs, positive
 
 if TYPE_CHECKING:
     from synco_fast.kernels.validation import Verdict
@@ -51,12 +51,12 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
     import torch
     from rich.progress import track
 
-    from synco_fast.environment import describe_environment
-    from synco_fast.errors import UserError
     from synco_fast.kernels.ops import unserved_by_triton
     from synco_fast.kernels.validation import cases, validate
-    from synco_fast.training.precision import resolve_device
-    from synco_fast.training.run import write_json
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
     shapes = _shapes(options, large=device.type == "cuda")
@@ -81,7 +81,7 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
 
 
 def _shapes(options: argparse.Namespace, *, large: bool) -> list[tuple[int, int, int, int]]:
-    from synco_fast.errors import UserError
+    from synco_fast.runtime.errors import UserError
 
     given = {name: getattr(options, name) for name in ("rows", "length", "dim", "hard")}
     if not any(given.values()):

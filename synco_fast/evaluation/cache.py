@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from synco_fast.data.sources import Split
-from synco_fast.errors import DataError
+from synco_fast.data.sources.open import Split
+from synco_fast.evaluation.context import Subject, fingerprint
 from synco_fast.evaluation.features import Features, extract_features
 from synco_fast.evaluation.progress import Bar
 from synco_fast.evaluation.ranks import barrier, rank, world
-from synco_fast.evaluation.subject import Subject, fingerprint
+from synco_fast.runtime.errors import DataError
+from synco_fast.runtime.files import atomic_write
 
 __all__ = ["CachedFeatures", "cached_features"]
 
@@ -118,10 +118,9 @@ def _key(subject: Subject, split: Split) -> str:
 
 
 def _write(file: Path, found: Features) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     tensors = {"values": found.values, "labels": found.labels, "numbers": found.numbers}
-    save_file(tensors, part, metadata={"broken": json.dumps(found.broken)})
-    part.replace(file)
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary, metadata={"broken": json.dumps(found.broken)})
 
 
 def _read(file: Path) -> Features | None:

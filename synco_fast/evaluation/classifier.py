@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +14,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from synco_fast.data.pipeline import normalise
-from synco_fast.data.torchvision import evaluation_loader
-from synco_fast.errors import DivergedError
+from synco_fast.data.pipelines.base import normalise
+from synco_fast.data.pipelines.torchvision import evaluation_loader
+from synco_fast.evaluation.context import Subject, fingerprint
 from synco_fast.evaluation.labelled import LabelledBatches
 from synco_fast.evaluation.progress import Bar
 from synco_fast.evaluation.ranks import barrier, rank, sum_over_ranks, world
 from synco_fast.evaluation.scaling import Update
-from synco_fast.evaluation.subject import Subject, fingerprint
-from synco_fast.export.reading import backbone_of
-from synco_fast.training.checkpoint import read_tensors
+from synco_fast.export.load import backbone_of
+from synco_fast.runtime.checkpoint import read_tensors
+from synco_fast.runtime.errors import DivergedError
+from synco_fast.runtime.files import atomic_write
 
 __all__ = ["Outcome", "Plan", "train_classifier"]
 
@@ -248,7 +248,5 @@ def _keep(
     content: dict[str, Any] = {"made_by": made_by, "history": history, "confusion": confusion, "model": weights}
     if not done:
         content["optimizer"] = optimizer.state_dict()
-    state.parent.mkdir(parents=True, exist_ok=True)
-    part = state.with_name(f".{state.name}.{os.getpid()}.part")
-    torch.save(content, part)
-    part.replace(state)
+    with atomic_write(state) as temporary:
+        torch.save(content, temporary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,15 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from synco_fast.data.sources import open_source
-from synco_fast.environment import describe_environment
-from synco_fast.errors import ConfigError, DataError
+from synco_fast.data.sources.open import open_source
+from synco_fast.evaluation.context import Setting
 from synco_fast.evaluation.features import extract_features
 from synco_fast.evaluation.progress import Bar
-from synco_fast.evaluation.subject import Setting
-from synco_fast.export.reading import backbone_of, read_weights
-from synco_fast.training.precision import Precision, resolve_device
+from synco_fast.export.load import backbone_of, read_weights
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.errors import ConfigError, DataError
+from synco_fast.runtime.files import atomic_write
+from synco_fast.runtime.precision import Precision, resolve_device
 
 __all__ = ["embed"]
 
@@ -93,15 +93,13 @@ def _write(
     out: Path, features: NDArray[np.float32], labels: NDArray[np.int64], paths: list[str], splits: list[str]
 ) -> None:
     """Whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
-    if out.suffix == ".npz":
-        np.savez(part, features=features, labels=labels, paths=np.array(paths), splits=np.array(splits))
-    else:
-        import pyarrow
-        from pyarrow import parquet
+    with atomic_write(out) as temporary:
+        if out.suffix == ".npz":
+            np.savez(temporary, features=features, labels=labels, paths=np.array(paths), splits=np.array(splits))
+        else:
+            import pyarrow
+            from pyarrow import parquet
 
-        rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.reshape(-1)), features.shape[1])
-        table = pyarrow.table({"features": rows, "label": labels, "path": paths, "split": splits})
-        parquet.write_table(table, part)
-    part.replace(out)
+            rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.reshape(-1)), features.shape[1])
+            table = pyarrow.table({"features": rows, "label": labels, "path": paths, "split": splits})
+            parquet.write_table(table, temporary)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.pipeline import normalise
-from synco_fast.data.sources import Split
-from synco_fast.data.torchvision import evaluation_loader
-from synco_fast.errors import DataError
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import normalise
+from synco_fast.data.pipelines.torchvision import evaluation_loader
+from synco_fast.data.sources.open import Split
+from synco_fast.runtime.errors import DataError
 
 __all__ = ["Features", "extract_features", "spread"]
 

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from synco_fast.errors import ConfigError
 from synco_fast.evaluation.classifier import Outcome, Plan, train_classifier
+from synco_fast.evaluation.context import Setting, open_subject
 from synco_fast.evaluation.labelled import balanced_subset, listed_subset
 from synco_fast.evaluation.ranks import barrier, joined
-from synco_fast.evaluation.subject import Setting, open_subject
-from synco_fast.training.precision import resolve_device
+from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.precision import resolve_device
 
 __all__ = ["RATES", "evaluate_finetune", "published_plan"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["knn_accuracy", "knn_predict", "nearest", "vote"]
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 
-from synco_fast.data.augment import Recipe
+from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import BrokenImageError
-from synco_fast.data.pipeline import epoch_order
+from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
-from synco_fast.data.sources import Split
-from synco_fast.errors import DataError
+from synco_fast.data.sources.open import Split
+from synco_fast.runtime.errors import DataError
 
 __all__ = ["LabelledBatches", "balanced_subset", "decoding_processes", "listed_subset"]
 

@@ -12,13 +12,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from synco_fast.data.pipeline import epoch_order
+from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.evaluation.cache import cached_features
 from synco_fast.evaluation.classifier import Plan, train_classifier
+from synco_fast.evaluation.context import Setting, Subject, check_unchanged, fingerprint, open_subject
 from synco_fast.evaluation.progress import Bar
 from synco_fast.evaluation.ranks import barrier, joined, rank
-from synco_fast.evaluation.subject import Setting, Subject, check_unchanged, fingerprint, open_subject
-from synco_fast.training.precision import resolve_device
+from synco_fast.runtime.precision import resolve_device
 
 __all__ = ["FAST_RATES", "PUBLISHED", "evaluate_linear", "evaluate_linear_fast", "sweep_heads"]
 

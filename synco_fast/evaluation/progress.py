@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from synco_fast.evaluation.ranks import rank
-from synco_fast.progress import LINE_EVERY, progress_bar
+from synco_fast.runtime.progress import LINE_EVERY, progress_bar
 
 __all__ = ["Bar"]
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from synco_fast.config import EvaluationConfig
-from synco_fast.data.augment import Recipe
-from synco_fast.data.sources import Source
-from synco_fast.errors import DataError
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.sources.open import Source
 from synco_fast.evaluation.features import extract_features
 from synco_fast.evaluation.knn import knn_accuracy
+from synco_fast.runtime.errors import DataError
 
 __all__ = ["KnnResult", "evaluate_backbone"]
 

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from synco_fast.collectives import rank, world
-from synco_fast.training import distributed
-from synco_fast.training.precision import resolve_device
+from synco_fast.runtime import distributed
+from synco_fast.runtime.collectives import rank, world
+from synco_fast.runtime.precision import resolve_device
 
 __all__ = ["barrier", "joined", "lists_of_all_ranks", "rank", "sum_over_ranks", "world"]
 

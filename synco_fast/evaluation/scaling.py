@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from synco_fast.training.precision import Precision
+from synco_fast.runtime.precision import Precision
 
 __all__ = ["Update"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from synco_fast.errors import ConfigError
 from synco_fast.evaluation.cache import cached_features
+from synco_fast.evaluation.context import Setting, check_unchanged, fingerprint, open_subject
 from synco_fast.evaluation.knn import nearest, vote
 from synco_fast.evaluation.ranks import joined, rank, sum_over_ranks, world
-from synco_fast.evaluation.subject import Setting, check_unchanged, fingerprint, open_subject
-from synco_fast.training.precision import resolve_device
+from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.precision import resolve_device
 
 __all__ = ["evaluate_knn"]
 

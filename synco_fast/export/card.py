@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.environment import describe_environment
-from synco_fast.export.reading import Weights
+from synco_fast.export.load import Weights
+from synco_fast.runtime.environment import describe_environment
 
 __all__ = ["known_results", "write_card"]
 

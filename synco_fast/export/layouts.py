@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synco_fast.errors import CheckpointError
+from synco_fast.runtime.errors import CheckpointError
 
 __all__ = ["from_detectron2", "from_moco", "is_moco", "to_detectron2", "to_moco"]
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from synco_fast.errors import CheckpointError, ConfigError
+from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.files import atomic_write
 
 __all__ = ["write_onnx"]
 
@@ -36,8 +36,23 @@ def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
     import onnxruntime
 
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    part = path.with_name(f".{path.stem}.{os.getpid()}.onnx")
     backbone = backbone.to(memory_format=torch.contiguous_format).eval()
+    with atomic_write(path) as temporary:
+        _export(backbone, images[:2], temporary)
+        with torch.no_grad():
+            expected = backbone(images)
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not difference <= _TOLERANCE:
+            raise CheckpointError(
+                f"{path}: found features that differ by {difference:.1e} of the largest one between onnxruntime and "
+                f"PyTorch, expected {_TOLERANCE:.0e}"
+            )
+    return difference
+
+
+def _export(backbone: nn.Module, images: Tensor, path: Path) -> None:
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -46,8 +61,8 @@ def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 backbone,
-                (images[:2],),
-                part,
+                (images,),
+                path,
                 input_names=["images"],
                 output_names=["features"],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
@@ -57,16 +72,3 @@ def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
             )
     finally:
         quiet.setLevel(level)
-    with torch.no_grad():
-        expected = backbone(images)
-    session = onnxruntime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-    if not difference <= _TOLERANCE:
-        part.unlink()
-        raise CheckpointError(
-            f"{path}: found features that differ by {difference:.1e} of the largest one between onnxruntime and "
-            f"PyTorch, expected {_TOLERANCE:.0e}"
-        )
-    part.replace(path)
-    return difference

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from synco_fast.config import Config
-from synco_fast.errors import ConfigError
-from synco_fast.methods.generated import Generated
+from synco_fast.generated.method import Generated
 from synco_fast.methods.moco import MomentumContrast
 from synco_fast.methods.schedule import NegativeSchedule
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["build_encoder", "build_method"]
 

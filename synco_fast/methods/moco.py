@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from synco_fast.collectives import exchange_rows, gather_rows, rank, world
 from synco_fast.kernels import FAMILIES, Backend, Contrast, synthetic_contrast
 from synco_fast.methods.base import Arranged, Networks, StepOutput, Views
 from synco_fast.methods.schedule import NegativeSchedule
+from synco_fast.models.ema import follow, key_encoder_of
 from synco_fast.models.encoder import Encoder
-from synco_fast.models.momentum import follow, key_encoder_of
+from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
-from synco_fast.phases import phase
-from synco_fast.queue import KeyQueue
+from synco_fast.runtime.collectives import exchange_rows, gather_rows, rank, world
+from synco_fast.runtime.phases import phase
 
 __all__ = ["MomentumContrast"]
 
@@ -159,6 +159,7 @@ def _metrics(loss: Tensor, directions: list[Contrast]) -> dict[str, Tensor]:
         "queue_top1": torch.cat([part.queue_rank == 0 for part in statistics]).float().mean(),
         "similarity/positive": torch.cat([part.positive for part in statistics]).mean(),
         "similarity/hard": torch.cat([part.hard for part in statistics]).nanmean(),
+        "slow_path": torch.cat([part.fallback for part in statistics]).float().mean(),
     }
     synthetic = torch.cat([part.synthetic for part in statistics]).nanmean(dim=0)
     metrics |= {f"similarity/{family.name}": synthetic[column] for column, family in enumerate(FAMILIES)}

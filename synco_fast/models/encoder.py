@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from synco_fast.errors import ConfigError
-from synco_fast.models.norm import split_batch_norm
+from synco_fast.models.batch_norm import split_batch_norm
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["Encoder", "build_backbone"]
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.data.sources import Split
+from synco_fast.data.sources.open import Split
+from synco_fast.evaluation.context import Subject
 from synco_fast.evaluation.features import extract_features
 from synco_fast.evaluation.knn import nearest
-from synco_fast.evaluation.subject import Subject
 
 __all__ = ["Gallery", "Neighbour", "Sheet", "flatten", "look_around"]
 

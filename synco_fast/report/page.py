@@ -8,11 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from synco_fast.errors import CheckpointError, DataError
-from synco_fast.evaluation.subject import Setting, open_subject
+from synco_fast.evaluation.context import Setting, open_subject
 from synco_fast.report.figures import draw_confusion, draw_map, draw_run
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.runs import Run, read_run
+from synco_fast.runtime.errors import CheckpointError, DataError
+from synco_fast.runtime.files import write_text
 
 __all__ = ["write_report"]
 
@@ -54,10 +55,7 @@ def write_report(folder: Path, out: Path | None = None, setting: Setting | None 
         ],
         configuration=run.config.to_yaml(),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(out)
+    write_text(out, text)
     return out
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from synco_fast.config import Config, build_config
-from synco_fast.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.training.metrics import read_metrics
-from synco_fast.training.run import read_run_config
+from synco_fast.training.run_folder import read_run_config
 
 __all__ = ["Run", "read_run"]
 

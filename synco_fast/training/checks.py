@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from synco_fast.config import EvaluationConfig
-from synco_fast.data.sources import Source
-from synco_fast.errors import ConfigError, DataError
+from synco_fast.data.sources.open import Source
+from synco_fast.runtime.errors import ConfigError, DataError
 
 __all__ = ["check_evaluation"]
 

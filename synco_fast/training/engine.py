@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from synco_fast.config import Config
-from synco_fast.data.pipeline import Batch, normalise
+from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.data.seeding import derive_seed
+from synco_fast.generated.game import Game
+from synco_fast.generated.method import Generated
 from synco_fast.methods.base import Arranged, Method, Networks, StepOutput, Views
 from synco_fast.methods.build import build_method
-from synco_fast.methods.generated import Generated
-from synco_fast.phases import phase
+from synco_fast.runtime.distributed import Place
+from synco_fast.runtime.optim_step import SkippedSteps, Update
+from synco_fast.runtime.phases import phase
+from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.compiled import Compiled, keep_compile_cache
-from synco_fast.training.distributed import Place
-from synco_fast.training.game import Game
 from synco_fast.training.graph import GRAPH_WARMUP, GraphedStep
 from synco_fast.training.means import RunningMeans
 from synco_fast.training.optimizer import build_optimizer
-from synco_fast.training.precision import Precision, memory_format, resolve_device
 from synco_fast.training.schedule import key_momentum, learning_rate
 from synco_fast.training.statistics import RunningStatistics
-from synco_fast.training.update import SkippedSteps, Update
 
 __all__ = ["Engine"]
 

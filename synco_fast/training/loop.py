@@ -8,23 +8,23 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.config import Config
-from synco_fast.data.build import build_pipeline
-from synco_fast.data.pipeline import Batch
-from synco_fast.data.sources import Source, open_source
-from synco_fast.data.splits import share_of
-from synco_fast.errors import CheckpointError, DivergedError, LostProcessError
+from synco_fast.data.pipelines.base import Batch
+from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.sources.open import Source, open_source
+from synco_fast.data.sources.splits import share_of
 from synco_fast.evaluation.protocol import evaluate_backbone
-from synco_fast.training.broken import BrokenImages
-from synco_fast.training.checkpoint import checkpoints_in, find_checkpoint, load_weights, save_checkpoint
+from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, load_weights, save_checkpoint
+from synco_fast.runtime.distributed import Control, Place, lost_process
+from synco_fast.runtime.errors import CheckpointError, DivergedError, LostProcessError
+from synco_fast.runtime.precision import resolve_device
+from synco_fast.training.bad_images import BrokenImages
 from synco_fast.training.checks import check_evaluation
-from synco_fast.training.distributed import Control, Place, lost_process
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import MetricLog, open_log
 from synco_fast.training.monitors import monitors
 from synco_fast.training.plots import draw_pairs
-from synco_fast.training.precision import resolve_device
 from synco_fast.training.progress import Reporter
-from synco_fast.training.run import Summary, close_run, describe_run
+from synco_fast.training.run_folder import Summary, close_run, describe_run
 from synco_fast.training.stopping import Stopping
 from synco_fast.training.throughput import Throughput
 
@@ -44,7 +44,7 @@ class Trainer:
         control: What the processes of the job agree by; by default there is one.
 
     Raises:
-        UserError, DataError: Anything in the configuration, the data or the checkpoint that cannot work; before the
+        UserError: Anything in the configuration, the data or the checkpoint that cannot work; before the
             first step wherever it can be known by then.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synco_fast.collectives import mean_over_ranks
+from synco_fast.runtime.collectives import mean_over_ranks
 
 __all__ = ["RunningMeans"]
 

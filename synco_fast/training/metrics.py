@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from synco_fast.config import Config
-from synco_fast.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["Lines", "MetricLog", "Sink", "TensorBoard", "WandB", "open_log", "read_metrics"]
 

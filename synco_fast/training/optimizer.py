@@ -13,7 +13,7 @@ from timm.optim.lars import Lars
 from torch import nn
 
 from synco_fast.config import OptimizerConfig
-from synco_fast.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["build_optimizer", "skips_on_device"]
 

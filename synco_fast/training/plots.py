@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from synco_fast.data.pipeline import Batch
+from synco_fast.data.pipelines.base import Batch
 from synco_fast.kernels import FAMILIES
 
 __all__ = ["draw_curves", "draw_pairs"]

@@ -13,10 +13,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from synco_fast.config import Config
-from synco_fast.data.build import build_pipeline
-from synco_fast.data.sources import open_source
-from synco_fast.environment import describe_environment
-from synco_fast.phases import PHASES, phase, recorded_by
+from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.sources.open import open_source
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.phases import PHASES, phase, recorded_by
 from synco_fast.training.engine import Engine
 
 __all__ = ["PhaseClock", "profile_step"]

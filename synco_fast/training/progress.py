@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import Progress
 
-from synco_fast.progress import LINE_EVERY, progress_bar
+from synco_fast.runtime.progress import LINE_EVERY, progress_bar
 
 __all__ = ["Reporter"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from synco_fast.training.distributed import Control
+from synco_fast.runtime.distributed import Control
 
 __all__ = ["Stopping"]
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.build import evaluation_batches, has_dali
-from synco_fast.data.sources import open_source
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.build import evaluation_batches, has_dali
+from synco_fast.data.sources.open import open_source
 from tests.data.photos import photo
 from tests.data.test_pipelines import damage, epoch, special
 
 if not has_dali():
     pytest.skip("DALI is not installed", allow_module_level=True)
 
-from synco_fast.data import dali_reader
-from synco_fast.data.dali import DaliPipeline, dali_evaluation
+from synco_fast.data.pipelines.dali import reader as dali_reader
+from synco_fast.data.pipelines.dali.pipeline import DaliPipeline, dali_evaluation
 
 RECIPE = Recipe(size=16)
 
@@ -126,9 +126,9 @@ def test_evaluation_of_nothing_but_broken_files(tmp_path):
 def test_a_forked_worker_does_not_collect_a_graph_that_was_left_behind(folder):
     program = f"""
 import gc, multiprocessing
-from synco_fast.data.augment import Recipe
-from synco_fast.data.dali import DaliPipeline
-from synco_fast.data.sources import open_source
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.dali.pipeline import DaliPipeline
+from synco_fast.data.sources.open import open_source
 pipe = DaliPipeline(open_source({str(folder)!r}).train, Recipe(size=16), batch=4, seed=0, workers=0)
 list(pipe)
 gc.collect(); gc.disable()

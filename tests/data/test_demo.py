@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synco_fast.data.demo import CLASSES, demo_image, fingerprint, make_demo
-from synco_fast.data.sources import open_source
+from synco_fast.data.sources.demo import CLASSES, demo_image, fingerprint, make_demo
+from synco_fast.data.sources.open import open_source
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as reference
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.build import has_dali
-from synco_fast.data.images import encode_pixels
-from synco_fast.data.parameters import JITTER, ViewParameters
-from synco_fast.data.pipeline import Batch, normalise
-from synco_fast.data.resident import crop_and_resize_batch
-from synco_fast.data.torchvision import make_view, pixels_of
-from synco_fast.data.views import finish_views
+from synco_fast.data.augment.draw import JITTER, ViewParameters
+from synco_fast.data.augment.ops import finish_views
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import Batch, normalise
+from synco_fast.data.pipelines.build import has_dali
+from synco_fast.data.pipelines.resident import crop_and_resize_batch
+from synco_fast.data.pipelines.torchvision import make_view, pixels_of
+from synco_fast.data.sources.decode import encode_pixels
 from tests.data.photos import photo
 
 SIZE = 64
@@ -122,7 +122,7 @@ def by_resident():
 
 
 def by_dali(decode, dtype=torch.uint8):
-    from synco_fast.data.dali_graph import build_views, view_inputs
+    from synco_fast.data.pipelines.dali.graph import build_views, view_inputs
 
     graph = build_views(RECIPE, batch=len(CASES), device=None, threads=1, decode=decode, dtype=dtype, depth=1)
     files = np.frombuffer(encode_pixels(np.asarray(IMAGE)), np.uint8)

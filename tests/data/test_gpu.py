@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.build import build_pipeline, choose_pipeline, has_dali
-from synco_fast.data.pipeline import normalise
-from synco_fast.data.sources import ArraySplit, open_source
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import normalise
+from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
 from tests.data.test_pipelines import BROKEN, damage, special
 

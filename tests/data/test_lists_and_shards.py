@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from synco_fast.data.catalogue import Catalogue, PackedNames, catalogue_path, read_catalogue, write_catalogue
-from synco_fast.data.check import find_broken, keep_list, open_afresh
 from synco_fast.data.errors import BrokenImageError, DataError
-from synco_fast.data.shards import ShardSplit
-from synco_fast.data.sources import ArraySplit, open_source
+from synco_fast.data.sources.catalogue import Catalogue, PackedNames, catalogue_path, read_catalogue, write_catalogue
+from synco_fast.data.sources.check import find_broken, keep_list, open_afresh
+from synco_fast.data.sources.open import ArraySplit, open_source
+from synco_fast.data.sources.shards import ShardSplit
 from tests.data.photos import photo
 
 
@@ -116,7 +116,7 @@ def test_the_index_is_kept_until_a_shard_changes(shards, monkeypatch):
         raise AssertionError("scanned again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("synco_fast.data.shards.index_shards", scan)
+        patched.setattr("synco_fast.data.sources.shards.index_shards", scan)
         again = open_source(f"tar:{shards}").train
     assert again.catalogue.names[:] == first.catalogue.names[:]
     assert again.labels.tolist() == first.labels.tolist()
@@ -164,7 +164,7 @@ def test_what_is_no_shard(tmp_path):
 
 
 def test_a_split_of_many_shards_holds_few_open_and_travels_to_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr("synco_fast.data.shards._OPEN_SHARDS", 2)
+    monkeypatch.setattr("synco_fast.data.sources.shards._OPEN_SHARDS", 2)
     paths = [write_shard(tmp_path / f"{number}.tar", [("a.jpg", jpeg(number))]) for number in range(5)]
     split = ShardSplit(paths)
     for index in (0, 4, 1, 3, 2, 0):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.parameters import JITTER, draw_views
+from synco_fast.data.augment.draw import JITTER, draw_views
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.torchvision import make_view, pixels_of
 from synco_fast.data.seeding import derive_seed, uniforms
-from synco_fast.data.torchvision import make_view, pixels_of
 from tests.data.photos import photo
 
 RECIPE = Recipe()

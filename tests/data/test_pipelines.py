@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
-from synco_fast.data.sources import ArraySplit, open_source
+from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
 
 RECIPE = Recipe(size=16)
@@ -258,7 +258,7 @@ def test_the_choice(split, monkeypatch):
     arrays = ArraySplit(np.zeros((9, 28, 28), np.uint8), None, "zeros")
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for installed in (True, False):
-        monkeypatch.setattr("synco_fast.data.build.has_dali", lambda installed=installed: installed)
+        monkeypatch.setattr("synco_fast.data.pipelines.build.has_dali", lambda installed=installed: installed)
         assert choose_pipeline("auto", arrays, gpu) == "resident"
         assert choose_pipeline("auto", split, cpu) == "torchvision"
         assert choose_pipeline("auto", split, gpu) == ("dali" if installed else "torchvision")

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from synco_fast.data.errors import BrokenImageError, DataError
-from synco_fast.data.sources import ArraySplit, open_source, read_image
-from synco_fast.data.splits import PartSplit, share_of
+from synco_fast.data.sources.open import ArraySplit, open_source, read_image
+from synco_fast.data.sources.splits import PartSplit, share_of
 
 
 def pixels(height=20, width=30, seed=0):

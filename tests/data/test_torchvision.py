@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from synco_fast.data.augment import Recipe
-from synco_fast.data.pipeline import epoch_order, normalise
-from synco_fast.data.sources import open_source
-from synco_fast.data.torchvision import TorchvisionPipeline, evaluation_loader, evaluation_view, pixels_of
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import epoch_order, normalise
+from synco_fast.data.pipelines.torchvision import TorchvisionPipeline, evaluation_loader, evaluation_view, pixels_of
+from synco_fast.data.sources.open import open_source
 
 RECIPE = Recipe(size=16)
 

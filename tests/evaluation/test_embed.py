@@ -3,9 +3,9 @@ import pytest
 import torch
 
 import synco_fast
-from synco_fast.errors import ConfigError, DataError
+from synco_fast.evaluation.context import Setting
 from synco_fast.evaluation.embed import embed
-from synco_fast.evaluation.subject import Setting
+from synco_fast.runtime.errors import ConfigError, DataError
 
 
 def test_npz_and_parquet_hold_the_same(make_run, tmp_path):

@@ -3,12 +3,12 @@ import pytest
 import torch
 from torch import nn
 
-from synco_fast.data.augment import Recipe
+from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
-from synco_fast.data.sources import ArraySplit, open_source
-from synco_fast.errors import ConfigError
+from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.evaluation.features import extract_features, spread
 from synco_fast.evaluation.knn import knn_accuracy, knn_predict
+from synco_fast.runtime.errors import ConfigError
 
 
 def test_votes_by_hand():

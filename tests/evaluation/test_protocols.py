@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from synco_fast.data.sources import open_source
-from synco_fast.errors import ConfigError, DataError, DivergedError
+from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation import cache, classifier
 from synco_fast.evaluation.cache import cached_features
 from synco_fast.evaluation.classifier import Plan
+from synco_fast.evaluation.context import Setting, fingerprint, open_subject
 from synco_fast.evaluation.features import extract_features
 from synco_fast.evaluation.finetune import evaluate_finetune, published_plan
 from synco_fast.evaluation.knn import knn_accuracy, nearest
 from synco_fast.evaluation.labelled import LabelledBatches, balanced_subset, listed_subset
 from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear, evaluate_linear_fast, sweep_heads
-from synco_fast.evaluation.subject import Setting, fingerprint, open_subject
 from synco_fast.evaluation.weighted_knn import evaluate_knn
+from synco_fast.runtime.errors import ConfigError, DataError, DivergedError
 
 SHORT = replace(PUBLISHED, epochs=3, batch=8, head_lr=0.3)
 

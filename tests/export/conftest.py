@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from synco_fast.methods.build import build_method
-from synco_fast.training.checkpoint import save_checkpoint
-from synco_fast.training.run import describe_run, write_json
+from synco_fast.runtime.checkpoint import save_checkpoint
+from synco_fast.runtime.files import write_json
+from synco_fast.training.run_folder import describe_run
 
 #: Models that the libraries have under that name, small enough for a test.
 STOCK = {"model.backbone": "resnet18", "model.backbone_args": {}, "augment.size": 64, "augment.evaluation_resize": 64}

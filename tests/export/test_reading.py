@@ -3,11 +3,11 @@ import torch
 from safetensors.torch import save_file
 
 import synco_fast
-from synco_fast.errors import CheckpointError
-from synco_fast.export.importing import import_checkpoint
+from synco_fast.export.import_checkpoint import import_checkpoint
 from synco_fast.methods.build import build_encoder
-from synco_fast.models.norm import SplitBatchNorm2d
-from synco_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from synco_fast.models.batch_norm import SplitBatchNorm2d
+from synco_fast.runtime.checkpoint import load_checkpoint, save_checkpoint
+from synco_fast.runtime.errors import CheckpointError
 
 
 def test_the_backbone_is_plain_and_the_same(make_run, tiny):

@@ -9,11 +9,11 @@ import yaml
 from safetensors.torch import load_file
 
 import synco_fast
-from synco_fast.errors import CheckpointError, ConfigError
-from synco_fast.export.importing import import_checkpoint
+from synco_fast.export.import_checkpoint import import_checkpoint
 from synco_fast.export.layouts import from_detectron2, from_moco, to_moco
-from synco_fast.export.reading import read_weights
-from synco_fast.export.writing import export_checkpoint
+from synco_fast.export.load import read_weights
+from synco_fast.export.save import export_checkpoint
+from synco_fast.runtime.errors import CheckpointError, ConfigError
 from tests.export.conftest import STOCK
 
 

@@ -7,14 +7,14 @@ import torch
 from torch.nn.functional import normalize
 
 from synco_fast.config import build_config
-from synco_fast.errors import ConfigError
+from synco_fast.generated.adversary import Player
+from synco_fast.generated.game import Game
+from synco_fast.generated.method import GENERATED, Generated, pairs_objective
 from synco_fast.kernels.reference import contrast
 from synco_fast.methods.base import Views
 from synco_fast.methods.build import build_method
-from synco_fast.methods.generated import GENERATED, Generated, pairs_objective
 from synco_fast.methods.moco import MomentumContrast
-from synco_fast.training.adversary import Player
-from synco_fast.training.game import Game
+from synco_fast.runtime.errors import ConfigError
 
 from ..conftest import TINY
 

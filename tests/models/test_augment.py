@@ -2,8 +2,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as reference
 
-from synco_fast.data.augment import Recipe
-from synco_fast.models.augment import (
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.generated.augment import (
     augment_for_discriminator,
     draw_discriminator,
     draw_views,

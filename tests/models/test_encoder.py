@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from synco_fast.errors import ConfigError
+from synco_fast.models.ema import follow, key_encoder_of
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
-from synco_fast.models.momentum import follow, key_encoder_of
+from synco_fast.runtime.errors import ConfigError
 
 
 @pytest.mark.parametrize(

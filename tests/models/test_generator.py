@@ -1,15 +1,15 @@
 import pytest
 import torch
 
-from synco_fast.errors import ConfigError
-from synco_fast.models.discriminator import (
+from synco_fast.generated.discriminator import (
     Discriminator,
     discriminator_loss,
     generator_loss,
     gradient_penalty,
 )
-from synco_fast.models.generator import Generator, average_momentum, stage_channels
-from synco_fast.models.momentum import follow, key_encoder_of
+from synco_fast.generated.generator import Generator, average_momentum, stage_channels
+from synco_fast.models.ema import follow, key_encoder_of
+from synco_fast.runtime.errors import ConfigError
 
 
 @pytest.mark.parametrize("size", [32, 64])

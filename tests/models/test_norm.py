@@ -3,9 +3,9 @@ import timm
 import torch
 from torch import nn
 
-from synco_fast.errors import ConfigError
-from synco_fast.models.norm import SplitBatchNorm2d, split_batch_norm
+from synco_fast.models.batch_norm import SplitBatchNorm2d, split_batch_norm
 from synco_fast.models.shuffle import key_order
+from synco_fast.runtime.errors import ConfigError
 
 
 def test_each_group_is_normalised_on_its_own():

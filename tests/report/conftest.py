@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from synco_fast.evaluation.context import Setting
 from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear_fast
-from synco_fast.evaluation.subject import Setting
-from synco_fast.training.run import write_json
+from synco_fast.runtime.files import write_json
 from tests.export.conftest import make_run
 
 __all__ = ["make_run", "told_run"]

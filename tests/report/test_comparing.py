@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from synco_fast.errors import ConfigError
-from synco_fast.report.comparing import compare_runs, draw_comparison, spread
+from synco_fast.report.compare import compare_runs, draw_comparison, spread
+from synco_fast.runtime.errors import ConfigError
 
 
 def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):

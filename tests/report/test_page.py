@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from synco_fast.errors import ConfigError
-from synco_fast.evaluation.subject import Setting, open_subject
+from synco_fast.evaluation.context import Setting, open_subject
 from synco_fast.report import gallery
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.page import write_report
+from synco_fast.runtime.errors import ConfigError
 
 BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
 

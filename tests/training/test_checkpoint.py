@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from synco_fast.errors import CheckpointError
-from synco_fast.training.checkpoint import (
+from synco_fast.runtime.checkpoint import (
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
     load_weights,
     save_checkpoint,
 )
+from synco_fast.runtime.errors import CheckpointError
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -25,7 +25,7 @@ def test_a_write_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"x": torch.ones(3)}, keep=1)
 
     def fail(state, file):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)

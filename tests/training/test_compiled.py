@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from synco_fast.data.pipeline import Batch
-from synco_fast.models.norm import SplitBatchNorm2d
+from synco_fast.data.pipelines.base import Batch
+from synco_fast.models.batch_norm import SplitBatchNorm2d
 from synco_fast.training import compiled
 from synco_fast.training.compiled import Compiled
 from synco_fast.training.engine import Engine

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from synco_fast.errors import ConfigError
-from synco_fast.training.checkpoint import find_checkpoint
-from synco_fast.training.distributed import Place
+from synco_fast.runtime.checkpoint import find_checkpoint
+from synco_fast.runtime.distributed import Place
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.training.metrics import read_metrics
 
 from .job import Job, run_job

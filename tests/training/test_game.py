@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from synco_fast.errors import CheckpointError, ConfigError, DivergedError
-from synco_fast.training.checkpoint import find_checkpoint
+from synco_fast.runtime.checkpoint import find_checkpoint
+from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError
 from synco_fast.training.loop import Trainer
 from synco_fast.training.metrics import read_metrics
 

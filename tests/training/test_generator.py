@@ -13,12 +13,12 @@ from PIL import Image
 from rich.console import Console
 
 from synco_fast.cli import main
-from synco_fast.errors import CheckpointError, ConfigError, DivergedError
-from synco_fast.generator_config import build_generator_config
-from synco_fast.models.discriminator import Discriminator
-from synco_fast.training.adversary import Adversary, CollapseMonitor, Player, diversity
-from synco_fast.training.checkpoint import find_checkpoint
-from synco_fast.training.generator import GeneratorTrainer
+from synco_fast.generated.adversary import Adversary, CollapseMonitor, Player, diversity
+from synco_fast.generated.config import build_generator_config
+from synco_fast.generated.discriminator import Discriminator
+from synco_fast.generated.stage_one import GeneratorTrainer
+from synco_fast.runtime.checkpoint import find_checkpoint
+from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError
 from synco_fast.training.metrics import read_metrics
 
 from .test_loop import assert_identical, pretrain
@@ -71,7 +71,7 @@ def test_a_run_describes_itself(small, tmp_path):
 
 def test_the_quality_tells_real_images_from_noise(small, tmp_path):
     pytest.importorskip("torchmetrics")
-    from synco_fast.training.quality import Quality
+    from synco_fast.generated.kid import Quality
 
     found = trainer(small(), tmp_path / "run")
     real = found.images.take(torch.arange(32))
@@ -87,7 +87,7 @@ def test_the_quality_tells_real_images_from_noise(small, tmp_path):
 
 def test_the_quality_on_features_of_an_encoder_of_ones_own(small, tiny, tmp_path):
     pytest.importorskip("torchmetrics")
-    from synco_fast.training.quality import Quality
+    from synco_fast.generated.kid import Quality
 
     pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "encoder")
     real = trainer(small(), tmp_path / "run").images.take(torch.arange(32))

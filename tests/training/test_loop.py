@@ -17,11 +17,11 @@ from PIL import Image
 from rich.console import Console
 
 from synco_fast.config import Config, read_config
-from synco_fast.errors import CheckpointError, ConfigError, DataError, DivergedError
-from synco_fast.training.checkpoint import checkpoints_in, find_checkpoint
+from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint
+from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError, DivergedError
 from synco_fast.training.loop import Trainer
 from synco_fast.training.metrics import read_metrics
-from synco_fast.training.run import choose_run_folder, describe_run
+from synco_fast.training.run_folder import choose_run_folder, describe_run
 
 
 def pretrain(config: Config, folder: Path, resume: Path | None = None):
@@ -201,9 +201,9 @@ def test_sigterm_writes_a_checkpoint_and_exits_cleanly(tiny, tmp_path):
 def test_workers_end_with_the_program(image_folder, closed):
     """Workers ignore SIGTERM, so that a batch system's does not reach them; a program must end all the same."""
     program = f"""
-from synco_fast.data.augment import Recipe
-from synco_fast.data.sources import open_source
-from synco_fast.data.torchvision import TorchvisionPipeline
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.sources.open import open_source
+from synco_fast.data.pipelines.torchvision import TorchvisionPipeline
 pipeline = TorchvisionPipeline(open_source({str(image_folder)!r}).train, Recipe(size=16), batch=8, seed=0, workers=2)
 batches = iter(pipeline)
 next(batches)

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from synco_fast.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.training.means import RunningMeans
 from synco_fast.training.metrics import Lines, MetricLog, TensorBoard, open_log, read_metrics
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from synco_fast.config import OptimizerConfig
-from synco_fast.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.training.optimizer import build_optimizer
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import json
 import torch
 
 from synco_fast.cli import main
-from synco_fast.phases import PHASES, phase, recorded_by
+from synco_fast.runtime.phases import PHASES, phase, recorded_by
 from synco_fast.training.profiler import PhaseClock
 
 

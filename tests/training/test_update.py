@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from synco_fast.config import OptimizerConfig
-from synco_fast.models.norm import SplitBatchNorm2d
+from synco_fast.models.batch_norm import SplitBatchNorm2d
+from synco_fast.runtime.optim_step import SkippedSteps, Update
 from synco_fast.training.optimizer import build_optimizer
 from synco_fast.training.statistics import RunningStatistics
-from synco_fast.training.update import SkippedSteps, Update
 
 CPU = torch.device("cpu")
 

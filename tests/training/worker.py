@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from synco_fast.config import read_config
-from synco_fast.errors import DataError, UserError
-from synco_fast.training.distributed import Place, joined
+from synco_fast.runtime.distributed import Place, joined
+from synco_fast.runtime.errors import DataError, UserError
 from synco_fast.training.loop import Trainer
 
 given = globals()

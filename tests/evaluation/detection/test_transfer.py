@@ -13,11 +13,11 @@ from PIL import Image
 pytest.importorskip("torchmetrics", reason="the extra 'detection' is not installed")
 pytest.importorskip("pycocotools", reason="the extra 'detection' is not installed")
 
-from synco_fast.errors import ConfigError, DataError
-from synco_fast.evaluation.detection import transfer
-from synco_fast.evaluation.detection.sources import Steps, open_detection
-from synco_fast.evaluation.detection.transfer import evaluate_detection, published_plan
-from synco_fast.evaluation.subject import Setting
+from synco_fast.evaluation.context import Setting
+from synco_fast.evaluation.detection import finetune as transfer
+from synco_fast.evaluation.detection.datasets import Steps, open_detection
+from synco_fast.evaluation.detection.finetune import evaluate_detection, published_plan
+from synco_fast.runtime.errors import ConfigError, DataError
 from tests.export.conftest import make_run
 
 __all__ = ["make_run"]

@@ -1,0 +1,1 @@
+"""One description of the augmentation, its random draw, and the operations."""

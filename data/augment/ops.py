@@ -1,0 +1,156 @@
+"""A view from pixels and drawn parameters, on tensors: shared by the portable and the resident pipeline.
+
+Each operation is torchvision's, to within rounding, written for whole batches in which every image has parameters of
+its own. Pixels are floats from 0 to 255; they are clamped after each operation, as torchvision does, and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from synco_fast.data.augment.draw import ViewParameters
+
+__all__ = ["BLUR_SIGMAS", "LUMA", "blur", "crop_and_resize", "finish_views", "greyscale", "jitter"]
+
+#: Weights of red, green and blue in an image's luma (ITU-R BT.601).
+LUMA = (0.299, 0.587, 0.114)
+#: Half the width of the blur's window, in sigmas.
+BLUR_SIGMAS = 3
+
+
+def crop_and_resize(image: Tensor, crop: NDArray[np.int64], size: int) -> Tensor:
+    """A window of a uint8 image (3, H, W), resized to (1, 3, size, size) uint8: bilinear, antialiased."""
+    top, left, height, width = crop.tolist()
+    window = image[None, :, top : top + height, left : left + width]
+    return interpolate(window, (size, size), mode="bilinear", antialias=True)
+
+
+def finish_views(views: Tensor, parameters: ViewParameters) -> Tensor:
+    """Jitter, greyscale, blur and flip of (n, 3, H, W) crops, uint8 or float from 0 to 255; uint8 of the same shape."""
+    views = jitter(views.to(torch.float32), parameters)
+    grey = np.flatnonzero(parameters.grey)
+    if grey.size:
+        views = _on_rows(views, grey, greyscale(_rows(views, grey)))
+    blurred = np.flatnonzero(parameters.sigma)
+    if blurred.size:
+        views = _on_rows(views, blurred, blur(_rows(views, blurred), parameters.sigma[blurred]))
+    flipped = np.flatnonzero(parameters.flip)
+    if flipped.size:
+        views = _on_rows(views, flipped, _rows(views, flipped).flip(3))
+    return views.add_(0.5).to(torch.uint8)
+
+
+def jitter(views: Tensor, parameters: ViewParameters) -> Tensor:
+    """The colour jitter of float views (n, 3, H, W), each in its own order; may work in place."""
+    for part, rows in parameters.steps():
+        factor = _column(parameters.factors[rows, part], views)
+        views = _on_rows(views, rows, _PARTS[part](_rows(views, rows), factor))
+    return views
+
+
+def _rows(views: Tensor, rows: NDArray[np.int64]) -> Tensor:
+    return views if len(rows) == len(views) else views[torch.from_numpy(rows).to(views.device, non_blocking=True)]
+
+
+def _on_rows(views: Tensor, rows: NDArray[np.int64], changed: Tensor) -> Tensor:
+    if len(rows) == len(views):
+        return changed
+    return views.index_copy_(0, torch.from_numpy(rows).to(views.device, non_blocking=True), changed)
+
+
+def _column(values: NDArray[np.float32], like: Tensor) -> Tensor:
+    """One number an image, (n, 1, 1, 1), on the device of ``like``."""
+    return torch.from_numpy(values).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+
+
+def _luma(views: Tensor) -> Tensor:
+    red, green, blue = views.unbind(1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(1)
+
+
+def greyscale(views: Tensor) -> Tensor:
+    """Three equal channels of the luma of (n, 3, H, W)."""
+    return _luma(views).expand_as(views).contiguous()
+
+
+def _brightness(views: Tensor, factor: Tensor) -> Tensor:
+    return (views * factor).clamp_(0, 255)
+
+
+def _contrast(views: Tensor, factor: Tensor) -> Tensor:
+    red, green, blue = views.mean((2, 3), keepdim=True).split(1, dim=1)
+    mean = red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
+    return torch.addcmul((1 - factor) * mean, views, factor).clamp_(0, 255)
+
+
+def _saturation(views: Tensor, factor: Tensor) -> Tensor:
+    return torch.lerp(_luma(views), views, factor).clamp_(0, 255)
+
+
+def _hue(views: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of (n, 3, H, W) by ``shift`` turns in HSV; value and chroma are kept."""
+    red, green, blue = views.unbind(1)
+    top = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = top - low
+    inverse = chroma.clamp_min(1e-6).reciprocal_()
+    corner = torch.where(
+        top == red,
+        (green - blue).mul_(inverse),
+        torch.where(top == green, (blue - red).mul_(inverse).add_(2), (red - green).mul_(inverse).add_(4)),
+    )
+    corner.div_(6).add_(shift.squeeze(1))
+    corner.sub_(corner.floor()).mul_(6)
+    turned = torch.empty_like(views)
+    # Around the hexagon a channel is full on two sides of six and empty on two: clamp(sign |corner - middle| + start).
+    for channel, (sign, middle, start) in enumerate(((1, 3, -1), (-1, 2, 2), (-1, 4, 2))):
+        share = (corner - middle).abs_().mul_(sign).add_(start).clamp_(0, 1)
+        turned[:, channel] = share.mul_(chroma).add_(low)
+    return turned
+
+
+#: By number of the part in `JITTER`.
+_PARTS = (_brightness, _contrast, _saturation, _hue)
+
+
+def blur(views: Tensor, sigma: NDArray[np.float32]) -> Tensor:
+    """Gaussian blur of float views (n, 3, H, W), reflected at the edges, window cut at `BLUR_SIGMAS` sigmas.
+
+    Args:
+        views: Any range.
+        sigma: Of each view in pixels, (n,), above 0.
+    """
+    radius = math.ceil(BLUR_SIGMAS * float(sigma.max()))
+    offsets = np.arange(radius + 1)
+    weights = np.exp(-0.5 * (offsets / sigma[:, None].astype(np.float64)) ** 2)
+    weights[offsets > np.ceil(BLUR_SIGMAS * sigma)[:, None]] = 0
+    weights /= weights[:, :1] + 2 * weights[:, 1:].sum(axis=1, keepdims=True)
+    column = torch.from_numpy(weights.astype(np.float32)).to(views.device, non_blocking=True)
+    return _blur_along(_blur_along(views, column, 2), column, 3)
+
+
+def _blur_along(views: Tensor, weights: Tensor, axis: int) -> Tensor:
+    """Blur along one axis by adding shifted copies: for a few taps faster than a grouped convolution, by far."""
+    length, radius = views.shape[axis], weights.shape[1] - 1
+    wide = _reflect(views, radius, axis)
+    scale = weights.view(len(weights), -1, 1, 1, 1)
+    blurred = wide.narrow(axis, radius, length) * scale[:, 0]
+    for tap in range(1, radius + 1):
+        pair = wide.narrow(axis, radius - tap, length) + wide.narrow(axis, radius + tap, length)
+        blurred.addcmul_(pair, scale[:, tap])
+    return blurred
+
+
+def _reflect(views: Tensor, radius: int, axis: int) -> Tensor:
+    """Continue the views by their mirror image, again and again where the radius is longer than a view."""
+    while radius > 0:
+        step = min(radius, views.shape[axis] - 1)
+        views = pad(views, (0, 0, step, step) if axis == 2 else (step, step, 0, 0), mode="reflect")
+        radius -= step
+    return views

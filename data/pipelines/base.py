@@ -1,0 +1,106 @@
+"""What every pipeline gives and takes: the small protocol between image loading and training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.seeding import derive_seed
+
+__all__ = ["Batch", "Decode", "Pipeline", "PipelineName", "epoch_order", "normalise"]
+
+PipelineName = Literal["auto", "torchvision", "dali", "resident"]
+#: How DALI decodes: a whole image once for both views, or each view's window.
+Decode = Literal["once", "windows"]
+
+
+@dataclass
+class Batch:
+    """Two views of each image.
+
+    Attributes:
+        first, second: (B, 3, size, size): pixels in uint8, or normalised values in a floating type. `normalise` makes
+            either what the encoder takes.
+        images: The image each pair was made from, (B,) int64.
+        broken: By number of an image that could not be read, why. Its place was taken by another image.
+    """
+
+    first: Tensor
+    second: Tensor
+    images: Tensor
+    broken: dict[int, str] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``; the copy runs beside the computation where memory is pinned."""
+        first, second, images = (
+            tensor.to(device, non_blocking=True) for tensor in (self.first, self.second, self.images)
+        )
+        return Batch(first, second, images, self.broken)
+
+    def as_pixels(self, recipe: Recipe) -> Batch:
+        """The same batch as uint8 on the CPU, to look at."""
+        first, second = (_pixels(view, recipe).cpu() for view in (self.first, self.second))
+        return Batch(first, second, self.images.cpu(), self.broken)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
+        return Batch(self.first.pin_memory(), self.second.pin_memory(), self.images.pin_memory(), self.broken)
+
+
+class Pipeline(Protocol):
+    """Batches of two views: every epoch of equal length, complete but for a last batch that is not full.
+
+    What an epoch yields depends on seed and epoch number alone. So the whole state of a pipeline is the epoch and the
+    number of the next batch, which the training step tells, and a run that starts in the middle of an epoch
+    (``set_epoch(epoch, start)``) meets the batches that it would have met.
+    """
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        ...
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and its first batch."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def close(self) -> None:
+        """Give back processes and memory."""
+        ...
+
+
+def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
+    """The order of images in an epoch: a permutation that depends on seed and epoch, (length,) int64."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
+
+
+def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """Pixels 0 to 255, (B, 3, H, W) uint8, as float32 with the recipe's mean and deviation taken out.
+
+    Views in a floating type are normalised already; they are only laid out.
+    """
+    if views.is_floating_point():
+        return views.contiguous(memory_format=memory_format)
+    mean, scale = _mean_and_scale(recipe, views.device)
+    return views.to(torch.float32, memory_format=memory_format).sub_(mean).mul_(scale)
+
+
+def _pixels(views: Tensor, recipe: Recipe) -> Tensor:
+    if not views.is_floating_point():
+        return views
+    mean, scale = _mean_and_scale(recipe, views.device)
+    return views.float().div(scale).add_(mean).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=8)
+def _mean_and_scale(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Copied to the device once: a copy in each step would make the host wait."""
+    mean = torch.tensor(recipe.mean, device=device).view(3, 1, 1) * 255
+    return mean, 1 / (torch.tensor(recipe.std, device=device).view(3, 1, 1) * 255)

@@ -1,0 +1,144 @@
+"""Which pipeline a run uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.errors import DataError
+from synco_fast.data.pipelines.base import Decode, Pipeline, PipelineName
+from synco_fast.data.pipelines.resident import ResidentPipeline
+from synco_fast.data.pipelines.torchvision import TorchvisionPipeline, evaluation_loader
+from synco_fast.data.sources.splits import ArraySplit, Split
+
+__all__ = ["build_pipeline", "choose_pipeline", "evaluation_batches", "has_dali"]
+
+
+def has_dali() -> bool:
+    """Whether DALI is installed."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+
+
+def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> PipelineName:
+    """The pipeline that a name stands for.
+
+    ``auto`` is resident for images that are in memory anyhow, DALI on a GPU where it is installed, and torchvision
+    everywhere else: on the CPU it makes views several times faster than DALI's CPU back end.
+
+    Raises:
+        DataError: ``dali`` is asked for and not installed.
+    """
+    if name == "dali" and not has_dali():
+        raise DataError(
+            "data.pipeline: found dali, expected auto, torchvision or resident here, where DALI is not installed; "
+            "pip install 'synco-fast[dali]'"
+        )
+    if name != "auto":
+        return name
+    if isinstance(split, ArraySplit):
+        return "resident"
+    return "dali" if device.type == "cuda" and has_dali() else "torchvision"
+
+
+def build_pipeline(
+    split: Split,
+    recipe: Recipe,
+    *,
+    batch: int,
+    seed: int,
+    name: PipelineName = "auto",
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    workers: int | None = None,
+    decode: Decode = "once",
+    rank: int = 0,
+    world: int = 1,
+) -> Pipeline:
+    """The pipeline for a split.
+
+    Args:
+        split: The images.
+        recipe: How views are made.
+        batch: B, images in a batch, over all ranks.
+        seed: Decides order and views together with the epoch.
+        name: Which pipeline; see `choose_pipeline`.
+        device: Where the encoder is; the CPU by default.
+        dtype: In which the encoder computes; DALI on a GPU normalises to it, to float16 for bfloat16, which keeps all
+            of a pixel's eight bits. The others yield uint8.
+        workers: Processes that read and decode, by default one for each core.
+        decode: DALI's way to decode.
+        rank, world: This process's number in a run, and how many there are.
+
+    Raises:
+        DataError: What the pipeline cannot work with.
+    """
+    device = device or torch.device("cpu")
+    chosen = choose_pipeline(name, split, device)
+    if chosen == "resident":
+        return ResidentPipeline(
+            split, recipe, batch=batch, seed=seed, device=device, workers=workers, rank=rank, world=world
+        )
+    if chosen == "dali":
+        from synco_fast.data.pipelines.dali.pipeline import DaliPipeline
+
+        views = torch.uint8
+        if device.type == "cuda":
+            views = torch.float32 if dtype == torch.float32 else torch.float16
+        return DaliPipeline(
+            split,
+            recipe,
+            batch=batch,
+            seed=seed,
+            workers=workers,
+            device=device,
+            dtype=views,
+            decode=decode,
+            rank=rank,
+            world=world,
+        )
+    return TorchvisionPipeline(
+        split,
+        recipe,
+        batch=batch,
+        seed=seed,
+        workers=workers,
+        pin_memory=device.type == "cuda",
+        rank=rank,
+        world=world,
+    )
+
+
+def evaluation_batches(
+    split: Split,
+    recipe: Recipe,
+    *,
+    batch: int = 256,
+    name: PipelineName = "auto",
+    device: torch.device | None = None,
+    workers: int | None = None,
+    numbers: list[int] | None = None,
+) -> Iterable[tuple[Tensor, Tensor, dict[int, str]]]:
+    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and what was broken.
+
+    Args:
+        split: The images.
+        recipe: Gives the size and the resize before the crop.
+        batch: Images at a time; broken ones are left out, so b can be smaller.
+        name: Which pipeline; see `choose_pipeline`. Without DALI it is `evaluation_loader`, with the images on the CPU.
+        device: Where the encoder is; the CPU by default. DALI leaves the images there.
+        workers: Processes that read and decode, by default one for each core.
+        numbers: Which images, by default all.
+
+    Raises:
+        DataError: ``dali`` is asked for and not installed.
+    """
+    device = device or torch.device("cpu")
+    if choose_pipeline(name, split, device) == "dali":
+        from synco_fast.data.pipelines.dali.pipeline import dali_evaluation
+
+        return dali_evaluation(split, recipe, batch=batch, workers=workers, numbers=numbers, device=device)
+    return evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=numbers)

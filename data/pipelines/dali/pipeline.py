@@ -1,0 +1,182 @@
+"""The pipeline for GPUs: DALI decodes, crops, colours, blurs and normalises; on the CPU back end where there is no GPU.
+
+The files are read by worker processes, in the order that every pipeline has, and the parameters are drawn by
+`synco_fast.data.augment.draw`, so what an epoch yields depends on seed and epoch alone. DALI's own readers, random
+operators and checkpoints are not used: they would tie order and views to the number of ranks and to what ran before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from synco_fast.data.augment.draw import draw_views
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import Batch, Decode
+from synco_fast.data.pipelines.dali.graph import build_evaluation, build_views, evaluation_inputs, view_inputs
+from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
+from synco_fast.data.pipelines.dali.runner import GraphRunner
+from synco_fast.data.pipelines.epochs import EpochBatches, Place
+from synco_fast.data.sources.splits import Split
+
+__all__ = ["DaliPipeline", "dali_evaluation"]
+
+#: Batches that the graph works on at a time.
+_DEPTH = 2
+
+
+def _channels_first(view: Tensor) -> Tensor:
+    """(b, size, size, 3) as (b, 3, size, size) without a copy: PyTorch's channels-last layout."""
+    return view.permute(0, 3, 1, 2)
+
+
+class DaliPipeline:
+    """Batches of two views made by DALI; see `Pipeline` for what it promises.
+
+    Args:
+        split: The images.
+        recipe: How views are made.
+        batch: B, images in a batch, over all ranks.
+        seed: Decides order and views together with the epoch.
+        workers: Processes that read files; 0 reads in the training process. By default one for each core.
+        device: Where the graph runs and the views are.
+        dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
+        decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
+        threads: Of DALI's own; by default one for each core.
+        rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
+
+    The views are channels-last. Broken images are replaced as in every pipeline.
+
+    Raises:
+        DataError: The split holds fewer images than a step takes.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        *,
+        batch: int,
+        seed: int,
+        workers: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.uint8,
+        decode: Decode = "once",
+        threads: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._batches = EpochBatches(len(split), batch, seed, rank, world)
+        self._recipe, self._seed = recipe, seed
+        number = _gpu_number(device)
+        self._reader = Reader(split, replace=True)
+        self._loader = self._reader.loader(self._batches, workers, seed)
+        build = partial(
+            build_views,
+            recipe,
+            batch=self._batches.share,
+            device=number,
+            threads=threads or _threads(),
+            decode=decode,
+            dtype=dtype,
+            depth=_DEPTH,
+        )
+        self._runner = GraphRunner(build, self._inputs, self._reader, device=number, depth=_DEPTH)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and its first batch."""
+        self._batches.set_epoch(epoch, start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for files, views in self._runner.run(self._loader):
+            first, second = map(_channels_first, views)
+            yield Batch(first, second, torch.from_numpy(files.images), files.broken)
+
+    def close(self) -> None:
+        """End the workers and give back DALI's memory; the pipeline yields nothing afterwards."""
+        self._runner.close()
+        del self._loader
+
+    def _inputs(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
+        draw = partial(
+            draw_views, self._recipe, seed=self._seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes
+        )
+        return view_inputs([draw(views=np.full(len(files), view)) for view in range(2)])
+
+
+class _InOrder(Sampler[list[Place]]):
+    def __init__(self, numbers: list[int], batch: int) -> None:
+        self.numbers, self.batch = numbers, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // self.batch)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        for first in range(0, len(self.numbers), self.batch):
+            yield [(0, number) for number in self.numbers[first : first + self.batch]]
+
+
+def dali_evaluation(
+    split: Split,
+    recipe: Recipe,
+    *,
+    batch: int = 256,
+    workers: int | None = None,
+    numbers: list[int] | None = None,
+    device: torch.device | None = None,
+    threads: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
+    """What `evaluation_loader` yields, made by DALI, with the images on ``device``.
+
+    Args:
+        split: The images.
+        recipe: Gives the size and the resize before the crop.
+        batch: Images at a time.
+        workers: Processes that read files, by default one for each core.
+        numbers: Which images, by default all.
+        device: Where the graph runs and the images are.
+        threads: Of DALI's own; by default one for each core.
+    """
+    number = _gpu_number(device)
+    reader = Reader(split, replace=False)
+    places = _InOrder(list(range(len(split))) if numbers is None else numbers, batch)
+    build = partial(
+        build_evaluation,
+        recipe,
+        batch=batch,
+        device=number,
+        threads=threads or _threads(),
+        dtype=torch.uint8,
+        depth=_DEPTH,
+    )
+    runner = GraphRunner(
+        build, lambda files: evaluation_inputs(recipe, files.sizes), reader, device=number, depth=_DEPTH
+    )
+    nothing = torch.empty((0, recipe.size, recipe.size, 3), dtype=torch.uint8, device=device)
+    try:
+        for files, images in runner.run(reader.loader(places, workers, 0)):
+            yield _channels_first(images[0] if images else nothing), torch.from_numpy(files.images), files.broken
+    finally:
+        runner.close()
+
+
+def _gpu_number(device: torch.device | None) -> int | None:
+    """The GPU's number for DALI; None for the CPU."""
+    if device is None or device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,190 @@
+"""Runs a DALI graph over encoded batches: keeps it busy, and gets over a batch that it cannot decode."""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from multiprocessing import util
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
+from synco_fast.data.sources.decode import encode_pixels
+
+__all__ = ["GraphRunner"]
+
+_PIXEL = np.frombuffer(encode_pixels(np.zeros((1, 1, 3), np.uint8)), np.uint8)
+
+Inputs = Callable[[EncodedBatch], dict[str, NDArray[Any]]]
+#: A batch with what was fed beside its files: DALI reads these arrays in place, so they live as long as it may. Of a
+#: batch that nothing is left of, nothing was fed.
+_Fed = tuple[EncodedBatch, dict[str, NDArray[Any]]]
+
+
+def _spare_inherited(runner: type[GraphRunner]) -> None:
+    """In a forked worker: never collect a graph that the training process left: its threads are not here."""
+    gc.freeze()
+
+
+class GraphRunner:
+    """Feeds a graph and hands out what it makes, a few batches ahead.
+
+    A file that DALI cannot decode makes it give up the batch and the graph with it. Then the graph is built anew, the
+    batches that were under way are run one by one, and the one that fails again is decoded by Pillow, which names what
+    is broken. The images concerned are remembered and never reach DALI's decoder again.
+
+    Args:
+        build: Makes the graph.
+        inputs: What it takes beside ``encoded``, from a batch.
+        reader: Reads images anew.
+        device: Number of the GPU, or None.
+        depth: Batches under way.
+    """
+
+    def __init__(
+        self, build: Callable[[], Pipeline], inputs: Inputs, reader: Reader, *, device: int | None, depth: int
+    ) -> None:
+        self._build, self._inputs, self._reader, self._device, self._depth = build, inputs, reader, device, depth
+        self._graph: Pipeline | None = None
+        #: The arrays of batches that are done, for a while: a copy to the GPU may still be under way.
+        self._done: deque[_Fed] = deque(maxlen=depth)
+        self._doubted: set[int] = set()
+        self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+
+    def run(self, batches: Iterable[EncodedBatch]) -> Iterator[tuple[EncodedBatch, list[Tensor]]]:
+        """Each batch with the graph's outputs, (b, size, size, 3) each, on the graph's device; none where b is 0.
+
+        The graph goes on with the next batches while the caller works on one.
+        """
+        source = iter(batches)
+        under_way: deque[_Fed] = deque()
+        try:
+            self._fill(under_way, source)
+            while under_way:
+                try:
+                    outputs = self._outputs(under_way[0])
+                except RuntimeError:
+                    stuck = [batch for batch, _ in under_way]
+                    under_way.clear()
+                    self._graph = None
+                    for batch in stuck:
+                        again, outputs = self._run_alone(batch)
+                        yield again, outputs
+                        self._hold(outputs)
+                    self._fill(under_way, source)
+                    continue
+                batch, _ = fed = under_way.popleft()
+                self._done.append(fed)
+                self._fill(under_way, source)
+                yield batch, outputs
+                self._hold(outputs)
+        finally:
+            self._drain(sum(bool(inputs) for _, inputs in under_way))
+
+    def close(self) -> None:
+        """Give back what the graph holds."""
+        self._graph = None
+        self._done.clear()
+        self._held.clear()
+
+    def _fill(self, under_way: deque[_Fed], source: Iterator[EncodedBatch]) -> None:
+        while len(under_way) < self._depth:
+            batch = next(source, None)
+            if batch is None:
+                return
+            under_way.append(self._schedule(self._set_right(batch)))
+
+    def _set_right(self, batch: EncodedBatch) -> EncodedBatch:
+        """The batch with the images that DALI has stumbled over decoded by Pillow."""
+        if not self._doubted:
+            return batch
+        rows = [row for row, image in enumerate(batch.images.tolist()) if image in self._doubted]
+        return self._reader.again_by_pillow(batch, rows) if rows else batch
+
+    def _schedule(self, batch: EncodedBatch) -> _Fed:
+        if not len(batch):
+            return batch, {}
+        inputs = self._inputs(batch)
+        graph = self._graph or self._start()
+        graph.feed_input("encoded", batch.files())
+        for name, values in inputs.items():
+            graph.feed_input(name, values)
+        graph.schedule_run()
+        return batch, inputs
+
+    def _start(self) -> Pipeline:
+        """Build the graph and run pixels through it: its first run takes several batches at once, the others one."""
+        graph = self._build()
+        pixel = EncodedBatch(
+            0,
+            np.zeros(1, np.int64),
+            np.zeros(1, np.int64),
+            np.ones((1, 2), np.int64),
+            torch.from_numpy(_PIXEL.copy()),
+            np.array([len(_PIXEL)]),
+            {},
+        )
+        inputs = self._inputs(pixel)
+        for _ in range(self._depth):
+            graph.feed_input("encoded", pixel.files())
+            for name, values in inputs.items():
+                graph.feed_input(name, values)
+        graph.schedule_run()
+        for _ in range(self._depth):
+            graph.outputs()
+        self._graph = graph
+        return graph
+
+    def _outputs(self, fed: _Fed) -> list[Tensor]:
+        """What the graph makes of the batch that was fed first of those under way."""
+        if not fed[1]:
+            return []
+        assert self._graph is not None
+        # The host waits until the views are there, so that the time that it waits tells whether DALI keeps up; the
+        # encoder's own work goes on meanwhile.
+        found = self._graph.outputs()
+        with nullcontext() if self._device is None else torch.cuda.device(self._device):
+            return [from_dlpack(views.as_tensor()) for views in found]
+
+    def _hold(self, outputs: list[Tensor]) -> None:
+        """Keep views until the kernels that read them are done: their memory is DALI's, which knows no such kernels."""
+        if self._device is None:
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        self._held.append((event, outputs))
+        while self._held and self._held[0][0].query():
+            self._held.popleft()
+
+    def _run_alone(self, batch: EncodedBatch) -> tuple[EncodedBatch, list[Tensor]]:
+        try:
+            self._done.append(self._schedule(batch))
+            return batch, self._outputs(self._done[-1])
+        except RuntimeError:
+            self._graph = None
+        again = self._reader.again_by_pillow(batch, range(len(batch)))
+        found = set(again.broken) - set(batch.broken)
+        self._doubted |= found or set(batch.images.tolist())
+        # What fails now is no matter of the files.
+        self._done.append(self._schedule(again))
+        return again, self._outputs(self._done[-1])
+
+    def _drain(self, runs: int) -> None:
+        """Take out what nobody will ask for, so that the next batch in is the next one out."""
+        try:
+            for _ in range(runs):
+                if self._graph is not None:
+                    self._graph.outputs()
+        except RuntimeError:
+            self._graph = None
+
+
+util.register_after_fork(GraphRunner, _spare_inherited)

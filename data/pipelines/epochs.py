@@ -1,0 +1,93 @@
+"""Which images make which batch, and what takes the place of one that cannot be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from torch.utils.data import Sampler
+
+from synco_fast.data.errors import BrokenImageError, DataError
+from synco_fast.data.pipelines.base import epoch_order
+
+__all__ = ["EpochBatches", "Place", "replace_broken"]
+
+#: An epoch and the number of the image that is due there.
+Place = tuple[int, int]
+
+#: How many images in a row may be broken before a place in a batch cannot be filled.
+_REPLACEMENTS = 64
+
+T = TypeVar("T")
+
+
+class EpochBatches(Sampler[list[Place]]):
+    """The batches of the current epoch, for one rank of a run.
+
+    All ranks go through one permutation of the images together: step n takes the n-th B of them, and of these each rank
+    a block of its own. So no image comes twice in an epoch, ranks share none, a step has the same images whatever the
+    number of ranks, and what does not fill the last step, another few in each epoch, is left out.
+
+    Args:
+        length: Images in the set.
+        batch: B, images in a step, over all ranks.
+        seed: Decides the order together with the epoch.
+        rank, world: This rank's number and how many there are.
+
+    Attributes:
+        share: Images in a step of one rank, B / world.
+
+    Raises:
+        DataError: The set holds fewer images than a step takes, B is no multiple of ``world``, or no rank has that
+            number.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        if not 0 <= rank < world:
+            raise DataError(f"rank: found {rank}, expected 0 to {world - 1}")
+        if batch % world:
+            raise DataError(f"training.batch: found {batch}, expected a multiple of {world}, the number of processes")
+        if batch > length:
+            raise DataError(f"training.batch: found {batch}, expected up to {length}, the number of training images")
+        self.length, self.batch, self.seed, self.rank = length, batch, seed, rank
+        self.share = batch // world
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and its first batch."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.length // self.batch
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        epoch = self.epoch
+        order = epoch_order(self.length, seed=self.seed, epoch=epoch)
+        for number in range(self.start, len(self)):
+            first = number * self.batch + self.rank * self.share
+            yield [(epoch, index) for index in order[first : first + self.share].tolist()]
+
+
+def replace_broken(length: int, wanted: int, read: Callable[[int], T]) -> tuple[T, int, dict[int, str]]:
+    """Read image ``wanted``, or the next one of the set that can be read.
+
+    Args:
+        length: Images in the set.
+        wanted: The image that is due.
+        read: Reads one by its number, or raises `BrokenImageError`.
+
+    Returns:
+        What was read, the number of the image that it is, and by number the broken ones met on the way, with the
+        reason.
+
+    Raises:
+        DataError: Very many in a row are broken.
+    """
+    broken: dict[int, str] = {}
+    for shift in range(min(_REPLACEMENTS, length)):
+        index = (wanted + shift) % length
+        try:
+            return read(index), index, broken
+        except BrokenImageError as error:
+            broken[index] = str(error)
+    raise DataError(f"data: found {len(broken)} broken images in a row, the first: {broken[wanted]}")

@@ -1,0 +1,195 @@
+"""Small sets held as uint8 on the device and augmented there in batches: no loader, no workers, no copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from synco_fast.data.augment.draw import draw_views
+from synco_fast.data.augment.ops import finish_views
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.errors import DataError
+from synco_fast.data.pipelines.base import Batch
+from synco_fast.data.pipelines.epochs import EpochBatches, replace_broken
+from synco_fast.data.sources.splits import ArraySplit, Split
+from synco_fast.data.workers import default_workers, start_worker
+
+__all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"]
+
+#: Share of the device's free memory that a set may take.
+_SHARE_OF_MEMORY = 0.5
+
+
+class ResidentPipeline:
+    """Batches of two views made on the device from a set that lies there; see `Pipeline` for what it promises.
+
+    Args:
+        split: Images of one size.
+        recipe: How views are made.
+        batch: B, images in a batch, over all ranks.
+        seed: Decides order and views together with the epoch.
+        device: Where the set lies and the views are made.
+        workers: Processes that decode the files once, at the start; by default one for each core.
+        rank, world: This process's number in a run, and how many there are; each holds the whole set and yields its
+            share of every batch.
+
+    Raises:
+        DataError: The images differ in size, are too many for the device, or are fewer than a step takes.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        *,
+        batch: int,
+        seed: int,
+        device: torch.device | None = None,
+        workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._batches = EpochBatches(len(split), batch, seed, rank, world)
+        self._recipe, self._seed, self._device = recipe, seed, device or torch.device("cpu")
+        self._pixels, self._stand_ins, self._broken = load_pixels(split, self._device, workers)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and its first batch."""
+        self._batches.set_epoch(epoch, start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for places in self._batches:
+            epoch, wanted = places[0][0], np.array([number for _, number in places], dtype=np.int64)
+            images = self._stand_ins[wanted]
+            # A damaged stand-in is met in its own place; here only what was due counts.
+            broken = {number: self._broken[number] for number in wanted.tolist() if number in self._broken}
+            rows = torch.from_numpy(images).to(self._device, non_blocking=True)
+            first, second = self._views(rows, epoch, wanted).chunk(2)
+            yield Batch(first, second, rows, broken)
+
+    def close(self) -> None:
+        """Give back the memory; the pipeline yields nothing afterwards."""
+        del self._pixels
+
+    def _views(self, rows: Tensor, epoch: int, wanted: NDArray[np.int64]) -> Tensor:
+        """First views, then second ones, (2 B, 3, size, size) uint8."""
+        count, size = len(wanted), self._recipe.size
+        height, width = self._pixels.shape[2:]
+        parameters = draw_views(
+            self._recipe,
+            seed=self._seed,
+            epoch=epoch,
+            images=np.tile(wanted, 2),
+            views=np.repeat(np.arange(2), count),
+            sizes=np.tile(np.array([height, width]), (2 * count, 1)),
+        )
+        pixels = self._pixels[rows].to(torch.float32)
+        crops = crop_and_resize_batch(pixels.repeat(2, 1, 1, 1), parameters.crop, size)
+        return finish_views(crops.expand(-1, 3, -1, -1).contiguous(), parameters)
+
+
+def crop_and_resize_batch(images: Tensor, crops: NDArray[np.int64], size: int) -> Tensor:
+    """A window of each image, resized: bilinear and antialiased as in `torch.nn.functional.interpolate`.
+
+    A resize is linear along each axis, so it is a product with a matrix an axis, which holds the window as well.
+
+    Args:
+        images: (n, C, H, W) float.
+        crops: Top, left, height and width in pixels, (n, 4).
+        size: Side of the result.
+
+    Returns:
+        (n, C, size, size), rounded to whole numbers.
+    """
+    windows = torch.from_numpy(crops).to(images.device, non_blocking=True).to(torch.float32)
+    rows = _resize_matrix(windows[:, 0], windows[:, 2], images.shape[2], size)
+    columns = _resize_matrix(windows[:, 1], windows[:, 3], images.shape[3], size)
+    return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].mT).round_()
+
+
+def _resize_matrix(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
+    """Weights (n, size, length) of the pixels of an axis in the pixels of its resized window."""
+    scale = (extent / size)[:, None, None]
+    inside = torch.arange(length, device=start.device) - start[:, None, None]
+    middle = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
+    weights = (1 - ((inside + 0.5 - middle) / scale.clamp_min(1)).abs()).clamp_min(0)
+    weights = weights * ((inside >= 0) & (inside < extent[:, None, None]))
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def load_pixels(
+    split: Split, device: torch.device, workers: int | None
+) -> tuple[Tensor, NDArray[np.int64], dict[int, str]]:
+    """A split's pixels on the device.
+
+    Returns:
+        Pixels (n, C, H, W) uint8 with C of 1 or 3; which image stands in for each, (n,) int64: itself unless it is
+        broken; and by number of a broken image, why.
+
+    Raises:
+        DataError: As in `ResidentPipeline`.
+    """
+    if isinstance(split, ArraySplit):
+        _check_room(split.images.nbytes, device)
+        pixels = torch.tensor(split.images, device=device)
+        return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2), np.arange(len(split)), {}
+    workers = default_workers() if workers is None else workers
+    sizes = np.asarray(replace_broken(len(split), 0, split.read)[0]).shape[:2]
+    _check_room(len(split) * 3 * sizes[0] * sizes[1], device)
+    pixels = torch.empty((len(split), 3, *sizes), dtype=torch.uint8, device=device)
+    stand_ins = np.arange(len(split))
+    broken: dict[int, str] = {}
+    loader = DataLoader(
+        _Pixels(split),
+        batch_size=64,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(0),
+    )
+    place = 0
+    for images in loader:
+        for image, index, reasons in images:
+            if image.shape != (3, *sizes):
+                raise DataError(
+                    f"data.pipeline: found {split.name(index)} of {image.shape[1]} x {image.shape[2]} pixels among "
+                    f"images of {sizes[0]} x {sizes[1]}, expected one size for resident; use another pipeline"
+                )
+            pixels[place], stand_ins[place] = image, index
+            broken |= reasons
+            place += 1
+    return pixels, stand_ins, broken
+
+
+class _Pixels(Dataset[tuple[Tensor, int, dict[int, str]]]):
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, wanted: int) -> tuple[Tensor, int, dict[int, str]]:
+        image, index, broken = replace_broken(len(self.split), wanted, self.split.read)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), index, broken
+
+
+def room_on(device: torch.device) -> float:
+    """How many bytes a set may take on a device; no limit on the CPU."""
+    return _SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def _check_room(size: int, device: torch.device) -> None:
+    allowed = room_on(device)
+    if size > allowed:
+        raise DataError(
+            f"data.pipeline: found a set of {size / 2**30:.1f} GiB, expected up to {allowed / 2**30:.1f} GiB for "
+            "resident on this device; use another pipeline"
+        )

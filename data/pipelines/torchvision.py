@@ -1,0 +1,176 @@
+"""The portable pipeline: Pillow decodes an image once, and two views are made of it on tensors, in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from synco_fast.data.augment.draw import ViewParameters, draw_views
+from synco_fast.data.augment.ops import crop_and_resize, finish_views
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.errors import BrokenImageError
+from synco_fast.data.pipelines.base import Batch
+from synco_fast.data.pipelines.epochs import EpochBatches, Place, replace_broken
+from synco_fast.data.sources.splits import Split
+from synco_fast.data.workers import default_workers, start_worker
+
+__all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_view", "make_view"]
+
+_Sample = tuple[Tensor, Tensor, int, dict[int, str]]
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (3, H, W), channels innermost in memory: what torchvision's fastest resize takes."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def make_view(pixels: Tensor, parameters: ViewParameters, size: int) -> Tensor:
+    """A view (3, size, size) uint8 of an image (3, H, W) uint8 by the parameters of that one view."""
+    return finish_views(crop_and_resize(pixels, parameters.crop[0], size), parameters)[0]
+
+
+def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
+    """The central crop (3, size, size) uint8 of an image (3, H, W) uint8, whose short side becomes `Recipe.resize`."""
+    small = v2.functional.resize(pixels, [recipe.resize], antialias=True)
+    view: Tensor = v2.functional.center_crop(small, [recipe.size, recipe.size])
+    return view
+
+
+class _Views(Dataset[_Sample]):
+    """Two views of an image by (epoch, number); the views depend on seed, epoch and number, not on the worker."""
+
+    def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
+        self.split, self.recipe, self.seed = split, recipe, seed
+
+    def __getitem__(self, place: Place) -> _Sample:
+        epoch, wanted = place
+        image, index, broken = replace_broken(len(self.split), wanted, self.split.read)
+        pixels = pixels_of(image)
+        parameters = draw_views(
+            self.recipe,
+            seed=self.seed,
+            epoch=epoch,
+            images=np.full(2, wanted),
+            views=np.arange(2),
+            sizes=np.tile(pixels.shape[1:], (2, 1)),
+        )
+        first, second = (make_view(pixels, parameters[view : view + 1], self.recipe.size) for view in range(2))
+        return first, second, index, broken
+
+
+def _collate(samples: list[_Sample]) -> Batch:
+    first, second, images, broken = zip(*samples, strict=True)
+    merged = {index: reason for part in broken for index, reason in part.items()}
+    return Batch(torch.stack(first), torch.stack(second), torch.tensor(images), merged)
+
+
+class TorchvisionPipeline:
+    """Batches of two views from worker processes; see `Pipeline` for what it promises.
+
+    Args:
+        split: The images.
+        recipe: How views are made.
+        batch: B, images in a batch, over all ranks.
+        seed: Decides order and views together with the epoch.
+        workers: Processes that decode; 0 decodes in the training process. By default one for each core.
+        pin_memory: Whether batches lie in page-locked memory, for a GPU.
+        rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
+
+    Raises:
+        DataError: The split holds fewer images than a step takes.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        recipe: Recipe,
+        *,
+        batch: int,
+        seed: int,
+        workers: int | None = None,
+        pin_memory: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._batches = EpochBatches(len(split), batch, seed, rank, world)
+        workers = default_workers() if workers is None else workers
+        self._loader: DataLoader[Batch] = DataLoader(
+            _Views(split, recipe, seed),  # type: ignore[arg-type]
+            batch_sampler=self._batches,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=start_worker,
+            # The loader draws a base seed from this generator, not from the global one that a checkpoint holds.
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and its first batch."""
+        self._batches.set_epoch(epoch, start)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+    def close(self) -> None:
+        """End the workers; the pipeline yields nothing afterwards."""
+        del self._loader
+
+
+class _Whole(Dataset[tuple[Tensor, int, str | None]]):
+    def __init__(self, split: Split, recipe: Recipe, numbers: list[int]) -> None:
+        self.split, self.numbers, self.recipe = split, numbers, recipe
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int, str | None]:
+        index = self.numbers[place]
+        try:
+            return evaluation_view(pixels_of(self.split.read(index)), self.recipe), index, None
+        except BrokenImageError as error:
+            return torch.zeros(3, self.recipe.size, self.recipe.size, dtype=torch.uint8), index, str(error)
+
+
+def _collate_whole(samples: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, dict[int, str]]:
+    good = [sample for sample in samples if sample[2] is None]
+    broken = {index: reason for _, index, reason in samples if reason is not None}
+    images = torch.stack([image for image, _, _ in good]) if good else samples[0][0].new_empty(0, *samples[0][0].shape)
+    return images, torch.tensor([index for _, index, _ in good], dtype=torch.int64), broken
+
+
+def evaluation_loader(
+    split: Split, recipe: Recipe, *, batch: int = 256, workers: int | None = None, numbers: list[int] | None = None
+) -> DataLoader[tuple[Tensor, Tensor, dict[int, str]]]:
+    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and what was broken.
+
+    Args:
+        split: The images.
+        recipe: Gives the size and the resize before the crop.
+        batch: Images read at a time.
+        workers: Processes that decode, by default one for each core.
+        numbers: Which images, by default all.
+
+    Broken images are left out of a batch, so b can be smaller than ``batch``.
+    """
+    dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
+    workers = default_workers() if workers is None else workers
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch,
+        num_workers=workers,
+        collate_fn=_collate_whole,
+        generator=generator,
+        worker_init_fn=start_worker,
+    )

@@ -1,0 +1,159 @@
+"""Where images come from: folders, lists of files, tar shards, gzipped IDX files, and the embedded demo set.
+
+A source has a `train` split and, where there is one, a held-out `validation` split. A split yields images and labels by
+number and knows nothing of augmentation. A new kind of source is one function here that returns a `Source`, and its
+prefix in `open_source`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synco_fast.data.errors import DataError
+from synco_fast.data.sources.catalogue import cache_folder
+from synco_fast.data.sources.demo import make_demo
+from synco_fast.data.sources.shards import ShardSplit
+from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
+
+__all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
+
+#: Names of the held-out split, beside ``train``.
+_HELD_OUT = ("val", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images to train on and, where the source holds them apart, images to evaluate on."""
+
+    spec: str
+    train: Split
+    validation: Split | None
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of it: images that an earlier check left out, shards that are cut short."""
+        found = []
+        for split in (self.train, self.validation):
+            left_out = split.catalogue.left_out if isinstance(split, FileSplit | ShardSplit) else {}
+            if left_out:
+                first = next(iter(left_out.items()))
+                found.append(
+                    f"{self.spec}: {len(left_out):,} left out as unreadable, the first: {first[0]}: {first[1]}"
+                )
+        return found
+
+
+def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
+    """An array of unsigned bytes in the IDX format (the layout that MNIST introduced), plain or gzipped."""
+    file = next((path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()), None)
+    if file is None:
+        raise DataError(f"data: found no {stem}.gz in {folder}")
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        kind, rank = struct.unpack(">HBB", content[:4])[1:]
+        shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
+    except (OSError, EOFError, struct.error) as error:
+        raise DataError(f"{file}: found a broken IDX file ({error})") from error
+    if kind != 8 or rank != dimensions or values.size != np.prod(shape):
+        raise DataError(f"{file}: found no IDX file of unsigned bytes in {dimensions} dimensions, or one cut short")
+    return values.reshape(shape)
+
+
+def open_idx(folder: str | os.PathLike[str]) -> Source:
+    """MNIST-like IDX files: ``train-images-idx3-ubyte``, ``t10k-images-idx3-ubyte`` and their labels.
+
+    Raises:
+        DataError: A file is missing or broken, or images and labels differ in number.
+    """
+    folder = Path(folder)
+    splits = []
+    for prefix in ("train", "t10k"):
+        images = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+        labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int64)
+        if len(images) != len(labels):
+            raise DataError(f"{folder}: found {len(images)} {prefix} images and {len(labels)} labels")
+        splits.append(ArraySplit(images, labels, f"{folder}/{prefix}"))
+    return Source(f"idx:{folder}", *splits)
+
+
+def open_folder(folder: str | os.PathLike[str]) -> Source:
+    """A folder laid out like ImageNet's (``train/CLASS/*``, ``val/CLASS/*``), or one of images alone.
+
+    Raises:
+        DataError: There is no such folder, or no image in it.
+    """
+    root = Path(folder).expanduser()
+    if not (root / "train").is_dir():
+        return Source(os.fspath(root), FolderSplit(root), None)
+    train = FolderSplit(root / "train")
+    held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
+    return Source(os.fspath(root), train, FolderSplit(held_out, train.classes) if held_out else None)
+
+
+def open_list(spec: str) -> Source:
+    """Lists of files: ``TRAIN_LIST`` or ``TRAIN_LIST,HELD_OUT_LIST``, each as `ListSplit` describes.
+
+    Raises:
+        DataError: A list cannot be read, or names nothing.
+    """
+    files = [Path(file).expanduser() for file in spec.split(",")]
+    if len(files) > 2:
+        raise DataError(f"data: found {len(files)} lists in {spec!r}, expected one, or two with a comma between")
+    train = ListSplit(files[0])
+    return Source(f"list:{spec}", train, ListSplit(files[1], train.classes) if files[1:] else None)
+
+
+def open_shards(folder: str | os.PathLike[str]) -> Source:
+    """Tar shards: ``train/*.tar`` and ``val/*.tar``, or ``*train*.tar`` and ``*val*.tar``, or ``*.tar`` alone.
+
+    Raises:
+        DataError: There is no shard, one is no tar file, or there is no image in them.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data: found no folder {root}")
+
+    def shards(name: str) -> list[Path]:
+        return sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
+
+    train = ShardSplit(shards("train") or sorted(root.glob("*.tar")), title=f"{root}")
+    held_out = next((found for found in map(shards, _HELD_OUT) if found), None)
+    split = ShardSplit(held_out, train.classes, title=f"{root}") if held_out and shards("train") else None
+    return Source(f"tar:{root}", train, split)
+
+
+def demo_folder() -> Path:
+    """Where the demo set is kept: below the user's cache."""
+    return cache_folder() / "demo"
+
+
+def open_source(spec: str) -> Source:
+    """Open a source by what a person writes after ``--data``.
+
+    Args:
+        spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
+            ``idx:FOLDER`` for IDX files; ``demo`` for the embedded set, drawn on first use.
+
+    Raises:
+        DataError: There is nothing to read there, or the prefix is unknown.
+    """
+    if spec == "demo":
+        return open_folder(make_demo(demo_folder()))
+    prefix, colon, rest = spec.partition(":")
+    if colon and prefix == "idx":
+        return open_idx(Path(rest).expanduser())
+    if colon and prefix == "tar":
+        return open_shards(rest)
+    if colon and prefix == "list":
+        return open_list(rest)
+    if colon and not Path(spec).exists():
+        raise DataError(f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+    return open_folder(spec)

@@ -1,0 +1,191 @@
+"""Images in tar shards, as WebDataset lays them out: read in place, by offset, never unpacked."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from synco_fast.data.errors import BrokenImageError, DataError
+from synco_fast.data.sources.catalogue import (
+    Catalogue,
+    PackedNames,
+    catalogue_path,
+    read_catalogue,
+    write_catalogue,
+)
+from synco_fast.data.sources.decode import IMAGE_SUFFIXES, decode_image
+from synco_fast.data.sources.splits import relabel
+
+__all__ = ["ShardSplit", "index_shards"]
+
+#: An image of a shard: name, offset, size, and the bytes of its ``.cls`` or ``.json`` member as (offset, size, kind).
+_Sample = tuple[str, int, int, tuple[int, int, str] | None]
+
+
+class ShardSplit:
+    """The images of some tar shards, in order of shard and member.
+
+    A sample is what the members with one name less its suffix have in common: its image, and its label in ``.cls`` (a
+    class name or number) or in the key ``label`` of ``.json``; without either, the folder that the image lies in is its
+    class. Only regular members are read, only by offset and size: names in a shard reach no file system.
+
+    The index is made once, by reading the shards' headers, and kept in the user's cache until a shard changes.
+
+    Args:
+        shards: Uncompressed tar files.
+        classes: As in `FolderSplit`.
+        title: What a message calls the set.
+
+    Raises:
+        DataError: No shard, one that is no tar file, no image in them, or classes that are not ``classes``.
+    """
+
+    def __init__(self, shards: list[Path], classes: tuple[str, ...] | None = None, title: str = "tar") -> None:
+        if not shards:
+            raise DataError(f"data: found no *.tar in {title}")
+        self.key = "tar:" + "\n".join(str(shard.resolve()) for shard in shards)
+        kept = catalogue_path(self.key)
+        catalogue = read_catalogue(kept)
+        if catalogue is None or catalogue.places is None:
+            catalogue = index_shards(shards)
+            if len(catalogue.names):
+                with suppress(OSError):  # without a cache to write to, the next start reads the headers again
+                    write_catalogue(kept, catalogue)
+        if not len(catalogue.names):
+            raise DataError(f"data: found no image in the shards of {title}")
+        self.catalogue, self._shards = catalogue, [os.fspath(shard) for shard in shards]
+        self._places = catalogue.places
+        self.labels, self.classes = relabel(catalogue, classes, title)
+        self._opened: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.catalogue.names)
+
+    def name(self, index: int) -> str:
+        """The shard's path and the member's name in it."""
+        assert self._places is not None
+        return f"{self._shards[int(self._places[index, 0])]}:{self.catalogue.names[index]!r}"
+
+    def encoded(self, index: int) -> bytes:
+        """The member's bytes."""
+        assert self._places is not None
+        shard, offset, size = self._places[index].tolist()
+        try:
+            content = os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            raise BrokenImageError(f"{self.name(index)}: {error.strerror or error}") from error
+        if len(content) < size:
+            raise BrokenImageError(f"{self.name(index)}: the shard ends in the middle of the image")
+        return content
+
+    def read(self, index: int) -> Image.Image:
+        """The decoded member; see `decode_image`."""
+        return decode_image(self.encoded(index), self.name(index))
+
+    def _descriptor(self, shard: int) -> int:
+        """An open shard. Reads carry their own offset, so that forked workers may share it."""
+        if shard not in self._opened:
+            if len(self._opened) >= _OPEN_SHARDS:
+                os.close(self._opened.pop(next(iter(self._opened))))
+            self._opened[shard] = os.open(self._shards[shard], os.O_RDONLY)
+        return self._opened[shard]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_opened", {}).values():
+            os.close(descriptor)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_opened": {}}
+
+
+_BLOCK = 512
+#: How many shards one process holds open: the usual limit is 1,024 files.
+_OPEN_SHARDS = 256
+
+
+def index_shards(shards: list[Path]) -> Catalogue:
+    """Read the headers of tar shards.
+
+    Raises:
+        DataError: One is missing or is no tar file. One that is cut short gives the images before its end and is
+            named in the list's ``left_out``.
+    """
+    left_out: dict[str, str] = {}
+    with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
+        found = list(pool.map(lambda shard: _index(shard, left_out), shards))
+    names, places, labels = [], [], []
+    for number, (shard, samples) in enumerate(zip(shards, found, strict=True)):
+        with shard.open("rb") as opened:
+            for name, offset, size, label in samples:
+                names.append(name)
+                places.append((number, offset, size))
+                labels.append(_label(os.pread(opened.fileno(), label[1], label[0]), label[2]) if label else None)
+    if None in labels:
+        folders = [str(PurePosixPath(name).parent) for name in names]
+        labels = list(folders) if "." not in folders else []
+    classes = tuple(sorted(set(labels), key=_natural))  # type: ignore[arg-type]
+    number_of = {name: number for number, name in enumerate(classes)}
+    return Catalogue(
+        PackedNames.pack(names),
+        np.array([number_of[label] for label in labels], dtype=np.int64) if labels else None,
+        classes if labels else None,  # type: ignore[arg-type]
+        np.array(places, dtype=np.int64).reshape(-1, 3),
+        {str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
+        left_out,
+    )
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Numbers in order of value, before names."""
+    return (int(name), "") if name.isdecimal() else (1 << 62, name)
+
+
+def _index(shard: Path, left_out: dict[str, str]) -> list[_Sample]:
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, tuple[int, int, str]] = {}
+    try:
+        length = shard.stat().st_size
+        with tarfile.open(shard, "r:") as archive:
+            try:
+                for member in archive:
+                    key, suffix = os.path.splitext(member.name)  # noqa: PTH122
+                    suffix = suffix.lower()
+                    if not member.isreg() or member.sparse or PurePosixPath(key).name.startswith("."):
+                        continue
+                    if member.offset_data + member.size > length:
+                        raise tarfile.ReadError("unexpected end of data")
+                    if suffix in IMAGE_SUFFIXES:
+                        images[key] = (member.name, member.offset_data, member.size)
+                    elif suffix in (".cls", ".json"):
+                        labels[key] = (member.offset_data, member.size, suffix)
+                    archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                # tarfile takes a header that is cut short or broken for the end, which is a block of zeros.
+                if archive.offset < length and _block(shard, archive.offset) != bytes(_BLOCK):
+                    raise tarfile.ReadError("no end of archive")
+            except (tarfile.TarError, EOFError) as error:
+                left_out[str(shard)] = f"the shard is cut short or broken after {len(images):,} images ({error})"
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"data: found no readable tar file at {shard} ({error})") from error
+    return [(*image, labels.get(key)) for key, image in images.items()]
+
+
+def _block(shard: Path, offset: int) -> bytes:
+    with shard.open("rb") as opened:
+        return os.pread(opened.fileno(), _BLOCK, offset)
+
+
+def _label(content: bytes, kind: str) -> str | None:
+    """The class that a ``.cls`` or ``.json`` member names; None where it names none."""
+    try:
+        text = content.decode()
+        found = json.loads(text)["label"] if kind == ".json" else text.strip()
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(found)

@@ -1,0 +1,297 @@
+"""Numbered sets of images: files, arrays in memory; those in tar shards are in `synco_fast.data.sources.shards`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from synco_fast.data.errors import BrokenImageError, DataError
+from synco_fast.data.sources.catalogue import Catalogue, PackedNames, catalogue_path, read_catalogue
+from synco_fast.data.sources.decode import IMAGE_SUFFIXES, decode_image, encode_pixels
+
+__all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "PartSplit", "Split", "read_image", "share_of"]
+
+
+class Split(Protocol):
+    """A numbered set of images."""
+
+    classes: tuple[str, ...] | None
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in a message: its path, or file and number."""
+        ...
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of the image's file.
+
+        Raises:
+            BrokenImageError: They cannot be read.
+        """
+        ...
+
+    def read(self, index: int) -> Image.Image:
+        """The image in mode RGB.
+
+        Raises:
+            BrokenImageError: It cannot be decoded.
+        """
+        ...
+
+
+def read_image(file: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file to RGB, upright; see `decode_image`.
+
+    Raises:
+        BrokenImageError: The file cannot be read or decoded.
+    """
+    return decode_image(_read_file(os.fspath(file)), os.fspath(file))
+
+
+def _read_file(file: str) -> bytes:
+    try:
+        # A pipe that somebody has given an image's name would wait for ever for a writer.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as opened:  # noqa: PTH123
+            return opened.read()
+    except OSError as error:
+        raise BrokenImageError(f"{file}: {error.strerror or error}") from error
+
+
+class FileSplit:
+    """Images in files of their own.
+
+    Args:
+        root: The folder that the names are relative to.
+        catalogue: Names and labels.
+        classes: The class names that must be found, in label order; by default the catalogue's.
+        key: What the catalogue is kept under, see `catalogue_path`.
+
+    Raises:
+        DataError: The catalogue has a class that ``classes`` lacks.
+    """
+
+    def __init__(self, root: Path, catalogue: Catalogue, classes: tuple[str, ...] | None, key: str) -> None:
+        self.catalogue, self.key, self._root = catalogue, key, os.fspath(root)
+        self.labels, self.classes = relabel(catalogue, classes, root)
+
+    def __len__(self) -> int:
+        return len(self.catalogue.names)
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return os.path.join(self._root, self.catalogue.names[index])  # noqa: PTH118 - once an image: no Path objects
+
+    def encoded(self, index: int) -> bytes:
+        """The file's bytes."""
+        return _read_file(self.name(index))
+
+    def read(self, index: int) -> Image.Image:
+        """The decoded file; see `decode_image`."""
+        return decode_image(self.encoded(index), self.name(index))
+
+
+def relabel(
+    catalogue: Catalogue, classes: tuple[str, ...] | None, where: object
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """A catalogue's labels as numbers of ``classes``, and the classes in force.
+
+    Raises:
+        DataError: The catalogue has a class that ``classes`` lacks.
+    """
+    own = catalogue.classes
+    if classes is None or own is None or catalogue.labels is None:
+        return catalogue.labels, own
+    unknown = sorted(set(own) - set(classes))
+    if unknown:
+        raise DataError(f"data: found the class {unknown[0]} in {where}, which the training images do not have")
+    number = {name: place for place, name in enumerate(classes)}
+    return np.array([number[name] for name in own], dtype=np.int64)[catalogue.labels], classes
+
+
+class FolderSplit(FileSplit):
+    """Image files below a folder: one sub-folder a class, or files without classes.
+
+    Args:
+        root: The folder. Where it has sub-folders with images, each is a class, in order of name; otherwise the images
+            right inside it form a split without labels.
+        classes: The class names that must be found, in label order; by default those that are there.
+
+    A list of files that ``synco-fast data check`` has kept is taken instead of a walk as long as no folder changed.
+
+    Raises:
+        DataError: There is no such folder, it holds no image, or its classes are not ``classes``.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], classes: tuple[str, ...] | None = None) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise DataError(f"data: found no folder {root}")
+        key = f"folder:{root.resolve()}"
+        catalogue = read_catalogue(catalogue_path(key)) or _walk(root)
+        if not len(catalogue.names):
+            raise DataError(f"data: found no image in {root}, expected files named {', '.join(sorted(IMAGE_SUFFIXES))}")
+        super().__init__(root, catalogue, classes, key)
+
+
+def _walk(root: Path) -> Catalogue:
+    stamps = {str(root.resolve()): root.stat().st_mtime_ns}
+    names: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir() and not entry.name.startswith("."):
+            inside = _image_files(root, entry.name, stamps)
+            if inside:
+                names += inside
+                labels += [len(classes)] * len(inside)
+                classes.append(entry.name)
+    if classes:
+        return Catalogue(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes), stamps=stamps)
+    flat = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
+    return Catalogue(PackedNames.pack(flat), stamps=stamps)
+
+
+def _image_files(root: Path, folder: str, stamps: dict[str, int]) -> list[str]:
+    """Paths of the images at any depth of a folder, relative to the root; every folder met goes into ``stamps``."""
+    found = []
+    for inside, folders, names in os.walk(root / folder):
+        folders.sort()
+        stamps[os.path.realpath(inside)] = os.stat(inside).st_mtime_ns  # noqa: PTH116
+        # A million files: strings, not Path objects.
+        below = os.path.relpath(inside, root)
+        found += [os.path.join(below, name) for name in sorted(names) if _is_image(name)]  # noqa: PTH118
+    return found
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
+
+
+class ListSplit(FileSplit):
+    """The files that a text file names, one a line: a path, and after a tab its class where there are classes.
+
+    Args:
+        file: The list, UTF-8; relative paths start at its folder. Empty lines and those that begin with ``#`` are
+            skipped.
+        classes: As in `FolderSplit`.
+
+    Raises:
+        DataError: There is no such list, it names nothing, or only some of its lines have a class.
+    """
+
+    def __init__(self, file: Path, classes: tuple[str, ...] | None = None) -> None:
+        key = f"list:{file.resolve()}"
+        super().__init__(file.parent, read_catalogue(catalogue_path(key)) or _parse_list(file), classes, key)
+
+
+def _parse_list(file: Path) -> Catalogue:
+    try:
+        stamp, text = file.stat().st_mtime_ns, file.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(f"data: cannot read the list {file} ({error.strerror})") from error
+    lines = [line.partition("\t") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not lines:
+        raise DataError(f"data: found no path in the list {file}")
+    labelled = [bool(tab) for _, tab, _ in lines]
+    if any(labelled) and not all(labelled):
+        without = lines[labelled.index(False)][0]
+        raise DataError(f"data: found no class after {without!r} in {file}, expected one in every line or in none")
+    catalogue = Catalogue(PackedNames.pack(path for path, _, _ in lines), stamps={str(file.resolve()): stamp})
+    if any(labelled):
+        classes = sorted({label for _, _, label in lines})
+        number = {name: place for place, name in enumerate(classes)}
+        catalogue.classes = tuple(classes)
+        catalogue.labels = np.array([number[label] for _, _, label in lines], dtype=np.int64)
+    return catalogue
+
+
+class ArraySplit:
+    """Images held in memory.
+
+    Args:
+        images: uint8, (n, height, width) or (n, height, width, 3).
+        labels: int64, (n,), or None.
+        title: What a message calls the set.
+        classes: Class names, by default the numbers.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.int64] | None,
+        title: str,
+        classes: tuple[str, ...] | None = None,
+    ) -> None:
+        self.images, self.labels, self.title = images, labels, title
+        if classes is None and labels is not None:
+            classes = tuple(str(label) for label in range(int(labels.max()) + 1))
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """The set's title and the image's number."""
+        return f"{self.title}[{index}]"
+
+    def encoded(self, index: int) -> bytes:
+        """The image as an uncompressed image file."""
+        return encode_pixels(np.asarray(self.read(index)))
+
+    def read(self, index: int) -> Image.Image:
+        """The image in mode RGB."""
+        return Image.fromarray(self.images[index]).convert("RGB")
+
+
+class PartSplit:
+    """Some of a split's images, numbered anew.
+
+    Args:
+        whole: The split.
+        numbers: Which images of it, in order.
+    """
+
+    def __init__(self, whole: Split, numbers: NDArray[np.int64]) -> None:
+        self._whole, self._numbers = whole, numbers
+        self.classes = whole.classes
+        self.labels = None if whole.labels is None else whole.labels[numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def name(self, index: int) -> str:
+        """As in the whole split."""
+        return self._whole.name(int(self._numbers[index]))
+
+    def encoded(self, index: int) -> bytes:
+        """As in the whole split."""
+        return self._whole.encoded(int(self._numbers[index]))
+
+    def read(self, index: int) -> Image.Image:
+        """As in the whole split."""
+        return self._whole.read(int(self._numbers[index]))
+
+
+def share_of(split: Split, share: float) -> Split:
+    """A random part of a split, always the same one: a smaller share is a part of every larger one.
+
+    Args:
+        split: The images; labels decide nothing.
+        share: In (0, 1], rounded to at least one image.
+    """
+    if share == 1:
+        return split
+    order = np.random.default_rng(0).permutation(len(split))
+    numbers = np.sort(order[: max(1, round(share * len(split)))]).astype(np.int64)
+    if isinstance(split, ArraySplit):
+        labels = None if split.labels is None else split.labels[numbers]
+        return ArraySplit(split.images[numbers], labels, f"{share:g} of {split.title}", split.classes)
+    return PartSplit(split, numbers)

@@ -1,0 +1,48 @@
+"""``synco-fast export``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from synco_fast.commands.parser import Verbs, two_columns
+
+__all__ = ["add"]
+
+_FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast export``."""
+    command = verbs.add(
+        "export",
+        _export,
+        "Write a checkpoint's backbone for another tool, with a model card.",
+        "synco-fast export runs/demo-20260101-120000 --format timm --out exported",
+    )
+    command.add_argument("checkpoint", type=Path, help="a run folder, a checkpoint, or an imported file")
+    command.add_argument("--format", required=True, choices=_FORMATS)
+    command.add_argument("--out", type=Path, metavar="DIR", help="RUN/export/FORMAT by default")
+    command.add_argument("--licence", metavar="TEXT", help="what the model card states")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write what was done here as well")
+
+
+def _export(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.export.save import export_checkpoint
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.files import write_json
+
+    done = export_checkpoint(options.checkpoint, options.format, options.out, licence=options.licence)
+    table = two_columns(f"{options.checkpoint} for {done.format}")
+    for file in done.files:
+        table.add_row("file", str(done.folder / file))
+    for name, value in done.checks.items():
+        table.add_row(name, f"{value:.1e}")
+    console.print(table)
+    if options.json is not None:
+        figures = {"format": done.format, "folder": str(done.folder), "files": list(done.files), "checks": done.checks}
+        write_json(options.json, {**figures, "environment": describe_environment()})
+    return 0

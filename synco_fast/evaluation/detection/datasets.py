@@ -1,0 +1,254 @@
+"""Images with boxes, and masks where there are any, in the layouts of PASCAL VOC and COCO."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from synco_fast.data.pipelines.base import epoch_order
+from synco_fast.data.seeding import derive_seed
+from synco_fast.runtime.errors import ConfigError, DataError
+
+__all__ = ["DetectionSource", "Detections", "Steps", "open_detection"]
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+Target = dict[str, Any]
+
+
+class _Raw(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> tuple[Any, Any]: ...
+
+
+@dataclass(frozen=True)
+class DetectionSource:
+    """Both splits and the classes, which are counted from 1: 0 is the background.
+
+    Attributes:
+        spec: What a person writes.
+        layout: ``voc`` or ``coco``.
+        train, test: Images with targets.
+        classes: Names, in order of label.
+        masks: Whether objects have masks.
+    """
+
+    spec: str
+    layout: str
+    train: Detections
+    test: Detections
+    classes: tuple[str, ...]
+    masks: bool
+
+
+class Detections(Dataset[tuple[Tensor, Target]]):
+    """Images as float32 (3, H, W) in [0, 1], and targets as torchvision's detectors take them.
+
+    A target holds ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) int64, ``iscrowd`` (n,) (difficult
+    objects of VOC are marked the same way), and with masks ``masks`` (n, H, W) bool.
+
+    Args:
+        parts: Datasets that yield images and raw annotations, one after the other.
+        convert: Makes a target of a raw annotation, given the dataset, number and image.
+        augment: Whether images are flipped at random and crowds left out, for training.
+        seed: Of the flips.
+    """
+
+    def __init__(
+        self, parts: list[_Raw], convert: Callable[[_Raw, Any, Any], Target], *, augment: bool = False, seed: int = 0
+    ) -> None:
+        self.parts, self.convert, self.augment, self.seed = parts, convert, augment, seed
+        self.flip = v2.RandomHorizontalFlip()
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        epoch, number = key if isinstance(key, tuple) else (0, key)
+        inside = number
+        for part in self.parts:
+            if inside < len(part):
+                break
+            inside -= len(part)
+        picture, annotation = part[inside]
+        target = self.convert(part, annotation, picture)
+        image = tv_tensors.Image(v2.functional.pil_to_tensor(picture.convert("RGB")))
+        if self.augment:
+            keep = ~target["iscrowd"].bool()
+            target = {name: _rows(value, keep) for name, value in target.items()}
+            with contextlib.nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.seed, epoch, number))
+                image, target = self.flip(image, target)
+        return image.as_subclass(Tensor).float() / 255, {
+            name: value.as_subclass(Tensor) for name, value in target.items()
+        }
+
+
+def _rows(value: Tensor, keep: Tensor) -> Tensor:
+    """The chosen rows; boxes and masks stay what they are, so that a flip moves them."""
+    return tv_tensors.wrap(value[keep], like=value) if isinstance(value, tv_tensors.TVTensor) else value[keep]
+
+
+class Steps:
+    """The batch sampler: which images make which step, forever; the ranks take equal parts of each.
+
+    Args:
+        length: Images in all.
+        batch: Images a step, over all ranks.
+        seed: Decides the order of each epoch.
+        start, end: Steps to yield.
+        rank, world: This process and how many there are.
+    """
+
+    def __init__(self, length: int, batch: int, seed: int, start: int, end: int, rank: int = 0, world: int = 1) -> None:
+        self.length, self.batch, self.seed = length, batch, seed
+        self.start, self.end, self.rank, self.world = start, end, rank, world
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        orders: dict[int, list[int]] = {}
+        for step in range(self.start, self.end):
+            places = range(step * self.batch + self.rank, (step + 1) * self.batch, self.world)
+            batch = []
+            for epoch, place in (divmod(place, self.length) for place in places):
+                if epoch not in orders:
+                    orders = {epoch: epoch_order(self.length, seed=self.seed, epoch=epoch).tolist(), **_newest(orders)}
+                batch.append((epoch, orders[epoch][place]))
+            yield batch
+
+
+def _newest(orders: dict[int, list[int]]) -> dict[int, list[int]]:
+    """The epoch before: a step may lie on the border."""
+    return dict(list(orders.items())[:1])
+
+
+def open_detection(spec: str, *, seed: int = 0) -> DetectionSource:
+    """Open ``voc:FOLDER`` or ``coco:FOLDER``.
+
+    VOC: the folder that holds ``VOCdevkit/VOC2007`` and, where it is there, ``VOCdevkit/VOC2012``; trained on the
+    trainval images of both, tested on test 2007, or on val where there is no test. COCO: ``annotations/
+    instances_train2017.json``, ``instances_val2017.json`` and the folders ``train2017`` and ``val2017``.
+
+    Raises:
+        DataError: Something of the layout is missing, or an object has an unknown class.
+        ConfigError: pycocotools, which reads COCO, is missing.
+    """
+    layout, colon, rest = spec.partition(":")
+    if not colon or layout not in ("voc", "coco"):
+        raise DataError(f"data: found the source {spec!r}, expected voc:FOLDER or coco:FOLDER")
+    folder = Path(rest).expanduser()
+    return _open_voc(spec, folder, seed) if layout == "voc" else _open_coco(spec, folder, seed)
+
+
+def _open_voc(spec: str, folder: Path, seed: int) -> DetectionSource:
+    sets = folder / "VOCdevkit" / "{year}" / "ImageSets" / "Main"
+
+    def found(year: str, name: str) -> bool:
+        return (Path(str(sets).format(year=f"VOC{year}")) / f"{name}.txt").is_file()
+
+    def part(year: str, name: str) -> _Raw:
+        opened: _Raw = torchvision.datasets.VOCDetection(str(folder), year=year, image_set=name)
+        return opened
+
+    trained = [(year, "trainval" if found(year, "trainval") else "train") for year in ("2007", "2012")]
+    trained = [(year, name) for year, name in trained if found(year, name)]
+    tested = next(
+        ((year, name) for year, name in (("2007", "test"), ("2012", "val"), ("2007", "val")) if found(year, name)), None
+    )
+    if not trained or tested is None:
+        raise DataError(
+            f"data: found no VOCdevkit/VOC2007/ImageSets/Main with trainval.txt and test.txt in {folder} (or VOC2012)"
+        )
+    if ("2012", "trainval") in trained and tested == ("2012", "val"):
+        trained = [("2012", "train") if pair == ("2012", "trainval") else pair for pair in trained]
+    train = Detections([part(*pair) for pair in trained], _voc_target, augment=True, seed=seed)
+    return DetectionSource(spec, "voc", train, Detections([part(*tested)], _voc_target), VOC_CLASSES, masks=False)
+
+
+def _voc_target(part: _Raw, annotation: Any, picture: Any) -> Target:
+    objects = annotation["annotation"].get("object", [])
+    boxes, labels, difficult = [], [], []
+    for one in objects:
+        if one["name"] not in VOC_CLASSES:
+            raise DataError(f"data: found an object {one['name']!r}, expected the twenty classes of VOC")
+        corners = (float(one["bndbox"][key]) for key in ("xmin", "ymin", "xmax", "ymax"))
+        left, top, right, bottom = corners
+        # VOC counts pixels from 1 and names the last one inside.
+        boxes.append([left - 1, top - 1, right, bottom])
+        labels.append(VOC_CLASSES.index(one["name"]) + 1)
+        difficult.append(int(one.get("difficult", 0)))
+    return _target(boxes, labels, difficult, picture)
+
+
+def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ConfigError("data: found coco without pycocotools: pip install 'synco-fast[detection]'")
+    splits: list[Any] = []
+    for name in ("train2017", "val2017"):
+        annotations = folder / "annotations" / f"instances_{name}.json"
+        if not annotations.is_file() or not (folder / name).is_dir():
+            raise DataError(f"data: found no {annotations} with a folder {folder / name}")
+        try:
+            # pycocotools reports to standard output, where a verb's table goes.
+            with contextlib.redirect_stdout(io.StringIO()):
+                splits.append(torchvision.datasets.CocoDetection(str(folder / name), str(annotations)))
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{annotations}: found annotations that cannot be read ({error})") from error
+    categories = [{number: one["name"] for number, one in split.coco.cats.items()} for split in splits]
+    if categories[0] != categories[1]:
+        raise DataError(
+            f"data: found {len(categories[0])} classes among the training images of {folder} and {len(categories[1])} "
+            "others among the held-out ones, expected the same"
+        )
+    order = {number: place + 1 for place, number in enumerate(sorted(categories[0]))}
+    masks = any(one.get("segmentation") for one in splits[0].coco.anns.values())
+    convert = _CocoTarget(order, masks)
+    names = tuple(categories[0][number] for number in sorted(categories[0]))
+    train = Detections([splits[0]], convert, augment=True, seed=seed)
+    return DetectionSource(spec, "coco", train, Detections([splits[1]], convert), names, masks)
+
+
+@dataclass(frozen=True)
+class _CocoTarget:
+    """From annotations to a target; ``order`` gives the label of a category's number."""
+
+    order: dict[int, int]
+    masks: bool
+
+    def __call__(self, part: Any, annotation: Any, picture: Any) -> Target:
+        kept = [one for one in annotation if one["bbox"][2] > 0 and one["bbox"][3] > 0]
+        boxes = [[x, y, x + width, y + height] for x, y, width, height in (one["bbox"] for one in kept)]
+        crowd = [int(one.get("iscrowd", 0)) for one in kept]
+        target = _target(boxes, [self.order[one["category_id"]] for one in kept], crowd, picture)
+        if self.masks:
+            drawn = [torch.from_numpy(part.coco.annToMask(one)).bool() for one in kept]
+            size = (len(kept), picture.height, picture.width)
+            target["masks"] = tv_tensors.Mask(torch.stack(drawn) if drawn else torch.zeros(size, dtype=torch.bool))
+        return target
+
+
+def _target(boxes: list[list[float]], labels: list[int], crowd: list[int], picture: Any) -> Target:
+    corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return {
+        "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(picture.height, picture.width)),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "iscrowd": torch.tensor(crowd, dtype=torch.int64),
+    }

@@ -1,0 +1,358 @@
+"""``evaluate detection``: fine-tune a detector on the backbone, measure average precision."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+from synco_fast.evaluation.context import Setting, fingerprint
+from synco_fast.evaluation.detection.datasets import Detections, DetectionSource, Steps, open_detection
+from synco_fast.evaluation.labelled import decoding_processes
+from synco_fast.evaluation.progress import Bar
+from synco_fast.evaluation.ranks import barrier, joined, lists_of_all_ranks, rank, world
+from synco_fast.evaluation.scaling import Update
+from synco_fast.export.load import Weights, backbone_of, read_weights
+from synco_fast.runtime.checkpoint import read_tensors
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.errors import ConfigError, DivergedError
+from synco_fast.runtime.files import atomic_write, write_json
+from synco_fast.runtime.precision import Precision, resolve_device
+
+__all__ = ["DetectionPlan", "build_detector", "evaluate_detection", "published_plan"]
+
+#: Images on which the detector is measured before its first step.
+_BEFORE = 200
+
+
+@dataclass(frozen=True)
+class DetectionPlan:
+    """How a detector is fine-tuned, by SGD.
+
+    Attributes:
+        steps: Iterations.
+        drops: Iterations after which the rate falls to a tenth.
+        warmup: Iterations over which the rate rises from a thousandth.
+        batch: Images a step, over all ranks.
+        lr, momentum, weight_decay: Of SGD.
+        sizes: Short sides of training images, one drawn for each batch, in pixels.
+        size: Short side of test images.
+        longest: Upper bound of the long side.
+        freeze: Whether the backbone stays as it is.
+        seed: Of heads, order and flips.
+        keep_every: Iterations between states to go on from.
+        regions: Proposals of an image that the heads are trained on.
+        proposals: Of a test image, that the heads look at.
+        detections: Of a test image, at most.
+    """
+
+    steps: int
+    drops: tuple[int, ...]
+    warmup: int
+    sizes: tuple[int, ...]
+    batch: int = 16
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    size: int = 800
+    longest: int = 1333
+    freeze: bool = False
+    seed: int = 0
+    keep_every: int = 1000
+    regions: int = 512
+    proposals: int = 1000
+    detections: int = 100
+
+    def rate(self, step: int) -> float:
+        """The learning rate of an iteration, counted from 0."""
+        rise = min(1.0, 0.001 + 0.999 * step / self.warmup) if self.warmup else 1.0
+        return float(self.lr * rise * 0.1 ** sum(step >= drop for drop in self.drops))
+
+
+def published_plan(layout: str) -> DetectionPlan:
+    """MoCo's settings (facebookresearch/moco, detection/configs): VOC 24k iterations, COCO the 2x schedule."""
+    if layout == "voc":
+        return DetectionPlan(24000, (18000, 22000), warmup=100, sizes=tuple(range(480, 801, 32)))
+    return DetectionPlan(180000, (120000, 160000), warmup=1000, sizes=tuple(range(640, 801, 32)))
+
+
+def build_detector(weights: Weights, classes: int, *, masks: bool, plan: DetectionPlan) -> nn.Module:
+    """Faster R-CNN of torchvision, or Mask R-CNN, with a feature pyramid on the pretrained backbone.
+
+    Every layer of the backbone learns, batch norm included, and the pyramid has batch norm too, as in MoCo's setting.
+
+    Args:
+        weights: Of the backbone.
+        classes: Without the background.
+        masks: Whether it predicts masks.
+        plan: Sizes of images, and whether the backbone is frozen.
+
+    Raises:
+        ConfigError: The backbone has no four stages ``layer1`` to ``layer4``.
+    """
+    backbone = backbone_of(weights)
+    stages = [f"layer{number}" for number in (1, 2, 3, 4)]
+    if any(not hasattr(backbone, stage) for stage in stages):
+        raise ConfigError(
+            f"model.backbone: found {weights.config.model.backbone}, expected ResNets, whose stages are "
+            f"{', '.join(stages)}"
+        )
+    widths = _widths(backbone, stages)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.seed)
+        body = BackboneWithFPN(
+            backbone, {stage: str(place) for place, stage in enumerate(stages)}, widths, 256, norm_layer=nn.BatchNorm2d
+        )
+        recipe = weights.config.augment
+        detector: nn.Module = (MaskRCNN if masks else FasterRCNN)(
+            body,
+            classes + 1,
+            min_size=plan.sizes,
+            max_size=plan.longest,
+            image_mean=list(recipe.mean),
+            image_std=list(recipe.std),
+            box_batch_size_per_image=plan.regions,
+            rpn_post_nms_top_n_test=plan.proposals,
+            box_detections_per_img=plan.detections,
+        )
+    if plan.freeze:
+        body.body.requires_grad_(False)
+    return detector
+
+
+@torch.no_grad()
+def _widths(backbone: nn.Module, stages: list[str]) -> list[int]:
+    """Channels of each stage's output."""
+    found: dict[str, int] = {}
+    hooks = [
+        backbone.get_submodule(stage).register_forward_hook(
+            lambda module, given, result, stage=stage: found.__setitem__(stage, result.shape[1])
+        )
+        for stage in stages
+    ]
+    backbone.eval()(torch.zeros(1, 3, 64, 64))
+    for hook in hooks:
+        hook.remove()
+    return [found[stage] for stage in stages]
+
+
+def evaluate_detection(
+    path: Path, setting: Setting, *, plan: DetectionPlan | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Fine-tune a detector on a checkpoint's backbone and measure COCO's average precision.
+
+    Args:
+        path: A run folder, a checkpoint, or an imported file.
+        setting: ``data`` is ``voc:FOLDER`` or ``coco:FOLDER``.
+        plan: The protocol, by default MoCo's for the layout.
+        console: Where progress is shown.
+
+    Returns:
+        ``box`` and, with masks, ``mask``: AP, AP50 and AP75 in [0, 1]; ``chance``: AP of the detector before training.
+
+    Raises:
+        CheckpointError, DataError, ConfigError: The checkpoint or the images are not what they must be.
+        DivergedError: The loss was no number.
+    """
+    missing = [name for name in ("torchmetrics", "pycocotools") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"evaluate detection: found no {', '.join(missing)}: pip install 'synco-fast[detection]'")
+    if setting.data is None:
+        raise ConfigError("data: found none, expected voc:FOLDER or coco:FOLDER")
+    with joined(resolve_device(setting.device)) as device:
+        weights = read_weights(path)
+        source = open_detection(setting.data, seed=plan.seed if plan else 0)
+        plan = plan or published_plan(source.layout)
+        if plan.batch % world():
+            raise ConfigError(f"batch: found {plan.batch}, expected a multiple of {world()}, the processes")
+        default = (
+            weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
+        )
+        folder = setting.out or default
+        detector = build_detector(weights, len(source.classes), masks=source.masks, plan=plan).to(device)
+        if world() > 1 and device.type == "cuda":
+            detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        job = _Job(detector, source, plan, setting, Precision(setting.precision, device), device, console)
+        frozen = fingerprint(_body(detector)) if plan.freeze else None
+        made_by = {"plan": repr(asdict(plan)), "weights": fingerprint(backbone_of(weights)), "source": source.spec}
+        state = folder / f"detection_{source.layout}.pt"
+        before = job.train(state, made_by, fresh=setting.fresh)
+        found = job.measure(len(source.test))
+        if frozen is not None and fingerprint(_body(detector)) != frozen:
+            raise RuntimeError("a frozen backbone was changed by its evaluation")
+        barrier()
+        return _result(weights, source, plan, found, before, job.precision.name, folder)
+
+
+def _body(detector: nn.Module) -> nn.Module:
+    return detector.get_submodule("backbone.body")
+
+
+def _result(
+    weights: Weights,
+    source: DetectionSource,
+    plan: DetectionPlan,
+    found: dict[str, dict[str, float]],
+    before: float,
+    precision: str,
+    folder: Path,
+) -> dict[str, Any]:
+    headline = {
+        f"{source.layout.upper()} {kind} {name}": value for kind, part in found.items() for name, value in part.items()
+    }
+    result = {
+        "evaluation": f"detection_{source.layout}",
+        "checkpoint": str(weights.file),
+        "source": source.spec,
+        "detector": "Mask R-CNN with FPN" if source.masks else "Faster R-CNN with FPN",
+        "chance": before,
+        "headline": headline,
+        **found,
+        "train_images": len(source.train),
+        "test_images": len(source.test),
+        "plan": asdict(plan),
+        "backbone_unchanged": plan.freeze,
+        "precision": precision,
+        "environment": describe_environment(),
+    }
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / f"detection_{source.layout}.json", result)
+    return result
+
+
+@dataclass
+class _Job:
+    """A detector on its way."""
+
+    detector: nn.Module
+    source: DetectionSource
+    plan: DetectionPlan
+    setting: Setting
+    precision: Precision
+    device: torch.device
+    console: Console | None
+
+    def train(self, state: Path, made_by: dict[str, Any], *, fresh: bool) -> float:
+        """Train from the state that is there, or from the beginning; returns the box AP before the first step."""
+        plan = self.plan
+        update = Update(self.precision)
+        learning = [value for value in self.detector.parameters() if value.requires_grad]
+        optimizer = torch.optim.SGD(learning, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+        found = read_tensors(state) if state.is_file() and not fresh else None
+        step, before = 0, 0.0
+        if isinstance(found, dict) and found.get("made_by") == made_by:
+            step, before = found["step"], found["before"]
+            self.detector.load_state_dict(found["detector"])
+            optimizer.load_state_dict(found["optimizer"])
+        else:
+            before = self.measure(min(_BEFORE, len(self.source.test)))["box"]["AP"]
+        barrier()
+        model = DistributedDataParallel(self.detector) if world() > 1 else self.detector
+        model.train()
+        if plan.freeze:
+            _body(self.detector).eval()
+        steps = Steps(len(self.source.train), plan.batch, plan.seed, step, plan.steps, rank(), world())
+        loader = _loader(self.source.train, self.setting, batch_sampler=steps)
+        total = torch.zeros((), device=self.device)
+        with Bar(self.console, f"detection on {self.source.layout.upper()}", plan.steps, step) as bar:
+            for images, targets in loader:
+                for group in optimizer.param_groups:
+                    group["lr"] = plan.rate(step)
+                torch.manual_seed(plan.seed + step)
+                with self.precision.autocast():
+                    losses = model([image.to(self.device) for image in images], [self._moved(one) for one in targets])
+                loss = torch.stack([value.float() for value in losses.values()]).sum()
+                update(loss, optimizer)
+                total, step = loss.detach(), step + 1
+                bar.advance(1)
+                if step % 20 == 0 or step == plan.steps:
+                    self._look(float(total), step, bar)
+                if rank() == 0 and (step % plan.keep_every == 0 or step == plan.steps):
+                    _keep(state, made_by, step, before, self.detector, optimizer)
+        barrier()
+        return before
+
+    def _look(self, loss: float, step: int, bar: Bar) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"loss: found a value that is not finite near iteration {step}, expected finite ones; try a lower --lr"
+            )
+        bar.advance(0, f"loss {loss:.3f}")
+
+    def _moved(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in target.items()}
+
+    @torch.no_grad()
+    def measure(self, images: int) -> dict[str, dict[str, float]]:
+        """COCO's average precision over the first so many test images, by ``box`` and ``mask``."""
+        from torchmetrics.detection import MeanAveragePrecision
+
+        kinds: Any = ("bbox", "segm") if self.source.masks else ("bbox",)
+        metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools", sync_on_compute=False)
+        numbers = list(range(rank(), images, world()))
+        self.detector.eval()
+        transform: Any = self.detector.transform
+        sizes, transform.min_size = transform.min_size, (self.plan.size,)
+        with Bar(self.console, "test images", len(numbers)) as bar:
+            for pictures, targets in _loader(Subset(self.source.test, numbers), self.setting, batch_size=1):
+                with self.precision.autocast():
+                    outputs = self.detector([picture.to(self.device) for picture in pictures])
+                metric.update([self._prediction(one) for one in outputs], targets)
+                bar.advance(len(pictures))
+        transform.min_size = sizes
+        # torchmetrics would gather image by image, which needs as many on each rank.
+        gathered: Any
+        for name, gathered in metric.metric_state.items():
+            setattr(metric, name, lists_of_all_ranks(gathered))
+        values = metric.compute()
+        names = {"box": "bbox_" if self.source.masks else "", "mask": "segm_"}
+        parts = ("box", "mask") if self.source.masks else ("box",)
+        return {
+            part: {
+                title: max(0.0, float(values[f"{names[part]}{key}"]))
+                for title, key in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))
+            }
+            for part in parts
+        }
+
+    def _prediction(self, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: output[name].float().cpu() for name in ("boxes", "scores")}
+        found["labels"] = output["labels"].cpu()
+        if self.source.masks:
+            found["masks"] = (output["masks"][:, 0] > 0.5).cpu()
+        return found
+
+
+def _loader(dataset: Detections | Subset[Any], setting: Setting, **how: Any) -> DataLoader[Any]:
+    workers = decoding_processes(setting.workers)
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(dataset, num_workers=workers, collate_fn=_lists, generator=generator, **how)
+
+
+def _lists(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+def _keep(
+    state: Path,
+    made_by: dict[str, Any],
+    step: int,
+    before: float,
+    detector: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Save the state needed to resume, whole or not at all."""
+    content = {"made_by": made_by, "step": step, "before": before, "detector": detector.state_dict()}
+    with atomic_write(state) as temporary:
+        torch.save({**content, "optimizer": optimizer.state_dict()}, temporary)

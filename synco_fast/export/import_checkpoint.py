@@ -1,0 +1,108 @@
+"""Checkpoints from elsewhere, turned into ones of synco-fast."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from synco_fast.config import build_config
+from synco_fast.export.layouts import from_moco, is_moco
+from synco_fast.export.load import Weights, backbone_of
+from synco_fast.runtime.checkpoint import FORMAT, read_tensors
+from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.files import atomic_write
+
+__all__ = ["import_checkpoint"]
+
+
+def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | None = None) -> Weights:
+    """Write a published checkpoint as one of synco-fast, which every command that takes a checkpoint reads.
+
+    Args:
+        path: In the layout of the authors' checkpoints of MoCo, MoCHi and SynCo (``state_dict`` with
+            ``module.encoder_q.*``), or a backbone alone under torchvision's or timm's names (``.pth``,
+            ``.safetensors``), with or without a classifier.
+        out: The file to write.
+        method: ``moco``, ``mochi`` or ``synco``: what pretrained it.
+        backbone: The architecture, by default what the file says.
+
+    Raises:
+        CheckpointError: It cannot be read, carries code, holds no encoder, or one of another architecture.
+        ConfigError: The architecture is not named, or unknown here.
+    """
+    content = _read(path)
+    epoch = content.get("epoch") if isinstance(content, dict) else None
+    if is_moco(content):
+        backbone = backbone or content.get("arch")
+        state = from_moco(content["state_dict"], str(path))
+        if not any(name.startswith("encoder.") for name in state):
+            raise CheckpointError(f"{path}: found no encoder in it, expected names that begin with module.encoder_q.")
+    else:
+        plain = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not isinstance(plain, dict) or not plain or not all(isinstance(value, Tensor) for value in plain.values()):
+            raise CheckpointError(f"{path}: found no encoder in it, expected a state_dict of tensors")
+        state = {f"encoder.backbone.{name}": value for name, value in plain.items() if not _is_classifier(name)}
+    if backbone is None:
+        raise ConfigError(f"backbone: found no architecture in {path}, expected --backbone NAME, such as resnet50")
+    known = {"from": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "epoch": epoch}
+    weights = Weights(
+        config=build_config(_values(state, str(backbone), method, path.name)),
+        state=state,
+        file=path,
+        step=0,
+        epochs=epoch,
+        imported=known,
+    )
+    backbone_of(weights)
+    _write(out, weights)
+    return weights
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".safetensors":
+        return read_tensors(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: found no file {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: found a file that is cut short or damaged ({error})") from error
+
+
+def _is_classifier(name: str) -> bool:
+    return name in ("fc.weight", "fc.bias", "head.weight", "head.bias", "classifier.weight", "classifier.bias")
+
+
+def _values(state: dict[str, Tensor], backbone: str, method: str, name: str) -> dict[str, Any]:
+    """What the tensors say about the configuration; the rest keeps its defaults."""
+    queue = len(state["queue.rows"]) if "queue.rows" in state else 65536
+    head = [value for key, value in state.items() if key.startswith("encoder.head.") and value.dim() == 2]
+    model: dict[str, Any] = {"backbone": backbone, "batch_norm_groups": 1}
+    if head:
+        model |= {"dim": len(head[-1]), "hidden": len(head[0]) if len(head) > 1 else None}
+    return {
+        "preset": "imported",
+        "about": f"imported from {name}",
+        "data": {"source": "unknown"},
+        "model": model,
+        "method": {"name": method, "queue": queue, "hard": min(1024, queue)},
+        "training": {"batch": min(256, queue)},
+    }
+
+
+def _write(out: Path, weights: Weights) -> None:
+    content = {
+        "format": FORMAT,
+        "step": 0,
+        "config": weights.config.model_dump(mode="json"),
+        "method": weights.state,
+        "imported": weights.imported,
+    }
+    with atomic_write(out) as temporary:
+        torch.save(content, temporary)

@@ -1,0 +1,175 @@
+"""From a file on disk to weights and to a backbone, without running code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from synco_fast.config import Config, build_config
+from synco_fast.export.layouts import from_moco, is_moco
+from synco_fast.models.encoder import build_backbone
+from synco_fast.runtime.checkpoint import FORMAT, find_checkpoint, read_tensors
+from synco_fast.runtime.errors import CheckpointError, ConfigError
+
+__all__ = ["Weights", "backbone_of", "fit", "load_backbone", "read_weights"]
+
+_BACKBONE = "encoder.backbone."
+#: How many names a message lists.
+_LISTED = 6
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds of a method: at least the query encoder's backbone.
+
+    Attributes:
+        config: What it was trained with; of imported weights, what is known.
+        state: Tensors by our names (``encoder.backbone.*``, ``encoder.head.*``, ``key_encoder.*``, ``queue.*``).
+        file: Where they were read.
+        run: The run folder that they lie in, if any.
+        step: Training steps done, if known.
+        epochs: Epochs done, if known.
+        imported: Where imported weights came from; empty for our own.
+    """
+
+    config: Config
+    state: dict[str, Tensor]
+    file: Path
+    run: Path | None = None
+    step: int | None = None
+    epochs: float | None = None
+    imported: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def backbone(self) -> dict[str, Tensor]:
+        """The query encoder's backbone, by its own names."""
+        return {name.removeprefix(_BACKBONE): value for name, value in self.state.items() if name.startswith(_BACKBONE)}
+
+
+def load_backbone(path: str | Path) -> nn.Module:
+    """The pretrained backbone as a plain module in evaluation mode: images (B, 3, H, W) to features (B, F).
+
+    Args:
+        path: A run folder, one of its checkpoints, an imported or exported file (``.pt``, ``.safetensors``, or the
+            layout of the authors' checkpoints).
+
+    Raises:
+        CheckpointError: There is no such file, it carries code, it holds no encoder, or one of another architecture.
+        ConfigError: The backbone that it names is unknown here.
+    """
+    return backbone_of(read_weights(Path(path)))
+
+
+def backbone_of(weights: Weights) -> nn.Module:
+    """The backbone of read weights, in evaluation mode, with PyTorch's own batch norm."""
+    model = weights.config.model
+    module, _ = build_backbone(model.backbone, arguments=model.backbone_args, small_stem=model.small_stem)
+    fit(module, weights.backbone, weights.file, model.backbone)
+    return module.eval()
+
+
+def fit(module: nn.Module, state: dict[str, Tensor], file: Path | str, name: str) -> None:
+    """Load ``state`` strictly.
+
+    Raises:
+        CheckpointError: Names or shapes differ; all of them are counted, the first few listed.
+    """
+    own = module.state_dict()
+    problems = []
+    for what, names in (("lacks", own.keys() - state.keys()), ("has besides", state.keys() - own.keys())):
+        if names:
+            problems.append(f"{what} {_list(sorted(names))}")
+    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
+    if shapes:
+        first = shapes[0]
+        problems.append(
+            f"has other shapes in {_list(shapes)}: {first} is {tuple(state[first].shape)}, "
+            f"the model's {tuple(own[first].shape)}"
+        )
+    if problems:
+        raise CheckpointError(f"{file}: found weights of another architecture than {name}: it {'; it '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def read_weights(path: Path) -> Weights:
+    """Read whatever `load_backbone` takes.
+
+    Raises:
+        CheckpointError: There is nothing to read, it carries code, or it holds no encoder.
+    """
+    if path.is_dir():
+        state, file, _ = find_checkpoint(path)
+        return _own(state, file)
+    if path.suffix == ".safetensors":
+        return _from_safetensors(path)
+    content = read_tensors(path)
+    if isinstance(content, dict) and content.get("format") == FORMAT and "method" in content:
+        return _own(content, path)
+    if is_moco(content) and isinstance(content.get("synco_fast"), dict):
+        return _described(content["synco_fast"], from_moco(content["state_dict"], str(path)), path)
+    if is_moco(content):
+        raise CheckpointError(
+            f"{path}: found a checkpoint in the authors' layout, expected one of synco-fast: "
+            f"'synco-fast import {path} --method NAME' turns it into one"
+        )
+    raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of synco-fast")
+
+
+def _own(content: dict[str, Any], file: Path) -> Weights:
+    if "config" not in content or not any(name.startswith(_BACKBONE) for name in content.get("method", {})):
+        raise CheckpointError(f"{file}: found no encoder in it, expected a checkpoint of synco-fast")
+    run = file.resolve().parent.parent
+    steps_per_epoch = content.get("steps_per_epoch")
+    imported = content.get("imported", {})
+    return Weights(
+        config=build_config(content["config"]),
+        state=content["method"],
+        file=file,
+        run=run if (run / "config.yaml").is_file() else None,
+        step=content.get("step"),
+        epochs=content["step"] / steps_per_epoch if steps_per_epoch else imported.get("epoch"),
+        imported=imported,
+    )
+
+
+def _from_safetensors(path: Path) -> Weights:
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: found no file {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = (file.metadata() or {}).get("synco_fast")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: found a file that is cut short or damaged ({error})") from error
+    if described is None:
+        raise CheckpointError(
+            f"{path}: found no description of its architecture, expected a file that 'synco-fast export' wrote, "
+            f"or 'synco-fast import {path} --backbone NAME --method NAME'"
+        )
+    return _described(json.loads(described), {f"{_BACKBONE}{name}": value for name, value in state.items()}, path)
+
+
+def _described(described: dict[str, Any], state: dict[str, Tensor], path: Path) -> Weights:
+    """Weights with the description that our own exports carry."""
+    try:
+        config = build_config(described["config"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path}: found a description that cannot be read ({error})") from error
+    return Weights(
+        config=config,
+        state=state,
+        file=path,
+        step=described.get("step"),
+        epochs=described.get("epochs"),
+        imported=described.get("imported") or {"from": path.name},
+    )

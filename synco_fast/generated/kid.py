@@ -1,0 +1,91 @@
+"""How good generated images are: kernel inception distance on the features of a stated network."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import normalise
+from synco_fast.export.load import backbone_of, read_weights
+from synco_fast.runtime.errors import ConfigError
+
+__all__ = ["Quality"]
+
+_SUBSETS = 10
+
+
+class _Features(nn.Module):
+    """Images in [0, 255] to features (n, F) of length sqrt(F), so that the kernel's scale is the same everywhere."""
+
+    def __init__(self, backbone: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.backbone, self.recipe = backbone, recipe
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.float()
+        if images.shape[-1] != self.recipe.size:
+            images = interpolate(images, size=(self.recipe.size,) * 2, mode="bilinear", antialias=True)
+        features = normalize(self.backbone(normalise(images, self.recipe)).float(), dim=1)
+        return features * math.sqrt(features.shape[1])
+
+
+class Quality:
+    """KID (arXiv 1801.01401) between real and generated images, by torchmetrics; lower is better, 0 the best.
+
+    Args:
+        encoder: A checkpoint of `pretrain` whose backbone gives the features. Without one a ResNet-18 with fixed random
+            weights does: such figures compare runs, but with nothing published.
+        size: Side of the images.
+        device: Where.
+
+    Attributes:
+        network: Which network, in words, for the figure's label.
+
+    Raises:
+        ConfigError: torchmetrics is not installed.
+        CheckpointError: The encoder cannot be read.
+    """
+
+    def __init__(self, encoder: str | None, size: int, device: torch.device) -> None:
+        if importlib.util.find_spec("torchmetrics") is None:
+            raise ConfigError(
+                "quality_every: found no torchmetrics, expected 0, or pip install 'synco-fast[generator]'"
+            )
+        if encoder is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                backbone: nn.Module = torchvision.models.resnet18(weights=None)
+            backbone.fc = nn.Identity()
+            recipe, self.network = Recipe(size=size), "ResNet-18 with random weights (seed 0)"
+        else:
+            weights = read_weights(Path(encoder))
+            backbone, recipe = backbone_of(weights), weights.config.augment
+            self.network = f"{weights.config.model.backbone} of {weights.file}"
+        self._features = _Features(backbone, recipe).to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def measure(self, real: Iterable[Tensor], generated: Iterable[Tensor], images: int) -> float:
+        """KID over ``images`` of each kind, given in batches: real ones uint8, generated ones in [0, 1].
+
+        The generated images count as they would be saved, in eight bits.
+        """
+        from torchmetrics.image.kid import KernelInceptionDistance
+
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            metric = KernelInceptionDistance(self._features, subsets=_SUBSETS, subset_size=max(2, images // 2))
+            for batch in real:
+                metric.update(batch, real=True)
+            for batch in generated:
+                metric.update((batch * 255).round(), real=False)
+            return float(metric.compute()[0])

@@ -1,0 +1,104 @@
+"""The head as a drop-in loss for training loops of one's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from synco_fast.kernels import Backend, Contrast, Negatives, Statistics, synthetic_contrast
+from synco_fast.models.queue import KeyQueue
+from synco_fast.runtime.collectives import gather_rows, rank
+
+__all__ = ["SynthContrastLoss"]
+
+_METHODS = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}
+
+
+class SynthContrastLoss(nn.Module):
+    """InfoNCE with a queue and synthetic hard negatives: MoCo v2, MoCHi (arXiv 2010.01028), SynCo (arXiv 2410.02401).
+
+    Call it with the embeddings of two views; it holds the queue, the settings and the count of steps, all of which are
+    part of ``state_dict``. Move it to the device of the embeddings. The keys of a training step enter the queue after
+    its loss is computed; in evaluation mode nothing enters and the count stands still. Where `torch.distributed` is
+    initialised, the keys of all ranks, whose batches must be equal in size, enter each rank's queue.
+
+    Args:
+        method: ``"synco"``, ``"mochi"``, ``"moco"``, or a `Negatives` of your own.
+        dim: D, width of the embeddings.
+        queue: K, past keys; at least the batch.
+        temperature: T.
+        seed: Of the queue's random first rows and of the draws. Ranks of one job share it.
+        backend: What computes the head.
+
+    Attributes:
+        queue: The `KeyQueue`.
+        negatives: What is contrasted beside the queue; may be exchanged at any time, such as after a warm-up.
+        statistics: Of the last call, one value a row; None before the first.
+
+    Raises:
+        ValueError: The method's name is unknown, or N is larger than the queue.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        method: str | Negatives = "synco",
+        *,
+        dim: int = 128,
+        queue: int = 65536,
+        temperature: float = 0.2,
+        seed: int = 0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if isinstance(method, str) and method not in _METHODS:
+            raise ValueError(f"method: found {method!r}, expected {', '.join(_METHODS)} or Negatives")
+        self.negatives = _METHODS[method]() if isinstance(method, str) else method
+        if self.negatives.hard > queue:
+            raise ValueError(f"queue: found {queue}, expected {self.negatives.hard} or more, the hard negatives N")
+        self.queue = KeyQueue(queue, dim, seed=seed)
+        self.temperature, self.seed, self.backend = temperature, seed, backend
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.statistics: Statistics | None = None
+
+    def forward(self, query: Tensor, key: Tensor, images: Tensor | None = None) -> Tensor:
+        """The mean loss of a batch; the gradient reaches ``query`` alone.
+
+        Args:
+            query: Embeddings of one view by the encoder that learns, (B, D); normalised here.
+            key: Embeddings of the other view by the momentum encoder, (B, D); normalised here.
+            images: Which image each row was made from, (B,) int64. Where it is given, a queue key of the very same
+                image is no negative: for sets smaller than the queue.
+
+        Raises:
+            TypeError, ValueError: As `synco_fast.kernels.synthetic_contrast` says.
+            ConfigError: The batch is larger than the queue.
+        """
+        q, k = normalize(query.float(), dim=1), normalize(key.detach().float(), dim=1)
+        owners = images if images is not None else self.queue.images.new_full((len(k),), -1)
+        # The reference form keeps the queue for its backward pass, and the keys enter before that.
+        rows = self.queue.rows.clone() if self.backend == "reference" and self.training else self.queue.rows
+        found: Contrast = synthetic_contrast(
+            q,
+            k,
+            rows,
+            self.negatives,
+            temperature=self.temperature,
+            seed=self.seed,
+            step=self.step,
+            first_row=rank() * len(q),
+            image_ids=images,
+            queue_ids=None if images is None else self.queue.images,
+            backend=self.backend,
+        )
+        self.statistics = found.statistics
+        if self.training:
+            self.queue.enqueue(gather_rows(k), gather_rows(owners))
+            self.step.add_(1)
+        return found.loss.mean()
+
+    def extra_repr(self) -> str:
+        """What `repr` shows."""
+        return f"{self.negatives}, temperature={self.temperature}, seed={self.seed}"

@@ -1,0 +1,66 @@
+"""The queue of past keys: first in, first out, on the device, part of the checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from synco_fast.runtime.errors import ConfigError
+
+__all__ = ["KeyQueue"]
+
+
+class KeyQueue(nn.Module):
+    """K unit rows that are overwritten oldest first (MoCo's dictionary, arXiv 1911.05722 section 3.2).
+
+    Rows and pointer are buffers: they move, save and load with the module, and an enqueue never waits for the device.
+    The queue starts with random unit rows.
+
+    Args:
+        length: K.
+        dim: D.
+        seed: Of the random rows.
+
+    Attributes:
+        rows: Keys, (K, D) float32, unit length.
+        images: The image each key was made from, (K,) int64; -1 for a random row.
+        pointer: Where the next key goes, int64 of no dimensions.
+    """
+
+    rows: Tensor
+    images: Tensor
+    pointer: Tensor
+
+    def __init__(self, length: int, dim: int, *, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("rows", normalize(torch.randn(length, dim, generator=generator), dim=1))
+        self.register_buffer("images", torch.full((length,), -1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, images: Tensor, accept: Tensor | None = None) -> None:
+        """Write ``keys``, (n, D), over the n oldest rows, wrapping at the end.
+
+        Args:
+            keys: (n, D).
+            images: (n,) int64.
+            accept: Bool of no dimensions on the device; where it is false nothing changes, and the host never knows.
+
+        Raises:
+            ConfigError: n is larger than K, so that a key would overwrite one of its own batch.
+        """
+        if len(keys) > len(self):
+            raise ConfigError(f"method.queue: found {len(self)}, expected {len(keys)} or more, the keys of one step")
+        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self)
+        keys = keys.to(self.rows.dtype)
+        if accept is not None:
+            keys = torch.where(accept, keys, self.rows[places])
+            images = torch.where(accept, images, self.images[places])
+        self.rows.index_copy_(0, places, keys)
+        self.images.index_copy_(0, places, images)
+        self.pointer.add_(len(keys) if accept is None else len(keys) * accept).remainder_(len(self))

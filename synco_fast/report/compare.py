@@ -1,0 +1,155 @@
+"""Several runs side by side: a table and one picture, mean and spread over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from synco_fast.config import known_keys
+from synco_fast.report.runs import Run, read_run
+from synco_fast.runtime.errors import ConfigError
+
+__all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison", "spread"]
+
+matplotlib.use("Agg")
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
+
+FIGURES: dict[str, Callable[[Run], float | None]] = {
+    "kNN": lambda run: run.results.get("knn", {}).get("knn"),
+    "kNN in training": lambda run: run.summary.get("knn_after"),
+    "linear": lambda run: run.top1("linear"),
+    "linear, cached": lambda run: run.top1("linear_fast"),
+    "1 % labels": lambda run: run.top1("finetune_1"),
+    "10 % labels": lambda run: run.top1("finetune_10"),
+    "images per second": lambda run: run.throughput,
+}
+"""What is compared, by the column's title: a column never mixes two protocols."""
+
+#: Keys in which runs of one group may differ.
+_FREE = frozenset({"seed", "preset", "about", "data.workers", "training.log_every", "training.keep"})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ by seed alone.
+
+    Attributes:
+        title: The method, and every setting in which this group differs from another one.
+        runs: In the order given.
+    """
+
+    title: str
+    runs: tuple[Run, ...]
+
+    def values(self, figure: str) -> list[float]:
+        """A figure of `FIGURES` for the runs that have it."""
+        found = (FIGURES[figure](run) for run in self.runs)
+        return [value for value in found if value is not None]
+
+    @property
+    def budget(self) -> str:
+        """Epochs done and images a step."""
+        epochs = {run.summary.get("epochs", 0) for run in self.runs}
+        return f"{'/'.join(f'{value:.3g}' for value in sorted(epochs))} x {self.runs[0].config.training.batch}"
+
+
+def compare_runs(folders: Sequence[Path]) -> list[Group]:
+    """Read runs and put those that differ by seed alone together.
+
+    Raises:
+        ConfigError: A folder is no run, or is given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        twice = next(folder for folder in folders if resolved.count(folder.resolve()) > 1)
+        raise ConfigError(f"run: found {twice} twice, expected each run once")
+    runs = [read_run(folder) for folder in folders]
+    described = [_settings(run) for run in runs]
+    differing = [key for key in described[0] if any(other[key] != described[0][key] for other in described)]
+    grouped: dict[tuple[str, ...], list[Run]] = {}
+    for run, settings in zip(runs, described, strict=True):
+        grouped.setdefault(tuple(repr(settings[key]) for key in differing), []).append(run)
+    groups = []
+    for inside in grouped.values():
+        settings = _settings(inside[0])
+        others = [f"{key.rpartition('.')[2]} {settings[key]}" for key in differing if key != "method.name"]
+        groups.append(Group(", ".join([inside[0].config.method.name, *others]), tuple(inside)))
+    return groups
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Every key of the configuration by its dotted name, without those in which seeds may differ."""
+    dumped = run.config.model_dump(mode="json")
+    found = {}
+    for key in known_keys():
+        if key not in _FREE:
+            value: Any = dumped
+            for part in key.split("."):
+                value = value[part]
+            found[key] = value
+    return found
+
+
+def spread(values: list[float]) -> tuple[float, float] | None:
+    """Mean and sample standard deviation (0 for one value); None for no value."""
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def draw_comparison(groups: Sequence[Group], path: Path) -> None:
+    """The kNN accuracy over epochs, every evaluation with its spread, and the throughput, as one picture.
+
+    Args:
+        groups: From `compare_runs`.
+        path: The picture; its ending decides the format.
+    """
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
+    colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(groups))]
+    for group, colour in zip(groups, colours, strict=True):
+        for run in group.runs:
+            points = [(line["epoch"], line["knn"]) for line in run.evaluations]
+            if points:
+                curves.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8)
+    curves.set_xlabel("epoch")
+    curves.set_title("kNN during pretraining")
+    if not curves.get_lines():
+        curves.text(0.5, 0.5, "not evaluated", ha="center", color="grey", transform=curves.transAxes)
+    names = [name for name in FIGURES if name != "images per second" and any(group.values(name) for group in groups)]
+    _bars(bars, groups, colours, names)
+    bars.set_title("evaluations, spread over seeds")
+    chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
+    for axes in (curves, bars):
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        if chance is not None:
+            axes.axhline(chance, color="grey", linestyle=":")
+    bars.set_ylim(0, 1)
+    _bars(speed, groups, colours, ["images per second"])
+    speed.set_title("throughput")
+    for axes in (curves, bars, speed):
+        axes.grid(alpha=0.25, axis="y")
+        axes.spines[["top", "right"]].set_visible(False)
+    keys = [Patch(color=colour, label=group.title) for group, colour in zip(groups, colours, strict=True)]
+    figure.legend(handles=keys, loc="outside lower center", ncol=min(4, len(keys)), fontsize=9, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[str]) -> None:
+    width = 0.8 / len(groups)
+    for number, (group, colour) in enumerate(zip(groups, colours, strict=True)):
+        for place, name in enumerate(names):
+            found = spread(group.values(name))
+            if found:
+                x = place + (number - (len(groups) - 1) / 2) * width
+                axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, color=colour, capsize=3)
+    axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=8)

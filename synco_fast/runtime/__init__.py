@@ -1,0 +1,1 @@
+"""The floor that training, evaluation and export share; it knows no method."""

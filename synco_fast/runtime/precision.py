@@ -1,0 +1,83 @@
+"""Number formats: where the encoders compute in fewer bits; normalised embeddings, head and loss stay in float32."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from synco_fast.runtime.errors import ConfigError
+
+__all__ = ["Precision", "resolve_device"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        ConfigError: ``cuda`` is asked for and there is none.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError("training.device: found cuda, expected cpu on this machine, where PyTorch sees no GPU")
+    if name == "cuda" or (name == "auto" and found):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+class Precision:
+    """In which format the encoders compute.
+
+    Args:
+        name: ``auto`` (bf16 where the device computes in it at speed, else fp32), ``fp32``, ``tf32``, ``bf16`` or
+            ``fp16``. tf32 is float32 with a GPU's convolutions multiplied in ten bits of mantissa; matrix products, the
+            head's among them, stay in float32.
+        device: Where the encoders run.
+        key: What a message calls the setting.
+
+    Raises:
+        ConfigError: fp16 or tf32 on a CPU.
+    """
+
+    def __init__(self, name: str, device: torch.device, *, key: str = "training.precision") -> None:
+        if name in ("fp16", "tf32") and device.type != "cuda":
+            raise ConfigError(f"{key}: found {name}, expected auto, fp32 or bf16 without a GPU")
+        self.name = ("bf16" if _has_fast_bf16(device) else "fp32") if name == "auto" else name
+        self.device = device
+        if device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = self.name == "tf32"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether losses must be scaled."""
+        return self.name == "fp16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the encoders' products are computed."""
+        return _DTYPES.get(self.name, torch.float32)
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass. Weight copies are not cached: the momentum encoder changes in between."""
+        dtype = _DTYPES.get(self.name, torch.bfloat16)
+        return torch.autocast(self.device.type, dtype, enabled=self.name in _DTYPES, cache_enabled=False)
+
+    def autocast_unscaled(self) -> AbstractContextManager[None]:
+        """The context of a forward pass whose loss is not scaled: float32 where the format would need it."""
+        return nullcontext() if self.scaled else self.autocast()
+
+
+def memory_format(module: nn.Module, channels_last: bool) -> torch.memory_format:
+    """Lay the module's convolutions out as asked, and say which layout its input should have."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    module.to(memory_format=form)
+    return form

@@ -1,0 +1,75 @@
+"""Images that cannot be read: counted, named once, and a reason to stop beyond a set share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from synco_fast.runtime.distributed import Control
+from synco_fast.runtime.errors import DataError
+
+__all__ = ["BrokenImages"]
+
+
+class BrokenImages:
+    """The broken training images of a run, and what was left out of its evaluations.
+
+    Args:
+        images: How many training images there are.
+        allowed: Share of them above which the run stops; a single broken one never stops it.
+        note: Called with a line for each broken image, once.
+    """
+
+    def __init__(self, images: int, allowed: float, note: Callable[[str], None]) -> None:
+        self._images, self._allowed, self._note = images, allowed, note
+        self._found: dict[int, str] = {}
+        self._named: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def replaced(self, broken: dict[int, str]) -> None:
+        """Take in a batch's broken images, by number, with the reason.
+
+        Raises:
+            DataError: More are broken than allowed.
+        """
+        for index, reason in broken.items():
+            if index not in self._found:
+                self._found[index] = reason
+                self._name(f"broken image {len(self._found)}, replaced by another", reason)
+        if len(self._found) > max(1, self._allowed * self._images):
+            raise DataError(
+                f"data: found {len(self._found)} broken images, {len(self._found) / self._images:.1%} of "
+                f"{self._images}, expected {self._allowed:.1%} (data.max_broken); the last: "
+                f"{next(reversed(self._found.values()))}"
+            )
+
+    def left_out(self, reasons: Iterable[str]) -> None:
+        """Take in what an evaluation could not read."""
+        for reason in reasons:
+            self._name("broken image, left out of the evaluation", reason)
+
+    def _name(self, what: str, reason: str) -> None:
+        if reason not in self._named:
+            self._named.add(reason)
+            self._note(f"{what}: {reason}")
+
+    def share(self, control: Control) -> None:
+        """Let every process know what the others found; called by all of them at the same step.
+
+        Raises:
+            DataError: More are broken than allowed.
+        """
+        if not control.largest(len(self._found))[0]:
+            return
+        for found in control.everyone(self._found):
+            self.replaced(found)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {"found": self._found, "named": sorted(self._named)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over from a checkpoint."""
+        self._found, self._named = dict(state["found"]), set(state["named"])

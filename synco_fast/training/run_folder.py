@@ -1,0 +1,142 @@
+"""The run folder: self-describing, made once, found again on resume."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from synco_fast.config import Config
+from synco_fast.data.sources.open import Source
+from synco_fast.generated.config import GeneratorConfig
+from synco_fast.runtime.checkpoint import checkpoints_in
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.files import write_json
+from synco_fast.training.metrics import read_metrics
+from synco_fast.training.plots import draw_curves
+from synco_fast.training.throughput import Throughput
+
+__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run", "read_run_config", "write_json"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to; shares are in [0, 1], None where nothing was evaluated.
+
+    ``finished`` is false where the run was asked to stop. ``images_per_second`` counts training steps alone, without
+    the first few, evaluation and checkpoints.
+    """
+
+    method: str
+    source: str
+    epochs: float
+    steps: int
+    finished: bool
+    knn_before: float | None
+    knn_after: float | None
+    chance: float | None
+    images_per_second: float
+    data_wait: float
+    training_seconds: float
+    broken_images: int
+    run: str
+    checkpoint: str
+    curves: str
+    pairs: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the environment beside it."""
+        return {**asdict(self), "environment": describe_environment()}
+
+
+def choose_run_folder(folder: Path | None, name: str) -> Path:
+    """Where a new run goes: ``folder``, or ``runs/NAME-DATE-TIME`` below the working folder. Makes nothing yet.
+
+    Raises:
+        ConfigError: There is a run in the folder already, or something else in its place.
+    """
+    folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to go on with it")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"out: found a file {folder}, expected a folder")
+    return folder
+
+
+def describe_run(folder: Path, config: Config | GeneratorConfig) -> None:
+    """Make the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
+    for inner in ("checkpoints", "plots"):
+        (folder / inner).mkdir(parents=True, exist_ok=True)
+    if not (folder / "config.yaml").exists():
+        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_json(folder / "environment.json", describe_environment())
+
+
+def close_run(
+    folder: Path,
+    config: Config,
+    source: Source,
+    *,
+    steps_per_epoch: int,
+    step: int,
+    finished: bool,
+    throughput: Throughput,
+    broken: int,
+    writes: bool = True,
+) -> Summary:
+    """Draw the curves and write ``summary.json``.
+
+    Args:
+        folder: The run's.
+        config, source: What the run was.
+        steps_per_epoch, step, finished: How far it came.
+        throughput: How fast it was.
+        broken: How many images could not be read.
+        writes: Whether this process writes; another one only returns the summary.
+    """
+    lines = read_metrics(folder)
+    knn = [line["knn"] for line in lines if line["kind"] == "evaluation"]
+    classes = source.validation.classes if source.validation else None
+    chance = 1 / len(classes) if classes and knn else None
+    curves = folder / "plots" / "curves.png"
+    newest = checkpoints_in(folder / "checkpoints")
+    summary = Summary(
+        method=config.method.name,
+        source=config.data.source,
+        epochs=step / steps_per_epoch,
+        steps=step,
+        finished=finished,
+        knn_before=knn[0] if knn else None,
+        knn_after=knn[-1] if len(knn) > 1 else None,
+        chance=chance,
+        images_per_second=throughput.images_per_second,
+        data_wait=throughput.data_wait,
+        training_seconds=throughput.training,
+        broken_images=broken,
+        run=str(folder),
+        checkpoint=str(newest[0]) if newest else "",
+        curves=str(curves),
+        pairs=str(folder / "plots" / "pairs.png"),
+    )
+    if writes:
+        title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"
+        draw_curves(lines, curves, title=title, steps_per_epoch=steps_per_epoch, chance=chance)
+        write_json(folder / "summary.json", summary.as_dict())
+    return summary
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The values of a run's ``config.yaml``.
+
+    Raises:
+        ConfigError: The folder holds no run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume: found no run in {folder}, expected a folder with a config.yaml")
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values
