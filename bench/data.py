@@ -29,10 +29,8 @@ from synco_fast.data.sources.catalogue import Catalogue, PackedNames
 from synco_fast.data.sources.open import ArraySplit
 from synco_fast.data.sources.splits import FileSplit
 
-__all__ = ["PIPELINES", "make_photos", "measure_pipelines"]
+__all__ = ["has_pipeline", "make_photos", "measure_pipelines"]
 
-#: The first is the one that the others are held against.
-PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32")
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
 
@@ -78,7 +76,7 @@ def measure_pipelines(
 
     Args:
         folder, names: JPEG files.
-        pipelines: Of `PIPELINES`.
+        pipelines: Of `synco_fast.bench.subjects.PIPELINES`.
         device: Where the encoder would be.
         batch: Images in a batch.
         workers: Processes that decode, for every pipeline alike.

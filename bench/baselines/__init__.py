@@ -1,1 +1,1 @@
-"""What this package is measured against: the plain training loop, the plain data loader, and other forms of the loss."""
+"""What this package is measured against: a plain training loop, a plain data loader, other forms of the loss."""

@@ -106,12 +106,14 @@ class _Counter:
         self.paths = [around[one.frames] for one in instructions]
 
     def add(self, span: Span, times: float, above: list[tuple[Construct, bool]]) -> None:
-        """Add a span that runs ``times``; ``above`` says which constructs spans around it stand for, and if as loops."""
+        """Add a span that runs ``times``; ``above``: the constructs that spans around it stand for, and if as loops."""
         for number in span.own():
             self._add(self.instructions[number], times)
         siblings = [(inner, self._construct(inner, above)) for inner in span.inner]
         for inner, chosen in siblings:
             share, how = self._trips(inner, chosen, above, siblings)
+            if not share:
+                continue
             line = "" if chosen is None else _first_line(chosen[0])
             if inner.loop:
                 own = len(inner.own(loops_only=True))
@@ -123,7 +125,7 @@ class _Counter:
             self.add(inner, times * share, [*above, *([(chosen[0], inner.loop)] if chosen else [])])
 
     def _construct(self, span: Span, above: list[tuple[Construct, bool]]) -> tuple[Construct, Any] | None:
-        """The loop or branch of the source that a span stands for: what most of its own instructions are innermost in."""
+        """The loop or branch of the source that a span stands for, by the lines of its instructions."""
         votes: dict[int, int] = defaultdict(int)
         known: dict[int, tuple[Construct, Any]] = {}
         if span.loop:
@@ -186,7 +188,7 @@ class _Counter:
         trips: float,
         siblings: list[tuple[Span, tuple[Construct, Any] | None]],
     ) -> float:
-        """Turns of the machine code's loop: fewer than the source's where a second one beside it takes the remainder."""
+        """Turns of the machine code's loop: fewer than the source's where one beside it takes the remainder."""
         same = [other for other, chosen in siblings if other.loop and chosen is not None and chosen[0] is node]
         if len(same) != 2:
             return trips

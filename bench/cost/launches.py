@@ -27,10 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from synco_fast.bench.loss import TEMPERATURE, Shape
 
-__all__ = ["CAPABILITIES", "Launch", "Target", "compiled", "intercepted", "launches_of_loss", "tool"]
-
-#: Compute capabilities that the kernels are built for.
-CAPABILITIES = (80, 90, 100)
+__all__ = ["Launch", "Target", "compiled", "compiler_version", "intercepted", "launches_of_loss", "tool"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +193,11 @@ def tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
+def compiler_version() -> str:
+    """Triton's version, which brings its own ptxas."""
+    return f"Triton {triton.__version__}"
+
+
 def _ptxas(ptx: str, capability: int) -> str:
     """What ptxas says about a kernel: registers, spills, remarks."""
     blackwell = tool("ptxas-blackwell")
@@ -211,5 +213,7 @@ def _ptxas(ptx: str, capability: int) -> str:
 def _run(program: Path, *words: str) -> str:
     done = subprocess.run([str(program), *words], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{program.name}: found exit code {done.returncode}, expected 0: {done.stderr.strip()[:300]}")
+        raise RuntimeError(
+            f"{program.name}: found exit code {done.returncode}, expected 0: {done.stderr.strip()[:300]}"
+        )
     return done.stdout + done.stderr

@@ -105,10 +105,14 @@ class Cost:
         """The name of what takes longest."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"bound": self.bound}
+
 
 def occupancy(warps: int, registers: int, shared: int, device: Device) -> int:
     """Programs that a multiprocessor holds at once."""
-    # Registers are given out 256 at a time to a warp, and each program takes a kilobyte of shared memory beside its own.
+    # A warp gets registers 256 at a time, and each program takes a kilobyte of shared memory beside its own.
     by_registers = 65536 // (256 * math.ceil(max(registers, 16) * 32 / 256)) // warps
     by_shared = device.shared // (shared + 1024)
     return max(1, min(by_registers, by_shared, 64 // warps, 32))

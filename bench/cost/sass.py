@@ -12,7 +12,7 @@ __all__ = ["Frame", "Instruction", "Span", "read", "spans"]
 Frame = tuple[str, int]
 
 _LINE = re.compile(r'//## File "(?P<file>[^"]+)", line (?P<line>\d+)(?P<inlined> inlined at)?')
-_INSTRUCTION = re.compile(r"/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)")
 _LABEL = re.compile(r"^(?P<label>\.L_\w+):")
 _TARGET = re.compile(r"\((?P<label>\.L_\w+)\)")
 #: A forward branch over fewer instructions than this is left alone.
@@ -68,7 +68,7 @@ class Span:
 
 
 def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions of the first function in ``nvdisasm -gi -c``'s text, and the number that each label stands at."""
+    """The instructions in the text of ``nvdisasm -gi -c``, and the number that each label stands at."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     frames: list[Frame] = []

@@ -112,7 +112,9 @@ def mean_trips(node: Construct, scope: Any, values: Mapping[str, Any], grid: Seq
     Raises:
         Unknown: It depends on data.
     """
-    axes = [sorted({round(step * (size - 1) / (_MOST_PROGRAMS - 1)) for step in range(_MOST_PROGRAMS)}) for size in grid]
+    axes = [
+        sorted({round(step * (size - 1) / (_MOST_PROGRAMS - 1)) for step in range(_MOST_PROGRAMS)}) for size in grid
+    ]
     found = []
     for program in itertools.product(*axes):
         evaluate = _Evaluator(program, grid, turn)
@@ -172,7 +174,9 @@ class _Evaluator:
             elif isinstance(statement, ast.For | ast.While | ast.If):
                 inside = line <= (statement.end_lineno or 0)
                 changed = {
-                    node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+                    node.id
+                    for node in ast.walk(statement)
+                    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
                 }
                 if isinstance(statement, ast.If) and not inside:
                     self._branch(statement, names, changed)

@@ -1,9 +1,9 @@
 """The record of Fashion-MNIST: MoCo v2, MoCHi and SynCo at equal budget, over seeds, by kNN.
 
-``python -m synco_fast.bench.experiments.fashion_mnist`` pretrains with the preset ``fashion-mnist``, each method with each seed for
-the same number of steps, and compares the kNN accuracy of each encoder with that of raw pixels and of the encoders
-before training. It writes ``record.json``, a table and a picture below ``bench/records/fashion-mnist``. Runs that are
-there already are not repeated.
+``python -m synco_fast.bench.experiments.fashion_mnist`` pretrains with the preset ``fashion-mnist``, each method with
+each seed for the same number of steps, and compares the kNN accuracy of each encoder with that of raw pixels and of the
+encoders before training. It writes ``record.json``, a table and a picture below ``bench/records/fashion-mnist``. Runs
+that are there already are not repeated.
 """
 
 from __future__ import annotations

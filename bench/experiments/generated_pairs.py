@@ -1,9 +1,9 @@
 """The record of generated pairs: shares of the unlabelled images, with and without them, at equal encoder steps.
 
-``python -m synco_fast.bench.experiments.generated_pairs`` trains a generator on 10, 20 and 100 % of Fashion-MNIST's unlabelled
-images, then encoders on the same images in each of the ways in `ARMS`, and evaluates them with all labels by kNN and a
-linear probe. It writes ``record.json``, a table and pictures below ``bench/records/generated-pairs``. What an earlier
-call has left is not repeated, so the study grows by further ``--seeds``.
+``python -m synco_fast.bench.experiments.generated_pairs`` trains a generator on 10, 20 and 100 % of Fashion-MNIST's
+unlabelled images, then encoders on the same images in each of the ways in `ARMS`, and evaluates them with all labels by
+kNN and a linear probe. It writes ``record.json``, a table and pictures below ``bench/records/generated-pairs``. What an
+earlier call has left is not repeated, so the study grows by further ``--seeds``.
 """
 
 from __future__ import annotations

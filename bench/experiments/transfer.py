@@ -1,8 +1,8 @@
 """The record of a whole use: pretrain by each method, evaluate, export, report, compare, by the commands alone.
 
-``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget for two CPU
-cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step goes on where
-an earlier call left it.
+``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget
+for two CPU cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step
+goes on where an earlier call left it.
 """
 
 from __future__ import annotations
