@@ -11,8 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Spread", "call", "evaluate", "must", "read_json", "spread"]
+__all__ = ["FASHION_MNIST", "METHODS", "Spread", "call", "evaluate", "must", "read_json", "spread"]
 
+#: Where Debian puts the files.
+FASHION_MNIST = "idx:/usr/share/datasets/fashion-mnist"
+#: Titles of the methods that are compared.
+METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
 #: Mean, deviation and values of a figure over seeds.
 Spread = dict[str, Any]
 

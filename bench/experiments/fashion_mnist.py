@@ -18,9 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from synco_fast.bench.experiments.common import must, read_json, spread
-
-METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, must, read_json, spread
 
 
 def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, then write the record."""
     parser = argparse.ArgumentParser(description="Record Fashion-MNIST: three methods, equal budget, several seeds.")
-    parser.add_argument("--data", default="idx:/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
     parser.add_argument("--runs", type=Path, default=Path("runs/fashion-mnist"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=Path("bench/records/fashion-mnist"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -22,7 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from synco_fast.bench.experiments.common import Spread, evaluate, must, read_json, spread
+from synco_fast.bench.experiments.common import FASHION_MNIST, Spread, evaluate, must, read_json, spread
 from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.linear import FAST_RATES
 from synco_fast.presets import load_config
@@ -297,7 +297,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, then write the record."""
     parser = argparse.ArgumentParser(description="Record generated pairs on shares of Fashion-MNIST.")
-    parser.add_argument("--data", default="idx:/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
     parser.add_argument("--runs", type=Path, default=Path("runs/generated"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=Path("bench/records/generated-pairs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -12,9 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.bench.experiments.common import call, evaluate, must, read_json, spread
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, read_json, spread
 
-METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 #: By title: the file that an evaluation leaves, and the words that make it.
 EVALUATIONS = {
@@ -125,7 +124,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, then write the record."""
     parser = argparse.ArgumentParser(description="Record Fashion-MNIST from pretraining to export.")
-    parser.add_argument("--data", default="idx:/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=Path("bench/records/transfer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
