@@ -9,7 +9,6 @@ launched: the same constants, grid, warps and stages.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 import subprocess
 import tempfile
@@ -23,11 +22,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+from synco_fast.bench.launches import intercepted
 from synco_fast.bench.loss import TEMPERATURE, Shape
 
-__all__ = ["Launch", "Target", "compiled", "compiler_version", "intercepted", "launches_of_loss", "tool"]
+__all__ = ["Bytes", "Launch", "Target", "compiled_for", "compiler_version", "launches_of_loss", "tool"]
 
 
 @dataclass(frozen=True)
@@ -92,14 +91,8 @@ class Target:
 
 
 @contextlib.contextmanager
-def compiled(capability: int) -> Iterator[None]:
-    """Within, launches compile for ``capability`` and run nothing."""
-    with _driver(capability), intercepted(lambda self, kernel, grid, arguments: None, run=False):
-        yield
-
-
-@contextlib.contextmanager
-def _driver(capability: int) -> Iterator[None]:
+def compiled_for(capability: int) -> Iterator[None]:
+    """Within, kernels compile for ``capability``, whatever device there is."""
     # None, where no driver has been needed yet: one that is asked for would look for a device.
     before = driver._active
     driver.set_active(Target(capability))
@@ -107,30 +100,6 @@ def _driver(capability: int) -> Iterator[None]:
         yield
     finally:
         driver.set_active(before)
-
-
-@contextlib.contextmanager
-def intercepted(seen: Callable[[Any, Any, Any, dict[str, Any]], None], *, run: bool) -> Iterator[None]:
-    """Within, every launch of a Triton kernel is shown to ``seen``.
-
-    Args:
-        seen: Takes the kernel's `JITFunction`, what the launch returned, the grid and the arguments by name.
-        run: Whether the launch happens; else it compiles alone.
-    """
-    original = JITFunction.run
-
-    def watched(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        names = inspect.signature(self.fn).parameters
-        bound = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
-        kernel = original(self, *arguments, grid=grid, warmup=warmup or not run, **options)
-        seen(self, kernel, grid, bound)
-        return kernel
-
-    JITFunction.run = watched
-    try:
-        yield
-    finally:
-        JITFunction.run = original
 
 
 def launches_of_loss(shape: Shape, capability: int) -> list[Launch]:
@@ -152,7 +121,7 @@ def launches_of_loss(shape: Shape, capability: int) -> list[Launch]:
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (q, queue)}
     # A step on the device, as in a captured step.
     step = torch.zeros((), dtype=torch.int64)
-    with _driver(capability), intercepted(keep, run=False):
+    with compiled_for(capability), intercepted(keep, run=False):
         launch.contrast_and_gradient(q, q, queue, shape.negatives, temperature=TEMPERATURE, seed=3, step=step)
     return found
 
