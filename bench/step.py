@@ -105,7 +105,7 @@ def _runner(
         return lambda number: losses.append(step(*plain[number % 2])), 3, lambda: losses[-1]
     engine = Engine(config, steps_per_epoch=1 << 20, note=notes.append)
     if subject == "encoder-plain":
-        use_plain_batch_norm(engine.method.module())
+        use_plain_batch_norm(engine.method)
     if subject.startswith("encoder"):
         ready = [tuple(normalise(view, config.augment, engine.layout) for view in pair) for pair in views]
         return _captured(lambda: engine.encoders_alone(*ready[0]), engine), engine.settling, lambda: None
