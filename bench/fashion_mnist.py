@@ -19,8 +19,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from synco_fast.bench.studies import must, read_json, spread
+from synco_fast.methods import METHODS as REGISTRY
+from synco_fast.methods import with_queue
 
-METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
+METHODS = {name: REGISTRY[name].title for name in with_queue()}
 
 
 def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) -> dict[str, Any]:

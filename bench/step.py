@@ -22,15 +22,16 @@ from synco_fast.bench.memory import peak_memory, reset_peak_memory
 from synco_fast.bench.plain import plain_step
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipelines.base import Batch, normalise
+from synco_fast.methods import METHODS, with_queue
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.precision import resolve_device
+from synco_fast.training.compiled import GRAPH_WARMUP
 from synco_fast.training.engine import Engine
-from synco_fast.training.graph import GRAPH_WARMUP
 
 __all__ = ["ENGINES", "SUBJECTS", "bench_step", "measure"]
 
-#: What is measured: two baselines and the three methods, what says most first, in case the time ends early.
-SUBJECTS = ("encoder", "synco", "moco", "plain", "mochi")
+#: What can be measured: two baselines and the methods; by default those with a queue.
+SUBJECTS = ("encoder", "plain", *METHODS)
 #: Engine settings by name.
 ENGINES: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -59,7 +60,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
         built, the lines about settings that could not be had, and the loss of the last step where there is one.
     """
     values = {**values, "training": {**values["training"], **ENGINES[engine]}}
-    if subject in ("moco", "mochi", "synco"):
+    if subject in METHODS:
         values["method"] = {**values["method"], "name": subject}
     config = build_config(values)
     device = resolve_device(config.training.device)
@@ -111,7 +112,7 @@ def _runner(
     def train(number: int) -> None:
         engine.step(Batch(*views[number % 2], images), number, 0)
 
-    return train, engine.settling, lambda: engine.means.take().get("loss")
+    return train, engine.settling, lambda: engine.means.pop().get("loss")
 
 
 def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], None]:
@@ -138,7 +139,7 @@ def _wait(device: torch.device) -> None:
 def bench_step(
     config: Config,
     *,
-    subjects: tuple[str, ...] = SUBJECTS,
+    subjects: tuple[str, ...] = ("encoder", "plain", *with_queue()),
     engines: tuple[str, ...] = ("eager",),
     backends: tuple[str, ...] = (),
     steps: int = 20,

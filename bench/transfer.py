@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from synco_fast.bench.studies import call, evaluate, must, read_json, spread
+from synco_fast.methods import METHODS as REGISTRY
+from synco_fast.methods import with_queue
 
-METHODS = {"moco": "MoCo v2", "mochi": "MoCHi", "synco": "SynCo"}
+METHODS = {name: REGISTRY[name].title for name in with_queue()}
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 #: By title: the file that an evaluation leaves, and the words that make it.
 EVALUATIONS = {

@@ -11,7 +11,6 @@ query, T is the temperature. With s the synthetic negatives, a row's loss is Inf
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,10 +29,14 @@ class Statistics(NamedTuple):
     Attributes:
         positive: q.k, (B,).
         hard: Mean of q.n over Q^N, (B,); NaN where N = 0 or a mask left no key.
-        synthetic: Mean of q.s by family, (B, 6), in the order of `FAMILIES`; NaN where a family has no negatives.
+        synthetic: Mean of q.s by family, (B, F), in the order of the F families of `FAMILIES`; NaN where one has no
+            negatives.
         rank: How many negatives, queue keys and synthetic ones, are more similar to q than k is, (B,) int64. 0 is what
             the field's contrastive top-1 accuracy counts.
         queue_rank: The same among queue keys alone, (B,) int64: comparable between methods and across a warm-up.
+        fallback: 1 where a threshold was estimated for Q^N and did not hold, so that the row was selected again from
+            all its similarities, which is slower and as exact; else 0, as always from the reference. (B,) int32.
+            Next to none on ordinary features, all of them on collapsed ones.
     """
 
     positive: Tensor
@@ -41,6 +44,7 @@ class Statistics(NamedTuple):
     synthetic: Tensor
     rank: Tensor
     queue_rank: Tensor
+    fallback: Tensor
 
 
 class Contrast(NamedTuple):
@@ -53,27 +57,6 @@ class Contrast(NamedTuple):
 def mean_of_finite(similarity: Tensor) -> Tensor:
     """Means over the last dimension without the -inf of masked keys and without NaN; NaN where nothing is left."""
     return similarity.masked_fill(similarity == -torch.inf, torch.nan).nanmean(dim=-1)
-
-
-# Called with (q, n_i, n_j, t, e, negatives); n_j, t and e are None where the family has none, so it uses none.
-Formula = Callable[..., Tensor]
-
-
-def _extrapolate(q: Tensor, n: Tensor, t: Tensor, negatives: Negatives) -> Tensor:
-    start = q if negatives.extrapolation == "released" else n
-    return start + t * (n - q)
-
-
-#: SynCo's types 1 to 6 before normalising. Shapes: q (B, 1, D), n_i and n_j (B, n, D), t (B, n, 1),
-#: e (B, n, D). The gradient of q.n with respect to n is q, which gives types 5 and 6 their short form.
-FORMULAS: dict[str, Formula] = {
-    "interpolated": lambda q, n_i, n_j, t, e, negatives: t * q + (1 - t) * n_i,
-    "extrapolated": lambda q, n_i, n_j, t, e, negatives: _extrapolate(q, n_i, t, negatives),
-    "mixed": lambda q, n_i, n_j, t, e, negatives: t * n_i + (1 - t) * n_j,
-    "noisy": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.sigma * e,
-    "perturbed": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.delta * q,
-    "adversarial": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.eta * q.sign(),
-}
 
 
 def hard_negatives(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
@@ -108,10 +91,11 @@ def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, D
         return None if position is None else hard.gather(1, position[..., None].expand(-1, -1, hard.shape[-1]))
 
     vectors = {}
-    for name, drawn in draws.items():
+    for family in negatives.active():
+        drawn = draws[family.name]
         t = None if drawn.coefficient is None else drawn.coefficient[..., None]
         n_i, n_j = picked(drawn.first), picked(drawn.second)
-        vectors[name] = normalize(FORMULAS[name](q, n_i, n_j, t, drawn.noise, negatives), dim=-1)
+        vectors[family.name] = normalize(family.vector(q, n_i, n_j, t, drawn.noise, negatives), dim=-1)
     return vectors
 
 
@@ -172,5 +156,6 @@ def contrast(
         synthetic=torch.stack([families.get(family.name, absent) for family in FAMILIES], dim=1),
         rank=(everything[:, 1:] > positive).sum(dim=1),
         queue_rank=(similarity > positive).sum(dim=1),
+        fallback=torch.zeros(len(q), dtype=torch.int32, device=q.device),
     )
     return Contrast(loss, statistics)

@@ -15,6 +15,7 @@ gradient by u / T times the same weighted sum of |n|.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -24,11 +25,21 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from synco_fast.kernels import reference
-from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.kernels.ops import Backend, synthetic_contrast, unserved_by_triton
 from synco_fast.kernels.reference import Contrast, Statistics
 
-__all__ = ["Answer", "Case", "Inputs", "Verdict", "cases", "exact_inputs", "reference_answer", "validate"]
+__all__ = [
+    "Answer",
+    "Case",
+    "Inputs",
+    "Verdict",
+    "cases",
+    "exact_inputs",
+    "random_cases",
+    "reference_answer",
+    "validate",
+]
 
 #: Units in the last place of float32 that an error may have beside that of the reference: c above.
 _UNITS = {"loss": 16, "gradient": 64}
@@ -37,6 +48,8 @@ _WEIGHT_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 #: Similarity means may differ by this much, in absolute terms: they are sums of a few float32 numbers up to 1.
 _STATISTICS = 1e-5
 _SEED, _STEP = 3, 7
+#: Rows of NaN before and behind an input; any row begins at a multiple of 16 bytes where the first does.
+_GUARD = 128
 
 Ids = tuple[Tensor | None, Tensor | None]
 
@@ -51,6 +64,16 @@ class Inputs(NamedTuple):
     def to(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Inputs:
         """The same numbers in another dtype or on another device."""
         return Inputs(*(tensor.to(device=device, dtype=dtype) for tensor in self))
+
+    def guarded(self) -> Inputs:
+        """The same numbers inside larger tensors of NaN: what reads past an input then shows in the result."""
+
+        def within(tensor: Tensor) -> Tensor:
+            room = tensor.new_full((len(tensor) + 2 * _GUARD, tensor.shape[1]), torch.nan)
+            room[_GUARD:-_GUARD] = tensor
+            return room[_GUARD:-_GUARD]
+
+        return Inputs(*(within(tensor) for tensor in self))
 
 
 class Answer(NamedTuple):
@@ -182,6 +205,47 @@ def reference_answer(
     return Answer(Contrast(result.loss.detach(), result.statistics), gradient)
 
 
+def random_cases(
+    count: int, dtypes: Sequence[torch.dtype], *, rows: int = 5, length: int = 1000, dim: int = 160, seed: int = 0
+) -> list[Case]:
+    """Cases at shapes that are multiples of nothing: odd B, K, D and N, other counts and settings each time.
+
+    Args:
+        count: How many.
+        dtypes: One of them is drawn for each case.
+        rows, length, dim: The largest B, K and D.
+        seed: Of the draw: the same seed gives the same cases.
+    """
+    draw = random.Random(seed)
+
+    def odd(low: int, high: int) -> int:
+        return draw.randrange(low | 1, high + 1, 2)
+
+    found = []
+    for _ in range(count):
+        keys = odd(3, length)
+        # Half of them with few hard negatives, so that a threshold is estimated.
+        hard = odd(1, keys if draw.random() < 0.5 else max(1, keys // 10))
+        families: dict[str, int] = {family.name: draw.choice([0, odd(1, 9), odd(1, 40)]) for family in FAMILIES}
+        extrapolation: Extrapolation = draw.choice(["released", "paper"])
+        negatives = Negatives(hard=hard, extrapolation=extrapolation, **families)  # type: ignore[arg-type]
+        found.append(
+            Case(
+                rows=odd(1, rows),
+                length=keys,
+                dim=odd(1, dim),
+                hard=hard,
+                negatives=negatives,
+                method="random",
+                dtype=draw.choice(list(dtypes)),
+                temperature=draw.choice([0.07, 0.2, 1.0]),
+                peaked=draw.random() < 0.5,
+                masked=draw.random() < 0.5,
+            )
+        )
+    return found
+
+
 def cases(shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[torch.dtype]) -> list[Case]:
     """The sweep: every shape and dtype with each method, flat and peaked, and once with a mask.
 
@@ -232,7 +296,8 @@ def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.
         able = [backend for backend in backends if backend != "reference" or case.dtype.itemsize >= 4]
         if not able:
             continue
-        inputs = exact_inputs(case.rows, case.length, case.dim, case.dtype, peaked=case.peaked).to(device=device)
+        inputs = exact_inputs(case.rows, case.length, case.dim, case.dtype, peaked=case.peaked)
+        inputs = inputs.to(device=device).guarded()
         image_ids = torch.arange(case.rows, device=device) % 10 if case.masked else None
         queue_ids = torch.arange(case.length, device=device) * 7 % 10 if case.masked else None
         exact, plain = (

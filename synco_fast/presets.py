@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "size": 32,
             "saturation": 0.0,
             "hue": 0.0,
-            "greyscale_probability": 0.0,
+            "grayscale_probability": 0.0,
             "blur_probability": 0.0,
             "evaluation_resize": 32,
         },
@@ -98,7 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "about": "SynCo on the embedded texture images: a thin ResNet-10, less than five minutes on two CPU cores",
         "data": {"source": "demo"},
         # Grey views: colour tells images apart but not classes, and a few minutes are too short to learn past it.
-        "augment": {"size": 48, "greyscale_probability": 1.0, "blur_sigma": [0.1, 0.5]},
+        "augment": {"size": 48, "grayscale_probability": 1.0, "blur_sigma": [0.1, 0.5]},
         "model": {
             "backbone": "timm/resnet18",
             "backbone_args": _THIN_RESNET10,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.negatives import FAMILIES, Negatives
 
 __all__ = [
     "CAPACITY",
@@ -37,6 +37,8 @@ TILE = 64
 CHUNK = 128
 _SMALLEST_TEMPERATURE = 0.03
 _LARGEST_DIM = 512
+#: Queue indices, and their next power of two, are 32-bit integers in the kernels.
+_LONGEST_QUEUE = 1 << 29
 
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -55,8 +57,8 @@ def unserved(q: Tensor, queue: Tensor, temperature: float) -> str | None:
         return f"q has {q.shape[1]} columns; the kernels take up to {_LARGEST_DIM}"
     if temperature < _SMALLEST_TEMPERATURE:
         return f"temperature is {temperature}; the kernels take {_SMALLEST_TEMPERATURE} and more"
-    if len(queue) >= 1 << 30:
-        return f"queue has {len(queue)} rows; the kernels take fewer than {1 << 30}"
+    if len(queue) > _LONGEST_QUEUE:
+        return f"queue has {len(queue)} rows; the kernels take up to {_LONGEST_QUEUE}"
     if interpreted():
         return None
     if not q.is_cuda or torch.version.hip:
@@ -74,7 +76,8 @@ def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
         mixture = negatives.mixture(family)
         affine = (*mixture.q, *mixture.first, *mixture.second)
         numbers = (low, high, *affine, mixture.noise, mixture.sign)
-        rows.append((family.number, negatives.count_of(family), *(float(number) for number in numbers)))
+        column = FAMILIES.index(family)
+        rows.append((family.number, negatives.count_of(family), *(float(number) for number in numbers), column))
     return tuple(rows)
 
 

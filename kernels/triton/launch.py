@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from synco_fast.kernels.blockwise import Outputs
-from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.negatives import FAMILIES, Negatives
 from synco_fast.kernels.topk import SAMPLE, stride_and_rank
 from synco_fast.kernels.triton.config import (
     TILE,
@@ -78,15 +78,20 @@ def contrast_and_gradient(
         gradient=empty(rows, dim, device=device),
         positive=empty(rows, device=device),
         hard=empty(rows, device=device),
-        synthetic=empty(rows, 6, device=device),
+        synthetic=empty(rows, len(FAMILIES), device=device),
         rank=empty(rows, dtype=torch.int64, device=device),
         queue_rank=empty(rows, dtype=torch.int64, device=device),
+        fallback=empty(rows, dtype=torch.int32, device=device),
     )
-    for begin in range(0, rows, _ROWS):
-        some = slice(begin, begin + _ROWS)
-        ids = None if image_ids is None else image_ids[some]
-        part = Outputs(*(output[some] for output in outputs))
-        _launch(q[some], k[some], queue, negatives, temperature, seed, step, first_row + begin, ids, queue_ids, part)
+    # Triton launches on the current device and its stream, which need not be those of q.
+    with torch.cuda.device_of(q):
+        for begin in range(0, rows, _ROWS):
+            some = slice(begin, begin + _ROWS)
+            ids = None if image_ids is None else image_ids[some]
+            part = Outputs(*(output[some] for output in outputs))
+            _launch(
+                q[some], k[some], queue, negatives, temperature, seed, step, first_row + begin, ids, queue_ids, part
+            )
     return outputs
 
 
@@ -151,7 +156,7 @@ def _launch(
     splits = splits_of(rows, length, device)
     tiles = triton.cdiv(triton.cdiv(length, form.keys), splits)
     splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
-    words = triton.cdiv(length, TILE) * TILE // 32
+    words = triton.cdiv(length, form.keys) * form.keys // 32
     marks = empty(rows, words, dtype=torch.int32, device=device) if estimate else None
     scan_sum = empty(splits, rows, device=device)
     scan_total = empty(splits, rows, dim, device=device)
@@ -185,11 +190,13 @@ def _launch(
     # Step three. The similarities of the sample are no longer needed: the candidates' take their room.
     hard_index = empty(rows, hard, dtype=torch.int32, device=device)
     hard_similarity = empty(rows, hard, device=device)
+    if not estimate:
+        outputs.fallback.zero_()
     if hard:
         if capacity is not None:
             index = empty(rows, capacity, dtype=torch.int32, device=device)
             count = empty(rows, dtype=torch.int32, device=device)
-            flag = empty(rows, dtype=torch.int32, device=device)
+            flag = outputs.fallback
             collect[(rows,)](marks, index, count, words, CAPACITY=capacity, BITS=4096, num_warps=8)
             score[(rows, triton.cdiv(capacity, TILE))](
                 q, queue, index, count, similarities, **dims, CAPACITY=capacity, KEYS=TILE, num_warps=warps(wide)
@@ -239,7 +246,8 @@ def _launch(
     mix_sum = empty(rows, parts, device=device)
     mix_total = empty(rows, parts, dim, device=device)
     mix_rank = empty(rows, parts, dtype=torch.int32, device=device)
-    mix_mean = empty(rows, parts, 2, 8, device=device)
+    families = triton.next_power_of_2(len(FAMILIES))
+    mix_mean = empty(rows, parts, 2, families, device=device)
     if parts:
         on_device = isinstance(step, Tensor)
         mix[(rows, parts)](
@@ -266,6 +274,7 @@ def _launch(
             PARTS=parts,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
+            FAMILIES=families,
             num_warps=4,
         )
 
@@ -296,5 +305,7 @@ def _launch(
         PARTS=parts,
         HARD=hard > 0,
         BLOCK=1024,
+        COLUMNS=len(FAMILIES),
+        FAMILIES=families,
         num_warps=4,
     )

@@ -129,12 +129,13 @@ def mix(
     PARTS: tl.constexpr,
     MASKED: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
+    FAMILIES: tl.constexpr,
 ):
     """Grid (B, PARTS).
 
     Writes, for its part of the row's slots: sum and rank (B, PARTS), total (B, PARTS, D), and for each family the sum
-    of its similarities and how many these are, (B, PARTS, 2, 8). TABLE has a tuple for each family: its number, its
-    count, the range of t, constant and slope of a, b and c, sigma, eta.
+    of its similarities and how many these are, (B, PARTS, 2, FAMILIES); FAMILIES is a power of two. TABLE has a tuple
+    for each family: its number, its count, the range of t, constant and slope of a, b and c, sigma, eta, its column.
     """
     row = tl.program_id(0)
     part = tl.program_id(1)
@@ -157,9 +158,9 @@ def mix(
     sum_p = tl.full([], 0, tl.float32)
     rank = tl.full([], 0, tl.int32)
     b_total = tl.zeros([DIM], tl.float32)
-    o_family = tl.arange(0, 8)
-    b_mean = tl.zeros([8], tl.float32)
-    b_count = tl.zeros([8], tl.float32)
+    o_family = tl.arange(0, FAMILIES)
+    b_mean = tl.zeros([FAMILIES], tl.float32)
+    b_count = tl.zeros([FAMILIES], tl.float32)
     if available > 0:
         for family in tl.static_range(0, len(TABLE)):
             found = _family(
@@ -185,12 +186,12 @@ def mix(
             sum_p += found[0]
             rank += found[1]
             b_total += found[2]
-            here = o_family == TABLE[family][0] - 1
+            here = o_family == TABLE[family][12]
             b_mean += tl.where(here, found[3], 0)
             b_count += tl.where(here, found[4], 0)
     o_part = row64 * PARTS + part
     tl.store(p_sum + o_part, sum_p)
     tl.store(p_rank + o_part, rank)
     tl.store(p_total + o_part * D + o_dim, b_total, m_dim)
-    tl.store(p_mean + o_part * 16 + o_family, b_mean)
-    tl.store(p_mean + o_part * 16 + 8 + o_family, b_count)
+    tl.store(p_mean + o_part * 2 * FAMILIES + o_family, b_mean)
+    tl.store(p_mean + (o_part * 2 + 1) * FAMILIES + o_family, b_count)

@@ -69,4 +69,6 @@ def update(plan: Plan, m: float) -> None:
     if plan.programs:
         names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
         tables = (plan.targets, plan.sources, plan.sizes, plan.tensor, plan.block)
-        _update[(plan.programs,)](*tables, m, DTYPE=names[plan.dtype], BLOCK=BLOCK)
+        # Triton launches on the current device and its stream, which need not be those of the tensors.
+        with torch.cuda.device_of(plan.targets):
+            _update[(plan.programs,)](*tables, m, DTYPE=names[plan.dtype], BLOCK=BLOCK)

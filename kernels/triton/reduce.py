@@ -43,8 +43,13 @@ def reduce(
     PARTS: tl.constexpr,
     HARD: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FAMILIES: tl.constexpr,
 ):
-    """Grid (B,). Writes what the operator returns; PARTS is 0 where there are no synthetic negatives."""
+    """Grid (B,). Writes what the operator returns; PARTS is 0 where there are no synthetic negatives.
+
+    COLUMNS is how many families there are, FAMILIES the same rounded up to a power of two.
+    """
     row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
@@ -61,9 +66,9 @@ def reduce(
         m_total = m_split[:, None] & m_dim[None, :]
         b_total += tl.sum(tl.load(p_scan_total + o_part[:, None] * D + o_dim[None, :], m_total, 0), axis=0)
     rank = queue_rank
-    o_family = tl.arange(0, 8)
-    b_mean = tl.zeros([8], tl.float32)
-    b_count = tl.zeros([8], tl.float32)
+    o_family = tl.arange(0, FAMILIES)
+    b_mean = tl.zeros([FAMILIES], tl.float32)
+    b_count = tl.zeros([FAMILIES], tl.float32)
     for start in range(0, PARTS, STEP):
         o_mine = start + tl.arange(0, STEP)
         m_part = o_mine < PARTS
@@ -72,12 +77,12 @@ def reduce(
         rank += tl.sum(tl.load(p_mix_rank + o_part, m_part, 0))
         m_total = m_part[:, None] & m_dim[None, :]
         b_total += tl.sum(tl.load(p_mix_total + o_part[:, None] * D + o_dim[None, :], m_total, 0), axis=0)
-        o_mean = o_part[:, None] * 16 + o_family[None, :]
-        m_mean = m_part[:, None] & (o_family < 8)[None, :]
+        o_mean = o_part[:, None] * 2 * FAMILIES + o_family[None, :]
+        m_mean = m_part[:, None] & (o_family < FAMILIES)[None, :]
         b_mean += tl.sum(tl.load(p_mix_mean + o_mean, m_mean, 0), axis=0)
-        b_count += tl.sum(tl.load(p_mix_mean + o_mean + 8, m_mean, 0), axis=0)
+        b_count += tl.sum(tl.load(p_mix_mean + o_mean + FAMILIES, m_mean, 0), axis=0)
     # 0 / 0 is the NaN of a family without negatives.
-    tl.store(p_synthetic + row * 6 + o_family, b_mean / b_count, o_family < 6)
+    tl.store(p_synthetic + row * COLUMNS + o_family, b_mean / b_count, o_family < COLUMNS)
 
     hard_sum = tl.full([], 0, tl.float32)
     hard_count = tl.full([], 0, tl.float32)

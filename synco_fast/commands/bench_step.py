@@ -11,6 +11,7 @@ from rich.table import Table
 
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Verbs, positive
+from synco_fast.methods import METHODS, with_queue
 
 __all__ = ["add"]
 
@@ -26,7 +27,10 @@ def add(verbs: Verbs) -> None:
     )
     command.add_argument("--config", metavar="PRESET", default="synco-r50-200", help="encoder, batch and image size")
     command.add_argument(
-        "--subjects", nargs="+", metavar="NAME", help="encoder, plain, moco, mochi, synco; all if unset"
+        "--subjects",
+        nargs="+",
+        metavar="NAME",
+        help=f"encoder, plain, {', '.join(METHODS)}; the baselines and the methods with a queue if unset",
     )
     command.add_argument(
         "--engines", nargs="+", metavar="NAME", help="eager (default), compile, compile-step, graph, compile+graph"
@@ -44,7 +48,10 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
 
-    subjects, engines = tuple(options.subjects or SUBJECTS), tuple(options.engines or ("eager",))
+    subjects, engines = (
+        tuple(options.subjects or ("encoder", "plain", *with_queue())),
+        tuple(options.engines or ("eager",)),
+    )
     for name, found, expected in (("subjects", subjects, SUBJECTS), ("engines", engines, tuple(ENGINES))):
         for word in found:
             if word not in expected:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from synco_fast.kernels import FAMILIES, Negatives, blockwise, mixing, topk
+from synco_fast.kernels import FAMILIES, Negatives, blockwise, mixing, ops, topk
 from synco_fast.kernels.blockwise import contrast_and_gradient
 from synco_fast.kernels.reference import contrast, hard_negatives
+from synco_fast.kernels.validation import random_cases, validate
 
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
 COUNTS = {"interpolated": 40, "extrapolated": 33, "mixed": 37, "noisy": 9, "perturbed": 8, "adversarial": 7}
@@ -66,6 +68,19 @@ def test_each_family_alone(make, answer, within, name, extrapolation, by_vectors
     if name != "none":
         alone = replace(alone, **{name: COUNTS[name]})
     check(make, answer, within, (9, 4096, 64), alone, by_vectors=by_vectors, peaked=True)
+
+
+@pytest.mark.parametrize(
+    "case", random_cases(40, [torch.float32, torch.float64, torch.bfloat16, torch.float16]), ids=str
+)
+def test_random_shapes(case, monkeypatch):
+    for by_vectors in (False, True):
+        with monkeypatch.context() as patch:
+            true = blockwise.contrast_and_gradient
+            form = functools.partial(true, by_vectors=by_vectors)
+            patch.setattr(ops.blockwise, "contrast_and_gradient", form)
+            (verdict,) = validate(["blockwise"], [case], torch.device("cpu"))
+        assert not verdict.misses, verdict.as_dict()
 
 
 @FORMS
@@ -178,6 +193,19 @@ def test_selection_with_more_candidates_than_expected_and_with_fewer(make, monke
         assert torch.equal(index, order)
         assert torch.equal(values, expected)
     assert whole == [6, 6]
+
+
+def test_rows_selected_again_are_reported(make):
+    inputs = make(6, 9000, 32)
+    inputs.queue[::9] = inputs.q[2]
+    inputs.q[4] = 0
+    found = contrast_and_gradient(*inputs, some(100), **SETTINGS)
+    assert found.fallback.tolist() == [0, 0, 1, 0, 1, 0]
+    assert found.fallback.dtype == torch.int32
+    for negatives, by_vectors in ((some(9000), False), (Negatives(), False), (some(100), True)):
+        found = contrast_and_gradient(*inputs, negatives, **SETTINGS, by_vectors=by_vectors)
+        assert found.fallback.tolist() == [0] * 6
+    assert contrast(*inputs, some(100), **SETTINGS).statistics.fallback.tolist() == [0] * 6
 
 
 def test_threshold_lets_few_but_enough_through():
@@ -311,3 +339,35 @@ def test_no_tensor_is_as_large_as_the_similarities(make):
     with Largest():
         contrast_and_gradient(*inputs, negatives, **SETTINGS)
     assert 0 < largest <= 9 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_few_calls_on_a_device_and_none_looks_at_data(dtype, masked):
+    # Meta tensors have no data: a wait for a value would raise. Each call is some microseconds of host time on a GPU.
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        count = largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.count += not function.is_view
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if not function.is_view and isinstance(tensor, torch.Tensor):
+                    self.largest = max(self.largest, tensor.nbytes)
+            return result
+
+    q, queue = (torch.empty(length, 128, dtype=dtype, device="meta") for length in (256, 65536))
+    ids = {}
+    if masked:
+        ids["image_ids"], ids["queue_ids"] = (
+            torch.empty(length, dtype=torch.int64, device="meta") for length in (256, 65536)
+        )
+    for step in (7, torch.empty((), dtype=torch.int64, device="meta")):
+        with Calls() as calls:
+            found = contrast_and_gradient(q, q, queue, Negatives.synco(), **SETTINGS | {"step": step}, **ids)
+        assert found.gradient.shape == (256, 128)
+        assert found.gradient.is_meta
+        assert calls.count < 700
+        assert calls.largest <= 64 << 20

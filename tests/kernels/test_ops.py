@@ -180,3 +180,11 @@ def test_what_the_kernels_do_not_serve(make, dtype, dim, temperature, reason):
     unserved = pytest.importorskip("synco_fast.kernels.triton").unserved
     inputs = make(5, 200, dim, dtype)
     assert unserved(inputs.q, inputs.queue, temperature).startswith(reason)
+
+
+def test_the_kernels_count_keys_in_32_bits():
+    unserved = pytest.importorskip("synco_fast.kernels.triton").unserved
+    q = torch.empty(2, 16)
+    fits, beyond = (torch.empty(2**29 + more, 16, device="meta") for more in (0, 1))
+    assert unserved(q, fits, 0.2).startswith("q is on cpu")
+    assert unserved(q, beyond, 0.2) == "queue has 536870913 rows; the kernels take up to 536870912"

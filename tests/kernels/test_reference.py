@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from synco_fast.kernels import FAMILIES, Negatives, draw, synthetic_contrast
-from synco_fast.kernels.reference import FORMULAS, contrast, hard_negatives, synthesise
+from synco_fast.kernels.reference import contrast, hard_negatives, synthesise
 from synco_fast.kernels.rng import Draw
 
 ALL = Negatives.synco(8, interpolated=5, extrapolated=4, mixed=6, noisy=3, perturbed=2, adversarial=3)
@@ -25,7 +25,11 @@ def test_general_form_is_the_formula(family, extrapolation):
     x = mixture.noise * e + mixture.sign * q.sign()
     for affine, vector in ((mixture.q, q), (mixture.first, n_i), (mixture.second, n_j)):
         x = x + (affine.constant + affine.slope * t) * vector
-    torch.testing.assert_close(x, FORMULAS[family.name](q, n_i, n_j, t, e, negatives))
+    torch.testing.assert_close(x, family.vector(q, n_i, n_j, t, e, negatives))
+    assert family.paired == (mixture.second != (0, 0))
+    assert family.noisy == (mixture.noise != 0)
+    slopes = (mixture.q.slope, mixture.first.slope, mixture.second.slope)
+    assert family.ranged == any(slopes)
 
 
 HAND = {
@@ -68,7 +72,7 @@ def test_loss_by_hand():
     assert (result.statistics.rank.item(), result.statistics.queue_rank.item()) == (1, 1)
     assert result.statistics.hard.isnan().all()
     assert result.statistics.synthetic.isnan().all()
-    assert result.statistics.synthetic.shape == (1, 6)
+    assert result.statistics.synthetic.shape == (1, len(FAMILIES))
 
 
 def test_order_is_similarity_then_queue_index():

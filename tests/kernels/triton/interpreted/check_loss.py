@@ -17,7 +17,7 @@ def some(hard: int, **changes) -> Negatives:
 
 
 def check(make, answer, within, shape, negatives, *, dtype=torch.float32, peaked=False, **arguments):
-    inputs = make(*shape, dtype, peaked=peaked)
+    inputs = make(*shape, dtype, peaked=peaked).guarded()
     settings = SETTINGS | arguments
     found = contrast_and_gradient(*inputs, negatives, **settings)
     exact = answer(inputs, negatives, **settings)
@@ -39,6 +39,12 @@ SHAPES = [(1, 64, 64, 1), (2, 257, 16, 30), (66, 130, 96, 20), (2, 300, 128, 63)
 def test_shapes(make, answer, within, shape):
     counts = {"noisy": 2, "mixed": 3} if shape[0] > 60 else COUNTS
     check(make, answer, within, shape[:3], Negatives(hard=shape[3], **counts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_queue_that_ends_within_a_word_of_marks(make, answer, within, dtype):
+    # The first word behind the last tile of 32 keys belongs to no tile of 64.
+    check(make, answer, within, (1, 4097, 16), Negatives(hard=63, mixed=2), dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -107,6 +113,27 @@ def test_step_on_the_device_and_global_rows(make):
     part = contrast_and_gradient(inputs.q[2:], inputs.k[2:], inputs.queue, some(20), **SETTINGS, first_row=2)
     torch.testing.assert_close(whole.loss[2:], part.loss)
     torch.testing.assert_close(whole.gradient[2:], part.gradient)
+
+
+def test_launches_go_to_the_device_of_q(make, monkeypatch):
+    from contextlib import contextmanager
+
+    from synco_fast.kernels.triton import launch
+
+    current, launched, true = [], [], launch._launch
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(launch, "_launch", lambda *arguments: launched.append(list(current)) or true(*arguments))
+    inputs = make(2, 64, 16)
+    contrast_and_gradient(*inputs, some(4), **SETTINGS)
+    assert len(launched) == 1
+    assert launched[0][0] is inputs.q
 
 
 def test_rows_beyond_one_series_of_launches(make, answer, within, monkeypatch):

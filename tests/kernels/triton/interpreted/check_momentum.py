@@ -26,3 +26,25 @@ def test_all_tensors_and_nothing_else(dtype):
     assert room.eq(77).sum() == 16 * len(sizes)
     assert plan.key == momentum.addresses(keys, queries)
     assert plan.key != momentum.addresses(queries, keys)
+
+
+def test_launches_go_to_the_device_of_the_tensors(monkeypatch):
+    from contextlib import contextmanager
+
+    current, launched = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(list(current))
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(momentum, "_update", Launch())
+    plan = momentum.Plan([torch.ones(3)], [torch.ones(3)])
+    momentum.update(plan, 0.5)
+    assert launched == [[plan.targets]]

@@ -101,3 +101,16 @@ def test_a_threshold_too_close_to_the_last_is_not_trusted(make, monkeypatch):
     _, index, slow = chosen(monkeypatch, inputs, 63)
     assert slow == 1
     assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
+
+
+@pytest.mark.parametrize(("case", "hard", "expected"), [("ordinary", 63, [0, 0]), ("all equal", 63, [1, 1])])
+def test_rows_of_the_slow_path_are_reported(make, monkeypatch, case, hard, expected):
+    from synco_fast.kernels import topk
+
+    monkeypatch.setattr(topk, "SAMPLE", 300)
+    inputs = WORST[case](make(2, K, 16))
+    settings = {"temperature": 0.2, "seed": 1, "step": 1}
+    assert launch.contrast_and_gradient(*inputs, Negatives(hard=hard), **settings).fallback.tolist() == expected
+    # Where nothing is estimated, nothing failed.
+    for negatives in (Negatives(hard=K), Negatives()):
+        assert launch.contrast_and_gradient(*inputs, negatives, **settings).fallback.tolist() == [0, 0]

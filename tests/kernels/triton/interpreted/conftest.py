@@ -1,19 +1,54 @@
-"""Every buffer of the launcher starts as poison: NaN, or a whole number that no result may be."""
+"""Every buffer of the launcher starts as poison, NaN or a whole number that no result may be, between guards."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from synco_fast.kernels.triton import config, launch
 
+GUARD = 4096
+#: Its bits in a word of marks are set beyond any queue of these checks.
+NUMBER = -(2**30) - 7
 
-def poisoned(*shape, dtype=torch.float32, device):
-    poison = float("nan") if dtype.is_floating_point else -(2**30) - 7
-    return torch.full(shape, poison, dtype=dtype, device=device)
+
+def poison_of(dtype):
+    return math.nan if dtype.is_floating_point else NUMBER
 
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
+    """Poison instead of uninitialised memory; whoever writes past a buffer fails the check."""
     assert config.interpreted(), "these checks run through test_interpreter.py"
+    rooms = []
+
+    def poisoned(*shape, dtype=torch.float32, device):
+        size = math.prod(shape)
+        room = torch.full((size + 2 * GUARD,), poison_of(dtype), dtype=dtype, device=device)
+        rooms.append(room)
+        return room[GUARD : GUARD + size].view(shape)
+
     monkeypatch.setattr(launch, "empty", poisoned)
+    yield
+    for room in rooms:
+        for guard in (room[:GUARD], room[-GUARD:]):
+            intact = guard.isnan() if room.dtype.is_floating_point else guard == NUMBER
+            assert intact.all(), f"written past a buffer of {len(room) - 2 * GUARD} numbers of {room.dtype}"
+
+
+@pytest.fixture(autouse=True)
+def _guard_the_mask(monkeypatch):
+    """The names of images lie between names that would mask keys."""
+    true = launch.compact_ids
+
+    def guarded(image_ids, queue_ids):
+        def within(names):
+            room = names.new_zeros(len(names) + 2 * GUARD)
+            room[GUARD:-GUARD] = names
+            return room[GUARD:-GUARD]
+
+        return tuple(within(names) for names in true(image_ids, queue_ids))
+
+    monkeypatch.setattr(launch, "compact_ids", guarded)

@@ -1,4 +1,4 @@
-"""Lists of many images that take little memory and are read from disk in one go."""
+"""Manifests: the images of a split with labels and offsets, packed into arrays and cached on disk."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from synco_fast.data.files import atomic_write
 
-__all__ = ["Catalogue", "PackedNames", "cache_folder", "catalogue_path", "read_catalogue", "write_catalogue"]
+__all__ = ["Manifest", "PackedNames", "cache_folder", "manifest_path", "read_manifest", "write_manifest"]
 
 #: Raised with every change of the format, so that an older file is made anew.
-_VERSION = 1
+_VERSION = 2
+#: The arrays of a `Manifest` with one row per image.
+_ARRAYS = ("labels", "places", "checksums")
 
 
 class PackedNames(Sequence[str]):
@@ -52,7 +54,7 @@ class PackedNames(Sequence[str]):
 
 
 @dataclass
-class Catalogue:
+class Manifest:
     """The images of one split.
 
     Attributes:
@@ -60,32 +62,37 @@ class Catalogue:
         labels: (n,) int64 numbers of ``classes``, or None.
         classes: Class names, or None.
         places: For images in tar shards, (n, 3) int64: number of the shard, offset and size in bytes.
-        stamps: What was read to make the list, with its time of change in nanoseconds: folders, list files, shards.
-        left_out: What is not in the list because it cannot be read, by name, with the reason.
+        checksums: For images of a pack, the CRC-32 of their bytes, (n,) uint32.
+        stamps: Folders, list files and shards that were read, with their time of change in nanoseconds.
+        excluded: Corrupt images and shards that are not in the list, with the reason by name.
     """
 
     names: PackedNames
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] | None = None
     places: NDArray[np.int64] | None = None
+    checksums: NDArray[np.uint32] | None = None
     stamps: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
 
-    def without(self, broken: dict[int, str]) -> Catalogue:
-        """The same list less the images with these numbers."""
+    def without(self, corrupt: dict[int, str]) -> Manifest:
+        """The same manifest without the images of these numbers."""
         keep = np.ones(len(self.names), dtype=bool)
-        keep[list(broken)] = False
-        return Catalogue(
+        keep[list(corrupt)] = False
+        return Manifest(
             PackedNames.pack(self.names[index] for index in np.flatnonzero(keep).tolist()),
-            None if self.labels is None else self.labels[keep],
-            self.classes,
-            None if self.places is None else self.places[keep],
-            self.stamps,
-            {**self.left_out, **{self.names[index]: reason for index, reason in broken.items()}},
+            classes=self.classes,
+            stamps=self.stamps,
+            excluded={**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
+            **{name: values[keep] for name, values in self.arrays().items()},
         )
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays with one row per image, by name, as far as they are there."""
+        return {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+
     def is_current(self) -> bool:
-        """Whether nothing that was read to make the list has changed since."""
+        """Whether no folder, list file or shard has changed since."""
         try:
             return all(os.stat(path).st_mtime_ns == time for path, time in self.stamps.items())  # noqa: PTH116
         except OSError:
@@ -93,48 +100,43 @@ class Catalogue:
 
 
 def cache_folder() -> Path:
-    """The program's folder below the user's cache."""
+    """The package's folder in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "synco-fast"
 
 
-def catalogue_path(key: str) -> Path:
-    """Where the list of a split is kept; ``key`` tells splits apart."""
+def manifest_path(key: str) -> Path:
+    """Where the manifest of a split is kept; ``key`` identifies the split."""
     return cache_folder() / "lists" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
 
 
-def write_catalogue(path: Path, catalogue: Catalogue) -> None:
-    """Write a list, whole or not at all."""
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest atomically."""
     about = {
         "version": _VERSION,
-        "classes": catalogue.classes,
-        "stamps": catalogue.stamps,
-        "left_out": catalogue.left_out,
+        "classes": manifest.classes,
+        "stamps": manifest.stamps,
+        "excluded": manifest.excluded,
     }
-    arrays: dict[str, Any] = {"text": catalogue.names.text, "ends": catalogue.names.ends}
-    for name in ("labels", "places"):
-        values = getattr(catalogue, name)
-        if values is not None:
-            arrays[name] = values
+    arrays: dict[str, Any] = {"text": manifest.names.text, "ends": manifest.names.ends, **manifest.arrays()}
     with atomic_write(path) as temporary:
         np.savez(temporary, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
 
 
-def read_catalogue(path: Path) -> Catalogue | None:
-    """The list in a file; None where there is none, or none that is sound and still true."""
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest in a file; None where it is missing, damaged or out of date."""
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
             if about["version"] != _VERSION:
                 return None
-            arrays = {name: file[name] for name in ("text", "ends", "labels", "places") if name in file}
+            arrays = {name: file[name] for name in ("text", "ends", *_ARRAYS) if name in file}
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
-    catalogue = Catalogue(
-        PackedNames(arrays["text"], arrays["ends"]),
-        arrays.get("labels"),
-        None if about["classes"] is None else tuple(about["classes"]),
-        arrays.get("places"),
-        about["stamps"],
-        about["left_out"],
+    manifest = Manifest(
+        PackedNames(arrays.pop("text"), arrays.pop("ends")),
+        classes=None if about["classes"] is None else tuple(about["classes"]),
+        stamps=about["stamps"],
+        excluded=about["excluded"],
+        **arrays,
     )
-    return catalogue if catalogue.is_current() else None
+    return manifest if manifest.is_current() else None

@@ -5,9 +5,9 @@ from torch.nn.functional import normalize
 from synco_fast.config import build_config
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.reference import contrast
-from synco_fast.methods.base import Views
+from synco_fast.methods.base import Encoders, Views
 from synco_fast.methods.build import build_method
-from synco_fast.methods.schedule import NegativeSchedule
+from synco_fast.methods.contrastive import NegativeSchedule
 
 from ..conftest import TINY
 
@@ -22,14 +22,23 @@ def views(seed=0, batch=8):
     return Views(first, second, torch.arange(batch) + 100 * seed)
 
 
-def training_step(model, batch, *, step, epoch):
-    arranged = model.arrange(batch, step=step)
-    model.begin_step(arranged)
-    return model.loss(arranged, step=step, epoch=epoch)
+def encoders(model):
+    return Encoders(model.trainable, model.target)
 
 
-def advance(model, optimizer, step, epoch=1):
-    output = training_step(model, views(step), step=step, epoch=epoch)
+def begin(model, batch, step=0, *, momentum=0.999, micro_batches=1):
+    inputs = model.arrange(batch, step=step)
+    model.begin_step(inputs, encoders(model), momentum=momentum, micro_batches=micro_batches)
+    return inputs
+
+
+def training_step(model, batch, *, step, epoch, momentum=0.999):
+    inputs = begin(model, batch, step, momentum=momentum)
+    return model.loss(inputs, encoders(model), step=step, epoch=epoch)
+
+
+def advance(model, optimizer, step, epoch=1, **settings):
+    output = training_step(model, views(step), step=step, epoch=epoch, **settings)
     optimizer.zero_grad()
     output.loss.backward()
     optimizer.step()
@@ -37,13 +46,13 @@ def advance(model, optimizer, step, epoch=1):
     return output
 
 
-def test_the_loss_is_that_of_the_reference_head():
+def test_the_loss_is_that_of_the_reference():
     model = method(**{"model.batch_norm_groups": 1}).eval()
     batch = views()
     output = training_step(model, batch, step=5, epoch=2)
     q = normalize(model.encoder(batch.first), dim=1)
     k = normalize(model.key_encoder(batch.second), dim=1)
-    expected = contrast(q, k, model.queue.rows, model.schedule.at(2), temperature=0.2, seed=0, step=5)
+    expected = contrast(q, k, model.queue.rows, model.settings.schedule.at(2), temperature=0.2, seed=0, step=5)
     assert torch.allclose(output.loss, expected.loss.mean(), atol=1e-6)
     assert output.metrics["top1"] == (expected.statistics.rank == 0).float().mean()
     assert torch.allclose(output.metrics["similarity/positive"], expected.statistics.positive.mean(), atol=1e-6)
@@ -58,7 +67,7 @@ def test_keys_enter_the_queue_after_the_loss_and_in_order():
     assert torch.equal(model.queue.rows, before), "a key must not be a negative of its own query"
     model.after_step()
     assert int(model.queue.pointer) == 8
-    assert torch.equal(model.queue.images[:8], batch.images)
+    assert torch.equal(model.queue.image_ids[:8], batch.image_ids)
     assert torch.equal(model.queue.rows[8:], before[8:])
     assert torch.allclose(model.queue.rows[:8].norm(dim=1), torch.ones(8))
     model.after_step()
@@ -66,9 +75,8 @@ def test_keys_enter_the_queue_after_the_loss_and_in_order():
 
 
 def keys_of(model, batch, step=3):
-    arranged = model.arrange(batch, step=step)
-    model.begin_step(arranged)
-    return model._fresh[0][0]
+    begin(model, batch, step)
+    return model._keys[0][0]
 
 
 def test_the_key_batch_is_shuffled_and_put_back():
@@ -90,13 +98,13 @@ def test_the_gradient_reaches_the_query_encoder_alone():
 
 
 def test_the_key_encoder_follows_by_its_momentum():
-    model = method(**{"model.momentum": 0.75})
+    model = method()
     optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
     old = [parameter.clone() for parameter in model.key_encoder.parameters()]
-    advance(model, optimizer, 0)
+    advance(model, optimizer, 0, momentum=0.75)
     assert all(torch.equal(a, b) for a, b in zip(old, model.key_encoder.parameters(), strict=True))
     leader = [parameter.clone() for parameter in model.encoder.parameters()]
-    advance(model, optimizer, 1)
+    advance(model, optimizer, 1, momentum=0.75)
     for now, before, query in zip(model.key_encoder.parameters(), old, leader, strict=True):
         assert torch.allclose(now, 0.75 * before + 0.25 * query, atol=1e-6)
 
@@ -113,7 +121,7 @@ def test_the_key_encoder_follows_by_its_momentum():
         ({"method.name": "mochi", "method.count_scale": 0.25}, Negatives.mochi(256, 128, 64)),
     ],
 )
-def test_three_methods_are_one_head_with_three_settings(overrides, expected):
+def test_three_methods_are_one_loss_with_three_settings(overrides, expected):
     assert build_config({}, overrides).method.negatives() == expected
 
 
@@ -138,40 +146,37 @@ def test_synthetic_negatives_raise_the_loss():
 def test_the_symmetric_loss_is_the_mean_of_both_directions():
     batch = views()
     symmetric = method(**{"method.symmetric": True, "model.batch_norm_groups": 1}).eval()
-    arranged = symmetric.arrange(batch, step=0)
-    symmetric.begin_step(arranged)
-    there, back = (symmetric._direction(arranged, way, 0, 1, 0, 1).loss for way in (0, 1))
+    inputs, encode = begin(symmetric, batch), encoders(symmetric)
+    there, back = (symmetric._direction(inputs, encode, way, 0, 1).loss for way in (0, 1))
     one_way = training_step(method(**{"model.batch_norm_groups": 1}).eval(), batch, step=0, epoch=1)
     assert torch.allclose(there.mean(), one_way.loss, atol=1e-6)
-    both = symmetric.loss(arranged, step=0, epoch=1).loss
+    both = symmetric.loss(inputs, encode, step=0, epoch=1).loss
     assert torch.allclose(both, torch.cat([there, back]).mean(), atol=1e-6)
     symmetric.after_step()
     assert int(symmetric.queue.pointer) == 16
-    assert torch.equal(symmetric.queue.images[:16], batch.images.repeat(2))
+    assert torch.equal(symmetric.queue.image_ids[:16], batch.image_ids.repeat(2))
 
 
 def test_directions_draw_different_negatives():
     """With both views the same, nothing but the draws tells one direction from the other."""
     model = method(**{"model.batch_norm_groups": 1, "method.symmetric": True}).eval()
     batch = views()
-    arranged = model.arrange(Views(batch.first, batch.first, batch.images), step=0)
-    model.begin_step(arranged)
-    one, other = (model._direction(arranged, way, 0, 1, 0, 1).loss for way in (0, 1))
+    inputs, encode = begin(model, Views(batch.first, batch.first, batch.image_ids)), encoders(model)
+    one, other = (model._direction(inputs, encode, way, 0, 1).loss for way in (0, 1))
     assert not torch.allclose(one, other, atol=1e-6)
-    without = [model._direction(arranged, way, 0, 0, 0, 1).loss for way in (0, 1)]
+    without = [model._direction(inputs, encode, way, 0, 0).loss for way in (0, 1)]
     assert torch.allclose(*without, atol=1e-5)
 
 
-def test_parts_of_a_batch_are_the_batch():
+def test_micro_batches_are_the_batch():
     """Accumulation changes neither the loss nor the gradient nor the keys, where a group is not cut."""
     batch = views()
     whole, parts = method(**{"model.batch_norm_groups": 4}), method(**{"model.batch_norm_groups": 2})
     training_step(whole, batch, step=2, epoch=1).loss.backward()
-    arranged = parts.arrange(batch, step=2)
-    parts.begin_step(arranged, parts=2)
+    inputs, encode = begin(parts, batch, 2, micro_batches=2), encoders(parts)
     for part in range(2):
-        (parts.loss(arranged, step=2, epoch=1, part=part, parts=2).loss / 2).backward()
-    assert torch.allclose(whole._fresh[0][0], parts._fresh[0][0], atol=1e-6)
+        (parts.loss(inputs, encode, step=2, epoch=1, micro_batch=part, micro_batches=2).loss / 2).backward()
+    assert torch.allclose(whole._keys[0][0], parts._keys[0][0], atol=1e-6)
     for one, other in zip(whole.encoder.parameters(), parts.encoder.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, atol=1e-6)
 

@@ -8,7 +8,7 @@ from synco_fast.generated.discriminator import (
     gradient_penalty,
 )
 from synco_fast.generated.generator import Generator, average_momentum, stage_channels
-from synco_fast.models.ema import follow, key_encoder_of
+from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.runtime.errors import ConfigError
 
 
@@ -64,10 +64,10 @@ def test_the_average_follows_fast_at_first():
     assert average_momentum(10**6, 0.999) == 0.999
     torch.manual_seed(0)
     generator = Generator(latent=8, width=4)
-    average = key_encoder_of(generator)
+    average = make_ema_copy(generator)
     with torch.no_grad():
         generator.enter.bias += 1
-    follow(average, generator, average_momentum(0, 0.999))
+    ema_update(average, generator, average_momentum(0, 0.999))
     assert torch.allclose(average.enter.bias, generator.enter.bias - 0.1, atol=1e-6)
     assert all(not parameter.requires_grad for parameter in average.parameters())
 

@@ -3,58 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-from io import StringIO
 
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from synco_fast.cli import main
+from synco_fast.data.augment.recipe import Recipe
 from synco_fast.generated.adversary import Adversary, CollapseMonitor, Player, diversity
 from synco_fast.generated.config import build_generator_config
 from synco_fast.generated.discriminator import Discriminator
-from synco_fast.generated.stage_one import GeneratorTrainer
+from synco_fast.generated.kid import KID, Features
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError
 from synco_fast.training.metrics import read_metrics
 
-from .test_loop import assert_identical, pretrain
+from ..support.training import assert_identical, figures, pretrain, screen, stop_after
+from .conftest import SMALL
+from .conftest import generator_trainer as trainer
 
 CPU = torch.device("cpu")
-SMALL = {
-    "workers": 0,
-    "latent": 8,
-    "width": 4,
-    "steps": 6,
-    "batch": 8,
-    "r1_every": 2,
-    "log_every": 1,
-    "sample_every": 3,
-    "quality_every": 0,
-    "checkpoint_every": 3,
-    "device": "cpu",
-}
-
-
-@pytest.fixture
-def small(image_folder):
-    def make(**changes):
-        return build_generator_config({"source": str(image_folder), **SMALL, **changes})
-
-    return make
-
-
-def trainer(config, folder, resume=None, screen=None):
-    return GeneratorTrainer(config, folder, resume=resume, console=Console(file=screen or StringIO(), width=200))
 
 
 def test_a_run_describes_itself(small, tmp_path):
     pytest.importorskip("torchmetrics")
-    screen = StringIO()
-    summary = trainer(small(quality_every=3, quality_images=16), tmp_path / "run", screen=screen).run()
+    console, text = screen()
+    summary = trainer(small(quality_every=3, quality_images=16), tmp_path / "run", console=console).run()
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert {"generator/loss", "generator/diversity", "discriminator/loss", "discriminator/real"} <= lines[0].keys()
@@ -66,16 +40,14 @@ def test_a_run_describes_itself(small, tmp_path):
     assert summary["finished"]
     assert summary["kid"] > 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
-    assert "random weights" in screen.getvalue()
+    assert "random weights" in text.getvalue()
 
 
 def test_the_quality_tells_real_images_from_noise(small, tmp_path):
     pytest.importorskip("torchmetrics")
-    from synco_fast.generated.kid import Quality
-
     found = trainer(small(), tmp_path / "run")
-    real = found.images.take(torch.arange(32))
-    quality = Quality(None, 32, CPU)
+    real = found.task.images.take(torch.arange(32))
+    quality = KID(None, 32, CPU)
     torch.manual_seed(0)
     noise = quality.measure([real], [torch.rand(32, 3, 32, 32)], 32)
     same = quality.measure([real], [real / 255], 32)
@@ -85,59 +57,52 @@ def test_the_quality_tells_real_images_from_noise(small, tmp_path):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_quality_on_features_of_an_encoder_of_ones_own(small, tiny, tmp_path):
+def test_kid_on_features_of_ones_own(small, tmp_path):
+    """The command gives it the backbone of a checkpoint; here it is one that sees the mean colour."""
     pytest.importorskip("torchmetrics")
-    from synco_fast.generated.kid import Quality
+    real = trainer(small(), tmp_path / "run").task.images.take(torch.arange(32))
+    means = torch.nn.Sequential(torch.nn.AvgPool2d(16), torch.nn.Flatten())
+    kid = KID(Features(means, Recipe(size=32), "mean colours"), 32, CPU)
+    assert kid.network == "mean colours"
+    same = kid.measure([real], [real / 255], 32)
+    assert kid.measure([real], [real / 1000], 32) > same + 0.01, "dark images"
 
+
+@pytest.mark.slow
+def test_the_command_takes_an_encoder(small, tiny, tmp_path):
+    pytest.importorskip("torchmetrics")
     pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "encoder")
-    real = trainer(small(), tmp_path / "run").images.take(torch.arange(32))
-    quality = Quality(str(tmp_path / "encoder"), 32, CPU)
-    assert quality.network.startswith("timm/resnet18 of ")
-    torch.manual_seed(0)
-    noise = quality.measure([real], [torch.rand(32, 3, 32, 32)], 32)
-    assert noise > quality.measure([real], [real / 255], 32)
-    with pytest.raises(CheckpointError):
-        Quality(str(tmp_path / "run"), 32, CPU)
+    values = small(quality_every=3, quality_images=16, encoder=str(tmp_path / "encoder")).model_dump(mode="json")
+    words = [word for key, value in values.items() if value is not None for word in (f"--{key}", json.dumps(value))]
+    assert main(["pretrain-generator", "--out", str(tmp_path / "run"), *words]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["kid_network"].startswith("timm/resnet18 of ")
+    assert summary["kid"] > 0
 
 
 @pytest.mark.parametrize("stop", [2, 4])
 def test_stopped_and_resumed_is_never_stopped(small, tmp_path, stop):
     config = small(log_every=4)
     trainer(config, tmp_path / "whole").run()
-    first = trainer(config, tmp_path / "parts")
-    step = first._train_step
-
-    def step_then_signal():
-        step()
-        if first.step == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    first._train_step = step_then_signal
-    assert not first.run()["finished"]
+    assert not trainer(config, tmp_path / "parts", after_step=stop_after(stop)).run()["finished"]
     assert find_checkpoint(tmp_path / "parts")[0]["step"] == stop
     torch.manual_seed(99)
     trainer(config, tmp_path / "parts", resume=tmp_path / "parts").run()
     assert_identical(find_checkpoint(tmp_path / "whole")[0], find_checkpoint(tmp_path / "parts")[0])
-    figures = [
-        [{key: value for key, value in line.items() if key != "images_per_second"} for line in read_metrics(folder)]
-        for folder in (tmp_path / "whole", tmp_path / "parts")
-    ]
-    assert figures[0] == figures[1]
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
 
 
 def test_what_is_not_finite_stops_with_the_last_good_checkpoint(small, tmp_path):
-    run = trainer(small(steps=9, max_skipped=1), tmp_path / "run")
-    step = run._train_step
-
-    def poisoned():
+    def poison(run):
         if run.step == 4:
             with torch.no_grad():
-                run.adversary.discriminator.leave.weight.fill_(torch.nan)
-        step()
+                run.task.adversary.discriminator.leave.weight.fill_(torch.nan)
 
-    run._train_step = poisoned
-    with pytest.raises(DivergedError, match=r"not finite at step 5.*last good checkpoint is .*step-00000003.pt"):
-        run.run()
+    with pytest.raises(DivergedError) as caught:
+        trainer(small(steps=9, max_skipped=1), tmp_path / "run", before_step=poison).run()
+    said = str(caught.value)
+    assert said.startswith("training diverged: non-finite gradients from step 5, 1 step skipped (limit max_skipped=1)")
+    assert said.endswith("step-00000003.pt; try a lower lr or more r1")
     state = find_checkpoint(tmp_path / "run")[0]
     assert all(torch.isfinite(value).all() for value in state["discriminator"].values())
 
@@ -205,15 +170,16 @@ def test_real_and_generated_images_meet_the_same_augmentation():
 
 def test_fewer_bits_are_for_the_networks_alone(small, tmp_path):
     """Images, logits and losses come out in float32, and the gradient of R1 is computed in it."""
-    run = trainer(small(precision="bf16", share=0.5), tmp_path / "run")
+    run = trainer(
+        small(precision="bf16", share=0.5, steps=2, sample_every=9, checkpoint_every=9), tmp_path / "run"
+    ).task
     assert len(run.images) == 16
     formats = []
     discriminator = run.adversary.discriminator
     discriminator.blocks[0].register_forward_hook(lambda module, inputs, out: formats.append(out.dtype))
     run.generator.register_forward_hook(lambda module, inputs, out: formats.append(out.dtype))
-    for _ in range(2):
-        run._train_step()
-        run.step = 1
+    for step, batch in zip(range(2), run.batches(0), strict=False):
+        run.train_step(batch, step)
     real_and_generated, judged = [torch.float32] * 2, [torch.bfloat16]
     assert formats == [torch.float32, *real_and_generated, *judged, torch.float32, *[torch.bfloat16] * 2, *judged]
     assert run.adversary.judge(torch.rand(2, 3, 32, 32)).dtype == torch.float32

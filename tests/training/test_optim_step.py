@@ -1,4 +1,4 @@
-"""Loss scaling, clipping, and steps that are left out."""
+"""Loss scaling, clipping, and skipped steps."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_a_step_without_a_finite_gradient_moves_nothing():
         assert weight.tolist() == [3.0, 4.0]
 
 
-def test_a_gpus_optimiser_leaves_out_steps_by_a_tensor_also_the_first():
+def test_a_gpus_optimizer_skips_steps_by_a_tensor_also_the_first():
     """PyTorch's fused SGD runs on a CPU too; against plain SGD that never meets the bad gradients."""
     plain, fused = (nn.Linear(3, 2) for _ in range(2))
     fused.load_state_dict(plain.state_dict())
@@ -90,7 +90,7 @@ def test_skipped_steps_are_counted_and_their_row_begins_at_its_first():
     assert other.read() == (4, 0, -1)
 
 
-def test_statistics_of_a_step_that_was_left_out_are_put_back():
+def test_statistics_of_a_skipped_step_are_restored():
     norm = SplitBatchNorm2d(3, groups=2)
     norm(torch.randn(4, 3, 2, 2))
     statistics = RunningStatistics(norm)
@@ -98,11 +98,11 @@ def test_statistics_of_a_step_that_was_left_out_are_put_back():
     copies = statistics.copy()
     norm(torch.full((4, 3, 2, 2), torch.nan))
     assert torch.isnan(norm.running_mean).all()
-    statistics.put_back(copies, torch.tensor(False))
+    statistics.restore(copies, torch.tensor(False))
     for name in ("running_mean", "running_var"):
         assert torch.equal(getattr(norm, name), before[name])
     copies = statistics.copy()
     norm(torch.randn(4, 3, 2, 2) + 5)
     moved = norm.running_mean.clone()
-    statistics.put_back(copies, torch.tensor(True))
+    statistics.restore(copies, torch.tensor(True))
     assert torch.equal(norm.running_mean, moved)

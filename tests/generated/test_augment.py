@@ -16,7 +16,7 @@ PLAIN = {
     "area": (1.0, 1.0),
     "ratio": (1.0, 1.0),
     "jitter_probability": 0.0,
-    "greyscale_probability": 0.0,
+    "grayscale_probability": 0.0,
     "blur_probability": 0.0,
     "flip_probability": 0.0,
 }
@@ -39,7 +39,7 @@ def test_nothing_switched_on_is_the_identity():
 def test_flip_and_grey():
     assert torch.allclose(views(images(), flip_probability=1.0), images().flip(3), atol=1e-6)
     expected = reference.rgb_to_grayscale(images(), num_output_channels=3)
-    assert torch.allclose(views(images(), greyscale_probability=1.0), expected, atol=2e-3)
+    assert torch.allclose(views(images(), grayscale_probability=1.0), expected, atol=2e-3)
 
 
 def test_the_blur_is_a_gaussian_of_the_sigma_drawn():

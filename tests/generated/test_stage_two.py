@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError
-from synco_fast.training.loop import Trainer
 from synco_fast.training.metrics import read_metrics
 
-from .test_generator import small, trainer
-from .test_loop import assert_identical, pretrain
-
-__all__ = ["small"]
+from ..support.training import assert_identical, pretrain, stop_after, trainer
+from .conftest import generator_trainer
 
 PAIRS = {
-    "method.name": "generated",
+    "method.name": "moco",
+    "generated.pair": "joint",
     "generated.latent": 8,
     "generated.width": 4,
     "generated.batch": 4,
@@ -33,7 +27,7 @@ PAIRS = {
 
 @pytest.fixture
 def stage_one(small, tmp_path):
-    trainer(small(), tmp_path / "stage-one")._save()
+    generator_trainer(small(steps=3), tmp_path / "stage-one").run()
     return tmp_path / "stage-one"
 
 
@@ -46,18 +40,9 @@ def paired(tiny, stage_one):
 
 
 def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
-    config = paired(**{"method.base": "synco"})
+    config = paired(**{"method.name": "synco"})
     pretrain(config, tmp_path / "whole")
-    first = Trainer(config, tmp_path / "parts", console=Console(quiet=True))
-    step = first._train_step
-
-    def step_then_signal(batch, epoch):
-        step(batch, epoch)
-        if first.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    first._train_step = step_then_signal
-    first.run()
+    trainer(config, tmp_path / "parts", after_step=stop_after(3)).run()
     assert find_checkpoint(tmp_path / "parts")[0]["step"] == 3
     for file in (stage_one / "checkpoints").iterdir():
         file.unlink()  # a run that goes on does not need stage one any more
@@ -78,13 +63,13 @@ def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
 
 def test_a_share_of_the_images_is_what_both_sides_learn_from(paired, tmp_path):
     """The encoder's steps, the discriminator's real images and the run's length; evaluation keeps them all."""
-    run = Trainer(paired(**{"data.share": 0.5}), tmp_path / "run", console=Console(quiet=True))
-    seen = []
-    take = run.engine.game.images.take
-    run.engine.game.images.take = lambda numbers: seen.append(numbers) or take(numbers)
-    assert run.steps_per_epoch == 16 // run.config.training.batch
-    assert len(run.engine.game.images) == 16
-    assert len(run.source.train) == 33
+    run = trainer(paired(**{"data.share": 0.5}), tmp_path / "run")
+    seen, images = [], run.task.method.images
+    take = images.take
+    images.take = lambda numbers: seen.append(numbers) or take(numbers)
+    assert run.task.steps_per_epoch == 16 // run.task.config.training.batch
+    assert len(images) == 16
+    assert len(run.task.source.train) == 33
     run.run()
     assert int(torch.cat(seen).max()) < 16
 
@@ -98,34 +83,29 @@ def test_frozen_generators_come_out_as_they_went_in(paired, stage_one, tmp_path)
 def test_what_does_not_fit_is_named(paired, tiny, small, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(ConfigError, match=r"generated.checkpoint: found none, expected a run of"):
-        Trainer(tiny(PAIRS), folder)
+        trainer(tiny(PAIRS), folder)
     with pytest.raises(CheckpointError, match="another architecture"):
-        Trainer(paired(**{"generated.width": 8}), folder)
+        trainer(paired(**{"generated.width": 8}), folder)
     sizes = {"augment.size": 64, "augment.evaluation_resize": 64}
     with pytest.raises(ConfigError, match=r"found a generator of 32 pixels, expected 64 \(augment.size\)"):
-        Trainer(paired(**sizes), folder)
+        trainer(paired(**sizes), folder)
     pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "other")
     with pytest.raises(CheckpointError, match="found no generator in it"):
-        Trainer(paired(**{"generated.checkpoint": str(tmp_path / "other")}), folder)
+        trainer(paired(**{"generated.checkpoint": str(tmp_path / "other")}), folder)
     assert not folder.exists()
 
 
 def test_a_game_that_is_not_finite_stops_with_the_last_good_checkpoint(paired, tmp_path):
-    run = Trainer(
-        paired(**{"training.checkpoint_every": 2}),
-        tmp_path / "run",
-        console=Console(quiet=True),
-    )
-    step = run._train_step
-
-    def poisoned(batch, epoch):
+    def poison(run):
         if run.step == 5:
             with torch.no_grad():
-                run.engine.game._method.discriminator.leave.weight.fill_(torch.nan)
-        step(batch, epoch)
+                run.task.method.discriminator.leave.weight.fill_(torch.nan)
 
-    run._train_step = poisoned
-    with pytest.raises(DivergedError, match=r"not finite at step 6 .*last good checkpoint is .*step-00000004.pt"):
+    run = trainer(paired(**{"training.checkpoint_every": 2}), tmp_path / "run", before_step=poison)
+    with pytest.raises(DivergedError) as caught:
         run.run()
+    said = str(caught.value)
+    assert "non-finite gradients from step 6 (epoch 2)" in said
+    assert said.endswith("step-00000004.pt; try a lower optimizer.lr or generated.lr, or optimizer.clip")
     state = find_checkpoint(tmp_path / "run")[0]["method"]
     assert all(torch.isfinite(value).all() for value in state.values())
