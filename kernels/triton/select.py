@@ -17,12 +17,16 @@ __all__ = ["collect", "order", "score", "sortable"]
 
 
 @triton.jit
+def ordered(similarity):
+    """Float32 numbers as int32 in the numbers' order: NaN is the largest, -0 equals 0, none is -2^31."""
+    bits = (similarity + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(similarity == similarity, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
 def sortable(similarity, index):
     """One int64 that sorts descending by similarity, then ascending by index; NaN comes first, -0 equals 0."""
-    bits = (similarity + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ordered = tl.where(similarity == similarity, ordered, 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
+    return (ordered(similarity).to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
 
 
 @triton.jit
