@@ -82,6 +82,7 @@ def full_select(
             ROWS=TILE,
             KEYS=keys,
             num_warps=8,
+            num_stages=2,
         )
         choose[(count,)](
             flag[some],
