@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synco_fast.training.optimizer import skips_on_device
-
-__all__ = ["SkippedSteps", "Update"]
+__all__ = ["SkippedSteps", "Update", "skips_on_device"]
 
 #: Dynamic loss scaling as in mixed-precision training (arXiv 1710.03740 section 3.2), with PyTorch's constants.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 65536.0, 2.0, 0.5, 2000
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step can be skipped by a tensor on the device, without the host waiting for it."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 class Update:

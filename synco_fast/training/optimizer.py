@@ -16,7 +16,7 @@ from torch import nn
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["build_optimizer", "key_momentum", "learning_rate", "skips_on_device"]
+__all__ = ["build_optimizer", "key_momentum", "learning_rate"]
 
 _NVIDIA = "git clone https://github.com/NVIDIA/apex and build it with its CUDA extensions, or take optimizer.name"
 
@@ -58,11 +58,6 @@ def build_optimizer(
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=config.betas)
     return _from_apex("FusedLAMB", name, device)(groups, lr=lr, betas=config.betas)
-
-
-def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step can be skipped by a tensor on the device, without the host waiting for it."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _decayed_apart(module: nn.Module, decay: float) -> list[dict[str, Any]]:
