@@ -25,9 +25,10 @@ from synco_fast.bench.baselines.data import two_crop_loader
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
-from synco_fast.data.sources.catalogue import Catalogue, PackedNames
-from synco_fast.data.sources.open import ArraySplit
-from synco_fast.data.sources.splits import FileSplit
+from synco_fast.data.sources.manifest import Manifest, PackedNames
+from synco_fast.data.sources.open import ArraySplit, Source, Split, open_shards
+from synco_fast.data.sources.pack import PackSettings, pack_source
+from synco_fast.data.sources.splits import FileSplit, SubsetSplit
 
 __all__ = ["has_pipeline", "make_photos", "measure_pipelines"]
 
@@ -116,6 +117,9 @@ def _pipeline(
 ) -> Pipeline:
     # Many epochs in one: a pause at an epoch's end is rare in a set of ImageNet's size.
     many = names * max(1, 100_000 // len(names))
+    split: Split = FileSplit(folder, Manifest(PackedNames.pack(many)), None, "")
+    if name.endswith("-packed"):
+        split = SubsetSplit(_packed(folder, names), np.arange(len(many)) % len(names))
     if name == "pil":
         files = [os.fspath(folder / file) for file in many]
         return _Plain(two_crop_loader(files, recipe, batch=batch, workers=workers))
@@ -124,19 +128,27 @@ def _pipeline(
             0, 256, (_RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_SIZE, 3), dtype=np.uint8
         )
         small = recipe.model_copy(update={"size": _RESIDENT_SIZE, "evaluation_resize": None})
-        split = ArraySplit(pixels, None, "noise")
-        return build_pipeline(split, small, batch=_RESIDENT_BATCH, seed=0, name="resident", device=device)
+        noise = ArraySplit(pixels, None, "noise")
+        return build_pipeline(noise, small, batch=_RESIDENT_BATCH, seed=0, name="resident", device=device)
     return build_pipeline(
-        FileSplit(folder, Catalogue(PackedNames.pack(many)), None, ""),
+        split,
         recipe,
         batch=batch,
         seed=0,
-        name="torchvision" if name == "torchvision" else "dali",
+        name="torchvision" if name.startswith("torchvision") else "dali",
         decode="windows" if name == "dali-windows" else "once",
         device=device,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         workers=workers,
     )
+
+
+def _packed(folder: Path, names: list[str]) -> Split:
+    """The same files as ``synco-fast data pack`` packs them by default, in a folder beside them."""
+    out = folder / f"packed-{len(names)}"
+    files = FileSplit(folder, Manifest(PackedNames.pack(names)), None, "")
+    pack_source(Source(os.fspath(folder), files, None), out, PackSettings())
+    return open_shards(out).train
 
 
 class _Plain:
@@ -176,7 +188,7 @@ def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle
     images, busy, start = 0, _busy_seconds(), time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = next(stream).to(device)
-        images += len(batch.images)
+        images += len(batch.image_ids)
     _wait(device)
     spent = time.perf_counter() - start
     after = _busy_seconds()

@@ -20,14 +20,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from synco_fast.bench.baselines.step import plain_step
-from synco_fast.bench.subjects import ENGINES, STEPS
+from synco_fast.bench.subjects import ENGINES, STEPS_BY_DEFAULT
 from synco_fast.bench.timing import peak_memory, reset_peak_memory
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipelines.base import Batch, normalise
+from synco_fast.methods import METHODS
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.precision import resolve_device
+from synco_fast.training.compiled import GRAPH_WARMUP
 from synco_fast.training.engine import Engine
-from synco_fast.training.graph import GRAPH_WARMUP
 
 __all__ = ["bench_step", "measure"]
 
@@ -53,7 +54,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
         built, the lines about settings that could not be had, and the loss of the last step where there is one.
     """
     values = {**values, "training": {**values["training"], **ENGINES[engine]}}
-    if subject in ("moco", "mochi", "synco"):
+    if subject in METHODS:
         values["method"] = {**values["method"], "name": subject}
     if subject == "encoder-plain":
         # The true limit: nothing of a batch norm over groups, and the library's choice of algorithms by trial.
@@ -104,7 +105,7 @@ def _runner(
         return lambda number: losses.append(step(*plain[number % 2])), 3, lambda: losses[-1]
     engine = Engine(config, steps_per_epoch=1 << 20, note=notes.append)
     if subject == "encoder-plain":
-        use_plain_batch_norm(engine.method.module())
+        use_plain_batch_norm(engine.method)
     if subject.startswith("encoder"):
         ready = [tuple(normalise(view, config.augment, engine.layout) for view in pair) for pair in views]
         return _captured(lambda: engine.encoders_alone(*ready[0]), engine), engine.settling, lambda: None
@@ -112,7 +113,7 @@ def _runner(
     def train(number: int) -> None:
         engine.step(Batch(*views[number % 2], images), number, 0)
 
-    return train, engine.settling, lambda: engine.means.take().get("loss")
+    return train, engine.settling, lambda: engine.means.pop().get("loss")
 
 
 def use_plain_batch_norm(module: nn.Module) -> None:
@@ -149,7 +150,7 @@ def _wait(device: torch.device) -> None:
 def bench_step(
     config: Config,
     *,
-    subjects: tuple[str, ...] = STEPS,
+    subjects: tuple[str, ...] = STEPS_BY_DEFAULT,
     engines: tuple[str, ...] = ("eager",),
     backends: tuple[str, ...] = (),
     steps: int = 20,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from synco_fast.methods import METHODS, with_queue
+
 __all__ = [
     "BACKENDS",
     "CAPABILITIES",
@@ -12,8 +14,10 @@ __all__ = [
     "FIELD",
     "LOSS_BACKENDS",
     "PIPELINES",
+    "PIPELINES_OF",
     "SELECTIONS",
     "STEPS",
+    "STEPS_BY_DEFAULT",
     "VALIDATED",
 ]
 
@@ -49,8 +53,10 @@ SELECTIONS = {
     "triton": "the kernels without synthetic negatives: they sum the softmax as well",
 }
 
-#: Steps: two limits, a plain loop and the three methods, what says most first, in case the time ends early.
-STEPS = ("encoder", "encoder-plain", "synco", "moco", "plain", "mochi")
+#: Steps: two limits, a plain loop and the methods.
+STEPS = ("encoder", "encoder-plain", "plain", *METHODS)
+#: What is measured unless asked otherwise, what says most first, in case the time ends early.
+STEPS_BY_DEFAULT = ("encoder", "encoder-plain", "synco", "plain", *(name for name in with_queue() if name != "synco"))
 #: Engine settings by name.
 ENGINES: dict[str, dict[str, Any]] = {
     "eager": {},
@@ -61,4 +67,6 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 
 #: Data pipelines; the first is the one that the others are held against.
-PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32")
+PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")
+#: What is measured unless asked otherwise, by source.
+PIPELINES_OF = {"photos": PIPELINES[:5], "packed": ("pil", "torchvision", "dali", *PIPELINES[5:])}

@@ -1,1 +1,1 @@
-"""Image files in, two augmented batches out."""
+"""Data loading: image files in, batches of two augmented views out."""

@@ -1,4 +1,4 @@
-"""Seeds and uniform numbers that follow from a few whole numbers."""
+"""Counter-based random numbers: seeds and uniforms as functions of a few integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def derive_seed(*words: int) -> int:
-    """A seed in [0, 2**32) from a few whole numbers in [0, 2**64), such as seed, epoch and image.
+    """A seed in [0, 2**32) from a few integers in [0, 2**64), such as seed, epoch and image.
 
     The finaliser of splitmix64, folded over the words. Thirty-two bits, because PyTorch's generator on the CPU ignores
     the rest of a larger seed: shifting one number past another would lose it.
@@ -29,7 +29,7 @@ def uniforms(*words: int | NDArray[np.int64], count: int) -> NDArray[np.float64]
     """Numbers in [0, 1), each row a function of its words alone: splitmix64 from the state that the words fold to.
 
     Args:
-        words: Whole numbers from 0, or (n,) arrays of them, such as seed, epoch and images.
+        words: Integers from 0, or (n,) arrays of them, such as seed, epoch and images.
         count: Numbers in a row.
 
     Returns:

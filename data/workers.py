@@ -1,4 +1,4 @@
-"""The processes that read and decode."""
+"""Worker processes of the data loaders."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import multiprocessing
 import os
 import signal
 
-__all__ = ["default_workers", "start_worker"]
+__all__ = ["available_cores", "start_worker"]
 
 #: Of mallopt(3) in glibc, and the sizes up to which a worker keeps memory that it has freed.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_IN_ALL, _KEPT_IN_ONE = 256 << 20, 32 << 20
 
 
-def default_workers() -> int:
-    """One worker for each core that this process may use."""
+def available_cores() -> int:
+    """The number of cores that this process may use, which an affinity mask or a container can limit."""
     return len(os.sched_getaffinity(0))
 
 
 def start_worker(worker: int) -> None:
-    """Settings of a worker of `torch.utils.data.DataLoader`; the number is that of the worker."""
+    """Set up a worker of `torch.utils.data.DataLoader`, by number."""
     # A worker outlives the signals that ask a job to stop: the training process still wants its step's batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -40,7 +40,7 @@ def _keep_freed_memory() -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """What is left of the workers at the end of the program, which ends daemons by a SIGTERM that they ignore."""
+    """Kill the workers that are left at exit: they ignore the SIGTERM that ends daemons."""
     left = [process for process in multiprocessing.active_children() if process.daemon]
     if left:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each as a failed worker

@@ -201,10 +201,10 @@ def test_data_check(run, image_folder, tmp_path, monkeypatch):
     (image_folder / "val" / "class1" / "3.jpg").write_bytes(b"")
     code, out, _ = run("data", "check", image_folder, "--workers", "1", "--json", tmp_path / "check.json")
     assert code == 1
-    assert "val/class1/3.jpg: the file has no bytes" in out
+    assert "val/class1/3.jpg: the file is empty" in out
     assert "1 (2.22%)" in out
     figures = json.loads((tmp_path / "check.json").read_text())
-    assert (figures["images"], len(figures["broken"]), len(figures["lists"])) == (45, 1, 2)
+    assert (figures["images"], len(figures["corrupt"]), len(figures["lists"])) == (45, 1, 2)
     assert run("data", "check", tmp_path / "nowhere")[0] == 2
 
 

@@ -35,8 +35,9 @@ class _TwoCrops(Dataset[tuple[Tensor, Tensor]]):
             [
                 transforms.RandomResizedCrop(recipe.size, scale=recipe.area, ratio=recipe.ratio),
                 transforms.RandomApply([jitter], p=recipe.jitter_probability),
-                transforms.RandomGrayscale(recipe.greyscale_probability),
+                transforms.RandomGrayscale(recipe.grayscale_probability),
                 transforms.RandomApply([_Blur(recipe.blur_sigma)], p=recipe.blur_probability),
+                transforms.RandomSolarize(128, recipe.solarize_probability),
                 transforms.RandomHorizontalFlip(recipe.flip_probability),
                 transforms.ToTensor(),
                 transforms.Normalize(recipe.mean, recipe.std),

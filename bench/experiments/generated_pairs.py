@@ -68,7 +68,7 @@ def pretrain(arm: str, share: float, seed: int, options: argparse.Namespace, *, 
     words += ["--training.epochs", math.ceil(options.steps / per_epoch)]
     words += ["--training.max_steps", options.steps if steps is None else steps]
     words += ["--optimizer.warmup_epochs", options.warmup / per_epoch]
-    words += ["--method.name", "generated", "--method.base", base, "--method.warmup_epochs", 0]
+    words += ["--method.name", base, "--method.warmup_epochs", 0]
     words += ["--generated.pair", pair]
     if pair != "none":
         words += ["--generated.checkpoint", options.runs / f"generator-{share:g}", "--generated.width", options.width]

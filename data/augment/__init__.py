@@ -1,1 +1,1 @@
-"""One description of the augmentation, its random draw, and the operations."""
+"""Augmentation: its settings, its random draw, and the operations on tensors."""

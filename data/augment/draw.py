@@ -1,14 +1,18 @@
-"""One draw for every pipeline: the random parameters of a view as a pure function of seed, epoch, image and view.
+"""Augmentation parameters: a pure function of seed, epoch, image and view, and the list of operations.
 
 A pipeline only carries out what is drawn here, so all of them make the same views, whatever their workers, batches and
-ranks are, and a run that goes on in the middle of an epoch needs no state but the position.
+ranks are, and a run that resumes in the middle of an epoch needs no state but the position.
+
+`OPERATIONS` lists the augmentation. Every executor has a table with one entry for each of its operations; a test fails
+for an operation that an executor lacks (tests/data/test_operations.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +20,7 @@ from numpy.typing import NDArray
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.seeding import uniforms
 
-__all__ = ["JITTER", "ViewParameters", "draw_views"]
+__all__ = ["EXECUTORS", "JITTER", "OPERATIONS", "Operation", "ViewParameters", "draw_views", "operations_of"]
 
 #: The parts of the colour jitter; a number in `ViewParameters.order` and a column of `ViewParameters.factors`.
 JITTER = ("brightness", "contrast", "saturation", "hue")
@@ -25,7 +29,10 @@ _IDENTITY = np.array([1, 1, 1, 0], dtype=np.float32)
 _ORDERS = np.array(list(permutations(range(len(JITTER)))), dtype=np.int64)
 #: How often a crop is drawn before the central one is taken, as in torchvision.
 _ATTEMPTS = 10
-_DRAWS = 2 * _ATTEMPTS + 12
+
+#: What carries out the operations: `data.augment.ops` on the crops of the torchvision pipeline and of the resident one,
+#: DALI's graph, and the differentiable operations of generated pairs.
+EXECUTORS = ("torchvision", "resident", "dali", "differentiable")
 
 
 @dataclass(frozen=True)
@@ -37,25 +44,25 @@ class ViewParameters:
         order: The parts of the jitter in the order in which they are applied, (n, 4) int64, numbers of `JITTER`.
         factors: (n, 4) float32: the factors of brightness, contrast and saturation, and the hue shift in turns; the
             identity where a view has no jitter.
-        grey: (n,) bool.
+        grayscale: (n,) bool.
         sigma: Of the blur in pixels, (n,) float32; 0 where there is none.
+        solarize: (n,) bool.
         flip: (n,) bool.
     """
 
     crop: NDArray[np.int64]
     order: NDArray[np.int64]
     factors: NDArray[np.float32]
-    grey: NDArray[np.bool_]
+    grayscale: NDArray[np.bool_]
     sigma: NDArray[np.float32]
+    solarize: NDArray[np.bool_]
     flip: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.crop)
 
-    def __getitem__(self, rows: slice) -> ViewParameters:
-        return ViewParameters(
-            self.crop[rows], self.order[rows], self.factors[rows], self.grey[rows], self.sigma[rows], self.flip[rows]
-        )
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> ViewParameters:
+        return ViewParameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def steps(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """The jitter as a sequence of (part, rows), in which every row meets its parts in its own order."""
@@ -66,6 +73,133 @@ class ViewParameters:
                 rows = np.flatnonzero((parts == part) & changes[:, part])
                 if rows.size:
                     yield part, rows
+
+
+#: From a recipe, the operation's columns of uniform numbers (n, k) and image sizes (n, 2): fields of `ViewParameters`.
+Draw = Callable[[Recipe, NDArray[np.float64], NDArray[np.int64]], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the augmentation.
+
+    Attributes:
+        name: Its key in the executors' tables.
+        recipe: The fields of `Recipe` that describe it.
+        uniforms: Its columns in a view's row of uniform numbers. A new operation takes columns behind all others, and
+            so leaves the views of earlier recipes as they were.
+        draw: Makes its fields of `ViewParameters` of them.
+        parameters: Those fields.
+        probability: The field of `Recipe` that is 0 where no view takes it; None for an operation of every view.
+        executors: Which of `EXECUTORS` carry it out.
+    """
+
+    name: str
+    recipe: tuple[str, ...]
+    uniforms: slice
+    draw: Draw
+    parameters: tuple[str, ...]
+    probability: str | None = None
+    executors: tuple[str, ...] = EXECUTORS
+
+
+def _draw_crop(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """Windows as torchvision's RandomResizedCrop draws them: the first of ten that fits, else the central one."""
+    height, width = sizes[:, 0], sizes[:, 1]
+    area = (recipe.area[0] + (recipe.area[1] - recipe.area[0]) * u[:, :_ATTEMPTS]) * (height * width)[:, None]
+    low, high = np.log(recipe.ratio)
+    ratio = np.exp(low + (high - low) * u[:, _ATTEMPTS : 2 * _ATTEMPTS])
+    widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
+    rows, first = np.arange(len(u)), fits.argmax(axis=1)
+    w, h = widths[rows, first], heights[rows, first]
+    top = (u[:, -2] * (height - h + 1)).astype(np.int64)
+    left = (u[:, -1] * (width - w + 1)).astype(np.int64)
+    unfit = ~fits.any(axis=1)
+    if unfit.any():
+        narrow, wide = width < recipe.ratio[0] * height, width > recipe.ratio[1] * height
+        h = np.where(unfit, np.where(narrow, np.rint(width / recipe.ratio[0]), height), h).astype(np.int64)
+        w = np.where(unfit, np.where(wide, np.rint(height * recipe.ratio[1]), width), w).astype(np.int64)
+        top, left = np.where(unfit, (height - h) // 2, top), np.where(unfit, (width - w) // 2, left)
+    return {"crop": np.stack([top, left, h, w], axis=1)}
+
+
+def _draw_jitter(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    amounts = np.array([getattr(recipe, name) for name in JITTER])
+    low, high = np.maximum(_IDENTITY - amounts, [0, 0, 0, -0.5]), _IDENTITY + amounts
+    drawn = low + (high - low) * u[:, 1:5]
+    return {
+        "order": _ORDERS[(u[:, 5] * len(_ORDERS)).astype(np.int64)],
+        "factors": np.where(u[:, :1] < recipe.jitter_probability, drawn, _IDENTITY).astype(np.float32),
+    }
+
+
+def _draw_grayscale(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    return {"grayscale": u[:, 0] < recipe.grayscale_probability}
+
+
+def _draw_blur(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    sigmas = recipe.blur_sigma[0] + (recipe.blur_sigma[1] - recipe.blur_sigma[0]) * u[:, 1]
+    return {"sigma": np.where(u[:, 0] < recipe.blur_probability, sigmas, 0).astype(np.float32)}
+
+
+def _draw_solarize(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    return {"solarize": u[:, 0] < recipe.solarize_probability}
+
+
+def _draw_flip(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    return {"flip": u[:, 0] < recipe.flip_probability}
+
+
+_CROP = 2 * _ATTEMPTS + 2
+#: The augmentation, in the order in which a view meets its operations.
+OPERATIONS = (
+    Operation("crop", ("size", "area", "ratio"), slice(0, _CROP), _draw_crop, ("crop",)),
+    Operation(
+        "jitter",
+        ("jitter_probability", *JITTER),
+        slice(_CROP, _CROP + 6),
+        _draw_jitter,
+        ("order", "factors"),
+        "jitter_probability",
+    ),
+    Operation(
+        "grayscale",
+        ("grayscale_probability",),
+        slice(_CROP + 6, _CROP + 7),
+        _draw_grayscale,
+        ("grayscale",),
+        "grayscale_probability",
+    ),
+    Operation(
+        "blur",
+        ("blur_probability", "blur_sigma"),
+        slice(_CROP + 7, _CROP + 9),
+        _draw_blur,
+        ("sigma",),
+        "blur_probability",
+    ),
+    Operation(
+        "solarize",
+        ("solarize_probability",),
+        slice(_CROP + 10, _CROP + 11),
+        _draw_solarize,
+        ("solarize",),
+        "solarize_probability",
+    ),
+    Operation("flip", ("flip_probability",), slice(_CROP + 9, _CROP + 10), _draw_flip, ("flip",), "flip_probability"),
+)
+
+
+def operations_of(recipe: Recipe, executor: str) -> list[Operation]:
+    """The operations that an executor carries out for a recipe: those of probability 0 are skipped."""
+    return [
+        operation
+        for operation in OPERATIONS
+        if executor in operation.executors
+        and (operation.probability is None or getattr(recipe, operation.probability) > 0)
+    ]
 
 
 def draw_views(
@@ -86,39 +220,9 @@ def draw_views(
         views: Which view of it, 0 or 1, (n,).
         sizes: Height and width of each image in pixels, (n, 2).
     """
-    u = uniforms(seed, epoch, images, views, count=_DRAWS)
-    jittered, *factors, order, grey, blurred, sigma, flip = u[:, 2 * _ATTEMPTS + 2 :].T
-    amounts = np.array([getattr(recipe, name) for name in JITTER])
-    low, high = np.maximum(_IDENTITY - amounts, [0, 0, 0, -0.5]), _IDENTITY + amounts
-    drawn = low + (high - low) * np.stack(factors, axis=1)
-    sigmas = recipe.blur_sigma[0] + (recipe.blur_sigma[1] - recipe.blur_sigma[0]) * sigma
-    return ViewParameters(
-        crop=_crops(recipe, u[:, : 2 * _ATTEMPTS + 2], sizes),
-        order=_ORDERS[(order * len(_ORDERS)).astype(np.int64)],
-        factors=np.where((jittered < recipe.jitter_probability)[:, None], drawn, _IDENTITY).astype(np.float32),
-        grey=grey < recipe.greyscale_probability,
-        sigma=np.where(blurred < recipe.blur_probability, sigmas, 0).astype(np.float32),
-        flip=flip < recipe.flip_probability,
-    )
-
-
-def _crops(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Windows as torchvision's RandomResizedCrop draws them: the first of ten that fits, else the central one."""
-    height, width = sizes[:, 0], sizes[:, 1]
-    area = (recipe.area[0] + (recipe.area[1] - recipe.area[0]) * u[:, :_ATTEMPTS]) * (height * width)[:, None]
-    low, high = np.log(recipe.ratio)
-    ratio = np.exp(low + (high - low) * u[:, _ATTEMPTS : 2 * _ATTEMPTS])
-    widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0) & (heights <= height[:, None])
-    rows, first = np.arange(len(u)), fits.argmax(axis=1)
-    w, h = widths[rows, first], heights[rows, first]
-    top = (u[:, -2] * (height - h + 1)).astype(np.int64)
-    left = (u[:, -1] * (width - w + 1)).astype(np.int64)
-    unfit = ~fits.any(axis=1)
-    if unfit.any():
-        narrow, wide = width < recipe.ratio[0] * height, width > recipe.ratio[1] * height
-        h = np.where(unfit, np.where(narrow, np.rint(width / recipe.ratio[0]), height), h).astype(np.int64)
-        w = np.where(unfit, np.where(wide, np.rint(height * recipe.ratio[1]), width), w).astype(np.int64)
-        top, left = np.where(unfit, (height - h) // 2, top), np.where(unfit, (width - w) // 2, left)
-    return np.stack([top, left, h, w], axis=1)
+    count = max(operation.uniforms.stop for operation in OPERATIONS)
+    u = uniforms(seed, epoch, images, views, count=count)
+    drawn: dict[str, NDArray[Any]] = {}
+    for operation in OPERATIONS:
+        drawn |= operation.draw(recipe, u[:, operation.uniforms], sizes)
+    return ViewParameters(**drawn)

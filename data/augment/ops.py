@@ -1,4 +1,4 @@
-"""A view from pixels and drawn parameters, on tensors: shared by the portable and the resident pipeline.
+"""Augmentation on tensors: from pixels and drawn parameters to a view, for the torchvision and resident pipelines.
 
 Each operation is torchvision's, to within rounding, written for whole batches in which every image has parameters of
 its own. Pixels are floats from 0 to 255; they are clamped after each operation, as torchvision does, and rounded once.
@@ -7,6 +7,7 @@ its own. Pixels are floats from 0 to 255; they are clamped after each operation,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from synco_fast.data.augment.draw import ViewParameters
+from synco_fast.data.augment.draw import OPERATIONS, ViewParameters
 
-__all__ = ["BLUR_SIGMAS", "LUMA", "blur", "crop_and_resize", "finish_views", "greyscale", "jitter"]
+__all__ = ["APPLY", "BLUR_SIGMAS", "LUMA", "blur", "crop_and_resize", "finish_views", "grayscale", "jitter", "solarize"]
 
 #: Weights of red, green and blue in an image's luma (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
@@ -32,17 +33,11 @@ def crop_and_resize(image: Tensor, crop: NDArray[np.int64], size: int) -> Tensor
 
 
 def finish_views(views: Tensor, parameters: ViewParameters) -> Tensor:
-    """Jitter, greyscale, blur and flip of (n, 3, H, W) crops, uint8 or float from 0 to 255; uint8 of the same shape."""
-    views = jitter(views.to(torch.float32), parameters)
-    grey = np.flatnonzero(parameters.grey)
-    if grey.size:
-        views = _on_rows(views, grey, greyscale(_rows(views, grey)))
-    blurred = np.flatnonzero(parameters.sigma)
-    if blurred.size:
-        views = _on_rows(views, blurred, blur(_rows(views, blurred), parameters.sigma[blurred]))
-    flipped = np.flatnonzero(parameters.flip)
-    if flipped.size:
-        views = _on_rows(views, flipped, _rows(views, flipped).flip(3))
+    """All operations after the crop, on (n, 3, H, W) crops, uint8 or float from 0 to 255; uint8 of the same shape."""
+    views = views.to(torch.float32)
+    for operation in OPERATIONS:
+        if operation.name != "crop":
+            views = APPLY[operation.name](views, parameters)
     return views.add_(0.5).to(torch.uint8)
 
 
@@ -64,8 +59,14 @@ def _on_rows(views: Tensor, rows: NDArray[np.int64], changed: Tensor) -> Tensor:
     return views.index_copy_(0, torch.from_numpy(rows).to(views.device, non_blocking=True), changed)
 
 
+def _where(views: Tensor, drawn: NDArray[np.bool_], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The views with those that an operation was drawn for changed."""
+    rows = np.flatnonzero(drawn)
+    return _on_rows(views, rows, change(_rows(views, rows))) if rows.size else views
+
+
 def _column(values: NDArray[np.float32], like: Tensor) -> Tensor:
-    """One number an image, (n, 1, 1, 1), on the device of ``like``."""
+    """One number per image, (n, 1, 1, 1), on the device of ``like``."""
     return torch.from_numpy(values).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
@@ -74,9 +75,14 @@ def _luma(views: Tensor) -> Tensor:
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).unsqueeze(1)
 
 
-def greyscale(views: Tensor) -> Tensor:
+def grayscale(views: Tensor) -> Tensor:
     """Three equal channels of the luma of (n, 3, H, W)."""
     return _luma(views).expand_as(views).contiguous()
+
+
+def solarize(views: Tensor) -> Tensor:
+    """Pixels of half the range or more inverted, as in BYOL (arXiv 2006.07733, appendix B); any shape, 0 to 255."""
+    return torch.minimum(views, 255 - views)
 
 
 def _brightness(views: Tensor, factor: Tensor) -> Tensor:
@@ -154,3 +160,18 @@ def _reflect(views: Tensor, radius: int, axis: int) -> Tensor:
         views = pad(views, (0, 0, step, step) if axis == 2 else (step, step, 0, 0), mode="reflect")
         radius -= step
     return views
+
+
+def _blur_drawn(views: Tensor, parameters: ViewParameters) -> Tensor:
+    rows = np.flatnonzero(parameters.sigma)
+    return _on_rows(views, rows, blur(_rows(views, rows), parameters.sigma[rows])) if rows.size else views
+
+
+#: By operation after the crop, what carries it out on float views (n, 3, H, W); it may work in place.
+APPLY: dict[str, Callable[[Tensor, ViewParameters], Tensor]] = {
+    "jitter": jitter,
+    "grayscale": lambda views, parameters: _where(views, parameters.grayscale, grayscale),
+    "blur": _blur_drawn,
+    "solarize": lambda views, parameters: _where(views, parameters.solarize, solarize),
+    "flip": lambda views, parameters: _where(views, parameters.flip, lambda flipped: flipped.flip(3)),
+}

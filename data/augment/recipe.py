@@ -1,4 +1,4 @@
-"""The augmentation as one typed description, from which every pipeline is built."""
+"""Augmentation settings: one typed description that every pipeline is built from."""
 
 from __future__ import annotations
 
@@ -10,40 +10,36 @@ __all__ = ["Recipe"]
 class Recipe(BaseModel):
     """How a view is made from an image. The defaults are MoCo v2's (arXiv 2003.04297) at ImageNet's size.
 
-    The operations run in this order, each view on its own: random crop resized to ``size``; colour jitter in a random
-    order of its four parts; greyscale; Gaussian blur; horizontal flip; normalisation.
-
-    Attributes:
-        size: Side of a view in pixels.
-        area: Range of the crop's share of the image's area.
-        ratio: Range of the crop's width divided by its height, log-uniform.
-        jitter_probability, brightness, contrast, saturation, hue: Colour jitter; the factor of each of the first three
-            is uniform in [1 - x, 1 + x], the hue shift uniform in [-x, x] turns of the colour circle.
-        greyscale_probability: Three equal channels of the image's luma.
-        blur_probability, blur_sigma: Gaussian blur with sigma uniform in the range, in pixels of the view.
-        flip_probability: Left and right exchanged.
-        mean, std: Of the three channels, for values in [0, 1]. The defaults are ImageNet's.
-        evaluation_resize: Length of the short side before the central crop of ``size`` in evaluation; the default
-            keeps ImageNet's ratio of 256 to 224.
+    The operations and their order are those of `synco_fast.data.augment.draw.OPERATIONS`; each view is drawn on its
+    own. Every field says what it does in its description.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: int = Field(224, ge=8, le=4096)
-    area: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    jitter_probability: float = Field(0.8, ge=0, le=1)
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.4, ge=0)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    greyscale_probability: float = Field(0.2, ge=0, le=1)
-    blur_probability: float = Field(0.5, ge=0, le=1)
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    flip_probability: float = Field(0.5, ge=0, le=1)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    evaluation_resize: int | None = Field(None, ge=8)
+    size: int = Field(224, ge=8, le=4096, description="Side of a view in pixels")
+    area: tuple[float, float] = Field((0.2, 1.0), description="Range of the crop's share of the image's area")
+    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="Range of the crop's width / height, log-uniform")
+    jitter_probability: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter, in random order")
+    brightness: float = Field(0.4, ge=0, description="Colour jitter x: brightness times a factor from [1 - x, 1 + x]")
+    contrast: float = Field(0.4, ge=0, description="Colour jitter x: contrast times a factor from [1 - x, 1 + x]")
+    saturation: float = Field(0.4, ge=0, description="Colour jitter x: saturation times a factor from [1 - x, 1 + x]")
+    hue: float = Field(0.1, ge=0, le=0.5, description="Colour jitter x: hue shifted by [-x, x] turns")
+    grayscale_probability: float = Field(0.2, ge=0, le=1, description="Probability of three equal channels of luma")
+    blur_probability: float = Field(0.5, ge=0, le=1, description="Probability of a Gaussian blur")
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="Range of the blur's sigma in pixels of the view")
+    solarize_probability: float = Field(
+        0.0, ge=0, le=1, description="Probability of inverting pixels of 128 or more (BYOL, arXiv 2006.07733)"
+    )
+    flip_probability: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip")
+    mean: tuple[float, float, float] = Field(
+        (0.485, 0.456, 0.406), description="Channel means that are subtracted, for values in [0, 1]; ImageNet's"
+    )
+    std: tuple[float, float, float] = Field(
+        (0.229, 0.224, 0.225), description="Channel deviations that are divided by, for values in [0, 1]; ImageNet's"
+    )
+    evaluation_resize: int | None = Field(
+        None, ge=8, description="Evaluation: short side before the central crop; size * 256 / 224 if unset"
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> Recipe:

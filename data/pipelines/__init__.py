@@ -1,1 +1,1 @@
-"""Image files in, two augmented batches out: torchvision, DALI, or a set held on the device."""
+"""Pipelines: torchvision, DALI, or a dataset resident on the device."""

@@ -1,4 +1,4 @@
-"""What every pipeline gives and takes: the small protocol between image loading and training."""
+"""The pipeline protocol: what image loading and training exchange."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ class Batch:
     Attributes:
         first, second: (B, 3, size, size): pixels in uint8, or normalised values in a floating type. `normalise` makes
             either what the encoder takes.
-        images: The image each pair was made from, (B,) int64.
-        broken: By number of an image that could not be read, why. Its place was taken by another image.
+        image_ids: The image that each pair was made from, (B,) int64.
+        corrupt: By number of an image that could not be decoded, the reason. Another image took its place.
     """
 
     first: Tensor
     second: Tensor
-    images: Tensor
-    broken: dict[int, str] = field(default_factory=dict)
+    image_ids: Tensor
+    corrupt: dict[int, str] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``; the copy runs beside the computation where memory is pinned."""
-        first, second, images = (
-            tensor.to(device, non_blocking=True) for tensor in (self.first, self.second, self.images)
+        """The same batch on ``device``; the copy is asynchronous where memory is pinned."""
+        first, second, image_ids = (
+            tensor.to(device, non_blocking=True) for tensor in (self.first, self.second, self.image_ids)
         )
-        return Batch(first, second, images, self.broken)
+        return Batch(first, second, image_ids, self.corrupt)
 
     def as_pixels(self, recipe: Recipe) -> Batch:
         """The same batch as uint8 on the CPU, to look at."""
         first, second = (_pixels(view, recipe).cpu() for view in (self.first, self.second))
-        return Batch(first, second, self.images.cpu(), self.broken)
+        return Batch(first, second, self.image_ids.cpu(), self.corrupt)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by `torch.utils.data.DataLoader`)."""
-        return Batch(self.first.pin_memory(), self.second.pin_memory(), self.images.pin_memory(), self.broken)
+        return Batch(self.first.pin_memory(), self.second.pin_memory(), self.image_ids.pin_memory(), self.corrupt)
 
 
 class Pipeline(Protocol):
@@ -72,7 +72,7 @@ class Pipeline(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def close(self) -> None:
-        """Give back processes and memory."""
+        """End worker processes and free memory."""
         ...
 
 
@@ -82,7 +82,7 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Pixels 0 to 255, (B, 3, H, W) uint8, as float32 with the recipe's mean and deviation taken out.
+    """Pixels 0 to 255, (B, 3, H, W) uint8, as float32, normalised by the recipe's mean and standard deviation.
 
     Views in a floating type are normalised already; they are only laid out.
     """

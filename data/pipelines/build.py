@@ -1,4 +1,4 @@
-"""Which pipeline a run uses."""
+"""Choosing and building a pipeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
     """The pipeline that a name stands for.
 
     ``auto`` is resident for images that are in memory anyhow, DALI on a GPU where it is installed, and torchvision
-    everywhere else: on the CPU it makes views several times faster than DALI's CPU back end.
+    everywhere else: on the CPU it makes views several times faster than DALI's CPU backend.
 
     Raises:
         DataError: ``dali`` is asked for and not installed.
@@ -117,27 +117,28 @@ def evaluation_batches(
     recipe: Recipe,
     *,
     batch: int = 256,
-    name: PipelineName = "auto",
+    pipeline: PipelineName = "auto",
     device: torch.device | None = None,
     workers: int | None = None,
     numbers: list[int] | None = None,
 ) -> Iterable[tuple[Tensor, Tensor, dict[int, str]]]:
-    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and what was broken.
+    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and the corrupt ones.
+
+    On a CUDA device DALI decodes and resizes them where the run's pipeline is DALI, and leaves them there; everywhere
+    else Pillow and torchvision do, and the images are on the CPU. A pixel differs by 8 of 255 levels at most
+    (tests/data/test_dali.py).
 
     Args:
         split: The images.
         recipe: Gives the size and the resize before the crop.
-        batch: Images at a time; broken ones are left out, so b can be smaller.
-        name: Which pipeline; see `choose_pipeline`. Without DALI it is `evaluation_loader`, with the images on the CPU.
-        device: Where the encoder is; the CPU by default. DALI leaves the images there.
+        batch: Images at a time; corrupt ones are skipped, so b can be smaller.
+        pipeline: ``data.pipeline`` of the run.
+        device: Where the encoder is; the CPU by default.
         workers: Processes that read and decode, by default one for each core.
         numbers: Which images, by default all.
-
-    Raises:
-        DataError: ``dali`` is asked for and not installed.
     """
     device = device or torch.device("cpu")
-    if choose_pipeline(name, split, device) == "dali":
+    if device.type == "cuda" and has_dali() and choose_pipeline(pipeline, split, device) == "dali":
         from synco_fast.data.pipelines.dali.pipeline import dali_evaluation
 
         return dali_evaluation(split, recipe, batch=batch, workers=workers, numbers=numbers, device=device)

@@ -1,4 +1,4 @@
-"""Which images make which batch, and what takes the place of one that cannot be read."""
+"""Order of images: the batches of an epoch for each rank, and the replacement of corrupt images."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import TypeVar
 
 from torch.utils.data import Sampler
 
-from synco_fast.data.errors import BrokenImageError, DataError
+from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.pipelines.base import epoch_order
 
-__all__ = ["EpochBatches", "Place", "replace_broken"]
+__all__ = ["EpochBatches", "Position", "replace_corrupt"]
 
-#: An epoch and the number of the image that is due there.
-Place = tuple[int, int]
+#: An epoch, and the number of the image that is due.
+Position = tuple[int, int]
 
-#: How many images in a row may be broken before a place in a batch cannot be filled.
+#: Corrupt images in a row after which the search for a replacement gives up.
 _REPLACEMENTS = 64
 
 T = TypeVar("T")
 
 
-class EpochBatches(Sampler[list[Place]]):
+class EpochBatches(Sampler[list[Position]]):
     """The batches of the current epoch, for one rank of a run.
 
     All ranks go through one permutation of the images together: step n takes the n-th B of them, and of these each rank
     a block of its own. So no image comes twice in an epoch, ranks share none, a step has the same images whatever the
-    number of ranks, and what does not fill the last step, another few in each epoch, is left out.
+    number of ranks, and a last batch that would not be full, of other images in each epoch, is skipped.
 
     Args:
         length: Images in the set.
@@ -60,7 +60,7 @@ class EpochBatches(Sampler[list[Place]]):
     def __len__(self) -> int:
         return self.length // self.batch
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[Position]]:
         epoch = self.epoch
         order = epoch_order(self.length, seed=self.seed, epoch=epoch)
         for number in range(self.start, len(self)):
@@ -68,26 +68,26 @@ class EpochBatches(Sampler[list[Place]]):
             yield [(epoch, index) for index in order[first : first + self.share].tolist()]
 
 
-def replace_broken(length: int, wanted: int, read: Callable[[int], T]) -> tuple[T, int, dict[int, str]]:
+def replace_corrupt(length: int, wanted: int, read: Callable[[int], T]) -> tuple[T, int, dict[int, str]]:
     """Read image ``wanted``, or the next one of the set that can be read.
 
     Args:
         length: Images in the set.
         wanted: The image that is due.
-        read: Reads one by its number, or raises `BrokenImageError`.
+        read: Reads one by its number, or raises `CorruptImageError`.
 
     Returns:
-        What was read, the number of the image that it is, and by number the broken ones met on the way, with the
+        What was read, the number of the image that it is, and by number the corrupt ones met on the way, with the
         reason.
 
     Raises:
-        DataError: Very many in a row are broken.
+        DataError: Very many in a row are corrupt.
     """
-    broken: dict[int, str] = {}
+    corrupt: dict[int, str] = {}
     for shift in range(min(_REPLACEMENTS, length)):
         index = (wanted + shift) % length
         try:
-            return read(index), index, broken
-        except BrokenImageError as error:
-            broken[index] = str(error)
-    raise DataError(f"data: found {len(broken)} broken images in a row, the first: {broken[wanted]}")
+            return read(index), index, corrupt
+        except CorruptImageError as error:
+            corrupt[index] = str(error)
+    raise DataError(f"data: found {len(corrupt)} corrupt images in a row, the first: {corrupt[wanted]}")

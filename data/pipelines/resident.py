@@ -1,4 +1,4 @@
-"""Small sets held as uint8 on the device and augmented there in batches: no loader, no workers, no copies."""
+"""Resident pipeline: a small dataset lies on the device as uint8 and is augmented there in batches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from synco_fast.data.augment.ops import finish_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.epochs import EpochBatches, replace_broken
+from synco_fast.data.pipelines.epochs import EpochBatches, replace_corrupt
 from synco_fast.data.sources.splits import ArraySplit, Split
-from synco_fast.data.workers import default_workers, start_worker
+from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"]
 
@@ -56,7 +56,7 @@ class ResidentPipeline:
     ) -> None:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         self._recipe, self._seed, self._device = recipe, seed, device or torch.device("cpu")
-        self._pixels, self._stand_ins, self._broken = load_pixels(split, self._device, workers)
+        self._pixels, self._replacements, self._corrupt = load_pixels(split, self._device, workers)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -68,15 +68,15 @@ class ResidentPipeline:
     def __iter__(self) -> Iterator[Batch]:
         for places in self._batches:
             epoch, wanted = places[0][0], np.array([number for _, number in places], dtype=np.int64)
-            images = self._stand_ins[wanted]
-            # A damaged stand-in is met in its own place; here only what was due counts.
-            broken = {number: self._broken[number] for number in wanted.tolist() if number in self._broken}
+            images = self._replacements[wanted]
+            # A corrupt image counts where it was due, not where it was tried as a replacement.
+            corrupt = {number: self._corrupt[number] for number in wanted.tolist() if number in self._corrupt}
             rows = torch.from_numpy(images).to(self._device, non_blocking=True)
             first, second = self._views(rows, epoch, wanted).chunk(2)
-            yield Batch(first, second, rows, broken)
+            yield Batch(first, second, rows, corrupt)
 
     def close(self) -> None:
-        """Give back the memory; the pipeline yields nothing afterwards."""
+        """Free the memory; the pipeline yields nothing afterwards."""
         del self._pixels
 
     def _views(self, rows: Tensor, epoch: int, wanted: NDArray[np.int64]) -> Tensor:
@@ -131,8 +131,8 @@ def load_pixels(
     """A split's pixels on the device.
 
     Returns:
-        Pixels (n, C, H, W) uint8 with C of 1 or 3; which image stands in for each, (n,) int64: itself unless it is
-        broken; and by number of a broken image, why.
+        Pixels (n, C, H, W) uint8 with C of 1 or 3; the image that each row holds, (n,) int64: itself unless it is
+        corrupt; and the reason by number of a corrupt image.
 
     Raises:
         DataError: As in `ResidentPipeline`.
@@ -141,12 +141,12 @@ def load_pixels(
         _check_room(split.images.nbytes, device)
         pixels = torch.tensor(split.images, device=device)
         return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2), np.arange(len(split)), {}
-    workers = default_workers() if workers is None else workers
-    sizes = np.asarray(replace_broken(len(split), 0, split.read)[0]).shape[:2]
+    workers = available_cores() if workers is None else workers
+    sizes = np.asarray(replace_corrupt(len(split), 0, split.read)[0]).shape[:2]
     _check_room(len(split) * 3 * sizes[0] * sizes[1], device)
     pixels = torch.empty((len(split), 3, *sizes), dtype=torch.uint8, device=device)
-    stand_ins = np.arange(len(split))
-    broken: dict[int, str] = {}
+    replacements = np.arange(len(split))
+    corrupt: dict[int, str] = {}
     loader = DataLoader(
         _Pixels(split),
         batch_size=64,
@@ -163,10 +163,10 @@ def load_pixels(
                     f"data.pipeline: found {split.name(index)} of {image.shape[1]} x {image.shape[2]} pixels among "
                     f"images of {sizes[0]} x {sizes[1]}, expected one size for resident; use another pipeline"
                 )
-            pixels[place], stand_ins[place] = image, index
-            broken |= reasons
+            pixels[place], replacements[place] = image, index
+            corrupt |= reasons
             place += 1
-    return pixels, stand_ins, broken
+    return pixels, replacements, corrupt
 
 
 class _Pixels(Dataset[tuple[Tensor, int, dict[int, str]]]):
@@ -177,8 +177,8 @@ class _Pixels(Dataset[tuple[Tensor, int, dict[int, str]]]):
         return len(self.split)
 
     def __getitem__(self, wanted: int) -> tuple[Tensor, int, dict[int, str]]:
-        image, index, broken = replace_broken(len(self.split), wanted, self.split.read)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), index, broken
+        image, index, corrupt = replace_corrupt(len(self.split), wanted, self.split.read)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), index, corrupt
 
 
 def room_on(device: torch.device) -> float:

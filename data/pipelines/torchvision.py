@@ -1,4 +1,4 @@
-"""The portable pipeline: Pillow decodes an image once, and two views are made of it on tensors, in worker processes."""
+"""Torchvision pipeline: worker processes decode with Pillow and make both views on tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torchvision.transforms import v2
 from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.ops import crop_and_resize, finish_views
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.errors import BrokenImageError
+from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.epochs import EpochBatches, Place, replace_broken
+from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
 from synco_fast.data.sources.splits import Split
-from synco_fast.data.workers import default_workers, start_worker
+from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_view", "make_view"]
 
@@ -48,9 +48,9 @@ class _Views(Dataset[_Sample]):
     def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
         self.split, self.recipe, self.seed = split, recipe, seed
 
-    def __getitem__(self, place: Place) -> _Sample:
+    def __getitem__(self, place: Position) -> _Sample:
         epoch, wanted = place
-        image, index, broken = replace_broken(len(self.split), wanted, self.split.read)
+        image, index, corrupt = replace_corrupt(len(self.split), wanted, self.split.read)
         pixels = pixels_of(image)
         parameters = draw_views(
             self.recipe,
@@ -61,12 +61,12 @@ class _Views(Dataset[_Sample]):
             sizes=np.tile(pixels.shape[1:], (2, 1)),
         )
         first, second = (make_view(pixels, parameters[view : view + 1], self.recipe.size) for view in range(2))
-        return first, second, index, broken
+        return first, second, index, corrupt
 
 
 def _collate(samples: list[_Sample]) -> Batch:
-    first, second, images, broken = zip(*samples, strict=True)
-    merged = {index: reason for part in broken for index, reason in part.items()}
+    first, second, images, corrupt = zip(*samples, strict=True)
+    merged = {index: reason for part in corrupt for index, reason in part.items()}
     return Batch(torch.stack(first), torch.stack(second), torch.tensor(images), merged)
 
 
@@ -99,7 +99,7 @@ class TorchvisionPipeline:
         world: int = 1,
     ) -> None:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
-        workers = default_workers() if workers is None else workers
+        workers = available_cores() if workers is None else workers
         self._loader: DataLoader[Batch] = DataLoader(
             _Views(split, recipe, seed),  # type: ignore[arg-type]
             batch_sampler=self._batches,
@@ -138,21 +138,21 @@ class _Whole(Dataset[tuple[Tensor, int, str | None]]):
         index = self.numbers[place]
         try:
             return evaluation_view(pixels_of(self.split.read(index)), self.recipe), index, None
-        except BrokenImageError as error:
+        except CorruptImageError as error:
             return torch.zeros(3, self.recipe.size, self.recipe.size, dtype=torch.uint8), index, str(error)
 
 
 def _collate_whole(samples: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, dict[int, str]]:
     good = [sample for sample in samples if sample[2] is None]
-    broken = {index: reason for _, index, reason in samples if reason is not None}
+    corrupt = {index: reason for _, index, reason in samples if reason is not None}
     images = torch.stack([image for image, _, _ in good]) if good else samples[0][0].new_empty(0, *samples[0][0].shape)
-    return images, torch.tensor([index for _, index, _ in good], dtype=torch.int64), broken
+    return images, torch.tensor([index for _, index, _ in good], dtype=torch.int64), corrupt
 
 
 def evaluation_loader(
     split: Split, recipe: Recipe, *, batch: int = 256, workers: int | None = None, numbers: list[int] | None = None
 ) -> DataLoader[tuple[Tensor, Tensor, dict[int, str]]]:
-    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and what was broken.
+    """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and the corrupt ones.
 
     Args:
         split: The images.
@@ -161,10 +161,10 @@ def evaluation_loader(
         workers: Processes that decode, by default one for each core.
         numbers: Which images, by default all.
 
-    Broken images are left out of a batch, so b can be smaller than ``batch``.
+    Corrupt images are skipped, so b can be smaller than ``batch``.
     """
     dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
-    workers = default_workers() if workers is None else workers
+    workers = available_cores() if workers is None else workers
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Where images come from: folders, lists, tar shards, IDX files, the demo set."""
+"""Sources: folders, lists, tar shards, IDX files, the demo set."""

@@ -1,4 +1,4 @@
-"""Image files as bytes: decoding them to RGB, and telling what a decoder would find."""
+"""Decoding image files to RGB, and reading JPEG headers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from synco_fast.data.errors import BrokenImageError
+from synco_fast.data.errors import CorruptImageError
 
 __all__ = ["IMAGE_SUFFIXES", "decode_image", "encode_pixels", "plain_jpeg_size"]
 
@@ -18,22 +18,22 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".
 _ORIENTATION = 0x0112
 #: Orientations in which the stored rows are the upright image's columns.
 _LYING = (5, 6, 7, 8)
-#: How near its end a JPEG file that was not cut short has its end marker; some cameras pad a little.
+#: How near its end a JPEG file that is not truncated has its end marker; some cameras pad a little.
 _TAIL = 64
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
     """Decode an image file's bytes to RGB, upright.
 
-    Greyscale, palette, CMYK and transparent images are converted; 16-bit ones keep their upper eight bits; the EXIF
+    Grayscale, palette, CMYK and transparent images are converted; 16-bit ones keep their upper eight bits; the EXIF
     orientation is applied.
 
     Raises:
-        BrokenImageError: The file is empty, cut short, no image, or larger than Pillow's safety limit (179 megapixels);
-            the message begins with ``name``.
+        CorruptImageError: The file is empty, truncated, no image, or larger than Pillow's limit of 179 megapixels; the
+            message begins with ``name``.
     """
     if not content:
-        raise BrokenImageError(f"{name}: the file has no bytes")
+        raise CorruptImageError(f"{name}: the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -49,11 +49,11 @@ def decode_image(content: bytes, name: str) -> Image.Image:
             return image.convert("RGB")
     except MemoryError:
         raise
-    except Exception as error:  # decoders raise many kinds, down to SyntaxError for a broken PNG
+    except Exception as error:  # decoders raise many kinds, down to SyntaxError for a corrupt PNG
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
-            reason = "the file is no image that can be read"
-        raise BrokenImageError(f"{name}: {reason}") from error
+            reason = "not an image in a format that can be read"
+        raise CorruptImageError(f"{name}: {reason}") from error
 
 
 def _eight_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -83,7 +83,7 @@ def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
             warnings.simplefilter("ignore")
             header = Image.open(io.BytesIO(content))
             orientation = header.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whoever decodes it will find out and say what it is
+    except Exception:  # the decoder will report it
         return None
     if header.format != "JPEG" or header.mode not in ("RGB", "L") or header.info.get("adobe_transform") == 0:
         return None

@@ -1,4 +1,4 @@
-"""Where images come from: folders, lists of files, tar shards, gzipped IDX files, and the embedded demo set.
+"""Sources by name: folders, lists of files, tar shards, IDX files, and the embedded demo set.
 
 A source has a `train` split and, where there is one, a held-out `validation` split. A split yields images and labels by
 number and knows nothing of augmentation. A new kind of source is one function here that returns a `Source`, and its
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synco_fast.data.errors import DataError
-from synco_fast.data.sources.catalogue import cache_folder
 from synco_fast.data.sources.demo import make_demo
+from synco_fast.data.sources.manifest import cache_folder
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
 
@@ -38,15 +38,13 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of it: images that an earlier check left out, shards that are cut short."""
+        """Warnings: images that an earlier check excluded, shards that are truncated."""
         found = []
         for split in (self.train, self.validation):
-            left_out = split.catalogue.left_out if isinstance(split, FileSplit | ShardSplit) else {}
-            if left_out:
-                first = next(iter(left_out.items()))
-                found.append(
-                    f"{self.spec}: {len(left_out):,} left out as unreadable, the first: {first[0]}: {first[1]}"
-                )
+            excluded = split.manifest.excluded if isinstance(split, FileSplit | ShardSplit) else {}
+            if excluded:
+                first = next(iter(excluded.items()))
+                found.append(f"{self.spec}: {len(excluded):,} excluded as corrupt, the first: {first[0]}: {first[1]}")
         return found
 
 
@@ -61,9 +59,11 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
         shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
     except (OSError, EOFError, struct.error) as error:
-        raise DataError(f"{file}: found a broken IDX file ({error})") from error
+        raise DataError(f"{file}: found a corrupt IDX file ({error})") from error
     if kind != 8 or rank != dimensions or values.size != np.prod(shape):
-        raise DataError(f"{file}: found no IDX file of unsigned bytes in {dimensions} dimensions, or one cut short")
+        raise DataError(
+            f"{file}: found another format or a truncated file, expected IDX with uint8 in {dimensions} dimensions"
+        )
     return values.reshape(shape)
 
 
@@ -71,7 +71,7 @@ def open_idx(folder: str | os.PathLike[str]) -> Source:
     """MNIST-like IDX files: ``train-images-idx3-ubyte``, ``t10k-images-idx3-ubyte`` and their labels.
 
     Raises:
-        DataError: A file is missing or broken, or images and labels differ in number.
+        DataError: A file is missing or corrupt, or images and labels differ in number.
     """
     folder = Path(folder)
     splits = []
@@ -115,7 +115,7 @@ def open_shards(folder: str | os.PathLike[str]) -> Source:
     """Tar shards: ``train/*.tar`` and ``val/*.tar``, or ``*train*.tar`` and ``*val*.tar``, or ``*.tar`` alone.
 
     Raises:
-        DataError: There is no shard, one is no tar file, or there is no image in them.
+        DataError: There is no shard, one is not a tar file, or no image is in them.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -136,7 +136,7 @@ def demo_folder() -> Path:
 
 
 def open_source(spec: str) -> Source:
-    """Open a source by what a person writes after ``--data``.
+    """Open a source by the value of ``--data``.
 
     Args:
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;

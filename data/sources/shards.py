@@ -1,10 +1,11 @@
-"""Images in tar shards, as WebDataset lays them out: read in place, by offset, never unpacked."""
+"""Tar shards in WebDataset's layout, read in place by offset."""
 
 from __future__ import annotations
 
 import json
 import os
 import tarfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -12,15 +13,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from synco_fast.data.errors import BrokenImageError, DataError
-from synco_fast.data.sources.catalogue import (
-    Catalogue,
-    PackedNames,
-    catalogue_path,
-    read_catalogue,
-    write_catalogue,
-)
+from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, decode_image
+from synco_fast.data.sources.manifest import (
+    Manifest,
+    PackedNames,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from synco_fast.data.sources.pack_index import packed_manifest
 from synco_fast.data.sources.splits import relabel
 
 __all__ = ["ShardSplit", "index_shards"]
@@ -36,7 +38,8 @@ class ShardSplit:
     class name or number) or in the key ``label`` of ``.json``; without either, the folder that the image lies in is its
     class. Only regular members are read, only by offset and size: names in a shard reach no file system.
 
-    The index is made once, by reading the shards' headers, and kept in the user's cache until a shard changes.
+    A pack (`synco_fast.data.sources.pack`) brings its index along, with checksums that every read is held to. Of other
+    shards the index is made once, by reading their headers, and kept in the user's cache until a shard changes.
 
     Args:
         shards: Uncompressed tar files.
@@ -44,50 +47,52 @@ class ShardSplit:
         title: What a message calls the set.
 
     Raises:
-        DataError: No shard, one that is no tar file, no image in them, or classes that are not ``classes``.
+        DataError: No shard, one that is not a tar file, no image in them, or classes that are not ``classes``.
     """
 
     def __init__(self, shards: list[Path], classes: tuple[str, ...] | None = None, title: str = "tar") -> None:
         if not shards:
             raise DataError(f"data: found no *.tar in {title}")
         self.key = "tar:" + "\n".join(str(shard.resolve()) for shard in shards)
-        kept = catalogue_path(self.key)
-        catalogue = read_catalogue(kept)
-        if catalogue is None or catalogue.places is None:
-            catalogue = index_shards(shards)
-            if len(catalogue.names):
+        kept = manifest_path(self.key)
+        manifest = read_manifest(kept) or packed_manifest(shards)
+        if manifest is None or manifest.places is None:
+            manifest = index_shards(shards)
+            if len(manifest.names):
                 with suppress(OSError):  # without a cache to write to, the next start reads the headers again
-                    write_catalogue(kept, catalogue)
-        if not len(catalogue.names):
+                    write_manifest(kept, manifest)
+        if not len(manifest.names):
             raise DataError(f"data: found no image in the shards of {title}")
-        self.catalogue, self._shards = catalogue, [os.fspath(shard) for shard in shards]
-        self._places = catalogue.places
-        self.labels, self.classes = relabel(catalogue, classes, title)
+        self.manifest, self._shards = manifest, [os.fspath(shard) for shard in shards]
+        self._places = manifest.places
+        self.labels, self.classes = relabel(manifest, classes, title)
         self._opened: dict[int, int] = {}
 
     def __len__(self) -> int:
-        return len(self.catalogue.names)
+        return len(self.manifest.names)
 
     def name(self, index: int) -> str:
         """The shard's path and the member's name in it."""
         assert self._places is not None
-        return f"{self._shards[int(self._places[index, 0])]}:{self.catalogue.names[index]!r}"
+        return f"{self._shards[int(self._places[index, 0])]}:{self.manifest.names[index]!r}"
 
-    def encoded(self, index: int) -> bytes:
+    def read_bytes(self, index: int) -> bytes:
         """The member's bytes."""
         assert self._places is not None
         shard, offset, size = self._places[index].tolist()
         try:
             content = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
-            raise BrokenImageError(f"{self.name(index)}: {error.strerror or error}") from error
+            raise CorruptImageError(f"{self.name(index)}: {error.strerror or error}") from error
         if len(content) < size:
-            raise BrokenImageError(f"{self.name(index)}: the shard ends in the middle of the image")
+            raise CorruptImageError(f"{self.name(index)}: the shard ends inside the image")
+        if self.manifest.checksums is not None and zlib.crc32(content) != int(self.manifest.checksums[index]):
+            raise CorruptImageError(f"{self.name(index)}: found bytes that differ from the pack's checksum")
         return content
 
     def read(self, index: int) -> Image.Image:
         """The decoded member; see `decode_image`."""
-        return decode_image(self.encoded(index), self.name(index))
+        return decode_image(self.read_bytes(index), self.name(index))
 
     def _descriptor(self, shard: int) -> int:
         """An open shard. Reads carry their own offset, so that forked workers may share it."""
@@ -110,16 +115,16 @@ _BLOCK = 512
 _OPEN_SHARDS = 256
 
 
-def index_shards(shards: list[Path]) -> Catalogue:
+def index_shards(shards: list[Path]) -> Manifest:
     """Read the headers of tar shards.
 
     Raises:
-        DataError: One is missing or is no tar file. One that is cut short gives the images before its end and is
-            named in the list's ``left_out``.
+        DataError: One is missing or is not a tar file. One that is truncated gives the images before its end and is
+            named in the list's ``excluded``.
     """
-    left_out: dict[str, str] = {}
+    excluded: dict[str, str] = {}
     with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
-        found = list(pool.map(lambda shard: _index(shard, left_out), shards))
+        found = list(pool.map(lambda shard: _index(shard, excluded), shards))
     names, places, labels = [], [], []
     for number, (shard, samples) in enumerate(zip(shards, found, strict=True)):
         with shard.open("rb") as opened:
@@ -132,13 +137,13 @@ def index_shards(shards: list[Path]) -> Catalogue:
         labels = list(folders) if "." not in folders else []
     classes = tuple(sorted(set(labels), key=_natural))  # type: ignore[arg-type]
     number_of = {name: number for number, name in enumerate(classes)}
-    return Catalogue(
+    return Manifest(
         PackedNames.pack(names),
         np.array([number_of[label] for label in labels], dtype=np.int64) if labels else None,
         classes if labels else None,  # type: ignore[arg-type]
         np.array(places, dtype=np.int64).reshape(-1, 3),
-        {str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
-        left_out,
+        stamps={str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
+        excluded=excluded,
     )
 
 
@@ -147,7 +152,7 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (1 << 62, name)
 
 
-def _index(shard: Path, left_out: dict[str, str]) -> list[_Sample]:
+def _index(shard: Path, excluded: dict[str, str]) -> list[_Sample]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, tuple[int, int, str]] = {}
     try:
@@ -166,11 +171,11 @@ def _index(shard: Path, left_out: dict[str, str]) -> list[_Sample]:
                     elif suffix in (".cls", ".json"):
                         labels[key] = (member.offset_data, member.size, suffix)
                     archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                # tarfile takes a header that is cut short or broken for the end, which is a block of zeros.
+                # tarfile takes a truncated or corrupt header for the end, which is a block of zeros.
                 if archive.offset < length and _block(shard, archive.offset) != bytes(_BLOCK):
                     raise tarfile.ReadError("no end of archive")
             except (tarfile.TarError, EOFError) as error:
-                left_out[str(shard)] = f"the shard is cut short or broken after {len(images):,} images ({error})"
+                excluded[str(shard)] = f"the shard is truncated or corrupt after {len(images):,} images ({error})"
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"data: found no readable tar file at {shard} ({error})") from error
     return [(*image, labels.get(key)) for key, image in images.items()]

@@ -1,4 +1,4 @@
-"""Numbered sets of images: files, arrays in memory; those in tar shards are in `synco_fast.data.sources.shards`."""
+"""Splits: numbered images in files or arrays; tar shards are in `synco_fast.data.sources.shards`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from synco_fast.data.errors import BrokenImageError, DataError
-from synco_fast.data.sources.catalogue import Catalogue, PackedNames, catalogue_path, read_catalogue
+from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, decode_image, encode_pixels
+from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest
 
-__all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "PartSplit", "Split", "read_image", "share_of"]
+__all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "Split", "SubsetSplit", "read_image", "share_of"]
 
 
 class Split(Protocol):
@@ -26,14 +26,14 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call an image in a message: its path, or file and number."""
+        """The image's name in messages: its path, or file and number."""
         ...
 
-    def encoded(self, index: int) -> bytes:
+    def read_bytes(self, index: int) -> bytes:
         """The bytes of the image's file.
 
         Raises:
-            BrokenImageError: They cannot be read.
+            CorruptImageError: They cannot be read.
         """
         ...
 
@@ -41,7 +41,7 @@ class Split(Protocol):
         """The image in mode RGB.
 
         Raises:
-            BrokenImageError: It cannot be decoded.
+            CorruptImageError: It cannot be decoded.
         """
         ...
 
@@ -50,7 +50,7 @@ def read_image(file: str | os.PathLike[str]) -> Image.Image:
     """Decode an image file to RGB, upright; see `decode_image`.
 
     Raises:
-        BrokenImageError: The file cannot be read or decoded.
+        CorruptImageError: The file cannot be read or decoded.
     """
     return decode_image(_read_file(os.fspath(file)), os.fspath(file))
 
@@ -61,7 +61,7 @@ def _read_file(file: str) -> bytes:
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as opened:  # noqa: PTH123
             return opened.read()
     except OSError as error:
-        raise BrokenImageError(f"{file}: {error.strerror or error}") from error
+        raise CorruptImageError(f"{file}: {error.strerror or error}") from error
 
 
 class FileSplit:
@@ -69,50 +69,50 @@ class FileSplit:
 
     Args:
         root: The folder that the names are relative to.
-        catalogue: Names and labels.
-        classes: The class names that must be found, in label order; by default the catalogue's.
-        key: What the catalogue is kept under, see `catalogue_path`.
+        manifest: Names and labels.
+        classes: The class names that must be found, in label order; by default the manifest's.
+        key: What the manifest is kept under, see `manifest_path`.
 
     Raises:
-        DataError: The catalogue has a class that ``classes`` lacks.
+        DataError: The manifest has a class that ``classes`` lacks.
     """
 
-    def __init__(self, root: Path, catalogue: Catalogue, classes: tuple[str, ...] | None, key: str) -> None:
-        self.catalogue, self.key, self._root = catalogue, key, os.fspath(root)
-        self.labels, self.classes = relabel(catalogue, classes, root)
+    def __init__(self, root: Path, manifest: Manifest, classes: tuple[str, ...] | None, key: str) -> None:
+        self.manifest, self.key, self._root = manifest, key, os.fspath(root)
+        self.labels, self.classes = relabel(manifest, classes, root)
 
     def __len__(self) -> int:
-        return len(self.catalogue.names)
+        return len(self.manifest.names)
 
     def name(self, index: int) -> str:
         """The file's path."""
-        return os.path.join(self._root, self.catalogue.names[index])  # noqa: PTH118 - once an image: no Path objects
+        return os.path.join(self._root, self.manifest.names[index])  # noqa: PTH118 - once an image: no Path objects
 
-    def encoded(self, index: int) -> bytes:
+    def read_bytes(self, index: int) -> bytes:
         """The file's bytes."""
         return _read_file(self.name(index))
 
     def read(self, index: int) -> Image.Image:
         """The decoded file; see `decode_image`."""
-        return decode_image(self.encoded(index), self.name(index))
+        return decode_image(self.read_bytes(index), self.name(index))
 
 
 def relabel(
-    catalogue: Catalogue, classes: tuple[str, ...] | None, where: object
+    manifest: Manifest, classes: tuple[str, ...] | None, where: object
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """A catalogue's labels as numbers of ``classes``, and the classes in force.
+    """A manifest's labels as numbers of ``classes``, and the classes in force.
 
     Raises:
-        DataError: The catalogue has a class that ``classes`` lacks.
+        DataError: The manifest has a class that ``classes`` lacks.
     """
-    own = catalogue.classes
-    if classes is None or own is None or catalogue.labels is None:
-        return catalogue.labels, own
+    own = manifest.classes
+    if classes is None or own is None or manifest.labels is None:
+        return manifest.labels, own
     unknown = sorted(set(own) - set(classes))
     if unknown:
         raise DataError(f"data: found the class {unknown[0]} in {where}, which the training images do not have")
     number = {name: place for place, name in enumerate(classes)}
-    return np.array([number[name] for name in own], dtype=np.int64)[catalogue.labels], classes
+    return np.array([number[name] for name in own], dtype=np.int64)[manifest.labels], classes
 
 
 class FolderSplit(FileSplit):
@@ -134,13 +134,13 @@ class FolderSplit(FileSplit):
         if not root.is_dir():
             raise DataError(f"data: found no folder {root}")
         key = f"folder:{root.resolve()}"
-        catalogue = read_catalogue(catalogue_path(key)) or _walk(root)
-        if not len(catalogue.names):
+        manifest = read_manifest(manifest_path(key)) or _walk(root)
+        if not len(manifest.names):
             raise DataError(f"data: found no image in {root}, expected files named {', '.join(sorted(IMAGE_SUFFIXES))}")
-        super().__init__(root, catalogue, classes, key)
+        super().__init__(root, manifest, classes, key)
 
 
-def _walk(root: Path) -> Catalogue:
+def _walk(root: Path) -> Manifest:
     stamps = {str(root.resolve()): root.stat().st_mtime_ns}
     names: list[str] = []
     labels: list[int] = []
@@ -154,9 +154,9 @@ def _walk(root: Path) -> Catalogue:
                 labels += [len(classes)] * len(inside)
                 classes.append(entry.name)
     if classes:
-        return Catalogue(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes), stamps=stamps)
+        return Manifest(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes), stamps=stamps)
     flat = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
-    return Catalogue(PackedNames.pack(flat), stamps=stamps)
+    return Manifest(PackedNames.pack(flat), stamps=stamps)
 
 
 def _image_files(root: Path, folder: str, stamps: dict[str, int]) -> list[str]:
@@ -189,10 +189,10 @@ class ListSplit(FileSplit):
 
     def __init__(self, file: Path, classes: tuple[str, ...] | None = None) -> None:
         key = f"list:{file.resolve()}"
-        super().__init__(file.parent, read_catalogue(catalogue_path(key)) or _parse_list(file), classes, key)
+        super().__init__(file.parent, read_manifest(manifest_path(key)) or _parse_list(file), classes, key)
 
 
-def _parse_list(file: Path) -> Catalogue:
+def _parse_list(file: Path) -> Manifest:
     try:
         stamp, text = file.stat().st_mtime_ns, file.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
@@ -204,13 +204,13 @@ def _parse_list(file: Path) -> Catalogue:
     if any(labelled) and not all(labelled):
         without = lines[labelled.index(False)][0]
         raise DataError(f"data: found no class after {without!r} in {file}, expected one in every line or in none")
-    catalogue = Catalogue(PackedNames.pack(path for path, _, _ in lines), stamps={str(file.resolve()): stamp})
+    manifest = Manifest(PackedNames.pack(path for path, _, _ in lines), stamps={str(file.resolve()): stamp})
     if any(labelled):
         classes = sorted({label for _, _, label in lines})
         number = {name: place for place, name in enumerate(classes)}
-        catalogue.classes = tuple(classes)
-        catalogue.labels = np.array([number[label] for _, _, label in lines], dtype=np.int64)
-    return catalogue
+        manifest.classes = tuple(classes)
+        manifest.labels = np.array([number[label] for _, _, label in lines], dtype=np.int64)
+    return manifest
 
 
 class ArraySplit:
@@ -242,7 +242,7 @@ class ArraySplit:
         """The set's title and the image's number."""
         return f"{self.title}[{index}]"
 
-    def encoded(self, index: int) -> bytes:
+    def read_bytes(self, index: int) -> bytes:
         """The image as an uncompressed image file."""
         return encode_pixels(np.asarray(self.read(index)))
 
@@ -251,8 +251,8 @@ class ArraySplit:
         return Image.fromarray(self.images[index]).convert("RGB")
 
 
-class PartSplit:
-    """Some of a split's images, numbered anew.
+class SubsetSplit:
+    """A subset of a split, renumbered.
 
     Args:
         whole: The split.
@@ -271,9 +271,9 @@ class PartSplit:
         """As in the whole split."""
         return self._whole.name(int(self._numbers[index]))
 
-    def encoded(self, index: int) -> bytes:
+    def read_bytes(self, index: int) -> bytes:
         """As in the whole split."""
-        return self._whole.encoded(int(self._numbers[index]))
+        return self._whole.read_bytes(int(self._numbers[index]))
 
     def read(self, index: int) -> Image.Image:
         """As in the whole split."""
@@ -281,7 +281,7 @@ class PartSplit:
 
 
 def share_of(split: Split, share: float) -> Split:
-    """A random part of a split, always the same one: a smaller share is a part of every larger one.
+    """A random subset of a split, always the same one; every smaller share is a subset of the larger ones.
 
     Args:
         split: The images; labels decide nothing.
@@ -294,4 +294,4 @@ def share_of(split: Split, share: float) -> Split:
     if isinstance(split, ArraySplit):
         labels = None if split.labels is None else split.labels[numbers]
         return ArraySplit(split.images[numbers], labels, f"{share:g} of {split.title}", split.classes)
-    return PartSplit(split, numbers)
+    return SubsetSplit(split, numbers)

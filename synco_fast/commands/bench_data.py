@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.bench.subjects import PIPELINES
+from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
 from synco_fast.commands.parser import Verbs, positive
 
 __all__ = ["add"]
@@ -27,6 +27,12 @@ def add(verbs: Verbs) -> None:
         "synco-fast bench data --workers 16 --batch 256 --json data.json",
     )
     command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that this machine can run by default")
+    command.add_argument(
+        "--source",
+        choices=tuple(PIPELINES_OF),
+        default="photos",
+        help="packed: also the same photos as data pack packs them, against the unpacked pipelines",
+    )
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--workers", type=positive, help="processes for each pipeline; one a core by default")
     command.add_argument("--batch", type=positive, default=64)
@@ -42,15 +48,15 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
     from synco_fast.data.augment.recipe import Recipe
-    from synco_fast.data.sources.catalogue import cache_folder
-    from synco_fast.data.workers import default_workers
+    from synco_fast.data.sources.manifest import cache_folder
+    from synco_fast.data.workers import available_cores
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
-    pipelines = options.pipelines or [name for name in PIPELINES if has_pipeline(name)]
+    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.source] if has_pipeline(name)]
     missing = [name for name in pipelines if not has_pipeline(name)]
     if missing:
         raise UserError(
@@ -58,7 +64,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             "DALI is not installed"
         )
     folder = options.folder or cache_folder() / "bench-photos"
-    workers = options.workers or default_workers()
+    workers = options.workers or available_cores()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         progress.add_task("drawing photos", total=None)
         names = make_photos(folder, options.photos)

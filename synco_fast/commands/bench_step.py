@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.bench.subjects import ENGINES, STEPS, VALIDATED
+from synco_fast.bench.subjects import ENGINES, STEPS, STEPS_BY_DEFAULT, VALIDATED
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Verbs, positive
 
@@ -26,7 +26,9 @@ def add(verbs: Verbs) -> None:
         overrides=True,
     )
     command.add_argument("--config", metavar="PRESET", default="synco-r50-200", help="encoder, batch and image size")
-    command.add_argument("--subjects", nargs="+", metavar="NAME", help=f"{', '.join(STEPS)}; all if unset")
+    command.add_argument(
+        "--subjects", nargs="+", metavar="NAME", help=f"{', '.join(STEPS)}; {' '.join(STEPS_BY_DEFAULT)} if unset"
+    )
     command.add_argument("--engines", nargs="+", metavar="NAME", help=f"{', '.join(ENGINES)}; eager if unset")
     command.add_argument("--backends", nargs="+", metavar="NAME", help=f"of the loss: {', '.join(VALIDATED)}")
     command.add_argument("--steps", type=positive, default=20, help="timed steps of each")
@@ -41,7 +43,7 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
 
-    subjects, engines = tuple(options.subjects or STEPS), tuple(options.engines or ("eager",))
+    subjects, engines = tuple(options.subjects or STEPS_BY_DEFAULT), tuple(options.engines or ("eager",))
     for name, found, expected in (("subjects", subjects, STEPS), ("engines", engines, tuple(ENGINES))):
         for word in found:
             if word not in expected:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add"]
 
-#: How many broken images are named on the screen; all of them are in the JSON file.
+#: How many corrupt images are named on the screen; all of them are in the JSON file.
 _NAMED = 50
 #: Seconds between plain lines where there is no terminal.
 _LINE_EVERY = 15.0
@@ -28,33 +28,33 @@ def add(verbs: Verbs) -> None:
     command = verbs.add(
         "data check",
         _data_check,
-        "Decode every image of a source, name what is broken, and keep a list of the others, with which training "
-        "starts at once. Ends with code 1 where an image is broken.",
-        "synco-fast data check /data/imagenet --json broken.json",
+        "Decode every image of a source, name what is corrupt, and keep a list of the others, with which training "
+        "starts at once. Ends with code 1 where an image is corrupt.",
+        "synco-fast data check /data/imagenet --json corrupt.json",
     )
     command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
     command.add_argument("--workers", type=positive, help="decoding processes; one a core by default")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all broken images here")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all corrupt images here")
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.data.sources.check import find_broken, keep_list, open_afresh
+    from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
 
     source = open_afresh(options.source)
     start = time.perf_counter()
-    figures: dict[str, Any] = {"source": options.source, "images": 0, "broken": {}, "lists": [], "cut_short": {}}
+    figures: dict[str, Any] = {"source": options.source, "images": 0, "corrupt": {}, "lists": [], "truncated": {}}
     for title, split in (("training", source.train), ("held-out", source.validation)):
         if split is None:
             continue
-        broken = _with_progress(f"{title} images", split, find_broken, options.workers, console)
+        corrupt = _with_progress(f"{title} images", split, find_corrupt, options.workers, console)
         figures["images"] += len(split)
-        figures["broken"] |= {split.name(index): reason for index, reason in sorted(broken.items())}
-        figures["cut_short"] |= getattr(getattr(split, "catalogue", None), "left_out", {})
+        figures["corrupt"] |= {split.name(index): reason for index, reason in sorted(corrupt.items())}
+        figures["truncated"] |= getattr(getattr(split, "manifest", None), "excluded", {})
         try:
-            kept = keep_list(split, broken)
+            kept = keep_list(split, corrupt)
         except OSError as error:
             raise UserError(f"cache: cannot write the list of {options.source} ({error})") from error
         figures["lists"] += [kept] if kept else []
@@ -62,15 +62,15 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     figures["seconds"] = spent
     if options.json is not None:
         write_json(options.json, figures | {"environment": describe_environment()})
-    wrong = [*figures["broken"].values(), *(f"{name}: {why}" for name, why in figures["cut_short"].items())]
+    wrong = [*figures["corrupt"].values(), *(f"{name}: {why}" for name, why in figures["truncated"].items())]
     for reason in wrong[:_NAMED]:
         console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if len(wrong) > _NAMED:
         console.print(f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", style="yellow")
     table = two_columns(f"check of {options.source}")
-    share = len(figures["broken"]) / figures["images"]
+    share = len(figures["corrupt"]) / figures["images"]
     table.add_row("images", f"{figures['images']:,}")
-    table.add_row("broken", f"{len(figures['broken']):,} ({share:.2%})")
+    table.add_row("corrupt", f"{len(figures['corrupt']):,} ({share:.2%})")
     table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images a second")
     for kept in figures["lists"]:
         table.add_row("list of the others", kept)
@@ -88,11 +88,11 @@ def _with_progress(
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=len(split), note="")
 
-        def tick(done: int, broken: int) -> None:
+        def tick(done: int, corrupt: int) -> None:
             nonlocal said
-            progress.update(task, completed=done, note=f"{broken:,} broken")
+            progress.update(task, completed=done, note=f"{corrupt:,} corrupt")
             if not console.is_terminal and time.monotonic() - said > _LINE_EVERY:
                 said = time.monotonic()
-                console.print(f"{title}: {done:,} of {len(split):,}, {broken:,} broken", highlight=False)
+                console.print(f"{title}: {done:,} of {len(split):,}, {corrupt:,} corrupt", highlight=False)
 
         return find(split, workers=workers, tick=tick)

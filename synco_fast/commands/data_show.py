@@ -59,10 +59,10 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
     batch = next(iter(pipeline)).as_pixels(config.augment)
     draw_pairs(batch, options.out, pairs=options.pairs)
     pipeline.close()
-    for reason in batch.broken.values():
-        console.print(f"broken image, replaced by another: {reason}", style="yellow", highlight=False, soft_wrap=True)
+    for reason in batch.corrupt.values():
+        console.print(f"corrupt image, replaced by another: {reason}", style="yellow", highlight=False, soft_wrap=True)
     console.print(
-        f"{len(batch.images)} pairs of {len(split):,} images by {chosen} on {device.type}: {options.out}",
+        f"{len(batch.image_ids)} pairs of {len(split):,} images by {chosen} on {device.type}: {options.out}",
         highlight=False,
         soft_wrap=True,
     )

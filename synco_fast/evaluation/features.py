@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.pipelines.base import normalise
-from synco_fast.data.pipelines.torchvision import evaluation_loader
+from synco_fast.data.pipelines.base import PipelineName, normalise
+from synco_fast.data.pipelines.build import evaluation_batches
 from synco_fast.data.sources.open import Split
 from synco_fast.runtime.errors import DataError
 
@@ -50,6 +50,7 @@ def extract_features(
     device: torch.device,
     batch: int = 256,
     workers: int | None = None,
+    pipeline: PipelineName = "auto",
     limit: int | None = None,
     numbers: Iterable[int] | None = None,
     labelled: bool = True,
@@ -64,6 +65,7 @@ def extract_features(
         device: Where the backbone is.
         batch: Images at a time.
         workers: Decoding processes.
+        pipeline: ``data.pipeline`` of the run, which says whether DALI decodes on a GPU.
         limit: Take at most so many images, evenly spread.
         numbers: Take these images instead; where none of them can be read, the features are empty.
         labelled: Whether labels must be there; where they need not be and are not, they are -1.
@@ -75,7 +77,9 @@ def extract_features(
     if split.labels is None and labelled:
         raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class for kNN")
     wanted = spread(len(split), limit) if numbers is None else list(numbers)
-    loader = evaluation_loader(split, recipe, batch=batch, workers=workers, numbers=wanted)
+    loader = evaluation_batches(
+        split, recipe, batch=batch, pipeline=pipeline, device=device, workers=workers, numbers=wanted
+    )
     was_training = backbone.training
     backbone.eval()
     values: list[Tensor] = []

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import v2
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.errors import BrokenImageError
+from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import Split
@@ -40,7 +40,7 @@ class _Crops(Dataset[tuple[Tensor, int]]):
             number = self.numbers[(place + shift) % len(self.numbers)]
             try:
                 image = self.split.read(number)
-            except BrokenImageError as error:
+            except CorruptImageError as error:
                 reason = str(error)
                 continue
             with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):

@@ -7,6 +7,7 @@ generated images gets one augmentation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -14,18 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, conv2d, grid_sample, pad
 
+from synco_fast.data.augment.draw import operations_of
 from synco_fast.data.augment.recipe import Recipe
 
 __all__ = ["DiscriminatorDraws", "ViewDraws", "augment_for_discriminator", "draw_discriminator", "draw_views", "view"]
 
-#: ITU-R 601, as Pillow's greyscale has it.
+#: ITU-R 601, as Pillow's grayscale has it.
 _LUMA = (0.299, 0.587, 0.114)
 #: The YIQ colour space, in which a turn of the colour circle is a rotation of the last two axes.
 _YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 
 
 class _Colours(NamedTuple):
-    """Weights of the greyscale, (1, 3, 1, 1), and matrices between RGB and YIQ, (3, 3)."""
+    """Weights of the grayscale, (1, 3, 1, 1), and matrices between RGB and YIQ, (3, 3)."""
 
     luma: Tensor
     to_yiq: Tensor
@@ -106,6 +108,7 @@ class ViewDraws(NamedTuple):
         hue: Turn of the colour circle in radians, (B,).
         grey: 1 where the view loses its colour, else 0, (B,).
         sigma: Of the blur in pixels, (B,); near 0 where it is off.
+        solarize: 1 where bright pixels are inverted, else 0, (B,).
     """
 
     crop: Tensor
@@ -115,6 +118,7 @@ class ViewDraws(NamedTuple):
     hue: Tensor
     grey: Tensor
     sigma: Tensor
+    solarize: Tensor
 
 
 def draw_views(count: int, recipe: Recipe, device: torch.device) -> ViewDraws:
@@ -151,8 +155,9 @@ def draw_views(count: int, recipe: Recipe, device: torch.device) -> ViewDraws:
         factor(7, recipe.contrast),
         factor(8, recipe.saturation),
         jittered * between(9, -recipe.hue, recipe.hue) * (2 * math.pi),
-        (uniform[10] < recipe.greyscale_probability).float(),
+        (uniform[10] < recipe.grayscale_probability).float(),
         torch.where(blurred, between(12, *recipe.blur_sigma), 0.0),
+        (uniform[13] < recipe.solarize_probability).float(),
     )
 
 
@@ -162,22 +167,34 @@ def view(images: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
     The recipe's operations in its order, with bilinear sampling, the parts of the colour jitter in one fixed order,
     and hue as a rotation in YIQ, where torchvision goes through HSV.
     """
-    shape = [len(images), 3, recipe.size, recipe.size]
-    grid = affine_grid(draws.crop, shape, align_corners=False)
-    out = grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    luma = _colours(images.device).luma
-    if recipe.jitter_probability:
-        out = (out * _each(draws.brightness)).clamp(0, 1)
-        mean = (out * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
-        out = (mean + (out - mean) * _each(draws.contrast)).clamp(0, 1)
-        grey = (out * luma).sum(dim=1, keepdim=True)
-        out = (grey + (out - grey) * _each(draws.saturation)).clamp(0, 1)
-        if recipe.hue:
-            out = torch.einsum("bij,bjhw->bihw", _hue_turn(draws.hue), out).clamp(0, 1)
-    if recipe.greyscale_probability:
-        grey = (out * luma).sum(dim=1, keepdim=True)
-        out = out + _each(draws.grey) * (grey - out)
-    return _blur(out, draws.sigma, recipe.blur_sigma[1]) if recipe.blur_probability else out
+    out = images.float()
+    for operation in operations_of(recipe, "differentiable"):
+        out = APPLY[operation.name](out, draws, recipe)
+    return out
+
+
+def _crop_and_flip(images: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
+    grid = affine_grid(draws.crop, [len(images), 3, recipe.size, recipe.size], align_corners=False)
+    return grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _jitter(out: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
+    luma = _colours(out.device).luma
+    out = (out * _each(draws.brightness)).clamp(0, 1)
+    mean = (out * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+    out = (mean + (out - mean) * _each(draws.contrast)).clamp(0, 1)
+    grey = (out * luma).sum(dim=1, keepdim=True)
+    out = (grey + (out - grey) * _each(draws.saturation)).clamp(0, 1)
+    return torch.einsum("bij,bjhw->bihw", _hue_turn(draws.hue), out).clamp(0, 1) if recipe.hue else out
+
+
+def _grayscale(out: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
+    grey = (out * _colours(out.device).luma).sum(dim=1, keepdim=True)
+    return out + _each(draws.grey) * (grey - out)
+
+
+def _solarize(out: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
+    return out + _each(draws.solarize) * (torch.minimum(out, 1 - out) - out)
 
 
 def _each(values: Tensor) -> Tensor:
@@ -204,3 +221,14 @@ def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     flat = conv2d(pad(flat, (reach, reach, 0, 0), "reflect"), kernel[:, None, None, :], groups=count * channels)
     flat = conv2d(pad(flat, (0, 0, reach, reach), "reflect"), kernel[:, None, :, None], groups=count * channels)
     return flat.view_as(images)
+
+
+#: By operation, what carries it out; the flip is in the crop's affine map.
+APPLY: dict[str, Callable[[Tensor, ViewDraws, Recipe], Tensor]] = {
+    "crop": _crop_and_flip,
+    "jitter": _jitter,
+    "grayscale": _grayscale,
+    "blur": lambda out, draws, recipe: _blur(out, draws.sigma, recipe.blur_sigma[1]),
+    "solarize": _solarize,
+    "flip": lambda out, draws, recipe: out,
+}

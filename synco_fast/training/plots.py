@@ -82,7 +82,7 @@ def draw_curves(
 
 def draw_pairs(batch: Batch, path: Path, *, pairs: int = 24) -> None:
     """The two views of each image side by side, as one PNG."""
-    count = min(pairs, len(batch.images))
+    count = min(pairs, len(batch.image_ids))
     columns = 6
     rows = -(-count // columns)
     figure = Figure(figsize=(columns * 1.9, rows * 1.15 + 0.5), layout="constrained")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.pipelines.build import evaluation_batches, has_dali
+from synco_fast.data.pipelines.build import has_dali
 from synco_fast.data.sources.open import open_source
 from tests.data.photos import photo
 from tests.data.test_pipelines import damage, epoch, special
@@ -18,6 +18,7 @@ if not has_dali():
 
 from synco_fast.data.pipelines.dali import reader as dali_reader
 from synco_fast.data.pipelines.dali.pipeline import DaliPipeline, dali_evaluation
+from synco_fast.data.pipelines.torchvision import evaluation_loader
 
 RECIPE = Recipe(size=16)
 
@@ -42,8 +43,8 @@ def test_a_file_that_only_the_decoder_finds_broken_is_remembered(folder):
     pipe._runner._build = lambda: builds.append(1) or build()
     for number in range(3):
         assert len(epoch(pipe, number)) == 7
-        assert bent in pipe._runner._doubted
-        assert all("good" not in pipe._reader.split.name(index) for index in pipe._runner._doubted)
+        assert bent in pipe._runner._failed
+        assert all("good" not in pipe._reader.split.name(index) for index in pipe._runner._failed)
         assert len(builds) == 3, "built at first, before the second try, after it; then never again"
 
 
@@ -58,10 +59,10 @@ def test_a_file_that_only_dali_refuses_is_decoded_by_pillow(folder, monkeypatch)
     pipe = pipeline(folder, batch=7)
     for number in (0, 1):
         for batch, wanted in zip(epoch(pipe, number), expected[number], strict=True):
-            assert not batch.broken
-            assert torch.equal(batch.images, wanted.images)
+            assert not batch.corrupt
+            assert torch.equal(batch.image_ids, wanted.image_ids)
             assert (batch.first.int() - wanted.first.int()).abs().float().mean() < 1
-    assert 0 < len(pipe._runner._doubted) <= 7
+    assert 0 < len(pipe._runner._failed) <= 7
 
 
 def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch):
@@ -82,7 +83,7 @@ def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch
 @pytest.mark.parametrize("decode", ["once", "windows"])
 def test_both_ways_to_decode_make_the_same_views(folder, decode):
     for batch, other in zip(epoch(pipeline(folder, decode=decode), 1), epoch(pipeline(folder), 1), strict=True):
-        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.image_ids, other.image_ids)
         assert (batch.second.int() - other.second.int()).abs().float().mean() < 1.5
 
 
@@ -96,18 +97,18 @@ def test_evaluation_is_that_of_the_portable_pipeline(folder):
     for workers in (0, 2):
         found, wanted = {}, {}
         for results, batches in (
-            (found, evaluation_batches(split, recipe, batch=5, name="dali", workers=workers, numbers=numbers)),
-            (wanted, evaluation_batches(split, recipe, batch=5, workers=0, numbers=numbers)),
+            (found, dali_evaluation(split, recipe, batch=5, workers=workers, numbers=numbers)),
+            (wanted, evaluation_loader(split, recipe, batch=5, workers=0, numbers=numbers)),
         ):
-            results["broken"], order = {}, []
-            for images, indices, broken in batches:
-                results["broken"] |= broken
+            results["corrupt"], order = {}, []
+            for images, indices, corrupt in batches:
+                results["corrupt"] |= corrupt
                 order += indices.tolist()
                 results.update(zip(indices.tolist(), images, strict=True))
-            assert order == [number for number in numbers if number not in results["broken"]]
-        assert set(found["broken"]) == set(wanted["broken"])
-        assert len(found["broken"]) == 8
-        del found["broken"], wanted["broken"]
+            assert order == [number for number in numbers if number not in results["corrupt"]]
+        assert set(found["corrupt"]) == set(wanted["corrupt"])
+        assert len(found["corrupt"]) == 8
+        del found["corrupt"], wanted["corrupt"]
         assert set(found) == set(wanted)
         for number, image in found.items():
             difference = (image.int() - wanted[number].int()).abs().float()
@@ -119,7 +120,7 @@ def test_evaluation_of_nothing_but_broken_files(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     batches = list(dali_evaluation(open_source(str(tmp_path)).train, RECIPE, batch=2, workers=0))
-    assert [len(broken) for _, _, broken in batches] == [2, 1]
+    assert [len(corrupt) for _, _, corrupt in batches] == [2, 1]
     assert all(images.shape == (0, 3, 16, 16) and len(numbers) == 0 for images, numbers, _ in batches)
 
 
@@ -163,3 +164,29 @@ def test_sixteen_bit_and_palette_pixels_reach_dali_as_pillow_reads_them(tmp_path
     sizes = dict(zip(names, batch.sizes.tolist(), strict=True))
     assert sizes["turned6.jpg"] == [80, 60]
     assert sizes["turned3.jpg"] == [60, 80]
+
+
+def test_features_of_dalis_crops_are_those_of_pillows(folder, monkeypatch):
+    """The evaluation as it is called, with the graph on the CPU back end in a GPU's place."""
+    from torch import nn
+
+    from synco_fast.evaluation import features
+
+    class Means(nn.Module):
+        def forward(self, images):
+            return images.unflatten(2, (4, -1)).unflatten(4, (4, -1)).mean((3, 5)).flatten(1)
+
+    damage(folder)
+    split = open_source(str(folder)).train
+    split.labels = np.zeros(len(split), np.int64)
+    options = {"device": torch.device("cpu"), "batch": 5, "workers": 0}
+    expected = features.extract_features(Means(), split, RECIPE, **options)
+    monkeypatch.setattr(
+        features,
+        "evaluation_batches",
+        lambda split, recipe, *, pipeline, device, **rest: dali_evaluation(split, recipe, **rest),
+    )
+    found = features.extract_features(Means(), split, RECIPE, **options)
+    assert found.numbers.tolist() == expected.numbers.tolist()
+    assert set(found.broken) == set(expected.broken)
+    assert (found.values - expected.values).abs().max() < 2 / 255 / 0.224

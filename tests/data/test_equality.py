@@ -1,5 +1,7 @@
 """With its parameters fixed, each operation of each pipeline is torchvision's, within a stated tolerance."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from synco_fast.data.sources.decode import encode_pixels
 from tests.data.photos import photo
 
 SIZE = 64
-RECIPE = Recipe(size=SIZE)
+RECIPE = Recipe(size=SIZE, solarize_probability=0.2)
 IMAGE = photo()
 WHOLE = (0, 0, 120, 160)
 SQUARE = (10, 20, SIZE, SIZE)
@@ -31,8 +33,9 @@ TOLERANCE = {
     "contrast": (0.65, 1),
     "saturation": (0.65, 1),
     "hue": (0.1, 1),
-    "greyscale": (0.55, 1),
+    "grayscale": (0.55, 1),
     "blur": (0.1, 1),
+    "solarize": (0, 0),
     "flip": (0, 0),
     "jitter": (1.8, 8),
     "all": (2.0, 8),
@@ -47,13 +50,16 @@ PILLOW_TOLERANCE = {
 }
 
 
-def parameters(crop=SQUARE, order=(0, 1, 2, 3), factors=(1, 1, 1, 0), grey=False, sigma=0.0, flip=False):
+def parameters(
+    crop=SQUARE, order=(0, 1, 2, 3), factors=(1, 1, 1, 0), grayscale=False, sigma=0.0, solarize=False, flip=False
+):
     return ViewParameters(
         np.array([crop]),
         np.array([order]),
         np.array([factors], dtype=np.float32),
-        np.array([grey]),
+        np.array([grayscale]),
         np.array([sigma], dtype=np.float32),
+        np.array([solarize]),
         np.array([flip]),
     )
 
@@ -71,15 +77,17 @@ CASES = [
     ("crop", parameters(crop=(60, 110, 60, 50))),
     *[(part, only(part, factor)) for part in JITTER[:3] for factor in (0.6, 0.85, 1.4)],
     *[("hue", only("hue", shift)) for shift in (-0.1, -0.03, 0.05, 0.1)],
-    ("greyscale", parameters(grey=True)),
+    ("grayscale", parameters(grayscale=True)),
     *[("blur", parameters(sigma=sigma)) for sigma in (0.1, 0.4, 1.0, 1.5, 2.0)],
+    ("solarize", parameters(solarize=True)),
     ("flip", parameters(flip=True)),
     *[
         ("jitter", parameters(order=order, factors=(1.3, 0.7, 1.35, 0.08)))
         for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2), (2, 0, 3, 1))
     ],
-    ("all", parameters((3, 5, 100, 80), (1, 3, 0, 2), (0.8, 1.2, 0.7, -0.06), grey=True, sigma=1.2, flip=True)),
+    ("all", parameters((3, 5, 100, 80), (1, 3, 0, 2), (0.8, 1.2, 0.7, -0.06), grayscale=True, sigma=1.2, flip=True)),
     ("all", parameters((8, 30, 90, 110), (2, 3, 1, 0), (1.2, 0.9, 1.3, 0.04), sigma=0.7, flip=True)),
+    ("all", parameters((9, 14, 80, 100), (0, 2, 1, 3), (1.1, 0.8, 1.2, 0.05), sigma=0.9, solarize=True, flip=True)),
 ]
 IDS = [f"{name}-{number}" for number, (name, _) in enumerate(CASES)]
 
@@ -93,7 +101,7 @@ def by_torchvision(case, image):
         factor = float(case.factors[0, part])
         if factor != (1, 1, 1, 0)[part]:
             view = adjust[part](view, factor)
-    if case.grey[0]:
+    if case.grayscale[0]:
         view = reference.rgb_to_grayscale(view, 3)
     sigma = float(case.sigma[0])
     if sigma:
@@ -102,6 +110,8 @@ def by_torchvision(case, image):
         else:
             window = 2 * int(np.ceil(3 * sigma)) + 1
             view = reference.gaussian_blur(view, [window, window], [sigma, sigma])
+    if case.solarize[0]:
+        view = reference.solarize(view, 128)
     if case.flip[0]:
         view = reference.horizontal_flip(view)
     return reference.pil_to_tensor(view) if isinstance(view, Image.Image) else view
@@ -112,8 +122,8 @@ def by_portable():
 
 
 def all_cases():
-    fields = ("crop", "order", "factors", "grey", "sigma", "flip")
-    return ViewParameters(*(np.concatenate([getattr(case, field) for _, case in CASES]) for field in fields))
+    names = [field.name for field in fields(ViewParameters)]
+    return ViewParameters(*(np.concatenate([getattr(case, name) for _, case in CASES]) for name in names))
 
 
 def by_resident():
@@ -126,7 +136,7 @@ def by_dali(decode, dtype=torch.uint8):
 
     graph = build_views(RECIPE, batch=len(CASES), device=None, threads=1, decode=decode, dtype=dtype, depth=1)
     files = np.frombuffer(encode_pixels(np.asarray(IMAGE)), np.uint8)
-    inputs = view_inputs([all_cases(), all_cases()[::-1]])
+    inputs = view_inputs([all_cases(), all_cases()[::-1]], RECIPE)
     graph.feed_input("encoded", [files] * len(CASES))
     for name, values in inputs.items():
         graph.feed_input(name, values)

@@ -6,7 +6,7 @@ import torch
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
-from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
 from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
 from tests.data.test_pipelines import BROKEN, damage, special
@@ -39,7 +39,7 @@ def test_dali_makes_the_views_of_the_portable_pipeline(split, decode, dtype):
         for pipe in (ours, theirs):
             pipe.set_epoch(number, start=number)
         for batch, other in zip(ours, theirs, strict=True):
-            assert torch.equal(batch.images, other.images)
+            assert torch.equal(batch.image_ids, other.image_ids)
             for view, wanted in ((batch.first, other.first), (batch.second, other.second)):
                 assert view.is_cuda
                 assert view.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
@@ -63,7 +63,7 @@ def test_dali_gets_over_broken_and_special_files(split, tmp_path):
         pipe.set_epoch(number)
         (batch,) = pipe
         assert torch.isfinite(batch.first.float()).all()
-        assert sorted(split.name(index).rpartition("/")[2] for index in batch.broken) == list(BROKEN)
+        assert sorted(split.name(index).rpartition("/")[2] for index in batch.corrupt) == list(BROKEN)
     pipe.close()
 
 
@@ -95,3 +95,15 @@ def test_a_resident_set_makes_the_same_views_on_the_gpu():
         difference = (batch.first.cpu().int() - other.first.int()).abs()
         assert difference.float().mean() < 0.05
         assert difference.max() <= 3
+
+
+@DALI
+def test_evaluation_by_dali_is_that_of_pillow(split):
+    cuda = torch.device("cuda")
+    ours = list(evaluation_batches(split, RECIPE, batch=16, device=cuda, workers=2))
+    theirs = list(evaluation_batches(split, RECIPE, batch=16, workers=2))
+    for (images, numbers, corrupt), (others, same, _) in zip(ours, theirs, strict=True):
+        assert images.is_cuda
+        assert not corrupt
+        assert torch.equal(numbers, same)
+        assert (images.cpu().int() - others.int()).abs().float().mean() < 1

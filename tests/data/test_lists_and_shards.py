@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from synco_fast.data.errors import BrokenImageError, DataError
-from synco_fast.data.sources.catalogue import Catalogue, PackedNames, catalogue_path, read_catalogue, write_catalogue
-from synco_fast.data.sources.check import find_broken, keep_list, open_afresh
+from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
+from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest, write_manifest
 from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.data.sources.shards import ShardSplit
 from tests.data.photos import photo
@@ -64,7 +64,7 @@ def test_shards(shards):
     assert source.train.classes == source.validation.classes == ("0", "1", "2")
     assert source.train.labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
     assert source.validation.labels.tolist() == [2]
-    assert source.train.encoded(5) == jpeg(11)
+    assert source.train.read_bytes(5) == jpeg(11)
     assert source.train.read(5).size == (40, 30)
     assert source.train.name(5).endswith("00001.tar:'11.jpg'")
 
@@ -103,7 +103,7 @@ def test_nothing_in_a_shard_reaches_the_file_system(tmp_path):
     write_shard(tmp_path / "set" / "evil.tar", members)
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
     split = open_source(f"tar:{tmp_path / 'set'}").train
-    assert [split.encoded(index) for index in range(len(split))] == [jpeg(1), jpeg(2), jpeg(3)]
+    assert [split.read_bytes(index) for index in range(len(split))] == [jpeg(1), jpeg(2), jpeg(3)]
     assert "\n" not in split.name(2)
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
     assert not (tmp_path.parent / "escape.jpg").exists()
@@ -118,7 +118,7 @@ def test_the_index_is_kept_until_a_shard_changes(shards, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("synco_fast.data.sources.shards.index_shards", scan)
         again = open_source(f"tar:{shards}").train
-    assert again.catalogue.names[:] == first.catalogue.names[:]
+    assert again.manifest.names[:] == first.manifest.names[:]
     assert again.labels.tolist() == first.labels.tolist()
     write_shard(shards / "train" / "00001.tar", [("new.jpg", jpeg(5)), ("new.cls", b"1")])
     os.utime(shards / "train" / "00001.tar", ns=(1, 1))
@@ -137,16 +137,16 @@ def test_a_shard_that_is_cut_short_gives_what_is_before_the_end(shards):
     split = open_source(f"tar:{shards}").train
     assert 8 <= len(split) < 12
     assert all(split.read(index).size == (40, 30) for index in range(len(split)))
-    ((name, reason),) = split.catalogue.left_out.items()
+    ((name, reason),) = split.manifest.excluded.items()
     assert name == str(path)
-    assert "cut short" in reason
+    assert "truncated" in reason
 
 
 def test_a_shard_that_shrinks_while_a_run_reads_it(shards):
     split = open_source(f"tar:{shards}").train
     path = shards / "train" / "00002.tar"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(BrokenImageError, match="the shard ends in the middle"):
+    with pytest.raises(CorruptImageError, match="the shard ends inside the image"):
         split.read(11)
 
 
@@ -168,9 +168,9 @@ def test_a_split_of_many_shards_holds_few_open_and_travels_to_workers(tmp_path, 
     paths = [write_shard(tmp_path / f"{number}.tar", [("a.jpg", jpeg(number))]) for number in range(5)]
     split = ShardSplit(paths)
     for index in (0, 4, 1, 3, 2, 0):
-        assert split.encoded(index) == jpeg(index)
+        assert split.read_bytes(index) == jpeg(index)
         assert len(split._opened) <= 2
-    assert pickle.loads(pickle.dumps(split)).encoded(3) == jpeg(3)
+    assert pickle.loads(pickle.dumps(split)).read_bytes(3) == jpeg(3)
 
 
 # -- lists of files ---------------------------------------------------------------------------------------------------
@@ -225,37 +225,37 @@ def test_names_are_packed_and_found_again():
 
 
 def test_a_list_that_is_damaged_or_out_of_date_is_not_used(tmp_path):
-    path, folder = catalogue_path("key"), tmp_path / "folder"
+    path, folder = manifest_path("key"), tmp_path / "folder"
     folder.mkdir()
-    catalogue = Catalogue(
+    manifest = Manifest(
         PackedNames.pack(["a", "b"]),
         np.array([0, 1]),
         ("x", "y"),
         stamps={str(folder): folder.stat().st_mtime_ns},
-        left_out={"c": "broken"},
+        excluded={"c": "corrupt"},
     )
-    write_catalogue(path, catalogue)
-    found = read_catalogue(path)
+    write_manifest(path, manifest)
+    found = read_manifest(path)
     assert (found.names[:], found.labels.tolist(), found.classes) == (["a", "b"], [0, 1], ("x", "y"))
-    assert found.left_out == {"c": "broken"}
+    assert found.excluded == {"c": "corrupt"}
     assert found.places is None
     os.utime(folder, ns=(1, 1))
-    assert read_catalogue(path) is None
+    assert read_manifest(path) is None
     content = path.read_bytes()
     for damaged in (content[:100], b"", b"no archive"):
         path.write_bytes(damaged)
-        assert read_catalogue(path) is None
-    assert read_catalogue(tmp_path / "nowhere") is None
+        assert read_manifest(path) is None
+    assert read_manifest(tmp_path / "nowhere") is None
     assert [file.name for file in path.parent.iterdir()] == [path.name], "no part is left behind"
 
 
 def test_a_kept_list_serves_a_folder_until_a_file_comes_or_goes(image_folder):
     split = open_source(str(image_folder)).train
-    write_catalogue(catalogue_path(split.key), split.catalogue.without({4: "it is broken"}))
+    write_manifest(manifest_path(split.key), split.manifest.without({4: "it is corrupt"}))
     kept = open_source(str(image_folder)).train
     assert len(kept) == 32
     assert kept.labels.tolist() == split.labels.tolist()[:4] + split.labels.tolist()[5:]
-    assert kept.catalogue.left_out == {split.catalogue.names[4]: "it is broken"}
+    assert kept.manifest.excluded == {split.manifest.names[4]: "it is corrupt"}
     time.sleep(0.01)
     photo(44, 40).save(image_folder / "train" / "class2" / "new.jpg")
     assert len(open_source(str(image_folder)).train) == 34
@@ -270,16 +270,16 @@ def test_a_check_leaves_out_what_is_broken_and_forgets_it_when_mended(image_fold
     victim.write_bytes(content[:100])
     source = open_afresh(str(image_folder))
     told = []
-    broken = find_broken(source.train, workers=2, tick=lambda done, wrong: told.append((done, wrong)))
-    assert [source.train.name(index) for index in broken] == [str(victim)]
+    corrupt = find_corrupt(source.train, workers=2, tick=lambda done, wrong: told.append((done, wrong)))
+    assert [source.train.name(index) for index in corrupt] == [str(victim)]
     assert told[-1] == (33, 1)
-    assert keep_list(source.train, broken) == str(catalogue_path(source.train.key))
+    assert keep_list(source.train, corrupt) == str(manifest_path(source.train.key))
     assert keep_list(source.validation, {}) is not None
     again = open_source(str(image_folder))
     assert len(again.train) == 32
-    assert not find_broken(again.train, workers=0)
+    assert not find_corrupt(again.train, workers=0)
     (note,) = again.notes
-    assert "1 left out as unreadable, the first: class1/3.jpg" in note
+    assert "1 excluded as corrupt, the first: class1/3.jpg" in note
     victim.write_bytes(content)
     assert len(open_afresh(str(image_folder)).train) == 33
 
@@ -288,15 +288,15 @@ def test_a_check_of_shards(shards):
     path = shards / "train" / "00001.tar"
     write_shard(path, [("good.jpg", jpeg()), ("bad.jpg", b"no picture")])
     source = open_afresh(f"tar:{shards}")
-    broken = find_broken(source.train, workers=0)
-    keep_list(source.train, broken)
+    corrupt = find_corrupt(source.train, workers=0)
+    keep_list(source.train, corrupt)
     again = open_source(f"tar:{shards}").train
     assert len(again) == len(source.train) - 1
-    assert not find_broken(again, workers=0)
+    assert not find_corrupt(again, workers=0)
 
 
 def test_nothing_is_kept_of_arrays_nor_where_nothing_is_left(tmp_path):
     assert keep_list(ArraySplit(np.zeros((2, 8, 8), np.uint8), None, "zeros"), {}) is None
     (tmp_path / "a.jpg").write_bytes(b"")
     source = open_afresh(str(tmp_path))
-    assert keep_list(source.train, find_broken(source.train, workers=0)) is None
+    assert keep_list(source.train, find_corrupt(source.train, workers=0)) is None

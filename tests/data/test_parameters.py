@@ -70,7 +70,12 @@ def test_jitter_blur_and_flip_are_distributed_as_the_recipe_says():
     blurred = views.sigma > 0
     even = np.random.default_rng(0).uniform(0.1, 2.0, MANY)
     assert distance(views.sigma[blurred], even) < KS_LIMIT * np.sqrt(1 / 2 * (1 + MANY / blurred.sum()))
-    shares = {"jitter": (jittered, 0.8), "grey": (views.grey, 0.2), "blur": (blurred, 0.5), "flip": (views.flip, 0.5)}
+    shares = {
+        "jitter": (jittered, 0.8),
+        "grayscale": (views.grayscale, 0.2),
+        "blur": (blurred, 0.5),
+        "flip": (views.flip, 0.5),
+    }
     for name, (happened, share) in shares.items():
         assert abs(happened.mean() - share) < 4.5 * np.sqrt(share * (1 - share) / MANY), name
 
@@ -87,7 +92,7 @@ def test_draws_do_not_depend_on_one_another():
     columns = []
     for view in (0, 1):
         views = draw(Recipe(jitter_probability=1, blur_probability=1), view=view)
-        columns += [*views.crop.T.astype(float)[:2], *views.factors.T, views.grey, views.sigma, views.flip]
+        columns += [*views.crop.T.astype(float)[:2], *views.factors.T, views.grayscale, views.sigma, views.flip]
     columns += [np.roll(column, 1) for column in columns[:9]]
     # The place of a crop is bound to its size, and so its top to its left.
     found = np.abs(np.corrcoef(np.array([np.asarray(column, float) for column in columns])))
@@ -139,10 +144,10 @@ def test_crops_of_tiny_and_extreme_images_fit(size):
 
 
 def test_parts_that_the_recipe_leaves_out_change_nothing():
-    still = Recipe(brightness=0, contrast=0, saturation=0, hue=0, greyscale_probability=0, blur_probability=0)
+    still = Recipe(brightness=0, contrast=0, saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
     views = draw(still)
     assert not list(views.steps())
-    assert not views.grey.any()
+    assert not views.grayscale.any()
     assert not views.sigma.any()
 
 

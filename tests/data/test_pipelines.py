@@ -7,7 +7,8 @@ from PIL import Image
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
-from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, has_dali
+from synco_fast.data.pipelines import build
+from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
 from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
 
@@ -36,7 +37,7 @@ def epoch(pipe, number, start=0):
 
 
 def same(one, other):
-    return all(torch.equal(getattr(one, field), getattr(other, field)) for field in ("first", "second", "images"))
+    return all(torch.equal(getattr(one, field), getattr(other, field)) for field in ("first", "second", "image_ids"))
 
 
 def test_every_epoch_is_complete_and_of_equal_length(split, name):
@@ -45,12 +46,12 @@ def test_every_epoch_is_complete_and_of_equal_length(split, name):
     for number in range(3):
         batches = epoch(pipe, number)
         assert len(batches) == len(pipe) == 3
-        orders.append(torch.cat([batch.images for batch in batches]).tolist())
+        orders.append(torch.cat([batch.image_ids for batch in batches]).tolist())
         assert sorted(orders[-1]) == list(range(33)), "each image once"
         for batch in batches:
             assert batch.first.shape == batch.second.shape == (11, 3, 16, 16)
             assert not torch.equal(batch.first, batch.second)
-            assert not batch.broken
+            assert not batch.corrupt
     assert orders[0] != orders[1] != orders[2]
 
 
@@ -58,7 +59,7 @@ def test_a_last_batch_that_is_not_full_is_left_out_another_in_each_epoch(split, 
     pipe = pipeline(split, name, batch=10)
     left = []
     for number in range(4):
-        seen = torch.cat([batch.images for batch in epoch(pipe, number)]).tolist()
+        seen = torch.cat([batch.image_ids for batch in epoch(pipe, number)]).tolist()
         assert len(seen) == len(set(seen)) == 30
         left.append(set(range(33)) - set(seen))
     assert len({frozenset(images) for images in left}) > 1
@@ -69,7 +70,7 @@ def test_ranks_share_an_epoch_without_overlap_and_make_the_views_of_one_process(
     shares = [epoch(pipeline(split, name, batch=9, rank=rank, world=3), 2) for rank in range(3)]
     assert {len(share) for share in shares} == {3}
     for step, batch in enumerate(whole):
-        for field in ("images", "first", "second"):
+        for field in ("image_ids", "first", "second"):
             together = torch.cat([getattr(share[step], field) for share in shares])
             assert torch.equal(together, getattr(batch, field)), field
 
@@ -118,7 +119,7 @@ def test_arrays(name):
     for split in (colours, grey):
         ours, theirs = (epoch(pipeline(split, chosen, batch=4), 0) for chosen in (name, "torchvision"))
         for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a.images, b.images)
+            assert torch.equal(a.image_ids, b.image_ids)
             assert (a.first.int() - b.first.int()).abs().float().mean() < 1.5
 
 
@@ -188,15 +189,15 @@ def test_broken_files_are_replaced_and_named_and_never_end_a_run(tmp_path, name,
     pipe = pipeline(split, name, batch=6, workers=workers)
     for number in range(2):
         batches = epoch(pipe, number)
-        assert [len(batch.images) for batch in batches] == [6] * 4
-        broken = {index: reason for batch in batches for index, reason in batch.broken.items()}
-        assert sorted(split.name(index).rpartition("/")[2] for index in broken) == list(BROKEN)
-        for index, reason in broken.items():
+        assert [len(batch.image_ids) for batch in batches] == [6] * 4
+        corrupt = {index: reason for batch in batches for index, reason in batch.corrupt.items()}
+        assert sorted(split.name(index).rpartition("/")[2] for index in corrupt) == list(BROKEN)
+        for index, reason in corrupt.items():
             assert split.name(index) in reason
             assert "\n" not in reason
-        images = torch.cat([batch.images for batch in batches]).tolist()
-        assert not set(images) & set(broken)
-        assert set(images) | set(broken) == set(range(24)), "every good image is there"
+        images = torch.cat([batch.image_ids for batch in batches]).tolist()
+        assert not set(images) & set(corrupt)
+        assert set(images) | set(corrupt) == set(range(24)), "every good image is there"
     pipe.close()
 
 
@@ -205,12 +206,14 @@ def test_special_files_are_read_alike_by_every_pipeline(tmp_path, name):
     special(tmp_path)
     split = open_source(str(tmp_path)).train
     (batch,) = epoch(pipeline(split, name, batch=len(split)), 0)
-    assert not batch.broken
+    assert not batch.corrupt
     still = Recipe(
-        size=16, jitter_probability=0, greyscale_probability=0, blur_probability=0, flip_probability=0, area=(1, 1)
+        size=16, jitter_probability=0, grayscale_probability=0, blur_probability=0, flip_probability=0, area=(1, 1)
     )
     (batch,) = list(build_pipeline(split, still, name=name, batch=len(split), seed=0, workers=0))
-    found = {split.name(i).rpartition("/")[2]: view for i, view in zip(batch.images.tolist(), batch.first, strict=True)}
+    found = {
+        split.name(i).rpartition("/")[2]: view for i, view in zip(batch.image_ids.tolist(), batch.first, strict=True)
+    }
     assert found["grey.jpg"][0].equal(found["grey.jpg"][2])
     assert (found["pixel.png"].float().mean((1, 2)) - torch.tensor([10.0, 200, 30])).abs().max() <= 1
     upright = np.asarray(photo(80, 60).resize((16, 16), Image.Resampling.BILINEAR)).astype(float).transpose(2, 0, 1)
@@ -230,8 +233,8 @@ def test_a_resident_set_replaces_what_is_broken(image_folder):
     victim = next(index for index in range(33) if split.name(index).endswith("class1/3.jpg"))
     for number in range(2):
         batches = epoch(pipeline(split, "resident", batch=11, workers=2), number)
-        assert [list(batch.broken) for batch in batches if batch.broken] == [[victim]]
-        images = torch.cat([batch.images for batch in batches]).tolist()
+        assert [list(batch.corrupt) for batch in batches if batch.corrupt] == [[victim]]
+        images = torch.cat([batch.image_ids for batch in batches]).tolist()
         assert images.count(victim + 1) == 2
         assert victim not in images
 
@@ -247,7 +250,7 @@ def test_nothing_but_broken_images_is_an_error(tmp_path, name):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     split = open_source(str(tmp_path)).train
-    with pytest.raises(DataError, match=r"found 3 broken images in a row, the first: .* the file has no bytes"):
+    with pytest.raises(DataError, match=r"found 3 corrupt images in a row, the first: .* the file is empty"):
         next(iter(pipeline(split, name, batch=2)))
 
 
@@ -265,3 +268,32 @@ def test_the_choice(split, monkeypatch):
         assert choose_pipeline("torchvision", arrays, gpu) == "torchvision"
     with pytest.raises(DataError, match=r"data\.pipeline: found dali, expected .* where DALI is not installed"):
         choose_pipeline("dali", split, cpu)
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "pipeline", "wanted"),
+    [
+        (True, "cuda", "auto", "dali"),
+        (True, "cuda", "dali", "dali"),
+        (True, "cuda", "torchvision", "torchvision"),
+        (False, "cuda", "auto", "torchvision"),
+        (False, "cuda", "dali", "torchvision"),
+        (True, "cpu", "dali", "torchvision"),
+        (True, None, "auto", "torchvision"),
+    ],
+)
+def test_what_decodes_for_an_evaluation(split, monkeypatch, installed, device, pipeline, wanted):
+    monkeypatch.setattr(build, "has_dali", lambda: installed)
+    monkeypatch.setattr(build, "evaluation_loader", lambda *_, **options: ("torchvision", options))
+    if has_dali():
+        monkeypatch.setattr(
+            "synco_fast.data.pipelines.dali.pipeline.dali_evaluation", lambda *_, **options: ("dali", options)
+        )
+    elif wanted == "dali":
+        pytest.skip("DALI is not installed")
+    device = device and torch.device(device)
+    chosen, options = evaluation_batches(split, RECIPE, batch=5, pipeline=pipeline, device=device, numbers=[1])
+    assert chosen == wanted
+    assert (options["batch"], options["numbers"]) == (5, [1])
+    arrays = ArraySplit(np.zeros((9, 28, 28), np.uint8), None, "zeros")
+    assert evaluation_batches(arrays, RECIPE, device=device)[0] == "torchvision"

@@ -27,11 +27,11 @@ def test_a_broken_image_is_replaced_and_named(image_folder, split):
     pipe = pipeline(split, batch=11)
     pipe.set_epoch(0)
     batches = list(pipe)
-    assert sum(len(batch.images) for batch in batches) == 33
-    broken = {index: reason for batch in batches for index, reason in batch.broken.items()}
-    assert list(broken) == [victim]
-    assert "class1/3.jpg" in broken[victim]
-    numbers = torch.cat([batch.images for batch in batches]).tolist()
+    assert sum(len(batch.image_ids) for batch in batches) == 33
+    corrupt = {index: reason for batch in batches for index, reason in batch.corrupt.items()}
+    assert list(corrupt) == [victim]
+    assert "class1/3.jpg" in corrupt[victim]
+    numbers = torch.cat([batch.image_ids for batch in batches]).tolist()
     assert victim not in numbers
     assert numbers.count(victim + 1) == 2, "the next image takes its place"
 
@@ -60,10 +60,10 @@ def test_evaluation_crops_the_centre():
 def test_evaluation_leaves_out_what_is_broken(image_folder, split):
     (image_folder / "train" / "class0" / "1.jpg").write_text("no picture")
     loaded = list(evaluation_loader(split, RECIPE, batch=4, workers=0, numbers=[0, 1, 2, 30]))
-    ((images, numbers, broken),) = loaded
+    ((images, numbers, corrupt),) = loaded
     assert images.shape == (len(numbers), 3, 16, 16)
     assert len(numbers) == 3
-    assert len(broken) == 1
+    assert len(corrupt) == 1
 
 
 def test_normalise():

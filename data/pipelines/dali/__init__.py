@@ -1,1 +1,1 @@
-"""The DALI pipeline, on a GPU or a CPU."""
+"""DALI pipeline, on a GPU or a CPU."""

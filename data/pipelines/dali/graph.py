@@ -1,11 +1,13 @@
-"""The graph that DALI runs: encoded images and drawn parameters in, views out, on a GPU or on the CPU.
+"""DALI graphs: encoded images and drawn parameters in, views out, on a GPU or on the CPU.
 
 Nothing in it is random: every operation takes its parameters as inputs. Conditions send an image through those
-operations alone that it was drawn for, so that images without jitter or blur cost nothing there.
+operations alone that it was drawn for, so that images without jitter or blur cost nothing there. Operations that the
+recipe gives probability 0 are not in the graph at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 
-from synco_fast.data.augment.draw import JITTER, ViewParameters
+from synco_fast.data.augment.draw import JITTER, ViewParameters, operations_of
 from synco_fast.data.augment.ops import BLUR_SIGMAS, LUMA
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Decode
 
-__all__ = ["build_evaluation", "build_views", "evaluation_inputs", "view_inputs"]
+__all__ = ["APPLY", "INPUTS", "build_evaluation", "build_views", "evaluation_inputs", "view_inputs"]
 
 _HUE = JITTER.index("hue")
 _CONTRAST = JITTER.index("contrast")
@@ -27,37 +29,58 @@ _SATURATION = JITTER.index("saturation")
 _STEPS = len(JITTER) - 1
 _TYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.float32: types.FLOAT}
 _LUMA_ROWS = [*LUMA, *LUMA, *LUMA]
+#: Gives a view's own input by name.
+Take = Callable[[str], Any]
 
 
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def view_inputs(views: list[ViewParameters]) -> dict[str, NDArray[Any]]:
-    """What the graph of `build_views` takes beside ``encoded``, by name, each with B rows.
+Inputs = dict[str, NDArray[Any]]
+
+
+def view_inputs(views: list[ViewParameters], recipe: Recipe) -> Inputs:
+    """What the graph of `build_views` takes beside ``encoded``, by name, each with B rows."""
+    found: Inputs = {}
+    for number, view in enumerate(views):
+        for operation in operations_of(recipe, "dali"):
+            for name, values in INPUTS[operation.name](view).items():
+                found[f"{name}_{number}"] = np.ascontiguousarray(values)
+    return found
+
+
+def _crop_inputs(view: ViewParameters) -> Inputs:
+    return {"start": view.crop[:, :2].astype(np.float32), "extent": view.crop[:, 2:].astype(np.float32)}
+
+
+def _jitter_inputs(view: ViewParameters) -> Inputs:
+    """A view's own order of the jitter as up to three affine steps before its hue shift and three after.
 
     Brightness, contrast and saturation all have the form M x + offset * luma(mean of the view), with a matrix M over
-    the channels; a view's own order of the jitter becomes up to three such steps before its hue shift and three after.
+    the channels.
     """
-    found: dict[str, NDArray[Any]] = {}
-    for number, view in enumerate(views):
-        start, extent = view.crop[:, :2].astype(np.float32), view.crop[:, 2:].astype(np.float32)
-        used, matrix, offset = _affine_steps(view)
-        shift = view.factors[:, _HUE]
-        inputs: dict[str, NDArray[Any]] = {
-            "start": start,
-            "extent": extent,
-            "hued": shift != 0,
-            "shift": shift,
-            "grey": view.grey,
-            "blurred": view.sigma > 0,
-            # The operator checks every sigma, also those of views that are not sent through it.
-            "sigma": np.where(view.sigma > 0, view.sigma, 1).astype(np.float32),
-            "flip": view.flip.astype(np.int32),
-        }
-        for step in range(2 * _STEPS):
-            inputs |= {f"used{step}": used[:, step], f"matrix{step}": matrix[:, step], f"offset{step}": offset[:, step]}
-        found |= {f"{name}_{number}": np.ascontiguousarray(values) for name, values in inputs.items()}
-    return found
+    used, matrix, offset = _affine_steps(view)
+    shift = view.factors[:, _HUE]
+    inputs: Inputs = {"hued": shift != 0, "shift": shift}
+    for step in range(2 * _STEPS):
+        inputs |= {f"used{step}": used[:, step], f"matrix{step}": matrix[:, step], f"offset{step}": offset[:, step]}
+    return inputs
+
+
+def _blur_inputs(view: ViewParameters) -> Inputs:
+    # The operator checks every sigma, also those of views that are not sent through it.
+    return {"blurred": view.sigma > 0, "sigma": np.where(view.sigma > 0, view.sigma, 1).astype(np.float32)}
+
+
+#: By operation, what the graph is fed for it.
+INPUTS: dict[str, Callable[[ViewParameters], Inputs]] = {
+    "crop": _crop_inputs,
+    "jitter": _jitter_inputs,
+    "grayscale": lambda view: {"grayscale": view.grayscale},
+    "blur": _blur_inputs,
+    "solarize": lambda view: {"solarize": view.solarize},
+    "flip": lambda view: {"flip": view.flip.astype(np.int32)},
+}
 
 
 def _affine_steps(view: ViewParameters) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
@@ -85,7 +108,7 @@ def _affine_steps(view: ViewParameters) -> tuple[NDArray[np.bool_], NDArray[np.f
     return used, matrix, offset
 
 
-def evaluation_inputs(recipe: Recipe, sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def evaluation_inputs(recipe: Recipe, sizes: NDArray[np.int64]) -> Inputs:
     """What the graph of `build_evaluation` takes beside ``encoded``: sizes and places as torchvision rounds them."""
     short = sizes.min(axis=1, keepdims=True)
     resized = np.where(sizes == short, recipe.resize, recipe.resize * sizes // short)
@@ -104,7 +127,7 @@ def build_views(
     Args:
         recipe: Size, normalisation, and which parts of the jitter there are.
         batch: B.
-        device: Number of the GPU, or None for the CPU back end.
+        device: Number of the GPU, or None for the CPU backend.
         threads: Of DALI's own pool.
         decode: Whether to decode once or by window.
         dtype: torch.uint8 for pixels; torch.float32 or torch.float16 for normalised values.
@@ -173,16 +196,28 @@ def _view(recipe: Recipe, dtype: torch.dtype, encoded: Any, image: Any, number: 
     def take(name: str) -> Any:
         return _source(f"{name}_{number}")
 
-    resize = {"size": [recipe.size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
+    view = _crop(encoded, image, take, recipe.size)
+    mirror = {}
+    for operation in operations_of(recipe, "dali"):
+        if operation.name == "flip":
+            mirror = {"mirror": take("flip")}
+        elif operation.name != "crop":
+            view = APPLY[operation.name](view, take)
+    return _normalise(view, recipe, dtype, **mirror)
+
+
+def _crop(encoded: Any, image: Any, take: Take, size: int) -> Any:
+    resize = {"size": [size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
     start, extent = take("start"), take("extent")
     if image is None:
         window = fn.decoders.image_slice(
             encoded, start, extent, axes=[0, 1], normalized_anchor=False, normalized_shape=False, **_decoder_options()
         )
-        view = fn.resize(window, **resize)
-    else:
-        view = fn.resize(image, roi_start=start, roi_end=start + extent, **resize)
+        return fn.resize(window, **resize)
+    return fn.resize(image, roi_start=start, roi_end=start + extent, **resize)
 
+
+def _jitter(view: Any, take: Take) -> Any:
     for step in range(_STEPS):
         view = _affine_if(view, take(f"used{step}"), take(f"matrix{step}"), take(f"offset{step}"))
     hued, shift = take("hued"), take("shift")
@@ -190,14 +225,14 @@ def _view(recipe: Recipe, dtype: torch.dtype, encoded: Any, image: Any, number: 
         view = _turn_hue(view, shift)
     for step in range(_STEPS, 2 * _STEPS):
         view = _affine_if(view, take(f"used{step}"), take(f"matrix{step}"), take(f"offset{step}"))
+    return view
 
-    grey = take("grey")
-    if grey:
+
+def _grayscale(view: Any, take: Take) -> Any:
+    drawn = take("grayscale")
+    if drawn:
         view = fn.coord_transform(view, M=_LUMA_ROWS, dtype=types.UINT8)
-    blurred, sigma = take("blurred"), take("sigma")
-    if blurred:
-        view = _blur(view, sigma)
-    return _normalise(view, recipe, dtype, mirror=take("flip"))
+    return view
 
 
 def _affine_if(view: Any, used: Any, matrix: Any, offset: Any) -> Any:
@@ -225,9 +260,28 @@ def _turn_hue(view: Any, shift: Any) -> Any:
     return fn.cast(low + chroma * math.clamp(share, 0.0, 1.0), dtype=types.UINT8)
 
 
-def _blur(view: Any, sigma: Any) -> Any:
-    window = fn.cast(2.0 * math.ceil(float(BLUR_SIGMAS) * sigma) + 1.0, dtype=types.INT32)
-    return fn.gaussian_blur(view, sigma=sigma, window_size=window)
+def _blur(view: Any, take: Take) -> Any:
+    drawn, sigma = take("blurred"), take("sigma")
+    if drawn:
+        window = fn.cast(2.0 * math.ceil(float(BLUR_SIGMAS) * sigma) + 1.0, dtype=types.INT32)
+        view = fn.gaussian_blur(view, sigma=sigma, window_size=window)
+    return view
+
+
+def _solarize(view: Any, take: Take) -> Any:
+    drawn = take("solarize")
+    if drawn:
+        view = fn.cast(math.min(view, 255 - view), dtype=types.UINT8)
+    return view
+
+
+#: By operation, the operators of the graph; the crop needs the encoded image, and the normalisation flips on its way.
+APPLY: dict[str, Callable[[Any, Take], Any]] = {
+    "jitter": _jitter,
+    "grayscale": _grayscale,
+    "blur": _blur,
+    "solarize": _solarize,
+}
 
 
 def _normalise(view: Any, recipe: Recipe, dtype: torch.dtype, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The pipeline for GPUs: DALI decodes, crops, colours, blurs and normalises; on the CPU back end where there is no GPU.
+"""DALI pipeline: decodes, augments and normalises on a GPU, or on DALI's CPU backend.
 
 The files are read by worker processes, in the order that every pipeline has, and the parameters are drawn by
 `synco_fast.data.augment.draw`, so what an epoch yields depends on seed and epoch alone. DALI's own readers, random
@@ -7,7 +7,6 @@ operators and checkpoints are not used: they would tie order and views to the nu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -24,8 +23,9 @@ from synco_fast.data.pipelines.base import Batch, Decode
 from synco_fast.data.pipelines.dali.graph import build_evaluation, build_views, evaluation_inputs, view_inputs
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
-from synco_fast.data.pipelines.epochs import EpochBatches, Place
+from synco_fast.data.pipelines.epochs import EpochBatches, Position
 from synco_fast.data.sources.splits import Split
+from synco_fast.data.workers import available_cores
 
 __all__ = ["DaliPipeline", "dali_evaluation"]
 
@@ -53,7 +53,7 @@ class DaliPipeline:
         threads: Of DALI's own; by default one for each core.
         rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
 
-    The views are channels-last. Broken images are replaced as in every pipeline.
+    The views are channels-last. Corrupt images are replaced as in every pipeline.
 
     Raises:
         DataError: The split holds fewer images than a step takes.
@@ -84,7 +84,7 @@ class DaliPipeline:
             recipe,
             batch=self._batches.share,
             device=number,
-            threads=threads or _threads(),
+            threads=threads or available_cores(),
             decode=decode,
             dtype=dtype,
             depth=_DEPTH,
@@ -101,7 +101,7 @@ class DaliPipeline:
     def __iter__(self) -> Iterator[Batch]:
         for files, views in self._runner.run(self._loader):
             first, second = map(_channels_first, views)
-            yield Batch(first, second, torch.from_numpy(files.images), files.broken)
+            yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
 
     def close(self) -> None:
         """End the workers and give back DALI's memory; the pipeline yields nothing afterwards."""
@@ -112,17 +112,17 @@ class DaliPipeline:
         draw = partial(
             draw_views, self._recipe, seed=self._seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes
         )
-        return view_inputs([draw(views=np.full(len(files), view)) for view in range(2)])
+        return view_inputs([draw(views=np.full(len(files), view)) for view in range(2)], self._recipe)
 
 
-class _InOrder(Sampler[list[Place]]):
+class _InOrder(Sampler[list[Position]]):
     def __init__(self, numbers: list[int], batch: int) -> None:
         self.numbers, self.batch = numbers, batch
 
     def __len__(self) -> int:
         return -(-len(self.numbers) // self.batch)
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[Position]]:
         for first in range(0, len(self.numbers), self.batch):
             yield [(0, number) for number in self.numbers[first : first + self.batch]]
 
@@ -156,7 +156,7 @@ def dali_evaluation(
         recipe,
         batch=batch,
         device=number,
-        threads=threads or _threads(),
+        threads=threads or available_cores(),
         dtype=torch.uint8,
         depth=_DEPTH,
     )
@@ -166,7 +166,7 @@ def dali_evaluation(
     nothing = torch.empty((0, recipe.size, recipe.size, 3), dtype=torch.uint8, device=device)
     try:
         for files, images in runner.run(reader.loader(places, workers, 0)):
-            yield _channels_first(images[0] if images else nothing), torch.from_numpy(files.images), files.broken
+            yield _channels_first(images[0] if images else nothing), torch.from_numpy(files.images), files.corrupt
     finally:
         runner.close()
 
@@ -176,7 +176,3 @@ def _gpu_number(device: torch.device | None) -> int | None:
     if device is None or device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""What DALI is fed: the bytes of image files, read and looked at in worker processes."""
+"""DALI input: worker processes read encoded images and their headers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from synco_fast.data.errors import BrokenImageError
-from synco_fast.data.pipelines.epochs import Place, replace_broken
+from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.pipelines.epochs import Position, replace_corrupt
 from synco_fast.data.sources.decode import decode_image, encode_pixels, plain_jpeg_size
 from synco_fast.data.sources.splits import Split
-from synco_fast.data.workers import default_workers, start_worker
+from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["EncodedBatch", "Reader"]
 
-#: What comes of one place in a batch: bytes, height and width, the image's number, and the broken ones met on the way.
+#: What comes of one place in a batch: bytes, height and width, the image's number, and the corrupt ones met on the way.
 _Sample = tuple[bytes, tuple[int, int], int, dict[int, str]]
 
 
@@ -31,11 +31,11 @@ class EncodedBatch:
     Attributes:
         epoch: Of the batch.
         wanted: The images that are due, (b,) int64.
-        images: The images that they are: another where the one due is broken, (b,) int64.
+        images: The images that they are: another where the one due is corrupt, (b,) int64.
         sizes: Height and width, (b, 2) int64.
         content: The bytes of all files, one after the other, uint8.
         ends: Where each ends in ``content``, (b,) int64.
-        broken: By number of a broken image, why.
+        corrupt: By number of a corrupt image, why.
     """
 
     epoch: int
@@ -44,7 +44,7 @@ class EncodedBatch:
     sizes: NDArray[np.int64]
     content: Tensor
     ends: NDArray[np.int64]
-    broken: dict[int, str]
+    corrupt: dict[int, str]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,7 +55,7 @@ class EncodedBatch:
 
 
 def _collate(epoch: int, wanted: Sequence[int], samples: Sequence[_Sample]) -> EncodedBatch:
-    contents, sizes, images, broken = zip(*samples, strict=True)
+    contents, sizes, images, corrupt = zip(*samples, strict=True)
     return EncodedBatch(
         epoch,
         np.array(wanted, dtype=np.int64),
@@ -63,30 +63,30 @@ def _collate(epoch: int, wanted: Sequence[int], samples: Sequence[_Sample]) -> E
         np.array(sizes, dtype=np.int64),
         torch.frombuffer(bytearray().join(contents), dtype=torch.uint8),
         np.cumsum([len(content) for content in contents], dtype=np.int64),
-        {index: reason for part in broken for index, reason in part.items()},
+        {index: reason for part in corrupt for index, reason in part.items()},
     )
 
 
 class Reader(Dataset[EncodedBatch]):
     """Reads files for DALI, a whole batch of places at once.
 
-    A JPEG file whose header is sound goes on as it is. Everything else - PNG, CMYK, 16 bits, what was cut short - is
+    A JPEG file whose header is sound goes on as it is. Everything else - PNG, CMYK, 16 bits, truncated files - is
     decoded here, by Pillow, and goes on as plain pixels: so every pipeline reads special files alike, and what Pillow
-    cannot read is found here, before it reaches DALI, which gives up a whole batch for one broken file.
+    cannot read is found here, before it reaches DALI, which gives up a whole batch for one corrupt file.
 
     Args:
         split: The images.
-        replace: Whether the next image takes a broken one's place; otherwise its place is left out.
+        replace: Whether the next image takes a corrupt one's place; otherwise it is skipped.
     """
 
     def __init__(self, split: Split, *, replace: bool) -> None:
         self.split, self.replace = split, replace
 
-    def __getitem__(self, places: list[Place]) -> EncodedBatch:
-        """A batch, less the places that are left out.
+    def __getitem__(self, places: list[Position]) -> EncodedBatch:
+        """A batch, without the images that are skipped.
 
         Raises:
-            DataError: Very many images in a row are broken.
+            DataError: Very many images in a row are corrupt.
         """
         return self._gather(places[0][0], [self._sample(wanted, by_pillow=False) for _, wanted in places])
 
@@ -102,44 +102,44 @@ class Reader(Dataset[EncodedBatch]):
                 height, width = batch.sizes[row].tolist()
                 gathered.append((wanted, (files[row].tobytes(), (height, width), int(batch.images[row]), {})))
         again = self._gather(batch.epoch, gathered)
-        again.broken = {**batch.broken, **again.broken}
+        again.corrupt = {**batch.corrupt, **again.corrupt}
         return again
 
     def _gather(self, epoch: int, gathered: list[tuple[int, _Sample | dict[int, str]]]) -> EncodedBatch:
         found = [(wanted, sample) for wanted, sample in gathered if isinstance(sample, tuple)]
-        left_out = {index: reason for _, part in gathered if isinstance(part, dict) for index, reason in part.items()}
+        excluded = {index: reason for _, part in gathered if isinstance(part, dict) for index, reason in part.items()}
         if not found:
             nothing = np.empty(0, np.int64)
             return EncodedBatch(
-                epoch, nothing, nothing, nothing.reshape(0, 2), torch.empty(0, dtype=torch.uint8), nothing, left_out
+                epoch, nothing, nothing, nothing.reshape(0, 2), torch.empty(0, dtype=torch.uint8), nothing, excluded
             )
         batch = _collate(epoch, *zip(*found, strict=True))
-        batch.broken |= left_out
+        batch.corrupt |= excluded
         return batch
 
     def _sample(self, wanted: int, *, by_pillow: bool) -> tuple[int, _Sample | dict[int, str]]:
         if self.replace:
-            (content, size), index, broken = replace_broken(
+            (content, size), index, corrupt = replace_corrupt(
                 len(self.split), wanted, lambda index: self._read(index, by_pillow)
             )
-            return wanted, (content, size, index, broken)
+            return wanted, (content, size, index, corrupt)
         try:
             content, size = self._read(wanted, by_pillow)
-        except BrokenImageError as error:
+        except CorruptImageError as error:
             return wanted, {wanted: str(error)}
         return wanted, (content, size, wanted, {})
 
     def _read(self, index: int, by_pillow: bool) -> tuple[bytes, tuple[int, int]]:
-        content = self.split.encoded(index)
+        content = self.split.read_bytes(index)
         size = None if by_pillow else plain_jpeg_size(content)
         if size is not None:
             return content, size
         pixels = np.asarray(decode_image(content, self.split.name(index)))
         return encode_pixels(pixels), (pixels.shape[0], pixels.shape[1])
 
-    def loader(self, batches: Sampler[list[Place]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:
+    def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:
         """Batches of the sampler's places, read by ``workers`` processes (default: one a core; 0: this one)."""
-        workers = default_workers() if workers is None else workers
+        workers = available_cores() if workers is None else workers
         options: dict[str, Any] = {
             "sampler": batches,
             "batch_size": None,

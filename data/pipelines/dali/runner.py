@@ -1,4 +1,4 @@
-"""Runs a DALI graph over encoded batches: keeps it busy, and gets over a batch that it cannot decode."""
+"""Runs a DALI graph over encoded batches: prefetches, and recovers from batches it cannot decode."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def _spare_inherited(runner: type[GraphRunner]) -> None:
 
 
 class GraphRunner:
-    """Feeds a graph and hands out what it makes, a few batches ahead.
+    """Feeds a graph and yields its outputs, a few batches ahead.
 
     A file that DALI cannot decode makes it give up the batch and the graph with it. Then the graph is built anew, the
     batches that were under way are run one by one, and the one that fails again is decoded by Pillow, which names what
-    is broken. The images concerned are remembered and never reach DALI's decoder again.
+    is corrupt. The images concerned are remembered and never reach DALI's decoder again.
 
     Args:
         build: Makes the graph.
@@ -56,7 +56,7 @@ class GraphRunner:
         self._graph: Pipeline | None = None
         #: The arrays of batches that are done, for a while: a copy to the GPU may still be under way.
         self._done: deque[_Fed] = deque(maxlen=depth)
-        self._doubted: set[int] = set()
+        self._failed: set[int] = set()
         self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     def run(self, batches: Iterable[EncodedBatch]) -> Iterator[tuple[EncodedBatch, list[Tensor]]]:
@@ -90,7 +90,7 @@ class GraphRunner:
             self._drain(sum(bool(inputs) for _, inputs in under_way))
 
     def close(self) -> None:
-        """Give back what the graph holds."""
+        """Free the graph."""
         self._graph = None
         self._done.clear()
         self._held.clear()
@@ -100,13 +100,13 @@ class GraphRunner:
             batch = next(source, None)
             if batch is None:
                 return
-            under_way.append(self._schedule(self._set_right(batch)))
+            under_way.append(self._schedule(self._without_failed(batch)))
 
-    def _set_right(self, batch: EncodedBatch) -> EncodedBatch:
-        """The batch with the images that DALI has stumbled over decoded by Pillow."""
-        if not self._doubted:
+    def _without_failed(self, batch: EncodedBatch) -> EncodedBatch:
+        """The batch with the images that DALI failed on decoded by Pillow."""
+        if not self._failed:
             return batch
-        rows = [row for row, image in enumerate(batch.images.tolist()) if image in self._doubted]
+        rows = [row for row, image in enumerate(batch.images.tolist()) if image in self._failed]
         return self._reader.again_by_pillow(batch, rows) if rows else batch
 
     def _schedule(self, batch: EncodedBatch) -> _Fed:
@@ -144,7 +144,7 @@ class GraphRunner:
         return graph
 
     def _outputs(self, fed: _Fed) -> list[Tensor]:
-        """What the graph makes of the batch that was fed first of those under way."""
+        """The outputs of the oldest batch in flight."""
         if not fed[1]:
             return []
         assert self._graph is not None
@@ -171,14 +171,14 @@ class GraphRunner:
         except RuntimeError:
             self._graph = None
         again = self._reader.again_by_pillow(batch, range(len(batch)))
-        found = set(again.broken) - set(batch.broken)
-        self._doubted |= found or set(batch.images.tolist())
+        found = set(again.corrupt) - set(batch.corrupt)
+        self._failed |= found or set(batch.images.tolist())
         # What fails now is no matter of the files.
         self._done.append(self._schedule(again))
         return again, self._outputs(self._done[-1])
 
     def _drain(self, runs: int) -> None:
-        """Take out what nobody will ask for, so that the next batch in is the next one out."""
+        """Discard the outputs in flight, so that the next batch fed is the next one out."""
         try:
             for _ in range(runs):
                 if self._graph is not None:

@@ -1,0 +1,142 @@
+"""Manifests: the images of a split with labels and offsets, packed into arrays and cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from synco_fast.data.files import atomic_write
+
+__all__ = ["Manifest", "PackedNames", "cache_folder", "manifest_path", "read_manifest", "write_manifest"]
+
+#: Raised with every change of the format, so that an older file is made anew.
+_VERSION = 2
+#: The arrays of a `Manifest` with one row per image.
+_ARRAYS = ("labels", "places", "checksums")
+
+
+class PackedNames(Sequence[str]):
+    """Many strings in two arrays: a worker process shares them, where a list of strings would be copied bit by bit.
+
+    Args:
+        text: All names, one after the other, as file names are encoded; uint8.
+        ends: Where each ends in ``text``, (n,) int64.
+    """
+
+    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def pack(cls, names: Iterable[str]) -> PackedNames:
+        """From strings."""
+        encoded = [os.fsencode(name) for name in names]
+        ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8) if encoded else np.empty(0, np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        start = int(self.ends[index - 1]) if index else 0
+        return os.fsdecode(self.text[start : int(self.ends[index])].tobytes())
+
+
+@dataclass
+class Manifest:
+    """The images of one split.
+
+    Attributes:
+        names: Each image's path below the split's folder, or its name in a shard.
+        labels: (n,) int64 numbers of ``classes``, or None.
+        classes: Class names, or None.
+        places: For images in tar shards, (n, 3) int64: number of the shard, offset and size in bytes.
+        checksums: For images of a pack, the CRC-32 of their bytes, (n,) uint32.
+        stamps: Folders, list files and shards that were read, with their time of change in nanoseconds.
+        excluded: Corrupt images and shards that are not in the list, with the reason by name.
+    """
+
+    names: PackedNames
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] | None = None
+    places: NDArray[np.int64] | None = None
+    checksums: NDArray[np.uint32] | None = None
+    stamps: dict[str, int] = field(default_factory=dict)
+    excluded: dict[str, str] = field(default_factory=dict)
+
+    def without(self, corrupt: dict[int, str]) -> Manifest:
+        """The same manifest without the images of these numbers."""
+        keep = np.ones(len(self.names), dtype=bool)
+        keep[list(corrupt)] = False
+        return Manifest(
+            PackedNames.pack(self.names[index] for index in np.flatnonzero(keep).tolist()),
+            classes=self.classes,
+            stamps=self.stamps,
+            excluded={**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
+            **{name: values[keep] for name, values in self.arrays().items()},
+        )
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays with one row per image, by name, as far as they are there."""
+        return {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+
+    def is_current(self) -> bool:
+        """Whether no folder, list file or shard has changed since."""
+        try:
+            return all(os.stat(path).st_mtime_ns == time for path, time in self.stamps.items())  # noqa: PTH116
+        except OSError:
+            return False
+
+
+def cache_folder() -> Path:
+    """The package's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "synco-fast"
+
+
+def manifest_path(key: str) -> Path:
+    """Where the manifest of a split is kept; ``key`` identifies the split."""
+    return cache_folder() / "lists" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest atomically."""
+    about = {
+        "version": _VERSION,
+        "classes": manifest.classes,
+        "stamps": manifest.stamps,
+        "excluded": manifest.excluded,
+    }
+    arrays: dict[str, Any] = {"text": manifest.names.text, "ends": manifest.names.ends, **manifest.arrays()}
+    with atomic_write(path) as temporary:
+        np.savez(temporary, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
+
+
+def read_manifest(path: Path) -> Manifest | None:
+    """The manifest in a file; None where it is missing, damaged or out of date."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(file["about"].tobytes())
+            if about["version"] != _VERSION:
+                return None
+            arrays = {name: file[name] for name in ("text", "ends", *_ARRAYS) if name in file}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+    manifest = Manifest(
+        PackedNames(arrays.pop("text"), arrays.pop("ends")),
+        classes=None if about["classes"] is None else tuple(about["classes"]),
+        stamps=about["stamps"],
+        excluded=about["excluded"],
+        **arrays,
+    )
+    return manifest if manifest.is_current() else None

@@ -1,0 +1,347 @@
+"""Packing a source: images shrunk once into JPEG tar shards, so that training decodes fewer pixels."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.files import atomic_write
+from synco_fast.data.sources.decode import decode_image, plain_jpeg_size
+from synco_fast.data.sources.open import Source
+from synco_fast.data.sources.pack_index import INDEX, PackIndex, member_name, read_index
+from synco_fast.data.sources.shards import ShardSplit
+from synco_fast.data.sources.splits import ArraySplit, FileSplit, Split
+from synco_fast.data.workers import available_cores, start_worker
+
+__all__ = ["PackSettings", "pack_source", "shrink"]
+
+_VERSION = 1
+_SETTINGS = "pack.json"
+_AT_A_TIME = 16
+#: JPEG stores no longer side.
+_LONGEST = 65_500
+
+Tick = Callable[[str, int, int, int], None]
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """How a pack is made.
+
+    Attributes:
+        short_side: Images with a longer one are shrunk to it, in pixels.
+        quality: Of the JPEG files, 1 to 100 as Pillow counts.
+        shard_bytes: A shard ends with the image that reaches this size.
+    """
+
+    short_side: int = 320
+    quality: int = 90
+    shard_bytes: int = 256 << 20
+
+
+def shrink(content: bytes, name: str, settings: PackSettings) -> tuple[bytes, tuple[int, int], tuple[int, int]]:
+    """An image file as it is packed, with height and width before and after.
+
+    A plain JPEG file that is small enough keeps its bytes, so that nothing is lost. Everything else is decoded, shrunk
+    by an antialiased Lanczos filter where its short side is too long, and encoded as JPEG.
+
+    Raises:
+        CorruptImageError: It cannot be decoded, or is longer than a JPEG file may be.
+    """
+    image = decode_image(content, name)
+    before = image.height, image.width
+    if plain_jpeg_size(content) is not None and min(before) <= settings.short_side:
+        return content, before, before
+    scale = min(1.0, settings.short_side / min(before))
+    height, width = (max(1, round(side * scale)) for side in before)
+    if max(height, width) > _LONGEST:
+        raise CorruptImageError(f"{name}: found {width} x {height} pixels, expected sides up to {_LONGEST} for JPEG")
+    if (height, width) != before:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=settings.quality)
+    return file.getvalue(), before, (height, width)
+
+
+@dataclass
+class _Shrunk:
+    """What a worker makes of one image; ``content`` is None for a corrupt one."""
+
+    number: int
+    name: str
+    read: int
+    content: bytes | None = None
+    before: tuple[int, int] = (0, 0)
+    after: tuple[int, int] = (0, 0)
+    kept: bool = False
+    reason: str = ""
+
+
+class _Shrinker(Dataset[_Shrunk]):
+    def __init__(self, split: Split, start: int, settings: PackSettings) -> None:
+        self.split, self.start, self.settings = split, start, settings
+
+    def __len__(self) -> int:
+        return len(self.split) - self.start
+
+    def __getitem__(self, place: int) -> _Shrunk:
+        number = self.start + place
+        name, read = _short_name(self.split, number), 0
+        try:
+            content = self.split.read_bytes(number)
+            read = len(content)
+            packed, before, after = shrink(content, self.split.name(number), self.settings)
+        except CorruptImageError as error:
+            return _Shrunk(number, name, read, reason=str(error))
+        return _Shrunk(number, name, read, packed, before, after, packed is content)
+
+
+def _short_name(split: Split, number: int) -> str:
+    """An image's name without the folder of its source."""
+    if isinstance(split, FileSplit | ShardSplit):
+        return str(split.manifest.names[number])
+    return split.name(number)
+
+
+def pack_source(
+    source: Source,
+    out: Path,
+    settings: PackSettings,
+    *,
+    workers: int | None = None,
+    tick: Tick = lambda title, done, total, corrupt: None,
+) -> dict[str, PackIndex]:
+    """Pack both splits of a source below ``out``: ``train/00000.tar`` ..., ``val/00000.tar`` ..., an index in each.
+
+    A pack that was interrupted is resumed after its last whole shard; the result is the same to the byte. A finished
+    one is only read.
+
+    Args:
+        source: The images, in files or shards.
+        out: The folder, new, empty, or of an interrupted pack of the same source and settings.
+        settings: Size and quality.
+        workers: Processes that decode and encode; by default one for each core.
+        tick: Called with the split, images done, images in all, and corrupt ones.
+
+    Returns:
+        The index by split, ``train`` and, where there is one, ``val``.
+
+    Raises:
+        DataError: The folder holds something else, another pack runs in it, the source is in memory, or no image can be
+            decoded.
+        OSError: The folder cannot be written.
+    """
+    splits = {"train": source.train, "val": source.validation}
+    for split in splits.values():
+        if isinstance(split, ArraySplit):
+            raise DataError(f"data: found {source.spec}, expected image files or shards to pack; arrays need no pack")
+    with _locked(out):
+        _check_settings(out, source, settings)
+        return {
+            title: _pack_split(title, split, out / title, settings, workers, tick)
+            for title, split in splits.items()
+            if split is not None
+        }
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    # The lock ends with the process, however it ends.
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(f"data: found another pack running in {out}, expected one at a time") from error
+        yield
+
+
+def _check_settings(out: Path, source: Source, settings: PackSettings) -> None:
+    """Start a pack, or make sure that the one that is there is the same."""
+    file = out / _SETTINGS
+    wanted = {"version": _VERSION, "source": os.fsencode(source.spec).decode(errors="replace"), **asdict(settings)}
+    wanted["images"] = [len(split) for split in (source.train, source.validation) if split is not None]
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            found = {}
+        for name, value in wanted.items():
+            if not isinstance(found, dict) or found.get(name) != value:
+                was = found.get(name) if isinstance(found, dict) else None
+                raise DataError(
+                    f"data: found a pack with {name} {was!r} in {out}, expected {value!r}; choose another folder"
+                )
+    elif any(path.name != ".lock" for path in out.iterdir()):
+        raise DataError(f"data: found other files in {out}, expected a new or empty folder, or an interrupted pack")
+    else:
+        with atomic_write(file) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def _pack_split(
+    title: str, split: Split, folder: Path, settings: PackSettings, workers: int | None, tick: Tick
+) -> PackIndex:
+    finished = read_index(folder / INDEX)
+    if finished is not None:
+        return finished
+    folder.mkdir(exist_ok=True)
+    parts = _whole_shards(folder)
+    start = parts[-1].end if parts else 0
+    corrupt = sum(len(part.excluded) for part in parts)
+    tick(title, start, len(split), corrupt)
+    writer = _ShardWriter(folder, len(parts), start, split)
+    for shrunk in _shrunk(split, start, settings, workers):
+        writer.add(shrunk)
+        corrupt += shrunk.content is None
+        tick(title, shrunk.number + 1, len(split), corrupt)
+        if writer.size >= settings.shard_bytes:
+            parts.append(writer.close())
+            writer = _ShardWriter(folder, len(parts), shrunk.number + 1, split)
+    parts.append(writer.close())
+    index = PackIndex.join(parts)
+    if not len(index):
+        raise DataError(f"data: found no readable image beside {split.name(0)}")
+    index.write(folder / INDEX)
+    for shard in index.shards:
+        _journal(folder / shard).unlink()
+    return index
+
+
+def _shrunk(split: Split, start: int, settings: PackSettings, workers: int | None) -> Iterator[_Shrunk]:
+    loader = DataLoader(
+        _Shrinker(split, start, settings),
+        _AT_A_TIME,
+        num_workers=available_cores() if workers is None else workers,
+        collate_fn=list,
+        worker_init_fn=start_worker,
+    )
+    for batch in loader:
+        yield from batch
+
+
+def _journal(shard: Path) -> Path:
+    """The index of one shard, while the pack is being made."""
+    return shard.with_suffix(".npz")
+
+
+def _whole_shards(folder: Path) -> list[PackIndex]:
+    """The indices of the shards that an interrupted pack has finished; what it left unfinished is removed."""
+    parts: list[PackIndex] = []
+    for number in range(len(list(folder.glob("*.tar")))):
+        part = read_index(_journal(folder / _shard_name(number)))
+        if part is None:
+            break
+        parts.append(part)
+    whole = {name for part in parts for name in part.shards}
+    for path in [*folder.iterdir()]:
+        if path.with_suffix(".tar").name not in whole or path.suffix not in (".tar", ".npz"):
+            path.unlink()
+    return parts
+
+
+def _shard_name(number: int) -> str:
+    return f"{number:05d}.tar"
+
+
+class _Row(NamedTuple):
+    number: int
+    place: tuple[int, int, int]
+    checksum: int
+    after: tuple[int, int]
+    before: tuple[int, int]
+    kept: bool
+
+
+class _ShardWriter:
+    """Writes one shard; its index first, its name last, so that a shard with a name is whole."""
+
+    def __init__(self, folder: Path, number: int, start: int, split: Split) -> None:
+        self._number, self._split, self._end = number, split, start
+        self._shard = folder / _shard_name(number)
+        self._part = folder / f"{self._shard.stem}.part"
+        self._file: BinaryIO = self._part.open("wb")
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self._images: list[_Row] = []
+        self._excluded: dict[str, str] = {}
+        self._read = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return int(self._tar.offset)
+
+    def add(self, shrunk: _Shrunk) -> None:
+        """Write an image and its label, or note that it is corrupt."""
+        self._end, self._read = shrunk.number + 1, self._read + shrunk.read
+        if shrunk.content is None:
+            self._excluded[os.fsencode(shrunk.name).decode(errors="replace")] = shrunk.reason
+            return
+        offset = self._write(member_name(shrunk.number), shrunk.content)
+        self._images.append(
+            _Row(
+                shrunk.number,
+                (self._number, offset, len(shrunk.content)),
+                zlib.crc32(shrunk.content),
+                shrunk.after,
+                shrunk.before,
+                shrunk.kept,
+            )
+        )
+        about = {"name": os.fsencode(shrunk.name).decode(errors="replace")}
+        if self._split.labels is not None and self._split.classes is not None:
+            label = self._split.classes[int(self._split.labels[shrunk.number])]
+            about["label"] = os.fsencode(label).decode(errors="replace")
+        self._write(member_name(shrunk.number).replace(".jpg", ".json"), json.dumps(about).encode())
+
+    def _write(self, name: str, content: bytes) -> int:
+        """Append a member; the offset of its bytes."""
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        self._tar.addfile(member, io.BytesIO(content))
+        return self.size - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+    def close(self) -> PackIndex:
+        """Finish the shard; its index, which names no shard where no image came."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        labels, rows = self._split.labels, self._images
+        numbers = np.array([row.number for row in rows], dtype=np.int64)
+        index = PackIndex(
+            numbers=numbers,
+            places=np.array([row.place for row in rows], dtype=np.int64).reshape(-1, 3),
+            checksums=np.array([row.checksum for row in rows], dtype=np.uint32),
+            sizes=np.array([row.after for row in rows], dtype=np.int64).reshape(-1, 2),
+            source_sizes=np.array([row.before for row in rows], dtype=np.int64).reshape(-1, 2),
+            labels=None if labels is None else labels[numbers],
+            classes=self._split.classes,
+            shards={},
+            excluded=self._excluded,
+            read=self._read,
+            kept=sum(row.kept for row in rows),
+            end=self._end,
+        )
+        if not rows:
+            self._part.unlink()
+            return index
+        index.shards = {self._shard.name: self._part.stat().st_size}
+        # Named before the shard is, so that a shard with a name always has its index.
+        index.write(_journal(self._shard))
+        self._part.replace(self._shard)
+        return index

@@ -1,0 +1,147 @@
+"""``synco-fast data pack``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from synco_fast.commands.parser import Verbs, positive, two_columns
+
+if TYPE_CHECKING:
+    from synco_fast.data.pipelines.pack_quality import PackQuality
+    from synco_fast.data.sources.pack_index import PackIndex
+
+__all__ = ["add"]
+
+#: How many corrupt images are named on the screen; all of them are in the JSON file.
+_NAMED = 20
+_LINE_EVERY = 15.0
+
+
+def add(verbs: Verbs) -> None:
+    """Add ``synco-fast data pack``."""
+    command = verbs.add(
+        "data pack",
+        _data_pack,
+        "Shrink the images of a source once into JPEG tar shards, so that training decodes fewer pixels. The same "
+        "command resumes an interrupted pack. Train with --data tar:OUT.",
+        "synco-fast data pack /data/imagenet /data/imagenet-320 --short-side 320 --quality 90",
+    )
+    command.add_argument("source", help="a folder, tar:FOLDER or list:FILE")
+    command.add_argument("out", type=Path, help="a new or empty folder, or an interrupted pack")
+    command.add_argument("--short-side", type=positive, default=320, help="pixels; larger images are shrunk to it")
+    command.add_argument("--quality", type=_quality, default=90, help="of the JPEG files, 1 to 100")
+    command.add_argument("--shard-size", type=positive, default=256, metavar="MIB", help="a shard's size in MiB")
+    command.add_argument("--view", type=positive, default=224, help="size of a view that the quality is measured with")
+    command.add_argument("--workers", type=positive, help="processes; one a core by default")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all corrupt images here")
+
+
+def _quality(word: str) -> int:
+    number = int(word)
+    if not 1 <= number <= 100:
+        raise ValueError
+    return number
+
+
+def _data_pack(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.data.augment.recipe import Recipe
+    from synco_fast.data.pipelines.pack_quality import measure_quality
+    from synco_fast.data.sources.open import open_shards, open_source
+    from synco_fast.data.sources.pack import PackSettings, pack_source
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import write_json
+
+    source = open_source(options.source)
+    settings = PackSettings(options.short_side, options.quality, options.shard_size << 20)
+    start = time.perf_counter()
+    try:
+        with _Progress(console) as progress:
+            packed = pack_source(source, options.out, settings, workers=options.workers, tick=progress.tick)
+    except OSError as error:
+        raise UserError(
+            f"data: cannot write the pack in {options.out} ({error.strerror or error}); the same command resumes it"
+        ) from error
+    spent = time.perf_counter() - start
+    quality = measure_quality(source.train, open_shards(options.out).train, packed["train"], Recipe(size=options.view))
+    figures = _figures(packed, quality)
+    if options.json is not None:
+        about = {"source": options.source, "out": str(options.out), **asdict(settings), "seconds": spent}
+        write_json(options.json, {"environment": describe_environment(), **about, **figures})
+    _print(options, figures, quality, spent, console)
+    return 0
+
+
+def _figures(packed: dict[str, PackIndex], quality: PackQuality) -> dict[str, Any]:
+    indices = list(packed.values())
+    return {
+        "images": {title: len(index) for title, index in packed.items()},
+        "kept": sum(index.kept for index in indices),
+        "bytes_read": sum(index.read for index in indices),
+        "bytes_packed": sum(sum(index.shards.values()) for index in indices),
+        "shards": sum(len(index.shards) for index in indices),
+        "corrupt": {name: reason for index in indices for name, reason in index.excluded.items()},
+        "quality": asdict(quality),
+    }
+
+
+def _print(
+    options: argparse.Namespace, figures: dict[str, Any], quality: PackQuality, spent: float, console: Console
+) -> None:
+    for reason in list(figures["corrupt"].values())[:_NAMED]:
+        console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
+    if len(figures["corrupt"]) > _NAMED:
+        console.print(f"... and {len(figures['corrupt']) - _NAMED:,} more; --json FILE names them all", style="yellow")
+    read, packed = (figures[name] / 2**30 for name in ("bytes_read", "bytes_packed"))
+    table = two_columns(f"pack of {options.source}")
+    table.add_row("images", ", ".join(f"{count:,} {title}" for title, count in figures["images"].items()))
+    table.add_row("corrupt", f"{len(figures['corrupt']):,}")
+    table.add_row("kept as they were", f"{figures['kept']:,}")
+    shrunk = f"{packed / max(read, 1e-12):.0%}"
+    table.add_row("GiB", f"{read:.2f} to {packed:.2f} ({shrunk}) in {figures['shards']:,} shards")
+    table.add_row(
+        f"views of {options.view} pixels",
+        f"differ by {quality.mean:.1f} levels of 255 on average, the worst of {quality.views} by {quality.worst:.1f}, "
+        f"a pixel by up to {quality.largest:.0f}",
+    )
+    table.add_row(
+        f"crops below {options.view} pixels", f"{quality.small:.1%}, in the source {quality.small_source:.1%}"
+    )
+    table.add_row("time", f"{spent:,.0f} s")
+    table.add_row("train with", f"--data tar:{options.out}")
+    console.print(table)
+
+
+class _Progress:
+    """A bar per split, or a plain line from time to time where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from synco_fast.runtime.progress import progress_bar
+
+        self._console, self._said = console, time.monotonic()
+        self._bar = progress_bar(console)
+        self._bar.disable = not console.is_terminal
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def tick(self, title: str, done: int, total: int, corrupt: int) -> None:
+        """Show how far a split is."""
+        if title not in self._tasks:
+            self._tasks[title] = self._bar.add_task(f"packing {title}", total=total, figures="")
+        self._bar.update(self._tasks[title], completed=done, figures=f"{corrupt:,} corrupt")
+        if not self._console.is_terminal and time.monotonic() - self._said > _LINE_EVERY:
+            self._said = time.monotonic()
+            self._console.print(f"packing {title}: {done:,} of {total:,}, {corrupt:,} corrupt", highlight=False)
