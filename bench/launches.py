@@ -102,12 +102,9 @@ def time_launches(run: Callable[[], object], device: torch.device, *, repeats: i
         For each launch its name and ``microseconds``, and on a GPU ``cold_us``, of one with an empty L2 cache, which
         holds the launch of a graph as well.
     """
-    launches = recorded(run)
     found = []
-    for number, launch in enumerate(launches):
-        # Memory serves several launches one after another: what this one reads is what those before it left.
-        for earlier in launches[:number]:
-            earlier()
+    # In order, since memory serves several launches one after another: each reads what those before it have just left.
+    for number, launch in enumerate(recorded(run)):
         line: dict[str, Any] = {"launch": launch.name, "number": number}
         if device.type == "cuda":
             many = capture(launch, device, copies=_COPIES)

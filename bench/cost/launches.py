@@ -9,6 +9,7 @@ launched: the same constants, grid, warps and stages.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import tempfile
@@ -23,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from synco_fast.bench.launches import intercepted
+from synco_fast.bench.launches import Recorded, intercepted
 from synco_fast.bench.loss import TEMPERATURE, Shape
 
 __all__ = ["Bytes", "Launch", "Target", "compiled_for", "compiler_version", "launches_of_loss", "tool"]
@@ -102,6 +103,26 @@ def compiled_for(capability: int) -> Iterator[None]:
         driver.set_active(before)
 
 
+@contextlib.contextmanager
+def _own_cache() -> Iterator[None]:
+    """Within, nothing that was compiled before is taken: its source lines may be those of another checkout."""
+    name = "TRITON_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
+
+
+def _forget(launch: Recorded) -> None:
+    """A kernel keeps what it compiled, for the device that it met first."""
+    launch.kernel.device_caches.clear()
+
+
 def launches_of_loss(shape: Shape, capability: int) -> list[Launch]:
     """What the launcher launches for SynCo's loss at one shape, in order.
 
@@ -121,7 +142,7 @@ def launches_of_loss(shape: Shape, capability: int) -> list[Launch]:
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (q, queue)}
     # A step on the device, as in a captured step.
     step = torch.zeros((), dtype=torch.int64)
-    with compiled_for(capability), intercepted(keep, run=False):
+    with compiled_for(capability), _own_cache(), intercepted(keep, run=False, before=_forget):
         launch.contrast_and_gradient(q, q, queue, shape.negatives, temperature=TEMPERATURE, seed=3, step=step)
     return found
 
