@@ -62,7 +62,7 @@ class Trainer:
         self.place = self.control.place
         self.console = (console or Console()) if self.place.first else Console(quiet=True)
         resolve_device(config.training.device)  # before a source is read, which can take long
-        self.source: Source = open_source(config.data.source)
+        self.source: Source = open_source(config.data.source, config.data.limits)
         check_evaluation(config.evaluation, self.source)
         train = share_of(self.source.train, config.data.share)
         steps_per_epoch = len(train) // config.training.batch
