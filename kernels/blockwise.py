@@ -5,10 +5,10 @@ similarities exceed; one pass over the queue, block by block, sums the softmax a
 candidates; the synthetic negatives follow from scalars (`mixing.py`). The gradient is computed beside the loss, since
 autograd will only multiply each row of it by one number.
 
-What is held beside inputs and outputs is blocks of a fixed number of bytes, whatever B and K, and the N hard
-similarities and candidates of up to 256 rows. On other devices than the CPU, where sizes must not depend on data, the
-candidates give way to a sort of whole rows, a few at a time, and the scalars to the vectors of a few rows at a time; in
-float64, which does not fit into a candidate's packed integer, whole rows are sorted too.
+What is held beside inputs and outputs is blocks of a fixed number of bytes (`Budget`), whatever B and K, and the N hard
+similarities and candidates of up to 256 rows. On other devices than the CPU sizes must not depend on data. There whole
+rows are sorted, some at a time, instead of candidates, and vectors are made, of some rows at a time, instead of
+scalars. In float64, which does not fit into a candidate's packed integer, whole rows are sorted too.
 """
 
 from __future__ import annotations
@@ -30,11 +30,26 @@ __all__ = ["Outputs", "contrast_and_gradient"]
 
 #: Queries handled together: enough for an efficient matrix product, few enough to bound what is held per query.
 _ROWS = 256
-#: Bytes of one block of similarities; it should stay in a core's cache.
-_BLOCK = 2 << 20
-#: Bytes of one block of vectors, and of whole rows of similarities.
-_VECTORS = 8 << 20
-_WHOLE = 16 << 20
+
+
+class Budget(NamedTuple):
+    """Bytes that blocks may take.
+
+    Attributes:
+        block: A block of similarities.
+        vectors: A block of synthetic vectors or of their scalars.
+        whole: Whole rows of similarities and their sort.
+    """
+
+    block: int
+    vectors: int
+    whole: int
+
+
+#: A block of similarities should stay in a core's cache.
+CPU = Budget(2 << 20, 8 << 20, 16 << 20)
+#: Each call of PyTorch launches a kernel or more, at some microseconds of host time: few blocks, and large ones.
+GPU = Budget(64 << 20, 256 << 20, 256 << 20)
 
 
 class Outputs(NamedTuple):
@@ -105,19 +120,21 @@ def contrast_and_gradient(
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, queue.dtype), torch.float32)
     by_vectors = q.device.type != "cpu" if by_vectors is None else by_vectors
-    wide = (block.to(dtype) for block in torch.split(queue, _block(q.shape[1], dtype)))
+    budget = CPU if q.device.type == "cpu" else GPU
+    wide = (block.to(dtype) for block in torch.split(queue, _block(q.shape[1], dtype, budget.block)))
     squared = torch.cat([torch.linalg.vector_norm(block, dim=1) for block in wide]).square_()
     parts = []
     for begin in range(0, len(q), _ROWS):
         rows = slice(begin, begin + _ROWS)
         ids = None if image_ids is None else image_ids[rows]
-        block = _Rows(q[rows].to(dtype), k[rows].to(dtype), queue, squared, negatives, temperature, ids, queue_ids)
+        some = q[rows].to(dtype), k[rows].to(dtype)
+        block = _Rows(*some, queue, squared, negatives, temperature, ids, queue_ids, budget)
         block.scan(by_vectors)
         parts.append(block.mix(seed, step, first_row + begin, by_vectors))
     return Outputs(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _block(width: int, dtype: torch.dtype, budget: int = _BLOCK) -> int:
+def _block(width: int, dtype: torch.dtype, budget: int) -> int:
     """How many rows of ``width`` numbers fit into the budget."""
     return max(1, budget // (width * dtype.itemsize))
 
@@ -135,8 +152,9 @@ class _Rows:
         temperature: float,
         image_ids: Tensor | None,
         queue_ids: Tensor | None,
+        budget: Budget = CPU,
     ) -> None:
-        self.q, self.k, self.queue, self.squared = q, k, queue, squared
+        self.q, self.k, self.queue, self.squared, self.budget = q, k, queue, squared, budget
         self.negatives, self.image_ids, self.queue_ids = negatives, image_ids, queue_ids
         self.positive = torch.linalg.vecdot(q, k)[:, None]
         self.sums = _Sums(self.positive, torch.zeros_like(self.positive), torch.zeros_like(q), temperature)
@@ -146,7 +164,7 @@ class _Rows:
 
     def similarities(self, rows: Tensor, begin: int, end: int, stride: int = 1) -> Tensor:
         """q.n of some of the rows to keys of the queue, -inf for those of the same image."""
-        width = _block(self.q.shape[1], self.q.dtype)
+        width = _block(self.q.shape[1], self.q.dtype, self.budget.block)
         q, keys = self.q[rows], self.queue[begin:end:stride]
         # A queue in a narrower dtype is widened block by block.
         parts = [q @ block.to(q.dtype).T for block in (torch.split(keys, width) if keys.dtype != q.dtype else [keys])]
@@ -167,7 +185,7 @@ class _Rows:
             sample = self.similarities(every, 0, length, stride)
             threshold = largest(sample, rank)
             candidates = Candidates(threshold, rank * stride)
-        width = _block(len(self.q), self.q.dtype)
+        width = _block(len(self.q), self.q.dtype, self.budget.block)
         room = self.q.new_empty(len(self.q) * min(width, length))
         for begin in range(0, length, width):
             keys = self.queue[begin : begin + width].to(self.q.dtype)
@@ -192,7 +210,7 @@ class _Rows:
             again = failed.nonzero().squeeze(1)
             self.fallback[again] = 1
         if len(again):
-            values, index = select_whole_rows(self.similarities, again, length, hard, _WHOLE)
+            values, index = select_whole_rows(self.similarities, again, length, hard, self.budget.whole)
             if len(again) == len(every):
                 self.hard, self.index = values, index
             else:
@@ -203,7 +221,7 @@ class _Rows:
         families = list(self.negatives.active())
         synthetic = torch.full((len(self.q), len(FAMILIES)), torch.nan, dtype=self.q.dtype, device=self.q.device)
         queue_rank = self.rank.clone()
-        step_rows = max(1, _VECTORS // self._bytes_mixed(by_vectors))
+        step_rows = max(1, self.budget.vectors // self._bytes_mixed(by_vectors))
         for begin in range(0, len(self.q) if families else 0, step_rows):
             rows = slice(begin, begin + step_rows)
             self._mix_block(rows, seed, step, first_row + begin, synthetic[rows], by_vectors)
@@ -270,18 +288,18 @@ class _Rows:
         for one, weight in zip(mixed, torch.split(p, [one.similarity.shape[1] for one in mixed], dim=1), strict=True):
             along += one.add_gradient(weight, sums.total)
         if along:
-            sums.total += _weighted_keys(self.queue, along)
+            sums.total += _weighted_keys(self.queue, along, self.budget.vectors)
         # rest and total were changed in place; a new top was made.
         self.sums.top[rows] = sums.top
 
 
-def _weighted_keys(queue: Tensor, along: list[Along]) -> Tensor:
+def _weighted_keys(queue: Tensor, along: list[Along], budget: int) -> Tensor:
     """sum_j weight_j n_j for each row, (R, D), without a copy of the keys where the dtypes agree."""
-    index = torch.cat([part.keys for part in along], dim=1)
+    index = torch.cat([part.indices for part in along], dim=1)
     weight = torch.cat([part.weight for part in along], dim=1)
     if queue.dtype == weight.dtype:
         return embedding_bag(index, queue, per_sample_weights=weight, mode="sum")
-    step = _block(queue.shape[1] * len(index), weight.dtype, _VECTORS)
+    step = _block(queue.shape[1] * len(index), weight.dtype, budget)
     total = weight.new_zeros(len(index), queue.shape[1])
     for some, weights in zip(torch.split(index, step, dim=1), torch.split(weight, step, dim=1), strict=True):
         keys = queue.index_select(0, some.reshape(-1)).view(*some.shape, -1).to(weight.dtype)

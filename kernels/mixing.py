@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from synco_fast.kernels.negatives import Affine, Family, Negatives
-from synco_fast.kernels.reference import FORMULAS
 from synco_fast.kernels.rng import Draw
 
 __all__ = ["Along", "ByScalars", "ByVectors", "Hard", "Mixed"]
@@ -43,14 +42,14 @@ class Hard(NamedTuple):
     Attributes:
         q: (R, D).
         similarity: q.n over Q^N, (R, N).
-        keys: The queue index of each, (R, N) int64.
+        indices: The queue index of each, (R, N) int64.
         queue: (K, D), in its own dtype.
         squared: |n|^2 of every queue key, (K,).
     """
 
     q: Tensor
     similarity: Tensor
-    keys: Tensor
+    indices: Tensor
     queue: Tensor
     squared: Tensor
 
@@ -62,7 +61,7 @@ class Hard(NamedTuple):
 class Along(NamedTuple):
     """A part of the gradient that lies along queue keys: their indices and weights, (R, m) each."""
 
-    keys: Tensor
+    indices: Tensor
     weight: Tensor
 
 
@@ -81,10 +80,10 @@ class ByVectors:
 
     def __init__(self, family: Family, negatives: Negatives, hard: Hard, drawn: Draw) -> None:
         """Compute vectors and similarities; the arguments are those of `ByScalars`."""
-        first = hard.vectors(hard.keys.gather(1, drawn.first))
-        second = None if drawn.second is None else hard.vectors(hard.keys.gather(1, drawn.second))
+        first = hard.vectors(hard.indices.gather(1, drawn.first))
+        second = None if drawn.second is None else hard.vectors(hard.indices.gather(1, drawn.second))
         t = None if drawn.coefficient is None else drawn.coefficient[..., None]
-        x = FORMULAS[family.name](hard.q[:, None], first, second, t, drawn.noise, negatives)
+        x = family.vector(hard.q[:, None], first, second, t, drawn.noise, negatives)
         self._vectors = normalize(x, dim=-1)
         self.similarity = torch.einsum("rd,rnd->rn", hard.q, self._vectors)
 
@@ -107,9 +106,9 @@ class ByScalars:
             drawn: The family's draws for these rows.
         """
         self._family, self._negatives, self._hard, self._drawn = family, negatives, hard, drawn
-        self._index = {"first": hard.keys.gather(1, drawn.first)}
+        self._index = {"first": hard.indices.gather(1, drawn.first)}
         if drawn.second is not None:
-            self._index["second"] = hard.keys.gather(1, drawn.second)
+            self._index["second"] = hard.indices.gather(1, drawn.second)
         mixture = negatives.mixture(family)
         self._terms: dict[str, Tensor | float] = {
             name: _affine(getattr(mixture, name), drawn.coefficient)
@@ -160,7 +159,7 @@ class ByScalars:
         second = self._hard.vectors(self._index["second"][rows, slots]) if "second" in self._index else None
         t = None if drawn.coefficient is None else drawn.coefficient[rows, slots, None]
         noise = None if drawn.noise is None else drawn.noise[rows, slots]
-        x = FORMULAS[self._family.name](self._hard.q[rows], first, second, t, noise, self._negatives)
+        x = self._family.vector(self._hard.q[rows], first, second, t, noise, self._negatives)
         return normalize(x, dim=-1)
 
 

@@ -5,52 +5,23 @@ Every family is a case of one general form, normalised to unit length::
     x = a q + b n_i + c n_j + sigma e + eta sign(q),      s = x / |x|
 
 where ``n_i`` and ``n_j`` are picked from the query's hard negatives Q^N, ``e`` is standard normal, and a, b, c
-depend linearly on one drawn coefficient t. The table below is that form in numbers; `reference.py` writes the same
-families the way the papers do, and a test holds the two together.
+depend linearly on one drawn coefficient t. A row of the table says it twice: as the papers write it, for the reference,
+and in the numbers of the general form, for the fast back ends. A test holds the two together.
+
+A new family is a new row. The fields of `Negatives`, the operator's schema, the draws, the statistics and the widths of
+the kernels follow from the table.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-__all__ = ["FAMILIES", "Extrapolation", "Family", "Mixture", "Negatives"]
+__all__ = ["FAMILIES", "Affine", "Extrapolation", "Family", "Mixture", "Negatives"]
 
 Extrapolation = Literal["released", "paper"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of synthetic negative.
-
-    Attributes:
-        name: The field of `Negatives` that holds its count.
-        number: SynCo's type number, 1 to 6; it is also the family word of the Philox counter, so it never changes.
-        formula: The vector before normalising, in the papers' notation.
-        ranged: Whether it draws a coefficient from a range (`Negatives.range_of`).
-        paired: Whether it picks a second hard negative n_j.
-        noisy: Whether it draws a normal vector e.
-    """
-
-    name: str
-    number: int
-    formula: str
-    ranged: bool = False
-    paired: bool = False
-    noisy: bool = False
-
-
-#: SynCo (arXiv 2410.02401), types 1 to 6. MoCHi (arXiv 2010.01028) uses `mixed` (s) and `interpolated` (s').
-FAMILIES: tuple[Family, ...] = (
-    Family("interpolated", 1, "t q + (1 - t) n_i", ranged=True),
-    Family("extrapolated", 2, "q + t (n_i - q), or n_i + t (n_i - q)", ranged=True),
-    Family("mixed", 3, "t n_i + (1 - t) n_j", ranged=True, paired=True),
-    Family("noisy", 4, "n_i + sigma e", noisy=True),
-    Family("perturbed", 5, "n_i + delta q"),
-    Family("adversarial", 6, "n_i + eta sign(q)"),
-)
 
 
 class Affine(NamedTuple):
@@ -75,7 +46,158 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Negatives:
+class Family:
+    """One kind of synthetic negative.
+
+    Attributes:
+        name: The field of `Negatives` that holds its count; also its name in configurations and metrics.
+        number: SynCo's type number, 1 to 6, and any other for further families below 2**32; it is the family word of
+            the Philox counter, so it never changes.
+        title: What it is, in a line.
+        formula: The vector before normalising, in the papers' notation.
+        vector: The same on tensors, called with (q, n_i, n_j, t, e, negatives): q (B, 1, D), n_i, n_j and e (B, n, D),
+            t (B, n, 1). What the family does not use is None.
+        mixture: The same in the general form, called with the `Negatives`.
+        published: Its count in SynCo; 0 for a family that SynCo does not have.
+        range: Default half-open range [low, high) of its coefficient t, a field ``NAME_range``; None where it has no t.
+        strength: Name and default of its number (a field of that name); None where it has none.
+        paired: Whether it picks a second hard negative n_j.
+        noisy: Whether it draws a normal vector e.
+    """
+
+    name: str
+    number: int
+    title: str
+    formula: str
+    vector: Callable[..., Any]
+    mixture: Callable[[Negatives], Mixture]
+    published: int = 0
+    range: tuple[float, float] | None = None
+    strength: tuple[str, float] | None = None
+    paired: bool = False
+    noisy: bool = False
+
+    @property
+    def ranged(self) -> bool:
+        """Whether it draws a coefficient from a range (`Negatives.range_of`)."""
+        return self.range is not None
+
+
+def _extrapolated(q: Any, n_i: Any, n_j: Any, t: Any, e: Any, negatives: Negatives) -> Any:
+    return (q if negatives.extrapolation == "released" else n_i) + t * (n_i - q)
+
+
+def _extrapolated_mixture(negatives: Negatives) -> Mixture:
+    if negatives.extrapolation == "released":
+        return Mixture(q=Affine(1, -1), first=Affine(0, 1))
+    return Mixture(q=Affine(0, -1), first=Affine(1, 1))
+
+
+#: SynCo (arXiv 2410.02401), types 1 to 6. MoCHi (arXiv 2010.01028) uses `mixed` (s) and `interpolated` (s'). The
+#: gradient of q.n with respect to n is q, which gives types 5 and 6 their short form.
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "interpolated",
+        1,
+        "Type 1, MoCHi's s': between the query and a hard negative",
+        "t q + (1 - t) n_i",
+        vector=lambda q, n_i, n_j, t, e, negatives: t * q + (1 - t) * n_i,
+        mixture=lambda negatives: Mixture(q=Affine(0, 1), first=Affine(1, -1)),
+        published=256,
+        range=(0.0, 0.5),
+    ),
+    Family(
+        "extrapolated",
+        2,
+        "Type 2: on the line through query and hard negative, beyond the latter",
+        "q + t (n_i - q), or n_i + t (n_i - q)",
+        vector=_extrapolated,
+        mixture=_extrapolated_mixture,
+        published=256,
+        range=(1.0, 1.5),
+    ),
+    Family(
+        "mixed",
+        3,
+        "Type 3, MoCHi's s: between two hard negatives",
+        "t n_i + (1 - t) n_j",
+        vector=lambda q, n_i, n_j, t, e, negatives: t * n_i + (1 - t) * n_j,
+        mixture=lambda negatives: Mixture(first=Affine(0, 1), second=Affine(1, -1)),
+        published=256,
+        range=(0.0, 1.0),
+        paired=True,
+    ),
+    Family(
+        "noisy",
+        4,
+        "Type 4: a hard negative with normal noise of strength sigma",
+        "n_i + sigma e",
+        vector=lambda q, n_i, n_j, t, e, negatives: n_i + negatives.sigma * e,
+        mixture=lambda negatives: Mixture(first=Affine(1, 0), noise=negatives.sigma),
+        published=64,
+        strength=("sigma", 0.01),
+        noisy=True,
+    ),
+    Family(
+        "perturbed",
+        5,
+        "Type 5: a hard negative moved along the gradient of its similarity by delta",
+        "n_i + delta q",
+        vector=lambda q, n_i, n_j, t, e, negatives: n_i + negatives.delta * q,
+        mixture=lambda negatives: Mixture(first=Affine(1, 0), q=Affine(negatives.delta, 0)),
+        published=64,
+        strength=("delta", 0.01),
+    ),
+    Family(
+        "adversarial",
+        6,
+        "Type 6: a hard negative moved along the sign of that gradient by eta",
+        "n_i + eta sign(q)",
+        vector=lambda q, n_i, n_j, t, e, negatives: n_i + negatives.eta * q.sign(),
+        mixture=lambda negatives: Mixture(first=Affine(1, 0), sign=negatives.eta),
+        published=64,
+        strength=("eta", 0.01),
+    ),
+)
+
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True)
+    class _Fields:
+        """The fields as type checkers and editors see them; a test holds them to the table."""
+
+        hard: int = 0
+        interpolated: int = 0
+        extrapolated: int = 0
+        mixed: int = 0
+        noisy: int = 0
+        perturbed: int = 0
+        adversarial: int = 0
+        extrapolation: Extrapolation = "released"
+        interpolated_range: tuple[float, float] = (0.0, 0.5)
+        extrapolated_range: tuple[float, float] = (1.0, 1.5)
+        mixed_range: tuple[float, float] = (0.0, 1.0)
+        sigma: float = 0.01
+        delta: float = 0.01
+        eta: float = 0.01
+
+else:
+    _Fields = make_dataclass(
+        "_Fields",
+        [
+            ("hard", int, 0),
+            *((family.name, int, 0) for family in FAMILIES),
+            ("extrapolation", Extrapolation, "released"),
+            *((f"{family.name}_range", tuple[float, float], family.range) for family in FAMILIES if family.range),
+            *((family.strength[0], float, family.strength[1]) for family in FAMILIES if family.strength),
+        ],
+        frozen=True,
+    )
+
+
+@dataclass(frozen=True)
+class Negatives(_Fields):
     """How many negatives of which kind a query meets beside the queue. Frozen and hashable.
 
     Use the constructors `moco`, `mochi` and `synco`; `replace(negatives, mixed=0)` changes one field.
@@ -94,21 +216,6 @@ class Negatives:
             finite, a strength is not finite, or the formula's name is unknown.
     """
 
-    hard: int = 0
-    interpolated: int = 0
-    extrapolated: int = 0
-    mixed: int = 0
-    noisy: int = 0
-    perturbed: int = 0
-    adversarial: int = 0
-    extrapolation: Extrapolation = "released"
-    interpolated_range: tuple[float, float] = (0.0, 0.5)
-    extrapolated_range: tuple[float, float] = (1.0, 1.5)
-    mixed_range: tuple[float, float] = (0.0, 1.0)
-    sigma: float = 0.01
-    delta: float = 0.01
-    eta: float = 0.01
-
     def __post_init__(self) -> None:
         for name in ("hard", *(family.name for family in FAMILIES)):
             count = getattr(self, name)
@@ -125,9 +232,9 @@ class Negatives:
                 low, high = self.range_of(family)
                 if not (math.isfinite(low) and math.isfinite(high) and low <= high):
                     raise ValueError(f"{family.name}_range: found ({low}, {high}), expected finite low <= high")
-        for name in ("sigma", "delta", "eta"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}: found {getattr(self, name)}, expected a finite number")
+            if family.strength and not math.isfinite(self.strength_of(family)):
+                name = family.strength[0]
+                raise ValueError(f"{name}: found {self.strength_of(family)}, expected a finite number")
 
     @classmethod
     def moco(cls) -> Negatives:
@@ -140,20 +247,15 @@ class Negatives:
         return cls(hard=hard, mixed=s, interpolated=s_prime)
 
     @classmethod
-    def synco(
-        cls,
-        hard: int = 1024,
-        *,
-        interpolated: int = 256,
-        extrapolated: int = 256,
-        mixed: int = 256,
-        noisy: int = 64,
-        perturbed: int = 64,
-        adversarial: int = 64,
-        extrapolation: Extrapolation = "released",
-    ) -> Negatives:
-        """SynCo: all six types with the published counts, 960 in all."""
-        return cls(hard, interpolated, extrapolated, mixed, noisy, perturbed, adversarial, extrapolation)
+    def synco(cls, hard: int = 1024, **changes: Any) -> Negatives:
+        """SynCo: all six types with the published counts, 960 in all.
+
+        Args:
+            hard: N.
+            changes: Fields that differ, by name: counts, ``extrapolation``, ranges and strengths.
+        """
+        published: dict[str, Any] = {family.name: family.published for family in FAMILIES}
+        return cls(hard, **published | changes)
 
     @property
     def synthetic(self) -> int:
@@ -175,20 +277,15 @@ class Negatives:
         return (family for family in FAMILIES if self.count_of(family))
 
     def range_of(self, family: Family) -> tuple[float, float]:
-        """The half-open range of the family's coefficient t; only for a family with ``ranged``."""
+        """The half-open range of the family's coefficient t; only for a family with a ``range``."""
         low, high = getattr(self, f"{family.name}_range")
         return float(low), float(high)
 
+    def strength_of(self, family: Family) -> float:
+        """The family's number; only for a family with a ``strength``."""
+        assert family.strength is not None
+        return float(getattr(self, family.strength[0]))
+
     def mixture(self, family: Family) -> Mixture:
         """The family's place in the general form."""
-        released = self.extrapolation == "released"
-        return {
-            "interpolated": Mixture(q=Affine(0, 1), first=Affine(1, -1)),
-            "extrapolated": Mixture(q=Affine(1, -1), first=Affine(0, 1))
-            if released
-            else Mixture(q=Affine(0, -1), first=Affine(1, 1)),
-            "mixed": Mixture(first=Affine(0, 1), second=Affine(1, -1)),
-            "noisy": Mixture(first=Affine(1, 0), noise=self.sigma),
-            "perturbed": Mixture(first=Affine(1, 0), q=Affine(self.delta, 0)),
-            "adversarial": Mixture(first=Affine(1, 0), sign=self.eta),
-        }[family.name]
+        return family.mixture(self)

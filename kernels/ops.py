@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -127,24 +127,22 @@ def _counts(negatives: Negatives) -> list[int]:
 
 
 def _numbers(negatives: Negatives) -> list[float]:
+    """Its other numbers: both ends of each range, then each strength, in the order of the table."""
     ranges = [bound for family in FAMILIES if family.ranged for bound in negatives.range_of(family)]
-    return [*ranges, negatives.sigma, negatives.delta, negatives.eta]
+    return [*ranges, *(negatives.strength_of(family) for family in FAMILIES if family.strength)]
 
 
 def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: str) -> Negatives:
-    low1, high1, low2, high2, low3, high3, sigma, delta, eta = numbers
-    ranges = (low1, high1), (low2, high2), (low3, high3)
-    by_name = dict(zip(("hard", *(family.name for family in FAMILIES)), counts, strict=True))
-    return Negatives(
-        **by_name,
-        extrapolation=cast(Extrapolation, extrapolation),
-        interpolated_range=ranges[0],
-        extrapolated_range=ranges[1],
-        mixed_range=ranges[2],
-        sigma=sigma,
-        delta=delta,
-        eta=eta,
-    )
+    """The description that `_counts` and `_numbers` took apart."""
+    given = iter(numbers)
+    fields: dict[str, Any] = dict(zip(("hard", *(family.name for family in FAMILIES)), counts, strict=True))
+    for family in FAMILIES:
+        if family.ranged:
+            fields[f"{family.name}_range"] = next(given), next(given)
+    for family in FAMILIES:
+        if family.strength:
+            fields[family.strength[0]] = next(given)
+    return Negatives(**fields, extrapolation=cast(Extrapolation, extrapolation))
 
 
 def unserved_by_triton(q: Tensor, queue: Tensor, temperature: float) -> str | None:

@@ -11,7 +11,6 @@ query, T is the temperature. With s the synthetic negatives, a row's loss is Inf
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,27 +59,6 @@ def mean_of_finite(similarity: Tensor) -> Tensor:
     return similarity.masked_fill(similarity == -torch.inf, torch.nan).nanmean(dim=-1)
 
 
-# Called with (q, n_i, n_j, t, e, negatives); n_j, t and e are None where the family has none, so it uses none.
-Formula = Callable[..., Tensor]
-
-
-def _extrapolate(q: Tensor, n: Tensor, t: Tensor, negatives: Negatives) -> Tensor:
-    start = q if negatives.extrapolation == "released" else n
-    return start + t * (n - q)
-
-
-#: SynCo's types 1 to 6 before normalising. Shapes: q (B, 1, D), n_i and n_j (B, n, D), t (B, n, 1),
-#: e (B, n, D). The gradient of q.n with respect to n is q, which gives types 5 and 6 their short form.
-FORMULAS: dict[str, Formula] = {
-    "interpolated": lambda q, n_i, n_j, t, e, negatives: t * q + (1 - t) * n_i,
-    "extrapolated": lambda q, n_i, n_j, t, e, negatives: _extrapolate(q, n_i, t, negatives),
-    "mixed": lambda q, n_i, n_j, t, e, negatives: t * n_i + (1 - t) * n_j,
-    "noisy": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.sigma * e,
-    "perturbed": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.delta * q,
-    "adversarial": lambda q, n_i, n_j, t, e, negatives: n_i + negatives.eta * q.sign(),
-}
-
-
 def hard_negatives(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
     """Q^N: the N queue keys with the largest similarity, ties resolved towards the smaller queue index.
 
@@ -89,10 +67,14 @@ def hard_negatives(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
         hard: N, at most K.
 
     Returns:
-        Similarities and queue indices, (B, N) each, ordered by similarity descending, then index ascending.
+        Similarities and queue indices, (B, N) each, in ascending order of the index. Masked keys, chosen where fewer
+        than N are left, come last. Positions in Q^N are drawn uniformly, so the order changes no distribution; this
+        one needs no sort in the kernels.
     """
-    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :hard]
-    return similarity.gather(1, order), order
+    index = similarity.argsort(dim=1, descending=True, stable=True)[:, :hard].sort(dim=1).values
+    masked = similarity.gather(1, index).isneginf()
+    index = index.gather(1, masked.to(torch.uint8).argsort(dim=1, stable=True))
+    return similarity.gather(1, index), index
 
 
 def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, Draw]) -> dict[str, Tensor]:
@@ -113,10 +95,11 @@ def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, D
         return None if position is None else hard.gather(1, position[..., None].expand(-1, -1, hard.shape[-1]))
 
     vectors = {}
-    for name, drawn in draws.items():
+    for family in negatives.active():
+        drawn = draws[family.name]
         t = None if drawn.coefficient is None else drawn.coefficient[..., None]
         n_i, n_j = picked(drawn.first), picked(drawn.second)
-        vectors[name] = normalize(FORMULAS[name](q, n_i, n_j, t, drawn.noise, negatives), dim=-1)
+        vectors[family.name] = normalize(family.vector(q, n_i, n_j, t, drawn.noise, negatives), dim=-1)
     return vectors
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -30,13 +32,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error(f"unknown argument {rest[0]}")
     console = Console()
     try:
-        code: int = options.run(options, rest, console)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code: int = options.run(options, rest, console)
     except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line for what this package warns of, from one process of a job; Python's own form for the rest."""
+    from synco_fast.runtime.migrations import OldLayoutWarning
+
+    if not issubclass(category, OldLayoutWarning):
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+    elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        Console(stderr=True).print(escape(str(message)), style="yellow", highlight=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:

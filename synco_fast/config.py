@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Decode, PipelineName
 from synco_fast.data.sources.decode import Limits
-from synco_fast.generated.generator import check_size
 from synco_fast.kernels import FAMILIES, Backend, Negatives
 from synco_fast.kernels.negatives import Extrapolation
+from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.migrations import migrate_config
 
 __all__ = ["Config", "build_config", "read_config"]
 
@@ -63,10 +64,9 @@ class ModelConfig(Section):
 
 
 class MethodConfig(Section):
-    """Which negatives. A count that is not set takes the method's published value times ``count_scale``."""
+    """Which method. A count that is not set takes the method's published value times ``count_scale``."""
 
-    name: Literal["moco", "mochi", "synco", "generated"] = Field("synco", description="MoCo v2, MoCHi, SynCo or pairs")
-    base: Literal["moco", "mochi", "synco"] = Field("moco", description="Whose synthetic negatives `generated` takes")
+    name: str = Field("synco", description=f"The method: {', '.join(spec.title for spec in METHODS.values())}")
     queue: int = Field(65536, ge=1, description="K, past keys")
     temperature: float = Field(0.2, gt=0, description="T")
     count_scale: float = Field(1.0, gt=0, description="Share of the published counts that the unset ones take")
@@ -82,16 +82,25 @@ class MethodConfig(Section):
     cooldown_epochs: int = Field(0, ge=0, description="Last epochs without synthetic negatives")
     symmetric: bool = Field(False, description="Each view serves as query and as key")
     mask_same_image: bool = Field(False, description="Keys of the query's own image are no negatives")
-    backend: Backend = Field("auto", description="What computes the head")
+    backend: Backend = Field("auto", description="What computes the loss")
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodConfig:
+        if self.name not in METHODS:
+            *names, last = (repr(name) for name in METHODS)
+            raise ValueError(f"name: found {self.name!r}, expected {', '.join(names)} or {last}")
+        return self
 
     def negatives(self) -> Negatives:
-        """The description that the head takes.
+        """The description that the loss takes.
 
         Raises:
-            ConfigError: The counts contradict one another.
+            ConfigError: The counts contradict one another, or the method has no queue.
         """
-        whose = self.base if self.name == "generated" else self.name
-        published = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}[whose]()
+        known = with_queue()
+        if self.name not in known:
+            raise ConfigError(f"method.name: found {self.name}, expected one with a queue: {', '.join(known)}")
+        published = known[self.name]()
         counts = {}
         for name in ("hard", *(family.name for family in FAMILIES)):
             own = getattr(self, name)
@@ -103,10 +112,10 @@ class MethodConfig(Section):
 
 
 class GeneratedConfig(Section):
-    """The pair of generators of `generated`, after Wu et al. (arXiv 2202.06464)."""
+    """Pairs of generated images as further positives, after Wu et al. (arXiv 2202.06464)."""
 
     pair: Literal["joint", "frozen", "none"] = Field(
-        "joint", description="Learned with the encoder, fixed, or left out"
+        "none", description="joint: generators learn with the encoder; frozen: they are fixed; none: no pairs"
     )
     checkpoint: str | None = Field(None, description="The run of pretrain-generator that both generators start from")
     latent: int = Field(128, ge=1, description="As in that run")
@@ -121,7 +130,14 @@ class GeneratedConfig(Section):
     betas: tuple[float, float] = (0.0, 0.99)
     r1: float = Field(0.1, ge=0, description="Weight of R1")
     r1_every: int = Field(16, ge=1, description="Steps between two computations of R1")
-    collapse: float = Field(0.2, ge=0, description="Diversity, as a share of the real images', that is warned of below")
+    collapse: float = Field(
+        0.2, ge=0, description="Warn of mode collapse when diversity falls below this fraction of the real images'"
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether pairs are made."""
+        return self.pair != "none"
 
 
 class OptimizerConfig(Section):
@@ -192,12 +208,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
-        negatives, batch = self.method.negatives(), self.training.batch
-        keys = self.keys_per_step
-        if self.method.queue < keys:
-            raise ConfigError(f"method.queue: found {self.method.queue}, expected {keys} or more, the keys of one step")
-        if negatives.hard > self.method.queue:
-            raise ConfigError(f"method.hard: found {negatives.hard}, expected up to {self.method.queue}, the queue")
+        method, batch = self.method, self.training.batch
+        if method.name in with_queue():
+            hard, keys = method.negatives().hard, batch * (1 + method.symmetric)
+            if method.queue < keys:
+                raise ConfigError(f"method.queue: found {method.queue}, expected {keys} or more, the keys of one step")
+            if hard > method.queue:
+                raise ConfigError(f"method.hard: found {hard}, expected up to {method.queue}, the queue")
         groups = self.model.batch_norm_groups
         if batch % groups:
             raise ConfigError(
@@ -205,30 +222,10 @@ class Config(Section):
             )
         if self.model.sync_batch_norm and groups > 1:
             raise ConfigError(f"model.batch_norm_groups: found {groups}, expected 1 beside model.sync_batch_norm")
-        if self.generates:
-            self._generates_here()
+        extra = extra_of(self)
+        if extra is not None:
+            extra.check(self)
         return self
-
-    def _generates_here(self) -> None:
-        training = self.training
-        check_size(self.augment.size, "augment.size")
-        for name, found, expected in (
-            ("training.accumulate", training.accumulate, 1),
-            ("training.cuda_graph", training.cuda_graph, False),
-            ("training.compile", training.compile, "none"),
-        ):
-            if found != expected:
-                raise ConfigError(f"{name}: found {found}, expected {expected} beside generated pairs")
-
-    @property
-    def keys_per_step(self) -> int:
-        """How many keys enter the queue in a step."""
-        return self.training.batch * (1 + self.method.symmetric) + self.generates * self.generated.batch
-
-    @property
-    def generates(self) -> bool:
-        """Whether pairs of generated images are positives beside the real ones."""
-        return self.method.name == "generated" and self.generated.pair != "none"
 
     @property
     def learning_rate(self) -> float:
@@ -250,7 +247,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
     Raises:
         ConfigError: An unknown key (with the nearest one), or a value that is not allowed.
     """
-    merged = _copy(values)
+    merged = _copy(migrate_config(values))
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
         inside = merged
@@ -260,7 +257,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
                 raise ConfigError(f"{dotted}: found no section of that name{_nearest(dotted)}")
         inside[last] = value
     try:
-        return Config.model_validate(merged)
+        return Config.model_validate(migrate_config(merged))
     except ValidationError as error:
         raise ConfigError(_explain(error)) from error
 

@@ -1,4 +1,4 @@
-"""The head as a drop-in loss for training loops of one's own."""
+"""The contrastive loss as a module, for training loops of one's own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from synco_fast.kernels import Backend, Contrast, Negatives, Statistics, synthetic_contrast
+from synco_fast.methods import with_queue
 from synco_fast.models.queue import KeyQueue
 from synco_fast.runtime.collectives import gather_rows, rank
 
 __all__ = ["SynthContrastLoss"]
-
-_METHODS = {"moco": Negatives.moco, "mochi": Negatives.mochi, "synco": Negatives.synco}
 
 
 class SynthContrastLoss(nn.Module):
@@ -24,12 +23,12 @@ class SynthContrastLoss(nn.Module):
     initialised, the keys of all ranks, whose batches must be equal in size, enter each rank's queue.
 
     Args:
-        method: ``"synco"``, ``"mochi"``, ``"moco"``, or a `Negatives` of your own.
+        method: The name of a method with a queue, such as ``"synco"``, or a `Negatives` of your own.
         dim: D, width of the embeddings.
         queue: K, past keys; at least the batch.
         temperature: T.
         seed: Of the queue's random first rows and of the draws. Ranks of one job share it.
-        backend: What computes the head.
+        backend: What computes the loss.
 
     Attributes:
         queue: The `KeyQueue`.
@@ -53,9 +52,10 @@ class SynthContrastLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(method, str) and method not in _METHODS:
-            raise ValueError(f"method: found {method!r}, expected {', '.join(_METHODS)} or Negatives")
-        self.negatives = _METHODS[method]() if isinstance(method, str) else method
+        known = with_queue()
+        if isinstance(method, str) and method not in known:
+            raise ValueError(f"method: found {method!r}, expected {', '.join(known)} or Negatives")
+        self.negatives = known[method]() if isinstance(method, str) else method
         if self.negatives.hard > queue:
             raise ValueError(f"queue: found {queue}, expected {self.negatives.hard} or more, the hard negatives N")
         self.queue = KeyQueue(queue, dim, seed=seed)
@@ -77,7 +77,7 @@ class SynthContrastLoss(nn.Module):
             ConfigError: The batch is larger than the queue.
         """
         q, k = normalize(query.float(), dim=1), normalize(key.detach().float(), dim=1)
-        owners = images if images is not None else self.queue.images.new_full((len(k),), -1)
+        owners = images if images is not None else self.queue.image_ids.new_full((len(k),), -1)
         # The reference form keeps the queue for its backward pass, and the keys enter before that.
         rows = self.queue.rows.clone() if self.backend == "reference" and self.training else self.queue.rows
         found: Contrast = synthetic_contrast(
@@ -90,7 +90,7 @@ class SynthContrastLoss(nn.Module):
             step=self.step,
             first_row=rank() * len(q),
             image_ids=images,
-            queue_ids=None if images is None else self.queue.images,
+            queue_ids=None if images is None else self.queue.image_ids,
             backend=self.backend,
         )
         self.statistics = found.statistics

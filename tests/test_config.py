@@ -55,7 +55,7 @@ def test_one_line_changes_the_method():
         ({"methd.temperature": 0.1}, "methd: found an unknown key"),
         ({"temperature": 0.1}, "temperature: found an unknown key; did you mean method.temperature?"),
         ({"augment.sizes": 3}, "augment.sizes: found an unknown key; did you mean augment.size?"),
-        ({"method.name": "simclr"}, "method.name: found 'simclr', expected 'moco', 'mochi', 'synco' or 'generated'"),
+        ({"method.name": "mocov9"}, "method.name: found 'mocov9', expected 'moco', 'mochi', 'synco'"),
         ({"training.batch": "many"}, "training.batch: found 'many', expected a valid integer"),
         ({"training.batch": 0}, "training.batch: found 0, expected greater than or equal to 1"),
         ({"method.temperature": 0}, "method.temperature: found 0, expected greater than 0"),

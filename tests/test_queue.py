@@ -11,7 +11,7 @@ def test_it_starts_with_unit_rows_of_its_seed():
     assert torch.allclose(queue.rows.norm(dim=1), torch.ones(50))
     assert torch.equal(queue.rows, KeyQueue(50, 8, seed=1).rows)
     assert not torch.equal(queue.rows, KeyQueue(50, 8, seed=2).rows)
-    assert (queue.images == -1).all()
+    assert (queue.image_ids == -1).all()
 
 
 def test_first_in_first_out_with_wrapping():
@@ -25,7 +25,7 @@ def test_first_in_first_out_with_wrapping():
         place = (int(queue.pointer) - len(newest)) % 7
         for offset, (key, image) in enumerate(newest):
             assert torch.equal(queue.rows[(place + offset) % 7], key)
-            assert int(queue.images[(place + offset) % 7]) == image
+            assert int(queue.image_ids[(place + offset) % 7]) == image
     assert int(queue.pointer) == 18 % 7
 
 

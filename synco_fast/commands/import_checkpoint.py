@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.methods import METHODS
 
 __all__ = ["add"]
 
@@ -22,7 +23,7 @@ def add(verbs: Verbs) -> None:
         "synco-fast import moco_v2_800ep_pretrain.pth.tar --method moco --out moco-v2-800.pt",
     )
     command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
-    command.add_argument("--method", required=True, choices=("moco", "mochi", "synco"), help="what pretrained it")
+    command.add_argument("--method", required=True, choices=tuple(METHODS), help="what pretrained it")
     command.add_argument("--backbone", metavar="NAME", help="the architecture, where the file does not say")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write, .pt")
     command.add_argument("--json", type=Path, metavar="FILE", help="write what was done here as well")

@@ -32,9 +32,9 @@ def add(verbs: Verbs) -> None:
     command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo; short for --data.source")
     command.add_argument("--seed", type=int, help="decides weights, order, views and draws")
     command.add_argument("--out", type=Path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
-    command.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    command.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder")
     command.add_argument(
-        "--continue", action="store_true", dest="go_on", help="go on with the run in --out where there is one"
+        "--continue", action="store_true", dest="go_on", help="resume the run in --out where there is one"
     )
     command.add_argument("--max-steps", type=int, metavar="N", help="short for --training.max_steps")
     command.add_argument("--max-time", type=float, metavar="MINUTES", help="short for --training.max_time")
@@ -42,16 +42,18 @@ def add(verbs: Verbs) -> None:
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.evaluation.protocol import evaluate_backbone
     from synco_fast.runtime.distributed import Place, joined
     from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
+    from synco_fast.training.pretraining import Pretraining
 
     config, resume = _what_to_do(options, overrides_of(rest))
     place = Place.find()
     with joined(place, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
-        trainer = Trainer(config, folder, resume=resume, console=console, control=control)
-        summary = trainer.run()
+        task = Pretraining(config, control=control, evaluate=evaluate_backbone)
+        summary = Trainer(task, folder, resume=resume, console=console).run()
     if place.first:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
@@ -60,7 +62,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
 
 
 def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path | None]:
-    """The configuration, and the run to go on with."""
+    """The configuration, and the run to resume."""
     from synco_fast.config import build_config
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
@@ -89,7 +91,7 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
 
 
 def _new_folder(out: Path | None, config: Config, control: Control) -> Path:
-    """Where a new run goes: the first process chooses, since the name holds the time."""
+    """Where a new run goes: rank 0 chooses, since the name holds the time."""
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.training.run_folder import choose_run_folder
 
@@ -110,7 +112,7 @@ def _print_summary(summary: Any, console: Console) -> None:
     def percent(share: float | None) -> str:
         return "not evaluated" if share is None else f"{share:.1%}"
 
-    done = "" if summary.finished else f", stopped on request: go on with --resume {summary.run}"
+    done = "" if summary.finished else f", stopped on request: resume with --resume {summary.run}"
     table = two_columns(f"{summary.method} on {summary.source}: {summary.epochs:g} epochs{done}")
     rows = [
         ("kNN before", percent(summary.knn_before)),

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Verbs, two_columns
+
+if TYPE_CHECKING:
+    from synco_fast.generated.kid import Features
 
 __all__ = ["add"]
 
@@ -19,21 +23,22 @@ def add(verbs: Verbs) -> None:
     command = verbs.add(
         "pretrain-generator",
         _pretrain_generator,
-        "Train a generator on unlabelled images, for --method.name generated. Its keys are set as --key VALUE.",
+        "Train a generator on unlabelled images, for --generated.pair joint. Its keys are set as --key VALUE.",
         "synco-fast pretrain-generator --data demo --out runs/generator --size 64 --steps 20000",
         overrides=True,
     )
     command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo")
     command.add_argument("--out", type=Path, metavar="DIR", help="the run folder; runs/generator-DATE-TIME by default")
-    command.add_argument("--resume", type=Path, metavar="RUN", help="go on with the run in this folder")
+    command.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
 
 
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.generated.config import build_generator_config
-    from synco_fast.generated.stage_one import GeneratorTrainer
+    from synco_fast.generated.stage_one import GeneratorTraining
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
+    from synco_fast.training.loop import Trainer
     from synco_fast.training.run_folder import choose_run_folder, read_run_config
 
     values = overrides_of(rest)
@@ -51,11 +56,12 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
         raise ConfigError("data: found none, expected --data SOURCE, or --resume RUN")
     else:
         folder = choose_run_folder(options.out, "generator")
-    trainer = GeneratorTrainer(build_generator_config(values), folder, resume=options.resume, console=console)
-    summary = trainer.run()
+    config = build_generator_config(values)
+    task = GeneratorTraining(config, _features(config.encoder) if config.encoder and config.quality_every else None)
+    summary = Trainer(task, folder, resume=options.resume, console=console).run()
     if options.json is not None:
         write_json(options.json, summary)
-    done = "" if summary["finished"] else f", stopped on request: go on with --resume {folder}"
+    done = "" if summary["finished"] else f", stopped on request: resume with --resume {folder}"
     table = two_columns(f"generator on {summary['source']}: {summary['steps']:,} steps{done}")
     kid = "not measured" if summary["kid"] is None else f"{summary['kid']:.4f} on {summary['kid_network']}"
     spread = "not measured" if summary["diversity"] is None else f"{summary['diversity']:.2f} of the real images'"
@@ -72,3 +78,13 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
         table.add_row(name, value)
     console.print(table)
     return 0
+
+
+def _features(encoder: str) -> Features:
+    """What KID is measured on: the backbone of a checkpoint of pretrain."""
+    from synco_fast.export.load import backbone_of, read_weights
+    from synco_fast.generated.kid import Features
+
+    weights = read_weights(Path(encoder))
+    config = weights.config
+    return Features(backbone_of(weights), config.augment, f"{config.model.backbone} of {weights.file}")

@@ -6,17 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from synco_fast.config import Config
 from synco_fast.export.load import Weights
+from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.environment import describe_environment
 
 __all__ = ["known_results", "write_card"]
-
-_METHODS = {
-    "moco": "MoCo v2 ([arXiv 2003.04297](https://arxiv.org/abs/2003.04297))",
-    "mochi": "MoCHi ([arXiv 2010.01028](https://arxiv.org/abs/2010.01028))",
-    "synco": "SynCo ([arXiv 2410.02401](https://arxiv.org/abs/2410.02401))",
-    "generated": "generated pairs, after Wu et al. ([arXiv 2202.06464](https://arxiv.org/abs/2202.06464))",
-}
 
 
 def known_results(run: Path | None) -> dict[str, str]:
@@ -65,11 +60,9 @@ def write_card(
         licence: Of the weights, as their owner states it.
     """
     config = weights.config
-    negatives = config.method.negatives()
-    counts = {family.name: negatives.count_of(family) for family in negatives.active()}
     environment = {**describe_environment(), **_json(weights.run / "environment.json" if weights.run else Path())}
     rows = {
-        "method": _METHODS[config.method.name],
+        "method": _method(config),
         "backbone": config.model.backbone
         + (f" with {config.model.backbone_args}" if config.model.backbone_args else "")
         + (", small stem" if config.model.small_stem else ""),
@@ -81,8 +74,7 @@ def write_card(
     else:
         rows |= {
             "steps": f"{weights.step:,} of {config.training.batch} images",
-            "queue, temperature": f"{config.method.queue:,}, {config.method.temperature:g}",
-            "synthetic negatives per query": ", ".join(f"{n} {name}" for name, n in counts.items()) or "none",
+            **_negatives(config),
             "seed": str(config.seed),
         }
     recipe = config.augment
@@ -119,3 +111,22 @@ def write_card(
         "",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _method(config: Config) -> str:
+    """Title and paper of the method, and of an extra that it had."""
+    spec, extra = METHODS[config.method.name], extra_of(config)
+    parts = [(spec.title, spec.arxiv), *([(extra.title, extra.arxiv)] if extra else [])]
+    return " with ".join(f"{title} ([arXiv {number}](https://arxiv.org/abs/{number}))" for title, number in parts)
+
+
+def _negatives(config: Config) -> dict[str, str]:
+    """What a method with a queue contrasts with."""
+    if config.method.name not in with_queue():
+        return {}
+    negatives = config.method.negatives()
+    counts = [f"{negatives.count_of(family)} {family.name}" for family in negatives.active()]
+    return {
+        "queue, temperature": f"{config.method.queue:,}, {config.method.temperature:g}",
+        "synthetic negatives per query": ", ".join(counts) or "none",
+    }

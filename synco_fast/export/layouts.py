@@ -57,7 +57,7 @@ def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
             renamed[f"{ours}.head.{head}" if head != found[2] else f"{ours}.backbone.{head}"] = value
         elif name.removeprefix("module.") == "queue":
             renamed["queue.rows"] = value.T.contiguous()
-            renamed["queue.images"] = torch.full((value.shape[1],), -1)
+            renamed["queue.image_ids"] = torch.full((value.shape[1],), -1)
         elif name.removeprefix("module.") == "queue_ptr":
             renamed["queue.pointer"] = value.reshape(())
         else:

@@ -15,6 +15,7 @@ from synco_fast.export.layouts import from_moco, is_moco
 from synco_fast.models.encoder import build_backbone
 from synco_fast.runtime.checkpoint import FORMAT, find_checkpoint, read_tensors
 from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.migrations import migrate_checkpoint
 
 __all__ = ["Weights", "backbone_of", "fit", "load_backbone", "read_weights"]
 
@@ -114,7 +115,7 @@ def read_weights(path: Path) -> Weights:
         return _from_safetensors(path)
     content = read_tensors(path)
     if isinstance(content, dict) and content.get("format") == FORMAT and "method" in content:
-        return _own(content, path)
+        return _own(migrate_checkpoint(content), path)
     if is_moco(content) and isinstance(content.get("synco_fast"), dict):
         return _described(content["synco_fast"], from_moco(content["state_dict"], str(path)), path)
     if is_moco(content):

@@ -1,4 +1,4 @@
-"""The configuration of stage one, the training of a generator."""
+"""The configuration of stage one, the training of a generator, and what stage two asks of a configuration."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from synco_fast.config import Section
+from synco_fast.config import Config, Section
 from synco_fast.generated.generator import check_size
+from synco_fast.methods import with_queue
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["GeneratorConfig", "build_generator_config"]
+__all__ = ["GeneratorConfig", "build_generator_config", "check_pairs"]
 
 
 class GeneratorConfig(Section):
@@ -75,3 +76,28 @@ def build_generator_config(values: dict[str, Any]) -> GeneratorConfig:
         name = ".".join(map(str, first["loc"]))
         said = first["msg"].replace("Input should be ", "")
         raise ConfigError(f"{name}: found {first['input']!r}, expected {said}") from error
+
+
+def check_pairs(config: Config) -> None:
+    """Raise where pairs of generated images cannot be had beside the rest of a configuration.
+
+    Raises:
+        ConfigError: As its line says.
+    """
+    training, known = config.training, with_queue()
+    if config.method.name not in known:
+        raise ConfigError(
+            f"generated.pair: found {config.generated.pair}, expected none beside method.name {config.method.name}, "
+            f"since pairs need the queue of {', '.join(known)}"
+        )
+    check_size(config.augment.size, "augment.size")
+    for name, found, expected in (
+        ("training.accumulate", training.accumulate, 1),
+        ("training.cuda_graph", training.cuda_graph, False),
+        ("training.compile", training.compile, "none"),
+    ):
+        if found != expected:
+            raise ConfigError(f"{name}: found {found}, expected {expected} beside generated pairs")
+    keys = training.batch * (1 + config.method.symmetric) + config.generated.batch
+    if config.method.queue < keys:
+        raise ConfigError(f"method.queue: found {config.method.queue}, expected {keys} or more, the keys of one step")

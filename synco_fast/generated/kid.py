@@ -1,4 +1,4 @@
-"""How good generated images are: kernel inception distance on the features of a stated network."""
+"""KID: kernel inception distance between real and generated images, on the features of a stated network."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -15,15 +15,22 @@ from torch.nn.functional import interpolate, normalize
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
-from synco_fast.export.load import backbone_of, read_weights
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["Quality"]
+__all__ = ["KID", "Features"]
 
 _SUBSETS = 10
 
 
-class _Features(nn.Module):
+class Features(NamedTuple):
+    """What gives the features: a backbone, the recipe of its input, and its name in words."""
+
+    backbone: nn.Module
+    recipe: Recipe
+    network: str
+
+
+class _Embed(nn.Module):
     """Images in [0, 255] to features (n, F) of length sqrt(F), so that the kernel's scale is the same everywhere."""
 
     def __init__(self, backbone: nn.Module, recipe: Recipe) -> None:
@@ -38,12 +45,12 @@ class _Features(nn.Module):
         return features * math.sqrt(features.shape[1])
 
 
-class Quality:
+class KID:
     """KID (arXiv 1801.01401) between real and generated images, by torchmetrics; lower is better, 0 the best.
 
     Args:
-        encoder: A checkpoint of `pretrain` whose backbone gives the features. Without one a ResNet-18 with fixed random
-            weights does: such figures compare runs, but with nothing published.
+        features: Of an encoder of one's own; by default of a ResNet-18 with fixed random weights: such values compare
+            runs with one another, not with anything published.
         size: Side of the images.
         device: Where.
 
@@ -52,25 +59,21 @@ class Quality:
 
     Raises:
         ConfigError: torchmetrics is not installed.
-        CheckpointError: The encoder cannot be read.
     """
 
-    def __init__(self, encoder: str | None, size: int, device: torch.device) -> None:
+    def __init__(self, features: Features | None, size: int, device: torch.device) -> None:
         if importlib.util.find_spec("torchmetrics") is None:
             raise ConfigError(
                 "quality_every: found no torchmetrics, expected 0, or pip install 'synco-fast[generator]'"
             )
-        if encoder is None:
+        if features is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 backbone: nn.Module = torchvision.models.resnet18(weights=None)
             backbone.fc = nn.Identity()
-            recipe, self.network = Recipe(size=size), "ResNet-18 with random weights (seed 0)"
-        else:
-            weights = read_weights(Path(encoder))
-            backbone, recipe = backbone_of(weights), weights.config.augment
-            self.network = f"{weights.config.model.backbone} of {weights.file}"
-        self._features = _Features(backbone, recipe).to(device).eval().requires_grad_(False)
+            features = Features(backbone, Recipe(size=size), "ResNet-18 with random weights (seed 0)")
+        self.network = features.network
+        self._features = _Embed(features.backbone, features.recipe).to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def measure(self, real: Iterable[Tensor], generated: Iterable[Tensor], images: int) -> float:

@@ -5,58 +5,50 @@ Built without the paper's equations: the form here is this project's reading, de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, relu
+from torch.nn.functional import normalize
 
-from synco_fast.data.augment.recipe import Recipe
+from synco_fast.config import Config
+from synco_fast.data.seeding import derive_seed
+from synco_fast.data.sources.splits import Split
 from synco_fast.generated.augment import draw_views, view
 from synco_fast.generated.discriminator import Discriminator
+from synco_fast.generated.game import Clock, Game, Played
 from synco_fast.generated.generator import Generator
+from synco_fast.generated.plots import draw_pair_curves, draw_samples
+from synco_fast.generated.real_images import ResidentImages
 from synco_fast.kernels import synthetic_contrast
-from synco_fast.methods.base import Arranged, StepOutput
-from synco_fast.methods.moco import MomentumContrast
+from synco_fast.methods.base import Encoders, RunInfo, StepInputs, StepOutput
+from synco_fast.methods.build import build_encoder
+from synco_fast.methods.contrastive import ContrastSettings, MomentumContrast
+from synco_fast.models.encoder import Encoder
+from synco_fast.runtime.checkpoint import find_checkpoint, load_weights
+from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.phases import phase
+from synco_fast.training.metrics import read_metrics
 
-__all__ = ["GENERATED", "Generated", "Played", "pairs_objective"]
+__all__ = ["GENERATED", "Generated", "build", "load_stage_one"]
 
-#: The image number of a generated key in the queue: no image's, and not that of a random row either.
+#: The image id of a generated key in the queue: no image's, and not that of a random row either.
 GENERATED = -2
 #: How far the second generator starts off the first, as a share of each tensor's standard deviation.
-_PARTING = 0.02
+_NOISE = 0.02
+_SHEET_PAIRS = 32
+_SHEET_SEED = 1 << 40
 
 
-class Played(NamedTuple):
-    """What the generators' side of the game is made of.
-
-    Attributes:
-        images: Both images of each pair, (2, n, 3, H, W) in [0, 1].
-        loss: The contrastive loss of each pair across it, (n,): the mean of each image's query against the other's key.
-        similarity: Cosine of the embeddings of both images of a pair under the same augmentation, (n,).
-    """
-
-    images: Tensor
-    loss: Tensor
-    similarity: Tensor
-
-
-def pairs_objective(loss: Tensor, similarity: Tensor, *, hardness: float, floor: float, floor_weight: float) -> Tensor:
-    """What generators add to their adversarial loss: hardness down to a floor, and a push back below it.
-
-    mean of -hardness * L_i over pairs at or above the floor, plus floor_weight * mean of max(0, floor - s_i).
-
-    Args:
-        loss: L, (n,).
-        similarity: s, (n,).
-        hardness: w_hard at this step.
-        floor, floor_weight: A pair below the floor is no positive any more: nothing makes it harder.
-    """
-    harder = torch.where(similarity >= floor, loss, 0.0).mean()
-    return floor_weight * relu(floor - similarity).mean() - hardness * harder
+def build(config: Config, processes: int) -> Generated:
+    """The method of a configuration with pairs of generated images, on the CPU."""
+    encoder = build_encoder(config, processes=processes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Generated(encoder, ContrastSettings.of(config), config)
 
 
 class Generated(MomentumContrast):
@@ -64,93 +56,182 @@ class Generated(MomentumContrast):
 
     The encoder minimises L(real) + w_syn L(generated). Of each generated pair four views are made, two queries and two
     keys, one from either image; the loss on generated pairs is the mean over both queries against both keys. A key of
-    each pair enters the queue beside the real ones, or being generated would tell positives from negatives.
+    each pair enters the queue beside the real ones, or being generated would tell positives from negatives. Unless the
+    pair is frozen, the generators and a discriminator learn in `extra_step`.
 
     Args:
         encoder: The query encoder.
-        size, latent, width: Of the generators and the discriminator.
-        pairs: Generated pairs a step.
-        weight: w_syn.
-        recipe: Of the views, of real and generated images alike.
-        frame: Every further argument of `MomentumContrast`.
+        settings: Of the contrast.
+        config: Its section ``generated``, the recipe of the views, of real and generated images alike, the batch, and
+            the seed.
     """
 
-    def __init__(
-        self,
-        encoder: Any,
-        *,
-        size: int,
-        latent: int,
-        width: int,
-        pairs: int,
-        weight: float,
-        recipe: Recipe,
-        **frame: Any,
-    ) -> None:
-        super().__init__(encoder, **frame)
-        self.generators = nn.ModuleList(Generator(size, latent=latent, width=width) for _ in range(2))
-        self.discriminator = Discriminator(size, width=width)
-        self.latent, self.pairs, self.weight, self.recipe = latent, pairs, weight, recipe
-        #: A context around what the generators cost; the engine puts a clock in its place.
-        self.timed: Callable[[], AbstractContextManager[None]] = nullcontext
+    rates: Sequence[str] = ("optimizer.lr", "generated.lr")
+
+    def __init__(self, encoder: Encoder, settings: ContrastSettings, config: Config) -> None:
+        super().__init__(encoder, settings)
+        pair, size = config.generated, config.augment.size
+        self.pair, self.recipe, self.batch = pair, config.augment, config.training.batch
+        self.generators = nn.ModuleList(Generator(size, latent=pair.latent, width=pair.width) for _ in range(2))
+        self.discriminator = Discriminator(size, width=pair.width)
+        self.images: ResidentImages | None = None
         self._views: Tensor | None = None
-        self._keys: Tensor | None = None
+        self._generated_keys: Tensor | None = None
+        self._steps = 0
+        self.prepare(RunInfo(torch.device("cpu"), steps_per_epoch=1))
+
+    @property
+    def replicated(self) -> Mapping[str, nn.Module]:
+        """Encoders, queue, generators and discriminator."""
+        return {**super().replicated, "generators": self.generators, "discriminator": self.discriminator}
+
+    @property
+    def learns(self) -> bool:
+        """Whether generators and discriminator learn."""
+        return self.pair.pair == "joint"
+
+    # -- the run around the steps -------------------------------------------------------------------------------
+
+    def prepare(self, run: RunInfo) -> None:
+        """Make the optimizers of generators and discriminator.
+
+        Raises:
+            ConfigError: There are several processes.
+        """
+        if run.processes > 1:
+            raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
+        self.device = run.device
+        self.clock = Clock(run.device)
+        self.game = Game(self.pair, self.generators, self.discriminator, run, self.clock)
+
+    def begin_run(self, split: Split, workers: int | None, *, fresh: bool) -> list[str]:
+        """Load stage one into a run that begins, and read the real images.
+
+        Raises:
+            ConfigError, CheckpointError: There is no stage one, or it is of another size or architecture.
+            DataError: No image can be read.
+        """
+        notes = [load_stage_one(self)] if fresh else []
+        if self.learns:
+            self.images = ResidentImages(split, self.recipe.size, workers=workers, device=self.device)
+        return notes
+
+    def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
+        """Add ``generators_time``, the generators' share of a step's time; a warning where the pairs have collapsed."""
+        further, warnings = super().figures(values, step)
+        spent, steps, self._steps = self.clock.pop(), self._steps, 0
+        if steps and "images_per_second" in values:
+            further["generators_time"] = min(1.0, spent / steps * values["images_per_second"] / self.batch)
+        found = values.get("generator/diversity")
+        warning = None if found is None else self.game.collapse.look(found, step)
+        return further, [*warnings, *([warning] if warning else [])]
 
     @torch.no_grad()
-    def begin_step(self, arranged: Arranged, *, momentum: float | Tensor | None = None, parts: int = 1) -> None:
+    def artifacts(self, folder: Path, step: int, *, closing: bool = False) -> None:
+        """``generated-STEP.png``, pairs from the same latent vectors each time; at the end ``generated.png``."""
+        if closing:
+            title = f"generated pairs, {self.pair.pair}, seed {self.settings.seed}"
+            draw_pair_curves(read_metrics(folder.parent), folder / "generated.png", title=title, floor=self.pair.floor)
+            return
+        draws = torch.Generator().manual_seed(derive_seed(self.settings.seed, _SHEET_SEED))
+        latents = torch.randn(_SHEET_PAIRS, self.pair.latent, generator=draws).to(self.device)
+        draw_samples(self.generate(latents).transpose(0, 1).flatten(0, 1), folder / f"generated-{step:08d}.png")
+
+    def extra_state(self) -> dict[str, Any]:
+        """The optimizers of generators and discriminator."""
+        return self.game.state_dict()
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over from a checkpoint."""
+        self.game.load_state_dict(state)
+
+    # -- the encoder's step -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin_step(
+        self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
+    ) -> None:
         """Beside the real keys, make the pairs, two query views of each, and the keys of the other two."""
-        super().begin_step(arranged, momentum=momentum, parts=parts)
-        with self.timed():
-            images = self.generate(self.latents(arranged.images.device))
+        super().begin_step(inputs, encode, momentum=momentum, micro_batches=micro_batches)
+        with self.clock():
+            images = self.generate(self.latents(inputs.image_ids.device))
             self._views = self._view(images)
             with phase("key forward"), _statistics_kept(self.key_encoder):
                 # Shuffled as real keys are, so that batch norm does not tell which key belongs to which query.
-                order = torch.randperm(2 * self.pairs, device=images.device)
-                shuffled = self.networks.key(self._view(images)[order]).float()
-                self._keys = torch.empty_like(shuffled).index_copy_(0, order, normalize(shuffled, dim=1))
+                order = torch.randperm(2 * self.pair.batch, device=images.device)
+                shuffled = encode.key(self._view(images)[order]).float()
+                self._generated_keys = torch.empty_like(shuffled).index_copy_(0, order, normalize(shuffled, dim=1))
 
-    def loss(self, arranged: Arranged, *, step: int | Tensor, epoch: int, part: int = 0, parts: int = 1) -> StepOutput:
-        """L(real) + w_syn L(generated), and the figures of both."""
-        real = super().loss(arranged, step=step, epoch=epoch, part=part, parts=parts)
+    def loss(
+        self,
+        inputs: StepInputs,
+        encode: Encoders,
+        *,
+        step: int | Tensor,
+        epoch: int,
+        micro_batch: int = 0,
+        micro_batches: int = 1,
+    ) -> StepOutput:
+        """L(real) + w_syn L(generated), and the metrics of both."""
+        real = super().loss(
+            inputs, encode, step=step, epoch=epoch, micro_batch=micro_batch, micro_batches=micro_batches
+        )
         assert self._views is not None
-        assert self._keys is not None
+        assert self._generated_keys is not None
         with phase("query forward"), _statistics_kept(self.encoder):
-            q = normalize(self.networks.query(self._views).float(), dim=1)
-        generated = self._contrast(q, self._keys, arranged, step, epoch).mean()
+            q = normalize(encode.query(self._views).float(), dim=1)
+        generated = self._contrast(q, self._generated_keys, inputs, step, epoch).mean()
         metrics = {"generated/loss": generated.detach()}
-        return StepOutput(real.loss + self.weight * generated, real.metrics | metrics)
+        return StepOutput(real.loss + self.pair.weight * generated, real.metrics | metrics)
 
-    def after_step(self, accept: Tensor | None = None) -> None:
+    def after_step(self, step_ok: Tensor | None = None) -> None:
         """Write the keys to the queue, one of each generated pair behind the real ones."""
-        super().after_step(accept)
-        if self._keys is not None:
-            keys = self._keys[: self.pairs]
-            self.queue.enqueue(keys, torch.full((len(keys),), GENERATED, device=keys.device), accept)
-        self._views = self._keys = None
+        super().after_step(step_ok)
+        if self._generated_keys is not None:
+            keys = self._generated_keys[: self.pair.batch]
+            self.queue.enqueue(keys, torch.full((len(keys),), GENERATED, device=keys.device), step_ok)
+            self._queued += len(keys)
+        self._views = self._generated_keys = None
+
+    def extra_step(
+        self, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int, step_ok: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The generators' and the discriminator's step, unless the pair is frozen."""
+        self._steps += 1
+        if not self.learns:
+            return step_ok, {}
+        images = self.images
+        assert images is not None
+        return self.game.step(
+            lambda: self.play(self.latents(self.device), inputs, encode, step=step, epoch=epoch),
+            lambda: images.take(inputs.image_ids[: 2 * self.pair.batch]),
+            int(step),
+            step_ok,
+        )
 
     # -- the generators' side -----------------------------------------------------------------------------------
 
     def latents(self, device: torch.device) -> Tensor:
         """Latent vectors of a step's pairs, (n, latent), from the global generator."""
-        return torch.randn(self.pairs, self.latent, device=device)
+        return torch.randn(self.pair.batch, self.pair.latent, device=device)
 
     def generate(self, latents: Tensor) -> Tensor:
         """Both images of each pair, (2, n, 3, H, W) in [0, 1], from the latent vectors that they share, (n, latent)."""
         return torch.stack([generator(latents) for generator in self.generators])
 
     @torch.no_grad()
-    def part(self, seed: int) -> None:
+    def break_symmetry(self, seed: int) -> None:
         """Move the second generator a little off the first, by noise of a fiftieth of each tensor's deviation.
 
-        Two that are the same to the bit get the same gradient: no game would ever make them differ.
+        Identical generators receive identical gradients; noise breaks the symmetry.
         """
         draws = torch.Generator().manual_seed(seed)
         first, second = (list(generator.parameters()) for generator in self.generators)
         for parameter, start in zip(second, first, strict=True):
             noise = torch.randn(start.shape, generator=draws).to(start.device)
-            parameter.copy_(start + _PARTING * start.std(correction=0) * noise)
+            parameter.copy_(start + _NOISE * start.std(correction=0) * noise)
 
-    def play(self, latents: Tensor, arranged: Arranged, *, step: int | Tensor, epoch: int) -> Played:
+    def play(self, latents: Tensor, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int) -> Played:
         """Pairs and how hard they are, with the graph from the generators through augmentation and query encoder.
 
         The encoders compute in evaluation mode, so that no statistic of theirs moves; both images of a pair get the
@@ -158,10 +239,10 @@ class Generated(MomentumContrast):
         """
         images = self.generate(latents)
         with _evaluating(self.encoder), _evaluating(self.key_encoder):
-            q = normalize(self.networks.query(self._view(images, shared=True)).float(), dim=1)
+            q = normalize(encode.query(self._view(images, shared=True)).float(), dim=1)
             with torch.no_grad():
-                keys = normalize(self.networks.key(self._view(images.detach(), shared=True)).float(), dim=1)
-        losses = self._contrast(q, keys, arranged, step, epoch).view(4, -1)
+                keys = normalize(encode.key(self._view(images.detach(), shared=True)).float(), dim=1)
+        losses = self._contrast(q, keys, inputs, step, epoch).view(4, -1)
         first, second = q.chunk(2)
         return Played(images, (losses[1] + losses[2]) / 2, (first * second).sum(dim=1))
 
@@ -174,21 +255,21 @@ class Generated(MomentumContrast):
         with torch.autocast(flat.device.type, enabled=False):
             return view(flat, draws, self.recipe) * 255
 
-    def _contrast(self, q: Tensor, keys: Tensor, arranged: Arranged, step: int | Tensor, epoch: int) -> Tensor:
+    def _contrast(self, q: Tensor, keys: Tensor, inputs: StepInputs, step: int | Tensor, epoch: int) -> Tensor:
         """The loss of both queries of each pair against both keys, (4 n,), ordered by query, then key, then pair."""
         (one, two), (here, there) = q.chunk(2), keys.chunk(2)
-        rows = len(arranged.queries) * len(arranged.images)
+        rows = len(inputs.queries) * len(inputs.image_ids)
         with phase("head"), torch.autocast(q.device.type, enabled=False):
             return synthetic_contrast(
                 torch.cat([one, one, two, two]),
                 torch.cat([here, there, here, there]),
                 self.queue.rows,
-                self.schedule.at(epoch),
-                temperature=self.temperature,
-                seed=self.seed,
+                self.settings.schedule.at(epoch),
+                temperature=self.settings.temperature,
+                seed=self.settings.seed,
                 step=step,
                 first_row=rows,  # behind the real rows: draws of its own
-                backend=self.backend,
+                backend=self.settings.backend,
             ).loss
 
 
@@ -214,3 +295,34 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
+
+
+def load_stage_one(method: Generated) -> str:
+    """Start both generators from the moving average of a run of stage one, and the discriminator from that run's.
+
+    The second starts a little off the first; see `Generated.break_symmetry`.
+
+    Returns:
+        A line that says from which.
+
+    Raises:
+        ConfigError: No checkpoint is named, or its images have another size.
+        CheckpointError: It cannot be read, is none of stage one, or is of another architecture.
+    """
+    checkpoint, size = method.pair.checkpoint, method.recipe.size
+    if checkpoint is None:
+        raise ConfigError(
+            "generated.checkpoint: found none, expected a run of 'synco-fast pretrain-generator', or "
+            "generated.pair none"
+        )
+    state, path, _ = find_checkpoint(Path(checkpoint))
+    if "generator_config" not in state:
+        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
+    found = state["generator_config"]["size"]
+    if found != size:
+        raise ConfigError(f"generated.checkpoint: found a generator of {found} pixels, expected {size} (augment.size)")
+    for generator in method.generators:
+        load_weights(generator, state["average"], path)
+    load_weights(method.discriminator, state["discriminator"], path)
+    method.break_symmetry(method.settings.seed)
+    return f"generators from {path}, step {state['step']}, which learned from {state['images']:,} images"

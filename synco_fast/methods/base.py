@@ -1,15 +1,24 @@
-"""What the training engine asks of a method."""
+"""The contract between a method and the training engine.
+
+A method says what a step computes and what it consists of. The engine owns the number format, the processes, the
+optimizer, and what is compiled or captured. A minimal method sets ``encoder`` and writes `Method.loss`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from synco_fast.data.sources.splits import Split
 from synco_fast.models.encoder import Encoder
 
-__all__ = ["Arranged", "Method", "Networks", "StepOutput", "Views"]
+__all__ = ["Encoders", "Method", "RunInfo", "StepInputs", "StepOutput", "Views"]
 
 
 class Views(NamedTuple):
@@ -17,27 +26,33 @@ class Views(NamedTuple):
 
     first: Tensor
     second: Tensor
-    images: Tensor
+    image_ids: Tensor
 
 
-class Arranged(NamedTuple):
+class StepInputs(NamedTuple):
     """A step's input where every process holds the views that it computes on.
 
     Attributes:
-        queries: By direction, the views that become queries, (b, 3, H, W), in the order of the batch.
-        keys: By direction, the views that become keys, (b, 3, H, W), this process's share of the permuted global batch.
-        orders: By direction, that permutation, (B,) int64, on the device.
-        images: (b,) int64.
+        queries: By direction, the views that go through `Encoders.query`, (b, 3, H, W), in the order of the batch.
+        keys: By direction, the views that go through `Encoders.key`, (b, 3, H, W); after ShuffleBN, this process's
+            share of the permuted global batch.
+        orders: By direction, that permutation, (B,) int64, on the device; empty without one.
+        image_ids: (b,) int64.
     """
 
     queries: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
     orders: tuple[Tensor, ...]
-    images: Tensor
+    image_ids: Tensor
 
 
-class Networks(NamedTuple):
-    """What maps views to embeddings, (b, 3, H, W) to (b, D): the encoders as the engine wraps them."""
+class Encoders(NamedTuple):
+    """The method's networks as the engine wraps them: from views (n, 3, H, W), pixels or normalised, to (n, D).
+
+    Attributes:
+        query: `Method.trainable`, with the gradient averaged over the processes.
+        key: `Method.target`.
+    """
 
     query: Callable[[Tensor], Tensor]
     key: Callable[[Tensor], Tensor]
@@ -50,36 +65,143 @@ class StepOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Method(Protocol):
-    """A method says what a step computes; the engine owns precision, processes, optimiser and what is captured.
+@dataclass(frozen=True)
+class RunInfo:
+    """What a method may need to know of the run around it.
 
-    A step calls `arrange`, `begin_step`, `loss` once or for several parts of the rows, and `after_step`. Only `arrange`
-    may wait for the device or exchange what depends on values on the host; the others run inside a captured graph.
+    Attributes:
+        device: Where the method lies.
+        steps_per_epoch: Turns epochs into steps.
+        processes: Of the job.
+        autocast: The context of a forward pass whose loss is not scaled.
+    """
+
+    device: torch.device
+    steps_per_epoch: int
+    processes: int = 1
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+class Method(nn.Module):
+    """What a step computes, and what the method consists of. Its ``state_dict`` is all that a checkpoint keeps of it.
+
+    A step calls `arrange`, `begin_step`, `loss` once for each micro-batch, `after_step` and `extra_step`. Only
+    `arrange` and `extra_step` may wait for the device or exchange what depends on values on the host; the others run
+    inside a captured graph.
+
+    Attributes:
+        encoder: What is evaluated and exported: its backbone.
+        headline: The metrics that the progress bar shows, and the format of each.
+        rates: The keys of the configuration to lower where training diverges.
     """
 
     encoder: Encoder
-    networks: Networks
+    headline: Mapping[str, str] = {"loss": "loss {:.3f}"}
+    rates: Sequence[str] = ("optimizer.lr",)
 
-    def arrange(self, views: Views, *, step: int) -> Arranged:
+    # -- what it consists of ------------------------------------------------------------------------------------
+
+    @property
+    def trainable(self) -> nn.Module:
+        """What learns by gradient, as one module from views to outputs: the optimizer and DDP get all of it."""
+        return self.encoder
+
+    @property
+    def target(self) -> nn.Module | None:
+        """The network behind `Encoders.key`, which learns nothing by gradient; None without one."""
+        return None
+
+    @property
+    def replicated(self) -> Mapping[str, nn.Module]:
+        """What must be bit-equal on all processes: parameters, and buffers outside of `statistics`."""
+        return {"trainable": self.trainable} | ({} if self.target is None else {"target": self.target})
+
+    @property
+    def statistics(self) -> Sequence[nn.Module]:
+        """Modules whose batch-norm buffers are restored after a skipped step, and averaged over processes when read."""
+        return [self.trainable] + ([] if self.target is None else [self.target])
+
+    # -- a step -------------------------------------------------------------------------------------------------
+
+    def arrange(self, views: Views, *, step: int) -> StepInputs:
         """Bring every view to the process that computes on it."""
-        ...
+        return StepInputs((views.first,), (views.second,), (), views.image_ids)
 
-    def begin_step(self, arranged: Arranged, *, momentum: float | Tensor, parts: int = 1) -> None:
-        """What needs no gradient: the momentum update and the keys, these in ``parts`` parts."""
-        ...
+    def begin_step(
+        self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
+    ) -> None:
+        """What needs no gradient, such as the momentum update and the keys, these in ``micro_batches`` parts."""
 
-    def loss(self, arranged: Arranged, *, step: int | Tensor, epoch: int, part: int = 0, parts: int = 1) -> StepOutput:
-        """The loss of one of ``parts`` equal parts of this process's rows: their mean."""
-        ...
+    def loss(
+        self,
+        inputs: StepInputs,
+        encode: Encoders,
+        *,
+        step: int | Tensor,
+        epoch: int,
+        micro_batch: int = 0,
+        micro_batches: int = 1,
+    ) -> StepOutput:
+        """The mean loss of one of ``micro_batches`` equal parts of this process's rows.
 
-    def like(self, epoch: int) -> int:
-        """The first epoch whose steps launch the same work: what is compiled or captured serves both."""
-        ...
+        It calls ``encode.query`` once, so that DDP meets one forward pass for each backward pass.
+        """
+        raise NotImplementedError
 
-    def after_step(self, accept: Tensor | None = None) -> None:
-        """What happens once the optimiser has moved, such as writing keys; nothing where ``accept`` holds false."""
-        ...
+    def graph_key(self, epoch: int) -> int:
+        """A key for the step's graph: epochs with the same key share a compiled or captured step."""
+        return 0
 
-    def module(self) -> nn.Module:
-        """Everything that a checkpoint must hold."""
-        ...
+    def after_step(self, step_ok: Tensor | None = None) -> None:
+        """What follows the optimizer's step, such as writing keys; nothing where ``step_ok`` holds false."""
+
+    def extra_step(
+        self, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int, step_ok: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Further updates with optimizers of the method's own.
+
+        Returns:
+            Whether all updates of the step were taken, bool of no dimensions, and further metrics.
+        """
+        return step_ok, {}
+
+    # -- the run around the steps -------------------------------------------------------------------------------
+
+    def prepare(self, run: RunInfo) -> None:
+        """Make what needs to know the run; called once, on the device.
+
+        Raises:
+            ConfigError: The run does not fit the method.
+        """
+
+    def begin_run(self, split: Split, workers: int | None, *, fresh: bool) -> list[str]:
+        """Read what the method needs beside the views.
+
+        Args:
+            split: The training images.
+            workers: Decoding processes.
+            fresh: Whether the run starts at its first step.
+
+        Returns:
+            Lines to show.
+        """
+        return []
+
+    def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
+        """Further values for a line of the log, and warnings; waits for the device.
+
+        Args:
+            values: The line so far.
+            step: Steps that are done.
+        """
+        return {}, []
+
+    def artifacts(self, folder: Path, step: int, *, closing: bool = False) -> None:
+        """Draw into ``folder``, the run's ``plots/``: at the start, after every epoch, and when the run closes."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """State of the method that is no tensor of a module, such as that of its own optimizers."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what `extra_state` returned."""

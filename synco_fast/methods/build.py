@@ -1,31 +1,32 @@
-"""From configuration to method."""
+"""From configuration to encoder and method."""
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import nn
 
 from synco_fast.config import Config
-from synco_fast.generated.method import Generated
-from synco_fast.methods.moco import MomentumContrast
-from synco_fast.methods.schedule import NegativeSchedule
+from synco_fast.methods import METHODS, extra_of
+from synco_fast.methods.base import Method
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["build_encoder", "build_method"]
+__all__ = ["build_encoder", "build_method", "groups_of_part"]
 
 
 def groups_of_part(config: Config, processes: int) -> int:
     """In how many groups batch norm sees the images that pass through an encoder at once.
 
     Raises:
-        ConfigError: The batch or its groups cannot be spread over the processes and the parts of each.
+        ConfigError: The batch or its groups cannot be spread over the processes and their micro-batches.
     """
     training, groups = config.training, config.model.batch_norm_groups
     parts = processes * training.accumulate
-    spread = f"{processes} processes" + (f" times {training.accumulate} parts" if training.accumulate > 1 else "")
+    spread = f"{processes} processes" + (
+        f" times {training.accumulate} micro-batches" if training.accumulate > 1 else ""
+    )
     if training.batch % parts:
         raise ConfigError(f"training.batch: found {training.batch}, expected a multiple of {parts} ({spread})")
     if groups % parts and parts % groups:
@@ -36,11 +37,11 @@ def groups_of_part(config: Config, processes: int) -> int:
 
 
 def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
-    """The query encoder with the weights that the seed gives it.
+    """The encoder with the weights that the seed gives it.
 
     Args:
         config: What to build.
-        processes: Over how many the batch is spread.
+        processes: Over how many the batch is spread; each normalises its share of the groups.
 
     Raises:
         ConfigError: The backbone is unknown or does not take images of this size, or as `groups_of_part` says.
@@ -61,43 +62,20 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
         return Encoder(backbone, features, model.dim, model.hidden)
 
 
-def build_method(config: Config, *, processes: int = 1) -> MomentumContrast:
-    """The method that the configuration names, on the CPU.
+def build_method(config: Config, *, processes: int = 1) -> Method:
+    """The method that the configuration names, with the extra that it has on, on the CPU.
 
     Args:
         config: What to build.
-        processes: Over how many the batch is spread; each normalises its share of the groups.
+        processes: Over how many the batch is spread.
 
     Raises:
-        ConfigError: As `build_encoder` says, or the batch or its groups cannot be spread like this.
+        ConfigError: As `build_encoder` says, or the method cannot work like this.
     """
-    method = config.method
-    frame: dict[str, Any] = {
-        "queue_length": method.queue,
-        "dim": config.model.dim,
-        "schedule": NegativeSchedule(
-            method.negatives(), config.training.epochs, method.warmup_epochs, method.cooldown_epochs
-        ),
-        "temperature": method.temperature,
-        "momentum": config.model.momentum,
-        "symmetric": method.symmetric,
-        "mask_same_image": method.mask_same_image,
-        "seed": config.seed,
-        "backend": method.backend,
-    }
-    encoder = build_encoder(config, processes=processes)
-    if not config.generates:
-        return MomentumContrast(encoder, **frame)
-    pair = config.generated
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return Generated(
-            encoder,
-            size=config.augment.size,
-            latent=pair.latent,
-            width=pair.width,
-            pairs=pair.batch,
-            weight=pair.weight,
-            recipe=config.augment,
-            **frame,
-        )
+    extra = extra_of(config)
+    if extra is not None:
+        method: Method = extra.build(config, processes)
+        return method
+    module = import_module(f"{__package__}.{METHODS[config.method.name].module}")
+    built: Method = module.build(config, processes)
+    return built

@@ -1,24 +1,22 @@
-"""The key encoder: an exponential moving average of the query encoder."""
+"""EMA: the key encoder as an exponential moving average of the query encoder."""
 
 from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from synco_fast.kernels import momentum_update
 
-__all__ = ["follow", "key_encoder_of"]
+__all__ = ["ema_update", "make_ema_copy"]
 
 
-def key_encoder_of(encoder: nn.Module) -> nn.Module:
+def make_ema_copy(encoder: nn.Module) -> nn.Module:
     """A copy of the query encoder that learns nothing by gradient."""
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
-@torch.no_grad()
-def follow(key: nn.Module, query: nn.Module, momentum: float | Tensor) -> None:
+def ema_update(key: nn.Module, query: nn.Module, momentum: float | Tensor) -> None:
     """Parameters of ``key`` become momentum * key + (1 - momentum) * query (MoCo, arXiv 1911.05722 eq. 2).
 
     Buffers are left alone: batch-norm statistics of the key encoder come from its own forward passes, as in MoCo.
@@ -28,11 +26,4 @@ def follow(key: nn.Module, query: nn.Module, momentum: float | Tensor) -> None:
         momentum: In [0, 1]. A tensor of no dimensions lets a captured graph follow a schedule, for one more copy of the
             parameters.
     """
-    if isinstance(momentum, Tensor):
-        targets: list[Tensor] = [*key.parameters()]
-        sources: list[Tensor] = [*query.parameters()]
-        difference = torch._foreach_sub(sources, targets)
-        torch._foreach_mul_(difference, 1 - momentum)
-        torch._foreach_add_(targets, difference)
-        return
     momentum_update(key.parameters(), query.parameters(), momentum)

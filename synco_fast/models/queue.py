@@ -24,32 +24,32 @@ class KeyQueue(nn.Module):
 
     Attributes:
         rows: Keys, (K, D) float32, unit length.
-        images: The image each key was made from, (K,) int64; -1 for a random row.
+        image_ids: The image each key was made from, (K,) int64; -1 for a random row.
         pointer: Where the next key goes, int64 of no dimensions.
     """
 
     rows: Tensor
-    images: Tensor
+    image_ids: Tensor
     pointer: Tensor
 
     def __init__(self, length: int, dim: int, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("rows", normalize(torch.randn(length, dim, generator=generator), dim=1))
-        self.register_buffer("images", torch.full((length,), -1))
+        self.register_buffer("image_ids", torch.full((length,), -1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor, images: Tensor, accept: Tensor | None = None) -> None:
+    def enqueue(self, keys: Tensor, image_ids: Tensor, step_ok: Tensor | None = None) -> None:
         """Write ``keys``, (n, D), over the n oldest rows, wrapping at the end.
 
         Args:
             keys: (n, D).
-            images: (n,) int64.
-            accept: Bool of no dimensions on the device; where it is false nothing changes, and the host never knows.
+            image_ids: (n,) int64.
+            step_ok: Bool of no dimensions on the device; where it is false nothing changes, and the host never knows.
 
         Raises:
             ConfigError: n is larger than K, so that a key would overwrite one of its own batch.
@@ -58,9 +58,9 @@ class KeyQueue(nn.Module):
             raise ConfigError(f"method.queue: found {len(self)}, expected {len(keys)} or more, the keys of one step")
         places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self)
         keys = keys.to(self.rows.dtype)
-        if accept is not None:
-            keys = torch.where(accept, keys, self.rows[places])
-            images = torch.where(accept, images, self.images[places])
+        if step_ok is not None:
+            keys = torch.where(step_ok, keys, self.rows[places])
+            image_ids = torch.where(step_ok, image_ids, self.image_ids[places])
         self.rows.index_copy_(0, places, keys)
-        self.images.index_copy_(0, places, images)
-        self.pointer.add_(len(keys) if accept is None else len(keys) * accept).remainder_(len(self))
+        self.image_ids.index_copy_(0, places, image_ids)
+        self.pointer.add_(len(keys) if step_ok is None else len(keys) * step_ok).remainder_(len(self))

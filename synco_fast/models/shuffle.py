@@ -1,4 +1,4 @@
-"""The order in which keys are computed: in other company than their queries."""
+"""ShuffleBN (MoCo, arXiv 1911.05722 section 3.3): the permutation of the key batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def key_order(
 
     Args:
         length: B, the global batch.
-        seed, step: As the head takes them; an int64 tensor keeps the step on the device.
+        seed, step: As the loss takes them; an int64 tensor keeps the step on the device.
         direction: 0, and 1 for the second direction of a symmetric loss.
         device: Where the order is made.
     """

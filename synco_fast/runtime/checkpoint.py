@@ -11,6 +11,7 @@ import torch
 
 from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.files import atomic_write
+from synco_fast.runtime.migrations import migrate_checkpoint
 
 __all__ = ["checkpoints_in", "find_checkpoint", "load_checkpoint", "load_weights", "read_tensors", "save_checkpoint"]
 
@@ -73,7 +74,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     state = read_tensors(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: found no synco-fast checkpoint of format {FORMAT}")
-    return state
+    return migrate_checkpoint(state)
 
 
 def find_checkpoint(path: Path) -> tuple[dict[str, Any], Path, list[str]]:

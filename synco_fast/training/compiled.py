@@ -1,4 +1,4 @@
-"""torch.compile where it works, and the same code as it stands where it does not."""
+"""torch.compile and CUDA graphs where they work, and the same code in eager mode where they do not."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["Compiled", "keep_compile_cache"]
+from synco_fast.methods.base import StepInputs
 
-#: What torch.compile translates with; the tests put a back end without a C++ compiler in its place.
+__all__ = ["GRAPH_WARMUP", "Compiled", "GraphedStep", "keep_compile_cache"]
+
+#: torch.compile's backend; the tests take one that needs no C++ compiler.
 BACKEND = "inductor"
+#: Eager steps before one is captured: optimizer state, cuDNN plans and workspaces come into being.
+GRAPH_WARMUP = 3
+
+Compute = Callable[[StepInputs, Tensor, int, Tensor], None]
 
 
 class Compiled:
-    """A function translated by torch.compile when it is first called.
+    """A function that torch.compile compiles when it is first called.
 
-    Where the translation fails, for want of a compiler or because something cannot be translated, the function runs as
-    it is, and one line says so.
+    Where that fails, for want of a compiler or because something cannot be compiled, the function runs eagerly, and one
+    line says so.
 
     Args:
         function: Called with tensors of the same shapes every time.
@@ -29,22 +36,22 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], title: str, note: Callable[[str], None]) -> None:
         self._plain, self._title, self._note = function, title, note
-        self._translated: Callable[..., Any] | None = torch.compile(function, dynamic=False, backend=BACKEND)
+        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, backend=BACKEND)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Call the translated function."""
-        if self._translated is not None:
+        """Call the compiled function."""
+        if self._compiled is not None:
             try:
-                return self._translated(*arguments, **named)
+                return self._compiled(*arguments, **named)
             except Exception as error:
                 if not _is_of_the_compiler(error):
                     raise
                 reason = " ".join(line.strip() for line in str(error).splitlines()[:3] if line.strip())
                 self._note(
-                    f"training.compile: {self._title} runs uncompiled, since its translation failed: "
+                    f"torch.compile failed for {self._title}; running it eagerly: "
                     f"{reason[:200] or type(error).__name__}"
                 )
-                self._translated = None
+                self._compiled = None
         return self._plain(*arguments, **named)
 
 
@@ -55,6 +62,73 @@ def _is_of_the_compiler(error: Exception) -> bool:
 
 
 def keep_compile_cache() -> None:
-    """Let translations outlive the machine's temporary files; where PyTorch has been told a place, that one stays."""
+    """Keep compiled code in the user's cache, unless PyTorch has been told another place."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "synco-fast" / "inductor"))
+
+
+class GraphedStep:
+    """Runs steps; from the fourth with the same graph key on, each is the replay of one CUDA graph.
+
+    Input is copied into buffers of its own, step and momentum are tensors on the device, so that a replay computes the
+    step at hand. Where the capture fails, the steps run eagerly, and one line says so.
+
+    Args:
+        compute: The step from views on the device to moved weights: launches alone, without a wait for the device.
+        device: The GPU.
+        note: Takes the line.
+    """
+
+    def __init__(self, compute: Compute, device: torch.device, note: Callable[[str], None]) -> None:
+        self._compute, self._note = compute, note
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._momentum = torch.zeros((), device=device)
+        self._input: StepInputs | None = None
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._warm: dict[int, int] = {}
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._works = True
+
+    def __call__(self, inputs: StepInputs, step: int, key: int, momentum: float) -> None:
+        """Do one step; ``key`` is `Method.graph_key`."""
+        held = self._hold(inputs)
+        self._step.fill_(step)
+        self._momentum.fill_(momentum)
+        if key not in self._graphs and self._works and self._warm.get(key, 0) >= GRAPH_WARMUP:
+            self._capture(held, key)
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        self._warm[key] = self._warm.get(key, 0) + 1
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._compute(held, self._step, key, self._momentum)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _hold(self, inputs: StepInputs) -> StepInputs:
+        """Copy the input to where the graph reads it."""
+        if self._input is None:
+            queries, keys, orders = (tuple(tensor.clone() for tensor in part) for part in inputs[:3])
+            self._input = StepInputs(queries, keys, orders, inputs.image_ids.clone())
+            return self._input
+        for target, source in zip(_tensors(self._input), _tensors(inputs), strict=True):
+            target.copy_(source)
+        return self._input
+
+    def _capture(self, held: StepInputs, key: int) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads pin memory meanwhile, which the default mode forbids.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._compute(held, self._step, key, self._momentum)
+        except RuntimeError as error:
+            self._works = False
+            reason = str(error).strip().splitlines()[0]
+            self._note(f"CUDA graph disabled: a step cannot be captured: {reason}")
+            return
+        self._graphs[key] = graph
+
+
+def _tensors(inputs: StepInputs) -> list[Tensor]:
+    return [*inputs.queries, *inputs.keys, *inputs.orders, inputs.image_ids]

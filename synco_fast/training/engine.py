@@ -1,7 +1,8 @@
-"""What one step does: encoders as they are wrapped, gradients, weights, statistics, queue."""
+"""One training step: wrapped encoders, gradients, optimizer, batch-norm statistics, and what the method adds."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
@@ -14,25 +15,21 @@ from torch.nn.parallel import DistributedDataParallel
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.data.seeding import derive_seed
-from synco_fast.generated.game import Game
-from synco_fast.generated.method import Generated
-from synco_fast.methods.base import Arranged, Method, Networks, StepOutput, Views
+from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_method
 from synco_fast.runtime.distributed import Place
 from synco_fast.runtime.optim_step import SkippedSteps, Update
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
-from synco_fast.training.compiled import Compiled, keep_compile_cache
-from synco_fast.training.graph import GRAPH_WARMUP, GraphedStep
-from synco_fast.training.means import RunningMeans
-from synco_fast.training.optimizer import build_optimizer
-from synco_fast.training.schedule import key_momentum, learning_rate
+from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, keep_compile_cache
+from synco_fast.training.metrics import RunningMeans
+from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
 from synco_fast.training.statistics import RunningStatistics
 
 __all__ = ["Engine"]
 
 
-#: `RunningStatistics.average` brings them together where they are read. The argument was renamed after PyTorch 2.11.
+#: `RunningStatistics.average` averages them where they are read. The argument was renamed after PyTorch 2.11.
 _LEAVE_BUFFERS = {
     next(
         name
@@ -42,6 +39,7 @@ _LEAVE_BUFFERS = {
 }
 
 _SETTLING_STEPS = 3
+_MIB = 1 << 20
 
 
 class Engine:
@@ -50,14 +48,15 @@ class Engine:
     Args:
         config: What to do.
         steps_per_epoch: Turns the configuration's epochs into steps.
-        place: Where this process stands in its job, whose network must be joined already.
-        note: Takes a line about each setting that cannot be had here.
+        place: Where this process stands in its job, whose process group must be initialized already.
+        note: Takes a line about each setting that is not available here.
 
     Attributes:
         device: Where it computes.
-        method: With both encoders and the queue.
-        means: The figures of the steps since they were last taken.
-        skipped: Counts the steps that were left out.
+        method: All networks, and the queue where there is one.
+        encode: The method's networks as they are wrapped.
+        means: The metrics of the steps since they were last popped.
+        skipped: Counts the steps that were skipped.
 
     Raises:
         ConfigError: Anything in the configuration that cannot work here.
@@ -76,27 +75,21 @@ class Engine:
         self.device = resolve_device(training.device)
         self.precision = Precision(training.precision, self.device)
         self.method: Method = build_method(config, processes=place.world).to(self.device)
-        self.layout = memory_format(self.method.module(), training.channels_last)
-        self.optimizer = build_optimizer(self.method.encoder, optimizer, lr=config.learning_rate, device=self.device)
+        self.layout = memory_format(self.method, training.channels_last)
+        self.method.prepare(
+            RunInfo(self.device, steps_per_epoch, processes=place.world, autocast=self.precision.autocast_unscaled)
+        )
+        self.trainable = self.method.trainable
+        self.optimizer = build_optimizer(self.trainable, optimizer, lr=config.learning_rate, device=self.device)
         self.update = Update(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
-        self.statistics = RunningStatistics(*self._encoders())
-        self.game: Game | None = None
-        if isinstance(self.method, Generated):
-            self.game = Game(
-                config,
-                self.method,
-                self.device,
-                steps_per_epoch=steps_per_epoch,
-                processes=place.world,
-                autocast=self.precision.autocast_unscaled,
-            )
+        self.statistics = RunningStatistics(*self.method.statistics)
         self.skipped = SkippedSteps(self.device)
         self.means = RunningMeans()
         self.steps = steps_per_epoch * training.epochs
         self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
-        self._query = self._on_all_processes(self.method.encoder)
+        self._query = self._on_all_processes(self.trainable)
         query: Callable[..., Tensor] = self._query
-        key: Callable[..., Tensor] = self._encoders()[1]
+        key: Callable[..., Tensor] = _no_target if self.method.target is None else self.method.target
         self._loss: Callable[..., StepOutput] = self.method.loss
         if training.compile != "none":
             keep_compile_cache()
@@ -104,13 +97,13 @@ class Engine:
         if training.compile == "step":
             self._loss = Compiled(self._loss, "the loss", note)
         self._bare = query, key
-        self.method.networks = Networks(query=self._from_pixels(query), key=self._from_pixels(key))
-        self._run: Callable[[Arranged, int, int, float], None] = self._compute
+        self.encode = Encoders(query=self._from_pixels(query), key=self._from_pixels(key))
+        self._run: Callable[[StepInputs, int, int, float], None] = self._compute
         self.graphed = False
         if training.cuda_graph:
             reason = self._uncapturable()
             if reason:
-                note(f"training.cuda_graph: steps run one launch at a time, since {reason}")
+                note(f"CUDA graph disabled: {reason}")
             else:
                 self.graphed = True
                 self._run = GraphedStep(self._compute, self.device, note)
@@ -119,11 +112,11 @@ class Engine:
     def _uncapturable(self) -> str | None:
         """Why no step can be captured as a CUDA graph, if so."""
         if self.device.type != "cuda":
-            return "there is no GPU"
+            return "no GPU"
         if self.place.world > 1:
-            return "the gradients of several processes are exchanged in it"
+            return "the step exchanges gradients between processes"
         if self.update.waits:
-            return f"the host decides in it whether {self.config.optimizer.name} moves the weights"
+            return f"{self.config.optimizer.name} decides on the host whether to skip a step"
         return None
 
     def _rates_on_device(self) -> None:
@@ -131,16 +124,12 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
 
-    def _encoders(self) -> tuple[nn.Module, ...]:
-        module = self.method.module()
-        return tuple(module.get_submodule(name) for name in ("encoder", "key_encoder"))
-
-    def _on_all_processes(self, encoder: nn.Module) -> nn.Module:
-        """The query encoder, whose gradient becomes the mean over the processes."""
+    def _on_all_processes(self, trainable: nn.Module) -> nn.Module:
+        """The module in DDP where there are several processes."""
         if self.place.world == 1:
-            return encoder
+            return trainable
         return DistributedDataParallel(
-            encoder,
+            trainable,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             **_LEAVE_BUFFERS,  # type: ignore[arg-type]
             gradient_as_bucket_view=True,
@@ -155,7 +144,7 @@ class Engine:
 
     @property
     def settling(self) -> int:
-        """Steps that compile, capture and fill caches, and belong into no figure of speed."""
+        """Steps that compile, capture and fill caches, and count in no measure of speed."""
         return _SETTLING_STEPS + (GRAPH_WARMUP + 1 if self.graphed else 0)
 
     # -- a step -------------------------------------------------------------------------------------------------
@@ -171,7 +160,7 @@ class Engine:
         )
 
     def momentum(self, step: int) -> float:
-        """The momentum of the key encoder at a step."""
+        """The momentum of the EMA at a step."""
         model = self.config.model
         return key_momentum(step, base=model.momentum, steps=self.steps, schedule=model.momentum_schedule)
 
@@ -191,42 +180,42 @@ class Engine:
         # Dropout and stochastic depth draw by step and rank: there is no state of theirs to keep.
         torch.manual_seed(derive_seed(self.config.seed, step, self.place.rank))
         batch = batch.to(self.device)
-        arranged = self.method.arrange(Views(batch.first, batch.second, batch.image_ids), step=step)
-        self._run(arranged, step, self.method.like(epoch), self.momentum(step))
+        inputs = self.method.arrange(Views(batch.first, batch.second, batch.image_ids), step=step)
+        self._run(inputs, step, self.method.graph_key(epoch), self.momentum(step))
 
-    def _compute(self, arranged: Arranged, step: int | Tensor, epoch: int, momentum: float | Tensor) -> None:
-        """The step from views on the device to moved weights: launches alone, the same ones every time."""
-        parts = self.config.training.accumulate
+    def _compute(self, inputs: StepInputs, step: int | Tensor, epoch: int, momentum: float | Tensor) -> None:
+        """The step from views on the device to updated weights: launches alone, the same ones every time."""
+        micro_batches = self.config.training.accumulate
         before = self.statistics.copy()
         if self.config.model.momentum_schedule == "constant":
             momentum = self.config.model.momentum
         if self.config.training.compile == "step" and not isinstance(step, Tensor):
-            # A number would be translated anew in every step.
+            # A Python number would be compiled anew in every step.
             step = torch.full((), step, dtype=torch.int64, device=self.device)
         with self.precision.autocast():
-            self.method.begin_step(arranged, momentum=momentum, parts=parts)
+            self.method.begin_step(inputs, self.encode, momentum=momentum, micro_batches=micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
         metrics: dict[str, Tensor] = {}
-        for part in range(parts):
-            with self._without_exchange(part < parts - 1):
+        for number in range(micro_batches):
+            with self._without_exchange(number < micro_batches - 1):
                 with self.precision.autocast():
-                    output = self._loss(arranged, step=step, epoch=epoch, part=part, parts=parts)
+                    output = self._loss(
+                        inputs, self.encode, step=step, epoch=epoch, micro_batch=number, micro_batches=micro_batches
+                    )
                 with phase("backward"):
-                    self.update.backward(output.loss if parts == 1 else output.loss / parts)
-            if parts == 1:
+                    self.update.backward(output.loss if micro_batches == 1 else output.loss / micro_batches)
+            if micro_batches == 1:
                 metrics = output.metrics
                 continue
             for name, value in output.metrics.items():
-                metrics[name] = metrics[name] + value / parts if part else value / parts
+                metrics[name] = metrics[name] + value / micro_batches if number else value / micro_batches
         with phase("optimiser"):
-            accept, norm = self.update.step()
-            self.statistics.put_back(before, accept)
-        self.method.after_step(accept)
-        if self.game is not None:
-            accept, played = self.game.step(arranged, int(step), epoch, accept)
-            metrics |= played
-        self.means.add({**metrics, "gradient_norm": norm}, accept)
-        self.skipped.add(accept, step)
+            step_ok, norm = self.update.step()
+            self.statistics.restore(before, step_ok)
+        self.method.after_step(step_ok)
+        step_ok, further = self.method.extra_step(inputs, self.encode, step=step, epoch=epoch, step_ok=step_ok)
+        self.means.add({**metrics, **further, "gradient_norm": norm}, step_ok)
+        self.skipped.add(step_ok, step)
 
     def encoders_alone(self, first: Tensor, second: Tensor) -> None:
         """The limit that a step is measured against: queries forward and backward, keys forward, and nothing else.
@@ -236,8 +225,9 @@ class Engine:
         """
         with self.precision.autocast():
             q = self._bare[0](first)
-            with torch.no_grad():
-                self._bare[1](second)
+            if self.method.target is not None:
+                with torch.no_grad():
+                    self._bare[1](second)
         self.optimizer.zero_grad(set_to_none=True)
         q.float().square().mean().backward()
 
@@ -246,46 +236,75 @@ class Engine:
             return self._query.no_sync()
         return nullcontext()
 
+    # -- figures ------------------------------------------------------------------------------------------------
+
+    def finite(self) -> bool:
+        """Whether every parameter is finite; waits for the device."""
+        return all(bool(torch.isfinite(parameter).all()) for parameter in self.method.parameters())
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Values of the moment for a line of the log; waits for the device.
+
+        Args:
+            step: Steps that are done.
+
+        Returns:
+            ``parameter_norm`` of what learns; ``key_momentum``, where there is an EMA; ``skipped`` steps since the run
+            began; where losses are scaled ``loss_scale``; on a GPU ``memory_mib``, the peak of allocated memory since
+            the last call, and ``memory_reserved_mib``; on a CPU ``memory_mib``, the peak of the process.
+        """
+        values = {"parameter_norm": float(torch.nn.utils.get_total_norm(list(self.trainable.parameters())))}
+        if self.method.target is not None:
+            values["key_momentum"] = self.momentum(step - 1)
+        values["skipped"] = float(self.skipped.read()[0])
+        if self.update.scale is not None:
+            values["loss_scale"] = float(self.update.scale)
+        if self.device.type == "cuda":
+            values["memory_mib"] = torch.cuda.max_memory_allocated(self.device) / _MIB
+            values["memory_reserved_mib"] = torch.cuda.max_memory_reserved(self.device) / _MIB
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            values["memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return values
+
     # -- state --------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> int:
-        """A number that two processes share only if queue and weights agree to the bit."""
+        """A hash that two processes share only if everything that `Method.replicated` names agrees to the bit."""
+        local = {id(buffer) for module in self.method.statistics for buffer in module.buffers()}
         total = torch.zeros((), dtype=torch.int64, device=self.device)
-        module = self.method.module()
-        for tensor in [*module.parameters(), *module.get_submodule("queue").buffers()]:
-            words = tensor.detach().contiguous().reshape(-1).view(torch.int32).to(torch.int64)
-            places = torch.arange(1, 2 * len(words), 2, device=self.device)
-            total = total * 31 + (words * places).sum()
+        for module in self.method.replicated.values():
+            for tensor in [*module.parameters(), *(buffer for buffer in module.buffers() if id(buffer) not in local)]:
+                words = tensor.detach().contiguous().reshape(-1).view(torch.int32).to(torch.int64)
+                places = torch.arange(1, 2 * len(words), 2, device=self.device)
+                total = total * 31 + (words * places).sum()
         return int(total)
-
-    def finite(self) -> bool:
-        """Whether every weight is a number; waits for the device."""
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.method.module().parameters())
-
-    def parameter_norm(self) -> float:
-        """The norm of all weights of the query encoder; waits for the device."""
-        return float(torch.nn.utils.get_total_norm(list(self.method.encoder.parameters())))
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the steps to come, whatever the number of processes; called by all of them at the same step."""
         self.statistics.average()
+        extra = self.method.extra_state()
         return {
-            "method": self.method.module().state_dict(),
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "precision": self.update.state_dict(),
             "means": self.means.state_dict(),
             "skipped": self.skipped.state_dict(),
-            **({} if self.game is None else {"game": self.game.state_dict()}),
+            **({"extra": extra} if extra else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint, but for the method's weights, which the caller has loaded."""
+        """Load a checkpoint, without the method's weights, which the caller has loaded."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.graphed:
             self._rates_on_device()
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
-        if self.game is not None and "game" in state:
-            self.game.load_state_dict(state["game"])
+        if "extra" in state:
+            self.method.load_extra_state(state["extra"])
         if "skipped" in state:
             self.skipped.load_state_dict(state["skipped"])
+
+
+def _no_target(views: Tensor) -> Tensor:
+    raise RuntimeError("encode.key: this method has no target network")

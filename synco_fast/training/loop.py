@@ -1,328 +1,236 @@
-"""The training loop: epochs, evaluations, checkpoints and logs around the engine's steps."""
+"""The trainer: steps, logs, checkpoints, evaluations and stops of a run, whatever it trains."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
-from synco_fast.config import Config
-from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.build import build_pipeline
-from synco_fast.data.sources.open import Source, open_source
-from synco_fast.data.sources.splits import share_of
-from synco_fast.evaluation.protocol import evaluate_backbone
-from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, load_weights, save_checkpoint
-from synco_fast.runtime.distributed import Control, Place, lost_process
-from synco_fast.runtime.errors import CheckpointError, DivergedError, LostProcessError
-from synco_fast.runtime.precision import resolve_device
-from synco_fast.training.bad_images import BrokenImages
-from synco_fast.training.checks import check_evaluation
-from synco_fast.training.engine import Engine
+from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, save_checkpoint
+from synco_fast.runtime.distributed import lost_process
+from synco_fast.runtime.errors import DivergedError, LostProcessError
 from synco_fast.training.metrics import MetricLog, open_log
-from synco_fast.training.monitors import monitors
-from synco_fast.training.plots import draw_pairs
 from synco_fast.training.progress import Reporter
-from synco_fast.training.run_folder import Summary, close_run, describe_run
+from synco_fast.training.run_folder import describe_run
 from synco_fast.training.stopping import Stopping
+from synco_fast.training.task import Task
 from synco_fast.training.throughput import Throughput
 
 __all__ = ["Trainer"]
 
+SummaryT = TypeVar("SummaryT")
 
-class Trainer:
-    """One run: builds everything from a configuration, trains, evaluates, leaves a self-describing folder.
 
-    In a job of several processes each builds a trainer. All of them train; the first alone evaluates, writes, speaks.
+class Trainer(Generic[SummaryT]):
+    """One run of a task: trains, evaluates, leaves a self-describing folder.
+
+    In a job of several processes each has a trainer. All of them train; rank 0 alone evaluates, writes and speaks.
 
     Args:
-        config: What to do.
+        task: What is trained.
         folder: The run folder; made when the run begins.
-        resume: A checkpoint or a run folder to go on from, also one that another number of processes wrote.
+        resume: A checkpoint or a run folder to resume, also one that another number of processes wrote.
         console: Where progress is shown.
-        control: What the processes of the job agree by; by default there is one.
+        before_step, after_step: Called with the trainer around every step. Before a step `step` is the number of the
+            step to come, counted from 0; after it, the number of steps done.
+
+    Attributes:
+        step: Steps done.
+        steps: Length of the run.
 
     Raises:
-        UserError: Anything in the configuration, the data or the checkpoint that cannot work; before the
-            first step wherever it can be known by then.
+        UserError: Anything in the checkpoint that cannot work.
     """
 
     def __init__(
         self,
-        config: Config,
+        task: Task[SummaryT],
         folder: Path,
         *,
         resume: Path | None = None,
         console: Console | None = None,
-        control: Control | None = None,
+        before_step: Callable[[Trainer[SummaryT]], None] | None = None,
+        after_step: Callable[[Trainer[SummaryT]], None] | None = None,
     ) -> None:
-        self.config, self.folder = config, folder
-        self.control = control or Control(Place())
+        self.task, self.folder, self.control = task, folder, task.control
         self.place = self.control.place
         self.console = (console or Console()) if self.place.first else Console(quiet=True)
-        resolve_device(config.training.device)  # before a source is read, which can take long
-        self.source: Source = open_source(config.data.source, config.data.limits)
-        check_evaluation(config.evaluation, self.source)
-        train = share_of(self.source.train, config.data.share)
-        steps_per_epoch = len(train) // config.training.batch
-        self._notes: list[str] = self.source.notes
-        self.reporter: Reporter
-        self.engine = Engine(config, steps_per_epoch, self.place, note=self._warn)
-        self.device, self.method = self.engine.device, self.engine.method
-        self.pipeline = build_pipeline(
-            train,
-            config.augment,
-            batch=config.training.batch,
-            seed=config.seed,
-            name=config.data.pipeline,
-            device=self.device,
-            dtype=self.engine.precision.dtype,
-            workers=config.data.workers,
-            decode=config.data.decode,
-            rank=self.place.rank,
-            world=self.place.world,
-        )
-        self.steps_per_epoch = len(self.pipeline)
-        self.steps = self.steps_per_epoch * config.training.epochs
-        if config.training.max_steps is not None:
-            self.steps = min(self.steps, config.training.max_steps)
-        self.step = 0
+        self.step, self.steps = 0, task.plan.steps
         self.evaluated_at = -1
+        self._before_step, self._after_step = before_step, after_step
         self._save_due = False
-        self.broken = BrokenImages(len(train), config.data.max_broken, self._warn)
-        self.throughput = Throughput(config.training.batch, self.engine.settling)
-        self.stopping = Stopping(self.control, config.training.max_time)
+        self.throughput = Throughput(task.plan.batch, task.plan.settling)
+        self.stopping = Stopping(self.control, task.plan.max_time)
         if resume is not None:
             self._load(resume)
-        if self.engine.game is not None:
-            self._notes += self.engine.game.prepare(train, config.data.workers, fresh=self.step == 0)
+        task.begin(folder, fresh=self.step == 0)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
-    def run(self) -> Summary:
-        """Train to the end, or until SIGTERM, SIGINT or the budget asks to stop; then write a checkpoint and pictures.
+    def run(self) -> SummaryT:
+        """Train to the end, or until SIGTERM, SIGINT or the time limit; then write a checkpoint and the summary.
 
         Raises:
-            DivergedError: Too many steps in a row had no finite gradient; the last good checkpoint is kept.
-            DataError: More images are broken than ``data.max_broken`` allows.
+            DivergedError: Too many consecutive steps had non-finite gradients; the last good checkpoint is kept.
+            DataError: More images are corrupt than the configuration allows.
             LostProcessError: Another process of the job is gone.
         """
+        task, plan = self.task, self.task.plan
         if self.place.first:
-            describe_run(self.folder, self.config)
-        self.log: MetricLog = open_log(self.folder, self.step, self.config, writes=self.place.first)
+            describe_run(self.folder, task.config)
+        config = task.config.model_dump(mode="json")
+        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=plan.wandb, writes=self.place.first)
         self.reporter = Reporter(self.console, self.steps, self.step)
-        for note in self._notes:
-            self._warn(note)
+        task.note.show_by(self.reporter.note)
         try:
             with self.stopping.on_signals():
                 self._evaluate_if_due()
                 while self.step < self.steps and not self.stopping.agreed:
-                    self._train_epoch(self.step // self.steps_per_epoch)
-                    # A run stopped right at the end of an epoch is evaluated there when it goes on.
+                    self._train_round()
+                    # A run that stops right at the end of a round is evaluated there when it is resumed.
                     if not self.stopping.agree():
                         self._evaluate_if_due()
-                    self._save()
+                    if self._save_due or self.stopping.agreed or self._checkpoint_due():
+                        self._save()
         except RuntimeError as error:
             if self.place.world > 1 and lost_process(error):
                 raise self._lost(error) from error
             raise
         finally:
-            self.pipeline.close()
+            task.close()
             self.reporter.close()
             self.log.close()
-        return self._finish()
+        summary = task.summary(self.step, finished=not self.stopping.agreed, throughput=self.throughput)
+        self.control.of_first(None)
+        return summary
 
-    def _train_epoch(self, epoch: int) -> None:
-        """Train from the current step to the end of its epoch, the end of the run, or a stop."""
-        training = self.config.training
-        self.pipeline.set_epoch(epoch, self.step - epoch * self.steps_per_epoch)
-        self.method.module().train()
-        title = f"epoch {epoch + 1}/{training.epochs}"
-        pairs = self.folder / "plots" / "pairs.png"
-        undrawn = self.place.first and not pairs.exists()
-        batches = iter(self.pipeline)
+    def _train_round(self) -> None:
+        """Train from the current step to the end of its round, the end of the run, or a stop."""
+        task, title = self.task, self.task.title(self.step)
+        end = min(self.steps, task.round_end(self.step))
+        batches = iter(task.batches(self.step))
         self.throughput.begin()
-        while self.step < min(self.steps, (epoch + 1) * self.steps_per_epoch) and not self.stopping.agreed:
+        while self.step < end and not self.stopping.agreed:
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            self.broken.replaced(batch.corrupt)
-            if undrawn:
-                draw_pairs(batch.as_pixels(self.config.augment), pairs)
-                undrawn = False
-            self._train_step(batch, epoch)
+            self._train_step(batch)
             self.throughput.step(waited)
             self.reporter.step(self.step, title)
-            log_due = self.step % training.log_every == 0 or self.step == self.steps
-            if log_due or self.device.type == "cpu":
+            log_due = self.step % task.plan.log_every == 0 or self.step == self.steps
+            if log_due or task.device.type == "cpu":
                 self._check_skipped()
             if log_due:
                 self._write_figures(title)
-            self.stopping.after_step(self.step)
-            every = training.checkpoint_every
-            if self._save_due or (every and self.step % every == 0):
+            stops = self.stopping.after_step(self.step)
+            if self.step < end and not stops and (self._save_due or self._checkpoint_due()):
                 paused = time.perf_counter()
                 self._save()
                 self.throughput.pause(time.perf_counter() - paused)
-        self.throughput.take()
+        self.throughput.pop()
 
-    def _train_step(self, batch: Batch, epoch: int) -> None:
-        self.engine.step(batch, self.step, epoch)
+    def _train_step(self, batch: Any) -> None:
+        if self._before_step is not None:
+            self._before_step(self)
+        self.task.train_step(batch, self.step)
         self.step += 1
-
-    def _warn(self, line: str) -> None:
-        if hasattr(self, "reporter"):
-            self.reporter.note(line, "yellow")
-        else:
-            self._notes.append(line)
-
-    # -- figures ------------------------------------------------------------------------------------------------
+        if self._after_step is not None:
+            self._after_step(self)
 
     def _write_figures(self, title: str) -> None:
-        speed = self.throughput.take()
-        values = self.engine.means.take()
-        values |= {"epoch": self.step / self.steps_per_epoch, "lr": self.engine.rate(self.step - 1), **speed}
-        values |= monitors(self.engine, self.step)
-        if "images_per_second" in values and "loss" in values:
-            self.reporter.figures(self.step, title, values)
-        warning = self.engine.game.figures(values, self.step) if self.engine.game is not None else None
-        if warning:
-            self._warn(warning)
+        values, words = self.task.figures(self.step, self.throughput.pop())
+        if words:
+            self.reporter.line(self.step, title, "  ".join(words))
         self.log.write("train", self.step, values)
 
+    def _evaluate_if_due(self) -> None:
+        """Evaluate at the start, at the end of rounds, and at the end; never twice at one step."""
+        if self.place.first:
+            self.task.artifacts(self.step)
+        if self.task.evaluation_due(self.step) and self.evaluated_at != self.step:
+            self.evaluated_at = self.step
+            self.task.evaluate(self.step, self.log)
+            self.control.of_first(None)
+
+    # -- steps that were skipped --------------------------------------------------------------------------------
+
     def _check_skipped(self) -> int:
-        """How many steps in a row were left out up to now.
+        """How many consecutive steps were skipped up to now.
 
         Raises:
-            DivergedError: Leaving them out no longer helps: they are more than allowed, a weight is no number, or the
-                run ends with them.
+            DivergedError: Skipping no longer helps: there were more than allowed, a parameter is not finite, or the run
+                ends with them.
         """
-        _, row, first = self.engine.skipped.read()
-        allowed = row <= self.config.training.max_skipped and self.step < self.steps
-        if not row or (allowed and self.engine.finite()):
+        plan = self.task.plan
+        _, row, first = self.task.skipped.read()
+        within = row <= plan.max_skipped and self.step < self.steps
+        if not row or (within and self.task.finite()):
             return row
         newest = checkpoints_in(self.folder / "checkpoints")
-        kept = f"the last good checkpoint is {newest[0]}" if newest else "no checkpoint had been written"
-        epoch = first // self.steps_per_epoch + 1
-        rates = "optimizer.lr or generated.lr" if self.config.method.name == "generated" else "optimizer.lr"
         raise DivergedError(
-            f"loss: found a gradient that is not finite at step {first + 1} (epoch {epoch}) and {row - 1} more after "
-            f"it, expected {self.config.training.max_skipped} in a row (training.max_skipped), none at the end, and "
-            f"weights that are numbers; {kept}; try a lower {rates}, or optimizer.clip"
+            f"training diverged: non-finite gradients from step {self.task.describe_step(first)}, {row} "
+            f"step{'s' if row > 1 else ''} skipped (limit {plan.max_skipped_key}={plan.max_skipped}); "
+            + (f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written")
+            + f"; try {self.task.advice()}"
         )
-
-    # -- evaluation ---------------------------------------------------------------------------------------------
-
-    def _evaluate_if_due(self) -> None:
-        """Evaluate before the first step, every so many epochs, and at the end; never twice at one step."""
-        epoch, rest = divmod(self.step, self.steps_per_epoch)
-        if self.engine.game is not None and self.place.first:
-            self.engine.game.draw(self.folder / "plots", self.step)
-        every = self.config.evaluation.every
-        due = self.step == self.steps or (rest == 0 and epoch % max(1, every) == 0)
-        if every and due and self.evaluated_at != self.step:
-            self._evaluate()
-
-    def _evaluate(self) -> None:
-        """The kNN accuracy of the query encoder's backbone on the held-out split, into the log."""
-        self.engine.statistics.average()
-        self.evaluated_at, epochs = self.step, self.step / self.steps_per_epoch
-        if self.place.first:
-            result = evaluate_backbone(
-                self.method.encoder.backbone,
-                self.source,
-                self.config.augment,
-                self.config.evaluation,
-                device=self.device,
-                workers=self.config.data.workers,
-            )
-            self.broken.left_out(result.broken)
-            self.log.write("evaluation", self.step, {"epoch": epochs, "knn": result.accuracy})
-            self.reporter.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images")
-        self.control.of_first(None)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
+    def _checkpoint_due(self) -> bool:
+        return self.step == self.steps or self.task.checkpoint_due(self.step)
+
     def _save(self) -> None:
-        """Write everything that decides the future of the run; where the last step was left out, after a better one."""
+        """Write everything that decides the future of the run; after a skipped step, wait for a good one."""
         self._save_due = self._check_skipped() > 0
         self._check_agreement()
         if self._save_due:
             return
-        self.broken.share(self.control)
         state = {
-            "config": self.config.model_dump(mode="json"),
-            **self.engine.state_dict(),
+            **self.task.state_dict(),
             **self.throughput.state_dict(),
-            "steps_per_epoch": self.steps_per_epoch,
             "evaluated_at": self.evaluated_at,
-            "broken": self.broken.state_dict(),
         }
         if self.place.first:
-            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.config.training.keep)
+            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.plan.keep)
         self.control.of_first(None)
 
     def _check_agreement(self) -> None:
-        """Queue and weights must be the same on every process."""
+        """What is replicated must be the same on every process."""
         if self.place.world == 1:
             return
-        found = self.control.everyone(self.engine.fingerprint())
+        found = self.control.everyone(self.task.fingerprint())
         other = [rank for rank, value in enumerate(found) if value != found[0]]
         if other:
             raise LostProcessError(
-                f"processes: found another queue or other weights on rank {other[0]} than on rank 0 at step "
-                f"{self.step}, expected the same on all; {self._how_to_go_on()}"
+                f"rank {other[0]} is out of sync with rank 0 at step {self.step} (weights or queue differ); "
+                f"{self._how_to_resume()}"
             )
 
     def _load(self, resume: Path) -> None:
         if resume.is_dir() and (resume / "config.yaml").exists() and not checkpoints_in(resume / "checkpoints"):
-            self._notes.append(f"{resume} holds no checkpoint yet: starting at the first step")
+            self.task.note(f"{resume} holds no checkpoint yet: starting at the first step")
             return
         state, path, problems = find_checkpoint(resume)
-        self._notes += [f"{problem}; going on from an older one" for problem in problems]
-        load_weights(self.method.module(), state["method"], path)
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise CheckpointError(
-                f"{path}: found {state['steps_per_epoch']} steps an epoch, expected {self.steps_per_epoch}: a run goes "
-                "on with the batch and the number of images that it began with"
-            )
-        self.engine.load_state_dict(state)
-        self.step, self.evaluated_at = state["step"], state["evaluated_at"]
-        self.broken.load_state_dict(state["broken"])
+        for problem in problems:
+            self.task.note(f"{problem}; resuming from an older one")
+        self.task.load_state_dict(state, path)
         self.throughput.load_state_dict(state)
-        self._notes.append(f"resumed from {path} at step {self.step} of {self.steps}")
+        self.step = state["step"]
+        self.evaluated_at = state.get("evaluated_at", self.step)
+        self.task.note(f"resumed from {path} at step {self.step} of {self.steps}")
 
-    # -- end ----------------------------------------------------------------------------------------------------
-
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         newest = checkpoints_in(self.folder / "checkpoints")
-        return (
-            f"the newest checkpoint is {newest[0]}: go on with --resume {self.folder}"
-            if newest
-            else "no checkpoint had been written"
-        )
+        if not newest:
+            return "no checkpoint was written"
+        return f"the newest checkpoint is {newest[0]}: resume with --resume {self.folder}"
 
     def _lost(self, error: RuntimeError) -> LostProcessError:
         reason = str(error).strip().splitlines()[0][:160]
         return LostProcessError(
-            f"processes: rank {self.place.rank} lost the others at step {self.step + 1} ({reason}), expected all "
-            f"{self.place.world} to the end; {self._how_to_go_on()}"
+            f"rank {self.place.rank} lost the connection to the other processes at step {self.step + 1} ({reason}), "
+            f"expected all {self.place.world} to the end; {self._how_to_resume()}"
         )
-
-    def _finish(self) -> Summary:
-        if self.engine.game is not None and self.place.first:
-            self.engine.game.draw_curves(self.folder)
-        summary = close_run(
-            self.folder,
-            self.config,
-            self.source,
-            steps_per_epoch=self.steps_per_epoch,
-            step=self.step,
-            finished=not self.stopping.agreed,
-            throughput=self.throughput,
-            broken=len(self.broken),
-            writes=self.place.first,
-        )
-        self.control.of_first(None)
-        return summary

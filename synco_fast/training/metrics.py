@@ -1,43 +1,108 @@
-"""Figures of a run, written as lines of JSON, to TensorBoard, and to Weights & Biases where that is wanted."""
+"""Metrics of a run: averaged on the device, logged as JSON lines, to TensorBoard, and to Weights & Biases."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from synco_fast.config import Config
+from synco_fast.runtime.collectives import mean_over_ranks
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["Lines", "MetricLog", "Sink", "TensorBoard", "WandB", "open_log", "read_metrics"]
+__all__ = [
+    "JsonlLogger",
+    "Logger",
+    "MetricLog",
+    "RunningMeans",
+    "TensorBoardLogger",
+    "WandBLogger",
+    "open_log",
+    "read_metrics",
+]
+
+
+class RunningMeans:
+    """Means over steps, kept on the device so that no step waits for a value; all values are added together."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, metrics: dict[str, Tensor], step_ok: Tensor | None = None) -> None:
+        """Take in one step's scalars, the same names every time.
+
+        Args:
+            metrics: By name.
+            step_ok: Bool of no dimensions; where it is false the step is not counted.
+        """
+        if self._sums is None:
+            self._names = list(metrics)
+            self._sums = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=metrics[self._names[0]].device)
+        values = torch.stack([metrics[name].detach() for name in self._names]).double()
+        step = torch.cat([values, values.new_ones(1)])
+        self._sums.add_(step if step_ok is None else torch.where(step_ok, step, 0.0))
+
+    def pop(self) -> dict[str, float]:
+        """The means since the last call, over all processes, without those that are NaN (nothing was measured).
+
+        Every process of a job must call this at the same step.
+        """
+        if self._sums is None:
+            return {}
+        mean_over_ranks([self._sums])
+        *sums, steps = self._sums.tolist()
+        self._sums.zero_()
+        if not steps:
+            return {}
+        means = zip(self._names, (value / steps for value in sums), strict=True)
+        return {name: mean for name, mean in means if not math.isnan(mean)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was added since the last `pop`, as its mean over processes; called by all of them at the same step."""
+        if self._sums is None:
+            return {"sums": {}, "steps": 0.0}
+        sums = self._sums.clone()
+        mean_over_ranks([sums])
+        *values, steps = sums.tolist()
+        return {"sums": dict(zip(self._names, values, strict=True)), "steps": steps}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Take over from a checkpoint."""
+        self._names = list(state["sums"])
+        if self._names:
+            values = [float(value) for value in state["sums"].values()]
+            self._sums = torch.tensor([*values, float(state["steps"])], dtype=torch.float64, device=device)
 
 
 class MetricLog:
-    """The figures of one run, to whatever keeps them.
+    """The metrics of one run, to every logger.
 
     Args:
-        sinks: Each gets every line; none on a process that does not write.
+        loggers: Each gets every line; none on a process that does not write.
     """
 
-    def __init__(self, *sinks: Sink) -> None:
-        self._sinks = sinks
+    def __init__(self, *loggers: Logger) -> None:
+        self._loggers = loggers
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Add one line of ``kind`` train or evaluation."""
-        for sink in self._sinks:
-            sink.write(kind, step, values)
+        for logger in self._loggers:
+            logger.write(kind, step, values)
 
     def close(self) -> None:
         """Finish all."""
-        for sink in self._sinks:
-            sink.close()
+        for logger in self._loggers:
+            logger.close()
 
 
-class Sink(Protocol):
-    """Keeps figures."""
+class Logger(Protocol):
+    """Keeps metrics."""
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Take one line."""
@@ -48,7 +113,7 @@ class Sink(Protocol):
         ...
 
 
-class Lines:
+class JsonlLogger:
     """``metrics.jsonl``: ``{"kind": ..., "step": ..., **values}`` a line.
 
     Args:
@@ -73,8 +138,8 @@ class Lines:
         self._file.close()
 
 
-class TensorBoard:
-    """``tensorboard/`` in the run folder, ``KIND/NAME`` by step; arguments as of `Lines`."""
+class TensorBoardLogger:
+    """``tensorboard/`` in the run folder, ``KIND/NAME`` by step; arguments as of `JsonlLogger`."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
@@ -89,7 +154,7 @@ class TensorBoard:
         self._board.close()
 
 
-class WandB:
+class WandBLogger:
     """A run of Weights & Biases, the same one when the run goes on.
 
     Args:
@@ -118,25 +183,31 @@ class WandB:
         self._run.finish()
 
 
-def open_log(folder: Path, step: int, config: Config, *, writes: bool = True) -> MetricLog:
-    """Where a run's figures go.
+def open_log(
+    folder: Path, step: int, config: dict[str, Any], *, wandb: str | None = None, writes: bool = True
+) -> MetricLog:
+    """Where a run's metrics go.
 
     Args:
         folder: The run folder, which exists.
         step: Steps that are done already.
-        config: Names a project of Weights & Biases, or none.
+        config: Shown beside the run in Weights & Biases.
+        wandb: A project of Weights & Biases, or none.
         writes: False on the processes that do not write.
+
+    Raises:
+        ConfigError: A project is named and the package is not installed.
     """
     if not writes:
         return MetricLog()
-    sinks: list[Sink] = [Lines(folder, step), TensorBoard(folder, step)]
-    if config.training.wandb is not None:
-        sinks.append(WandB(folder, config.training.wandb, config.model_dump(mode="json")))
-    return MetricLog(*sinks)
+    loggers: list[Logger] = [JsonlLogger(folder, step), TensorBoardLogger(folder, step)]
+    if wandb is not None:
+        loggers.append(WandBLogger(folder, wandb, config))
+    return MetricLog(*loggers)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; a last line that was cut short is left out."""
+    """The lines of a run's ``metrics.jsonl``; without a last line that was cut short."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []

@@ -1,9 +1,10 @@
-"""Optimisers by name: PyTorch's, timm's for large batches, and NVIDIA apex's where it is installed."""
+"""Optimizers by name, and the learning rate and EMA momentum over a run."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["build_optimizer", "skips_on_device"]
+__all__ = ["build_optimizer", "key_momentum", "learning_rate", "skips_on_device"]
 
 _NVIDIA = "git clone https://github.com/NVIDIA/apex and build it with its CUDA extensions, or take optimizer.name"
 
@@ -23,9 +24,9 @@ _NVIDIA = "git clone https://github.com/NVIDIA/apex and build it with its CUDA e
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, *, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimiser of the query encoder.
+    """An optimizer: PyTorch's, timm's for large batches, or NVIDIA apex's where it is installed.
 
-    SGD decays every parameter, as MoCo does. The others leave out vectors (biases and the affine parameters of
+    SGD decays every parameter, as MoCo does. The others exempt vectors (biases and the affine parameters of
     normalisation), which LARS (arXiv 1708.03888) and LAMB (arXiv 1904.00962) then do not adapt either.
 
     Args:
@@ -42,7 +43,7 @@ def build_optimizer(
     if name == "sgd":
         sgd = torch.optim.SGD(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, fused=cuda)
         if cuda and config.momentum:
-            # Fused SGD takes memory as it finds it for momentum when the very first step is left out.
+            # Fused SGD takes memory as it finds it for momentum when the very first step is skipped.
             for parameter in module.parameters():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
@@ -60,7 +61,7 @@ def build_optimizer(
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step can be left out by a tensor on the device, without the host waiting for it."""
+    """Whether a step can be skipped by a tensor on the device, without the host waiting for it."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
@@ -87,3 +88,40 @@ def _from_apex(kind: str, name: str, device: torch.device) -> Callable[..., torc
     if device.type != "cuda":
         raise ConfigError(f"optimizer.name: found {name}, expected {plain} without a GPU")
     return found
+
+
+def learning_rate(step: int, *, peak: float, steps: int, warmup: int = 0, schedule: str = "cosine") -> float:
+    """The learning rate of a step.
+
+    Rises linearly over ``warmup`` steps, then follows half a cosine from ``peak`` to 0 (or stays at ``peak``). MoCo v2
+    changes its rate once an epoch; here it changes every step, on the same curve.
+
+    Args:
+        step: Counted from 0.
+        peak: The highest rate.
+        steps: Length of the run.
+        warmup: Steps until ``peak`` is reached.
+        schedule: ``"cosine"`` or ``"constant"``.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def key_momentum(step: int, *, base: float, steps: int, schedule: str = "constant") -> float:
+    """The momentum of the key encoder at a step: ``base``, or from ``base`` up to 1 along half a cosine.
+
+    The cosine is that of BYOL (arXiv 2006.07733 section 3.2), which MoCo v3 kept.
+
+    Args:
+        step: Counted from 0.
+        base: The momentum at the first step.
+        steps: Length of the run.
+        schedule: ``"constant"`` or ``"cosine"``.
+    """
+    if schedule == "constant":
+        return base
+    return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))

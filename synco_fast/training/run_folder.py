@@ -11,16 +11,16 @@ import yaml
 
 from synco_fast.config import Config
 from synco_fast.data.sources.open import Source
-from synco_fast.generated.config import GeneratorConfig
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_curves
+from synco_fast.training.task import RunConfig
 from synco_fast.training.throughput import Throughput
 
-__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run", "read_run_config", "write_json"]
+__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run", "read_run_config"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
     """
     folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "config.yaml").exists():
-        raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to go on with it")
+        raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to resume it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
     return folder
 
 
-def describe_run(folder: Path, config: Config | GeneratorConfig) -> None:
+def describe_run(folder: Path, config: RunConfig) -> None:
     """Make the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Batch-norm statistics around a step: put back where the step is left out, averaged where processes differ."""
+"""Batch-norm statistics around a step: restored when the step is skipped, averaged where processes differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunningStatistics:
 
     def __init__(self, *modules: nn.Module) -> None:
         self._buffers = [buffer for module in modules for buffer in module.buffers() if buffer.dtype == torch.float32]
-        # As whole numbers, of which a NaN is one like any other: nought times it is nought.
+        # Bit-cast to int32 so that multiplying by 0 also clears NaNs.
         self._bits = [buffer.view(torch.int32) for buffer in self._buffers]
         self._copies: list[Tensor] = []
 
@@ -33,11 +33,11 @@ class RunningStatistics:
         return self._copies
 
     @torch.no_grad()
-    def put_back(self, copies: list[Tensor], accept: Tensor) -> None:
-        """Undo what happened since `copy` unless ``accept``, bool of no dimensions; the host never waits for it."""
-        if not copies or (accept.device.type == "cpu" and bool(accept)):
+    def restore(self, copies: list[Tensor], step_ok: Tensor) -> None:
+        """Undo what happened since `copy` unless ``step_ok``, bool of no dimensions; the host never waits for it."""
+        if not copies or (step_ok.device.type == "cpu" and bool(step_ok)):
             return
-        keep = accept.to(torch.int32)
+        keep = step_ok.to(torch.int32)
         torch._foreach_mul_(self._bits, keep)
         torch._foreach_mul_(copies, 1 - keep)
         torch._foreach_add_(self._bits, copies)

@@ -39,7 +39,7 @@ class Throughput:
         """Leave out the last so many seconds."""
         self._from += seconds
 
-    def take(self) -> dict[str, float]:
+    def pop(self) -> dict[str, float]:
         """Since the last call: ``data_wait``, a share, and ``images_per_second`` where steps were counted."""
         spent = max(time.perf_counter() - self._from, 1e-9)
         waited, steps = self._waited, self._steps

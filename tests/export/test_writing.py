@@ -115,7 +115,7 @@ def test_the_authors_layout_holds_everything(make_run, tmp_path):
     assert content["state_dict"]["module.encoder_k.fc.2.weight"].shape == (16, 512)
     state = read_weights(run).state
     back = from_moco(to_moco(state), "here")
-    back["queue.images"] = state["queue.images"]
+    back["queue.image_ids"] = state["queue.image_ids"]
     assert same(back, state)
 
 

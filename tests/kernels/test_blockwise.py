@@ -339,3 +339,35 @@ def test_no_tensor_is_as_large_as_the_similarities(make):
     with Largest():
         contrast_and_gradient(*inputs, negatives, **SETTINGS)
     assert 0 < largest <= 9 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_few_calls_on_a_device_and_none_looks_at_data(dtype, masked):
+    # Meta tensors have no data: a wait for a value would raise. Each call is some microseconds of host time on a GPU.
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchDispatchMode):
+        count = largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.count += not function.is_view
+            for tensor in result if isinstance(result, (tuple, list)) else (result,):
+                if not function.is_view and isinstance(tensor, torch.Tensor):
+                    self.largest = max(self.largest, tensor.nbytes)
+            return result
+
+    q, queue = (torch.empty(length, 128, dtype=dtype, device="meta") for length in (256, 65536))
+    ids = {}
+    if masked:
+        ids["image_ids"], ids["queue_ids"] = (
+            torch.empty(length, dtype=torch.int64, device="meta") for length in (256, 65536)
+        )
+    for step in (7, torch.empty((), dtype=torch.int64, device="meta")):
+        with Calls() as calls:
+            found = contrast_and_gradient(q, q, queue, Negatives.synco(), **SETTINGS | {"step": step}, **ids)
+        assert found.gradient.shape == (256, 128)
+        assert found.gradient.is_meta
+        assert calls.count < 700
+        assert calls.largest <= 64 << 20

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, replace
+import ast
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import pytest
 
-from synco_fast.kernels import FAMILIES, Negatives
+from synco_fast.kernels import FAMILIES, Negatives, negatives
 
 
 def test_published_counts():
@@ -34,6 +36,26 @@ def test_family_numbers_are_the_papers():
         (5, "perturbed"),
         (6, "adversarial"),
     ]
+
+
+def test_fields_are_those_of_the_table_also_for_type_checkers():
+    tree = ast.parse(Path(negatives.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    (shown,) = (node for node in block.body if isinstance(node, ast.ClassDef))
+    stated = {
+        field.target.id: ast.literal_eval(field.value) for field in shown.body if isinstance(field, ast.AnnAssign)
+    }
+    assert list(stated.items()) == [(field.name, field.default) for field in fields(Negatives)]
+
+
+def test_a_name_that_no_family_has_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mixd'"):
+        Negatives.synco(mixd=3)
+
+
+def test_each_family_has_a_title_of_one_line_and_a_number_of_its_own():
+    assert all(family.title and "\n" not in family.title and len(family.title) < 90 for family in FAMILIES)
+    assert len({family.number for family in FAMILIES}) == len(FAMILIES)
 
 
 def test_hashable_and_frozen():

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from synco_fast.kernels import FAMILIES, Negatives, draw, synthetic_contrast
-from synco_fast.kernels.reference import FORMULAS, contrast, hard_negatives, synthesise
+from synco_fast.kernels.reference import contrast, hard_negatives, synthesise
 from synco_fast.kernels.rng import Draw
 
 ALL = Negatives.synco(8, interpolated=5, extrapolated=4, mixed=6, noisy=3, perturbed=2, adversarial=3)
@@ -25,7 +25,11 @@ def test_general_form_is_the_formula(family, extrapolation):
     x = mixture.noise * e + mixture.sign * q.sign()
     for affine, vector in ((mixture.q, q), (mixture.first, n_i), (mixture.second, n_j)):
         x = x + (affine.constant + affine.slope * t) * vector
-    torch.testing.assert_close(x, FORMULAS[family.name](q, n_i, n_j, t, e, negatives))
+    torch.testing.assert_close(x, family.vector(q, n_i, n_j, t, e, negatives))
+    assert family.paired == (mixture.second != (0, 0))
+    assert family.noisy == (mixture.noise != 0)
+    slopes = (mixture.q.slope, mixture.first.slope, mixture.second.slope)
+    assert family.ranged == any(slopes)
 
 
 HAND = {
@@ -68,14 +72,18 @@ def test_loss_by_hand():
     assert (result.statistics.rank.item(), result.statistics.queue_rank.item()) == (1, 1)
     assert result.statistics.hard.isnan().all()
     assert result.statistics.synthetic.isnan().all()
-    assert result.statistics.synthetic.shape == (1, 6)
+    assert result.statistics.synthetic.shape == (1, len(FAMILIES))
 
 
-def test_order_is_similarity_then_queue_index():
-    similarity = torch.tensor([[0.5, 0.7, 0.5, 0.7, 0.1, 0.5], [0.0] * 6])
+def test_the_largest_in_queue_order_and_masked_keys_last():
+    nothing = -math.inf
+    similarity = torch.tensor(
+        [[0.1, 0.7, 0.5, 0.5, 0.7, 0.5], [0.0] * 6, [nothing, 0.2, nothing, 0.3, nothing, 0.1], [nothing] * 6]
+    )
     values, index = hard_negatives(similarity, 4)
-    assert index.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
-    assert values[0].tolist() == pytest.approx([0.7, 0.7, 0.5, 0.5])
+    assert index.tolist() == [[1, 2, 3, 4], [0, 1, 2, 3], [1, 3, 5, 0], [0, 1, 2, 3]]
+    assert values[0].tolist() == pytest.approx([0.7, 0.5, 0.5, 0.7])
+    assert values[2].tolist() == pytest.approx([0.2, 0.3, 0.1, nothing])
 
 
 @pytest.mark.parametrize("extrapolation", ["released", "paper"])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from synco_fast.models.ema import follow, key_encoder_of
+from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
 from synco_fast.runtime.errors import ConfigError
 
@@ -58,14 +58,14 @@ def test_the_head_is_that_of_moco_v2():
 
 def test_the_key_encoder_follows_and_learns_nothing():
     query = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
-    key = key_encoder_of(query)
+    key = make_ema_copy(query)
     assert not any(parameter.requires_grad for parameter in key.parameters())
     start = [parameter.clone() for parameter in key.parameters()]
     with torch.no_grad():
         for parameter in query.parameters():
             parameter.add_(torch.randn_like(parameter))
     query[1].running_mean.add_(1)
-    follow(key, query, 0.9)
+    ema_update(key, query, 0.9)
     for now, before, leader in zip(key.parameters(), start, query.parameters(), strict=True):
         assert torch.allclose(now, 0.9 * before + 0.1 * leader)
     assert (key[1].running_mean == 0).all(), "statistics come from the key encoder's own passes"

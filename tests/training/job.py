@@ -16,7 +16,7 @@ from synco_fast.config import Config
 
 WORKER = Path(__file__).with_name("worker.py")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["synco_fast.training.loop"])
+_CONTEXT.set_forkserver_preload(["synco_fast.training.loop", "synco_fast.training.pretraining"])
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Job:
 def run_job(
     world: int, config: Config, folder: Path, *, resume: bool = False, act: str = "", within: float = 60
 ) -> Job:
-    """Train with ``world`` processes over gloo; ``act`` is code that each runs before every step."""
+    """Train with ``world`` processes over gloo; ``act`` is one of the worker's ``ACTS``."""
     folder.mkdir(exist_ok=True)
     (folder / "job.yaml").write_text(config.to_yaml())
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""Compiled steps are steps; what cannot be compiled or captured is said."""
+"""Compiled steps compute what eager ones do; what cannot be compiled or captured is said."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train(config, steps: int = 4):
     engine, losses = Engine(config, steps_per_epoch=steps // 2, note=notes.append), []
     for step in range(steps):
         engine.step(batch(step), step, step // (steps // 2))
-        losses.append(engine.means.take()["loss"])
+        losses.append(engine.means.pop()["loss"])
     return torch.tensor(losses), notes
 
 
@@ -45,11 +45,11 @@ def without_a_compiler(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["encoders", "step"])
-def test_losses_are_the_same_translated_or_not(tiny, without_a_compiler, what):
+def test_losses_are_the_same_compiled_or_not(tiny, without_a_compiler, what):
     plain, _ = train(tiny(MILD))
-    translated, notes = train(tiny({**MILD, "training.compile": what}))
+    found, notes = train(tiny({**MILD, "training.compile": what}))
     assert notes == []
-    assert torch.allclose(plain, translated, rtol=1e-5)
+    assert torch.allclose(plain, found, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -62,18 +62,18 @@ def test_machine_code_computes_the_same(tmp_path, monkeypatch):
     one = nn.Sequential(nn.Conv2d(3, 4, 3), SplitBatchNorm2d(4, 2), nn.ReLU())
     other, notes = copy.deepcopy(one), []
     x = torch.randn(4, 3, 8, 8)
-    plain, translated = one(x), Compiled(other, "the encoder", notes.append)(x)
+    plain, found = one(x), Compiled(other, "the encoder", notes.append)(x)
     torch._dynamo.reset()
     assert notes == []
-    assert torch.allclose(plain, translated, atol=1e-5)
-    for out in (plain, translated):
+    assert torch.allclose(plain, found, atol=1e-5)
+    for out in (plain, found):
         out.square().sum().backward()
     for a, b in zip([*one.parameters(), *one.buffers()], [*other.parameters(), *other.buffers()], strict=True):
         assert torch.allclose(a, b, atol=1e-5)
         assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_what_cannot_be_translated_runs_as_it_is_and_is_named(monkeypatch):
+def test_what_cannot_be_compiled_runs_eagerly_and_is_named(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_translated_runs_as_it_is_and_is_named(monkeypatch):
     for _ in range(2):
         assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
     (line,) = notes
-    assert line.startswith("training.compile: the encoder runs uncompiled, since its translation failed:")
+    assert line.startswith("torch.compile failed for the encoder; running it eagerly: ")
     assert "no compiler here" in line
 
 
@@ -97,7 +97,7 @@ def test_an_error_of_the_function_is_not_hidden(without_a_compiler):
 def test_a_graph_that_cannot_be_had_is_named(tiny):
     notes: list[str] = []
     engine = Engine(tiny({"training.cuda_graph": True}), 4, note=notes.append)
-    assert notes == ["training.cuda_graph: steps run one launch at a time, since there is no GPU"]
+    assert notes == ["CUDA graph disabled: no GPU"]
     assert not engine.graphed
 
 
@@ -108,9 +108,9 @@ def test_what_a_graph_reads_from_the_device_changes_nothing(tiny):
     for step in range(4):
         epoch = step // 2
         one.step(batch(step), step, epoch)
-        other._run = lambda arranged, step, kind, momentum: other._compute(
-            arranged, torch.tensor(step), kind, torch.tensor(momentum)
+        other._run = lambda inputs, step, kind, momentum: other._compute(
+            inputs, torch.tensor(step), kind, torch.tensor(momentum)
         )
         other.step(batch(step), step, epoch)
-        assert one.means.take()["loss"] == pytest.approx(other.means.take()["loss"], rel=1e-5)
+        assert one.means.pop()["loss"] == pytest.approx(other.means.pop()["loss"], rel=1e-5)
     assert other.skipped.read() == (0, 0, -1)

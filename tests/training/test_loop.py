@@ -14,48 +14,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from synco_fast.config import Config, read_config
-from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint
+from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError, DivergedError
 from synco_fast.training.loop import Trainer
 from synco_fast.training.metrics import read_metrics
-from synco_fast.training.run_folder import choose_run_folder, describe_run
+from synco_fast.training.pretraining import Pretraining
+from synco_fast.training.run_folder import describe_run
 
-
-def pretrain(config: Config, folder: Path, resume: Path | None = None):
-    if resume is None:
-        choose_run_folder(folder, config.preset)
-    folder.mkdir(exist_ok=True)
-    console = Console(file=(folder / "screen.txt").open("a"), width=200)
-    return Trainer(config, folder, resume=resume, console=console).run()
-
-
-def newest(folder: Path) -> dict:
-    return find_checkpoint(folder)[0]
-
-
-def flat(value, prefix=""):
-    """Every leaf of a nested state by its path."""
-    if isinstance(value, dict):
-        return {name: leaf for key, inner in value.items() for name, leaf in flat(inner, f"{prefix}/{key}").items()}
-    if isinstance(value, (list, tuple)):
-        return flat(dict(enumerate(value)), prefix)
-    return {prefix: value}
-
-
-def assert_identical(one: dict, other: dict) -> None:
-    """Bit for bit, but for how long things took."""
-    one, other = flat(one), flat(other)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        if name.startswith(("/seconds", "/images_timed", "/config/data/workers")):
-            continue
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[name]), name
-        else:
-            assert value == other[name], name
+from ..support.training import assert_identical, figures, newest, pretrain, screen, stop_after, trainer
 
 
 def test_a_run_folder_describes_itself(tiny, tmp_path):
@@ -86,12 +54,6 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     assert "data wait" in screen
 
 
-def test_the_class_is_learned(tiny, tmp_path):
-    """Brightness tells the classes apart, and a run must not lose it."""
-    summary = pretrain(tiny({"training.epochs": 6}), tmp_path / "run")
-    assert summary.knn_after > 0.5
-
-
 @pytest.mark.parametrize("name", ["moco", "mochi", "synco"])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_trains(tiny, tmp_path, name, symmetric):
@@ -115,29 +77,13 @@ def test_stopped_and_resumed_is_never_stopped(tiny, tmp_path, stop):
     """A stop at any step, also in the middle of an epoch and of a line of figures, changes no bit of the future."""
     config = tiny({"training.log_every": 3})
     whole = pretrain(config, tmp_path / "whole")
-    first = Trainer(config, tmp_path / "parts", console=Console(quiet=True))
-    step = first._train_step
-
-    def step_then_signal(batch, epoch):
-        step(batch, epoch)
-        if first.step == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    first._train_step = step_then_signal  # type: ignore[method-assign]
-    summary = first.run()
+    summary = trainer(config, tmp_path / "parts", after_step=stop_after(stop)).run()
     assert not summary.finished
     assert newest(tmp_path / "parts")["step"] == stop
     resumed = pretrain(config, tmp_path / "parts", resume=tmp_path / "parts")
     assert resumed.finished
     assert_identical(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
-    figures = [
-        [
-            {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait", "memory_mib")}
-            for line in read_metrics(tmp_path / name)
-        ]
-        for name in ("whole", "parts")
-    ]
-    assert figures[0] == figures[1]
+    assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
     assert resumed.knn_before == whole.knn_before
 
 
@@ -231,7 +177,7 @@ def test_a_damaged_checkpoint_on_resume_gives_way(tiny, tmp_path):
     summary = pretrain(config, tmp_path / "run", resume=tmp_path / "run")
     assert summary.finished
     screen = (tmp_path / "run" / "screen.txt").read_text()
-    assert "going on from an older one" in screen
+    assert "resuming from an older one" in screen
     assert before.name in screen
 
 
@@ -239,57 +185,76 @@ def test_another_architecture_on_resume(tiny, tmp_path):
     pretrain(tiny(), tmp_path / "run")
     for change in ({"model.dim": 8}, {"model.hidden": 5}, {"method.queue": 64}):
         with pytest.raises(CheckpointError, match="another architecture"):
-            Trainer(tiny(change), tmp_path / "run", resume=tmp_path / "run")
+            trainer(tiny(change), tmp_path / "run", resume=tmp_path / "run")
     with pytest.raises(CheckpointError, match="found 4 steps an epoch, expected 2"):
-        Trainer(tiny({"training.batch": 16}), tmp_path / "run", resume=tmp_path / "run")
+        trainer(tiny({"training.batch": 16}), tmp_path / "run", resume=tmp_path / "run")
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny, tmp_path):
-    config = tiny({"training.checkpoint_every": 1, "training.epochs": 3, "evaluation.every": 0})
-    trainer = Trainer(config, tmp_path / "run", console=Console(quiet=True))
-    step = trainer._train_step
-
-    def poison(batch, epoch):
-        if trainer.step == 6:
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    def poison(run):
+        if run.step == 6:
             with torch.no_grad():
-                trainer.method.encoder.head[0].weight.fill_(torch.nan)
-        step(batch, epoch)
+                run.task.method.encoder.head[0].weight.fill_(torch.nan)
 
-    trainer._train_step = poison  # type: ignore[method-assign]
-    with pytest.raises(DivergedError, match=r"at step 7 \(epoch 2\).*step-00000006\.pt"):
-        trainer.run()
+    config = tiny({"training.checkpoint_every": 1, "training.epochs": 3, "evaluation.every": 0})
+    with pytest.raises(DivergedError) as caught:
+        trainer(config, tmp_path / "run", before_step=poison).run()
+    said = str(caught.value)
+    assert said.startswith("training diverged: non-finite gradients from step 7 (epoch 2), 1 step skipped (limit ")
+    assert "training.max_skipped=16); last good checkpoint: " in said
+    assert said.endswith("step-00000006.pt; try a lower optimizer.lr, or optimizer.clip")
     kept = newest(tmp_path / "run")
     assert kept["step"] == 6
     assert all(torch.isfinite(value).all() for value in kept["method"].values())
 
 
-def test_a_single_bad_step_is_left_out_and_counted(tiny, tmp_path):
-    """A batch whose loss is no number must leave no trace: not in the weights, the queue or the statistics."""
-    config = tiny({"evaluation.every": 0, "training.max_skipped": 1, "training.checkpoint_every": 1})
-    trainer = Trainer(config, tmp_path / "run", console=Console(quiet=True))
-    step, before = trainer._train_step, {}
+def test_a_single_bad_step_is_skipped_and_counted(tiny, tmp_path):
+    """A batch whose loss is NaN must leave no trace: not in the weights, the queue or the statistics."""
+    before = {}
 
-    def poison(batch, epoch):
-        if trainer.step == 5:
-            before.update({name: value.clone() for name, value in trainer.method.state_dict().items()})
-            networks = trainer.method.networks
-            trainer.method.networks = networks._replace(query=lambda views: networks.query(views) * torch.nan)
-            step(batch, epoch)
-            trainer.method.networks = networks
-            return
-        if trainer.step == 6:
-            after = trainer.method.state_dict()
+    def poison(run):
+        method, engine = run.task.method, run.task.engine
+        if run.step == 5:
+            before.update({name: value.clone() for name, value in method.state_dict().items()})
+            before["encode"] = engine.encode
+            query = engine.encode.query
+            engine.encode = engine.encode._replace(query=lambda views: query(views) * torch.nan)
+        if run.step == 6:
+            engine.encode = before.pop("encode")
+            after = method.state_dict()
             key = {name for name in after if name.startswith("key_encoder") and "running" not in name}
             same = after.keys() - key - {name for name in after if name.endswith("num_batches_tracked")}
             assert all(torch.equal(before[name], after[name]) for name in same)
-        step(batch, epoch)
 
-    trainer._train_step = poison  # type: ignore[method-assign]
-    assert trainer.run().finished
+    config = tiny({"evaluation.every": 0, "training.max_skipped": 1, "training.checkpoint_every": 1})
+    assert trainer(config, tmp_path / "run", before_step=poison).run().finished
+    assert "encode" not in before, "the check above has run"
     lines = {line["step"]: line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"}
     assert [lines[number]["skipped"] for number in (5, 6, 7, 8)] == [0, 1, 1, 1]
     assert "loss" not in lines[6]
     assert not (tmp_path / "run" / "checkpoints" / "step-00000006.pt").exists()
+
+
+def test_hooks_are_called_around_every_step_and_can_read_the_run(tiny, tmp_path):
+    seen = []
+    run = trainer(
+        tiny({"evaluation.every": 0, "training.max_steps": 3}),
+        tmp_path / "run",
+        before_step=lambda run: seen.append(("before", run.step)),
+        after_step=lambda run: seen.append(("after", run.step, int(run.task.method.queue.pointer))),
+    )
+    run.run()
+    assert seen == [("before", 0), ("after", 1, 8), ("before", 1), ("after", 2, 16), ("before", 2), ("after", 3, 24)]
+
+
+def test_without_an_evaluation_from_above_nothing_is_evaluated(tiny, tmp_path):
+    """The trainer knows no kNN: what evaluates is given to it."""
+    console, text = screen()
+    config = tiny({"training.max_steps": 1})
+    summary = Trainer(Pretraining(config), tmp_path / "run", console=console).run()
+    assert summary.knn_after is None
+    assert "kNN" not in text.getvalue()
+    assert [line["kind"] for line in read_metrics(tmp_path / "run")] == ["train"]
 
 
 def test_every_line_carries_what_a_long_run_is_watched_by(tiny, tmp_path):
@@ -339,7 +304,7 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
 
     def refused(error, says, **changes):
         with pytest.raises(error, match=says):
-            Trainer(tiny(changes), tmp_path, console=Console(quiet=True))
+            trainer(tiny(changes), tmp_path)
 
     refused(DataError, "found 64, expected up to 33", **{"training.batch": 64, "method.queue": 64})
     refused(ConfigError, "neighbours: found 34, expected up to 33", **{"evaluation.neighbours": 34})
@@ -352,4 +317,4 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
     refused(DataError, "found no class folders")
     shutil.rmtree(image_folder / "val")
     refused(DataError, "found no held-out split")
-    assert Trainer(tiny({"evaluation.every": 0}), tmp_path, console=Console(quiet=True)).steps == 8
+    assert trainer(tiny({"evaluation.every": 0}), tmp_path).steps == 8

@@ -1,6 +1,7 @@
-"""Optimisers by name."""
+"""Optimizers by name, learning rate and EMA momentum over a run."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.training.optimizer import build_optimizer
+from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
 
 CPU = torch.device("cpu")
 
@@ -83,3 +84,31 @@ def test_nvidias_apex_wants_a_gpu(apex):
     apex(optimizers="class FusedSGD: ...\nclass FusedLAMB: ...")
     assert refused() == "optimizer.name: found apex_sgd, expected sgd without a GPU"
     assert refused("apex_lamb") == "optimizer.name: found apex_lamb, expected lamb without a GPU"
+
+
+def test_half_a_cosine():
+    rates = [learning_rate(step, peak=2.0, steps=100) for step in range(101)]
+    assert rates[0] == 2.0
+    assert rates[50] == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.0)
+    assert all(a >= b for a, b in pairwise(rates))
+
+
+def test_warm_up_rises_to_the_peak():
+    rates = [learning_rate(step, peak=1.0, steps=20, warmup=5) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == 1.0
+    assert max(rates) == 1.0
+
+
+def test_constant():
+    assert {learning_rate(step, peak=0.3, steps=9, schedule="constant") for step in range(9)} == {0.3}
+
+
+def test_the_key_encoder_slows_down_along_a_cosine():
+    values = [key_momentum(step, base=0.99, steps=10, schedule="cosine") for step in range(11)]
+    assert values[0] == pytest.approx(0.99)
+    assert values[5] == pytest.approx(0.995)
+    assert values[10] == 1
+    assert all(a < b for a, b in pairwise(values))
+    assert {key_momentum(step, base=0.9, steps=10) for step in range(10)} == {0.9}

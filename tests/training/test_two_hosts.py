@@ -73,4 +73,4 @@ def test_a_job_over_two_machines(hosts, tiny, tmp_path):
     assert codes == [0, 0], [Path(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)]
     one, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(one["queue.rows"], other["queue.rows"])
-    assert (one["queue.images"] >= 0).sum() == 32
+    assert (one["queue.image_ids"] >= 0).sum() == 32

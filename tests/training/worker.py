@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -14,12 +15,32 @@ from synco_fast.config import read_config
 from synco_fast.runtime.distributed import Place, joined
 from synco_fast.runtime.errors import DataError, UserError
 from synco_fast.training.loop import Trainer
+from synco_fast.training.pretraining import Pretraining
 
 given = globals()
 VARIABLES: dict[str, str] = given["VARIABLES"]
 FOLDER: Path = given["FOLDER"]
 RESUME: bool = given["RESUME"]
 ACT: str = given["ACT"]
+
+
+def leave(run, rank):
+    if rank == 1 and run.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_to_stop(run, rank):
+    if rank == 1 and run.step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def differ(run, rank):
+    if rank == 1 and run.step == 5:
+        run.task.method.queue.rows[3, 2] += 1e-3
+
+
+#: By name, what a process does before a step.
+ACTS = {"": lambda run, rank: None, "leave": leave, "ask to stop": ask_to_stop, "differ": differ}
 
 os.environ.update(VARIABLES)
 torch.set_num_threads(1)
@@ -29,16 +50,15 @@ try:
     with joined(place, "cpu", timeout=15) as control:
         config = read_config(FOLDER / "job.yaml")
         console = Console(file=words, width=200)
-        trainer = Trainer(config, FOLDER, resume=FOLDER if RESUME else None, console=console, control=control)
-        step = trainer._train_step
-
-        def act_and_step(batch, epoch):
-            exec(ACT, {"trainer": trainer, "rank": place.rank, "step": trainer.step, "os": os, "torch": torch})
-            step(batch, epoch)
-
-        trainer._train_step = act_and_step  # type: ignore[method-assign]
+        trainer = Trainer(
+            Pretraining(config, control=control),
+            FOLDER,
+            resume=FOLDER if RESUME else None,
+            console=console,
+            before_step=lambda run: ACTS[ACT](run, place.rank),
+        )
         trainer.run()
-        torch.save({"step": trainer.step, **trainer.method.module().state_dict()}, FOLDER / f"rank{place.rank}.pt")
+        torch.save({"step": trainer.step, **trainer.task.method.state_dict()}, FOLDER / f"rank{place.rank}.pt")
 except (UserError, DataError) as error:
     words.write(f"error: {error}\n")
     words.close()

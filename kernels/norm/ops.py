@@ -1,0 +1,284 @@
+"""The public function, the operators under it, and the choice of the form that computes."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from synco_fast.kernels.norm import native, reference
+from synco_fast.kernels.norm.checks import check_arguments
+
+__all__ = ["NormBackend", "batch_norm", "unserved_by_triton"]
+
+NormBackend = Literal["auto", "reference", "native", "triton"]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+    backend: NormBackend = "auto",
+) -> Tensor:
+    """relu(norm(x) w + b + residual), the statistics being those of each of ``groups`` parts of the batch.
+
+    Without groups, residual and ReLU this is `torch.nn.functional.batch_norm`. The running statistics, moved in place,
+    become the mean over the groups, with the unbiased variance. A NaN in x makes the outputs of its own group and
+    channel NaN and no others.
+
+    Args:
+        x: (B, C, H, W), floating point. The kernels want channels-last; other layouts are copied, with a warning once.
+        weight, bias: (C,), or None for 1 and 0.
+        running_mean, running_var: (C,), or None to keep none; needed outside training.
+        groups: G, a divisor of B. Outside training it has no effect.
+        residual: Added before the ReLU, shape and device of x, taken in its dtype.
+        relu: Whether a ReLU follows.
+        training: Whether the statistics are those of x; else the running ones, and one elementwise pass.
+        momentum: Share of the new statistics in the running ones; None takes the mean over all batches so far, by
+            ``num_batches_tracked``.
+        eps: Added to the variance.
+        num_batches_tracked: int64 of no dimensions, raised by one in training; or None.
+        backend: ``"auto"`` takes PyTorch's own kernels (``"native"``), or under torch.compile one formula that the
+            compiler fuses. ``"triton"`` asks for the kernels, which are proved in the interpreter but have not run on a
+            GPU yet and are nobody's default until they have; what they do not serve is computed by the formula, with a
+            warning once. ``"reference"`` is the formula, differentiable as often as wanted.
+
+    Returns:
+        y, (B, C, H, W), in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is expected.
+        RuntimeError: A second derivative was asked of another form than the reference.
+    """
+    check_arguments(
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        groups=groups,
+        residual=residual,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        num_batches_tracked=num_batches_tracked,
+    )
+    if backend not in get_args(NormBackend):
+        raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(NormBackend))}")
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    groups = groups if training else 1
+    arguments: dict[str, Any] = {
+        "groups": groups,
+        "residual": residual,
+        "relu": relu,
+        "training": training,
+        "momentum": momentum,
+        "eps": float(eps),
+        "num_batches_tracked": num_batches_tracked,
+    }
+    with _without_autocast(x.device.type):
+        if backend == "triton":
+            return _by_operators(x, weight, bias, running_mean, running_var, **arguments)
+        # A compiler makes two kernels of the formula; the loop over groups would stay one.
+        if backend == "reference" or (training and groups > 1 and torch.compiler.is_compiling()):
+            return reference.batch_norm(x, weight, bias, running_mean, running_var, **arguments)
+        return native.batch_norm(x, weight, bias, running_mean, running_var, **arguments)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Every dtype here is chosen already; a device without autocast ("meta") has none to switch off."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def _by_operators(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    groups: int,
+    residual: Tensor | None,
+    relu: bool,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        if not torch.compiler.is_compiling():
+            _note("x is not channels-last and is copied in every call; a model in that layout needs no copy")
+        x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    if training:
+        mean, variance = _statistics(x.detach(), running_mean, running_var, num_batches_tracked, groups, momentum)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, variance = running_mean[None], running_var[None]
+    return _normalise(x, mean, variance, weight, bias, residual, relu, training, eps)
+
+
+def unserved_by_triton(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot compute the batch norm of x, (B, C, H, W); None where they can."""
+    try:
+        from synco_fast.kernels.norm import triton
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return triton.unserved(x)
+
+
+def _served(x: Tensor) -> bool:
+    """Whether the kernels compute, decided where the tensors are real, so that tracing never meets it."""
+    if reason := unserved_by_triton(x):
+        _note(f"the formula computes the batch norm: {reason}")
+    return not reason
+
+
+@functools.cache
+def _note(line: str) -> None:
+    """Say a line once."""
+    warnings.warn(line, stacklevel=2)
+
+
+@torch.library.custom_op(
+    "synco_fast::norm_statistics", mutates_args=("running_mean", "running_var", "num_batches_tracked")
+)
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    groups: int,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (G, C); no gradient goes through them, since `_backward` knows that they are of x."""
+    if _served(x):
+        from synco_fast.kernels.norm import triton
+
+        return triton.statistics(x, running_mean, running_var, num_batches_tracked, groups=groups, momentum=momentum)
+    mean, variance = reference.statistics(x, groups)
+    count = x.numel() // (groups * x.shape[1])
+    reference.update_running(running_mean, running_var, num_batches_tracked, mean, variance, count, momentum)
+    return mean, variance
+
+
+@_statistics.register_fake
+def _(x: Tensor, running_mean: object, running_var: object, tracked: object, groups: int, momentum: object) -> Any:
+    return tuple(x.new_empty(groups, x.shape[1], dtype=reference.wide(x.dtype)) for _ in range(2))
+
+
+@torch.library.custom_op("synco_fast::norm_apply", mutates_args=())
+def _normalise(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    training: bool,
+    eps: float,
+) -> Tensor:
+    """y; ``training`` tells the backward pass alone that the statistics are those of x."""
+    if _served(x):
+        from synco_fast.kernels.norm import triton
+
+        return triton.apply(x, mean, variance, weight, bias, residual, relu=relu, eps=eps)
+    y = reference.normalise(x, mean, variance, weight, bias, residual, relu=relu, eps=eps)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@_normalise.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("synco_fast::norm_backward", mutates_args=())
+def _backward(
+    gradient: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dr (empty without y), dw and db in float32 or wider; y is given where the mask is to be read from it."""
+    if _served(x):
+        from synco_fast.kernels.norm import triton
+
+        of_x, of_residual, of_weight, of_bias = triton.backward(
+            gradient, x, y, mean, variance, weight, bias, relu=relu, training=training, eps=eps
+        )
+    else:
+        positive = None
+        if relu:
+            found = y
+            if found is None:
+                found = reference.normalise(x, mean, variance, weight, bias, None, relu=False, eps=eps)
+            positive = ~(found <= 0)
+        of_x, of_residual, of_weight, of_bias = reference.gradients(
+            gradient, x, mean, variance, weight, positive, training=training, eps=eps
+        )
+        of_x = of_x.contiguous(memory_format=torch.channels_last)
+        of_residual = None if y is None else of_residual.contiguous(memory_format=torch.channels_last)
+    return of_x, x.new_empty(0) if of_residual is None else of_residual, of_weight, of_bias
+
+
+@_backward.register_fake
+def _(gradient: Tensor, x: Tensor, y: Tensor | None, *_: object) -> tuple[Tensor, ...]:
+    of_x = torch.empty_like(x, memory_format=torch.channels_last)
+    small = [x.new_empty(x.shape[1], dtype=reference.wide(x.dtype)) for _ in range(2)]
+    return of_x, x.new_empty(0) if y is None else torch.empty_like(of_x), *small
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, variance, weight, bias, residual, relu, training, eps = inputs
+    # The mask of a ReLU without residual is made again from x, of one with it is read from what the next layer keeps.
+    y = output if relu and residual is not None else None
+    ctx.save_for_backward(x, y, mean, variance, weight, bias)
+    ctx.relu, ctx.training, ctx.eps = relu, training, eps
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("backend: this one has a first derivative only; expected for higher ones: 'reference'")
+    x, y, mean, variance, weight, bias = ctx.saved_tensors
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    of_x, of_residual, of_weight, of_bias = _backward(
+        gradient, x, y, mean, variance, weight, bias, ctx.relu, ctx.training, ctx.eps
+    )
+    return (
+        of_x,
+        None,
+        None,
+        None if weight is None else of_weight.to(weight.dtype),
+        None if bias is None else of_bias.to(bias.dtype),
+        (of_residual if y is not None else gradient) if ctx.needs_input_grad[5] else None,
+        None,
+        None,
+        None,
+    )
+
+
+_normalise.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,251 @@
+"""MoCo v2, MoCHi and SynCo: one method with three settings of the negatives.
+
+A step: the key encoder becomes the EMA of the query encoder (MoCo, arXiv 1911.05722 eq. 2); one view becomes queries,
+the other keys; each query is contrasted with its key, the queue and the synthetic negatives; after the optimizer's
+step the keys enter the queue, so that a key is never a negative of its own query. In a job of several processes the
+keys of all enter it, in the order of the global batch, so that every process holds the same queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from synco_fast.config import Config
+from synco_fast.kernels import FAMILIES, Backend, Contrast, Negatives, synthetic_contrast
+from synco_fast.methods.base import Encoders, Method, StepInputs, StepOutput, Views
+from synco_fast.methods.build import build_encoder
+from synco_fast.models.ema import ema_update, make_ema_copy
+from synco_fast.models.encoder import Encoder
+from synco_fast.models.queue import KeyQueue
+from synco_fast.models.shuffle import key_order
+from synco_fast.runtime.collectives import exchange_rows, gather_rows, rank, world
+from synco_fast.runtime.phases import phase
+
+__all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
+
+
+@dataclass(frozen=True)
+class NegativeSchedule:
+    """The negatives by epoch: synthetic ones between warm-up and cool-down, the queue alone outside.
+
+    Attributes:
+        negatives: What is on in between.
+        epochs: Length of the run.
+        warmup: First epochs without synthetic negatives (10 in SynCo and MoCHi on ImageNet).
+        cooldown: Last epochs without them.
+    """
+
+    negatives: Negatives
+    epochs: int
+    warmup: int = 0
+    cooldown: int = 0
+
+    def at(self, epoch: int) -> Negatives:
+        """The negatives of an epoch, counted from 0."""
+        on = self.warmup <= epoch < self.epochs - self.cooldown
+        return self.negatives if on else self.negatives.without_synthetic()
+
+    def first_like(self, epoch: int) -> int:
+        """The first epoch with the negatives of ``epoch``."""
+        return next(number for number in range(epoch + 1) if self.at(number) == self.at(epoch))
+
+
+@dataclass(frozen=True)
+class ContrastSettings:
+    """What the configuration says about the contrast.
+
+    Attributes:
+        queue: K.
+        dim: D, the encoder's output width.
+        schedule: Which negatives, when.
+        temperature: T.
+        symmetric: Each view serves as query and as key; the loss is the mean of both directions, and both sets of keys
+            enter the queue.
+        mask_same_image: A queue key of the query's own image is no negative: for sets smaller than the queue.
+        seed: Of queue, shuffles and draws.
+        backend: Of the loss.
+    """
+
+    queue: int
+    dim: int
+    schedule: NegativeSchedule
+    temperature: float = 0.2
+    symmetric: bool = False
+    mask_same_image: bool = False
+    seed: int = 0
+    backend: Backend = "auto"
+
+    @classmethod
+    def of(cls, config: Config) -> ContrastSettings:
+        """Those of a configuration."""
+        method = config.method
+        return cls(
+            queue=method.queue,
+            dim=config.model.dim,
+            schedule=NegativeSchedule(
+                method.negatives(), config.training.epochs, method.warmup_epochs, method.cooldown_epochs
+            ),
+            temperature=method.temperature,
+            symmetric=method.symmetric,
+            mask_same_image=method.mask_same_image,
+            seed=config.seed,
+            backend=method.backend,
+        )
+
+
+def build(config: Config, processes: int) -> MomentumContrast:
+    """The method of a configuration, on the CPU."""
+    return MomentumContrast(build_encoder(config, processes=processes), ContrastSettings.of(config))
+
+
+class MomentumContrast(Method):
+    """Momentum contrast with a queue (MoCo v2, arXiv 2003.04297) and, by schedule, synthetic hard negatives.
+
+    Args:
+        encoder: The query encoder.
+        settings: Of the contrast.
+    """
+
+    headline: Mapping[str, str] = {"loss": "loss {:.3f}", "queue_top1": "acc {:.1%}"}
+
+    def __init__(self, encoder: Encoder, settings: ContrastSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.encoder = encoder
+        self.key_encoder = make_ema_copy(encoder)
+        self.queue = KeyQueue(settings.queue, settings.dim, seed=settings.seed)
+        #: By direction, this step's keys of the whole batch, (B, D), and their images, (B,).
+        self._keys: list[tuple[Tensor, Tensor]] = []
+        self._queued = 0
+
+    @property
+    def target(self) -> nn.Module:
+        """The key encoder."""
+        return self.key_encoder
+
+    @property
+    def replicated(self) -> Mapping[str, nn.Module]:
+        """Both encoders and the queue."""
+        return {**super().replicated, "queue": self.queue}
+
+    def arrange(self, views: Views, *, step: int) -> StepInputs:
+        """Permute the views that become keys over the whole batch, across processes (ShuffleBN)."""
+        pairs = [(views.first, views.second), (views.second, views.first)][: 1 + self.settings.symmetric]
+        device, rows = views.image_ids.device, world() * len(views.image_ids)
+        # What each process sends follows from the order, so that the host must know it where there are several.
+        host = device if world() == 1 else torch.device("cpu")
+        orders = [
+            key_order(rows, seed=self.settings.seed, step=step, direction=way, device=host) for way in range(len(pairs))
+        ]
+        return StepInputs(
+            queries=tuple(query for query, _ in pairs),
+            keys=tuple(exchange_rows(key, order) for (_, key), order in zip(pairs, orders, strict=True)),
+            orders=tuple(order.to(device, non_blocking=True) for order in orders),
+            image_ids=views.image_ids,
+        )
+
+    @torch.no_grad()
+    def begin_step(
+        self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
+    ) -> None:
+        """Update the key encoder and compute the keys of the whole batch, (B, D), the same on every process."""
+        with phase("momentum update"):
+            ema_update(self.key_encoder, self.encoder, momentum)
+        self._keys.clear()
+        with phase("key forward"):
+            for views, order in zip(inputs.keys, inputs.orders, strict=True):
+                shuffled = torch.cat([encode.key(part).float() for part in views.chunk(micro_batches)])
+                keys, image_ids = _gather(normalize(shuffled, dim=1), inputs.image_ids)
+                self._keys.append((torch.empty_like(keys).index_copy_(0, order, keys), image_ids))
+
+    def loss(
+        self,
+        inputs: StepInputs,
+        encode: Encoders,
+        *,
+        step: int | Tensor,
+        epoch: int,
+        micro_batch: int = 0,
+        micro_batches: int = 1,
+    ) -> StepOutput:
+        """The mean loss of one micro-batch over both directions, after `begin_step`."""
+        part = micro_batch, micro_batches
+        found = [self._direction(inputs, encode, way, step, epoch, *part) for way in range(len(self._keys))]
+        loss = torch.cat([contrast.loss for contrast in found]).mean()
+        return StepOutput(loss, _metrics(loss, found))
+
+    def _direction(
+        self,
+        inputs: StepInputs,
+        encode: Encoders,
+        direction: int,
+        step: int | Tensor,
+        epoch: int,
+        micro_batch: int = 0,
+        micro_batches: int = 1,
+    ) -> Contrast:
+        settings, views = self.settings, inputs.queries[direction].chunk(micro_batches)[micro_batch]
+        with phase("query forward"):
+            q = normalize(encode.query(views).float(), dim=1)
+        keys, _ = self._keys[direction]
+        begin = rank() * len(inputs.image_ids) + micro_batch * len(views)
+        image_ids = inputs.image_ids.chunk(micro_batches)[micro_batch]
+        with phase("head"), torch.autocast(q.device.type, enabled=False):
+            return synthetic_contrast(
+                q,
+                keys[begin : begin + len(views)],
+                self.queue.rows,
+                settings.schedule.at(epoch),
+                temperature=settings.temperature,
+                seed=settings.seed,
+                step=step,
+                first_row=direction * len(keys) + begin,
+                image_ids=image_ids if settings.mask_same_image else None,
+                queue_ids=self.queue.image_ids if settings.mask_same_image else None,
+                backend=settings.backend,
+            )
+
+    def after_step(self, step_ok: Tensor | None = None) -> None:
+        """Write the step's keys to the queue, unless ``step_ok`` (bool, no dimensions) holds false."""
+        with phase("enqueue"):
+            for keys, image_ids in self._keys:
+                self.queue.enqueue(keys, image_ids, step_ok)
+        self._queued = sum(len(keys) for keys, _ in self._keys) or self._queued
+        self._keys.clear()
+
+    def graph_key(self, epoch: int) -> int:
+        """The first epoch with the same negatives."""
+        return self.settings.schedule.first_like(epoch)
+
+    def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
+        """``queue_age``, the age of the oldest key in steps."""
+        return {"queue_age": min(float(step), len(self.queue) / max(1, self._queued))}, []
+
+
+def _gather(keys: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys, (b, D) float32, and image ids, (b,) int64, of all processes, in one exchange."""
+    if world() == 1:
+        return keys, image_ids
+    both = gather_rows(torch.cat([keys, image_ids[:, None].view(torch.float32)], dim=1))
+    return both[:, :-2].contiguous(), both[:, -2:].contiguous().view(torch.int64).squeeze(1)
+
+
+def _metrics(loss: Tensor, directions: list[Contrast]) -> dict[str, Tensor]:
+    """Means over the rows of both directions; NaN for a kind of negatives that no row met."""
+    statistics = [contrast.statistics for contrast in directions]
+    metrics = {
+        "loss": loss.detach(),
+        "top1": torch.cat([part.rank == 0 for part in statistics]).float().mean(),
+        "queue_top1": torch.cat([part.queue_rank == 0 for part in statistics]).float().mean(),
+        "similarity/positive": torch.cat([part.positive for part in statistics]).mean(),
+        "similarity/hard": torch.cat([part.hard for part in statistics]).nanmean(),
+        "slow_path": torch.cat([part.fallback for part in statistics]).float().mean(),
+    }
+    synthetic = torch.cat([part.synthetic for part in statistics]).nanmean(dim=0)
+    metrics |= {f"similarity/{family.name}": synthetic[column] for column, family in enumerate(FAMILIES)}
+    return metrics

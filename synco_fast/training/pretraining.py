@@ -1,0 +1,262 @@
+"""Pretraining as a task: a source of images, a pipeline of views, an engine, and the kNN that is given to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from synco_fast.config import Config
+from synco_fast.data.pipelines.base import Batch
+from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.sources.open import Source, open_source
+from synco_fast.data.sources.splits import share_of
+from synco_fast.runtime.checkpoint import load_weights
+from synco_fast.runtime.distributed import Control, Place
+from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.precision import resolve_device
+from synco_fast.training.bad_images import BrokenImages
+from synco_fast.training.checks import check_evaluation
+from synco_fast.training.engine import Engine
+from synco_fast.training.metrics import MetricLog
+from synco_fast.training.plots import draw_pairs
+from synco_fast.training.run_folder import Summary, close_run
+from synco_fast.training.task import Notes, Plan
+from synco_fast.training.throughput import Throughput
+
+__all__ = ["Evaluate", "Evaluation", "Pretraining"]
+
+
+class Evaluation(Protocol):
+    """What a periodic evaluation comes to: accuracy in [0, 1], images classified, and why others were not read."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the held-out images."""
+        ...
+
+    @property
+    def queries(self) -> int:
+        """Held-out images."""
+        ...
+
+    @property
+    def broken(self) -> Sequence[str]:
+        """Images that could not be read."""
+        ...
+
+
+#: Takes backbone, source, recipe, the section ``evaluation``, ``device=`` and ``workers=``.
+Evaluate = Callable[..., Evaluation]
+
+
+class Pretraining:
+    """Pretraining of an encoder by the method of a configuration.
+
+    Args:
+        config: What to do.
+        control: What the processes of the job agree by; by default there is one.
+        evaluate: The periodic evaluation, such as `synco_fast.evaluation.protocol.evaluate_backbone`; without one,
+            nothing is evaluated whatever ``evaluation.every`` says.
+
+    Attributes:
+        source: The images, all of them.
+        engine: The steps.
+        pipeline: The batches.
+
+    Raises:
+        UserError: Anything in the configuration or the data that cannot work; before the first step wherever it can be
+            known by then.
+    """
+
+    def __init__(self, config: Config, *, control: Control | None = None, evaluate: Evaluate | None = None) -> None:
+        training = config.training
+        self.config, self.control = config, control or Control(Place())
+        self.place = self.control.place
+        self.note = Notes()
+        resolve_device(training.device)  # before a source is read, which can take long
+        self.source: Source = open_source(config.data.source, config.data.limits)
+        self._evaluate = evaluate if config.evaluation.every else None
+        if self._evaluate is not None:
+            check_evaluation(config.evaluation, self.source)
+        for line in self.source.notes:
+            self.note(line)
+        self._train = share_of(self.source.train, config.data.share)
+        self.engine = Engine(config, len(self._train) // training.batch, self.place, note=self.note)
+        self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
+        self.pipeline = build_pipeline(
+            self._train,
+            config.augment,
+            batch=training.batch,
+            seed=config.seed,
+            name=config.data.pipeline,
+            device=self.device,
+            dtype=self.engine.precision.dtype,
+            workers=config.data.workers,
+            decode=config.data.decode,
+            rank=self.place.rank,
+            world=self.place.world,
+        )
+        self.steps_per_epoch = len(self.pipeline)
+        steps = self.steps_per_epoch * training.epochs
+        self.plan = Plan(
+            steps=steps if training.max_steps is None else min(steps, training.max_steps),
+            batch=training.batch,
+            log_every=training.log_every,
+            keep=training.keep,
+            max_skipped=training.max_skipped,
+            max_skipped_key="training.max_skipped",
+            max_time=training.max_time,
+            settling=self.engine.settling,
+            wandb=training.wandb,
+        )
+        self.broken = BrokenImages(len(self._train), config.data.max_broken, self.note)
+
+    # -- the steps ----------------------------------------------------------------------------------------------
+
+    def begin(self, folder: Path, *, fresh: bool) -> None:
+        """Let the method read what it needs."""
+        self._folder = folder
+        for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
+            self.note(line)
+
+    def round_end(self, step: int) -> int:
+        """The end of the epoch."""
+        return (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """The batches from a step to the end of its epoch; draws the first pairs of the run."""
+        epoch, done = divmod(step, self.steps_per_epoch)
+        self.pipeline.set_epoch(epoch, done)
+        self.method.train()
+        pairs = self._folder / "plots" / "pairs.png"
+        undrawn = self.place.first and not pairs.exists()
+        for batch in self.pipeline:
+            self.broken.replaced(batch.corrupt)
+            if undrawn:
+                draw_pairs(batch.as_pixels(self.config.augment), pairs)
+                undrawn = False
+            yield batch
+
+    def train_step(self, batch: Batch, step: int) -> None:
+        """One step of the engine."""
+        self.engine.step(batch, step, step // self.steps_per_epoch)
+
+    def finite(self) -> bool:
+        """Whether every parameter is finite."""
+        return self.engine.finite()
+
+    def fingerprint(self) -> int:
+        """That of the engine."""
+        return self.engine.fingerprint()
+
+    # -- what is shown and logged -------------------------------------------------------------------------------
+
+    def title(self, step: int) -> str:
+        """The epoch."""
+        return f"epoch {step // self.steps_per_epoch + 1}/{self.config.training.epochs}"
+
+    def figures(self, step: int, speed: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+        """Means of the method's metrics, learning rate, speed, and the values of the moment."""
+        values = self.engine.means.pop()
+        values |= {"epoch": step / self.steps_per_epoch, "lr": self.engine.rate(step - 1), **speed}
+        values |= self.engine.figures(step)
+        further, warnings = self.method.figures(values, step)
+        values |= further
+        for line in warnings:
+            self.note(line)
+        if "images_per_second" not in values:
+            return values, []
+        words = [form.format(values[name]) for name, form in self.method.headline.items() if name in values]
+        words += [f"{values['images_per_second']:,.0f} img/s", f"data wait {values['data_wait']:.0%}"]
+        return values, words
+
+    def artifacts(self, step: int) -> None:
+        """Those of the method."""
+        self.method.artifacts(self._folder / "plots", step)
+
+    def evaluation_due(self, step: int) -> bool:
+        """Before the first step, every so many epochs, and at the end."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        every = self.config.evaluation.every
+        return self._evaluate is not None and (step == self.plan.steps or (rest == 0 and epoch % every == 0))
+
+    def evaluate(self, step: int, log: MetricLog) -> None:
+        """The accuracy of the encoder's backbone on the held-out split, into the log."""
+        self.engine.statistics.average()
+        if self._evaluate is None or not self.place.first:
+            return
+        config, epochs = self.config, step / self.steps_per_epoch
+        result = self._evaluate(
+            self.method.encoder.backbone,
+            self.source,
+            config.augment,
+            config.evaluation,
+            device=self.device,
+            workers=config.data.workers,
+        )
+        self.broken.left_out(result.broken)
+        log.write("evaluation", step, {"epoch": epochs, "knn": result.accuracy})
+        self.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
+
+    def describe_step(self, step: int) -> str:
+        """Number and epoch, counted from 1."""
+        return f"{step + 1} (epoch {step // self.steps_per_epoch + 1})"
+
+    def advice(self) -> str:
+        """What to try where training diverges."""
+        return f"a lower {' or '.join(self.method.rates)}, or optimizer.clip"
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def checkpoint_due(self, step: int) -> bool:
+        """At the end of every epoch, and every ``training.checkpoint_every`` steps."""
+        every = self.config.training.checkpoint_every
+        return step % self.steps_per_epoch == 0 or bool(every and step % every == 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Configuration, engine, position in the epoch, and the corrupt images."""
+        self.broken.share(self.control)
+        return {
+            "config": self.config.model_dump(mode="json"),
+            **self.engine.state_dict(),
+            "steps_per_epoch": self.steps_per_epoch,
+            "broken": self.broken.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Take over from a checkpoint.
+
+        Raises:
+            CheckpointError: It is of another architecture, or its epochs have another length.
+        """
+        if "method" not in state:
+            raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of pretrain")
+        load_weights(self.method, state["method"], path)
+        if state["steps_per_epoch"] != self.steps_per_epoch:
+            raise CheckpointError(
+                f"{path}: found {state['steps_per_epoch']} steps an epoch, expected {self.steps_per_epoch}: resume "
+                "with the batch and the number of images that the run began with"
+            )
+        self.engine.load_state_dict(state)
+        self.broken.load_state_dict(state["broken"])
+
+    def close(self) -> None:
+        """Free the pipeline's processes."""
+        self.pipeline.close()
+
+    def summary(self, step: int, *, finished: bool, throughput: Throughput) -> Summary:
+        """Draw the curves and write ``summary.json``."""
+        if self.place.first:
+            self.method.artifacts(self._folder / "plots", step, closing=True)
+        return close_run(
+            self._folder,
+            self.config,
+            self.source,
+            steps_per_epoch=self.steps_per_epoch,
+            step=step,
+            finished=finished,
+            throughput=throughput,
+            broken=len(self.broken),
+            writes=self.place.first,
+        )

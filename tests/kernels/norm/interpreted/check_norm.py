@@ -1,0 +1,197 @@
+"""The kernels against the formula in float64, beside PyTorch's modules in the same precision, each run twice."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from synco_fast.kernels.norm import batch_norm
+from synco_fast.kernels.norm.triton import config, launch
+from synco_fast.kernels.norm.triton.config import shape_of
+from synco_fast.kernels.norm.validation import NormCase, validate_norm
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+KINDS = ((False, False), (True, False), (True, True), (False, True))
+#: One value more than a tile, maps of one place, channels below, at, above and beside a tile, odd everything.
+SHAPES = (
+    ((6, 3, 7, 7), 2),
+    ((8, 64, 1, 1), 4),
+    ((4, 130, 5, 3), 1),
+    ((4, 1040, 1, 1), 2),
+    ((2, 16, 17, 16), 1),
+    ((2, 64, 28, 28), 2),
+    ((5, 1, 3, 3), 5),
+    ((4, 72, 9, 9), 2),
+)
+
+
+def inputs(shape, dtype, mean=1.0):
+    x, r = ((torch.randn(shape) + mean).to(dtype, memory_format=torch.channels_last) for _ in range(2))
+    weight, bias = torch.randn(2, shape[1])
+    return x, weight, bias, r
+
+
+def check(shape, groups, dtype, relu, added, training=True, mean=1.0):
+    case = NormCase(shape, groups, relu, added, dtype, training, mean)
+    (verdict,) = validate_norm([case], torch.device("cpu"), ["triton"])
+    assert not verdict.misses, verdict.as_dict()
+
+
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize(("relu", "added"), KINDS)
+def test_shapes(shape, groups, relu, added):
+    if shape[1] == 1040 and not (relu and added):
+        pytest.skip("one kind will do for the slow one")
+    check(shape, groups, torch.float32, relu, added)
+
+
+@DTYPES
+@pytest.mark.parametrize(("relu", "added"), KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_dtypes(dtype, relu, added, training):
+    check((6, 40, 5, 7), 3 if training else 1, dtype, relu, added, training)
+
+
+@pytest.mark.parametrize(("groups", "at_once"), [(1, 4), (4, 256), (4, 4), (8, 4)])
+def test_groups(monkeypatch, groups, at_once):
+    """With few shares at once, splits and then groups are added up in several goes."""
+    for module in (config, launch):
+        monkeypatch.setattr(module, "SHARES", at_once)
+    monkeypatch.setattr(config, "TILE", 256)
+    shape = (8, 24, 5, 5)
+    assert shape_of(torch.empty(shape), groups).splits == -(-200 // groups // 8)
+    check(shape, groups, torch.float32, True, True)
+
+
+def test_cumulative_mean():
+    mean, variance, tracked = torch.zeros(20), torch.ones(20), torch.tensor(0)
+    norm = torch.nn.BatchNorm2d(20, momentum=None)
+    for _ in range(3):
+        x = inputs((6, 20, 5, 7), torch.float32)[0]
+        norm(x)
+        settings = {"momentum": None, "num_batches_tracked": tracked, "backend": "triton"}
+        batch_norm(x, None, None, mean, variance, **settings)
+    torch.testing.assert_close(mean, norm.running_mean)
+    torch.testing.assert_close(variance, norm.running_var)
+    assert tracked == 3
+
+
+@pytest.mark.parametrize("mean", [1e3, -1e4])
+def test_no_digits_are_lost_beside_a_large_mean(mean):
+    """The variance to a few units in the last place; sums of squares would leave none of its digits."""
+    x = inputs((4, 70, 25, 24), torch.float32, mean)[0]
+    found_mean, found = launch.statistics(x, None, None, None, groups=2, momentum=0.1)
+    exact = x.double().unflatten(0, (2, -1))
+    variance, expected = torch.var_mean(exact, dim=(1, 3, 4), correction=0)
+    eps = torch.finfo(torch.float32).eps
+    assert (found_mean - expected).abs().max() <= 2 * eps * abs(mean)
+    assert (found / variance - 1).abs().max() <= 8 * eps
+    for relu, added in KINDS:
+        check((4, 24, 9, 8), 2, torch.float32, relu, added, mean=mean)
+
+
+def test_an_outlier_in_the_first_row_costs_no_digits():
+    x = torch.randn(2, 16, 40, 40).contiguous(memory_format=torch.channels_last)
+    x[0, :, 0, 0] = 1e4
+    _, found = launch.statistics(x, None, None, None, groups=1, momentum=0.1)
+    variance = x.double().var(dim=(0, 2, 3), correction=0)
+    assert (found[0] / variance - 1).abs().max() < 1e-6
+
+
+def test_constant_channels():
+    """Variance 0, also where the square of the value overflows."""
+    for value in (0.0, 3.7, 1e30):
+        x = torch.full((4, 16, 20, 20), value).contiguous(memory_format=torch.channels_last)
+        mean, variance = launch.statistics(x, None, None, None, groups=2, momentum=0.1)
+        torch.testing.assert_close(mean, torch.full_like(mean, value), rtol=1e-6, atol=0)
+        assert (variance <= (1e-6 * value) ** 2).all()
+
+
+@pytest.mark.parametrize(("relu", "added"), KINDS)
+def test_nan_stays_in_its_group_and_channel(relu, added):
+    x, weight, bias, r = inputs((6, 20, 5, 7), torch.float32)
+    x[3, 4, 2, 2] = float("nan")
+    x, r = x.requires_grad_(), r.requires_grad_()
+    settings = {"groups": 3, "relu": relu, "backend": "triton"}
+    y = batch_norm(x, weight, bias, None, None, residual=r if added else None, **settings)
+    hit = torch.zeros(x.shape, dtype=torch.bool)
+    hit[2:4, 4] = True
+    assert torch.equal(y.isnan(), hit)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(gradient.isnan(), hit)
+
+
+@DTYPES
+def test_the_mask_is_that_of_the_output(dtype):
+    """Recomputed from x, it is that of y to the last place: no gradient where y is 0, all of it elsewhere."""
+    x, weight, _, _ = inputs((4, 64, 12, 12), dtype)
+    bias = torch.zeros(64)
+    x[:, :, ::2] = 1  # about the mean: y is near 0
+    mean, variance = launch.statistics(x, None, None, None, groups=2, momentum=0.1)
+    y = launch.apply(x, mean, variance, weight, bias, None, relu=True, eps=1e-5)
+    up = torch.ones_like(x)
+    settings = {"relu": True, "training": False, "eps": 1e-5}
+    of_x, _, _, of_bias = launch.backward(up, x, None, mean, variance, weight, bias, **settings)
+    assert torch.equal(of_x != 0, (y > 0) & (weight != 0)[:, None, None])
+    assert torch.equal(of_bias, (y > 0).sum(dim=(0, 2, 3)).float())
+
+
+def test_each_byte_is_moved_once():
+    """Numbers loaded and stored by the kernels, counted in the interpreter, are the passes that the launcher states."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    x, weight, bias, r = inputs((6, 70, 9, 9), torch.float32)
+    up, y = torch.randn_like(x), torch.rand_like(x)
+    moved = {"load": 0, "store": 0}
+    originals = builder.create_masked_load, builder.create_masked_store
+    count_of = {}
+
+    def inside(pointers, mask, kind):
+        address = pointers.data[mask.data]
+        for begin, end in count_of["ranges"]:
+            moved[kind] += int(((address >= begin) & (address < end)).sum())
+
+    def load(ptrs, mask, *rest):
+        inside(ptrs, mask, "load")
+        return originals[0](ptrs, mask, *rest)
+
+    def store(ptrs, value, mask, *rest):
+        inside(ptrs, mask, "store")
+        return originals[1](ptrs, value, mask, *rest)
+
+    large = [x, r, up, y]
+    made = launch.empty_like
+
+    def remembered(like):
+        large.append(made(like))
+        count_of["ranges"] = [(value.data_ptr(), value.data_ptr() + value.nbytes) for value in large]
+        return large[-1]
+
+    launch.empty_like = remembered
+    builder.create_masked_load, builder.create_masked_store = load, store
+    count_of["ranges"] = [(value.data_ptr(), value.data_ptr() + value.nbytes) for value in large]
+
+    def passes():
+        found = tuple(value / x.numel() for value in moved.values())
+        moved.update(load=0, store=0)
+        return found
+
+    try:
+        mean, variance = launch.statistics(x, None, None, None, groups=2, momentum=0.1)
+        assert passes() == (1, 0)
+        launch.apply(x, mean, variance, weight, bias, None, relu=True, eps=1e-5)
+        assert passes() == (1, 1)
+        launch.apply(x, mean, variance, weight, bias, r, relu=True, eps=1e-5)
+        assert passes() == (2, 1)
+        for relu, output, expected in ((False, None, (4, 1)), (True, None, (4, 1)), (True, y, (5, 2))):
+            launch.backward(up, x, output, mean, variance, weight, bias, relu=relu, training=True, eps=1e-5)
+            assert passes() == expected
+    finally:
+        launch.empty_like = made
+        builder.create_masked_load, builder.create_masked_store = originals
+
+
+def test_kinds_are_all():
+    assert set(KINDS) == set(itertools.product((False, True), repeat=2))

@@ -1,0 +1,204 @@
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from synco_fast.config import build_config
+from synco_fast.kernels import Negatives
+from synco_fast.kernels.reference import contrast
+from synco_fast.methods.base import Encoders, Views
+from synco_fast.methods.build import build_method
+from synco_fast.methods.contrastive import NegativeSchedule
+
+from ..conftest import TINY
+
+
+def method(**overrides):
+    return build_method(build_config(TINY, {"training.epochs": 4, **overrides}))
+
+
+def views(seed=0, batch=8):
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, batch, 3, 32, 32, generator=generator)
+    return Views(first, second, torch.arange(batch) + 100 * seed)
+
+
+def encoders(model):
+    return Encoders(model.trainable, model.target)
+
+
+def begin(model, batch, step=0, *, momentum=0.999, micro_batches=1):
+    inputs = model.arrange(batch, step=step)
+    model.begin_step(inputs, encoders(model), momentum=momentum, micro_batches=micro_batches)
+    return inputs
+
+
+def training_step(model, batch, *, step, epoch, momentum=0.999):
+    inputs = begin(model, batch, step, momentum=momentum)
+    return model.loss(inputs, encoders(model), step=step, epoch=epoch)
+
+
+def advance(model, optimizer, step, epoch=1, **settings):
+    output = training_step(model, views(step), step=step, epoch=epoch, **settings)
+    optimizer.zero_grad()
+    output.loss.backward()
+    optimizer.step()
+    model.after_step()
+    return output
+
+
+def test_the_loss_is_that_of_the_reference():
+    model = method(**{"model.batch_norm_groups": 1}).eval()
+    batch = views()
+    output = training_step(model, batch, step=5, epoch=2)
+    q = normalize(model.encoder(batch.first), dim=1)
+    k = normalize(model.key_encoder(batch.second), dim=1)
+    expected = contrast(q, k, model.queue.rows, model.settings.schedule.at(2), temperature=0.2, seed=0, step=5)
+    assert torch.allclose(output.loss, expected.loss.mean(), atol=1e-6)
+    assert output.metrics["top1"] == (expected.statistics.rank == 0).float().mean()
+    assert torch.allclose(output.metrics["similarity/positive"], expected.statistics.positive.mean(), atol=1e-6)
+    assert torch.allclose(output.metrics["similarity/mixed"], expected.statistics.synthetic[:, 2].mean(), atol=1e-6)
+
+
+def test_keys_enter_the_queue_after_the_loss_and_in_order():
+    model = method()
+    before = model.queue.rows.clone()
+    batch = views()
+    training_step(model, batch, step=0, epoch=0)
+    assert torch.equal(model.queue.rows, before), "a key must not be a negative of its own query"
+    model.after_step()
+    assert int(model.queue.pointer) == 8
+    assert torch.equal(model.queue.image_ids[:8], batch.image_ids)
+    assert torch.equal(model.queue.rows[8:], before[8:])
+    assert torch.allclose(model.queue.rows[:8].norm(dim=1), torch.ones(8))
+    model.after_step()
+    assert int(model.queue.pointer) == 8, "keys are written once"
+
+
+def keys_of(model, batch, step=3):
+    begin(model, batch, step)
+    return model._keys[0][0]
+
+
+def test_the_key_batch_is_shuffled_and_put_back():
+    """Without batch statistics the shuffle must be invisible; with them it must change what a key is."""
+    model = method(**{"model.batch_norm_groups": 1})
+    batch = views()
+    model.key_encoder.eval()
+    assert torch.allclose(keys_of(model, batch), normalize(model.key_encoder(batch.second), dim=1), atol=1e-6)
+    split = method(**{"model.batch_norm_groups": 4})
+    assert not torch.allclose(keys_of(split, batch), normalize(split.key_encoder(batch.second), dim=1), atol=1e-4)
+
+
+def test_the_gradient_reaches_the_query_encoder_alone():
+    model = method()
+    training_step(model, views(), step=0, epoch=1).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    assert all(parameter.grad is None for parameter in model.key_encoder.parameters())
+    assert model.queue.rows.grad is None
+
+
+def test_the_key_encoder_follows_by_its_momentum():
+    model = method()
+    optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.5)
+    old = [parameter.clone() for parameter in model.key_encoder.parameters()]
+    advance(model, optimizer, 0, momentum=0.75)
+    assert all(torch.equal(a, b) for a, b in zip(old, model.key_encoder.parameters(), strict=True))
+    leader = [parameter.clone() for parameter in model.encoder.parameters()]
+    advance(model, optimizer, 1, momentum=0.75)
+    for now, before, query in zip(model.key_encoder.parameters(), old, leader, strict=True):
+        assert torch.allclose(now, 0.75 * before + 0.25 * query, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({"method.name": "moco"}, Negatives.moco()),
+        ({"method.name": "mochi"}, Negatives.mochi()),
+        ({"method.name": "synco"}, Negatives.synco()),
+        ({"method.name": "mochi", "method.hard": 64, "method.mixed": 8}, Negatives.mochi(64, 8, 256)),
+        ({"method.name": "synco", "method.noisy": 0}, Negatives.synco(noisy=0)),
+        ({"method.extrapolation": "paper"}, Negatives.synco(extrapolation="paper")),
+        ({"method.name": "mochi", "method.count_scale": 0.25}, Negatives.mochi(256, 128, 64)),
+    ],
+)
+def test_three_methods_are_one_loss_with_three_settings(overrides, expected):
+    assert build_config({}, overrides).method.negatives() == expected
+
+
+def test_warm_up_and_cool_down():
+    negatives = Negatives.synco()
+    schedule = NegativeSchedule(negatives, epochs=10, warmup=3, cooldown=2)
+    assert [schedule.at(epoch).synthetic > 0 for epoch in range(10)] == [False] * 3 + [True] * 5 + [False] * 2
+    assert schedule.at(0).hard == negatives.hard, "hardness is measured all the same"
+    model = method()
+    assert torch.isnan(training_step(model, views(), step=0, epoch=0).metrics["similarity/mixed"])
+    assert torch.isfinite(training_step(model, views(), step=1, epoch=1).metrics["similarity/mixed"])
+
+
+def test_synthetic_negatives_raise_the_loss():
+    """They are further terms of the same sum, so with the same encoders the loss can only grow."""
+    moco, synco = (method(**{"method.name": name}) for name in ("moco", "synco"))
+    assert all(torch.equal(a, b) for a, b in zip(moco.parameters(), synco.parameters(), strict=True))
+    plain, harder = (training_step(model, views(), step=0, epoch=1).loss for model in (moco, synco))
+    assert harder > plain + 0.1
+
+
+def test_the_symmetric_loss_is_the_mean_of_both_directions():
+    batch = views()
+    symmetric = method(**{"method.symmetric": True, "model.batch_norm_groups": 1}).eval()
+    inputs, encode = begin(symmetric, batch), encoders(symmetric)
+    there, back = (symmetric._direction(inputs, encode, way, 0, 1).loss for way in (0, 1))
+    one_way = training_step(method(**{"model.batch_norm_groups": 1}).eval(), batch, step=0, epoch=1)
+    assert torch.allclose(there.mean(), one_way.loss, atol=1e-6)
+    both = symmetric.loss(inputs, encode, step=0, epoch=1).loss
+    assert torch.allclose(both, torch.cat([there, back]).mean(), atol=1e-6)
+    symmetric.after_step()
+    assert int(symmetric.queue.pointer) == 16
+    assert torch.equal(symmetric.queue.image_ids[:16], batch.image_ids.repeat(2))
+
+
+def test_directions_draw_different_negatives():
+    """With both views the same, nothing but the draws tells one direction from the other."""
+    model = method(**{"model.batch_norm_groups": 1, "method.symmetric": True}).eval()
+    batch = views()
+    inputs, encode = begin(model, Views(batch.first, batch.first, batch.image_ids)), encoders(model)
+    one, other = (model._direction(inputs, encode, way, 0, 1).loss for way in (0, 1))
+    assert not torch.allclose(one, other, atol=1e-6)
+    without = [model._direction(inputs, encode, way, 0, 0).loss for way in (0, 1)]
+    assert torch.allclose(*without, atol=1e-5)
+
+
+def test_micro_batches_are_the_batch():
+    """Accumulation changes neither the loss nor the gradient nor the keys, where a group is not cut."""
+    batch = views()
+    whole, parts = method(**{"model.batch_norm_groups": 4}), method(**{"model.batch_norm_groups": 2})
+    training_step(whole, batch, step=2, epoch=1).loss.backward()
+    inputs, encode = begin(parts, batch, 2, micro_batches=2), encoders(parts)
+    for part in range(2):
+        (parts.loss(inputs, encode, step=2, epoch=1, micro_batch=part, micro_batches=2).loss / 2).backward()
+    assert torch.allclose(whole._keys[0][0], parts._keys[0][0], atol=1e-6)
+    for one, other in zip(whole.encoder.parameters(), parts.encoder.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
+
+
+def test_the_mask_takes_out_keys_of_the_same_image():
+    batch = views()
+    masked, plain = (
+        method(**{"method.mask_same_image": mask, "model.batch_norm_groups": 1}).eval() for mask in (True, False)
+    )
+    for model in (masked, plain):
+        training_step(model, batch, step=0, epoch=0)
+        model.after_step()
+    again = [training_step(model, batch, step=1, epoch=0).loss for model in (masked, plain)]
+    assert again[0] < again[1] - 0.01
+    other = [training_step(model, views(7), step=1, epoch=0).loss for model in (masked, plain)]
+    assert torch.allclose(*other)
+
+
+def test_steps_are_repeatable():
+    runs = []
+    for _ in range(2):
+        model = method()
+        optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
+        runs.append([advance(model, optimizer, step).loss.item() for step in range(3)])
+    assert runs[0] == runs[1]
