@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Decode, PipelineName
+from synco_fast.data.sources.decode import Limits
 from synco_fast.kernels import FAMILIES, Backend, Negatives
 from synco_fast.kernels.negatives import Extrapolation
 from synco_fast.methods import METHODS, extra_of, with_queue
@@ -35,6 +36,15 @@ class DataConfig(Section):
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
     workers: int | None = Field(None, ge=0, description="Decoding processes; one a core by default, 0 for none")
     max_broken: float = Field(0.01, ge=0, le=1, description="Share of unreadable images above which the run stops")
+    max_file_bytes: int = Field(512 << 20, ge=1, description="Larger image files count as corrupt")
+    max_pixels: int = Field(
+        178_956_970, ge=1, le=178_956_970, description="Images of more pixels count as corrupt; Pillow's limit"
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """What an image may take."""
+        return Limits(self.max_file_bytes, self.max_pixels)
 
 
 class ModelConfig(Section):

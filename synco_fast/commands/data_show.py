@@ -36,13 +36,16 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
     from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline
     from synco_fast.data.sources.open import open_source
     from synco_fast.presets import load_config
+    from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.precision import Precision, resolve_device
     from synco_fast.training.plots import draw_pairs
 
+    if options.out.suffix.lower() != ".png":
+        raise UserError(f"out: found {options.out}, expected a file named *.png")
     overrides = overrides_of(rest) | {"data.source": options.source}
     config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
     device = resolve_device(config.training.device)
-    split = open_source(config.data.source).train
+    split = open_source(config.data.source, config.data.limits).train
     chosen = choose_pipeline(config.data.pipeline, split, device)
     pipeline = build_pipeline(
         split,
