@@ -59,6 +59,9 @@ class ModelConfig(Section):
     )
     momentum: float = Field(0.999, ge=0, le=1, description="Of the key encoder")
     momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 over the run")
+    norm: Literal["auto", "plain", "fused"] = Field(
+        "auto", description="Batch norm with the add and ReLU behind it: plain modules, fused, or auto, the proved form"
+    )
     batch_norm_groups: int = Field(8, ge=1, description="Groups in which a batch is normalised, over all processes")
     sync_batch_norm: bool = Field(False, description="Normalise over all processes at once, on GPUs")
 
