@@ -23,6 +23,7 @@ from synco_fast.commands import (
     profile_loss,
     profile_step,
     report,
+    study,
     validate,
 )
 from synco_fast.commands.parser import Verbs
@@ -41,6 +42,7 @@ COMMANDS = (
     import_checkpoint,
     embed,
     report,
+    study,
     compare,
     data_demo,
     data_check,
