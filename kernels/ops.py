@@ -6,20 +6,19 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from synco_fast.kernels import blockwise, reference
+from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.checks import check_arguments
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
-
-Backend = Literal["auto", "reference", "blockwise", "triton"]
 
 _FIRST_ONLY = "backend: this one has a first derivative only; expected for higher ones: 'reference'"
 

@@ -93,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "optimizer": {"lr": 0.24, "weight_decay": 5e-4, "warmup_epochs": 0.1},
         "training": {"epochs": 6, "batch": 128},
-        "evaluation": {"every": 1, "neighbours": 20, "train_images": 10000, "images": 5000},
+        "evaluation": {"every": 1, "k": 20, "train_images": 10000, "images": 5000},
     },
     "demo": {
         "about": "SynCo on the embedded texture images: a thin ResNet-10, less than five minutes on two CPU cores",
@@ -116,7 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "optimizer": {"lr": 0.24, "weight_decay": 5e-4, "warmup_epochs": 1},
         "training": {"epochs": 20, "batch": 64},
-        "evaluation": {"every": 2, "neighbours": 20},
+        "evaluation": {"every": 2, "k": 20},
     },
 }
 

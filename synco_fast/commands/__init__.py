@@ -1,4 +1,4 @@
-"""The verbs of ``synco-fast``, a module each: it adds its arguments, calls the package and prints."""
+"""The subcommands of ``synco-fast``, a module each: it adds its arguments, calls the package and prints."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from synco_fast.commands import (
     study,
     validate,
 )
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.parser import Commands
 
-__all__ = ["COMMANDS", "Verbs"]
+__all__ = ["COMMANDS", "Commands"]
 
 COMMANDS = (
     pretrain,

@@ -6,12 +6,12 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.parser import Verbs, positive, two_columns
+from synco_fast.commands.options import SOURCE, add_options
+from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.data.sources.splits import Split
@@ -20,22 +20,19 @@ __all__ = ["add"]
 
 #: How many corrupt images are named on the screen; all of them are in the JSON file.
 _NAMED = 50
-#: Seconds between plain lines where there is no terminal.
-_LINE_EVERY = 15.0
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast data check``."""
-    command = verbs.add(
+    command = commands.add(
         "data check",
         _data_check,
         "Decode every image of a source, name what is corrupt, and keep a list of the others, with which training "
         "starts at once. Ends with code 1 where an image is corrupt.",
         "synco-fast data check /data/imagenet --json corrupt.json",
     )
-    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
-    command.add_argument("--workers", type=positive, help="decoding processes; one a core by default")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all corrupt images here")
+    command.add_argument("source", help=SOURCE)
+    add_options(command, "workers", json="write figures and all corrupt images here")
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
@@ -88,18 +85,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
 def _with_progress(
     title: str, split: Split, find: Callable[..., dict[int, str]], workers: int | None, console: Console
 ) -> dict[int, str]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from synco_fast.runtime.progress import ProgressBar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    said = time.monotonic()
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=len(split), note="")
-
-        def tick(done: int, corrupt: int) -> None:
-            nonlocal said
-            progress.update(task, completed=done, note=f"{corrupt:,} corrupt")
-            if not console.is_terminal and time.monotonic() - said > _LINE_EVERY:
-                said = time.monotonic()
-                console.print(f"{title}: {done:,} of {len(split):,}, {corrupt:,} corrupt", highlight=False)
-
-        return find(split, workers=workers, tick=tick)
+    with ProgressBar(console, title, len(split)) as bar:
+        return find(split, workers=workers, tick=lambda done, corrupt: bar.update(done, f"{corrupt:,} corrupt"))

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config
-    from synco_fast.runtime.distributed import Control
+    from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast pretrain``."""
-    command = verbs.add(
+    command = commands.add(
         "pretrain",
         _pretrain,
         "Pretrain an encoder. Any key of the configuration can be set as --section.key VALUE.",
@@ -42,19 +42,19 @@ def add(verbs: Verbs) -> None:
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.protocol import evaluate_backbone
-    from synco_fast.runtime.distributed import Place, joined
+    from synco_fast.evaluation.knn import PeriodicKnn
+    from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
 
     config, resume = _what_to_do(options, overrides_of(rest))
-    place = Place.find()
-    with joined(place, config.training.device, timeout=config.training.timeout) as control:
+    place = DistEnv.detect()
+    with init_distributed(place, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=evaluate_backbone)
+        task = Pretraining(config, control=control, evaluate=PeriodicKnn())
         summary = Trainer(task, folder, resume=resume, console=console).run()
-    if place.first:
+    if place.is_main:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
         _print_summary(summary, console)
@@ -90,18 +90,18 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     return load_config(options.config, overrides), None
 
 
-def _new_folder(out: Path | None, config: Config, control: Control) -> Path:
+def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
     """Where a new run goes: rank 0 chooses, since the name holds the time."""
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.training.run_folder import choose_run_folder
 
     chosen: Path | ConfigError | None = None
-    if control.place.first:
+    if control.env.is_main:
         try:
             chosen = choose_run_folder(out, config.preset)
         except ConfigError as error:
             chosen = error
-    chosen = control.of_first(chosen)
+    chosen = control.broadcast(chosen)
     if isinstance(chosen, ConfigError):
         raise chosen
     assert chosen is not None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.generated.kid import Features
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast pretrain-generator``."""
-    command = verbs.add(
+    command = commands.add(
         "pretrain-generator",
         _pretrain_generator,
         "Train a generator on unlabelled images, for --generated.pair joint. Its keys are set as --key VALUE.",

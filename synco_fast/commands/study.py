@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast study``."""
-    command = verbs.add(
+    command = commands.add(
         "study",
         _study,
         "Method x seed x setting as a folder of runs, with a table, differences paired by seed, and a picture. "

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from synco_fast.config import Config, known_keys
+from synco_fast.config import Config
+from synco_fast.explain import known_keys
 from synco_fast.presets import load_config
 from synco_fast.runtime.errors import ConfigError
 
@@ -96,7 +97,7 @@ def plan(
         if key in vary or key in overrides:
             option = "--seeds" if key == "seed" else "--methods"
             raise ConfigError(f"{key}: found it as a setting, expected {option}")
-    known = known_keys()
+    known = known_keys(Config)
     for key in vary:
         if key not in known:
             raise ConfigError(f"vary: found the unknown key {key}, expected one that 'pretrain --{key}' would take")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from synco_fast.runtime.collectives import mean_over_ranks
+from synco_fast.runtime.distributed import mean_over_ranks
 from synco_fast.runtime.errors import ConfigError
 
 __all__ = [

@@ -15,6 +15,7 @@ from torch import nn
 
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.optim_step import build_sgd
 
 __all__ = ["build_optimizer", "key_momentum", "learning_rate"]
 
@@ -41,12 +42,7 @@ def build_optimizer(
     name, decay = config.name, config.weight_decay
     cuda = device.type == "cuda"
     if name == "sgd":
-        sgd = torch.optim.SGD(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, fused=cuda)
-        if cuda and config.momentum:
-            # Fused SGD takes memory as it finds it for momentum when the very first step is skipped.
-            for parameter in module.parameters():
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
+        return build_sgd(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, device=device)
     if name == "apex_sgd":
         fused = _from_apex("FusedSGD", name, device)
         return fused(list(module.parameters()), lr=lr, momentum=config.momentum, weight_decay=decay)

@@ -306,9 +306,9 @@ def test_broken_images_are_counted_and_too_many_stop_the_run(tiny, image_folder,
     assert "on 11 held-out images" in screen
     for number in range(1, 6):
         (image_folder / "train" / "class0" / f"{number}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"broken images, .* expected 1\.0% \(data\.max_broken\)"):
+    with pytest.raises(DataError, match=r"broken images, .* expected 1\.0% \(data\.max_corrupt\)"):
         pretrain(tiny(), tmp_path / "many")
-    assert pretrain(tiny({"data.max_broken": 0.5}), tmp_path / "allowed").broken_images == 6
+    assert pretrain(tiny({"data.max_corrupt": 0.5}), tmp_path / "allowed").broken_images == 6
 
 
 def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_path):
@@ -319,7 +319,7 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
             trainer(tiny(changes), tmp_path)
 
     refused(DataError, "found 64, expected up to 33", **{"training.batch": 64, "method.queue": 64})
-    refused(ConfigError, "neighbours: found 34, expected up to 33", **{"evaluation.neighbours": 34})
+    refused(ConfigError, "evaluation.k: found 34, expected up to 33", **{"evaluation.k": 34})
     refused(ConfigError, "fp16", **{"training.precision": "fp16"})
     shutil.rmtree(image_folder / "val" / "class1")
     shutil.rmtree(image_folder / "val" / "class2")

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from synco_fast.runtime.distributed import Control, Place
+from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import DataError
 from synco_fast.training import throughput
 from synco_fast.training.bad_images import BrokenImages
@@ -58,7 +58,7 @@ def test_throughput_goes_on_after_a_checkpoint(clock):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_and_a_second_one_interrupts(number):
     before = signal.getsignal(number)
-    stopping = Stopping(Control(Place()), minutes=None)
+    stopping = Stopping(HostGroup(DistEnv()), minutes=None)
     with stopping.on_signals():
         assert not stopping.after_step(1)
         os.kill(os.getpid(), number)
@@ -70,8 +70,8 @@ def test_a_signal_asks_and_a_second_one_interrupts(number):
 
 
 def test_a_time_limit_stops():
-    assert not Stopping(Control(Place()), minutes=60).after_step(1)
-    assert Stopping(Control(Place()), minutes=0).after_step(1)
+    assert not Stopping(HostGroup(DistEnv()), minutes=60).after_step(1)
+    assert Stopping(HostGroup(DistEnv()), minutes=0).after_step(1)
 
 
 def test_corrupt_images_are_named_once_and_too_many_end_the_run():
