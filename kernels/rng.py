@@ -36,7 +36,7 @@ class Draw(NamedTuple):
     """What one family drew for R rows and n slots.
 
     Attributes:
-        first: Position of n_i in Q^N, ordered by similarity descending, then queue index ascending. (R, n) int64.
+        first: Position of n_i in Q^N, which is ordered by queue index. (R, n) int64.
         second: Position of n_j, independent of ``first``; None where the family is not paired.
         coefficient: t, uniform over the family's range, (R, n); None where the family has no range.
         noise: e, standard normal, (R, n, D); None where the family has no noise.

@@ -16,6 +16,7 @@ from pydantic import (
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.names import Decode, PipelineName
 from synco_fast.data.section import Section
+from synco_fast.data.sources.decode import Limits
 from synco_fast.explain import explain_error, nearest_key
 from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
@@ -44,6 +45,15 @@ class DataConfig(Section):
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
+    max_file_bytes: int = Field(512 << 20, ge=1, le=1 << 40, description="Larger image files count as corrupt, bytes")
+    max_pixels: int = Field(
+        178_956_970, ge=1, le=178_956_970, description="Images of more pixels count as corrupt; at most Pillow's limit"
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """What an image may take."""
+        return Limits(self.max_file_bytes, self.max_pixels)
 
 
 class ModelConfig(Section):
@@ -59,6 +69,9 @@ class ModelConfig(Section):
     momentum: Fraction = Field(0.999, description="EMA momentum of the key encoder")
     momentum_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="EMA momentum over the run; cosine: it rises to 1"
+    )
+    norm: Literal["auto", "plain", "fused"] = Field(
+        "auto", description="Batch norm with the add and ReLU behind it: plain modules, fused, or auto, the proved form"
     )
     batch_norm_groups: int = Field(
         8, ge=1, le=65_536, description="Groups of a batch with batch-norm statistics of their own, over all processes"

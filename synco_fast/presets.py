@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synco_fast.config import Config, build_config, read_config
+from synco_fast.methods import METHODS
 from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["PRESETS", "load_config"]
@@ -118,6 +119,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "evaluation": {"every": 2, "k": 20},
     },
 }
+
+
+def _demos() -> dict[str, dict[str, Any]]:
+    """A preset for each method that changes the demo: ``demo-NAME``."""
+    found = {}
+    for name, spec in METHODS.items():
+        if spec.demo:
+            demo = {key: dict(value) if isinstance(value, dict) else value for key, value in PRESETS["demo"].items()}
+            demo["about"] = f"{spec.title} on the images of demo, with its encoder and budget"
+            for section, changes in [("method", {"name": name}), *spec.demo.items()]:
+                demo[section] = {**demo[section], **changes}
+            found[f"demo-{name}"] = demo
+    return found
+
+
+PRESETS |= _demos()
 
 
 def load_config(name: str, overrides: dict[str, Any] | None = None) -> Config:

@@ -115,6 +115,8 @@ def rank(
             high = tl.where(enough, high, middle - 1)
         found = low.to(tl.int32)
         threshold = (found ^ ((found >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        # Nothing would be known to exceed NaN; all that is not masked exceeds this.
+        threshold = tl.where(threshold == threshold, threshold, float("-inf"))
     tl.store(p_threshold + row, threshold)
     tl.store(p_positive + row, positive)
     tl.store(p_shift + row, tl.maximum(positive, tl.max(b_sample, axis=0)))

@@ -24,6 +24,7 @@ from synco_fast.commands import (
     profile_loss,
     profile_step,
     report,
+    study,
     validate,
 )
 from synco_fast.commands.parser import Commands
@@ -42,6 +43,7 @@ COMMANDS = (
     import_checkpoint,
     embed,
     report,
+    study,
     compare,
     data_demo,
     data_check,

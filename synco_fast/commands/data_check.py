@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def add(commands: Commands) -> None:
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.data.errors import printable
     from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
@@ -43,6 +45,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     source = open_afresh(options.source)
     start = time.perf_counter()
     figures: dict[str, Any] = {"source": options.source, "images": 0, "corrupt": {}, "lists": [], "truncated": {}}
+    unread: Counter[str] = Counter()
     for title, split in (("training", source.train), ("held-out", source.validation)):
         if split is None:
             continue
@@ -50,21 +53,25 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
         figures["images"] += len(split)
         figures["corrupt"] |= {split.name(index): reason for index, reason in sorted(corrupt.items())}
         figures["truncated"] |= getattr(getattr(split, "manifest", None), "excluded", {})
+        unread.update(getattr(getattr(split, "manifest", None), "unread", {}))
         try:
             kept = keep_list(split, corrupt)
         except OSError as error:
             raise UserError(f"cache: cannot write the list of {options.source} ({error})") from error
         figures["lists"] += [kept] if kept else []
     spent = time.perf_counter() - start
-    figures["seconds"] = spent
+    figures |= {"seconds": spent, "unread": dict(unread)}
     if options.json is not None:
         write_json(options.json, figures | {"environment": describe_environment()})
-    wrong = [*figures["corrupt"].values(), *(f"{name}: {why}" for name, why in figures["truncated"].items())]
+    if unread:
+        kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in unread.most_common())
+        console.print(f"not read: {kinds}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    wrong = [*figures["corrupt"].values(), *(f"{printable(name)}: {why}" for name, why in figures["truncated"].items())]
     for reason in wrong[:_NAMED]:
         console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if len(wrong) > _NAMED:
         console.print(f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", style="yellow")
-    table = two_columns(f"check of {options.source}")
+    table = two_columns(f"check of {printable(options.source)}")
     share = len(figures["corrupt"]) / figures["images"]
     table.add_row("images", f"{figures['images']:,}")
     table.add_row("corrupt", f"{len(figures['corrupt']):,} ({share:.2%})")

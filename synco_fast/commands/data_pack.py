@@ -99,8 +99,10 @@ def _print(
         console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if len(figures["corrupt"]) > _NAMED:
         console.print(f"... and {len(figures['corrupt']) - _NAMED:,} more; --json FILE names them all", style="yellow")
+    from synco_fast.data.errors import printable
+
     read, packed = (figures[name] / 2**30 for name in ("bytes_read", "bytes_packed"))
-    table = two_columns(f"pack of {options.source}")
+    table = two_columns(f"pack of {printable(options.source)}")
     table.add_row("images", ", ".join(f"{count:,} {title}" for title, count in figures["images"].items()))
     table.add_row("corrupt", f"{len(figures['corrupt']):,}")
     table.add_row("kept as they were", f"{figures['kept']:,}")
@@ -115,7 +117,7 @@ def _print(
         f"crops below {options.view} pixels", f"{quality.small:.1%}, in the source {quality.small_source:.1%}"
     )
     table.add_row("time", f"{spent:,.0f} s")
-    table.add_row("train with", f"--data tar:{options.out}")
+    table.add_row("train with", f"--data tar:{printable(str(options.out))}")
     console.print(table)
 
 

@@ -47,7 +47,7 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
     from synco_fast.training.plots import draw_pairs
 
     device = resolve_device(config.training.device)
-    split = open_source(config.data.source).train
+    split = open_source(config.data.source, config.data.limits).train
     chosen = choose_pipeline(config.data.pipeline, split, device)
     pipeline = build_pipeline(
         split,

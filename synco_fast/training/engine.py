@@ -17,6 +17,7 @@ from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.data.seeding import derive_seed
 from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_method
+from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.distributed import DistEnv
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
@@ -80,6 +81,9 @@ class Engine:
             RunInfo(self.device, steps_per_epoch, processes=place.world, autocast=self.precision.autocast_unscaled)
         )
         self.trainable = self.method.trainable
+        for part in self.trainable.modules():
+            if isinstance(part, Encoder) and part.remark:
+                note(part.remark)
         self.optimizer = build_optimizer(self.trainable, optimizer, lr=config.learning_rate, device=self.device)
         self.update = OptimStep(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
         self.statistics = RunningStatistics(*self.method.statistics)

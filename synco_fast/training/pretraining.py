@@ -97,7 +97,7 @@ class Pretraining:
         self.place = self.control.env
         self.note = Notes()
         resolve_device(training.device)  # before a source is read, which can take long
-        self.source: Source = open_source(config.data.source)
+        self.source: Source = open_source(config.data.source, config.data.limits)
         self._evaluate = evaluate if config.evaluation.every else None
         if self._evaluate is not None:
             self._evaluate.check(config.evaluation, self.source)

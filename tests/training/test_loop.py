@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from synco_fast.config import Config, read_config
+from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError, DivergedError
 from synco_fast.training.loop import Trainer
@@ -54,7 +55,18 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     assert "data wait" in screen
 
 
-@pytest.mark.parametrize("name", ["moco", "mochi", "synco"])
+@pytest.mark.slow
+def test_training_raises_knn_above_the_untrained_encoder(tiny, tmp_path):
+    """Brightness tells the classes apart; random filters see most of it, and a trained encoder all."""
+    longer = {"training.batch": 16, "training.epochs": 12, "evaluation.every": 12, "method.mask_same_image": True}
+    summary = pretrain(tiny({**longer, "model.momentum": 0.9}), tmp_path / "run")
+    assert summary.knn_after > summary.knn_before
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    settled = losses[3:]  # the queue holds random rows at first, which are easy to tell
+    assert sum(settled[-4:]) < sum(settled[:4])
+
+
+@pytest.mark.parametrize("name", sorted(with_queue()))
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_trains(tiny, tmp_path, name, symmetric):
     changes = {"method.name": name, "method.symmetric": symmetric, "evaluation.every": 0}

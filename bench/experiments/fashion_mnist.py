@@ -1,9 +1,9 @@
 """The record of Fashion-MNIST: MoCo v2, MoCHi and SynCo at equal budget, over seeds, by kNN.
 
-``python -m synco_fast.bench.fashion_mnist`` pretrains with the preset ``fashion-mnist``, each method with each seed for
-the same number of steps, and compares the kNN accuracy of each encoder with that of raw pixels and of the encoders
-before training. It writes ``record.json``, a table and a picture below ``bench/records/fashion-mnist``. Runs that are
-there already are not repeated.
+``python -m synco_fast.bench.experiments.fashion_mnist`` pretrains with the preset ``fashion-mnist``, each method with
+each seed for the same number of steps, and compares the kNN accuracy of each encoder with that of raw pixels and of the
+encoders before training. It writes ``record.json``, a table and a picture below ``bench/records/fashion-mnist``. Runs
+that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from synco_fast.bench.studies import must, read_json, spread
-from synco_fast.methods import METHODS as REGISTRY
-from synco_fast.methods import with_queue
-
-METHODS = {name: REGISTRY[name].title for name in with_queue()}
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, must, read_json, spread
 
 
 def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -82,7 +78,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Fashion-MNIST: MoCo v2, MoCHi and SynCo at equal budget",
         "",
-        "Made by `python -m synco_fast.bench.fashion_mnist`; the figures are in `record.json`.",
+        "Made by `python -m synco_fast.bench.experiments.fashion_mnist`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist`: {protocol['steps']:,} steps of {protocol['batch']} images "
         f"({protocol['epochs']} epochs), a {protocol['backbone']}, the same for every method; negatives at "
@@ -107,7 +103,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, then write the record."""
     parser = argparse.ArgumentParser(description="Record Fashion-MNIST: three methods, equal budget, several seeds.")
-    parser.add_argument("--data", default="idx:/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
     parser.add_argument("--runs", type=Path, default=Path("runs/fashion-mnist"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=Path("bench/records/fashion-mnist"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -1,8 +1,8 @@
 """The record of a whole use: pretrain by each method, evaluate, export, report, compare, by the commands alone.
 
-``python -m synco_fast.bench.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget for two CPU
-cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step goes on where
-an earlier call left it.
+``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget
+for two CPU cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step
+goes on where an earlier call left it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.bench.studies import call, evaluate, must, read_json, spread
-from synco_fast.methods import METHODS as REGISTRY
-from synco_fast.methods import with_queue
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, read_json, spread
 
-METHODS = {name: REGISTRY[name].title for name in with_queue()}
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 #: By title: the file that an evaluation leaves, and the words that make it.
 EVALUATIONS = {
@@ -87,7 +84,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Fashion-MNIST from pretraining to export, by the commands alone",
         "",
-        "Made by `python -m synco_fast.bench.transfer`; the figures are in `record.json`.",
+        "Made by `python -m synco_fast.bench.experiments.transfer`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist` (a ResNet-10 of half the width) for {protocol['steps']} steps of {protocol['batch']} "
         "images, synthetic negatives on from the first step; then the evaluations on all 60,000 and 10,000 images. "
@@ -127,7 +124,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, then write the record."""
     parser = argparse.ArgumentParser(description="Record Fashion-MNIST from pretraining to export.")
-    parser.add_argument("--data", default="idx:/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
     parser.add_argument("--runs", type=Path, default=Path("runs/transfer"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=Path("bench/records/transfer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.bench.baselines import released_form
+from synco_fast.bench.baselines.loss import released_form
 from synco_fast.config import Config
 from synco_fast.methods.build import build_encoder
 

@@ -1,9 +1,9 @@
 """The record of generated pairs: shares of the unlabelled images, with and without them, at equal encoder steps.
 
-``python -m synco_fast.bench.generated_pairs`` trains a generator on 10, 20 and 100 % of Fashion-MNIST's unlabelled
-images, then encoders on the same images in each of the ways in `ARMS`, and evaluates them with all labels by kNN and a
-linear probe. It writes ``record.json``, a table and pictures below ``bench/records/generated-pairs``. What an earlier
-call has left is not repeated, so the study grows by further ``--seeds``.
+``python -m synco_fast.bench.experiments.generated_pairs`` trains a generator on 10, 20 and 100 % of Fashion-MNIST's
+unlabelled images, then encoders on the same images in each of the ways in `ARMS`, and evaluates them with all labels by
+kNN and a linear probe. It writes ``record.json``, a table and pictures below ``bench/records/generated-pairs``. What an
+earlier call has left is not repeated, so the study grows by further ``--seeds``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from synco_fast.bench.studies import Spread, evaluate, must, read_json, spread
+from synco_fast.bench.experiments.common import FASHION_MNIST, Spread, evaluate, must, read_json, spread
 from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.linear import FAST_RATES
 from synco_fast.presets import load_config
@@ -227,7 +227,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Fashion-MNIST: generated pairs on 10, 20 and 100 % of the unlabelled images",
         "",
-        "Made by `python -m synco_fast.bench.generated_pairs`; every figure is in `record.json`.",
+        "Made by `python -m synco_fast.bench.experiments.generated_pairs`; every figure is in `record.json`.",
         "",
         f"A {protocol['backbone']}, {protocol['steps']:,} steps of {protocol['batch']} real images in every run, so "
         f"a run on 10 % sees each image ten times as often. Beside them, {settings['pairs']} generated pairs a step "
@@ -297,7 +297,7 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     """Run what is missing, then write the record."""
     parser = argparse.ArgumentParser(description="Record generated pairs on shares of Fashion-MNIST.")
-    parser.add_argument("--data", default="idx:/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
     parser.add_argument("--runs", type=Path, default=Path("runs/generated"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=Path("bench/records/generated-pairs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

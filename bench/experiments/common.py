@@ -11,8 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Spread", "call", "evaluate", "must", "read_json", "spread"]
+from synco_fast.methods import METHODS as _REGISTRY
+from synco_fast.methods import with_queue
 
+__all__ = ["FASHION_MNIST", "METHODS", "Spread", "call", "evaluate", "must", "read_json", "spread"]
+
+#: Where Debian puts the files.
+FASHION_MNIST = "idx:/usr/share/datasets/fashion-mnist"
+#: Titles of the methods that are compared.
+METHODS = {name: _REGISTRY[name].title for name in with_queue()}
 #: Mean, deviation and values of a figure over seeds.
 Spread = dict[str, Any]
 

@@ -1,0 +1,70 @@
+"""The comparison that users run must itself notice what is wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synco_fast.kernels.norm import ops, reference
+from synco_fast.kernels.norm.validation import NormCase, norm_cases, validate_norm
+
+CPU = torch.device("cpu")
+CASE = NormCase((6, 8, 5, 4), 2, True, True, torch.float32)
+
+
+def misses(case=CASE):
+    return {miss for verdict in validate_norm([case], CPU, ["reference"]) for miss in verdict.misses}
+
+
+def damaged(monkeypatch, change):
+    true = reference.batch_norm
+
+    def wrong(x, *arguments, **named):
+        y = true(x, *arguments, **named)
+        return y if x.dtype == torch.float64 else change(y, *arguments)
+
+    monkeypatch.setattr(ops.reference, "batch_norm", wrong)
+
+
+def test_every_kind_is_met_and_passes():
+    wanted = norm_cases([torch.float32, torch.bfloat16, torch.float16], large=False)
+    assert {(case.relu, case.residual) for case in wanted} == {(False, False), (True, False), (True, True)}
+    assert {case.training for case in wanted} == {True, False}
+    assert {case.mean for case in wanted} == {1.0, 1000.0}
+    some = [case for case in wanted if case.shape[0] * case.shape[1] < 1000]
+    verdicts = list(validate_norm(some, CPU))
+    assert not [verdict.as_dict() for verdict in verdicts if verdict.misses]
+    assert {verdict.backend for verdict in verdicts} == {"reference", "native"}
+    usual = [verdict for verdict in verdicts if verdict.case.mean == 1.0]
+    assert all(verdict.bounds["y"] < (1e-4 if verdict.case.dtype == torch.float32 else 0.2) for verdict in usual)
+    assert len(norm_cases([torch.float32], large=True)) > len(norm_cases([torch.float32], large=False))
+
+
+def test_a_wrong_output(monkeypatch):
+    assert misses() == set()
+    damaged(monkeypatch, lambda y, *_: y * (1 + 1e-4))
+    assert "y" in misses()
+
+
+def test_a_gradient_that_is_lost(monkeypatch):
+    damaged(monkeypatch, lambda y, *_: y * 0.5 + y.detach() * 0.5)
+    assert {"dx", "dw", "db", "dr"} <= misses()
+
+
+def test_running_statistics_that_do_not_move(monkeypatch):
+    def still(y, weight, bias, mean, variance):
+        mean.mul_(1.001)
+        return y
+
+    damaged(monkeypatch, still)
+    assert misses() == {"running_mean"}
+
+
+def test_numbers_that_are_none(monkeypatch):
+    damaged(monkeypatch, lambda y, *_: y * torch.nan)
+    assert {"y", "a repeat gives other bits"} <= misses()
+
+
+def test_kernels_that_do_not_serve_are_not_replaced_in_silence():
+    with pytest.raises(ValueError, match="backend: found triton, expected others here: x is on cpu"):
+        list(validate_norm([CASE], CPU, ["triton"]))
