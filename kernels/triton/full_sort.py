@@ -63,11 +63,17 @@ def full_sort(
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (rooms,). For each flagged row writes Q^N as `select` does; length and few are K and N up to powers of two."""
+    """Grid (rooms,). For each flagged row writes Q^N as `select` does.
+
+    length and few are K and N rounded up to powers of two.
+    """
     p_room += tl.program_id(0).to(tl.int64) * length
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
-    for row_number in range(tl.program_id(0), B, tl.num_programs(0)):
+    # The flags of this program's rows at once: nearly always there is nothing to do.
+    o_row = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, BLOCK)
+    last = tl.where(tl.max(tl.load(p_flag + o_row, o_row < B, 0), axis=0) != 0, B, 0)
+    for row_number in range(tl.program_id(0), last, tl.num_programs(0)):
         row = tl.full([], 0, tl.int64) + row_number
         if tl.load(p_flag + row) != 0:
             q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
