@@ -33,7 +33,7 @@ def add(verbs: Verbs) -> None:
         "starts at once. Ends with code 1 where an image is corrupt.",
         "synco-fast data check /data/imagenet --json corrupt.json",
     )
-    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo")
     command.add_argument("--workers", type=positive, help="decoding processes; one a core by default")
     command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all corrupt images here")
 

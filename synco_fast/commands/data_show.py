@@ -24,7 +24,7 @@ def add(verbs: Verbs) -> None:
         "synco-fast data show /data/imagenet --augment.size 96 --out pairs.png",
         overrides=True,
     )
-    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo")
     command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults without it")
     command.add_argument("--pairs", type=positive, default=24)
     command.add_argument("--epoch", type=int, default=0, help="views differ from epoch to epoch")
