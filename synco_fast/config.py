@@ -39,7 +39,7 @@ Epochs = Annotated[float, Field(ge=0, le=100_000)]
 class DataConfig(Section):
     """Where images come from, and how they are loaded."""
 
-    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, idx:FOLDER, or demo")
+    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER, or demo")
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
     pipeline: PipelineName = Field("auto", description="What makes the views; auto: the fastest one for the device")
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")

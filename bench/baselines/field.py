@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,14 @@ def top_k(name: str) -> TopK:
         UserError: Its package is not installed.
     """
     if name == "torch":
-        return lambda similarity, hard: tuple(similarity.topk(hard, dim=1, sorted=False))
-    chosen = _from_package("flashinfer", "top_k")
-    return lambda similarity, hard: chosen(similarity, hard)
+        return _torch_top_k
+    found: TopK = _from_package("flashinfer", "top_k")
+    return found
+
+
+def _torch_top_k(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
+    values, indices = similarity.topk(hard, dim=1, sorted=False)
+    return values, indices
 
 
 def product_loss(choose: TopK, *, hard: int, temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -97,10 +103,10 @@ def linear_cross_entropy(name: str, *, temperature: float) -> Callable[[Tensor, 
     return loss
 
 
-def _from_package(name: str, function: str) -> Callable[..., object]:
+def _from_package(name: str, function: str) -> Callable[..., Any]:
     package, module = _PACKAGES[name]
     try:
-        found: Callable[..., object] = getattr(importlib.import_module(module), function)
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise UserError(f"backends: found no {function} of {package}, expected it installed ({error})") from error
     return found

@@ -72,6 +72,7 @@ def count(
     warps: int,
     kernel: str,
     stated: Callable[[str], float | None] = lambda line: None,
+    module: Mapping[str, Any] | None = None,
 ) -> Counts:
     """Count what a program of a launch executes.
 
@@ -82,9 +83,10 @@ def count(
         warps: Of a program.
         kernel: The name of its function.
         stated: Takes the source of a loop's or branch's first line; how often it turns or is taken, None if not stated.
+        module: The names of the kernel's module.
     """
     instructions, labels = read(sass)
-    counter = _Counter(instructions, values, grid, warps, kernel, stated)
+    counter = _Counter(instructions, values, grid, warps, kernel, stated, module or {})
     counter.add(spans(instructions, labels), 1.0, [])
     return counter.counts
 
@@ -98,8 +100,10 @@ class _Counter:
         warps: int,
         kernel: str,
         stated: Callable[[str], float | None],
+        module: Mapping[str, Any],
     ) -> None:
         self.instructions, self.values, self.grid, self.warps, self.stated = instructions, values, grid, warps, stated
+        self.module = module
         self.counts = Counts()
         self.met: dict[int, int] = defaultdict(int)
         around = {frames: constructs_of(frames, kernel) for frames in {one.frames for one in instructions}}
@@ -168,7 +172,7 @@ class _Counter:
         elif turn:
             turn -= 1
         try:
-            found = mean_trips(node, scope, self.values, self.grid, turn)
+            found = mean_trips(node, scope, self.values, self.grid, turn, self.module)
         except Unknown:
             return 1.0, "assumed"
         mean = sum(found) / len(found)

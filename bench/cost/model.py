@@ -136,6 +136,7 @@ def costs_of_loss(shape: Shape, capability: int) -> list[Cost]:
             launch.warps,
             launch.name,
             lambda line, stated=stated: stated.turns_of(line, shape),  # type: ignore[misc]
+            launch.function.__globals__,
         )
         found.append(_cost(launch, counts, stated, shape, device, seen, capability))
     return found

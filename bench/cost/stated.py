@@ -7,7 +7,6 @@ launch that is not named here is counted as the machine code alone says.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -38,8 +37,8 @@ class Stated:
 def candidates(shape: Shape) -> float:
     """Keys of a row above the sampled threshold, on average."""
     hard = shape.negatives.hard
-    stride, rank = stride_and_rank(shape.length, hard) if hard else (1, 0)
-    return float(stride * rank)
+    sampling = stride_and_rank(shape.length, hard) if hard else None
+    return float(sampling[0] * sampling[1]) if sampling else 0.0
 
 
 def _row(shape: Shape) -> int:
@@ -49,20 +48,29 @@ def _row(shape: Shape) -> int:
 def _scan(launch: Launch, shape: Shape) -> float:
     values = launch.arguments
     rows = min(values["ROWS"], shape.rows)
-    read = launch.programs * (values["tiles"] * values["KEYS"] + rows) * _row(shape)
-    return read + shape.rows * shape.length / 8 + launch.grid[1] * shape.rows * (4 * shape.dim + 8)
+    read: float = launch.programs * (values["tiles"] * values["KEYS"] + rows) * _row(shape)
+    # Beside the sums of each split: a similarity and an index for each candidate.
+    return read + shape.rows * (8 * candidates(shape) + launch.grid[1] * (4 * shape.dim + 12))
+
+
+def _select(launch: Launch, shape: Shape) -> float:
+    return shape.rows * 8.0 * (candidates(shape) + shape.negatives.hard)
 
 
 def _mix(launch: Launch, shape: Shape) -> float:
-    negatives = shape.negatives
+    negatives, values = shape.negatives, launch.arguments
     picks = negatives.synthetic + negatives.mixed
-    return shape.rows * (picks * (_row(shape) + 4) + launch.arguments["PARTS"] * (4 * shape.dim + 72))
+    # Where draws are written first, each is written and read once, as four numbers.
+    drawn = 32 * values["WIDTH"] if "WIDTH" in values else 0
+    shared: int = values["PARTS"] * (4 * shape.dim + 72 + drawn)
+    return float(shape.rows * (picks * (_row(shape) + 4) + shared))
 
 
 def _reduce(launch: Launch, shape: Shape) -> float:
-    values = launch.arguments
-    shares = values["SPLITS"] + values["PARTS"]
-    return shape.rows * (shares * (4 * shape.dim + 8) + 4 * shape.negatives.hard + 2 * _row(shape))
+    negatives, values = shape.negatives, launch.arguments
+    shares: int = values["SPLITS"] + values["PARTS"]
+    alone = 4 * (negatives.hard + negatives.synthetic)
+    return float(shape.rows * (shares * (4 * shape.dim + 8) + alone + 2 * _row(shape)))
 
 
 _NEVER: Callable[[Shape], float] = lambda shape: 0.0  # noqa: E731
@@ -70,17 +78,20 @@ _ALWAYS: Callable[[Shape], float] = lambda shape: 1.0  # noqa: E731
 
 STATED: dict[str, Stated] = {
     "scan": Stated(moved=_scan),
-    "collect": Stated(moved=lambda launch, shape: shape.rows * (shape.length / 8 + 4 * candidates(shape))),
-    "score": Stated(
-        {"if start < count": lambda shape: math.ceil(candidates(shape) / 64) / 64},
-        lambda launch, shape: shape.rows * candidates(shape) * (_row(shape) + 8),
-    ),
-    "order": Stated(
-        {"if flag == 0": _ALWAYS},
-        lambda launch, shape: 8 * shape.rows * (candidates(shape) + shape.negatives.hard),
+    "select": Stated(
+        {
+            "if flag == 0": _ALWAYS,
+            # Candidates spread over the splits evenly enough for one rectangle, and no two similarities are equal.
+            "if longest > WIDE": _NEVER,
+            "if reached != needed": _NEVER,
+            # From some 2^23 numbers between threshold and maximum to some 2^10 between two similarities.
+            "while (low < high) & (reached != needed)": lambda shape: 13.0,
+        },
+        _select,
     ),
     # On ordinary features no row goes the slow way.
-    "full_sort": Stated({"if tl.load(p_flag + row) != 0": _NEVER}),
-    "mix": Stated({"if available > 0": _ALWAYS}, _mix),
+    "fill": Stated({"if tl.max(m_row.to(tl.int32)) > 0": _NEVER}, lambda launch, shape: 4.0 * launch.programs),
+    "choose": Stated({"if tl.load(p_flag + row) != 0": _NEVER}),
+    "mix": Stated({"if available > 0": _ALWAYS, "if tl.max(cancelled.to(tl.int32), axis=0) > 0": _NEVER}, _mix),
     "reduce": Stated(moved=_reduce),
 }

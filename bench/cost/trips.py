@@ -100,7 +100,14 @@ def _is_static(node: ast.AST) -> bool:
     return isinstance(node, ast.For) and "static_range" in ast.unparse(node.iter)
 
 
-def mean_trips(node: Construct, scope: Any, values: Mapping[str, Any], grid: Sequence[int], turn: int) -> list[float]:
+def mean_trips(
+    node: Construct,
+    scope: Any,
+    values: Mapping[str, Any],
+    grid: Sequence[int],
+    turn: int,
+    module: Mapping[str, Any] | None = None,
+) -> list[float]:
     """Trips of a loop, or 1 and 0 for a branch taken or not, for each of some programs spread over the grid.
 
     Args:
@@ -108,6 +115,7 @@ def mean_trips(node: Construct, scope: Any, values: Mapping[str, Any], grid: Seq
         values: The kernel's arguments.
         grid: Programs by axis.
         turn: What a `static_range` around it counts here: the unrolled copies stand in order.
+        module: The names of the kernel's module, with its constants and functions of constants.
 
     Raises:
         Unknown: It depends on data.
@@ -117,7 +125,7 @@ def mean_trips(node: Construct, scope: Any, values: Mapping[str, Any], grid: Seq
     ]
     found = []
     for program in itertools.product(*axes):
-        evaluate = _Evaluator(program, grid, turn)
+        evaluate = _Evaluator(program, grid, turn, module or {})
         names = evaluate.names_at(scope, values, node.lineno)
         if isinstance(node, ast.For):
             found.append(float(evaluate.count(node.iter, names)))
@@ -131,8 +139,8 @@ def mean_trips(node: Construct, scope: Any, values: Mapping[str, Any], grid: Seq
 class _Evaluator:
     """Evaluates the source's expressions for one program."""
 
-    def __init__(self, program: Sequence[int], grid: Sequence[int], turn: int) -> None:
-        self.program, self.grid, self.turn = program, grid, turn
+    def __init__(self, program: Sequence[int], grid: Sequence[int], turn: int, module: Mapping[str, Any]) -> None:
+        self.program, self.grid, self.turn, self.module = program, grid, turn, module
 
     def names_at(self, scope: _Scope, values: Mapping[str, Any], line: int) -> dict[str, Any]:
         """What is known when ``line`` of the scope's function is reached."""
@@ -235,7 +243,7 @@ class _Evaluator:
         if isinstance(node, ast.Constant):
             return node.value
         if isinstance(node, ast.Name):
-            return names[node.id]
+            return names[node.id] if node.id in names else self._constant(node.id)
         if isinstance(node, ast.Tuple | ast.List):
             return tuple(self(one, names) for one in node.elts)
         if isinstance(node, ast.Subscript):
@@ -267,7 +275,17 @@ class _Evaluator:
             return self.grid[int(self(node.args[0], names))]
         if called in _CALLS:
             return _CALLS[called](*(self(argument, names) for argument in node.args))
+        function = self.module.get(called)
+        if type(function).__name__ == "ConstexprFunction":
+            return function.fn(*(self(argument, names) for argument in node.args))
         raise Unknown(called)
+
+    def _constant(self, name: str) -> Any:
+        value = self.module[name]
+        value = getattr(value, "value", value)
+        if not isinstance(value, int | float | str | tuple):
+            raise Unknown(name)
+        return value
 
 
 _CALLS: dict[str, Callable[..., Any]] = {

@@ -22,6 +22,7 @@ from synco_fast.data.errors import DataError
 from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.demo import make_demo
 from synco_fast.data.sources.manifest import cache_folder
+from synco_fast.data.sources.parquet import ParquetSplit, find_parquet
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
 
@@ -146,6 +147,20 @@ def open_shards(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
     return Source(f"tar:{root}", train, split)
 
 
+def open_parquet(spec: str, limits: Limits = LIMITS) -> Source:
+    """Parquet files in a folder or by a pattern; those named ``val*``, ``validation*`` or ``test*`` are held out.
+
+    Raises:
+        DataError: There is no such file, or no image column in one.
+    """
+    files = find_parquet(spec)
+    words = {file: file.stem.lower().replace("_", "-").split("-")[0] for file in files}
+    held_out = next((found for name in _HELD_OUT if (found := [file for file in files if words[file] == name])), [])
+    train = ParquetSplit([file for file in files if words[file] not in _HELD_OUT], None, spec, limits)
+    split = ParquetSplit(held_out, train.classes, spec, limits) if held_out else None
+    return Source(f"parquet:{spec}", train, split)
+
+
 def demo_folder() -> Path:
     """Where the demo set is kept: below the user's cache."""
     return cache_folder() / "demo"
@@ -156,7 +171,8 @@ def open_source(spec: str, limits: Limits = LIMITS) -> Source:
 
     Args:
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
-            ``idx:FOLDER`` for IDX files; ``demo`` for the embedded set, drawn on first use.
+            ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``idx:FOLDER`` for IDX files; ``demo`` for the
+            embedded set, drawn on first use.
         limits: What an image may take; larger ones count as corrupt.
 
     Raises:
@@ -169,8 +185,12 @@ def open_source(spec: str, limits: Limits = LIMITS) -> Source:
         return open_idx(Path(rest).expanduser())
     if colon and prefix == "tar":
         return open_shards(rest, limits)
+    if colon and prefix == "parquet":
+        return open_parquet(rest, limits)
     if colon and prefix == "list":
         return open_list(rest, limits)
     if colon and not Path(spec).exists():
-        raise DataError(f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+        raise DataError(
+            f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo"
+        )
     return open_folder(spec, limits)

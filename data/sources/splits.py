@@ -125,14 +125,23 @@ def relabel(
     Raises:
         DataError: The manifest has a class that ``classes`` lacks.
     """
-    own = manifest.classes
-    if classes is None or own is None or manifest.labels is None:
-        return manifest.labels, own
+    return map_labels(manifest.labels, manifest.classes, classes, where)
+
+
+def map_labels(
+    labels: NDArray[np.int64] | None,
+    own: tuple[str, ...] | None,
+    classes: tuple[str, ...] | None,
+    where: object,
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Labels as numbers of ``classes`` instead of ``own``, and the classes in force; see `relabel`."""
+    if classes is None or own is None or labels is None:
+        return labels, own
     unknown = sorted(set(own) - set(classes))
     if unknown:
         raise DataError(f"data: found the class {unknown[0]} in {where}, which the training images do not have")
     number = {name: place for place, name in enumerate(classes)}
-    return np.array([number[name] for name in own], dtype=np.int64)[manifest.labels], classes
+    return np.array([number[name] for name in own], dtype=np.int64)[labels], classes
 
 
 class FolderSplit(FileSplit):

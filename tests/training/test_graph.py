@@ -22,13 +22,11 @@ class Recorder:
     def compute(self, inputs, step, epoch, momentum):
         if self.fails and self.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        values = lambda: (
-            int(step),
-            epoch,
-            round(float(momentum), 4),
-            [float(tensor.sum()) for part in inputs[:3] for tensor in part],
-            inputs.image_ids.tolist(),
-        )
+
+        def values():
+            sums = [float(tensor.sum()) for part in inputs[:3] for tensor in part]
+            return int(step), epoch, round(float(momentum), 4), sums, inputs.image_ids.tolist()
+
         if self.capturing is not None:
             self.capturing.recorded = lambda: self.seen.append(values())
         else:
