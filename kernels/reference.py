@@ -134,7 +134,7 @@ def contrast(
         hard_mean = mean_of_finite(hard_similarity)
         draws = draw(
             negatives,
-            len(q),
+            q.shape[0],
             q.shape[1],
             seed=seed,
             step=step,
@@ -160,6 +160,6 @@ def contrast(
         synthetic=torch.stack([families.get(family.name, absent) for family in FAMILIES], dim=1),
         rank=(everything[:, 1:] > positive).sum(dim=1),
         queue_rank=(similarity > positive).sum(dim=1),
-        fallback=torch.zeros(len(q), dtype=torch.int32, device=q.device),
+        fallback=torch.zeros(q.shape[0], dtype=torch.int32, device=q.device),
     )
     return Contrast(loss, statistics)

@@ -103,7 +103,7 @@ class Candidates:
         """
         failed = (self._count < needed) | (self._count > self._limit)
         width = max(hard, int(self._count.max()))
-        nothing = _pack(torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64))
+        nothing = _pack(torch.full((1,), -torch.inf, dtype=torch.float32), torch.zeros(1, dtype=torch.int64))
         packed = nothing.expand(len(self._count), width).contiguous()
         filled = torch.zeros_like(self._count)
         for begin in range(0, len(self._found), _TOGETHER):

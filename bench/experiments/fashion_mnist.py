@@ -37,15 +37,13 @@ def raw_pixels(options: argparse.Namespace) -> float:
     from torch import nn
 
     from synco_fast.data.sources.open import open_source
-    from synco_fast.evaluation.protocol import evaluate_backbone
+    from synco_fast.evaluation.knn import periodic_knn
     from synco_fast.presets import load_config
 
     config = load_config("fashion-mnist")
     plain = config.augment.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     source = open_source(options.data)
-    return evaluate_backbone(
-        nn.Flatten(), source, plain, config.evaluation, device=torch.device("cpu"), workers=0
-    ).accuracy
+    return periodic_knn(nn.Flatten(), source, plain, config.evaluation, device=torch.device("cpu"), workers=0).accuracy
 
 
 def draw(record: dict[str, Any], runs: Path, path: Path) -> None:
@@ -130,7 +128,7 @@ def main() -> None:
             "steps": summaries[jobs[0]]["steps"],
             "batch": config.training.batch,
             "backbone": "ResNet-10 of half the width",
-            "neighbours": config.evaluation.neighbours,
+            "neighbours": config.evaluation.k,
             "bank": config.evaluation.train_images,
             "queries": config.evaluation.images,
             "count_scale": config.method.count_scale,

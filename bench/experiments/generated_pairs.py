@@ -64,7 +64,7 @@ def pretrain(arm: str, share: float, seed: int, options: argparse.Namespace, *, 
     _, pair, base, _ = ARMS.get(arm, ARMS["none"])
     per_epoch = int(share * options.images) // _BATCH
     words: list[object] = ["--config", _PRESET, "--data", options.data, "--out", folder, "--seed", seed]
-    words += ["--data.share", share, "--data.workers", 0, "--training.batch", _BATCH, "--evaluation.every", 0]
+    words += ["--data.fraction", share, "--data.workers", 0, "--training.batch", _BATCH, "--evaluation.every", 0]
     words += ["--training.epochs", math.ceil(options.steps / per_epoch)]
     words += ["--training.max_steps", options.steps if steps is None else steps]
     words += ["--optimizer.warmup_epochs", options.warmup / per_epoch]
@@ -81,7 +81,7 @@ def pretrain(arm: str, share: float, seed: int, options: argparse.Namespace, *, 
 
 def measure(folder: Path) -> dict[str, float]:
     """A run's accuracies, by the keys of `MEASURES`."""
-    knn = evaluate(folder, "knn", ["knn", "--neighbours", "20", "200"])["accuracies"]
+    knn = evaluate(folder, "knn", ["knn", "--k", "20", "200"])["accuracies"]
     linear = evaluate(folder, "linear_fast", ["linear", "--fast", "--epochs", str(_PROBE_EPOCHS)])
     return {"knn": knn["20"], "knn_200": knn["200"], "linear": linear["top1"]}
 

@@ -17,7 +17,7 @@ from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, ev
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 #: By title: the file that an evaluation leaves, and the words that make it.
 EVALUATIONS = {
-    "kNN": ("knn", ["knn", "--neighbours", "20", "200"]),
+    "kNN": ("knn", ["knn", "--k", "20", "200"]),
     "linear, cached features": ("linear_fast", ["linear", "--fast", "--epochs", "30"]),
     "1 % labels": (
         "finetune_1",

@@ -71,7 +71,8 @@ def batch_norm(
 def _in_cache(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether PyTorch's kernels that write into given memory serve these arguments."""
     wide = (torch.float32, torch.float64)
-    return x.device.type == "cpu" and all(value is not None and value.dtype in wide for value in (weight, bias))
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager and all(value is not None and value.dtype in wide for value in (weight, bias))
 
 
 def _in_place(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

@@ -15,24 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from synco_fast.kernels.negatives import FAMILIES, Negatives
+from synco_fast.kernels.rng import largest_below
 
 __all__ = [
     "CAPACITY",
+    "MIXES",
     "TILE",
     "TILES",
     "TILES_OF",
     "Form",
+    "Mix",
     "Tile",
     "capacity_of",
     "compact_ids",
     "form_of",
     "generation_of",
     "interpreted",
+    "mix_of",
     "segments_of",
     "splits_of",
     "table",
     "unserved",
-    "warps",
 ]
 
 #: Candidates that a row may have on the fast path, at most: they are held in the registers of one program.
@@ -82,6 +85,7 @@ def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
         mixture = negatives.mixture(family)
         affine = (*mixture.q, *mixture.first, *mixture.second)
         numbers = (low, high, *affine, mixture.noise, mixture.sign)
+        numbers = (*numbers, largest_below(low, high, torch.float32))
         column = FAMILIES.index(family)
         rows.append((family.number, negatives.count_of(family), *(float(number) for number in numbers), column))
     return tuple(rows)
@@ -118,11 +122,6 @@ def compact_ids(image_ids: Tensor, queue_ids: Tensor) -> tuple[Tensor, Tensor, T
     keys = torch.zeros_like(known).scatter_add_(0, place, met.to(torch.int64))
     available = len(queue_ids) - keys[images]
     return images.int(), torch.where(met, place, -1).int(), available.int()
-
-
-def warps(wide: int) -> int:
-    """Warps for a block of whole rows of ``wide`` numbers."""
-    return 4 if wide <= 128 else 8
 
 
 @dataclass(frozen=True)
@@ -206,6 +205,38 @@ def form_of(dtype: torch.dtype, dim: int, generation: int) -> Form:
         formats = (tl.float32, "ieee", tl.float32, "ieee")
     piece = min(tile.piece, chunk)
     return Form(*formats, tile.rows, tile.keys, chunk, piece, tile.warps, tile.stages)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the synthetic negatives are shared out.
+
+    Attributes:
+        parts: Programs that share a row's.
+        pieces: Into how many columns of tensors a vector is cut: each is spread over fewer threads, so that fewer of
+            them repeat what is the same for all of a slot.
+        slots: Negatives that a program makes at a time.
+        warps: Of a program.
+    """
+
+    parts: int
+    pieces: int
+    slots: int
+    warps: int
+
+
+#: By bytes of a number of the queue: parts, pieces and warps; a program takes as many slots as its threads hold with 16
+#: bytes of each piece in each. To be changed by a measurement.
+MIXES = {2: (8, 4, 1), 4: (8, 4, 1)}
+
+
+def mix_of(itemsize: int, wide: int) -> Mix:
+    """How to mix vectors of ``wide`` numbers, a power of two, of ``itemsize`` bytes each."""
+    if interpreted():
+        return Mix(2, max(1, wide // 64), 16, 1)
+    parts, pieces, warps = MIXES[itemsize]
+    pieces = min(pieces, wide // 32)
+    return Mix(parts, pieces, max(1, 512 * warps * pieces // (wide * itemsize)), warps)
 
 
 def segments_of(capacity: int, splits: int, share: int) -> tuple[int, int]:

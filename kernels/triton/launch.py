@@ -24,6 +24,7 @@ from synco_fast.kernels.triton.config import (
     form_of,
     generation_of,
     interpreted,
+    mix_of,
     segments_of,
     splits_of,
     table,
@@ -40,8 +41,6 @@ __all__ = ["contrast_and_gradient", "unserved"]
 
 #: Rows handled by one series of launches: it bounds the room that grows with B.
 _ROWS = 1024
-#: Programs that share a row's synthetic negatives.
-PARTS = 8
 
 
 def contrast_and_gradient(
@@ -133,7 +132,7 @@ def _launch(
     similarities = empty(rows, max(size, capacity or 0), device=device)
     threshold, shift = empty(rows, device=device), empty(rows, device=device)
     keys = min(form.keys, TILE)
-    grid = (triton.cdiv(rows, TILE), triton.cdiv(size, keys))
+    grid = (triton.cdiv(rows, form.rows), triton.cdiv(size, keys))
     sample[grid](
         q,
         queue,
@@ -144,14 +143,25 @@ def _launch(
         size,
         stride,
         **common,
-        ROWS=TILE,
+        ROWS=form.rows,
         KEYS=keys,
         num_warps=8,
     )
     width = triton.next_power_of_2(size)
     dims = {"D": dim, "DIM": wide}
     rank[(rows,)](
-        q, k, similarities, threshold, outputs.positive, shift, size, wanted, **dims, WIDTH=width, ESTIMATE=estimate
+        q,
+        k,
+        similarities,
+        threshold,
+        outputs.positive,
+        shift,
+        size,
+        wanted,
+        **dims,
+        WIDTH=width,
+        ESTIMATE=estimate,
+        num_warps=max(1, min(width // 512, 8)),
     )
 
     # Step two.
@@ -230,40 +240,42 @@ def _launch(
         full_select(q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form)
 
     # Step four.
-    parts = PARTS if negatives.synthetic else 0
-    mix_sum = empty(rows, parts, device=device)
+    families = table(negatives)
+    tile = mix_of(queue.itemsize, wide)
+    parts = tile.parts if families else 0
     mix_total = empty(rows, parts, dim, device=device)
-    mix_rank = empty(rows, parts, dtype=torch.int32, device=device)
-    families = triton.next_power_of_2(len(FAMILIES))
-    mix_mean = empty(rows, parts, 2, families, device=device)
+    similarities = empty(rows, negatives.synthetic, device=device)
     if parts:
         on_device = isinstance(step, Tensor)
+        width = triton.next_power_of_2(sum(triton.cdiv(family[1], parts * tile.slots) for family in families))
+        width *= tile.slots
         mix[(rows, parts)](
             q,
             queue,
             hard_index,
-            outputs.positive,
+            hard_similarity,
             shift,
             available,
             step if on_device else None,
-            mix_sum,
+            empty(rows, parts, 4, width, device=device),
             mix_total,
-            mix_rank,
-            mix_mean,
+            similarities,
             length,
             hard,
             scale,
             seed,
             0 if on_device else step,
             first_row,
-            TABLE=table(negatives),
-            **dims,
-            SLOTS=4096 // wide if wide <= 256 else 2,
+            TABLE=families,
+            D=dim,
+            PIECE=wide // tile.pieces,
+            PIECES=tile.pieces,
+            SLOTS=tile.slots,
             PARTS=parts,
+            WIDTH=width,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
-            FAMILIES=families,
-            num_warps=4,
+            num_warps=tile.warps,
         )
 
     # Step five.
@@ -274,10 +286,8 @@ def _launch(
         scan_sum,
         scan_total,
         scan_rank,
-        mix_sum,
         mix_total,
-        mix_rank,
-        mix_mean,
+        similarities,
         hard_similarity,
         outputs.loss,
         outputs.gradient,
@@ -288,12 +298,15 @@ def _launch(
         rows,
         hard,
         temperature,
+        scale,
+        COUNTS=tuple((family[-1], family[1]) for family in families),
+        COLUMNS=len(FAMILIES),
+        WIDTH=triton.next_power_of_2(len(FAMILIES)),
         **dims,
         SPLITS=splits,
+        STEP=min(triton.next_power_of_2(splits), max(8, 8192 // wide)),
         PARTS=parts,
         HARD=hard > 0,
-        BLOCK=1024,
-        COLUMNS=len(FAMILIES),
-        FAMILIES=families,
-        num_warps=4,
+        BLOCK=256,
+        num_warps=8,
     )

@@ -9,10 +9,10 @@ different programs simply add. Where D is above CHUNK the third grid dimension s
 similarities are computed once for each.
 
 Every row has a segment of memory in every split, filled in the order of the queue: the place of a similarity is the
-number of those found before, and in its tile the number of bits set below its own in words of 32 marks. Words and counts
-come from sums over numbers that a thread, or four of a warp, hold; there is no atomic and no scan over the tile. More
-than a segment holds are counted to one beyond it, and what they overwrite is another segment of the same row, which is
-selected on the slow path in that case.
+number of those found before, and in its tile the number of bits set below its own in words of 32 marks. Words and
+counts come from sums over numbers that a thread, or four of a warp, hold; there is no atomic and no scan over the tile.
+More than a segment holds are counted to one beyond it, and what they overwrite is another segment of the same row,
+which is selected on the slow path in that case.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -148,10 +148,8 @@ def scan(
         o_key = (split * tiles + tile) * KEYS + tl.arange(0, KEYS)
         m_key = o_key < K
         p_n = p_queue + o_key[:, None].to(tl.int64) * D + o_out[None, :]
-        if EVEN and D % CHUNK == 0:
-            b_n = tl.load(p_n)
-        else:
-            b_n = tl.load(p_n, m_key[:, None] & m_out[None, :], 0)
+        m_n = None if EVEN and D % CHUNK == 0 else m_key[:, None] & m_out[None, :]
+        b_n = tl.load(p_n, m_n, None if EVEN and D % CHUNK == 0 else 0.0)
         if ONE:
             b_similarity = tl.dot(b_q, tl.trans(b_n.to(DOT)), input_precision=PRECISION)
         else:

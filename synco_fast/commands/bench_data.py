@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench data``."""
-    command = verbs.add(
+    command = commands.add(
         "bench data",
         _bench_data,
         "Images and views a second by pipeline, on JPEG files of ImageNet's size that are drawn on the spot, against "

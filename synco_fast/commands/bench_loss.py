@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
     from synco_fast.bench.cost.model import Cost
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench loss``."""
-    command = verbs.add(
+    command = commands.add(
         "bench loss",
         _bench_loss,
         "Time and peak memory of SynCo's loss, forward and gradient, by backend. By default B = 64 and 256, K = 4,096 "

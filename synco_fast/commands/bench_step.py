@@ -11,14 +11,14 @@ from rich.table import Table
 
 from synco_fast.bench.subjects import ENGINES, STEPS, STEPS_BY_DEFAULT, VALIDATED
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench step``."""
-    command = verbs.add(
+    command = commands.add(
         "bench step",
         _bench_step,
         "Images a second of the whole training step, without data, beside the encoder alone and a plain loop.",

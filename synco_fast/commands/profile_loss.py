@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, DTYPES
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast profile loss``."""
-    command = verbs.add(
+    command = commands.add(
         "profile loss",
         _profile_loss,
         "Write a chrome trace of SynCo's loss, and a table of what each kernel achieves.",

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import DTYPES, VALIDATED
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
     from synco_fast.kernels.validation import Verdict
@@ -28,9 +28,9 @@ _LARGE = ((255, 65536, 128, 1024), (1024, 65536, 128, 1024), (256, 65536, 256, 1
 _SHORT = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast validate``."""
-    command = verbs.add(
+    command = commands.add(
         "validate",
         _validate,
         "Compare the back ends of the loss with the reference in float64 on this machine. Exit code 1 on a miss.",

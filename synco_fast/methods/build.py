@@ -11,7 +11,9 @@ from synco_fast.config import Config
 from synco_fast.methods import METHODS, extra_of
 from synco_fast.methods.base import Method
 from synco_fast.models.encoder import Encoder, build_backbone, check_input
+from synco_fast.models.fusion import fuse_batch_norm
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.precision import resolve_device
 
 __all__ = ["build_encoder", "build_method", "groups_of_part"]
 
@@ -48,18 +50,25 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
     """
     model = config.model
     groups = groups_of_part(config, processes)
+    fused = model.norm != "plain" and not model.sync_batch_norm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, features = build_backbone(
             model.backbone,
             arguments=model.backbone_args,
             small_stem=model.small_stem,
-            batch_norm_groups=groups,
+            batch_norm_groups=1 if fused else groups,
         )
         check_input(backbone, config.augment.size, model.backbone)
         if model.sync_batch_norm and processes > 1:
             backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
-        return Encoder(backbone, features, model.dim, model.hidden)
+        encoder = Encoder(backbone, features, model.dim, model.hidden)
+    if fused:
+        on_gpu = resolve_device(config.training.device).type == "cuda"
+        fusion = fuse_batch_norm(backbone, groups, "triton" if on_gpu and model.norm == "fused" else "auto")
+        if model.norm == "fused" or not fusion.whole:
+            encoder.remark = f"model.norm: {model.backbone}: {fusion}"
+    return encoder
 
 
 def build_method(config: Config, *, processes: int = 1) -> Method:

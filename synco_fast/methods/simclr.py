@@ -19,7 +19,7 @@ from synco_fast.config import Config
 from synco_fast.methods.base import Encoders, Method, StepInputs, StepOutput
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.encoder import Encoder
-from synco_fast.runtime.collectives import gather_rows, rank, world
+from synco_fast.runtime.distributed import gather_rows, rank, world
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.phases import phase
 

@@ -24,6 +24,9 @@ class Encoder(nn.Module):
         features: Width of the backbone's output.
         dim: D, width of the embedding.
         hidden: Width of the hidden layer, by default that of the features (2048-2048-128 for ResNet-50).
+
+    Attributes:
+        remark: A line about how it was built that its user should read, or None.
     """
 
     def __init__(self, backbone: nn.Module, features: int, dim: int, hidden: int | None = None) -> None:
@@ -32,6 +35,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
         self.features = features
+        self.remark: str | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings, (B, D), not normalised."""

@@ -1,11 +1,11 @@
 """Packs: what is in them, that the shard reader reads them, and that no interruption leaves a trace."""
 
 import fcntl
+import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from synco_fast.data.pipelines.pack_quality import measure_quality
 from synco_fast.data.sources.check import find_corrupt
 from synco_fast.data.sources.open import ArraySplit, Source, open_shards, open_source
 from synco_fast.data.sources.pack import PackSettings, pack_source, shrink
-from synco_fast.data.sources.pack_index import INDEX, packed_manifest, read_index
+from synco_fast.data.sources.pack_index import INDEX, PackIndex, packed_manifest, read_index
 from synco_fast.data.sources.shards import index_shards
 from tests.data.photos import photo
 
@@ -109,32 +109,22 @@ def test_corrupt_images_are_excluded_and_named(folder, tmp_path):
         pack(folder, tmp_path / "other")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from synco_fast.data.sources import pack
-from synco_fast.data.sources.open import open_source
-source, out, where, number = sys.argv[1:]
-calls = 0
-def count():
-    global calls
-    calls += 1
-    if calls == int(number):
-        os.kill(os.getpid(), signal.SIGKILL)
-def before(function):
-    def wrapped(*args, **kwargs):
-        count()
-        return function(*args, **kwargs)
-    return wrapped
-if where == "index":
-    pack.PackIndex.write = before(pack.PackIndex.write)
-elif where == "rename":
-    Path.replace = before(Path.replace)
-pack.pack_source(
-    open_source(source), Path(out), pack.PackSettings(30, 90, 20_000), workers=0,
-    tick=lambda *_: count() if where == "image" else None,
-)
-"""
+def killed_pack(folder, out, where, number):
+    """Pack, and die at the ``number``-th image, index or rename."""
+    calls = itertools.count(1)
+
+    def die(*_):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(function):
+        return lambda *args: (die(), function(*args))[1]
+
+    if where == "index":
+        PackIndex.write = dying(PackIndex.write)
+    elif where == "rename":
+        Path.replace = dying(Path.replace)
+    pack(folder, out, tick=die if where == "image" else lambda *_: None)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +133,13 @@ pack.pack_source(
 )
 def test_a_killed_pack_is_resumed_and_is_the_same_to_the_byte(folder, tmp_path, where, number):
     pack(folder, tmp_path / "whole")
-    words = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), where, str(number)]
-    killed = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    child = os.fork()
+    if not child:
+        try:
+            killed_pack(folder, tmp_path / "out", where, number)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     seen = []
     pack(folder, tmp_path / "out", tick=lambda title, done, total, corrupt: seen.append((title, done)))
     assert files(tmp_path / "out") == files(tmp_path / "whole")

@@ -105,7 +105,8 @@ def test_a_demo_preset_is_the_demo_with_another_method(name):
 
 
 def test_the_extra_registers_itself_when_its_section_is_on():
-    config = build_config(TINY, {"generated.pair": "frozen", "method.name": "moco"})
+    pairs = {"generated.pair": "frozen", "generated.batch": 4}
+    config = build_config(TINY, {**pairs, "method.name": "moco"})
     extra = extra_of(config)
     assert extra is EXTRAS["generated"]
     assert extra_of(build_config(TINY)) is None

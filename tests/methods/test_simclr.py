@@ -68,7 +68,7 @@ def test_two_processes_have_the_loss_of_one(tiny, tmp_path):
             "training.epochs": 4,
             "augment.size": 64,
             "augment.evaluation_resize": 64,
-            "model.batch_norm_groups": 2,
+            "model.batch_norm_groups": 4,
             "optimizer.lr": 0.1,
         }
     )

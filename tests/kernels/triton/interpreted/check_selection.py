@@ -62,6 +62,21 @@ def test_selection_is_exact(make, monkeypatch, case, hard):
         assert slow == 0
 
 
+def test_nan_of_either_sign_is_chosen_before_all_others(make, monkeypatch):
+    from synco_fast.kernels import topk
+
+    monkeypatch.setattr(topk, "SAMPLE", 300)
+    inputs = make(2, K, 16)
+    # Not where the sample looks: the threshold is a number, and the fast path serves.
+    inputs.queue[17] = torch.nan
+    inputs.queue[301] = -torch.tensor(torch.nan)
+    _, index, slow = chosen(monkeypatch, inputs, 63)
+    assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
+    assert (index == 17).any(dim=1).all()
+    assert (index == 301).any(dim=1).all()
+    assert slow == 0
+
+
 @pytest.mark.parametrize("shift", [-1, 0, 1])
 def test_ties_at_the_boundary(make, monkeypatch, shift):
     # 40 keys are equal, and N cuts through them, ends with them, or takes one more.

@@ -1,15 +1,22 @@
-"""The published detection configurations, written beside the weights for detectron2."""
+"""``backbone.pkl`` for detectron2, with the published detection configurations beside it."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from synco_fast.config import Config
+from synco_fast.export.formats import Written
+from synco_fast.export.layouts import to_detectron2
+from synco_fast.export.load import Weights
+from synco_fast.export.stock import stock_name
+from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.files import atomic_write, write_text
 
-__all__ = ["DEPTHS", "write_configurations"]
+__all__ = ["DEPTHS", "write", "write_configurations"]
 
 DEPTHS = {"resnet50": 50, "resnet101": 101, "resnet152": 152}
 """The ResNets of bottlenecks that detectron2 builds by depth."""
@@ -32,6 +39,29 @@ _ABOUT = (
 )
 
 
+def write(weights: Weights, folder: Path) -> Written:
+    """Write the backbone for the C4 detectors of facebookresearch/moco.
+
+    Raises:
+        CheckpointError: It is no ResNet-50, 101 or 152 with its own stem.
+    """
+    name = stock_name(weights, "torchvision")
+    if name not in DEPTHS or weights.config.model.small_stem:
+        raise CheckpointError(
+            f"{weights.file}: found {weights.config.model.backbone}, expected {', '.join(DEPTHS)} with their own stem "
+            "for detectron2, whose C4 head is made of bottlenecks"
+        )
+    arrays = {key: value.numpy() for key, value in to_detectron2(weights.backbone).items()}
+    with atomic_write(folder / "backbone.pkl") as file:
+        file.write_bytes(pickle.dumps({"model": arrays, "__author__": "synco-fast", "matching_heuristics": True}))
+    configurations = write_configurations(folder, weights.config, DEPTHS[name])
+    usage = (
+        f"python train_net.py --config-file {configurations[0]} --num-gpus 8    # facebookresearch/moco, detection/, "
+        "which registers Res5ROIHeadsExtraNorm"
+    )
+    return ("backbone.pkl", *configurations), {}, usage
+
+
 def write_configurations(folder: Path, config: Config, depth: int) -> tuple[str, ...]:
     """Write the two configurations and return their names.
 
@@ -47,7 +77,7 @@ def write_configurations(folder: Path, config: Config, depth: int) -> tuple[str,
     ):
         values = _merge(_common(config, depth), part)
         text = _ABOUT.format(what=what) + yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
         written.append(name)
     return tuple(written)
 

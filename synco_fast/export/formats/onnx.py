@@ -1,4 +1,4 @@
-"""ONNX: written by PyTorch's exporter, checked by onnxruntime."""
+"""``backbone.onnx``: written by PyTorch's exporter, checked by onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,13 +10,31 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from synco_fast.export.formats import Written
+from synco_fast.export.load import Weights, backbone_of
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.files import atomic_write
 
-__all__ = ["write_onnx"]
+__all__ = ["write", "write_onnx"]
 
-#: Of the largest feature: what sums in another order cost in float32.
+#: Of the largest feature: the rounding of float32 sums in another order.
 _TOLERANCE = 1e-4
+
+
+def write(weights: Weights, folder: Path) -> Written:
+    """Write the backbone for onnxruntime, any batch at the run's image size.
+
+    Raises:
+        ConfigError, CheckpointError: As `write_onnx` says.
+    """
+    size = weights.config.augment.size
+    difference = write_onnx(backbone_of(weights), size, folder / "backbone.onnx")
+    usage = (
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("backbone.onnx")\n'
+        '(features,) = session.run(None, {"images": images})    # float32 (B, 3, '
+        f"{size}, {size}), normalised as below"
+    )
+    return ("backbone.onnx",), {"largest difference to PyTorch, of the largest feature": difference}, usage
 
 
 def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
