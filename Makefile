@@ -46,7 +46,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 record-fashion-mnist: $(STAMP)
-	$(BIN)/python -m synco_fast.bench.fashion_mnist
+	$(BIN)/python -m synco_fast.bench.experiments.fashion_mnist
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info

@@ -11,6 +11,8 @@ FOLDERS = {
     "synco_fast.data": "data",
     "synco_fast.bench": "bench",
 }
+#: Below ``bench``: scripts that made records.
+STUDIES = ("experiments", "experiments.*")
 #: What single commands need beside the rest.
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
@@ -21,10 +23,10 @@ GENERATOR = ["torchmetrics>=1.4"]
 
 
 def packages() -> list[str]:
-    """Every package below the mapped folders, by its import name."""
+    """Every package below the mapped folders, by its import name, but for the studies, which are no part of it."""
     found = []
     for name, folder in FOLDERS.items():
-        found += [name] + [f"{name}.{inner}" for inner in find_packages(str(ROOT / folder))]
+        found += [name] + [f"{name}.{inner}" for inner in find_packages(str(ROOT / folder), exclude=STUDIES)]
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from synco_fast.bench.data_baseline import two_crop_loader
+from synco_fast.bench.baselines.data import two_crop_loader
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
@@ -30,10 +30,8 @@ from synco_fast.data.sources.open import ArraySplit, Source, Split, open_shards
 from synco_fast.data.sources.pack import PackSettings, pack_source
 from synco_fast.data.sources.splits import FileSplit, SubsetSplit
 
-__all__ = ["PIPELINES", "make_photos", "measure_pipelines"]
+__all__ = ["has_pipeline", "make_photos", "measure_pipelines"]
 
-#: The first is the one that the others are held against.
-PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
 
@@ -79,7 +77,7 @@ def measure_pipelines(
 
     Args:
         folder, names: JPEG files.
-        pipelines: Of `PIPELINES`.
+        pipelines: Of `synco_fast.bench.subjects.PIPELINES`.
         device: Where the encoder would be.
         batch: Images in a batch.
         workers: Processes that decode, for every pipeline alike.

@@ -1,71 +1,237 @@
 #!/usr/bin/env bash
-# Everything a GPU should be asked, in under nine minutes:
+# First contact with a GPU, in nine minutes: what is wrong, what it costs, and what to choose.
 #
-#   bench/gpu.sh OUT_DIR            with the Python of .venv, or of PYTHON=...
+#   bench/gpu.sh [--stage NAME]... [--cache FILE] [--dry] OUT_DIR
 #
-# Each part has a time limit and a log; one that fails does not stop the others. OUT_DIR gets summary.txt (parts, exit
-# codes, seconds), the figures as JSON, pictures, a trace and all logs in one file. The exit code is that of the worst.
+# Runs from a checkout that is not installed, with the Python of .venv or of PYTHON=...; it needs PyTorch and Triton, not
+# pydantic. Stages run in this order, each with a time limit, and one that fails does not stop the others:
+#
+#   stages      each launch of the loss against float64, a process for each dtype
+#   launches    microseconds of each launch in a CUDA graph
+#   variants    other tiles and shares of the same launches
+#   norm        the batch norm's kernels, where there are any
+#   ncu         Nsight Compute on each launch, where it is installed
+#   tests       the tests that need a GPU
+#   sanitizers  memcheck, initcheck and racecheck on one small call, where compute-sanitizer is installed
+#   compare     the loss by backend, and the selection alone
+#
+# and, only if named, `step` (the training step by backend and engine). OUT_DIR gets gpu.tar.gz with all figures as lines
+# of JSON and all logs, packed anew after each stage, and summary.txt. --cache takes what bench/compile_cache.sh made.
+# --dry goes the same way on a CPU: the kernels interpreted, at small shapes. The exit code is that of the worst stage.
 set -u
-[ $# -eq 1 ] || { echo "usage: bench/gpu.sh OUT_DIR" >&2; exit 2; }
-mkdir -p "$1" || exit 2
-OUT=$(cd "$1" && pwd)
+usage() { echo "usage: bench/gpu.sh [--stage NAME]... [--cache FILE] [--dry] OUT_DIR" >&2; exit 2; }
+ALL=(stages launches variants norm ncu tests sanitizers compare)
+WANTED=() CACHE="" DRY=0 TARGET=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --stage) [ $# -gt 1 ] || usage; WANTED+=("$2"); shift 2 ;;
+    --cache) [ $# -gt 1 ] || usage; CACHE=$2; shift 2 ;;
+    --dry) DRY=1; shift ;;
+    -*) usage ;;
+    *) [ -z "$TARGET" ] || usage; TARGET=$1; shift ;;
+  esac
+done
+[ -n "$TARGET" ] || usage
+for stage in ${WANTED[@]+"${WANTED[@]}"}; do
+  case " ${ALL[*]} step " in
+    *" $stage "*) ;;
+    *) echo "error: stage: found $stage, expected one of ${ALL[*]} step" >&2; exit 2 ;;
+  esac
+done
+[ ${#WANTED[@]} -gt 0 ] || WANTED=("${ALL[@]}")
+[ -z "$CACHE" ] || [ -f "$CACHE" ] || { echo "error: cache: found no file $CACHE, expected what bench/compile_cache.sh made" >&2; exit 2; }
+mkdir -p "$TARGET" || exit 2
+OUT=$(cd "$TARGET" && pwd)
+[ -z "$CACHE" ] || CACHE=$(cd "$(dirname "$CACHE")" && pwd)/$(basename "$CACHE")
 cd "$(dirname "$0")/.." || exit 2
 ROOT=$PWD
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo "$ROOT/.venv/bin/python" || command -v python3)}
-LINKS=$(mktemp -d)
-trap 'rm -rf "$LINKS"' EXIT
-if ! "$PYTHON" -c 'import synco_fast.kernels' 2>/dev/null; then
-  # A checkout that is not installed: the folders linked into one package, as setup.py maps them.
-  mkdir "$LINKS/synco_fast"
-  ln -s "$ROOT"/synco_fast/* "$LINKS/synco_fast/"
-  for folder in kernels data bench; do ln -s "$ROOT/$folder" "$LINKS/synco_fast/$folder"; done
-  export PYTHONPATH="$LINKS${PYTHONPATH:+:$PYTHONPATH}"
-fi
-"$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' \
-  || { echo "error: found no CUDA device, or no PyTorch that sees one, expected at least one" >&2; exit 2; }
-SYNCO=("$PYTHON" -m synco_fast)
-WORST=0
-: > "$OUT/summary.txt"
-: > "$OUT/logs.txt"
+[ -n "$PYTHON" ] || { echo "error: found no Python, expected one with PyTorch: PYTHON=..." >&2; exit 2; }
+WORK=$(mktemp -d)
+CLOCKS=""
+finish() { [ -z "$CLOCKS" ] || kill "$CLOCKS" 2>/dev/null; rm -rf "$WORK"; }
+trap finish EXIT
+mkdir "$WORK/gpu"
 
-part() { # part NAME SECONDS COMMAND...
-  local name=$1 limit=$2 start=$SECONDS code
-  shift 2
-  printf '\n===== %s: %s\n' "$name" "$*" >> "$OUT/logs.txt"
-  timeout --kill-after=10 "$limit" "$@" >> "$OUT/logs.txt" 2>&1
-  code=$?
-  [ "$code" -gt "$WORST" ] && WORST=$code
-  printf '%-22s exit %-3s %4d s\n' "$name" "$code" $((SECONDS - start)) | tee -a "$OUT/summary.txt"
+# The folders linked into one package, as setup.py maps them. Python must not put the checkout itself first on its path:
+# there, synco_fast has none of the other folders.
+mkdir -p "$WORK/links/synco_fast"
+ln -s "$ROOT"/synco_fast/* "$WORK/links/synco_fast/"
+for folder in kernels data bench; do ln -s "$ROOT/$folder" "$WORK/links/synco_fast/$folder"; done
+export PYTHONSAFEPATH=1 PYTHONPATH="$WORK/links${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR="$WORK/triton"
+mkdir "$TRITON_CACHE_DIR"
+[ -z "$CACHE" ] || tar -xzf "$CACHE" -C "$TRITON_CACHE_DIR" || echo "warning: cache: $CACHE cannot be unpacked, kernels compile anew" >&2
+[ "$DRY" = 0 ] || export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=""
+
+if ! "$PYTHON" - "$DRY" <<'PY'
+import importlib
+import sys
+
+needed = ["torch", "triton", "rich", "numpy", "pytest"]
+needed += [f"synco_fast.{name}" for name in ("cli", "bench.loss", "bench.launches", "bench.stages", "bench.variants")]
+needed += [f"synco_fast.{name}" for name in ("bench.summary", "kernels.validation", "kernels.triton")]
+for name in needed:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        sys.exit(f"error: found no working {name} ({type(error).__name__}: {error}), expected it in {sys.executable}")
+import torch
+
+if sys.argv[1] == "0" and not torch.cuda.is_available():
+    sys.exit("error: found no CUDA device, expected one that PyTorch sees, or --dry")
+PY
+then exit 2; fi
+
+SYNCO=("$PYTHON" -m synco_fast)
+# Everything together ends before this many seconds, however many stages run into their limits.
+SLOWER=$((DRY ? 10 : 1))
+DEADLINE=$((SECONDS + 535 * SLOWER))
+WORST=0
+: > "$WORK/gpu/parts.txt"
+
+pack() { # What there is so far, in one file that is whole at any time.
+  tar -czf "$OUT/.gpu.tar.gz" -C "$WORK" gpu && mv "$OUT/.gpu.tar.gz" "$OUT/gpu.tar.gz"
 }
 
-"$PYTHON" - > "$OUT/environment.txt" <<'PY'
+note() { printf '%-24s %-9s %4s s\n' "$1" "$2" "$3" | tee -a "$WORK/gpu/parts.txt"; }
+
+part() { # part NAME SECONDS COMMAND...: lines of JSON on its standard output go to NAME.jsonl, all else to NAME.log
+  local name=$1 limit=$2 start=$SECONDS code left
+  shift 2
+  limit=$((limit * SLOWER))
+  left=$((DEADLINE - SECONDS - 3))
+  [ "$left" -lt "$limit" ] && limit=$left
+  if [ "$limit" -lt 2 ]; then
+    note "$name" "no time" 0
+    return
+  fi
+  printf '%s\n' "$*" > "$WORK/gpu/$name.log"
+  timeout --kill-after=3 "$limit" "$@" > "$WORK/said" 2>> "$WORK/gpu/$name.log"
+  code=$?
+  cat "$WORK/said" >> "$WORK/gpu/$name.log"
+  grep '^{' "$WORK/said" > "$WORK/gpu/$name.jsonl" || rm -f "$WORK/gpu/$name.jsonl"
+  [ "$code" -gt "$WORST" ] && WORST=$code
+  if [ "$code" = 124 ] || [ "$code" = 137 ]; then note "$name" "time out" $((SECONDS - start)); else
+    note "$name" "exit $code" $((SECONDS - start))
+  fi
+  pack
+}
+
+if [ "$DRY" = 1 ]; then
+  # The interpreter takes seconds for what a GPU does in microseconds.
+  SHAPE=(--rows 1 --length 300 --dim 64 --hard 20) ONCE=("${SHAPE[@]}") DTYPES=(float32) REPEATS=1
+  export OMP_NUM_THREADS=1
+else
+  SHAPE=(--rows 256 --length 65536 --dim 128 --hard 1024) DTYPES=(bfloat16 float32 float16) REPEATS=30
+  # The last word of a mask, a last tile and a last row that are not whole.
+  ONCE=(--rows 65 --length 4097 --dim 64 --hard 63)
+fi
+
+do_stages() {
+  local dtype
+  for dtype in "${DTYPES[@]}"; do
+    part "stages-$dtype" 25 "$PYTHON" -m synco_fast.bench.stages --dtype "$dtype" "${SHAPE[@]}"
+  done
+}
+
+do_launches() {
+  local dtype
+  for dtype in "${DTYPES[@]}"; do
+    [ "$dtype" = float16 ] || part "launches-$dtype" 30 "$PYTHON" -m synco_fast.bench.launches --dtypes "$dtype" \
+      --repeats "$REPEATS" "${SHAPE[@]}"
+  done
+}
+
+do_variants() { part variants 90 "$PYTHON" -m synco_fast.bench.variants --repeats "$REPEATS" "${SHAPE[@]}"; }
+
+do_norm() {
+  if "${SYNCO[@]}" bench norm --help > /dev/null 2>&1; then
+    local small=()
+    [ "$DRY" = 0 ] || small=(--dry)
+    part norm-validate 20 "${SYNCO[@]}" validate --part norm --json "$WORK/gpu/norm-validate.json"
+    part norm 20 "${SYNCO[@]}" bench norm ${small[@]+"${small[@]}"} --json "$WORK/gpu/norm.json"
+  else
+    note norm "not there" 0
+  fi
+}
+
+do_ncu() {
+  local ncu names
+  ncu=$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | tail -1)
+  [ -n "$ncu" ] && [ "$DRY" = 0 ] || { note ncu "not there" 0; return; }
+  names=$("$PYTHON" -c 'from synco_fast.bench.stages import CHECKS; print("|".join(CHECKS))')
+  # The clocks stay as they are; the first series of launches, whose code is in the cache already.
+  part ncu 50 "$ncu" --clock-control none --kernel-name-base function -k "regex:^($names)\$" -c 12 --csv --page details \
+    --section SpeedOfLight --section WarpStateStats --section Occupancy --section LaunchStats \
+    --section MemoryWorkloadAnalysis "$PYTHON" -m synco_fast.bench.launches --once "${SHAPE[@]}"
+}
+
+do_tests() {
+  local options=(-m gpu -v -p no:cacheprovider --confcutdir tests/kernels --junitxml "$WORK/gpu/tests.xml")
+  "$PYTHON" -c 'import pytest_timeout' 2> /dev/null && options+=(--timeout 60)
+  if "$PYTHON" -c 'import xdist' 2> /dev/null; then options+=(--numprocesses "$([ "$DRY" = 1 ] && echo 0 || echo 6)"); fi
+  part tests 100 "$PYTHON" -m pytest "${options[@]}" tests/kernels
+}
+
+do_sanitizers() {
+  local sanitizer tool
+  sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
+  # Without PyTorch's own pool every tensor is an allocation, whose end and first write the tools can see.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  if [ "$DRY" = 1 ]; then
+    part sanitizers 60 "$PYTHON" -m synco_fast.bench.launches --once --dtypes float32 "${ONCE[@]}"
+  elif [ -n "$sanitizer" ]; then
+    for tool in memcheck initcheck racecheck; do
+      part "$tool" 18 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        "$PYTHON" -m synco_fast.bench.launches --once --dtypes bfloat16 float32 "${ONCE[@]}"
+    done
+  else
+    note sanitizers "not there" 0
+  fi
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+}
+
+do_compare() {
+  local backends=(triton blockwise topk linear-ce reference compiled released) choices=(triton topk topk-only) device=cuda
+  if [ "$DRY" = 1 ]; then backends=(blockwise topk) choices=(topk) device=cpu; fi
+  "$PYTHON" -c 'import flashinfer' 2> /dev/null && choices+=(topk-flashinfer topk-flashinfer-only)
+  "$PYTHON" -c 'import liger_kernel' 2> /dev/null && backends+=(linear-ce-liger)
+  part selection 20 "${SYNCO[@]}" bench loss --part selection --backends "${choices[@]}" --device $device "${SHAPE[@]}" \
+    --repeats "$REPEATS" --rounds 1 --lines "$WORK/gpu/selection.jsonl.part"
+  part compare 40 "${SYNCO[@]}" bench loss --backends "${backends[@]}" --device $device "${SHAPE[@]}" \
+    --repeats $((REPEATS < 5 ? REPEATS : 5)) --rounds 1 --lines "$WORK/gpu/compare.jsonl.part"
+  local name
+  for name in selection compare; do
+    [ ! -f "$WORK/gpu/$name.jsonl.part" ] || mv "$WORK/gpu/$name.jsonl.part" "$WORK/gpu/$name.jsonl"
+  done
+}
+
+do_step() {
+  part step 300 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder encoder-plain synco moco \
+    --engines graph eager --backends blockwise triton --steps 10 --rounds 1 --json "$WORK/gpu/step.json"
+}
+
+"$PYTHON" - > "$WORK/gpu/environment.json" <<'PY'
 import json
+
 from synco_fast.runtime.environment import describe_environment
+
 print(json.dumps(describe_environment(), indent=1))
 PY
-nvidia-smi >> "$OUT/environment.txt" 2>&1
-
-# The shape that matters first, in case the time ends early.
-part "head, B = 256" 80 "${SYNCO[@]}" bench loss --rows 256 --length 65536 --json "$OUT/head-256.json"
-part "profile of the loss" 25 "${SYNCO[@]}" profile loss --trace "$OUT/loss-trace.json.gz" --json "$OUT/head-profile.json"
-part "tests" 100 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
-if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1) \
-    && [ -n "$sanitizer" ]; then
-  for tool in memcheck racecheck; do
-    part "$tool" 30 "$sanitizer" --tool "$tool" --error-exitcode 9 "${SYNCO[@]}" validate --backends triton \
-      --dtypes bfloat16 --rows 5 --length 1000 --dim 64 --hard 40 --device cuda
-  done
-else
-  echo "compute-sanitizer      not found" | tee -a "$OUT/summary.txt"
+if command -v nvidia-smi > /dev/null && [ "$DRY" = 0 ]; then
+  nvidia-smi -q > "$WORK/gpu/nvidia-smi.txt" 2>&1
+  nvidia-smi --query-gpu=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu --format=csv -l 1 \
+    > "$WORK/gpu/clocks.csv" 2>&1 &
+  CLOCKS=$!
 fi
-part "validate" 40 "${SYNCO[@]}" validate --device cuda --json "$OUT/validate.json"
-part "momentum" 25 "$PYTHON" -m pytest -q -p no:cacheprovider bench/suites/test_momentum.py \
-  --benchmark-json "$OUT/momentum.json"
-part "head, all shapes" 75 "${SYNCO[@]}" bench loss --backends released reference blockwise triton --repeats 20 \
-  --json "$OUT/loss.json" --plot "$OUT/loss.png"
-part "training step" 60 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder synco moco \
-  --engines eager graph --steps 10 --rounds 1 --json "$OUT/step.json"
-part "data" 60 "${SYNCO[@]}" bench data --device cuda --batch 256 --seconds 4 --rounds 2 --json "$OUT/data.json"
-gzip -f "$OUT/logs.txt"
+for stage in "${WANTED[@]}"; do "do_$stage"; done
+
+"$PYTHON" -m synco_fast.bench.summary "$WORK/gpu" > "$WORK/gpu/summary.txt" 2>&1 || WORST=1
+# What had to be compiled here need not be the next time.
+bench/compile_cache.sh --prune "$TRITON_CACHE_DIR" "$WORK/gpu/triton-cache.tar.gz" > /dev/null 2>&1
+if [ "$(wc -c < "$WORK/gpu/triton-cache.tar.gz" 2>/dev/null || echo 0)" -gt $((12 << 20)) ]; then rm "$WORK/gpu/triton-cache.tar.gz"; fi
+pack
+cp "$WORK/gpu/summary.txt" "$OUT/summary.txt"
 cat "$OUT/summary.txt"
 exit "$WORST"

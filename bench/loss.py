@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,22 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.bench.baselines import released_form
-from synco_fast.bench.timing import capture, seconds_of
+from synco_fast.bench.baselines.field import linear_cross_entropy, product_loss, top_k
+from synco_fast.bench.baselines.loss import released_form
+from synco_fast.bench.timing import capture, peak_memory, reset_peak_memory, seconds_of
 from synco_fast.kernels import Negatives, reference, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
 
-__all__ = ["BACKENDS", "Shape", "extra_bytes", "measure", "prepare", "sweep"]
+__all__ = ["Shape", "bare", "extra_bytes", "measure", "prepare", "prepare_selection", "sweep"]
 
-BACKENDS = {
-    "released": "the cost model of the method as released (`bench/baselines.py`)",
-    "reference": "plain PyTorch, vectorised over negatives",
-    "compiled": "the reference under torch.compile",
-    "blockwise": "in blocks, without synthetic vectors",
-    "triton": "the fused kernels",
-}
 TEMPERATURE = 0.2
 _MIB = 1 << 20
+#: Bare operators in one graph.
+_COPIES = 16
 
 
 @dataclass(frozen=True)
@@ -67,118 +62,171 @@ class Shape:
         return Negatives.synco(min(self.hard, self.length))
 
 
-def prepare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
-    """A function that computes the mean loss and its gradient to q once, and returns the gradient.
-
-    Args:
-        backend: One of `BACKENDS`.
-        shape: See `Shape`.
-        device: Where.
-
-    Raises:
-        RuntimeError: The kernels do not serve the shape or the device.
-    """
+def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, their keys and a queue of unit rows, the same ones for every back end."""
     generator = torch.Generator().manual_seed(0)
     sizes = (shape.rows, shape.rows, shape.length)
     q, k, queue = (
         normalize(torch.randn(n, shape.dim, generator=generator), dim=1).to(device, shape.torch_dtype) for n in sizes
     )
+    return q, k, queue
+
+
+def _check(backend: str, q: Tensor, queue: Tensor) -> None:
+    if backend == "triton" and (reason := unserved_by_triton(q, queue, TEMPERATURE)):
+        raise RuntimeError(reason)
+
+
+def prepare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
+    """A function that computes the mean loss and its gradient to q once, and returns the gradient.
+
+    Args:
+        backend: One of `synco_fast.bench.subjects.LOSS_BACKENDS`.
+        shape: See `Shape`.
+        device: Where.
+
+    Raises:
+        RuntimeError: The kernels do not serve the shape or the device.
+        UserError: A package is not installed.
+    """
+    q, k, queue = _inputs(shape, device)
     q.requires_grad_()
     # On the device, so that neither a compiled nor a captured form meets a new number in each step.
     step = torch.zeros((), dtype=torch.int64, device=device)
     negatives = shape.negatives
-    if backend == "triton" and (reason := unserved_by_triton(q, queue, TEMPERATURE)):
-        raise RuntimeError(reason)
+    _check(backend, q, queue)
 
     def plain(q: Tensor, step: Tensor) -> Tensor:
         return reference.contrast(q, k, queue, negatives, temperature=TEMPERATURE, seed=0, step=step).loss.mean()
 
-    compiled = torch.compile(plain) if backend == "compiled" else plain
+    def ours(q: Tensor, step: Tensor) -> Tensor:
+        return _operator(backend, q, k, queue, negatives, step).mean()
+
+    def released(q: Tensor, step: Tensor) -> Tensor:
+        return released_form(q, k, queue, negatives, temperature=TEMPERATURE).mean()
+
+    forms = {"released": released, "reference": plain, "blockwise": ours, "triton": ours}
+    if backend == "compiled":
+        form: Callable[[Tensor, Tensor], Tensor] = torch.compile(plain)
+    elif backend.startswith("topk"):
+        choose = top_k("flashinfer" if backend.endswith("flashinfer") else "torch")
+        product = product_loss(choose, hard=negatives.hard, temperature=TEMPERATURE)
+        form = lambda q, step: product(q, k, queue).mean()  # noqa: E731
+    elif backend.startswith("linear-ce"):
+        linear = linear_cross_entropy("liger" if backend.endswith("liger") else "torch", temperature=TEMPERATURE)
+        form = lambda q, step: linear(q, k, queue)  # noqa: E731
+    else:
+        form = forms[backend]
 
     def run() -> Tensor:
-        if backend == "released":
-            loss = released_form(q, k, queue, negatives, temperature=TEMPERATURE).mean()
-        elif backend == "reference":
-            loss = plain(q, step)
-        elif backend == "compiled":
-            loss = compiled(q, step)
-        else:
-            loss = synthetic_contrast(
-                q,
-                k,
-                queue,
-                negatives,
-                temperature=TEMPERATURE,
-                seed=0,
-                step=step,
-                backend=backend,  # type: ignore[arg-type]
-            ).loss.mean()
-        (gradient,) = torch.autograd.grad(loss, q)
+        (gradient,) = torch.autograd.grad(form(q, step), q)
         step.add_(1)
         return gradient
 
     return run
 
 
-def measure(backend: str, shape: Shape, *, device: torch.device, repeats: int = 5) -> dict[str, Any]:
-    """Forward and gradient of SynCo's loss at one shape.
+def _operator(backend: str, q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives, step: Tensor) -> Tensor:
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": 0, "step": step, "backend": backend}
+    return synthetic_contrast(q, k, queue, negatives, **settings).loss
+
+
+def bare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
+    """The operator alone, loss and gradient in one: no mean, no pass of autograd, no step that counts.
 
     Args:
-        backend: One of `BACKENDS`.
+        backend: ``blockwise`` or ``triton``.
+        shape, device: As for `prepare`.
+
+    Raises:
+        RuntimeError: As for `prepare`.
+    """
+    q, k, queue = _inputs(shape, device)
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    _check(backend, q, queue)
+    return lambda: _operator(backend, q, k, queue, shape.negatives, step)
+
+
+def prepare_selection(subject: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
+    """A function that finds the N largest similarities of each row once.
+
+    Args:
+        subject: One of `synco_fast.bench.subjects.SELECTIONS`.
+        shape, device: As for `prepare`.
+
+    Returns:
+        It returns the values, (B, N), in no order; the package's own forms return their loss.
+
+    Raises:
+        RuntimeError, UserError: As for `prepare`.
+    """
+    q, k, queue = _inputs(shape, device)
+    hard = shape.negatives.hard
+    _check(subject, q, queue)
+    if subject in ("blockwise", "triton"):
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        return lambda: _operator(subject, q, k, queue, Negatives(hard=hard), step)
+    choose = top_k("flashinfer" if "flashinfer" in subject else "torch")
+    if subject.endswith("-only"):
+        similarity = q @ queue.T
+        return lambda: choose(similarity, hard)[0]
+    return lambda: choose(q @ queue.T, hard)[0]
+
+
+def measure(
+    backend: str, shape: Shape, *, device: torch.device, repeats: int = 5, part: str = "loss"
+) -> dict[str, Any]:
+    """Forward and gradient of SynCo's loss at one shape, or the selection alone.
+
+    Args:
+        backend: One of `synco_fast.bench.subjects.LOSS_BACKENDS`, or of its `SELECTIONS`.
         shape: See `Shape`.
         device: Where.
         repeats: Timed runs of each kind.
+        part: ``loss`` or ``selection``.
 
     Returns:
         The shape; ``seconds``, of every run, and their median; ``extra_mib``, by how much the peak of memory rose in a
-        run (of the process on a CPU, of the allocator on a GPU). On a GPU also ``cold_s``, with an empty L2 cache, and
-        ``graph_s``, as a replayed CUDA graph, or ``graph``, why it cannot be one.
+        run (of the process on a CPU, of the allocator on a GPU); of this package's operator also ``bare_s``, what it
+        takes alone. On a GPU also ``cold_s``, with an empty L2 cache, and ``graph_s``, as a replayed CUDA graph, or
+        ``graph``, why it cannot be one; ``bare_s`` is there a share of one graph that holds several.
     """
+    make = prepare if part == "loss" else prepare_selection
     # Libraries and thread pools are set up on a small shape, so that the peak below is the loss's alone.
-    prepare(backend, Shape(8, 2048, shape.dim, min(shape.hard, 1024), shape.dtype), device)()
-    run = prepare(backend, shape, device)
-    found: dict[str, Any] = {"backend": backend, **asdict(shape)}
+    make(backend, Shape(8, 2048, shape.dim, min(shape.hard, 1024), shape.dtype), device)()
+    run = make(backend, shape, device)
+    found: dict[str, Any] = {"backend": backend, "part": part, **asdict(shape)}
     if backend == "compiled":
         run()  # Compiling takes memory that running does not.
-    before = _peak(device, reset=True)
+    before = reset_peak_memory(device)
     run()
-    found["extra_mib"] = (_peak(device) - before) / _MIB
+    found["extra_mib"] = (peak_memory(device) - before) / _MIB
     found["seconds"] = seconds_of(run, device, repeats=repeats)
     found["median_s"] = statistics.median(found["seconds"])
-    if device.type == "cuda":
-        found["cold_s"] = statistics.median(seconds_of(run, device, repeats=repeats, cold=True))
-        try:
-            replay = capture(run, device)
-        except RuntimeError as error:
-            found["graph"] = f"cannot be captured: {str(error).splitlines()[0]}"
-        else:
-            found["graph_s"] = statistics.median(seconds_of(replay, device, repeats=repeats))
-            found["graph_cold_s"] = statistics.median(seconds_of(replay, device, repeats=repeats, cold=True))
+    alone = bare(backend, shape, device) if part == "loss" and backend in ("blockwise", "triton") else None
+    if device.type != "cuda":
+        if alone is not None:
+            found["bare_s"] = statistics.median(seconds_of(alone, device, repeats=repeats, warmup=1))
+        return found
+    found["cold_s"] = statistics.median(seconds_of(run, device, repeats=repeats, cold=True))
+    try:
+        replay = capture(run, device)
+        found["graph_s"] = statistics.median(seconds_of(replay, device, repeats=repeats))
+        found["graph_cold_s"] = statistics.median(seconds_of(replay, device, repeats=repeats, cold=True))
+        if alone is not None:
+            several = capture(alone, device, copies=_COPIES)
+            found["bare_s"] = statistics.median(seconds_of(several, device, repeats=repeats)) / _COPIES
+    except RuntimeError as error:
+        found["graph"] = f"cannot be captured: {str(error).splitlines()[0]}"
     return found
-
-
-def _peak(device: torch.device, *, reset: bool = False) -> int:
-    """The highest memory so far, or since a reset, in bytes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    linux = platform.system() == "Linux"
-    if linux and reset:
-        # Linux lets a process lower its own high-water mark to what it holds now.
-        Path("/proc/self/clear_refs").write_text("5")
-    if linux:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) << 10
-    # In bytes on macOS, the other system that PyTorch is built for with this module.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def extra_bytes(backend: str, shape: Shape) -> int:
     """About the most that a run holds beside its inputs, to know beforehand what cannot fit."""
     if backend in ("blockwise", "triton"):
         return 64 * _MIB
+    if backend.startswith("linear-ce"):
+        return 64 * _MIB + 8 * shape.length * shape.dim
     logits = 6 * shape.rows * shape.length * max(4, shape.itemsize)
     return logits + 4 * shape.rows * shape.negatives.synthetic * shape.dim * max(4, shape.itemsize)
 
@@ -191,17 +239,21 @@ def sweep(
     repeats: int = 5,
     rounds: int = 1,
     threads: int | None = None,
+    part: str = "loss",
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> Iterator[dict[str, Any]]:
     """`measure` for back ends and shapes, in processes of their own.
 
     Args:
-        backends: Of `BACKENDS`.
+        backends: Names as `measure` takes them.
         shapes: Each is measured with every back end.
         device: Where.
         repeats: Timed runs in a process.
         rounds: How often the back ends are measured in turn, each time in fresh processes: where memory lies decides a
             good part of a CPU's time, and it is another place in each process.
         threads: Of PyTorch on the CPU; its own choice by default.
+        part: ``loss`` or ``selection``.
+        keep: Called with each figure as soon as it is there, before those of other rounds are.
 
     Yields:
         What `measure` returns, over all rounds; or the back end, the shape and ``failed``, why there is no figure.
@@ -213,11 +265,12 @@ def sweep(
             found[backend, shape] = []
             if (wanted := extra_bytes(backend, shape)) > free:
                 why = f"not run: takes about {wanted / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
-                found[backend, shape].append({"backend": backend, **asdict(shape), "failed": why})
+                found[backend, shape].append({"backend": backend, "part": part, **asdict(shape), "failed": why})
         fit = {backend: [shape for shape in group if not found[backend, shape]] for backend in backends}
         for _, backend in itertools.product(range(rounds), backends):
             if fit[backend]:
-                for result in _in_a_process(backend, fit[backend], device, repeats, threads):
+                for result in _in_a_process(backend, fit[backend], device, repeats, threads, part):
+                    keep(result)
                     found[backend, Shape(**{name: result[name] for name in asdict(group[0])})].append(result)
         yield from (_over_rounds(results) for results in found.values())
 
@@ -230,7 +283,7 @@ def _over_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
     together = dict(results[0])
     together["seconds"] = [second for result in results for second in result["seconds"]]
     together["median_s"] = statistics.median(together["seconds"])
-    for name in ("extra_mib", "cold_s", "graph_s", "graph_cold_s"):
+    for name in ("extra_mib", "cold_s", "graph_s", "graph_cold_s", "bare_s"):
         if name in together:
             together[name] = statistics.median(result[name] for result in results if name in result)
     return together
@@ -244,17 +297,27 @@ def _available() -> int:
 
 
 def _in_a_process(
-    backend: str, shapes: list[Shape], device: torch.device, repeats: int, threads: int | None
+    backend: str, shapes: list[Shape], device: torch.device, repeats: int, threads: int | None, part: str
 ) -> Iterator[dict[str, Any]]:
     task: dict[str, Any] = {"backend": backend, "shapes": [asdict(shape) for shape in shapes], "device": str(device)}
-    task |= {"repeats": repeats, "threads": threads}
+    task |= {"repeats": repeats, "threads": threads, "part": part}
     command = [sys.executable, "-m", "synco_fast.bench.loss", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    yield from results
-    for shape in shapes[len(results) :]:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        yield {"backend": backend, **asdict(shape), "failed": said[-1]}
+    done = 0
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+    ):
+        assert process.stdout is not None
+        # A line at a time: where the time ends before the work does, what was measured is known.
+        for line in process.stdout:
+            if line.startswith("{"):
+                done += 1
+                yield json.loads(line)
+        code = process.wait()
+        said.seek(0)
+        last = said.read().strip().splitlines() or [f"exit code {code}"]
+    for shape in shapes[done:]:
+        yield {"backend": backend, "part": part, **asdict(shape), "failed": last[-1]}
 
 
 def main() -> None:
@@ -263,13 +326,18 @@ def main() -> None:
     if task["threads"]:
         torch.set_num_threads(task["threads"])
     for values in task["shapes"]:
-        shape = Shape(**values)
+        shape, device = Shape(**values), torch.device(task["device"])
         try:
-            found = measure(task["backend"], shape, device=torch.device(task["device"]), repeats=task["repeats"])
+            found = measure(task["backend"], shape, device=device, repeats=task["repeats"], part=task["part"])
         except Exception as error:
             # One shape that fails, for want of memory or of a compiler, must not take the others' figures along.
             first = (str(error).strip().splitlines() or [""])[0]
-            found = {"backend": task["backend"], **values, "failed": f"{type(error).__name__}: {first}"}
+            found = {
+                "backend": task["backend"],
+                "part": task["part"],
+                **values,
+                "failed": f"{type(error).__name__}: {first}",
+            }
         print(json.dumps(found), flush=True)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from synco_fast.bench.timing import seconds_of
 
-__all__ = ["Ceilings", "floor_seconds", "head_bytes", "head_flops", "measure_ceilings"]
+__all__ = ["Ceilings", "floor_seconds", "loss_bytes", "loss_flops", "measure_ceilings", "selection_floor"]
 
 
 class Ceilings(NamedTuple):
@@ -40,12 +40,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(flops=2 * side**3 / product, bytes=2 * source.nbytes / copy)
 
 
-def head_flops(rows: int, length: int, dim: int) -> int:
+def loss_flops(rows: int, length: int, dim: int) -> int:
     """Of the two products that no exact form avoids, q times the queue and the softmax times the queue."""
     return 4 * rows * length * dim
 
 
-def head_bytes(rows: int, length: int, dim: int, itemsize: int) -> int:
+def loss_bytes(rows: int, length: int, dim: int, itemsize: int) -> int:
     """Of the queue, read once, and of q, k and the gradient."""
     return (length + 3 * rows) * dim * itemsize
 
@@ -58,5 +58,20 @@ def floor_seconds(rows: int, length: int, dim: int, itemsize: int, ceilings: Cei
         itemsize: Bytes of a number of q and queue.
         ceilings: See `measure_ceilings`.
     """
-    arithmetic = head_flops(rows, length, dim) / ceilings.flops
-    return max(arithmetic, head_bytes(rows, length, dim, itemsize) / ceilings.bytes)
+    arithmetic = loss_flops(rows, length, dim) / ceilings.flops
+    return max(arithmetic, loss_bytes(rows, length, dim, itemsize) / ceilings.bytes)
+
+
+def selection_floor(rows: int, length: int, dim: int, itemsize: int, ceilings: Ceilings, *, product: bool) -> float:
+    """The least time for the N largest similarities of each row.
+
+    Args:
+        rows, length, dim: B, K, D.
+        itemsize: Bytes of a number.
+        ceilings: See `measure_ceilings`.
+        product: Whether it starts from q and the queue; else from the similarities, which are read once.
+    """
+    if not product:
+        return rows * length * itemsize / ceilings.bytes
+    arithmetic = 2 * rows * length * dim / ceilings.flops
+    return max(arithmetic, (length + rows) * dim * itemsize / ceilings.bytes)

@@ -16,30 +16,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from synco_fast.bench.memory import peak_memory, reset_peak_memory
-from synco_fast.bench.plain import plain_step
+from synco_fast.bench.baselines.step import plain_step
+from synco_fast.bench.subjects import ENGINES, STEPS_BY_DEFAULT
+from synco_fast.bench.timing import peak_memory, reset_peak_memory
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipelines.base import Batch, normalise
-from synco_fast.methods import METHODS, with_queue
+from synco_fast.methods import METHODS
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.compiled import GRAPH_WARMUP
 from synco_fast.training.engine import Engine
 
-__all__ = ["ENGINES", "SUBJECTS", "bench_step", "measure"]
+__all__ = ["bench_step", "measure"]
 
-#: What can be measured: two baselines and the methods; by default those with a queue.
-SUBJECTS = ("encoder", "plain", *METHODS)
-#: Engine settings by name.
-ENGINES: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "compile": {"compile": "encoders"},
-    "compile-step": {"compile": "step"},
-    "graph": {"cuda_graph": True},
-    "compile+graph": {"compile": "encoders", "cuda_graph": True},
-}
+#: Subjects that compute no loss, or one of their own.
+_WITHOUT_LOSS = ("encoder", "encoder-plain", "plain")
 _BLOCKS = 5
 _MIB = 1 << 20
 #: Dense bf16 operations a second that the maker states, by a part of the device's name; the first that fits counts.
@@ -50,9 +44,9 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
     """One subject in this process.
 
     Args:
-        subject: One of `SUBJECTS`.
+        subject: One of `synco_fast.bench.subjects.STEPS`.
         values: The configuration, by section and key.
-        engine: One of `ENGINES`; the plain loop has none.
+        engine: One of `synco_fast.bench.subjects.ENGINES`; the plain loop has none.
         steps: How many are timed, in five blocks, after those that compile and fill caches.
 
     Returns:
@@ -62,6 +56,11 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
     values = {**values, "training": {**values["training"], **ENGINES[engine]}}
     if subject in METHODS:
         values["method"] = {**values["method"], "name": subject}
+    if subject == "encoder-plain":
+        # The true limit: nothing of a batch norm over groups, and the library's choice of algorithms by trial.
+        values["model"] = {**values["model"], "batch_norm_groups": 1}
+        values["training"]["channels_last"] = True
+        torch.backends.cudnn.benchmark = True
     config = build_config(values)
     device = resolve_device(config.training.device)
     held = reset_peak_memory(device)
@@ -81,7 +80,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
     return {
         "subject": subject,
         "engine": "plain" if subject == "plain" else engine,
-        "backend": None if subject in ("encoder", "plain") else config.method.backend,
+        "backend": None if subject in _WITHOUT_LOSS else config.method.backend,
         "images_per_second": rates,
         "median": statistics.median(rates),
         "peak_mib": (peak_memory(device) - held) / _MIB,
@@ -105,7 +104,9 @@ def _runner(
         losses: list[float] = []
         return lambda number: losses.append(step(*plain[number % 2])), 3, lambda: losses[-1]
     engine = Engine(config, steps_per_epoch=1 << 20, note=notes.append)
-    if subject == "encoder":
+    if subject == "encoder-plain":
+        use_plain_batch_norm(engine.method)
+    if subject.startswith("encoder"):
         ready = [tuple(normalise(view, config.augment, engine.layout) for view in pair) for pair in views]
         return _captured(lambda: engine.encoders_alone(*ready[0]), engine), engine.settling, lambda: None
 
@@ -113,6 +114,16 @@ def _runner(
         engine.step(Batch(*views[number % 2], images), number, 0)
 
     return train, engine.settling, lambda: engine.means.pop().get("loss")
+
+
+def use_plain_batch_norm(module: nn.Module) -> None:
+    """Put PyTorch's own batch norm in the place of every other one, with the same parameters and buffers."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d) and type(child) is not nn.BatchNorm2d:
+                plain = nn.BatchNorm2d(child.num_features, child.eps, child.momentum, child.affine)
+                plain._parameters, plain._buffers = child._parameters, child._buffers
+                setattr(parent, name, plain.train(child.training))
 
 
 def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], None]:
@@ -139,7 +150,7 @@ def _wait(device: torch.device) -> None:
 def bench_step(
     config: Config,
     *,
-    subjects: tuple[str, ...] = ("encoder", "plain", *with_queue()),
+    subjects: tuple[str, ...] = STEPS_BY_DEFAULT,
     engines: tuple[str, ...] = ("eager",),
     backends: tuple[str, ...] = (),
     steps: int = 20,
@@ -169,7 +180,7 @@ def bench_step(
     jobs = []
     for subject in subjects:
         for engine in ("eager",) if subject == "plain" else engines:
-            for backend in (None,) if subject in ("encoder", "plain") or not backends else backends:
+            for backend in (None,) if subject in _WITHOUT_LOSS or not backends else backends:
                 jobs.append((subject, engine, backend))
     found: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {job: [] for job in jobs}
     report: dict[str, Any] = {
@@ -233,13 +244,13 @@ def _relate(results: list[dict[str, Any]], operations: int) -> None:
     """Ratios to the baselines, and what share of the device's stated rate the model's operations make."""
     best = {
         name: max((row["median"] for row in results if row["subject"] == name), default=None)
-        for name in ("encoder", "plain", "moco")
+        for name in ("encoder", "encoder-plain", "plain", "moco")
     }
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     stated = next((rate for part, rate in _STATED.items() if part in device), None)
     for row in results:
         for name, rate in best.items():
-            row[f"of_{name}"] = row["median"] / rate if rate else None
+            row[f"of_{name.replace('-', '_')}"] = row["median"] / rate if rate else None
         # Forward and twice that backward for queries, forward alone for keys; the loss is not the model's.
         row["operations_per_second"] = 4 * operations * row["median"]
         row["utilisation"] = row["operations_per_second"] / stated if stated else None

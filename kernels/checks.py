@@ -32,6 +32,7 @@ def check_arguments(
         TypeError: An argument is not of the type it must be, or tensors lie on different devices.
         ValueError: A shape, a count or a number is outside what is allowed.
     """
+    # Lengths are taken from shapes, which a compiler may hold as symbols: `len` would make numbers of them.
     for name, tensor in (("q", q), ("k", k), ("queue", queue)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -48,9 +49,11 @@ def check_arguments(
         raise ValueError(f"queue: found shape {tuple(queue.shape)}, expected (K, {q.shape[1]}), as wide as q")
     if not isinstance(negatives, Negatives):
         raise TypeError(f"negatives: found {type(negatives).__name__}, expected a synco_fast.kernels.Negatives")
-    if negatives.hard > len(queue):
-        raise ValueError(f"negatives.hard: found {negatives.hard}, expected 0 to {len(queue)}, the queue's length")
-    if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+    rows, length = q.shape[0], queue.shape[0]
+    if negatives.hard > length:
+        raise ValueError(f"negatives.hard: found {negatives.hard}, expected 0 to {length}, the queue's length")
+    real = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+    if not (real and math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature: found {temperature!r}, expected a finite number above 0")
     _check_word("seed", seed, WORD)
     if isinstance(step, Tensor):
@@ -58,17 +61,20 @@ def check_arguments(
             raise ValueError(f"step: found {step.dtype} of shape {tuple(step.shape)}, expected int64 of no dimensions")
     else:
         _check_word("step", step, WORD)
-    _check_word("first_row", first_row, WORD - len(q) + 1)
+    # A compiler that holds the number of rows as a symbol would take the sum for a limit on it.
+    _check_word("first_row", first_row, WORD if torch.compiler.is_compiling() else WORD - rows + 1)
     if (image_ids is None) != (queue_ids is None):
         missing = "image_ids" if image_ids is None else "queue_ids"
         raise ValueError(f"{missing}: found None, expected a tensor where its counterpart is given")
-    for name, ids, length in (("image_ids", image_ids, len(q)), ("queue_ids", queue_ids, len(queue))):
+    for name, ids, count in (("image_ids", image_ids, rows), ("queue_ids", queue_ids, length)):
         if ids is None:
             continue
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"{name}: found {type(ids).__name__}, expected an int64 tensor")
         if ids.dtype != torch.int64 or ids.device != q.device:
             raise TypeError(f"{name}: found {ids.dtype} on {ids.device}, expected int64 on {q.device}")
-        if ids.shape != (length,):
-            raise ValueError(f"{name}: found shape {tuple(ids.shape)}, expected ({length},)")
+        if ids.dim() != 1 or ids.shape[0] != count:
+            raise ValueError(f"{name}: found shape {tuple(ids.shape)}, expected ({count},)")
 
 
 def _check_word(name: str, value: int, limit: int) -> None:

@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["momentum_update"]
+if TYPE_CHECKING:
+    from synco_fast.kernels.triton.momentum import Plan
+
+__all__ = ["MomentumBackend", "momentum_update"]
+
+MomentumBackend = Literal["auto", "foreach", "triton"]
+Pairs = tuple[list[Tensor], list[Tensor]]
 
 
 @torch.no_grad()
-def momentum_update(params_k: Iterable[Tensor], params_q: Iterable[Tensor], m: float) -> None:
+def momentum_update(
+    params_k: Iterable[Tensor],
+    params_q: Iterable[Tensor],
+    m: float | Tensor,
+    *,
+    backend: MomentumBackend = "auto",
+) -> None:
     """Move each tensor of the key encoder a little towards its counterpart, in place.
 
-    A few launches whatever the number of tensors, by `torch._foreach_lerp_`, which takes the difference first: where k
-    equals q it stays as it is, bit for bit. Nothing is recorded for autograd. Whole-number tensors, such as the batch
-    counters of normalisation layers, are copied.
+    The difference comes first: where k equals q it stays as it is, bit for bit. Nothing is recorded for autograd.
+    Whole-number tensors, such as the batch counters of normalisation layers, are copied.
 
     Args:
         params_k: What is updated: parameters, and buffers where the method wants them averaged too.
         params_q: Their counterparts, in the same order, with the same shapes, dtypes and devices.
-        m: The momentum, in [0, 1]: 1 leaves params_k, 0 copies params_q.
+        m: The momentum, in [0, 1]: 1 leaves params_k, 0 copies params_q. A tensor of no dimensions on their device
+            (its value is not looked at) lets a captured graph follow a schedule.
+        backend: ``"foreach"`` takes a few launches of PyTorch's, with a number one pass over the parameters, with a
+            tensor three and a copy of them. ``"triton"`` takes one pass in one or two launches in both cases; it runs
+            on CUDA, has not been timed on a GPU yet, and keeps tables of addresses, which a graph's warm-up has to make
+            before the capture. What it does not serve goes to foreach, with a warning once. ``"auto"`` is foreach.
 
     Raises:
-        ValueError: m is out of range, or the lists differ in length, or a pair in shape.
+        ValueError: m is out of range, or the lists differ in length, or a pair in shape, or the backend is unknown.
         TypeError: A pair differs in dtype or device.
     """
     keys, queries = list(params_k), list(params_q)
-    if not (isinstance(m, (int, float)) and math.isfinite(m) and 0 <= m <= 1):
+    if isinstance(m, Tensor):
+        if m.dim() or not m.is_floating_point():
+            raise ValueError(f"m: found {m.dtype} of shape {tuple(m.shape)}, expected floating point of no dimensions")
+    elif isinstance(m, bool) or not (isinstance(m, (int, float)) and math.isfinite(m) and 0 <= m <= 1):
         raise ValueError(f"m: found {m!r}, expected a number from 0 to 1")
+    if backend not in get_args(MomentumBackend):
+        raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(MomentumBackend))}")
     if len(keys) != len(queries):
         raise ValueError(f"params_q: found {len(queries)} tensors, expected {len(keys)}, as many as params_k")
-    averaged: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    averaged: dict[tuple[torch.device, torch.dtype], Pairs] = defaultdict(lambda: ([], []))
     for number, (k, q) in enumerate(zip(keys, queries, strict=True)):
         if k.shape != q.shape:
             raise ValueError(
@@ -48,5 +72,59 @@ def momentum_update(params_k: Iterable[Tensor], params_q: Iterable[Tensor], m: f
             group[1].append(q.detach())
         else:
             k.copy_(q)
-    for targets, sources in averaged.values():
-        torch._foreach_lerp_(targets, sources, 1 - m)
+    for pairs in averaged.values():
+        if backend == "triton":
+            pairs = _by_triton(pairs, 1 - m)
+        if not pairs[0]:
+            continue
+        if isinstance(m, Tensor):
+            difference = torch._foreach_sub(pairs[1], pairs[0])
+            torch._foreach_mul_(difference, 1 - m)
+            torch._foreach_add_(pairs[0], difference)
+        else:
+            torch._foreach_lerp_(*pairs, 1 - m)
+
+
+def _by_triton(pairs: Pairs, weight: float | Tensor) -> Pairs:
+    """Update what the kernel serves; what it does not serve is returned."""
+    try:
+        from synco_fast.kernels.triton import momentum
+    except ImportError as error:
+        _note(f"Triton cannot be imported ({error})")
+        return pairs
+    served: Pairs = ([], [])
+    left: Pairs = ([], [])
+    for pair in zip(*pairs, strict=True):
+        reason = momentum.unserved(*pair)
+        if reason:
+            _note(reason)
+        for side, tensor in zip(left if reason else served, pair, strict=True):
+            side.append(tensor)
+    if served[0]:
+        momentum.update(_plan(*served), weight)
+    return left
+
+
+#: The newest last. Encoders keep their addresses, so that a run needs one for each dtype.
+_plans: dict[tuple[int, ...], Plan] = {}
+
+
+def _plan(targets: list[Tensor], sources: list[Tensor]) -> Plan:
+    """The tables for these addresses, made once."""
+    from synco_fast.kernels.triton.momentum import Plan, addresses
+
+    # Memory that was freed can be given to a tensor of another dtype or device: neither is in the addresses.
+    key = addresses(targets, sources)
+    plan = _plans.pop(key, None)
+    if plan is None or (plan.dtype, plan.device) != (targets[0].dtype, targets[0].device):
+        plan = Plan(targets, sources)
+    _plans[key] = plan
+    while len(_plans) > 8:
+        del _plans[next(iter(_plans))]
+    return plan
+
+
+@functools.cache
+def _note(reason: str) -> None:
+    """Say once why the kernel is not used."""
+    warnings.warn(f"momentum update by foreach: {reason}", stacklevel=4)

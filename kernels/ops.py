@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from synco_fast.kernels import blockwise, reference
+from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.checks import check_arguments
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
-Backend = Literal["auto", "reference", "blockwise", "triton"]
+_FIRST_ONLY = "backend: this one has a first derivative only; expected for higher ones: 'reference'"
 
 
 def synthetic_contrast(
@@ -37,12 +40,13 @@ def synthetic_contrast(
     """InfoNCE of each query against its key, the queue and synthetic hard negatives (MoCo v2, MoCHi and SynCo alike).
 
     q, k and the queue's rows are taken as they are: give unit rows. The gradient reaches q alone; k, the queue and the
-    synthetic negatives are constants. A query or key row that holds NaN makes its own loss NaN and no other row's; a
-    queue row that holds NaN makes every loss NaN; a synthetic vector of length 0 stays 0 and so has similarity 0.
+    synthetic negatives are constants. A query or key row that holds NaN makes its own loss NaN and no other row's. A
+    queue row that holds NaN makes every loss NaN but those of rows that mask it, and every gradient NaN. A synthetic
+    vector of length 0 stays 0 and so has similarity 0.
 
     Autocast does not reach inside: the loss computes in the dtypes that it is given. Every back end but the reference
-    computes the gradient together with the loss, so it can be differentiated once, and float16 and bfloat16 are
-    multiplied exactly and summed in float32.
+    computes the gradient together with the loss, so it can be differentiated once, backwards (by autograd, `torch.func`
+    or a compiler), and float16 and bfloat16 are multiplied exactly and summed in float32.
 
     Args:
         q: Queries, (B, D), floating point.
@@ -66,7 +70,7 @@ def synthetic_contrast(
 
     Raises:
         TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is expected.
-        RuntimeError: A second derivative was asked of another back end than the reference.
+        RuntimeError: A second or a forward-mode derivative was asked of another back end than the reference.
     """
     check_arguments(
         q,
@@ -83,7 +87,7 @@ def synthetic_contrast(
     if backend not in get_args(Backend):
         raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(Backend))}")
     if backend == "reference":
-        with torch.autocast(q.device.type, enabled=False):
+        with _without_autocast(q.device):
             result = reference.contrast(
                 q,
                 k,
@@ -97,8 +101,12 @@ def synthetic_contrast(
                 queue_ids=queue_ids,
             )
         return Contrast(_wide(result.loss), Statistics(*(_wide(value) for value in result.statistics)))
+    if not torch.compiler.is_compiling() and unpack_dual(q).tangent is not None:
+        raise RuntimeError(
+            f"backend: found {backend} in forward mode, expected 'reference': others have no such derivative"
+        )
     on_device = isinstance(step, Tensor)
-    loss, _, *statistics = _contrast(
+    loss, _, *statistics = (_Transformed.apply if torch._C._are_functorch_transforms_active() else _contrast)(
         q,
         k.detach(),
         queue.detach(),
@@ -115,6 +123,11 @@ def synthetic_contrast(
         backend,
     )
     return Contrast(loss, Statistics(*(value.detach() for value in statistics)))
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -197,7 +210,7 @@ def _contrast(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`blockwise.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
     compute = _choose(backend, q, queue, temperature)
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device):
         outputs = compute(
             q,
             k,
@@ -240,10 +253,65 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], 
 def _backward(ctx: torch.autograd.function.FunctionCtx, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     """Each row of the kept gradient times what autograd hands down for the row's loss."""
     if torch.is_grad_enabled():
-        raise RuntimeError("backend: this one has a first derivative only; expected for higher ones: 'reference'")
+        raise RuntimeError(_FIRST_ONLY)
     (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
     of_q = None if loss is None else (gradient * loss[:, None]).to(ctx.dtype)  # type: ignore[attr-defined]
     return (of_q, *(None,) * 13)
 
 
 _contrast.register_autograd(_backward, setup_context=_keep)
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator for `torch.func`, whose transforms do not take an operator's own formula."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        """The operator."""
+        return _contrast(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep the gradient, and q for `_Once`."""
+        ctx.save_for_backward(output[1], inputs[0])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+        """As `_backward`; transforms always record, so that a second derivative is refused where it is taken."""
+        gradient, q = ctx.saved_tensors
+        of_q = None if loss is None else (_Once.apply(gradient, q) * loss[:, None]).to(q.dtype)
+        return (of_q, *(None,) * 13)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """One call after another; all draw alike, since they have the same rows."""
+
+        def nth(number: int) -> list[Any]:
+            pairs = zip(inputs, in_dims, strict=True)
+            return [value.select(dim, number) if isinstance(dim, int) else value for value, dim in pairs]
+
+        calls = [_Transformed.apply(*nth(number)) for number in range(info.batch_size)]
+        outputs = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+        return outputs, (0,) * len(outputs)
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on q in a way that is not known."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gradient: Tensor, q: Tensor) -> Tensor:
+        """The gradient."""
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Refuse."""
+        raise RuntimeError(_FIRST_ONLY)

@@ -67,10 +67,14 @@ def hard_negatives(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
         hard: N, at most K.
 
     Returns:
-        Similarities and queue indices, (B, N) each, ordered by similarity descending, then index ascending.
+        Similarities and queue indices, (B, N) each, in ascending order of the index. Masked keys, chosen where fewer
+        than N are left, come last. Positions in Q^N are drawn uniformly, so the order changes no distribution; this
+        one needs no sort in the kernels.
     """
-    order = similarity.argsort(dim=1, descending=True, stable=True)[:, :hard]
-    return similarity.gather(1, order), order
+    index = similarity.argsort(dim=1, descending=True, stable=True)[:, :hard].sort(dim=1).values
+    masked = similarity.gather(1, index).isneginf()
+    index = index.gather(1, masked.to(torch.uint8).argsort(dim=1, stable=True))
+    return similarity.gather(1, index), index
 
 
 def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, Draw]) -> dict[str, Tensor]:
@@ -130,7 +134,7 @@ def contrast(
         hard_mean = mean_of_finite(hard_similarity)
         draws = draw(
             negatives,
-            len(q),
+            q.shape[0],
             q.shape[1],
             seed=seed,
             step=step,
@@ -156,6 +160,6 @@ def contrast(
         synthetic=torch.stack([families.get(family.name, absent) for family in FAMILIES], dim=1),
         rank=(everything[:, 1:] > positive).sum(dim=1),
         queue_rank=(similarity > positive).sum(dim=1),
-        fallback=torch.zeros(len(q), dtype=torch.int32, device=q.device),
+        fallback=torch.zeros(q.shape[0], dtype=torch.int32, device=q.device),
     )
     return Contrast(loss, statistics)

@@ -6,8 +6,11 @@ Every draw is a Philox-4x32-10 block (Salmon et al., SC 2011) with
     counter = (global row, slot, family number, lane)
 
 so all back ends draw the same numbers, a resumed or re-sharded run repeats itself, and nothing is stored for the
-backward pass. Lane 0 of a slot holds the coefficient (word 0) and the picks (words 1 and 2); lanes 1, 2, ... hold the
-normal vector, four components a lane.
+backward pass. Lane 0 of a slot holds the coefficient (word 0) and the picks (words 1 and 2, each with 16 bits of word 3
+below it); lanes 1, 2, ... hold the normal vector, four components a lane.
+
+A pick below n takes 48 random bits, so that no position is more likely than another by more than n / 2^48 of its share
+(4e-12 at n = 1,024). A coefficient takes 23 bits and is always below the upper end of its range, in every dtype.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Draw(NamedTuple):
     """What one family drew for R rows and n slots.
 
     Attributes:
-        first: Position of n_i in Q^N, ordered by similarity descending, then queue index ascending. (R, n) int64.
+        first: Position of n_i in Q^N, which is ordered by queue index. (R, n) int64.
         second: Position of n_j, independent of ``first``; None where the family is not paired.
         coefficient: t, uniform over the family's range, (R, n); None where the family has no range.
         noise: e, standard normal, (R, n, D); None where the family has no noise.
@@ -80,6 +83,26 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
 def uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
     """A 32-bit word as a number in (0, 1): the upper 23 bits and a half, exact in float32, never 0 or 1."""
     return ((word >> 9).to(dtype) + 0.5) * 2.0**-23
+
+
+def pick(word: Tensor, more: Tensor, size: Tensor | int) -> Tensor:
+    """A position below ``size`` (at most 2**31) from a 32-bit word and 16 bits more: uniform but for size / 2**48."""
+    # floor((word * 2^16 + more) * size / 2^48), whose products would not fit into 64 bits.
+    return word * size + (more * size >> 16) >> 32
+
+
+def largest_below(low: float, high: float, dtype: torch.dtype) -> float:
+    """The largest number of the half-open range [low, high) in a dtype: rounding would take some draws to its end."""
+    if low == high:
+        return high
+    if high == 0:
+        return -torch.finfo(dtype).tiny
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    fraction, exponent = math.frexp(high)
+    whole = round(fraction * 2**digits)
+    # Below a power of two numbers lie twice as close.
+    below = whole - 0.5 if whole == 2 ** (digits - 1) else whole - 1
+    return max(low, math.ldexp(below, exponent - digits))
 
 
 def normal(words: Words, dtype: torch.dtype) -> Tensor:
@@ -137,12 +160,13 @@ def draw(
 
     def one(family: Family, slot: Tensor, words: Words) -> Draw:
         coefficient = noise = second = None
-        first = words[1] * size >> 32
+        first = pick(words[1], words[3] >> 16, size)
         if family.paired:
-            second = words[2] * size >> 32
+            second = pick(words[2], words[3] & 0xFFFF, size)
         if family.ranged:
             low, high = negatives.range_of(family)
             coefficient = (low + (high - low) * uniform(words[0], exact)).to(dtype)
+            coefficient.clamp_(max=largest_below(low, high, dtype))
         if family.noisy:
             lane = torch.arange(1, 1 + math.ceil(dim / 4), dtype=torch.int64, device=device)
             blocks = philox((row[..., None], slot[:, None], family.number, lane), (seed, step))

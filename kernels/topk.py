@@ -1,9 +1,9 @@
 """Q^N without sorting the queue: a threshold from a sample, the keys above it, and the exact order of those.
 
-The queue is read once, in blocks, and each row keeps only the keys whose similarity lies above its threshold; the
-order (similarity descending, queue index ascending) is then made among these few. The estimate decides speed alone:
-a row that kept too few or too many is selected again from its whole row of similarities, so the result is exact for
-every input.
+The queue is read once, in blocks, and each row keeps only the keys whose similarity lies above its threshold; the N
+largest (of equal ones, those with the smallest queue index) are then chosen among these few and stay in the order of
+the queue. The estimate decides speed alone: a row that kept too few or too many is selected again from its whole row of
+similarities, so the result is exact for every input.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def stride_and_rank(length: int, hard: int) -> tuple[int, int] | None:
 class Candidates:
     """The float32 keys above each row's threshold, gathered block by block. For CPU tensors: sizes depend on the data.
 
-    A similarity and its queue index are packed into one integer whose ascending order is the documented order of Q^N,
-    so that one sort of plain integers settles ties too.
+    A similarity and its queue index are packed into one integer, smaller the more similar the key is, so that one
+    comparison of plain integers settles ties too.
     """
 
     def __init__(self, threshold: Tensor, expected: int) -> None:
@@ -98,18 +98,23 @@ class Candidates:
             needed: How many keys each row must have kept for that, (R,): N, or fewer where a mask leaves fewer.
 
         Returns:
-            Similarities (R, N) and queue indices (R, N) int64 in the documented order, -inf and 0 beyond what a row
-            has; and the rows, (R,) bool, whose result does not count because too few or too many keys were kept.
+            Similarities (R, N) and queue indices (R, N) int64 in the order of the queue, -inf and 0 beyond what a
+            row has; and the rows, (R,) bool, whose result does not count because too few or too many keys were kept.
         """
         failed = (self._count < needed) | (self._count > self._limit)
         width = max(hard, int(self._count.max()))
-        nothing = _pack(torch.full((1,), -torch.inf), torch.zeros(1, dtype=torch.int64))
+        nothing = _pack(torch.full((1,), -torch.inf, dtype=torch.float32), torch.zeros(1, dtype=torch.int64))
         packed = nothing.expand(len(self._count), width).contiguous()
         filled = torch.zeros_like(self._count)
         for begin in range(0, len(self._found), _TOGETHER):
             filled += self._place(self._found[begin : begin + _TOGETHER], packed, filled)
         self._found.clear()
-        return *_unpack(packed.sort(dim=1).values[:, :hard]), failed
+        last = torch.from_numpy(np.partition(packed.numpy(), hard - 1, axis=1)[:, hard - 1 : hard])
+        kept = packed <= last
+        if (count_marks(kept) > hard).any():
+            # What fills a short row is equal throughout, and more than is wanted may be there.
+            kept &= kept.cumsum(dim=1) <= hard
+        return *_unpack(packed[kept].view(-1, hard)), failed
 
     @staticmethod
     def _place(blocks: list[_Found], packed: Tensor, filled: Tensor) -> Tensor:
@@ -160,7 +165,7 @@ def largest(values: Tensor, rank: int) -> Tensor:
 
 
 def _pack(similarity: Tensor, index: Tensor) -> Tensor:
-    """Float32 similarities and indices below 2**32 as int64, ascending as similarities descend and indices ascend."""
+    """Float32 similarities and indices below 2**32 as int64, ascending as similarities descend, then indices ascend."""
     # One zero and one NaN, which comes first as it does in PyTorch's sort.
     canonical = torch.where(similarity.isnan(), torch.nan, similarity + 0.0)
     return (~_ordered(canonical.view(torch.int32))).to(torch.int64) << 32 | index
@@ -189,13 +194,15 @@ def select_whole_rows(
         budget: Bytes that the temporaries of one block may take (one row's are taken in any case).
 
     Returns:
-        Similarities and queue indices, (R, N) each, in the documented order.
+        Similarities and queue indices, (R, N) each, in the order of the queue, masked keys last.
     """
     # A stable sort holds values and indices, each of them twice.
     step = max(1, budget // (32 * length))
     values, indices = [], []
     for block in torch.split(rows, step):
         ordered, index = similarities(block, 0, length).sort(dim=1, descending=True, stable=True)
-        values.append(ordered[:, :hard].clone())
-        indices.append(index[:, :hard].clone())
+        # Masked keys have an index beyond the queue here, so that one sort brings them last too.
+        chosen = (index[:, :hard] + length * ordered[:, :hard].isneginf()).sort(dim=1)
+        values.append(ordered[:, :hard].gather(1, chosen.indices))
+        indices.append(chosen.values % length)
     return torch.cat(values), torch.cat(indices)

@@ -1,4 +1,4 @@
-"""The command ``synco-fast``: it parses, runs a verb and turns errors into one line."""
+"""The command ``synco-fast``: it parses, runs a subcommand and turns errors into one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,22 +19,23 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 done, 2 for input that a person can mend, 130 after Ctrl-C."""
+    from synco_fast.commands.options import check_output
     from synco_fast.runtime.errors import UserError
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Where decoding processes share the cores with the encoder, threads that spin take the time of those that work, and
-    # threads that sleep at once wake up late for the head's many short steps: they spin for some tens of microseconds.
+    # threads that sleep at once wake up late for the loss's many short steps: they spin for some tens of microseconds.
     # GNU OpenMP reads this once, when torch is first imported. Benchmarks have the cores to themselves.
     if words[:1] not in (["bench"], ["profile"]):
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    options, rest = _parser().parse_known_args(words)
-    if rest and not options.overrides:
-        options.parser.error(f"unknown argument {rest[0]}")
-    console = Console()
     try:
+        options, rest = _parser().parse_known_args(words)
+        if rest and not options.overrides:
+            options.parser.error(f"found the unknown argument {rest[0]}")
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            code: int = options.run(options, rest, console)
+            warnings.showwarning = _show_note
+            check_output(options)
+            code: int = options.run(options, rest, Console())
     except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
@@ -43,7 +44,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _show_warning(
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as all other errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `main` prints.
+
+        Raises:
+            UserError: Always.
+        """
+        from synco_fast.runtime.errors import UserError
+
+        raise UserError(f"{message.removeprefix('argument ').removeprefix('--')}; see '{self.prog} --help'")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from synco_fast.commands import COMMANDS, Commands
+
+    parser = _Parser(
+        prog="synco-fast", description="Contrastive pretraining of image encoders with synthetic hard negatives."
+    )
+    parser.add_argument("--version", action="version", version=f"synco-fast {__version__}")
+    commands = Commands(parser)
+    for command in COMMANDS:
+        command.add(commands)
+    return parser
+
+
+def _show_note(
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -51,23 +79,8 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """One line for what this package warns of, from one process of a job; Python's own form for the rest."""
-    from synco_fast.runtime.migrations import OldLayoutWarning
-
-    if not issubclass(category, OldLayoutWarning):
+    """What this package warns of as one line, from one process of a job; Python's own form for the rest."""
+    if not issubclass(category, UserWarning) or ("synco_fast" not in filename and "argparse" in filename):
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
     elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        Console(stderr=True).print(escape(str(message)), style="yellow", highlight=False, soft_wrap=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    from synco_fast.commands import COMMANDS, Verbs
-
-    parser = argparse.ArgumentParser(
-        prog="synco-fast", description="Contrastive pretraining of image encoders with synthetic hard negatives."
-    )
-    parser.add_argument("--version", action="version", version=f"synco-fast {__version__}")
-    verbs = Verbs(parser)
-    for command in COMMANDS:
-        command.add(verbs)
-    return parser
+        Console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)

@@ -2,79 +2,120 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.pipelines.base import Decode, PipelineName
-from synco_fast.kernels import FAMILIES, Backend, Negatives
-from synco_fast.kernels.negatives import Extrapolation
+from synco_fast.data.pipelines.names import Decode, PipelineName
+from synco_fast.data.section import Section
+from synco_fast.data.sources.decode import Limits
+from synco_fast.explain import explain_error, nearest_key
+from synco_fast.kernels.backends import Backend
+from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import migrate_config
+from synco_fast.runtime.names import Device, Format
+from synco_fast.runtime.strict_yaml import read_yaml
 
-__all__ = ["Config", "build_config", "read_config"]
+__all__ = ["Config", "Section", "build_config", "read_config", "read_mapping", "read_run_config"]
 
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, and strict about the names of its keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""A moving average's momentum."""
+Count = Annotated[int, Field(ge=0, le=65_536)]
+"""Negatives of one kind a query."""
+Epochs = Annotated[float, Field(ge=0, le=100_000)]
 
 
 class DataConfig(Section):
-    """Where images come from."""
+    """Where images come from, and how they are loaded."""
 
-    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, idx:FOLDER, or demo")
-    share: float = Field(1.0, gt=0, le=1, description="Share of the training images that is learned from")
-    pipeline: PipelineName = Field("auto", description="What makes the views")
+    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER, or demo")
+    fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
+    pipeline: PipelineName = Field("auto", description="What makes the views; auto: the fastest one for the device")
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
-    workers: int | None = Field(None, ge=0, description="Decoding processes; one a core by default, 0 for none")
-    max_broken: float = Field(0.01, ge=0, le=1, description="Share of unreadable images above which the run stops")
+    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
+    max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
+    max_file_bytes: int = Field(512 << 20, ge=1, le=1 << 40, description="Larger image files count as corrupt, bytes")
+    max_pixels: int = Field(
+        178_956_970, ge=1, le=178_956_970, description="Images of more pixels count as corrupt; at most Pillow's limit"
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """What an image may take."""
+        return Limits(self.max_file_bytes, self.max_pixels)
 
 
 class ModelConfig(Section):
     """The encoder (MoCo v2's by default)."""
 
     backbone: str = Field("resnet50", description="A torchvision model, or timm/NAME")
-    backbone_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the backbone's constructor")
+    backbone_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the backbone's constructor")
     small_stem: bool = Field(False, description="Stride-1 stem without max-pooling, for images of about 32 x 32")
-    dim: int = Field(128, ge=2, description="D, width of the embedding")
+    dim: int = Field(128, ge=2, le=65_536, description="D, width of the embedding")
     hidden: int | None = Field(
-        None, ge=1, description="Width of the head's hidden layer; that of the features if unset"
+        None, ge=1, le=65_536, description="Width of the projection head's hidden layer; null: that of the features"
     )
-    momentum: float = Field(0.999, ge=0, le=1, description="Of the key encoder")
-    momentum_schedule: Literal["constant", "cosine"] = Field("constant", description="cosine rises to 1 over the run")
+    momentum: Fraction = Field(0.999, description="EMA momentum of the key encoder")
+    momentum_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="EMA momentum over the run; cosine: it rises to 1"
+    )
     norm: Literal["auto", "plain", "fused"] = Field(
         "auto", description="Batch norm with the add and ReLU behind it: plain modules, fused, or auto, the proved form"
     )
-    batch_norm_groups: int = Field(8, ge=1, description="Groups in which a batch is normalised, over all processes")
-    sync_batch_norm: bool = Field(False, description="Normalise over all processes at once, on GPUs")
+    batch_norm_groups: int = Field(
+        8, ge=1, le=65_536, description="Groups of a batch with batch-norm statistics of their own, over all processes"
+    )
+    sync_batch_norm: bool = Field(False, description="Batch-norm statistics of all processes together, on GPUs")
 
 
-class MethodConfig(Section):
-    """Which method. A count that is not set takes the method's published value times ``count_scale``."""
+class _MethodChoice(Section):
+    name: str = Field(
+        "synco", description=f"The method: {', '.join(f'{name} ({spec.title})' for name, spec in METHODS.items())}"
+    )
+    queue: int = Field(65536, ge=1, le=1 << 26, description="K, keys of past steps that serve as negatives")
+    temperature: float = Field(0.2, ge=1e-4, le=100, description="T, of the contrastive loss")
+    count_scale: float = Field(
+        1.0, ge=1e-6, le=64, description="Factor on the method's published counts, for those that are null below"
+    )
+    hard: Count | None = Field(None, description="N, hard negatives from which the synthetic ones are made")
 
-    name: str = Field("synco", description=f"The method: {', '.join(spec.title for spec in METHODS.values())}")
-    queue: int = Field(65536, ge=1, description="K, past keys")
-    temperature: float = Field(0.2, gt=0, description="T")
-    count_scale: float = Field(1.0, gt=0, description="Share of the published counts that the unset ones take")
-    hard: int | None = Field(None, ge=0, description="N, size of Q^N")
-    interpolated: int | None = Field(None, ge=0, description="Type 1, MoCHi's s'")
-    extrapolated: int | None = Field(None, ge=0, description="Type 2")
-    mixed: int | None = Field(None, ge=0, description="Type 3, MoCHi's s")
-    noisy: int | None = Field(None, ge=0, description="Type 4")
-    perturbed: int | None = Field(None, ge=0, description="Type 5")
-    adversarial: int | None = Field(None, ge=0, description="Type 6")
-    extrapolation: Extrapolation = Field("released", description="Type 2's formula: released, or paper")
-    warmup_epochs: int = Field(10, ge=0, description="First epochs without synthetic negatives")
-    cooldown_epochs: int = Field(0, ge=0, description="Last epochs without synthetic negatives")
+
+if TYPE_CHECKING:
+    _MethodCounts = _MethodChoice
+else:
+    # A field for each synthetic family, so that a row of the kernels' table is all that a new one needs.
+    _MethodCounts = create_model(
+        "_MethodCounts",
+        __base__=_MethodChoice,
+        **{
+            family.name: (
+                Count | None,
+                Field(None, description=f"{family.title}; SynCo's count is {family.published}"),
+            )
+            for family in FAMILIES
+        },
+    )
+
+
+class MethodConfig(_MethodCounts):
+    """Which method. A count that is null is the method's published one times count_scale."""
+
+    extrapolation: Extrapolation = Field("released", description="Formula of type 2: of the released code or the paper")
+    warmup_epochs: int = Field(10, ge=0, le=100_000, description="First epochs without synthetic negatives")
+    cooldown_epochs: int = Field(0, ge=0, le=100_000, description="Last epochs without synthetic negatives")
     symmetric: bool = Field(False, description="Each view serves as query and as key")
-    mask_same_image: bool = Field(False, description="Keys of the query's own image are no negatives")
+    mask_same_image: bool = Field(False, description="Queue keys of the query's own image are no negatives")
     backend: Backend = Field("auto", description="What computes the loss")
 
     @model_validator(mode="after")
@@ -85,7 +126,7 @@ class MethodConfig(Section):
         return self
 
     def negatives(self) -> Negatives:
-        """The description that the loss takes.
+        """The negatives that the loss takes.
 
         Raises:
             ConfigError: The counts contradict one another, or the method has no queue.
@@ -110,21 +151,24 @@ class GeneratedConfig(Section):
     pair: Literal["joint", "frozen", "none"] = Field(
         "none", description="joint: generators learn with the encoder; frozen: they are fixed; none: no pairs"
     )
-    checkpoint: str | None = Field(None, description="The run of pretrain-generator that both generators start from")
-    latent: int = Field(128, ge=1, description="As in that run")
-    width: int = Field(32, ge=1, description="As in that run")
-    batch: int = Field(64, ge=2, description="Pairs a step")
-    weight: float = Field(0.5, ge=0, description="w_syn, of the loss on generated pairs in the encoder's loss")
-    hardness: float = Field(0.05, ge=0, description="w_hard at its end, of that loss in the generators' loss, negated")
-    ramp_epochs: float = Field(10, ge=0, description="Epochs over which w_hard rises from 0")
-    floor: float = Field(0.9, ge=-1, le=1, description="Similarity of a pair below which it is pushed together")
-    floor_weight: float = Field(10, ge=0, description="Weight of what lies below the floor")
-    lr: float = Field(2e-4, gt=0, description="Of generators and discriminator, by Adam")
-    betas: tuple[float, float] = (0.0, 0.99)
-    r1: float = Field(0.1, ge=0, description="Weight of R1")
-    r1_every: int = Field(16, ge=1, description="Steps between two computations of R1")
+    checkpoint: str | None = Field(None, description="Run of pretrain-generator that both generators start from")
+    latent: int = Field(128, ge=1, le=65_536, description="Length of a latent vector, as in that run")
+    width: int = Field(32, ge=1, le=4096, description="Channels at full size, as in that run")
+    batch: int = Field(64, ge=2, le=1 << 20, description="Generated pairs a step")
+    weight: float = Field(0.5, ge=0, le=1e6, description="w_syn, weight of generated pairs in the encoder's loss")
+    hardness: float = Field(0.05, ge=0, le=1e6, description="w_hard at its end: the generators maximise that loss")
+    ramp_epochs: Epochs = Field(10, description="Epochs over which w_hard rises from 0")
+    floor: float = Field(0.9, ge=-1, le=1, description="Cosine similarity of a pair below which it is pulled together")
+    floor_weight: float = Field(10, ge=0, le=1e6, description="Weight of that pull")
+    lr: float = Field(2e-4, gt=0, le=1e6, description="Learning rate of generators and discriminator, by Adam")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Of that Adam")
+    r1: float = Field(0.1, ge=0, le=1e6, description="Weight of the R1 gradient penalty")
+    r1_every: int = Field(16, ge=1, le=1 << 31, description="Steps between two gradient penalties")
     collapse: float = Field(
-        0.2, ge=0, description="Warn of mode collapse when diversity falls below this fraction of the real images'"
+        0.2,
+        ge=0,
+        le=100,
+        description="Warn of mode collapse below this fraction of the real images' diversity",
     )
 
     @property
@@ -134,62 +178,64 @@ class GeneratedConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """SGD as in MoCo v2, or another by name."""
+    """SGD as in MoCo v2, or another optimizer by name."""
 
     name: Literal["sgd", "adamw", "lars", "lamb", "apex_sgd", "apex_lamb"] = Field(
         "sgd", description="PyTorch's, timm's for large batches, or NVIDIA apex's where it is installed"
     )
-    lr: float = Field(0.03, gt=0, description="At a batch of 256; scaled with the batch")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and lars")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Of adamw and lamb")
-    weight_decay: float = Field(1e-4, ge=0)
-    warmup_epochs: float = Field(0, ge=0, description="Epochs over which the learning rate rises from 0")
-    schedule: Literal["cosine", "constant"] = "cosine"
-    clip: float | None = Field(None, gt=0, description="Largest norm of the whole gradient; no limit if unset")
+    lr: float = Field(0.03, gt=0, le=1e6, description="Peak learning rate at a batch of 256; scaled with the batch")
+    momentum: Beta = Field(0.9, description="Of sgd and lars")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of adamw and lamb")
+    weight_decay: float = Field(1e-4, ge=0, le=100, description="Weight decay; adamw, lars and lamb spare vectors")
+    warmup_epochs: Epochs = Field(0, description="Epochs over which the learning rate rises from 0")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up")
+    clip: float | None = Field(None, gt=0, le=1e6, description="Largest norm of the whole gradient; null: no limit")
 
 
 class TrainingConfig(Section):
     """The run."""
 
-    epochs: int = Field(200, ge=1)
-    batch: int = Field(256, ge=1, description="Images a step, over all processes")
-    accumulate: int = Field(1, ge=1, description="Parts in which each process computes its share of a batch")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many steps, whatever the epochs")
-    max_time: float | None = Field(None, gt=0, description="Stop after this many minutes, with a checkpoint")
-    max_skipped: int = Field(16, ge=0, description="Steps in a row without a finite gradient that a run puts up with")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = Field(
-        "auto", description="bf16 where the device has it"
+    epochs: int = Field(200, ge=1, le=100_000, description="Length of the run")
+    batch: int = Field(256, ge=1, le=1 << 20, description="Images a step, over all processes")
+    accumulate: int = Field(1, ge=1, le=65_536, description="Micro-batches in which each process computes its part")
+    max_steps: int | None = Field(None, ge=1, lt=1 << 31, description="Stop after so many steps, whatever the epochs")
+    max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after so many minutes, with a checkpoint")
+    max_skipped: int = Field(
+        16, ge=0, le=1_000_000, description="Abort after more consecutive steps with non-finite gradients than this"
     )
-    channels_last: bool = True
-    compile: Literal["none", "encoders", "step"] = Field("none", description="What torch.compile translates")
+    device: Device = Field("auto", description="auto: a GPU where there is one")
+    precision: Format = Field(
+        "auto", description="Of the encoders; auto: bf16 where the device computes in it at speed, else fp32"
+    )
+    channels_last: bool = Field(True, description="Memory layout of convolutions")
+    compile: Literal["none", "encoders", "step"] = Field("none", description="What to torch.compile")
     cuda_graph: bool = Field(False, description="Replay the whole step as one CUDA graph")
-    timeout: float = Field(300, gt=0, description="Seconds that a process waits for the others")
-    log_every: int = Field(20, ge=1, description="Steps between lines of metrics.jsonl")
-    wandb: str | None = Field(None, description="Project of Weights & Biases that gets the figures as well")
-    checkpoint_every: int | None = Field(None, ge=1, description="Steps between checkpoints; an epoch by default")
-    keep: int = Field(2, ge=1, description="How many checkpoints are kept")
+    timeout: float = Field(300, gt=0, le=604_800, description="Seconds that a process waits for the others")
+    log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
+    wandb: str | None = Field(None, description="Project of Weights & Biases that gets the metrics as well")
+    checkpoint_every: int | None = Field(None, ge=1, lt=1 << 31, description="Steps between checkpoints; null: epoch")
+    keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints that are kept")
 
 
 class EvaluationConfig(Section):
     """The periodic kNN on the held-out split."""
 
-    every: int = Field(10, ge=0, description="Epochs between evaluations; 0 for none at all")
-    neighbours: int = Field(200, ge=1, description="k")
-    temperature: float = Field(0.07, gt=0, description="Of the neighbours' weights")
+    every: int = Field(10, ge=0, le=100_000, description="Epochs between evaluations; 0: none at all")
+    k: int = Field(200, ge=1, le=1 << 24, description="Neighbours that vote")
+    temperature: float = Field(0.07, ge=1e-4, le=100, description="Of the neighbours' votes")
     train_images: int | None = Field(
-        None, ge=1, description="How many training images serve as neighbours; all if unset"
+        None, ge=1, lt=1 << 31, description="Training images to choose neighbours from; null: all"
     )
-    images: int | None = Field(None, ge=1, description="How many held-out images are classified; all if unset")
-    batch: int = Field(256, ge=1)
+    images: int | None = Field(None, ge=1, lt=1 << 31, description="Held-out images that are classified; null: all")
+    batch: int = Field(256, ge=1, le=65_536, description="Images at a time")
 
 
 class Config(Section):
     """Everything that decides a run."""
 
-    preset: str = "custom"
-    about: str = ""
-    seed: int = Field(0, ge=0, lt=1 << 31)
+    preset: str = Field("custom", description="The preset it began from")
+    about: str = Field("", description="What it is for")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="Decides weights, order, views and draws")
     data: DataConfig = DataConfig()
     augment: Recipe = Recipe()
     model: ModelConfig = ModelConfig()
@@ -234,7 +280,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
     """A configuration from nested values and dotted overrides.
 
     Args:
-        values: By section and key, as in a YAML file.
+        values: By section and key, as in a YAML file; names of older versions are understood.
         overrides: By dotted name, such as ``{"method.name": "mochi"}``.
 
     Raises:
@@ -247,12 +293,12 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
         for part in path:
             inside = inside.setdefault(part, {})
             if not isinstance(inside, dict):
-                raise ConfigError(f"{dotted}: found no section of that name{_nearest(dotted)}")
+                raise ConfigError(f"{dotted}: found no section of that name{nearest_key(dotted, Config)}")
         inside[last] = value
     try:
         return Config.model_validate(migrate_config(merged))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain_error(error, Config)) from error
 
 
 def read_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
@@ -261,47 +307,32 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     Raises:
         ConfigError: The file is missing or is no mapping, or as `build_config` says.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: cannot read {path} ({str(error).splitlines()[0]})") from error
+    return build_config(read_mapping(path), overrides)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The sections and keys of a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ConfigError(f"config: found {type(values).__name__} in {path}, expected sections and keys")
-    return build_config(values, overrides)
+    return values
 
 
-def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every key by its dotted name."""
-    keys = []
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            keys += known_keys(kind, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The values of a run's ``config.yaml``.
+
+    Raises:
+        ConfigError: The folder holds no run, or the file is damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"resume: found no run in {folder}, expected a folder with a config.yaml")
+    return read_mapping(path)
 
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:
     return {key: _copy(value) if isinstance(value, dict) else value for key, value in values.items()}
-
-
-def _nearest(dotted: str) -> str:
-    keys = known_keys()
-    last = dotted.rpartition(".")[2]
-    near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
-    near = near or [key for key in keys if key.rpartition(".")[2] == last][:1]
-    near = near or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    dotted = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
-    if first["type"] == "extra_forbidden":
-        return f"{dotted}: found an unknown key{_nearest(dotted)}"
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return f"{dotted}.{message}" if dotted else message
-    said = first["msg"].replace("Input should be ", "")
-    return f"{dotted}: found {first['input']!r}, expected {said}"

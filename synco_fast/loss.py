@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from synco_fast.kernels import Backend, Contrast, Negatives, Statistics, synthetic_contrast
 from synco_fast.methods import with_queue
 from synco_fast.models.queue import KeyQueue
-from synco_fast.runtime.collectives import gather_rows, rank
+from synco_fast.runtime.distributed import gather_rows, rank
 
 __all__ = ["SynthContrastLoss"]
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from synco_fast.config import Config, build_config
 
+pytest_plugins = ("tests.support.runs", "tests.support.detection")
+
 matplotlib.use("Agg")
 # One test process a core (pytest-xdist), one thread a process, in the programs that tests start as well.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -38,7 +40,7 @@ TINY: dict[str, Any] = {
     },
     "optimizer": {"lr": 1.0},
     "training": {"epochs": 2, "batch": 8, "precision": "fp32", "log_every": 1, "device": "cpu"},
-    "evaluation": {"every": 1, "neighbours": 3},
+    "evaluation": {"every": 1, "k": 3},
 }
 
 

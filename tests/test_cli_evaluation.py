@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from synco_fast.cli import main
-from tests.export.conftest import make_run
-
-__all__ = ["make_run"]
-
-
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('code ran')",))
+from tests.support.runs import Bomb
 
 
 @pytest.fixture
@@ -73,18 +66,18 @@ def test_checkpoints_that_cannot_be_used(refused, make_run, tmp_path, verb):
 def test_data_and_words_that_cannot_be_used(refused, make_run, image_folder):
     run = make_run()
     for words, says in (
-        (["knn", run, "--neighbours", "34"], "neighbours: found 34, expected up to 33"),
-        (["knn", run, "--neighbours", "0"], "neighbours: found 0, expected 1 or more"),
-        (["knn", run, "--temperature", "0"], "temperature: found 0, expected above 0"),
+        (["knn", run, "--k", "34"], "k: found 34, expected up to 33"),
+        (["knn", run, "--k", "0"], "k: found 0, expected 1 or more"),
+        (["knn", run, "--temperature", "0"], "temperature: found 0, expected a finite number above 0"),
         (["knn", run, "--workers", "-1"], "workers: found -1, expected 0 or more"),
         (["knn", run, "--data", image_folder / "train" / "class0"], "found no held-out split"),
         (["linear", run, "--epochs", "0"], "epochs: found 0, expected 1 or more"),
         (["linear", run, "--lr", "1", "2"], "lr: found 2 rates, expected one, or several with --fast"),
         (["finetune", run, "--percent", "101"], "percent: found 101, expected above 0, up to 100"),
-        (["finetune", run, "--lr", "0"], "lr: found 0, expected rates above 0"),
+        (["finetune", run, "--lr", "0"], "lr: found 0, expected a finite number above 0"),
         (["finetune", run, "--list", image_folder / "none.txt"], "list: cannot read"),
         (["detection", run], "data: found none, expected voc:FOLDER or coco:FOLDER"),
-        (["detection", run, "--data", "voc:x", "--steps", "0"], "steps: found 0, expected above 0"),
+        (["detection", run, "--data", "voc:x", "--steps", "0"], "steps: found 0, expected 1 or more"),
     ):
         assert says in refused("evaluate", *words)
     assert "found no run in" in refused("report", image_folder)

@@ -1,7 +1,7 @@
 import torch
 
 from synco_fast.models.shuffle import key_order
-from synco_fast.runtime.collectives import exchange_rows, gather_rows, mean_over_ranks, rank, world
+from synco_fast.runtime.distributed import exchange_rows, gather_rows, mean_over_ranks, rank, world
 
 
 def test_alone_nothing_is_exchanged():

@@ -12,12 +12,7 @@ import torch
 import torchvision
 
 from synco_fast.cli import main
-from tests.evaluation.detection.test_transfer import voc
-from tests.export.conftest import STOCK, make_run
-from tests.export.test_writing import published
-from tests.report.conftest import told_run
-
-__all__ = ["make_run", "told_run", "voc"]
+from tests.support.runs import STOCK, published
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -69,10 +64,10 @@ def test_evaluation(workspace, voc):
 
 
 @pytest.mark.slow
-def test_export(workspace, make_run, tmp_path):
+def test_export(workspace, make_run):
     pytest.importorskip("onnxruntime")
     make_run({**STOCK, "model.backbone": "resnet50"}, "workspace/runs/synco-r50")
-    torch.save(published(tmp_path, mlp=True), workspace / "moco_v2_800ep_pretrain.pth.tar")
+    torch.save(published(mlp=True), workspace / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18().state_dict(), workspace / "backbone.pth")
     lines = [line for block in blocks("export.md", "sh") for line in block.splitlines() if line]
     assert len(lines) == 9
@@ -86,7 +81,7 @@ def test_export(workspace, make_run, tmp_path):
 
 @pytest.mark.slow
 def test_methods(workspace):
-    """Both stages as they are printed, at two steps."""
+    """Every line as it is printed, at two steps."""
     pytest.importorskip("torchmetrics")
     game = "--generated.batch 4 --generated.width 4 --generated.latent 8"
     few = {
@@ -95,7 +90,7 @@ def test_methods(workspace):
         " --evaluation.every 0",
     }
     lines = [line for block in blocks("methods.md", "sh") for line in block.splitlines() if line]
-    assert [line.split()[1] for line in lines] == ["pretrain-generator", "pretrain"]
+    assert [line.split()[1] for line in lines] == ["pretrain", "pretrain", "pretrain-generator", "pretrain"]
     for line in lines:
         run(f"{line} {few[line.split()[1]]}")
     assert list((workspace / "runs").glob("*/plots/generated.png"))

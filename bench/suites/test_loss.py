@@ -7,12 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from synco_fast.bench.loss import BACKENDS, Shape, prepare
+from synco_fast.bench.loss import Shape, prepare
+from synco_fast.bench.subjects import BACKENDS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rows", "length"), [(64, 4096), (256, 65536)])
-def test_head(
+def test_loss(
     timed: Callable[[Callable[[], object]], None], device: torch.device, backend: str, rows: int, length: int
 ) -> None:
     """SynCo's 960 synthetic negatives of 1,024 hard ones, D = 128."""

@@ -42,7 +42,4 @@ def test_one_launch(timed: Timed, pairs: Pairs, device: torch.device) -> None:
     """The Triton kernel, whose tables are made once."""
     if device.type != "cuda":
         pytest.skip("the kernel runs on CUDA devices")
-    from synco_fast.kernels.triton.momentum import Plan, update
-
-    plan = Plan(*([tensor.detach() for tensor in side] for side in pairs))
-    timed(lambda: update(plan, 0.999))
+    timed(lambda: momentum_update(*pairs, 0.999, backend="triton"))

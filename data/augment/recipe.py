@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from synco_fast.data.section import Section
 
 __all__ = ["Recipe"]
 
+Area = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(ge=0.01, le=100)]
+Sigma = Annotated[float, Field(gt=0, le=100)]
+Mean = Annotated[float, Field(ge=-10, le=10)]
+Deviation = Annotated[float, Field(gt=0, le=10)]
 
-class Recipe(BaseModel):
+
+class Recipe(Section):
     """How a view is made from an image. The defaults are MoCo v2's (arXiv 2003.04297) at ImageNet's size.
 
     The operations and their order are those of `synco_fast.data.augment.draw.OPERATIONS`; each view is drawn on its
     own. Every field says what it does in its description.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     size: int = Field(224, ge=8, le=4096, description="Side of a view in pixels")
-    area: tuple[float, float] = Field((0.2, 1.0), description="Range of the crop's share of the image's area")
-    ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="Range of the crop's width / height, log-uniform")
+    area: tuple[Area, Area] = Field((0.2, 1.0), description="Range of the crop's share of the image's area")
+    ratio: tuple[Ratio, Ratio] = Field((3 / 4, 4 / 3), description="Range of the crop's width / height, log-uniform")
     jitter_probability: float = Field(0.8, ge=0, le=1, description="Probability of colour jitter, in random order")
-    brightness: float = Field(0.4, ge=0, description="Colour jitter x: brightness times a factor from [1 - x, 1 + x]")
-    contrast: float = Field(0.4, ge=0, description="Colour jitter x: contrast times a factor from [1 - x, 1 + x]")
-    saturation: float = Field(0.4, ge=0, description="Colour jitter x: saturation times a factor from [1 - x, 1 + x]")
+    brightness: float = Field(0.4, ge=0, le=10, description="Colour jitter x: brightness times [1 - x, 1 + x]")
+    contrast: float = Field(0.4, ge=0, le=10, description="Colour jitter x: contrast times [1 - x, 1 + x]")
+    saturation: float = Field(0.4, ge=0, le=10, description="Colour jitter x: saturation times [1 - x, 1 + x]")
     hue: float = Field(0.1, ge=0, le=0.5, description="Colour jitter x: hue shifted by [-x, x] turns")
     grayscale_probability: float = Field(0.2, ge=0, le=1, description="Probability of three equal channels of luma")
     blur_probability: float = Field(0.5, ge=0, le=1, description="Probability of a Gaussian blur")
-    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="Range of the blur's sigma in pixels of the view")
+    blur_sigma: tuple[Sigma, Sigma] = Field((0.1, 2.0), description="Range of the blur's sigma in pixels of the view")
     solarize_probability: float = Field(
         0.0, ge=0, le=1, description="Probability of inverting pixels of 128 or more (BYOL, arXiv 2006.07733)"
     )
     flip_probability: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip")
-    mean: tuple[float, float, float] = Field(
+    mean: tuple[Mean, Mean, Mean] = Field(
         (0.485, 0.456, 0.406), description="Channel means that are subtracted, for values in [0, 1]; ImageNet's"
     )
-    std: tuple[float, float, float] = Field(
+    std: tuple[Deviation, Deviation, Deviation] = Field(
         (0.229, 0.224, 0.225), description="Channel deviations that are divided by, for values in [0, 1]; ImageNet's"
     )
     evaluation_resize: int | None = Field(
-        None, ge=8, description="Evaluation: short side before the central crop; size * 256 / 224 if unset"
+        None, ge=8, le=16_384, description="Evaluation: short side before the central crop; size * 256 / 224 if unset"
     )
 
     @model_validator(mode="after")

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.names import Decode, PipelineName
 from synco_fast.data.seeding import derive_seed
 
 __all__ = ["Batch", "Decode", "Pipeline", "PipelineName", "epoch_order", "normalise"]
-
-PipelineName = Literal["auto", "torchvision", "dali", "resident"]
-#: How DALI decodes: a whole image once for both views, or each view's window.
-Decode = Literal["once", "windows"]
 
 
 @dataclass

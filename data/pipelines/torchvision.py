@@ -17,6 +17,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
+from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.workers import available_cores, start_worker
 
@@ -36,8 +37,12 @@ def make_view(pixels: Tensor, parameters: ViewParameters, size: int) -> Tensor:
 
 
 def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """The central crop (3, size, size) uint8 of an image (3, H, W) uint8, whose short side becomes `Recipe.resize`."""
-    small = v2.functional.resize(pixels, [recipe.resize], antialias=True)
+    """The central crop (3, size, size) uint8 of an image (3, H, W) uint8, whose short side becomes `Recipe.resize`.
+
+    Of an image more than 16 times as long as wide, the middle alone is resized.
+    """
+    part = torch.from_numpy(central_part(pixels.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+    small = v2.functional.resize(part, [recipe.resize], antialias=True)
     view: Tensor = v2.functional.center_crop(small, [recipe.size, recipe.size])
     return view
 

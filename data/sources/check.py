@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.manifest import manifest_path, write_manifest
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.shards import ShardSplit
@@ -61,19 +62,19 @@ def find_corrupt(
     return corrupt
 
 
-def open_afresh(spec: str) -> Source:
+def open_afresh(spec: str, limits: Limits = LIMITS) -> Source:
     """Open a source without the manifests that an earlier check kept.
 
     Raises:
         DataError: As `open_source`.
     """
-    source, kept = open_source(spec), False
+    source, kept = open_source(spec, limits), False
     for split in (source.train, source.validation):
         if isinstance(split, FileSplit | ShardSplit):
             path = manifest_path(split.key)
             kept |= path.exists()
             path.unlink(missing_ok=True)
-    return open_source(spec) if kept else source
+    return open_source(spec, limits) if kept else source
 
 
 def keep_list(split: Split, corrupt: dict[int, str]) -> str | None:

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from synco_fast.data.errors import CorruptImageError
 
-__all__ = ["IMAGE_SUFFIXES", "decode_image", "encode_pixels", "plain_jpeg_size"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "LIMITS",
+    "LONGEST_RATIO",
+    "Limits",
+    "central_part",
+    "decode_image",
+    "encode_pixels",
+    "plain_jpeg_size",
+]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+#: Files that are taken for images, by suffix; AVIF where Pillow was built with it.
+IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if features.check("avif") else set()))
+#: Sides of an image beyond this ratio are cut to their central part before they are resized for an evaluation.
+LONGEST_RATIO = 16
 
 _ORIENTATION = 0x0112
 #: Orientations in which the stored rows are the upright image's columns.
@@ -22,15 +36,43 @@ _LYING = (5, 6, 7, 8)
 _TAIL = 64
 
 
-def decode_image(content: bytes, name: str) -> Image.Image:
+@dataclass(frozen=True)
+class Limits:
+    """What an image may take; beyond it, it counts as corrupt.
+
+    Attributes:
+        file_bytes: The largest file, 512 MiB by default.
+        pixels: The most pixels, up to Pillow's own limit of 178,956,970, the default.
+    """
+
+    file_bytes: int = 512 << 20
+    pixels: int = 178_956_970
+
+    def check_size(self, size: int, name: str) -> None:
+        """Refuse a file that is too large.
+
+        Raises:
+            CorruptImageError: It is.
+        """
+        if size > self.file_bytes:
+            raise CorruptImageError(
+                f"{name}: found a file of {size:,} bytes, expected up to {self.file_bytes:,} (data.max_file_bytes)"
+            )
+
+
+#: The limits where no others are set.
+LIMITS = Limits()
+
+
+def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Image:
     """Decode an image file's bytes to RGB, upright.
 
     Grayscale, palette, CMYK and transparent images are converted; 16-bit ones keep their upper eight bits; the EXIF
     orientation is applied.
 
     Raises:
-        CorruptImageError: The file is empty, truncated, no image, or larger than Pillow's limit of 179 megapixels; the
-            message begins with ``name``.
+        CorruptImageError: The file is empty, truncated, no image, or has more pixels than ``limits`` allow; the message
+            begins with ``name``.
     """
     if not content:
         raise CorruptImageError(f"{name}: the file is empty")
@@ -38,6 +80,11 @@ def decode_image(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image: Image.Image = Image.open(io.BytesIO(content))
+            if image.width * image.height > limits.pixels:
+                raise CorruptImageError(
+                    f"{name}: found {image.width} x {image.height} pixels, expected up to {limits.pixels:,} in all "
+                    "(data.max_pixels)"
+                )
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "RGB":
@@ -47,7 +94,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
             if image.mode in ("P", "PA", "LA", "La"):
                 image = image.convert("RGBA")
             return image.convert("RGB")
-    except MemoryError:
+    except (MemoryError, CorruptImageError):
         raise
     except Exception as error:  # decoders raise many kinds, down to SyntaxError for a corrupt PNG
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -70,11 +117,27 @@ def encode_pixels(pixels: NDArray[np.uint8]) -> bytes:
     return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
 
 
-def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+def central_part(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The middle of an image (H, W, 3) whose long side is more than 16 times the short one; others as they are.
+
+    A central crop takes less than that of it. Resizing all of a line of 30,000 x 1 pixels to a height of 256 would take
+    6 GB.
+    """
+    height, width = pixels.shape[:2]
+    longest = LONGEST_RATIO * min(height, width)
+    for axis, length in enumerate((height, width)):
+        if length > longest:
+            keep = longest + (length - longest) % 2  # as much off one end as off the other
+            start = (length - keep) // 2
+            pixels = pixels[start : start + keep] if axis == 0 else pixels[:, start : start + keep]
+    return pixels
+
+
+def plain_jpeg_size(content: bytes, limits: Limits = LIMITS) -> tuple[int, int] | None:
     """Height and width of the upright image where a file is a JPEG that needs no special care, else None.
 
     Special are CMYK and directly stored RGB, which decoders read differently, what does not end as a JPEG file ends,
-    and what is larger than Pillow's safety limit. Only the header is read.
+    and what has more pixels than ``limits`` allow. Only the header is read.
     """
     if not content.startswith(b"\xff\xd8\xff") or content.find(b"\xff\xd9", max(0, len(content) - _TAIL)) < 0:
         return None
@@ -88,4 +151,6 @@ def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
     if header.format != "JPEG" or header.mode not in ("RGB", "L") or header.info.get("adobe_transform") == 0:
         return None
     width, height = header.size
+    if width * height > limits.pixels:
+        return None
     return (width, height) if orientation in _LYING else (height, width)

@@ -22,11 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["CLASSES", "demo_image", "make_demo"]
+__all__ = ["CLASSES", "SIDE", "demo_image", "make_demo"]
 
 Array = NDArray[np.float64]
 #: Raised with every change to what is drawn, so that an older set on disk is not taken for this one.
-VERSION = 1
+VERSION = 2
+#: Pixels a side, the same for every image, so that the set can be held in memory and augmented in batches.
+SIDE = 64
 _OVERSAMPLE = 2
 
 
@@ -116,17 +118,17 @@ CLASSES: tuple[str, ...] = tuple(PATTERNS)
 
 
 def demo_image(name: str, rng: np.random.Generator) -> Image.Image:
-    """One image of class ``name``: RGB, 80 to 128 pixels a side.
+    """One image of class ``name``: RGB, `SIDE` pixels a side.
 
     Raises:
         KeyError: ``name`` is not one of `CLASSES`.
     """
     pattern = PATTERNS[name]
-    width, height = (int(side) for side in rng.integers(80, 129, 2))
+    width = height = SIDE
     y, x = np.mgrid[0 : height * _OVERSAMPLE, 0 : width * _OVERSAMPLE] / _OVERSAMPLE
 
     canvas = _background(x, y, rng)
-    angle, cell = rng.uniform(-0.15, 0.15), rng.uniform(12, 18)
+    angle, cell = rng.uniform(-0.15, 0.15), rng.uniform(10, 14)
     u = ((x - width / 2) * np.cos(angle) - (y - height / 2) * np.sin(angle)) / cell + rng.uniform()
     v = ((x - width / 2) * np.sin(angle) + (y - height / 2) * np.cos(angle)) / cell + rng.uniform()
     ink, paper = _two_colours(rng)
@@ -154,7 +156,7 @@ def _background(x: Array, y: Array, rng: np.random.Generator) -> Array:
     """A soft gradient between two colours, bent by a few slow waves."""
     blend = rng.uniform(-1, 1) * x / x.max() + rng.uniform(-1, 1) * y / y.max() + rng.uniform()
     for _ in range(3):
-        blend = blend + 0.2 * np.sin(rng.uniform(-0.12, 0.12) * x + rng.uniform(-0.12, 0.12) * y + rng.uniform(0, 6))
+        blend = blend + 0.2 * np.sin(rng.uniform(-0.18, 0.18) * x + rng.uniform(-0.18, 0.18) * y + rng.uniform(0, 6))
     start, end = rng.uniform(0, 1, (2, 3))
     share = blend.clip(0, 1)[..., None]
     return np.asarray(start * share + end * (1 - share))
@@ -175,9 +177,9 @@ def _clutter(canvas: Array, x: Array, y: Array, rng: np.random.Generator) -> Arr
     angle = rng.uniform(0, np.pi)
     along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
     if rng.uniform() < 0.5:
-        inside = (np.abs(across) < rng.uniform(0.7, 2.5)) & (np.abs(along) < rng.uniform(15, 60))
+        inside = (np.abs(across) < rng.uniform(0.5, 1.7)) & (np.abs(along) < rng.uniform(10, 40))
     else:
-        inside = np.hypot(along / rng.uniform(3, 12), across / rng.uniform(3, 12)) < 1
+        inside = np.hypot(along / rng.uniform(2, 8), across / rng.uniform(2, 8)) < 1
     return np.where(inside[..., None], rng.uniform(0, 1, 3), canvas)
 
 

@@ -65,6 +65,7 @@ class Manifest:
         checksums: For images of a pack, the CRC-32 of their bytes, (n,) uint32.
         stamps: Folders, list files and shards that were read, with their time of change in nanoseconds.
         excluded: Corrupt images and shards that are not in the list, with the reason by name.
+        unread: How many files there are that are not read, by kind; known after a walk, not kept.
     """
 
     names: PackedNames
@@ -74,6 +75,7 @@ class Manifest:
     checksums: NDArray[np.uint32] | None = None
     stamps: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
 
     def without(self, corrupt: dict[int, str]) -> Manifest:
         """The same manifest without the images of these numbers."""
@@ -84,7 +86,7 @@ class Manifest:
             classes=self.classes,
             stamps=self.stamps,
             excluded={**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
-            **{name: values[keep] for name, values in self.arrays().items()},
+            **{name: values[keep] for name, values in self.arrays().items()},  # type: ignore[arg-type]
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:

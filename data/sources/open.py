@@ -8,8 +8,10 @@ prefix in `open_source`.
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synco_fast.data.errors import DataError
+from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.demo import make_demo
 from synco_fast.data.sources.manifest import cache_folder
+from synco_fast.data.sources.parquet import ParquetSplit, find_parquet
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
 
@@ -26,6 +30,10 @@ __all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_
 
 #: Names of the held-out split, beside ``train``.
 _HELD_OUT = ("val", "validation", "test")
+#: The largest array of an IDX file in bytes: it is held in memory.
+_LARGEST_IDX = 8 << 30
+#: How many bytes a compressed one can stand for at most.
+_DEFLATE = 1032
 
 
 @dataclass(frozen=True)
@@ -53,18 +61,25 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
     file = next((path for path in (folder / f"{stem}.gz", folder / stem) if path.is_file()), None)
     if file is None:
         raise DataError(f"data: found no {stem}.gz in {folder}")
+    wrong = f"{file}: found another format or a truncated file, expected IDX with uint8 in {dimensions} dimensions"
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        kind, rank = struct.unpack(">HBB", content[:4])[1:]
-        shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
-        values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
-    except (OSError, EOFError, struct.error) as error:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+            kind, rank = struct.unpack(">HBB", opened.read(4))[1:]
+            if kind != 8 or rank != dimensions:
+                raise DataError(wrong)
+            shape = struct.unpack(f">{rank}I", opened.read(4 * rank))
+            size = math.prod(shape)
+            if size > _LARGEST_IDX:
+                raise DataError(f"{file}: found an array of {size:,} bytes, expected up to {_LARGEST_IDX:,}")
+            if size > file.stat().st_size * (_DEFLATE if file.suffix == ".gz" else 1):
+                raise DataError(wrong)
+            # A few compressed bytes can stand for terabytes: no more is unpacked than the header says.
+            content = opened.read(size + 1)
+    except (OSError, EOFError, zlib.error, struct.error) as error:
         raise DataError(f"{file}: found a corrupt IDX file ({error})") from error
-    if kind != 8 or rank != dimensions or values.size != np.prod(shape):
-        raise DataError(
-            f"{file}: found another format or a truncated file, expected IDX with uint8 in {dimensions} dimensions"
-        )
-    return values.reshape(shape)
+    if len(content) != size:
+        raise DataError(wrong)
+    return np.frombuffer(content, np.uint8).reshape(shape)
 
 
 def open_idx(folder: str | os.PathLike[str]) -> Source:
@@ -84,7 +99,7 @@ def open_idx(folder: str | os.PathLike[str]) -> Source:
     return Source(f"idx:{folder}", *splits)
 
 
-def open_folder(folder: str | os.PathLike[str]) -> Source:
+def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Source:
     """A folder laid out like ImageNet's (``train/CLASS/*``, ``val/CLASS/*``), or one of images alone.
 
     Raises:
@@ -92,13 +107,13 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     """
     root = Path(folder).expanduser()
     if not (root / "train").is_dir():
-        return Source(os.fspath(root), FolderSplit(root), None)
-    train = FolderSplit(root / "train")
+        return Source(os.fspath(root), FolderSplit(root, None, limits), None)
+    train = FolderSplit(root / "train", None, limits)
     held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
-    return Source(os.fspath(root), train, FolderSplit(held_out, train.classes) if held_out else None)
+    return Source(os.fspath(root), train, FolderSplit(held_out, train.classes, limits) if held_out else None)
 
 
-def open_list(spec: str) -> Source:
+def open_list(spec: str, limits: Limits = LIMITS) -> Source:
     """Lists of files: ``TRAIN_LIST`` or ``TRAIN_LIST,HELD_OUT_LIST``, each as `ListSplit` describes.
 
     Raises:
@@ -107,11 +122,11 @@ def open_list(spec: str) -> Source:
     files = [Path(file).expanduser() for file in spec.split(",")]
     if len(files) > 2:
         raise DataError(f"data: found {len(files)} lists in {spec!r}, expected one, or two with a comma between")
-    train = ListSplit(files[0])
-    return Source(f"list:{spec}", train, ListSplit(files[1], train.classes) if files[1:] else None)
+    train = ListSplit(files[0], None, limits)
+    return Source(f"list:{spec}", train, ListSplit(files[1], train.classes, limits) if files[1:] else None)
 
 
-def open_shards(folder: str | os.PathLike[str]) -> Source:
+def open_shards(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Source:
     """Tar shards: ``train/*.tar`` and ``val/*.tar``, or ``*train*.tar`` and ``*val*.tar``, or ``*.tar`` alone.
 
     Raises:
@@ -124,10 +139,26 @@ def open_shards(folder: str | os.PathLike[str]) -> Source:
     def shards(name: str) -> list[Path]:
         return sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
 
-    train = ShardSplit(shards("train") or sorted(root.glob("*.tar")), title=f"{root}")
+    train = ShardSplit(shards("train") or sorted(root.glob("*.tar")), title=f"{root}", limits=limits)
     held_out = next((found for found in map(shards, _HELD_OUT) if found), None)
-    split = ShardSplit(held_out, train.classes, title=f"{root}") if held_out and shards("train") else None
+    split = (
+        ShardSplit(held_out, train.classes, title=f"{root}", limits=limits) if held_out and shards("train") else None
+    )
     return Source(f"tar:{root}", train, split)
+
+
+def open_parquet(spec: str, limits: Limits = LIMITS) -> Source:
+    """Parquet files in a folder or by a pattern; those named ``val*``, ``validation*`` or ``test*`` are held out.
+
+    Raises:
+        DataError: There is no such file, or no image column in one.
+    """
+    files = find_parquet(spec)
+    words = {file: file.stem.lower().replace("_", "-").split("-")[0] for file in files}
+    held_out = next((found for name in _HELD_OUT if (found := [file for file in files if words[file] == name])), [])
+    train = ParquetSplit([file for file in files if words[file] not in _HELD_OUT], None, spec, limits)
+    split = ParquetSplit(held_out, train.classes, spec, limits) if held_out else None
+    return Source(f"parquet:{spec}", train, split)
 
 
 def demo_folder() -> Path:
@@ -135,12 +166,14 @@ def demo_folder() -> Path:
     return cache_folder() / "demo"
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, limits: Limits = LIMITS) -> Source:
     """Open a source by the value of ``--data``.
 
     Args:
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
-            ``idx:FOLDER`` for IDX files; ``demo`` for the embedded set, drawn on first use.
+            ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``idx:FOLDER`` for IDX files; ``demo`` for the
+            embedded set, drawn on first use.
+        limits: What an image may take; larger ones count as corrupt.
 
     Raises:
         DataError: There is nothing to read there, or the prefix is unknown.
@@ -151,9 +184,13 @@ def open_source(spec: str) -> Source:
     if colon and prefix == "idx":
         return open_idx(Path(rest).expanduser())
     if colon and prefix == "tar":
-        return open_shards(rest)
+        return open_shards(rest, limits)
+    if colon and prefix == "parquet":
+        return open_parquet(rest, limits)
     if colon and prefix == "list":
-        return open_list(rest)
+        return open_list(rest, limits)
     if colon and not Path(spec).exists():
-        raise DataError(f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
-    return open_folder(spec)
+        raise DataError(
+            f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo"
+        )
+    return open_folder(spec, limits)

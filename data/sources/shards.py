@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from synco_fast.data.errors import CorruptImageError, DataError
-from synco_fast.data.sources.decode import IMAGE_SUFFIXES, decode_image
+from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decode_image
 from synco_fast.data.sources.manifest import (
     Manifest,
     PackedNames,
@@ -45,12 +46,19 @@ class ShardSplit:
         shards: Uncompressed tar files.
         classes: As in `FolderSplit`.
         title: What a message calls the set.
+        limits: What an image may take.
 
     Raises:
         DataError: No shard, one that is not a tar file, no image in them, or classes that are not ``classes``.
     """
 
-    def __init__(self, shards: list[Path], classes: tuple[str, ...] | None = None, title: str = "tar") -> None:
+    def __init__(
+        self,
+        shards: list[Path],
+        classes: tuple[str, ...] | None = None,
+        title: str = "tar",
+        limits: Limits = LIMITS,
+    ) -> None:
         if not shards:
             raise DataError(f"data: found no *.tar in {title}")
         self.key = "tar:" + "\n".join(str(shard.resolve()) for shard in shards)
@@ -63,7 +71,7 @@ class ShardSplit:
                     write_manifest(kept, manifest)
         if not len(manifest.names):
             raise DataError(f"data: found no image in the shards of {title}")
-        self.manifest, self._shards = manifest, [os.fspath(shard) for shard in shards]
+        self.limits, self.manifest, self._shards = limits, manifest, [os.fspath(shard) for shard in shards]
         self._places = manifest.places
         self.labels, self.classes = relabel(manifest, classes, title)
         self._opened: dict[int, int] = {}
@@ -80,6 +88,7 @@ class ShardSplit:
         """The member's bytes."""
         assert self._places is not None
         shard, offset, size = self._places[index].tolist()
+        self.limits.check_size(size, self.name(index))
         try:
             content = os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
@@ -92,7 +101,7 @@ class ShardSplit:
 
     def read(self, index: int) -> Image.Image:
         """The decoded member; see `decode_image`."""
-        return decode_image(self.read_bytes(index), self.name(index))
+        return decode_image(self.read_bytes(index), self.name(index), self.limits)
 
     def _descriptor(self, shard: int) -> int:
         """An open shard. Reads carry their own offset, so that forked workers may share it."""
@@ -113,6 +122,8 @@ class ShardSplit:
 _BLOCK = 512
 #: How many shards one process holds open: the usual limit is 1,024 files.
 _OPEN_SHARDS = 256
+#: Bytes of a label member that are read, and characters that a class name may have.
+_LONGEST_LABEL, _LONGEST_CLASS = 1 << 16, 1000
 
 
 def index_shards(shards: list[Path]) -> Manifest:
@@ -123,15 +134,22 @@ def index_shards(shards: list[Path]) -> Manifest:
             named in the list's ``excluded``.
     """
     excluded: dict[str, str] = {}
+    unread: Counter[str] = Counter()
     with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
-        found = list(pool.map(lambda shard: _index(shard, excluded), shards))
+        found = list(pool.map(lambda shard: _index(shard, excluded, unread), shards))
     names, places, labels = [], [], []
     for number, (shard, samples) in enumerate(zip(shards, found, strict=True)):
         with shard.open("rb") as opened:
             for name, offset, size, label in samples:
                 names.append(name)
                 places.append((number, offset, size))
-                labels.append(_label(os.pread(opened.fileno(), label[1], label[0]), label[2]) if label else None)
+                content = os.pread(opened.fileno(), min(label[1], _LONGEST_LABEL), label[0]) if label else b""
+                labels.append(_label(content, label[2]) if label else None)
+                if labels[-1] is not None and len(labels[-1]) > _LONGEST_CLASS:
+                    raise DataError(
+                        f"data: found a class name of {len(labels[-1]):,} characters for {name!r} in {shard}, expected "
+                        f"up to {_LONGEST_CLASS}"
+                    )
     if None in labels:
         folders = [str(PurePosixPath(name).parent) for name in names]
         labels = list(folders) if "." not in folders else []
@@ -144,6 +162,7 @@ def index_shards(shards: list[Path]) -> Manifest:
         np.array(places, dtype=np.int64).reshape(-1, 3),
         stamps={str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
         excluded=excluded,
+        unread=dict(unread),
     )
 
 
@@ -152,10 +171,12 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (1 << 62, name)
 
 
-def _index(shard: Path, excluded: dict[str, str]) -> list[_Sample]:
+def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[_Sample]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, tuple[int, int, str]] = {}
     try:
+        if not shard.is_file() and shard.exists():
+            raise DataError(f"data: found a folder, pipe or device at {shard}, expected a tar file")
         length = shard.stat().st_size
         with tarfile.open(shard, "r:") as archive:
             try:
@@ -170,6 +191,8 @@ def _index(shard: Path, excluded: dict[str, str]) -> list[_Sample]:
                         images[key] = (member.name, member.offset_data, member.size)
                     elif suffix in (".cls", ".json"):
                         labels[key] = (member.offset_data, member.size, suffix)
+                    else:
+                        unread[suffix or "without a suffix"] += 1
                     archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
                 # tarfile takes a truncated or corrupt header for the end, which is a block of zeros.
                 if archive.offset < length and _block(shard, archive.offset) != bytes(_BLOCK):
@@ -191,6 +214,6 @@ def _label(content: bytes, kind: str) -> str | None:
     try:
         text = content.decode()
         found = json.loads(text)["label"] if kind == ".json" else text.strip()
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return str(found)
+    return str(found) if isinstance(found, str | int | float) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Protocol
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from synco_fast.data.errors import CorruptImageError, DataError
-from synco_fast.data.sources.decode import IMAGE_SUFFIXES, decode_image, encode_pixels
+from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decode_image, encode_pixels
 from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest
+from synco_fast.data.sources.walk import walk_folder
 
 __all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "Split", "SubsetSplit", "read_image", "share_of"]
 
@@ -22,6 +24,7 @@ class Split(Protocol):
 
     classes: tuple[str, ...] | None
     labels: NDArray[np.int64] | None
+    limits: Limits
 
     def __len__(self) -> int: ...
 
@@ -46,20 +49,29 @@ class Split(Protocol):
         ...
 
 
-def read_image(file: str | os.PathLike[str]) -> Image.Image:
+def read_image(file: str | os.PathLike[str], limits: Limits = LIMITS) -> Image.Image:
     """Decode an image file to RGB, upright; see `decode_image`.
 
     Raises:
         CorruptImageError: The file cannot be read or decoded.
     """
-    return decode_image(_read_file(os.fspath(file)), os.fspath(file))
+    return decode_image(_read_file(os.fspath(file), limits), os.fspath(file), limits)
 
 
-def _read_file(file: str) -> bytes:
+def _read_file(file: str, limits: Limits) -> bytes:
+    """The bytes of a regular file, in memory of the size that it has when it is opened.
+
+    Raises:
+        CorruptImageError: It cannot be read, is a pipe or a device, or is too large.
+    """
     try:
-        # A pipe that somebody has given an image's name would wait for ever for a writer.
-        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as opened:  # noqa: PTH123
-            return opened.read()
+        # Without O_NONBLOCK, opening a pipe would wait for ever for a writer.
+        with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:  # noqa: PTH123
+            about = os.fstat(opened.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise CorruptImageError(f"{file}: not a regular file")
+            limits.check_size(about.st_size, file)
+            return opened.read(about.st_size)
     except OSError as error:
         raise CorruptImageError(f"{file}: {error.strerror or error}") from error
 
@@ -72,13 +84,21 @@ class FileSplit:
         manifest: Names and labels.
         classes: The class names that must be found, in label order; by default the manifest's.
         key: What the manifest is kept under, see `manifest_path`.
+        limits: What an image may take.
 
     Raises:
         DataError: The manifest has a class that ``classes`` lacks.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, classes: tuple[str, ...] | None, key: str) -> None:
-        self.manifest, self.key, self._root = manifest, key, os.fspath(root)
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        classes: tuple[str, ...] | None,
+        key: str,
+        limits: Limits = LIMITS,
+    ) -> None:
+        self.manifest, self.key, self.limits, self._root = manifest, key, limits, os.fspath(root)
         self.labels, self.classes = relabel(manifest, classes, root)
 
     def __len__(self) -> int:
@@ -90,11 +110,11 @@ class FileSplit:
 
     def read_bytes(self, index: int) -> bytes:
         """The file's bytes."""
-        return _read_file(self.name(index))
+        return _read_file(self.name(index), self.limits)
 
     def read(self, index: int) -> Image.Image:
         """The decoded file; see `decode_image`."""
-        return decode_image(self.read_bytes(index), self.name(index))
+        return decode_image(self.read_bytes(index), self.name(index), self.limits)
 
 
 def relabel(
@@ -105,14 +125,23 @@ def relabel(
     Raises:
         DataError: The manifest has a class that ``classes`` lacks.
     """
-    own = manifest.classes
-    if classes is None or own is None or manifest.labels is None:
-        return manifest.labels, own
+    return map_labels(manifest.labels, manifest.classes, classes, where)
+
+
+def map_labels(
+    labels: NDArray[np.int64] | None,
+    own: tuple[str, ...] | None,
+    classes: tuple[str, ...] | None,
+    where: object,
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Labels as numbers of ``classes`` instead of ``own``, and the classes in force; see `relabel`."""
+    if classes is None or own is None or labels is None:
+        return labels, own
     unknown = sorted(set(own) - set(classes))
     if unknown:
         raise DataError(f"data: found the class {unknown[0]} in {where}, which the training images do not have")
     number = {name: place for place, name in enumerate(classes)}
-    return np.array([number[name] for name in own], dtype=np.int64)[manifest.labels], classes
+    return np.array([number[name] for name in own], dtype=np.int64)[labels], classes
 
 
 class FolderSplit(FileSplit):
@@ -122,6 +151,7 @@ class FolderSplit(FileSplit):
         root: The folder. Where it has sub-folders with images, each is a class, in order of name; otherwise the images
             right inside it form a split without labels.
         classes: The class names that must be found, in label order; by default those that are there.
+        limits: What an image may take.
 
     A list of files that ``synco-fast data check`` has kept is taken instead of a walk as long as no folder changed.
 
@@ -129,50 +159,30 @@ class FolderSplit(FileSplit):
         DataError: There is no such folder, it holds no image, or its classes are not ``classes``.
     """
 
-    def __init__(self, root: str | os.PathLike[str], classes: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        classes: tuple[str, ...] | None = None,
+        limits: Limits = LIMITS,
+    ) -> None:
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"data: found no folder {root}")
         key = f"folder:{root.resolve()}"
-        manifest = read_manifest(manifest_path(key)) or _walk(root)
+        manifest = read_manifest(manifest_path(key)) or walk_folder(root)
         if not len(manifest.names):
-            raise DataError(f"data: found no image in {root}, expected files named {', '.join(sorted(IMAGE_SUFFIXES))}")
-        super().__init__(root, manifest, classes, key)
+            raise DataError(f"data: found no image in {root}{_instead(root, manifest.unread)}")
+        super().__init__(root, manifest, classes, key, limits)
 
 
-def _walk(root: Path) -> Manifest:
-    stamps = {str(root.resolve()): root.stat().st_mtime_ns}
-    names: list[str] = []
-    labels: list[int] = []
-    classes: list[str] = []
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.is_dir() and not entry.name.startswith("."):
-            inside = _image_files(root, entry.name, stamps)
-            if inside:
-                names += inside
-                labels += [len(classes)] * len(inside)
-                classes.append(entry.name)
-    if classes:
-        return Manifest(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes), stamps=stamps)
-    flat = [entry.name for entry in entries if _is_image(entry.name) and entry.is_file()]
-    return Manifest(PackedNames.pack(flat), stamps=stamps)
-
-
-def _image_files(root: Path, folder: str, stamps: dict[str, int]) -> list[str]:
-    """Paths of the images at any depth of a folder, relative to the root; every folder met goes into ``stamps``."""
-    found = []
-    for inside, folders, names in os.walk(root / folder):
-        folders.sort()
-        stamps[os.path.realpath(inside)] = os.stat(inside).st_mtime_ns  # noqa: PTH116
-        # A million files: strings, not Path objects.
-        below = os.path.relpath(inside, root)
-        found += [os.path.join(below, name) for name in sorted(names) if _is_image(name)]  # noqa: PTH118
-    return found
-
-
-def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
+def _instead(root: Path, unread: dict[str, int]) -> str:
+    """What a folder without images holds, and how it would be read."""
+    if ".tar" in unread:
+        return f", but tar files, expected tar:{root}"
+    if any(root.glob("*-ubyte*")):
+        return f", but IDX files, expected idx:{root}"
+    found = ", ".join(f"{count:,} {kind}" for kind, count in unread.items())
+    return f"{' (' + found + ')' if found else ''}, expected files named {', '.join(sorted(IMAGE_SUFFIXES))}"
 
 
 class ListSplit(FileSplit):
@@ -181,19 +191,26 @@ class ListSplit(FileSplit):
     Args:
         file: The list, UTF-8; relative paths start at its folder. Empty lines and those that begin with ``#`` are
             skipped.
-        classes: As in `FolderSplit`.
+        classes, limits: As in `FolderSplit`.
 
     Raises:
         DataError: There is no such list, it names nothing, or only some of its lines have a class.
     """
 
-    def __init__(self, file: Path, classes: tuple[str, ...] | None = None) -> None:
-        key = f"list:{file.resolve()}"
-        super().__init__(file.parent, read_manifest(manifest_path(key)) or _parse_list(file), classes, key)
+    def __init__(
+        self,
+        file: Path,
+        classes: tuple[str, ...] | None = None,
+        limits: Limits = LIMITS,
+    ) -> None:
+        key = f"list:{os.path.realpath(file)}"
+        super().__init__(file.parent, read_manifest(manifest_path(key)) or _parse_list(file), classes, key, limits)
 
 
 def _parse_list(file: Path) -> Manifest:
     try:
+        if file.exists() and not file.is_file():
+            raise DataError(f"data: found a folder, pipe or device at {file}, expected a list of images")
         stamp, text = file.stat().st_mtime_ns, file.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"data: cannot read the list {file} ({error.strerror})") from error
@@ -230,7 +247,7 @@ class ArraySplit:
         title: str,
         classes: tuple[str, ...] | None = None,
     ) -> None:
-        self.images, self.labels, self.title = images, labels, title
+        self.images, self.labels, self.title, self.limits = images, labels, title, Limits()
         if classes is None and labels is not None:
             classes = tuple(str(label) for label in range(int(labels.max()) + 1))
         self.classes = classes
@@ -260,7 +277,7 @@ class SubsetSplit:
     """
 
     def __init__(self, whole: Split, numbers: NDArray[np.int64]) -> None:
-        self._whole, self._numbers = whole, numbers
+        self._whole, self._numbers, self.limits = whole, numbers, whole.limits
         self.classes = whole.classes
         self.labels = None if whole.labels is None else whole.labels[numbers]
 

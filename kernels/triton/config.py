@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,23 +15,31 @@ import triton.language as tl
 from torch import Tensor
 
 from synco_fast.kernels.negatives import FAMILIES, Negatives
+from synco_fast.kernels.rng import largest_below
 
 __all__ = [
     "CAPACITY",
+    "MIXES",
     "TILE",
+    "TILES",
+    "TILES_OF",
     "Form",
+    "Mix",
+    "Tile",
     "capacity_of",
     "compact_ids",
     "form_of",
+    "generation_of",
     "interpreted",
+    "mix_of",
+    "segments_of",
     "splits_of",
     "table",
     "unserved",
-    "warps",
 ]
 
-#: Candidates that a row may have on the fast path, at most; sorts of more compile very slowly.
-CAPACITY = 4096
+#: Candidates that a row may have on the fast path, at most: they are held in the registers of one program.
+CAPACITY = 16384
 #: Rows and keys of a tile. With 16 or 32 two products in a kernel have been miscompiled on Hopper.
 TILE = 64
 #: Columns of V that a program of the scan holds.
@@ -76,21 +85,23 @@ def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
         mixture = negatives.mixture(family)
         affine = (*mixture.q, *mixture.first, *mixture.second)
         numbers = (low, high, *affine, mixture.noise, mixture.sign)
+        numbers = (*numbers, largest_below(low, high, torch.float32))
         column = FAMILIES.index(family)
         rows.append((family.number, negatives.count_of(family), *(float(number) for number in numbers), column))
     return tuple(rows)
 
 
-def splits_of(rows: int, length: int, device: torch.device) -> int:
-    """Among how many programs a block of rows shares the queue: about two for each multiprocessor in all."""
+def splits_of(rows: int, length: int, form: Form, device: torch.device) -> int:
+    """Among how many programs a block of rows shares the queue: eight warps and more for each multiprocessor in all."""
     on_device = device.type == "cuda"
     processors = torch.cuda.get_device_properties(device).multi_processor_count if on_device else 132
-    wanted = max(1, 2 * processors // -(-rows // TILE))
-    return min(wanted, 64, -(-length // TILE))
+    resident = 1 if form.rows * form.keys > TILE * TILE else 2
+    wanted = max(1, resident * processors // -(-rows // form.rows))
+    return min(wanted, 64, -(-length // form.keys))
 
 
 def capacity_of(stride: int, wanted: int) -> int | None:
-    """Room for a row's candidates, about wanted * stride give or take; None where the sort would be too large."""
+    """Room for a row's candidates, about wanted * stride give or take; None where that is too much."""
     spread = 6 * math.sqrt(wanted) if stride > 1 else 0
     room = max(TILE, triton.next_power_of_2(math.ceil((wanted + spread) * stride)))
     return room if room <= CAPACITY else None
@@ -113,18 +124,23 @@ def compact_ids(image_ids: Tensor, queue_ids: Tensor) -> tuple[Tensor, Tensor, T
     return images.int(), torch.where(met, place, -1).int(), available.int()
 
 
-def warps(wide: int) -> int:
-    """Warps for a block of whole rows of ``wide`` numbers."""
-    return 4 if wide <= 128 else 8
+@dataclass(frozen=True)
+class Form:
+    """How the scan multiplies.
 
-
-class Form(NamedTuple):
-    """How the scan multiplies: formats of the two products, keys of a tile, columns of V and of a piece, resources."""
+    Attributes:
+        dot, precision: Format and precision of q and the keys in the first product.
+        weight, weight_precision: Those of the softmax weights and the keys in the second.
+        rows, keys: Of a tile.
+        chunk, piece: Columns of V that a program holds, and of a step of the first product.
+        warps, stages: Resources.
+    """
 
     dot: Any
     precision: str
     weight: Any
     weight_precision: str
+    rows: int
     keys: int
     chunk: int
     piece: int
@@ -132,19 +148,108 @@ class Form(NamedTuple):
     stages: int
 
 
-def form_of(dtype: torch.dtype, dim: int) -> Form:
-    """The form for a dtype and a width, each compiled without spills for sm_80, sm_90 and sm_100.
+@dataclass(frozen=True)
+class Tile:
+    """The sizes of a `Form`; see there."""
+
+    rows: int
+    keys: int
+    piece: int
+    warps: int
+    stages: int
+
+
+#: Tiles by the dtype of the scan and by whether one program holds all columns: the largest that spill nothing on any
+#: device. To be changed by a measurement.
+TILES = {
+    (torch.bfloat16, True): Tile(128, 64, 128, 8, 2),
+    (torch.bfloat16, False): Tile(128, 64, 64, 8, 1),
+    (torch.float16, True): Tile(64, 64, 128, 8, 1),
+    (torch.float16, False): Tile(64, 64, 64, 8, 1),
+    (torch.float32, True): Tile(64, 32, 32, 8, 1),
+    (torch.float32, False): Tile(64, 32, 32, 8, 1),
+}
+#: Larger ones by the compute capability's major number too.
+TILES_OF = {
+    (9, torch.bfloat16, True): Tile(128, 128, 128, 8, 2),
+    (9, torch.float16, True): Tile(128, 64, 128, 8, 2),
+    (9, torch.float16, False): Tile(128, 64, 64, 8, 1),
+    (10, torch.float16, False): Tile(128, 64, 64, 8, 1),
+}
+
+
+def generation_of(device: torch.device) -> int:
+    """The major number of the compute capability; that of the compiler's target where there is no device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0]
+    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
+
+
+def form_of(dtype: torch.dtype, dim: int, generation: int) -> Form:
+    """The form for a dtype, a width and a `generation_of` device; all spill nothing for sm_80, sm_90 and sm_100.
 
     Halves are multiplied as they are, which is exact in the float32 accumulator. Float32 is multiplied without tensor
     cores, for which blocks of 32 are safe: three TF32 products instead need more registers than there are. The softmax
     weights are rounded to bfloat16 where the keys are; float16 would lose small ones, and TF32 holds a float16 key
     exactly.
     """
-    chunk = min(CHUNK, triton.next_power_of_2(max(dim, TILE)))
-    if dtype == torch.float32 or interpreted():
-        return Form(tl.float32, "ieee", tl.float32, "ieee", 32, 64, 32, 8, 1)
+    chunk = min(64 if dtype == torch.float32 else CHUNK, triton.next_power_of_2(max(dim, TILE)))
     narrow = dim <= chunk
-    piece = chunk if narrow else TILE
-    if dtype == torch.float16:
-        return Form(tl.float16, "tf32", tl.float32, "tf32", TILE, chunk, piece, 8, 1)
-    return Form(tl.bfloat16, "tf32", tl.bfloat16, "tf32", TILE, chunk, piece, 4 if narrow else 8, 3 if narrow else 1)
+    tile = TILES_OF.get((generation, dtype, narrow), TILES[dtype, narrow])
+    formats = {
+        torch.float32: (tl.float32, "ieee", tl.float32, "ieee"),
+        torch.float16: (tl.float16, "tf32", tl.float32, "tf32"),
+        torch.bfloat16: (tl.bfloat16, "tf32", tl.bfloat16, "tf32"),
+    }[dtype]
+    if interpreted():
+        formats = (tl.float32, "ieee", tl.float32, "ieee")
+    piece = min(tile.piece, chunk)
+    return Form(*formats, tile.rows, tile.keys, chunk, piece, tile.warps, tile.stages)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How the synthetic negatives are shared out.
+
+    Attributes:
+        parts: Programs that share a row's.
+        pieces: Into how many columns of tensors a vector is cut: each is spread over fewer threads, so that fewer of
+            them repeat what is the same for all of a slot.
+        slots: Negatives that a program makes at a time.
+        warps: Of a program.
+    """
+
+    parts: int
+    pieces: int
+    slots: int
+    warps: int
+
+
+#: By bytes of a number of the queue: parts, pieces and warps; a program takes as many slots as its threads hold with 16
+#: bytes of each piece in each. To be changed by a measurement.
+MIXES = {2: (8, 4, 1), 4: (8, 4, 1)}
+
+
+def mix_of(itemsize: int, wide: int) -> Mix:
+    """How to mix vectors of ``wide`` numbers, a power of two, of ``itemsize`` bytes each."""
+    if interpreted():
+        return Mix(2, max(1, wide // 64), 16, 1)
+    parts, pieces, warps = MIXES[itemsize]
+    pieces = min(pieces, wide // 32)
+    return Mix(parts, pieces, max(1, 512 * warps * pieces // (wide * itemsize)), warps)
+
+
+def segments_of(capacity: int, splits: int, share: int) -> tuple[int, int]:
+    """How the candidates of a row are shared out among the splits.
+
+    Args:
+        capacity: Candidates that a row may have, a power of two.
+        splits: Into how many the queue is split.
+        share: Keys of a split.
+
+    Returns:
+        Splits up to a power of two, and the places of a segment: twice what an even spread would fill to capacity, and
+        64 at least, since few candidates spread less evenly.
+    """
+    many = triton.next_power_of_2(splits)
+    return many, min(triton.next_power_of_2(share), max(2 * capacity // many, 64))

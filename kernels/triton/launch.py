@@ -22,26 +22,25 @@ from synco_fast.kernels.triton.config import (
     capacity_of,
     compact_ids,
     form_of,
+    generation_of,
+    interpreted,
+    mix_of,
+    segments_of,
     splits_of,
     table,
     unserved,
-    warps,
 )
-from synco_fast.kernels.triton.full_sort import full_sort
+from synco_fast.kernels.triton.full_select import full_select, rows_at_once
 from synco_fast.kernels.triton.mix import mix
 from synco_fast.kernels.triton.reduce import reduce
 from synco_fast.kernels.triton.sample import rank, sample
-from synco_fast.kernels.triton.scan import scan
-from synco_fast.kernels.triton.select import collect, order, score
+from synco_fast.kernels.triton.scan import OVERHANG, scan
+from synco_fast.kernels.triton.select import select
 
 __all__ = ["contrast_and_gradient", "unserved"]
 
 #: Rows handled by one series of launches: it bounds the room that grows with B.
 _ROWS = 1024
-#: Programs that share a row's synthetic negatives.
-PARTS = 8
-#: Bytes for whole rows of packed similarities on the slow path, where a row does not need more.
-_ROOM = 8 << 20
 
 
 def contrast_and_gradient(
@@ -121,9 +120,8 @@ def _launch(
         images, queue_images, available = compact_ids(image_ids, queue_ids)
     wide = triton.next_power_of_2(max(dim, TILE))
     scale = math.log2(math.e) / temperature
-    form = form_of(q.dtype, dim)
-    common = {"D": dim, "PIECE": form.piece, "DOT": form.dot, "PRECISION": form.precision}
-    common |= {"MASKED": masked, "ROWS": TILE, "KEYS": form.keys}
+    form = form_of(q.dtype, dim, generation_of(device))
+    common = {"D": dim, "PIECE": form.piece, "DOT": form.dot, "PRECISION": form.precision, "MASKED": masked}
 
     # Step one. Without an estimate the sample still gives the shift.
     sampling = stride_and_rank(length, hard) if hard else None
@@ -133,7 +131,8 @@ def _launch(
     size = triton.cdiv(length, stride)
     similarities = empty(rows, max(size, capacity or 0), device=device)
     threshold, shift = empty(rows, device=device), empty(rows, device=device)
-    grid = (triton.cdiv(rows, TILE), triton.cdiv(size, form.keys))
+    keys = min(form.keys, TILE)
+    grid = (triton.cdiv(rows, form.rows), triton.cdiv(size, keys))
     sample[grid](
         q,
         queue,
@@ -144,24 +143,39 @@ def _launch(
         size,
         stride,
         **common,
+        ROWS=form.rows,
+        KEYS=keys,
         num_warps=8,
     )
     width = triton.next_power_of_2(size)
     dims = {"D": dim, "DIM": wide}
     rank[(rows,)](
-        q, k, similarities, threshold, outputs.positive, shift, size, wanted, **dims, WIDTH=width, ESTIMATE=estimate
+        q,
+        k,
+        similarities,
+        threshold,
+        outputs.positive,
+        shift,
+        size,
+        wanted,
+        **dims,
+        WIDTH=width,
+        ESTIMATE=estimate,
+        num_warps=max(1, min(width // 512, 8)),
     )
 
     # Step two.
-    splits = splits_of(rows, length, device)
+    splits = splits_of(rows, length, form, device)
     tiles = triton.cdiv(triton.cdiv(length, form.keys), splits)
     splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
-    words = triton.cdiv(length, form.keys) * form.keys // 32
-    marks = empty(rows, words, dtype=torch.int32, device=device) if estimate else None
+    many, segment = segments_of(capacity, splits, tiles * form.keys) if capacity else (0, 0)
+    room = splits * segment + form.keys + OVERHANG
+    found = empty(rows, room, dtype=torch.int64, device=device) if capacity else None
+    count = empty(rows, splits, dtype=torch.int32, device=device) if capacity else None
     scan_sum = empty(splits, rows, device=device)
     scan_total = empty(splits, rows, dim, device=device)
     scan_rank = empty(splits, rows, dtype=torch.int32, device=device)
-    scan[(triton.cdiv(rows, TILE), splits, triton.cdiv(dim, form.chunk))](
+    scan[(triton.cdiv(rows, form.rows), splits, triton.cdiv(dim, form.chunk))](
         q,
         queue,
         images,
@@ -169,113 +183,99 @@ def _launch(
         threshold,
         outputs.positive,
         shift,
-        marks,
+        found,
+        count,
         scan_sum,
         scan_total,
         scan_rank,
         rows,
         length,
-        words,
+        splits,
         tiles,
+        room,
         scale,
         **common,
+        ROWS=form.rows,
+        KEYS=form.keys,
         CHUNK=form.chunk,
         WEIGHT=form.weight,
         WEIGHT_PRECISION=form.weight_precision,
-        MARK=estimate,
+        EVEN=rows % form.rows == 0 and length == splits * tiles * form.keys,
+        SEGMENT=segment,
+        DEVICE=not interpreted(),
         num_warps=form.warps,
         num_stages=form.stages,
     )
 
-    # Step three. The similarities of the sample are no longer needed: the candidates' take their room.
+    # Step three. The similarities of the sample are no longer needed: their room serves again.
     hard_index = empty(rows, hard, dtype=torch.int32, device=device)
     hard_similarity = empty(rows, hard, device=device)
     if not estimate:
         outputs.fallback.zero_()
     if hard:
-        if capacity is not None:
-            index = empty(rows, capacity, dtype=torch.int32, device=device)
-            count = empty(rows, dtype=torch.int32, device=device)
+        if capacity:
             flag = outputs.fallback
-            collect[(rows,)](marks, index, count, words, CAPACITY=capacity, BITS=4096, num_warps=8)
-            score[(rows, triton.cdiv(capacity, TILE))](
-                q, queue, index, count, similarities, **dims, CAPACITY=capacity, KEYS=TILE, num_warps=warps(wide)
-            )
-            order[(rows,)](
-                index,
+            select[(rows,)](
+                found,
                 count,
-                similarities,
+                similarities.view(torch.int32),
                 threshold,
-                shift,
                 available,
                 hard_index,
                 hard_similarity,
                 flag,
                 length,
                 hard,
+                splits,
+                room,
+                SPLITS=many,
+                SEGMENT=segment,
                 CAPACITY=capacity,
                 MASKED=masked,
-                num_warps=8,
+                num_warps=max(1, min(capacity // 512, 32)),
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
-        padded = triton.next_power_of_2(length)
-        rooms = min(rows, 64, max(1, _ROOM // (8 * padded)))
-        full_sort[(rooms,)](
-            q,
-            queue,
-            images,
-            queue_images,
-            flag,
-            empty(rooms, padded, dtype=torch.int64, device=device),
-            hard_index,
-            hard_similarity,
-            rows,
-            length,
-            hard,
-            padded,
-            **dims,
-            MASKED=masked,
-            KEYS=4096 // wide,
-            BLOCK=1024,
-            num_warps=8,
-        )
+        room = empty(rows_at_once(rows, length), length, dtype=torch.int32, device=device)
+        full_select(q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form)
 
     # Step four.
-    parts = PARTS if negatives.synthetic else 0
-    mix_sum = empty(rows, parts, device=device)
+    families = table(negatives)
+    tile = mix_of(queue.itemsize, wide)
+    parts = tile.parts if families else 0
     mix_total = empty(rows, parts, dim, device=device)
-    mix_rank = empty(rows, parts, dtype=torch.int32, device=device)
-    families = triton.next_power_of_2(len(FAMILIES))
-    mix_mean = empty(rows, parts, 2, families, device=device)
+    similarities = empty(rows, negatives.synthetic, device=device)
     if parts:
         on_device = isinstance(step, Tensor)
+        width = triton.next_power_of_2(sum(triton.cdiv(family[1], parts * tile.slots) for family in families))
+        width *= tile.slots
         mix[(rows, parts)](
             q,
             queue,
             hard_index,
-            outputs.positive,
+            hard_similarity,
             shift,
             available,
             step if on_device else None,
-            mix_sum,
+            empty(rows, parts, 4, width, device=device),
             mix_total,
-            mix_rank,
-            mix_mean,
+            similarities,
             length,
             hard,
             scale,
             seed,
             0 if on_device else step,
             first_row,
-            TABLE=table(negatives),
-            **dims,
-            SLOTS=4096 // wide if wide <= 256 else 2,
+            TABLE=families,
+            D=dim,
+            PIECE=wide // tile.pieces,
+            PIECES=tile.pieces,
+            SLOTS=tile.slots,
             PARTS=parts,
+            WIDTH=width,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
-            FAMILIES=families,
-            num_warps=4,
+            num_warps=tile.warps,
         )
 
     # Step five.
@@ -286,10 +286,8 @@ def _launch(
         scan_sum,
         scan_total,
         scan_rank,
-        mix_sum,
         mix_total,
-        mix_rank,
-        mix_mean,
+        similarities,
         hard_similarity,
         outputs.loss,
         outputs.gradient,
@@ -300,12 +298,15 @@ def _launch(
         rows,
         hard,
         temperature,
+        scale,
+        COUNTS=tuple((family[-1], family[1]) for family in families),
+        COLUMNS=len(FAMILIES),
+        WIDTH=triton.next_power_of_2(len(FAMILIES)),
         **dims,
         SPLITS=splits,
+        STEP=min(triton.next_power_of_2(splits), max(8, 8192 // wide)),
         PARTS=parts,
         HARD=hard > 0,
-        BLOCK=1024,
-        COLUMNS=len(FAMILIES),
-        FAMILIES=families,
-        num_warps=4,
+        BLOCK=256,
+        num_warps=8,
     )

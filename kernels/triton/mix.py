@@ -1,12 +1,17 @@
 """Step four: the synthetic negatives.
 
-A program takes some of a row's slots, a block at a time. It draws, picks the keys n_i and n_j of Q^N, forms
+A program takes every PARTS-th slot of each family of a row. First it draws for all of its slots at once, a slot in a
+thread, and writes what it drew to scratch memory, where the threads that share a slot read it: drawn where it is used,
+each number would be drawn once for every thread that holds a piece of the vector. Then it forms
 
     x = a q + b n_i + c n_j + sigma e + eta sign(q),    s = x / |x|
 
-in registers, where the sums behind |x| and q.s cost nothing beside the loads and lose no digits when x is near 0, and
-adds exp((q.s - m) / T) and exp((q.s - m) / T) s to its sums. No synthetic vector is written anywhere. The description
-of the negatives is compiled in: a new family of this form is a new row of the table that the launcher passes.
+a block of slots at a time and adds exp((q.s - m) / T) s to its sum. No synthetic vector is written anywhere. Families
+with a and b alone need no x: q.n_i is known from the selection, and only |n_i|^2 is summed. Where the terms of |x|^2
+cancel, sums of products lose the digits that the vector keeps; such slots take x in registers, as other families do.
+
+The similarities q.s are written out; `reduce` sums what the loss and the statistics need of them. The description of
+the negatives is compiled in: a new family of this form is a new row of the table that the launcher passes.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -16,37 +21,129 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.philox import normal, philox, uniform
+from synco_fast.kernels.triton.philox import normal, philox, pick, uniform
 
 __all__ = ["mix"]
 
+#: |x|^2 below this share of the sum of its terms' own squares counts as cancelled, as in `mixing.py`.
+_CANCELLED = tl.constexpr(0.1)
+
+
+@triton.constexpr_function
+def share(TABLE, PARTS, SLOTS, family):
+    """Slots of a part that the families before this one take, each rounded up to whole blocks."""
+    return sum(-(-row[1] // (PARTS * SLOTS)) * SLOTS for row in TABLE[:family])
+
+
+@triton.constexpr_function
+def before(TABLE, family):
+    """Slots of the families before this one, in all parts."""
+    return sum(row[1] for row in TABLE[:family])
+
 
 @triton.jit
-def _family(
-    p_queue,
+def _draw(
     p_hard_index,
-    q,
-    sign,
-    positive,
-    shift,
-    scale,
+    p_hard,
+    p_drawn,
     size,
     c0,
     k0,
     k1,
     part,
     TABLE: tl.constexpr,
-    FAMILY: tl.constexpr,
-    D: tl.constexpr,
-    DIM: tl.constexpr,
     SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """One family's slots of this part: sum, rank, total, sum of the similarities and how many these are."""
+    """Write the part's draws, (4, WIDTH) float32: t, the two keys as bits, q.n_i."""
+    o_mine = tl.arange(0, WIDTH)
+    number = o_mine * 0
+    slot = o_mine * 0
+    count = o_mine * 0
+    low = tl.zeros([WIDTH], tl.float32)
+    span = tl.zeros([WIDTH], tl.float32)
+    most = tl.zeros([WIDTH], tl.float32)
+    for family in tl.static_range(0, len(TABLE)):
+        o_own = o_mine - share(TABLE, PARTS, SLOTS, family)
+        here = o_own >= 0
+        number = tl.where(here, TABLE[family][0], number)
+        slot = tl.where(here, o_own * PARTS + part, slot)
+        count = tl.where(here, TABLE[family][1], count)
+        low = tl.where(here, TABLE[family][2], low)
+        span = tl.where(here, TABLE[family][3] - TABLE[family][2], span)
+        most = tl.where(here, TABLE[family][12], most)
+    m_slot = slot < count
+    c1 = slot.to(tl.uint32)
+    zero = c1 * 0
+    w0, w1, w2, w3 = philox(c0 + zero, c1, number.to(tl.uint32), zero, k0, k1)
+    first = pick(w1, w3 >> 16, size + zero)
+    second = pick(w2, w3 & 0xFFFF, size + zero)
+    tl.store(p_drawn + o_mine, tl.minimum(low + span * uniform(w0), most))
+    key = tl.load(p_hard_index + first, m_slot, 0)
+    tl.store(p_drawn + WIDTH + o_mine, key.to(tl.float32, bitcast=True))
+    key = tl.load(p_hard_index + second, m_slot, 0)
+    tl.store(p_drawn + 2 * WIDTH + o_mine, key.to(tl.float32, bitcast=True))
+    tl.store(p_drawn + 3 * WIDTH + o_mine, tl.load(p_hard + first, m_slot, 0))
+
+
+@triton.jit
+def _keys(p_queue, p_key, o_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
+    """The vectors of a block of drawn keys in float32, PIECES tensors (SLOTS, PIECE)."""
+    key = tl.load(p_key + o_slot).to(tl.int32, bitcast=True).to(tl.int64)
+    n = ()
+    for piece in tl.static_range(0, PIECES):
+        o_dim = piece * PIECE + tl.arange(0, PIECE)
+        n += (tl.load(p_queue + key[:, None] * D + o_dim[None, :], (o_dim < D)[None, :], 0).to(tl.float32),)
+    return n
+
+
+@triton.jit
+def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr):
+    """The normal numbers of a block of slots for the dimensions from FIRST on, (SLOTS, PIECE)."""
+    lane = (1 + FIRST // 4 + tl.arange(0, PIECE // 4)).to(tl.uint32)
+    many = (c1 * 0)[:, None] + lane[None, :] * 0
+    w0, w1, w2, w3 = philox(many + c0, many + c1[:, None], many + NUMBER, many + lane[None, :], k0, k1)
+    e0, e1, e2, e3 = normal(w0, w1, w2, w3)
+    return tl.interleave(tl.interleave(e0, e2), tl.interleave(e1, e3))
+
+
+@triton.jit
+def _inner(x, y, PIECES: tl.constexpr):
+    """Inner products of rows, (SLOTS,)."""
+    b_sum = x[0] * y[0]
+    for piece in tl.static_range(1, PIECES):
+        b_sum += x[piece] * y[piece]
+    return tl.sum(b_sum, axis=1)
+
+
+@triton.jit
+def _family(
+    p_queue,
+    p_drawn,
+    p_similarity,
+    q,
+    squared,
+    shift,
+    scale,
+    c0,
+    k0,
+    k1,
+    part,
+    b_total,
+    b_along,
+    TABLE: tl.constexpr,
+    FAMILY: tl.constexpr,
+    D: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Add one family's slots of this part to the sums of vectors, (SLOTS, D) in pieces, and of weights of q."""
     NUMBER: tl.constexpr = TABLE[FAMILY][0]
     COUNT: tl.constexpr = TABLE[FAMILY][1]
-    LOW: tl.constexpr = TABLE[FAMILY][2]
-    HIGH: tl.constexpr = TABLE[FAMILY][3]
     A: tl.constexpr = TABLE[FAMILY][4]
     A_SLOPE: tl.constexpr = TABLE[FAMILY][5]
     FIRST: tl.constexpr = TABLE[FAMILY][6]
@@ -55,51 +152,69 @@ def _family(
     SECOND_SLOPE: tl.constexpr = TABLE[FAMILY][9]
     SIGMA: tl.constexpr = TABLE[FAMILY][10]
     ETA: tl.constexpr = TABLE[FAMILY][11]
-    o_dim = tl.arange(0, DIM)
-    m_dim = o_dim < D
-    sum_p = tl.full([], 0, tl.float32)
-    rank = tl.full([], 0, tl.int32)
-    b_total = tl.zeros([DIM], tl.float32)
-    mean = tl.full([], 0, tl.float32)
-    count = tl.full([], 0, tl.float32)
-    for block in range(part, (COUNT + SLOTS - 1) // SLOTS, PARTS):
-        o_slot = block * SLOTS + tl.arange(0, SLOTS)
+    PAIRED: tl.constexpr = SECOND != 0 or SECOND_SLOPE != 0
+    p_drawn += share(TABLE, PARTS, SLOTS, FAMILY)
+    for start in range(0, (COUNT + PARTS - 1) // PARTS, SLOTS):
+        o_mine = start + tl.arange(0, SLOTS)
+        o_slot = o_mine * PARTS + part
         m_slot = o_slot < COUNT
-        c1 = o_slot.to(tl.uint32)
-        zero = c1 * 0
-        w0, w1, w2, _ = philox(c0 + zero, c1, zero + NUMBER, zero, k0, k1)
-        t = LOW + (HIGH - LOW) * uniform(w0)
-        pick = tl.umulhi(w1, size + zero).to(tl.int32)
-        key = tl.load(p_hard_index + pick, m_slot, 0).to(tl.int64)
-        m_n = m_slot[:, None] & m_dim[None, :]
-        n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_n, 0).to(tl.float32)
-        x = (A + A_SLOPE * t)[:, None] * q[None, :] + (FIRST + FIRST_SLOPE * t)[:, None] * n
-        if SECOND != 0 or SECOND_SLOPE != 0:
-            pick = tl.umulhi(w2, size + zero).to(tl.int32)
-            key = tl.load(p_hard_index + pick, m_slot, 0).to(tl.int64)
-            n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_n, 0).to(tl.float32)
-            x += (SECOND + SECOND_SLOPE * t)[:, None] * n
-        if ETA != 0:
-            x += ETA * sign[None, :]
-        if SIGMA != 0:
-            lane = (1 + tl.arange(0, DIM // 4)).to(tl.uint32)
-            many = zero[:, None] + lane[None, :] * 0
-            w0, w1, w2, w3 = philox(many + c0, many + c1[:, None], many + NUMBER, many + lane[None, :], k0, k1)
-            e0, e1, e2, e3 = normal(w0, w1, w2, w3)
-            e = tl.interleave(tl.interleave(e0, e2), tl.interleave(e1, e3))
-            x += tl.where(m_dim[None, :], SIGMA * e, 0)
-        length = tl.maximum(tl.sqrt(tl.sum(x * x, axis=1)), 1e-12)
-        s = x / length[:, None]
-        similarity = tl.sum(s * q[None, :], axis=1)
-        rank += tl.sum((m_slot & (similarity > positive)).to(tl.int32))
-        p = tl.where(m_slot, tl.exp2(similarity * scale - shift), 0)
-        sum_p += tl.sum(p)
-        b_total += tl.sum(p[:, None] * s, axis=0)
-        # NaN and -inf stay out of the mean, as in `mean_of_finite`.
-        counted = m_slot & (similarity > float("-inf"))
-        mean += tl.sum(tl.where(counted, similarity, 0))
-        count += tl.sum(counted.to(tl.float32))
-    return sum_p, rank, b_total, mean, count
+        t = tl.load(p_drawn + o_mine)
+        a = A + A_SLOPE * t
+        b = FIRST + FIRST_SLOPE * t
+        n = _keys(p_queue, p_drawn + WIDTH, o_mine, D, PIECE, PIECES)
+        if PAIRED or SIGMA != 0 or ETA != 0:
+            x = ()
+            if PAIRED:
+                c = SECOND + SECOND_SLOPE * t
+                other = _keys(p_queue, p_drawn + 2 * WIDTH, o_mine, D, PIECE, PIECES)
+            for piece in tl.static_range(0, PIECES):
+                x_piece = b[:, None] * n[piece]
+                if A != 0 or A_SLOPE != 0:
+                    x_piece += a[:, None] * q[piece]
+                if PAIRED:
+                    x_piece += c[:, None] * other[piece]
+                if ETA != 0:
+                    x_piece += tl.where(q[piece] > 0, ETA, tl.where(q[piece] < 0, -ETA, 0.0))
+                if SIGMA != 0:
+                    e = _noise(c0, o_slot.to(tl.uint32), k0, k1, NUMBER, piece * PIECE, PIECE)
+                    x_piece += tl.where((piece * PIECE + tl.arange(0, PIECE) < D)[None, :], SIGMA * e, 0)
+                x += (x_piece,)
+            inverse = tl.rsqrt(tl.maximum(_inner(x, x, PIECES), 1e-24))
+            similarity = _inner(x, q, PIECES) * inverse
+            weight = tl.where(m_slot, tl.exp2(similarity * scale - shift) * inverse, 0)
+        else:
+            known = tl.load(p_drawn + 3 * WIDTH + o_mine)
+            own = a * a * squared + b * b * _inner(n, n, PIECES)
+            length = own + 2 * a * b * known
+            cancelled = m_slot & (length < own * _CANCELLED)
+            inverse = tl.rsqrt(tl.maximum(length, 1e-24))
+            similarity = (a * squared + b * known) * inverse
+            p = tl.exp2(similarity * scale - shift)
+            x = n
+            if tl.max(cancelled.to(tl.int32), axis=0) > 0:
+                sums = ()
+                for piece in tl.static_range(0, PIECES):
+                    sums += (a[:, None] * q[piece] + b[:, None] * n[piece],)
+                other_inverse = tl.rsqrt(tl.maximum(_inner(sums, sums, PIECES), 1e-24))
+                other_similarity = _inner(sums, q, PIECES) * other_inverse
+                similarity = tl.where(cancelled, other_similarity, similarity)
+                weight = tl.where(cancelled, tl.exp2(other_similarity * scale - shift) * other_inverse, 0)
+                b_total = _add(b_total, weight, sums, PIECES)
+            weight = tl.where(m_slot & (cancelled == 0), p * inverse, 0)
+            b_along += weight * a
+            weight *= b
+        b_total = _add(b_total, weight, x, PIECES)
+        tl.store(p_similarity + before(TABLE, FAMILY) + o_slot, similarity, m_slot)
+    return b_total, b_along
+
+
+@triton.jit
+def _add(b_total, weight, x, PIECES: tl.constexpr):
+    """``b_total`` and weighted vectors, piece by piece."""
+    total = ()
+    for piece in tl.static_range(0, PIECES):
+        total += (b_total[piece] + weight[:, None] * x[piece],)
+    return total
 
 
 # A seed or step of 1, or one divisible by 16, is no reason to compile again.
@@ -108,14 +223,13 @@ def mix(
     p_q,
     p_queue,
     p_hard_index,
-    p_positive,
+    p_hard,
     p_shift,
     p_available,
     p_step,
-    p_sum,
+    p_drawn,
     p_total,
-    p_rank,
-    p_mean,
+    p_similarity,
     K,
     N,
     scale,
@@ -124,74 +238,78 @@ def mix(
     first_row,
     TABLE: tl.constexpr,
     D: tl.constexpr,
-    DIM: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
     SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
-    FAMILIES: tl.constexpr,
 ):
     """Grid (B, PARTS).
 
-    Writes, for its part of the row's slots: sum and rank (B, PARTS), total (B, PARTS, D), and for each family the sum
-    of its similarities and how many these are, (B, PARTS, 2, FAMILIES); FAMILIES is a power of two. TABLE has a tuple
-    for each family: its number, its count, the range of t, constant and slope of a, b and c, sigma, eta, its column.
+    Writes the part's sum of exp((q.s - m) / T) s, (B, PARTS, D), and all q.s, (B, M), -inf for a row without keys.
+    drawn, (B, PARTS, 4, WIDTH) float32, is room to work in; WIDTH covers `share` of all families. TABLE has a tuple for
+    each family: its number, its count, the range of t, constant and slope of a, b and c, sigma, eta, its largest t,
+    its column in the statistics.
     """
     row = tl.program_id(0)
     part = tl.program_id(1)
     row64 = row.to(tl.int64)
-    o_dim = tl.arange(0, DIM)
-    m_dim = o_dim < D
-    q = tl.load(p_q + row64 * D + o_dim, m_dim, 0).to(tl.float32)
-    sign = tl.where(q > 0, 1.0, tl.where(q < 0, -1.0, 0.0))
-    positive = tl.load(p_positive + row)
-    shift = tl.load(p_shift + row) * scale
+    COUNT: tl.constexpr = before(TABLE, len(TABLE))
     available = K
     if MASKED:
         available = tl.load(p_available + row)
-    size = tl.minimum(available, N).to(tl.uint32)
-    if STEP_ON_DEVICE:
-        step = tl.load(p_step)
-    k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
-    c0 = (first_row + row).to(tl.uint32)
-
-    sum_p = tl.full([], 0, tl.float32)
-    rank = tl.full([], 0, tl.int32)
-    b_total = tl.zeros([DIM], tl.float32)
-    o_family = tl.arange(0, FAMILIES)
-    b_mean = tl.zeros([FAMILIES], tl.float32)
-    b_count = tl.zeros([FAMILIES], tl.float32)
+    p_similarity += row64 * COUNT
+    q = ()
+    b_total = ()
+    for piece in tl.static_range(0, PIECES):
+        o_dim = piece * PIECE + tl.arange(0, PIECE)
+        q += (tl.load(p_q + row64 * D + o_dim, o_dim < D, 0).to(tl.float32)[None, :],)
+        b_total += (tl.zeros([SLOTS, PIECE], tl.float32),)
+    b_along = tl.zeros([SLOTS], tl.float32)
     if available > 0:
+        squared = tl.sum(_inner(q, q, PIECES), axis=0)
+        shift = tl.load(p_shift + row) * scale
+        if STEP_ON_DEVICE:
+            step = tl.load(p_step)
+        k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
+        c0 = (first_row + row).to(tl.uint32)
+        size = tl.minimum(available, N).to(tl.uint32)
+        p_drawn += (row64 * PARTS + part) * 4 * WIDTH
+        _draw(p_hard_index + row64 * N, p_hard + row64 * N, p_drawn, size, c0, k0, k1, part, TABLE, SLOTS, PARTS, WIDTH)
+        # What follows reads what other threads of this program have drawn.
+        tl.debug_barrier()
         for family in tl.static_range(0, len(TABLE)):
-            found = _family(
+            b_total, b_along = _family(
                 p_queue,
-                p_hard_index + row64 * N,
+                p_drawn,
+                p_similarity,
                 q,
-                sign,
-                positive,
+                squared,
                 shift,
                 scale,
-                size,
                 c0,
                 k0,
                 k1,
                 part,
+                b_total,
+                b_along,
                 TABLE,
                 family,
                 D,
-                DIM,
+                PIECE,
+                PIECES,
                 SLOTS,
                 PARTS,
+                WIDTH,
             )
-            sum_p += found[0]
-            rank += found[1]
-            b_total += found[2]
-            here = o_family == TABLE[family][12]
-            b_mean += tl.where(here, found[3], 0)
-            b_count += tl.where(here, found[4], 0)
-    o_part = row64 * PARTS + part
-    tl.store(p_sum + o_part, sum_p)
-    tl.store(p_rank + o_part, rank)
-    tl.store(p_total + o_part * D + o_dim, b_total, m_dim)
-    tl.store(p_mean + o_part * 2 * FAMILIES + o_family, b_mean)
-    tl.store(p_mean + (o_part * 2 + 1) * FAMILIES + o_family, b_count)
+    else:
+        for start in range(0, COUNT, WIDTH):
+            o_slot = start + tl.arange(0, WIDTH)
+            tl.store(p_similarity + o_slot, float("-inf"), o_slot < COUNT)
+    along = tl.sum(b_along)
+    for piece in tl.static_range(0, PIECES):
+        o_dim = piece * PIECE + tl.arange(0, PIECE)
+        b_out = tl.sum(b_total[piece] + q[piece] * (along / SLOTS), axis=0)
+        tl.store(p_total + (row64 * PARTS + part) * D + o_dim, b_out, o_dim < D)

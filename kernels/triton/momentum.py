@@ -1,62 +1,114 @@
-"""The momentum update of many tensors in one launch.
+"""The momentum update of many tensors in a launch or two.
 
-    k <- m k + (1 - m) q
+    k <- k + w (q - k),      w = 1 - m
 
-A program takes one block of one tensor; which tensor and where comes from two small tables that live on the device, as
-do the addresses of the tensors. Memory-bound: each byte is read and written once, and nothing is launched per tensor.
+A program takes one block of one tensor; which tensor and where comes from small tables that live on the device, as do
+the addresses of the tensors. Memory-bound: each number of k is read and written once, each of q read once, and nothing
+is launched per tensor. The weight may lie on the device, where a captured graph can follow a schedule; PyTorch's own
+functions need three passes and a copy of the parameters for that.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BLOCK", "Plan", "update"]
+from synco_fast.kernels.triton.config import interpreted
+
+__all__ = ["BLOCK", "Plan", "addresses", "unserved", "update"]
 
 BLOCK = 4096
+#: Bytes that a thread loads at once; addresses are looked at before the launch, since the compiler cannot.
+_VECTOR = 16
+_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
-def _update(p_targets, p_sources, p_sizes, p_tensor, p_block, m, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _update(
+    p_targets,
+    p_sources,
+    p_sizes,
+    p_tensor,
+    p_block,
+    p_weight,
+    weight,
+    DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+):
     """Grid (blocks of all tensors,). Addresses and sizes (T,) int64; tensor and block number of each program int32."""
+    if ON_DEVICE:
+        weight = tl.load(p_weight).to(tl.float32)
     tensor = tl.load(p_tensor + tl.program_id(0))
     start = tl.load(p_block + tl.program_id(0)).to(tl.int64) * BLOCK
-    o = start + tl.arange(0, BLOCK)
-    m_o = o < tl.load(p_sizes + tensor)
+    size = tl.load(p_sizes + tensor)
     target = tl.load(p_targets + tensor).to(tl.pointer_type(DTYPE))
     source = tl.load(p_sources + tensor).to(tl.pointer_type(DTYPE))
-    k = tl.load(target + o, m_o, 0).to(tl.float32)
-    q = tl.load(source + o, m_o, 0).to(tl.float32)
+    if ALIGNED:
+        target, source = tl.multiple_of(target, 16), tl.multiple_of(source, 16)
+    o = start + tl.arange(0, BLOCK)
     # The difference first: where q equals k, k stays exactly as it is.
-    tl.store(target + o, (k + (1 - m) * (q - k)).to(DTYPE), m_o)
+    if start + BLOCK <= size:
+        k = tl.load(target + o).to(tl.float32)
+        q = tl.load(source + o).to(tl.float32)
+        tl.store(target + o, (k + weight * (q - k)).to(DTYPE))
+    else:
+        m_o = o < size
+        k = tl.load(target + o, m_o, 0).to(tl.float32)
+        q = tl.load(source + o, m_o, 0).to(tl.float32)
+        tl.store(target + o, (k + weight * (q - k)).to(DTYPE), m_o)
+
+
+class _Tables(NamedTuple):
+    """What one launch reads: addresses and sizes by tensor, tensor and block by program."""
+
+    targets: Tensor
+    sources: Tensor
+    sizes: Tensor
+    tensor: Tensor
+    block: Tensor
 
 
 class Plan:
-    """The tables for one list of pairs of contiguous CUDA tensors of one dtype; holds as long as their addresses do."""
+    """The tables for one list of pairs of CUDA tensors of one dtype; holds as long as their addresses do.
+
+    Pairs whose addresses are both multiples of 16 bytes share one launch, the others another.
+    """
 
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         """Build the tables and copy them to the device.
 
         Args:
-            targets, sources: Equal in number, shape, dtype and device, contiguous.
+            targets, sources: Equal in number, shape, strides, dtype and device, each without gaps in memory.
         """
         self.key = addresses(targets, sources)
-        device = targets[0].device
-        blocks = [-(-tensor.numel() // BLOCK) for tensor in targets]
-        self.dtype = targets[0].dtype
-        self.programs = sum(blocks)
-        self.targets = torch.tensor([tensor.data_ptr() for tensor in targets], device=device)
-        self.sources = torch.tensor([tensor.data_ptr() for tensor in sources], device=device)
-        self.sizes = torch.tensor([tensor.numel() for tensor in targets], device=device)
-        counts = torch.tensor(blocks)
-        which = torch.repeat_interleave(torch.arange(len(blocks)), counts)
+        self.dtype, self.device = targets[0].dtype, targets[0].device
+        groups: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
+        for pair in zip(targets, sources, strict=True):
+            if pair[0].numel():
+                groups[all(tensor.data_ptr() % _VECTOR == 0 for tensor in pair)].append(pair)
+        #: By whether the addresses are aligned.
+        self.tables = {aligned: self._tables(pairs) for aligned, pairs in groups.items() if pairs}
+
+    def _tables(self, pairs: list[tuple[Tensor, Tensor]]) -> _Tables:
+        counts = torch.tensor([-(-target.numel() // BLOCK) for target, _ in pairs])
+        which = torch.repeat_interleave(torch.arange(len(pairs)), counts)
         first = counts.cumsum(0) - counts
-        self.tensor = which.to(torch.int32).to(device)
-        self.block = (torch.arange(self.programs) - first[which]).to(torch.int32).to(device)
+        tables = (
+            torch.tensor([target.data_ptr() for target, _ in pairs]),
+            torch.tensor([source.data_ptr() for _, source in pairs]),
+            torch.tensor([target.numel() for target, _ in pairs]),
+            which.to(torch.int32),
+            (torch.arange(len(which)) - first[which]).to(torch.int32),
+        )
+        return _Tables(*(table.to(self.device) for table in tables))
 
 
 def addresses(targets: list[Tensor], sources: list[Tensor]) -> tuple[int, ...]:
@@ -64,11 +116,37 @@ def addresses(targets: list[Tensor], sources: list[Tensor]) -> tuple[int, ...]:
     return tuple(number for tensor in (*targets, *sources) for number in (tensor.data_ptr(), tensor.numel()))
 
 
-def update(plan: Plan, m: float) -> None:
-    """Launch the update that a plan describes."""
-    if plan.programs:
-        names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-        tables = (plan.targets, plan.sources, plan.sizes, plan.tensor, plan.block)
+def unserved(target: Tensor, source: Tensor) -> str | None:
+    """Why the kernel does not serve a pair of equal shape, dtype and device; None where it does."""
+    if target.dtype not in _TL:
+        return f"a tensor has dtype {target.dtype}; the kernel takes float32, bfloat16 and float16"
+    if not (target.is_cuda and torch.version.hip is None) and not interpreted():
+        return f"a tensor is on {target.device.type}; the kernel runs on CUDA devices"
+    if not _orders(target) & _orders(source):
+        return "a tensor has gaps in memory or another order in it than its counterpart"
+    return None
+
+
+def _orders(tensor: Tensor) -> set[torch.memory_format]:
+    """In which orders the numbers lie side by side; in both where a dimension has size 1."""
+    found = {torch.contiguous_format} if tensor.is_contiguous() else set()
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        found.add(torch.channels_last)
+    return found
+
+
+def update(plan: Plan, weight: float | Tensor) -> None:
+    """Launch the update that a plan describes; weight is 1 - m, a number or a tensor of no dimensions on the device."""
+    on_device = isinstance(weight, Tensor)
+    for aligned, tables in plan.tables.items():
         # Triton launches on the current device and its stream, which need not be those of the tensors.
-        with torch.cuda.device_of(plan.targets):
-            _update[(plan.programs,)](*tables, m, DTYPE=names[plan.dtype], BLOCK=BLOCK)
+        with torch.cuda.device_of(tables.targets):
+            _update[(len(tables.tensor),)](
+                *tables,
+                weight if on_device else None,
+                0.0 if on_device else weight,
+                DTYPE=_TL[plan.dtype],
+                BLOCK=BLOCK,
+                ALIGNED=aligned,
+                ON_DEVICE=on_device,
+            )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["normal", "philox", "uniform"]
+__all__ = ["normal", "philox", "pick", "uniform"]
 
 
 @triton.jit
@@ -30,6 +30,14 @@ def philox(c0, c1, c2, c3, k0, k1):
 def uniform(word):
     """A word as a number in (0, 1), exact in float32."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+
+
+@triton.jit
+def pick(word, more, size):
+    """A position below ``size`` from a word and 16 bits more: the upper word of (word * 2^16 + more) * size / 2^16."""
+    low = word * size
+    carried = low + tl.umulhi(more << 16, size) < low
+    return (tl.umulhi(word, size) + carried.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit

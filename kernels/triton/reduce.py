@@ -12,7 +12,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.mix import before
+
 __all__ = ["reduce"]
+
+
+@triton.jit
+def _four(a0, a1, a2, a3, b0, b1, b2, b3):
+    """Four sums under way at once, which share their exchanges between warps."""
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _some(p_similarity, count, positive, shift, scale, BLOCK: tl.constexpr):
+    """Of some similarities: the sum of exp((s - m) / T), how many exceed the positive, and the mean of the finite."""
+    b_sum = tl.zeros([BLOCK], tl.float32)
+    b_rank = tl.zeros([BLOCK], tl.int32)
+    b_finite = tl.zeros([BLOCK], tl.float32)
+    b_count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, count, BLOCK):
+        o_slot = start + tl.arange(0, BLOCK)
+        b_similarity = tl.load(p_similarity + o_slot, o_slot < count, float("-inf"))
+        b_sum += tl.exp2((b_similarity - shift) * scale)
+        b_rank += (b_similarity > positive).to(tl.int32)
+        # NaN and -inf stay out of the mean, as in `mean_of_finite`; 0 / 0 is the NaN where nothing is left.
+        finite = b_similarity > float("-inf")
+        b_finite += tl.where(finite, b_similarity, 0)
+        b_count += finite.to(tl.int32)
+    total, rank, finite, count = tl.reduce((b_sum, b_rank, b_finite, b_count), 0, _four)
+    return total, rank, finite / count.to(tl.float32)
 
 
 @triton.jit
@@ -23,10 +51,8 @@ def reduce(
     p_scan_sum,
     p_scan_total,
     p_scan_rank,
-    p_mix_sum,
     p_mix_total,
-    p_mix_rank,
-    p_mix_mean,
+    p_similarity,
     p_hard,
     p_loss,
     p_gradient,
@@ -37,27 +63,30 @@ def reduce(
     B,
     N,
     temperature,
+    scale,
+    COUNTS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
+    STEP: tl.constexpr,
     PARTS: tl.constexpr,
     HARD: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    FAMILIES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Grid (B,). Writes what the operator returns; PARTS is 0 where there are no synthetic negatives.
+    """Grid (B,). Writes what the operator returns; STEP splits are read at a time; scale is log2(e) / T.
 
-    COLUMNS is how many families there are, FAMILIES the same rounded up to a power of two.
+    COUNTS has the column and the count of each family of synthetic negatives, in the order of their similarities;
+    PARTS is 0 where there are none. COLUMNS is how many families there are, WIDTH a power of two that covers them.
     """
     row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
-    STEP: tl.constexpr = 8 if DIM < 128 else 512 // DIM
     b_total = tl.zeros([DIM], tl.float32)
     total_sum = tl.full([], 0, tl.float32)
     queue_rank = tl.full([], 0, tl.int32)
-    for start in range(0, SPLITS, STEP):
+    for start in tl.static_range(0, SPLITS, STEP):
         o_split = (start + tl.arange(0, STEP)).to(tl.int64)
         m_split = o_split < SPLITS
         o_part = o_split * B + row
@@ -66,37 +95,29 @@ def reduce(
         m_total = m_split[:, None] & m_dim[None, :]
         b_total += tl.sum(tl.load(p_scan_total + o_part[:, None] * D + o_dim[None, :], m_total, 0), axis=0)
     rank = queue_rank
-    o_family = tl.arange(0, FAMILIES)
-    b_mean = tl.zeros([FAMILIES], tl.float32)
-    b_count = tl.zeros([FAMILIES], tl.float32)
-    for start in range(0, PARTS, STEP):
-        o_mine = start + tl.arange(0, STEP)
-        m_part = o_mine < PARTS
-        o_part = row * PARTS + o_mine
-        total_sum += tl.sum(tl.load(p_mix_sum + o_part, m_part, 0))
-        rank += tl.sum(tl.load(p_mix_rank + o_part, m_part, 0))
-        m_total = m_part[:, None] & m_dim[None, :]
-        b_total += tl.sum(tl.load(p_mix_total + o_part[:, None] * D + o_dim[None, :], m_total, 0), axis=0)
-        o_mean = o_part[:, None] * 2 * FAMILIES + o_family[None, :]
-        m_mean = m_part[:, None] & (o_family < FAMILIES)[None, :]
-        b_mean += tl.sum(tl.load(p_mix_mean + o_mean, m_mean, 0), axis=0)
-        b_count += tl.sum(tl.load(p_mix_mean + o_mean + FAMILIES, m_mean, 0), axis=0)
-    # 0 / 0 is the NaN of a family without negatives.
-    tl.store(p_synthetic + row * COLUMNS + o_family, b_mean / b_count, o_family < COLUMNS)
-
-    hard_sum = tl.full([], 0, tl.float32)
-    hard_count = tl.full([], 0, tl.float32)
-    if HARD:
-        for start in range(0, N, BLOCK):
-            o_place = start + tl.arange(0, BLOCK)
-            hard = tl.load(p_hard + row * N + o_place, o_place < N, float("-inf"))
-            counted = hard > float("-inf")
-            hard_sum += tl.sum(tl.where(counted, hard, 0))
-            hard_count += tl.sum(counted.to(tl.float32))
-    tl.store(p_hard_mean + row, hard_sum / hard_count)
-
     positive = tl.load(p_positive + row)
-    below = (positive - tl.load(p_shift + row)) / temperature
+    shift = tl.load(p_shift + row)
+    if PARTS:
+        o_part = tl.arange(0, PARTS)
+        o_total = (row * PARTS + o_part)[:, None] * D + o_dim[None, :]
+        b_total += tl.sum(tl.load(p_mix_total + o_total, m_dim[None, :], 0), axis=0)
+    o_family = tl.arange(0, WIDTH)
+    b_mean = tl.full([WIDTH], float("nan"), tl.float32)
+    p_similarity += row * before(COUNTS, len(COUNTS))
+    for family in tl.static_range(0, len(COUNTS)):
+        p_own = p_similarity + before(COUNTS, family)
+        own_sum, own_rank, mean = _some(p_own, COUNTS[family][1], positive, shift, scale, BLOCK)
+        total_sum += own_sum
+        rank += own_rank
+        b_mean = tl.where(o_family == COUNTS[family][0], mean, b_mean)
+    tl.store(p_synthetic + row * COLUMNS + o_family, b_mean, o_family < COLUMNS)
+    if HARD:
+        _, _, mean = _some(p_hard + row * N, N, positive, shift, scale, BLOCK)
+        tl.store(p_hard_mean + row, mean)
+    else:
+        tl.store(p_hard_mean + row, float("nan"))
+
+    below = (positive - shift) / temperature
     everything = tl.exp(below) + total_sum
     tl.store(p_loss + row, tl.log(everything) - below)
     k = tl.load(p_k + row * D + o_dim, m_dim, 0).to(tl.float32)

@@ -1,8 +1,8 @@
 """Step one: a threshold for each query that somewhat more than N similarities of the queue exceed.
 
 `sample` multiplies the queries with a sample of the queue (at a stride, since the queue is ordered by time). `rank`
-takes the sample's r-th largest similarity t by bisecting the order-preserving integers of the float32 numbers, and with
-it two numbers that every later step uses: the positive similarity q.k, and the shift
+bisects the order-preserving integers of the float32 numbers for a similarity t that r of the sample or few more reach,
+and takes with it two numbers that every later step uses: the positive similarity q.k, and the shift
 
     m = max(q.k, largest of the sample)
 
@@ -106,15 +106,21 @@ def rank(
     if ESTIMATE:
         bits = b_sample.to(tl.int32, bitcast=True)
         b_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        # The largest integer that at least `wanted` numbers reach; int64, so that the middle cannot overflow.
-        low, high = tl.full([], -(2**31), tl.int64), tl.full([], 2**31 - 1, tl.int64)
-        for _ in range(32):
+        # An integer that at least `wanted` numbers reach, and few more where they differ: how many keys exceed the
+        # threshold decides speed alone. int64, so that the middle cannot overflow.
+        low, high = tl.min(b_order, axis=0).to(tl.int64), tl.max(b_order, axis=0).to(tl.int64)
+        reached = tl.full([], WIDTH, tl.int32)
+        while (low < high) & (reached > wanted + wanted // 16):
             middle = (low + high + 1) >> 1
-            enough = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32)) >= wanted
+            count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
+            enough = count >= wanted
             low = tl.where(enough, middle, low)
+            reached = tl.where(enough, count, reached)
             high = tl.where(enough, high, middle - 1)
         found = low.to(tl.int32)
         threshold = (found ^ ((found >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        # Nothing would be known to exceed NaN; all that is not masked exceeds this.
+        threshold = tl.where(threshold == threshold, threshold, float("-inf"))
     tl.store(p_threshold + row, threshold)
     tl.store(p_positive + row, positive)
     tl.store(p_shift + row, tl.maximum(positive, tl.max(b_sample, axis=0)))

@@ -1,9 +1,12 @@
-"""Step three: from the marks of a row to its N hardest keys, in order.
+"""Step three: from what the scan found of a row to its N hardest keys, in the order of the queue.
 
-`collect` turns the marked bits into queue indices, `score` computes their similarities in float32 and `order` sorts
-them by (similarity descending, index ascending). A row is flagged for the slow path (`full_sort.py`) instead where too
-few or too many keys were marked, or where the N-th is so close to the threshold that the rounding of the scan's
-similarity, which made the mark, could matter.
+The scan has left a row's candidates in segments, one for each split, every segment in the order of the queue. `select`
+bisects the order-preserving integers of their similarities until exactly N reach the middle, or until the N-th largest
+is known and ties with it are left to settle (the smallest indices are taken), and stores the chosen ones side by side.
+No sort is needed, since Q^N is ordered by queue index.
+
+A row is flagged for the slow path (`full_select.py`) instead where too few candidates were found, more than there is
+room for in registers, or more in one segment than there is room for in memory.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -13,110 +16,95 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["collect", "order", "score", "sortable"]
+__all__ = ["ordered", "select"]
 
 
 @triton.jit
-def sortable(similarity, index):
-    """One int64 that sorts descending by similarity, then ascending by index; NaN comes first, -0 equals 0."""
+def ordered(similarity):
+    """Float32 numbers as int32 in the numbers' order: NaN is the largest, -0 equals 0, none is -2^31."""
     bits = (similarity + 0.0).to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    ordered = tl.where(similarity == similarity, ordered, 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - index.to(tl.int64))
-
-
-@triton.jit
-def unsorted(key):
-    """The similarity and the index that `sortable` packed."""
-    ordered = (key >> 32).to(tl.int32)
-    similarity = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return similarity, (0xFFFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
-
-
-@triton.jit
-def collect(p_marks, p_index, p_count, words, CAPACITY: tl.constexpr, BITS: tl.constexpr):
-    """Grid (B,). Writes the marked queue indices in ascending order, (B, CAPACITY), and how many are marked, (B,).
-
-    The count goes on past the capacity: a row with more is known, not cut short.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    count = tl.full([], 0, tl.int32)
-    for start in range(0, words * 32, BITS):
-        o_bit = start + tl.arange(0, BITS)
-        b_word = tl.load(p_marks + row * words + o_bit // 32, o_bit < words * 32, 0)
-        marked = (b_word >> (o_bit % 32)) & 1
-        place = count + tl.cumsum(marked, 0) - 1
-        tl.store(p_index + row * CAPACITY + place, o_bit, (marked == 1) & (place < CAPACITY))
-        count += tl.sum(marked)
-    tl.store(p_count + row, count)
-
-
-@triton.jit
-def score(
-    p_q,
-    p_queue,
-    p_index,
-    p_count,
-    p_similarity,
-    D: tl.constexpr,
-    DIM: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """Grid (B, key blocks). Writes the similarity of each collected key, (B, CAPACITY)."""
-    row = tl.program_id(0).to(tl.int64)
-    count = tl.minimum(tl.load(p_count + row), CAPACITY)
-    start = tl.program_id(1) * KEYS
-    if start < count:
-        o_place = start + tl.arange(0, KEYS)
-        m_place = o_place < count
-        o_dim = tl.arange(0, DIM)
-        m_dim = o_dim < D
-        q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
-        index = tl.load(p_index + row * CAPACITY + o_place, m_place, 0).to(tl.int64)
-        n = tl.load(p_queue + index[:, None] * D + o_dim[None, :], m_place[:, None] & m_dim[None, :], 0)
-        similarity = tl.sum(n.to(tl.float32) * q[None, :], axis=1)
-        tl.store(p_similarity + row * CAPACITY + o_place, similarity, m_place)
+    return tl.where(similarity == similarity, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit(do_not_specialize=["K", "N"])
-def order(
-    p_index,
+def select(
+    p_found,
     p_count,
-    p_similarity,
+    p_place,
     p_threshold,
-    p_shift,
     p_available,
     p_hard_index,
     p_hard,
     p_flag,
     K,
     N,
+    splits,
+    room,
+    SPLITS: tl.constexpr,
+    SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag where it does not count."""
+    """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag where it does not count.
+
+    found is (B, room) int64, similarity above index, SEGMENT places for each split; count is (B, splits); place,
+    (B, CAPACITY) int32, is room to work in. Places of Q^N beyond the keys that a row may use get -inf and index 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     available = K
     if MASKED:
         available = tl.load(p_available + row)
-    count = tl.load(p_count + row)
-    threshold = tl.load(p_threshold + row)
     needed = tl.minimum(available, N)
-    flag = (count < needed) | (count > CAPACITY)
-    if flag == 0:
-        o_place = tl.arange(0, CAPACITY)
-        m_place = o_place < count
-        similarity = tl.load(p_similarity + row * CAPACITY + o_place, m_place, float("-inf"))
-        index = tl.load(p_index + row * CAPACITY + o_place, m_place, 0)
-        key = tl.where(m_place, sortable(similarity, index), -0x8000000000000000)
-        key = tl.sort(key, descending=True)
-        similarity, index = unsorted(key)
-        similarity = tl.where(m_place, similarity, float("-inf"))
-        index = tl.where(m_place, index, 0)
-        tl.store(p_hard + row * N + o_place, similarity, o_place < N)
-        tl.store(p_hard_index + row * N + o_place, index, o_place < N)
-        last = tl.sum(tl.where(o_place == needed - 1, similarity, 0))
-        margin = 6.103515625e-05 * tl.maximum(1, tl.load(p_shift + row))
-        flag = (count < available) & (last <= threshold + margin)
+    o_split = tl.arange(0, SPLITS)
+    b_count = tl.load(p_count + row * splits + o_split, o_split < splits, 0)
+    total = tl.sum(b_count)
+    longest = tl.max(b_count)
+    flag = (total < needed) | (total > CAPACITY) | (longest > SEGMENT)
     tl.store(p_flag + row, flag.to(tl.int32))
+    if flag == 0:
+        WIDE: tl.constexpr = CAPACITY // SPLITS
+        o_all = tl.arange(0, CAPACITY)
+        o_slot = tl.arange(0, WIDE)
+        o_from = (o_all // WIDE) * SEGMENT + o_all % WIDE
+        m_all = tl.reshape(o_slot[None, :] < b_count[:, None], [CAPACITY])
+        if longest > WIDE:
+            # Too uneven for one rectangle: the places that are taken, side by side.
+            p_mine = p_place + row * CAPACITY
+            b_before = tl.cumsum(b_count, 0) - b_count
+            for start in range(0, longest, WIDE):
+                o_here = start + o_slot
+                o_to = b_before[:, None] + o_here[None, :]
+                b_from = o_split[:, None] * SEGMENT + o_here[None, :]
+                tl.store(p_mine + o_to, b_from, o_here[None, :] < b_count[:, None])
+            tl.debug_barrier()
+            m_all = o_all < total
+            o_from = tl.load(p_mine + o_all, m_all, 0)
+        b_found = tl.load(p_found + row * room + o_from, m_all, 0)
+        b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
+        b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        b_order = tl.where(m_all, ordered(b_similarity), -(2**31))
+
+        # At least `needed` numbers reach low, `reached` of them, and fewer reach high + 1; int64 cannot overflow.
+        low, high = ordered(tl.load(p_threshold + row)).to(tl.int64), tl.max(b_order).to(tl.int64)
+        reached = total
+        while (low < high) & (reached != needed):
+            middle = (low + high + 1) >> 1
+            count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
+            enough = count >= needed
+            low = tl.where(enough, middle, low)
+            reached = tl.where(enough, count, reached)
+            high = tl.where(enough, high, middle - 1)
+        last = low.to(tl.int32)
+        b_chosen = (b_order >= last).to(tl.int32)
+        if reached != needed:
+            b_tie = (b_order == last).to(tl.int32)
+            spare = reached - needed
+            tied = tl.sum(b_tie)
+            b_chosen = tl.where((b_tie == 1) & (tl.cumsum(b_tie, 0) > tied - spare), 0, b_chosen)
+        o_to = row * N + tl.cumsum(b_chosen, 0) - 1
+        tl.store(p_hard_index + o_to, b_index, b_chosen == 1)
+        tl.store(p_hard + o_to, b_similarity, b_chosen == 1)
+        if MASKED:
+            m_beyond = (o_all >= needed) & (o_all < N)
+            tl.store(p_hard_index + row * N + o_all, 0, m_beyond)
+            tl.store(p_hard + row * N + o_all, float("-inf"), m_beyond)

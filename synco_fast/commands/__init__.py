@@ -1,4 +1,4 @@
-"""The verbs of ``synco-fast``, a module each: it adds its arguments, calls the package and prints."""
+"""The subcommands of ``synco-fast``, a module each: it adds its arguments, calls the package and prints."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from synco_fast.commands import (
     profile_loss,
     profile_step,
     report,
+    study,
     validate,
 )
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.parser import Commands
 
-__all__ = ["COMMANDS", "Verbs"]
+__all__ = ["COMMANDS", "Commands"]
 
 COMMANDS = (
     pretrain,
@@ -43,6 +44,7 @@ COMMANDS = (
     import_checkpoint,
     embed,
     report,
+    study,
     compare,
     data_demo,
     data_check,

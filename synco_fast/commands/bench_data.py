@@ -11,28 +11,25 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
-_PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")
-#: What is measured without --pipelines, by --source.
-_DEFAULTS = {"photos": _PIPELINES[:5], "packed": ("pil", "torchvision", "dali", *_PIPELINES[5:])}
 
-
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench data``."""
-    command = verbs.add(
+    command = commands.add(
         "bench data",
         _bench_data,
         "Images and views a second by pipeline, on JPEG files of ImageNet's size that are drawn on the spot, against "
         "the plain two-crop loader of the released code (pil).",
         "synco-fast bench data --workers 16 --batch 256 --json data.json",
     )
-    command.add_argument("--pipelines", nargs="+", choices=_PIPELINES, help="all that this machine can run by default")
+    command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that this machine can run by default")
     command.add_argument(
         "--source",
-        choices=tuple(_DEFAULTS),
+        choices=tuple(PIPELINES_OF),
         default="photos",
         help="packed: also the same photos as data pack packs them, against the unpacked pipelines",
     )
@@ -59,11 +56,11 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
-    pipelines = options.pipelines or [name for name in _DEFAULTS[options.source] if has_pipeline(name)]
+    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.source] if has_pipeline(name)]
     missing = [name for name in pipelines if not has_pipeline(name)]
     if missing:
         raise UserError(
-            f"pipelines: found {missing[0]}, expected {', '.join(filter(has_pipeline, _PIPELINES))} here, where "
+            f"pipelines: found {missing[0]}, expected {', '.join(filter(has_pipeline, PIPELINES))} here, where "
             "DALI is not installed"
         )
     folder = options.folder or cache_folder() / "bench-photos"

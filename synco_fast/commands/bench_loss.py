@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,37 +13,57 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
+from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
+    from synco_fast.bench.cost.model import Cost
     from synco_fast.bench.loss import Shape
 
 __all__ = ["add"]
 
-_BACKENDS = ("released", "reference", "compiled", "blockwise", "triton")
 
-
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench loss``."""
-    command = verbs.add(
+    command = commands.add(
         "bench loss",
-        _bench_head,
-        "Time and peak memory of SynCo's loss, forward and gradient, by back end. By default B = 64 and 256, K = 4,096 "
-        "and 65,536 on a CPU; B from 64 to 4,096 and K from 4,096 to 262,144 on a GPU.",
+        _bench_loss,
+        "Time and peak memory of SynCo's loss, forward and gradient, by backend. By default B = 64 and 256, K = 4,096 "
+        "and 65,536 on a CPU; B from 64 to 4,096 and K from 4,096 to 262,144 on a GPU. With --model, what the launches "
+        "of the kernels cost by count, without a GPU.",
         "synco-fast bench loss --rows 256 --length 65536 --json loss.json --plot loss.png",
     )
-    command.add_argument("--backends", nargs="+", choices=_BACKENDS, help="all that this machine can run by default")
+    names = tuple(dict.fromkeys((*LOSS_BACKENDS, *SELECTIONS)))
+    command.add_argument(
+        "--backends",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"{', '.join(BACKENDS)}: all of these that this machine can run by default; and parts as others compute "
+        f"them: {', '.join(FIELD)}",
+    )
+    command.add_argument(
+        "--part",
+        choices=("loss", "selection"),
+        default="loss",
+        help=f"selection: the N largest similarities alone, by {', '.join(SELECTIONS)}",
+    )
     for name, about in (("rows", "B"), ("length", "K")):
         command.add_argument(f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured")
     command.add_argument("--dim", type=positive, default=128, help="D")
     command.add_argument("--hard", type=positive, default=1024, help="N; all of a queue that is shorter")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU by default")
+    command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU and in the model by default")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
     command.add_argument("--rounds", type=positive, help="fresh processes; 3 on a CPU and 1 on a GPU by default")
     command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    command.add_argument("--lines", type=Path, metavar="FILE", help="append each figure here at once, a line of JSON")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw them here, as PNG")
+    command.add_argument("--model", action="store_true", help="count the launches' cost instead; needs Triton alone")
+    command.add_argument(
+        "--capability", type=int, choices=CAPABILITIES, default=90, help="compute capability of the model, times ten"
+    )
 
 
 def _shapes(options: argparse.Namespace, dtype: str, *, large: bool) -> list[Shape]:
@@ -57,13 +78,15 @@ def _shapes(options: argparse.Namespace, dtype: str, *, large: bool) -> list[Sha
     return [Shape(rows, length, options.dim, options.hard, dtype) for rows, length in pairs]
 
 
-def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    if options.model:
+        return _model(options, console)
     import torch
     from rich.progress import Progress
 
     from synco_fast.bench.loss import sweep
     from synco_fast.bench.loss_report import draw_loss
-    from synco_fast.bench.roofline import floor_seconds, measure_ceilings
+    from synco_fast.bench.roofline import measure_ceilings
     from synco_fast.kernels.ops import unserved_by_triton
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
@@ -75,28 +98,38 @@ def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Conso
     dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     sample = torch.empty(0, options.dim, dtype=getattr(torch, dtype), device=device)
     reason = unserved_by_triton(sample, sample, 0.2)
-    backends = options.backends or [name for name in _BACKENDS if name != "triton" or not reason]
+    backends = options.backends or _default_backends(options.part, served=not reason)
+    known = LOSS_BACKENDS if options.part == "loss" else tuple(SELECTIONS)
+    for name in backends:
+        if name not in known:
+            raise UserError(f"backends: found {name}, expected for the {options.part} {', '.join(known)}")
     if "triton" in backends and reason:
         raise UserError(f"backends: found triton, expected the others on this machine: {reason}")
     if options.threads:
         torch.set_num_threads(options.threads)
     shapes = _shapes(options, dtype, large=on_gpu)
     ceilings = measure_ceilings(device, getattr(torch, dtype))
-    repeats = options.repeats or (50 if on_gpu else 5)
     results = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=len(backends) * len(shapes))
-        rounds = options.rounds or (1 if on_gpu else 3)
-        measured = sweep(backends, shapes, device=device, repeats=repeats, rounds=rounds, threads=options.threads)
+        measured = sweep(
+            backends,
+            shapes,
+            device=device,
+            repeats=options.repeats or (50 if on_gpu else 5),
+            rounds=options.rounds or (1 if on_gpu else 3),
+            threads=options.threads,
+            part=options.part,
+            keep=_line_writer(options.lines),
+        )
         for result in measured:
-            itemsize = getattr(torch, dtype).itemsize
-            result["floor_s"] = floor_seconds(result["rows"], result["length"], result["dim"], itemsize, ceilings)
+            result["floor_s"] = _floor(result, options.part, getattr(torch, dtype).itemsize, ceilings)
             results.append(result)
             progress.advance(task)
     environment = describe_environment()
     if options.json is not None:
         about = {"environment": environment, "device": device.type, "ceilings": ceilings._asdict()}
-        write_json(options.json, about | {"results": results})
+        write_json(options.json, about | {"part": options.part, "results": results})
     _print(results, f"{environment['device']}, {dtype}, D = {options.dim}, N = {options.hard}", console)
     console.print(
         f"floor: {ceilings.flops / 1e12:,.2f} TFLOP/s and {ceilings.bytes / 1e9:,.0f} GB/s, as measured here",
@@ -107,6 +140,31 @@ def _bench_head(options: argparse.Namespace, rest: Sequence[str], console: Conso
     return 0
 
 
+def _default_backends(part: str, *, served: bool) -> list[str]:
+    names = BACKENDS if part == "loss" else [name for name in SELECTIONS if "flashinfer" not in name]
+    return [name for name in names if name != "triton" or served]
+
+
+def _line_writer(path: Path | None) -> Callable[[dict[str, Any]], None]:
+    """A function that appends a line of JSON to a file, or does nothing."""
+
+    def write(result: dict[str, Any]) -> None:
+        if path is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+
+    return write
+
+
+def _floor(result: dict[str, Any], part: str, itemsize: int, ceilings: Any) -> float:
+    from synco_fast.bench.roofline import floor_seconds, selection_floor
+
+    sizes = result["rows"], result["length"], result["dim"], itemsize, ceilings
+    if part == "loss":
+        return floor_seconds(*sizes)
+    return selection_floor(*sizes, product=not result["backend"].endswith("-only"))
+
+
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     from synco_fast.bench.loss_report import best_seconds
 
@@ -114,8 +172,8 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("B", justify="right")
     table.add_column("K", justify="right")
-    table.add_column("back end", no_wrap=True)
-    for name in ("ms", *(("cold", "graph") if on_gpu else ()), "speed", "MiB", "floor"):
+    table.add_column("backend", no_wrap=True)
+    for name in ("ms", *(("cold", "graph") if on_gpu else ()), "bare", "speed", "MiB", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     notes = []
     first: dict[tuple[int, int], float] = {}
@@ -129,11 +187,89 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
         seconds = best_seconds(result)
         times = [result["median_s"]] + ([result["cold_s"], result.get("graph_s")] if on_gpu else [])
         speed = f"{first.setdefault(shape, seconds) / seconds:,.2f}x"
-        figures = [f"{1e3 * value:,.3f}" if value else "-" for value in times]
+        figures = [f"{1e3 * value:,.3f}" if value else "-" for value in (*times, result.get("bare_s"))]
         table.add_row(*key, *figures, speed, f"{result['extra_mib']:,.1f}", f"{result['floor_s'] / seconds:.0%}")
         if "graph" in result:
             notes.append(f"{result['backend']} at B = {key[0]}, K = {key[1]}: {result['graph']}")
     console.print(table)
-    console.print("ms: median; speed: against the first back end at that shape; floor: its share of the time")
+    console.print("ms: median; bare: the operator alone; speed: against the first backend at that shape; floor: its")
+    console.print("share of the time")
     for note in notes:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
+
+
+def _model(options: argparse.Namespace, console: Console) -> int:
+    from dataclasses import asdict
+
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import write_json
+
+    try:
+        from synco_fast.bench.cost.model import DEVICES, costs_of_loss, total
+    except ImportError as error:
+        raise UserError(f"model: found no Triton, expected it installed ({error})") from error
+    from synco_fast.bench.cost.launches import compiler_version
+    from synco_fast.bench.loss import Shape
+    from synco_fast.kernels.triton.config import interpreted
+
+    if interpreted():
+        raise UserError("model: found TRITON_INTERPRET=1, expected it unset: the interpreter compiles nothing")
+    device = DEVICES[options.capability]
+    found = []
+    for rows, length in itertools.product(options.rows or [256], options.length or [65536]):
+        shape = Shape(rows, length, options.dim, options.hard, options.dtype or "bfloat16")
+        costs = costs_of_loss(shape, options.capability)
+        found.append({"shape": asdict(shape), "total": total(costs), "launches": [cost.as_dict() for cost in costs]})
+        _print_model(costs, f"{device.name}, B = {shape.rows:,}, K = {shape.length:,}, {shape.dtype}", console)
+    console.print(f"counted from machine code, {compiler_version()}, for sm_{options.capability}", highlight=False)
+    console.print(
+        f"stated: {device.processors} SMs at {device.clock:,.0f} MHz, {device.issue:.0%} of issue slots, "
+        f"{device.flops:,} FLOP/clk/SM, L2 {device.l2 / 1e6:.1f} and HBM {device.hbm / 1e6:.1f} TB/s, "
+        f"{device.launch:g} us a launch; nothing was measured",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if options.json is not None:
+        about = {"compiler": compiler_version(), "capability": options.capability, "assumed": asdict(device)}
+        write_json(options.json, about | {"shapes": found})
+    return 0
+
+
+def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
+    from synco_fast.bench.cost.model import total
+
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    table.add_column("launch", no_wrap=True)
+    for name in ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "MB L2", "GFLOP", "us"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bound", no_wrap=True)
+    for cost in costs:
+        table.add_row(
+            cost.name,
+            f"{cost.programs:,}",
+            str(cost.warps),
+            str(cost.registers),
+            f"{cost.shared / 1024:.0f}",
+            str(cost.resident),
+            str(cost.waves),
+            f"{cost.instructions / 1e6:.2f}",
+            f"{cost.l2 / 1e6:.1f}",
+            "-" if cost.flops is None else f"{cost.flops / 1e9:.1f}",
+            f"{cost.microseconds:.1f}",
+            cost.bound,
+        )
+    sums = total(costs)
+    table.add_section()
+    figures = [f"{sums['instructions'] / 1e6:.1f}", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
+    table.add_row("sum", *[""] * 6, *figures)
+    console.print(table)
+    for cost in costs:
+        for loop in cost.loops:
+            line = f"{cost.name}: {loop['source']}: {loop['instructions']:,} instructions, {loop['trips']:,.1f} trips"
+            console.print(f"{line} ({loop['how']})", style="dim", highlight=False, soft_wrap=True)
+        for branch in cost.assumed:
+            console.print(f"{cost.name}: {branch}: assumed taken", style="yellow", highlight=False, soft_wrap=True)
+        if cost.spilled:
+            console.print(f"{cost.name}: {cost.spilled} bytes spilled", style="yellow", highlight=False)
+        if cost.serialised:
+            console.print(f"{cost.name}: ptxas serialises its wgmma (C7515)", style="yellow", highlight=False)

@@ -9,16 +9,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from synco_fast.bench.subjects import ENGINES, STEPS, STEPS_BY_DEFAULT, VALIDATED
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, positive
-from synco_fast.methods import METHODS, with_queue
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench step``."""
-    command = verbs.add(
+    command = commands.add(
         "bench step",
         _bench_step,
         "Images a second of the whole training step, without data, beside the encoder alone and a plain loop.",
@@ -27,15 +27,10 @@ def add(verbs: Verbs) -> None:
     )
     command.add_argument("--config", metavar="PRESET", default="synco-r50-200", help="encoder, batch and image size")
     command.add_argument(
-        "--subjects",
-        nargs="+",
-        metavar="NAME",
-        help=f"encoder, plain, {', '.join(METHODS)}; the baselines and the methods with a queue if unset",
+        "--subjects", nargs="+", metavar="NAME", help=f"{', '.join(STEPS)}; {' '.join(STEPS_BY_DEFAULT)} if unset"
     )
-    command.add_argument(
-        "--engines", nargs="+", metavar="NAME", help="eager (default), compile, compile-step, graph, compile+graph"
-    )
-    command.add_argument("--backends", nargs="+", metavar="NAME", help="of the loss: blockwise, triton, reference")
+    command.add_argument("--engines", nargs="+", metavar="NAME", help=f"{', '.join(ENGINES)}; eager if unset")
+    command.add_argument("--backends", nargs="+", metavar="NAME", help=f"of the loss: {', '.join(VALIDATED)}")
     command.add_argument("--steps", type=positive, default=20, help="timed steps of each")
     command.add_argument("--rounds", type=positive, default=1, help="how often all are gone through")
     command.add_argument("--threads", type=positive, help="of each process")
@@ -43,16 +38,13 @@ def add(verbs: Verbs) -> None:
 
 
 def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.bench.step import ENGINES, SUBJECTS, bench_step
+    from synco_fast.bench.step import bench_step
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
 
-    subjects, engines = (
-        tuple(options.subjects or ("encoder", "plain", *with_queue())),
-        tuple(options.engines or ("eager",)),
-    )
-    for name, found, expected in (("subjects", subjects, SUBJECTS), ("engines", engines, tuple(ENGINES))):
+    subjects, engines = tuple(options.subjects or STEPS_BY_DEFAULT), tuple(options.engines or ("eager",))
+    for name, found, expected in (("subjects", subjects, STEPS), ("engines", engines, tuple(ENGINES))):
         for word in found:
             if word not in expected:
                 raise ConfigError(f"{name}: found {word!r}, expected {', '.join(expected)}")
@@ -70,12 +62,12 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     )
     rated = any(row["utilisation"] is not None for row in report["results"])
     table = Table(title=f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}")
-    for title in ("step", "engine", "head"):
+    for title in ("step", "engine", "backend"):
         table.add_column(title)
-    for title in ("images/s", "/encoder", "/moco", "/plain", "MiB", *(("MFU",) if rated else ())):
+    for title in ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ())):
         table.add_column(title, justify="right", no_wrap=True)
     for row in report["results"]:
-        shares = [row[f"of_{name}"] for name in ("encoder", "moco", "plain")]
+        shares = [row[f"of_{name}"] for name in ("encoder", "encoder_plain", "moco", "plain")]
         table.add_row(
             row["subject"],
             row["engine"],
@@ -86,6 +78,8 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
             *((f"{row['utilisation']:.1%}",) if rated else ()),
         )
     console.print(table)
+    console.print("/encoder, /limit, /moco, /plain: share of the images a second of the best engine of that subject;")
+    console.print("limit: encoder-plain, without a batch norm over groups")
     for row in report["results"]:
         for note in row["notes"]:
             console.print(f"{row['subject']}, {row['engine']}: {note}", style="yellow", highlight=False)

@@ -9,22 +9,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.options import add_options, path
+from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast compare``."""
-    command = verbs.add(
+    command = commands.add(
         "compare",
         _compare,
-        "Several runs as a table and one picture; runs that differ by seed alone give mean and spread.",
+        "Several runs as a table and one picture; runs that differ by seed alone give mean and standard deviation.",
         "synco-fast compare runs/moco-0 runs/moco-1 runs/synco-0 runs/synco-1 --out comparison.png",
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
-    command.add_argument("--out", type=Path, default=Path("comparison.png"), metavar="FILE", help="the picture")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    command.add_argument("--out", type=path, default=Path("comparison.png"), metavar="FILE", help="the picture")
+    add_options(command, "json")
 
 
 def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

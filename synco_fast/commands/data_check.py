@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.parser import Verbs, positive, two_columns
+from synco_fast.commands.options import SOURCE, add_options
+from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.data.sources.splits import Split
@@ -19,25 +20,23 @@ __all__ = ["add"]
 
 #: How many corrupt images are named on the screen; all of them are in the JSON file.
 _NAMED = 50
-#: Seconds between plain lines where there is no terminal.
-_LINE_EVERY = 15.0
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast data check``."""
-    command = verbs.add(
+    command = commands.add(
         "data check",
         _data_check,
         "Decode every image of a source, name what is corrupt, and keep a list of the others, with which training "
         "starts at once. Ends with code 1 where an image is corrupt.",
         "synco-fast data check /data/imagenet --json corrupt.json",
     )
-    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
-    command.add_argument("--workers", type=positive, help="decoding processes; one a core by default")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all corrupt images here")
+    command.add_argument("source", help=SOURCE)
+    add_options(command, "workers", json="write figures and all corrupt images here")
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.data.errors import printable
     from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
@@ -46,6 +45,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     source = open_afresh(options.source)
     start = time.perf_counter()
     figures: dict[str, Any] = {"source": options.source, "images": 0, "corrupt": {}, "lists": [], "truncated": {}}
+    unread: Counter[str] = Counter()
     for title, split in (("training", source.train), ("held-out", source.validation)):
         if split is None:
             continue
@@ -53,21 +53,25 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
         figures["images"] += len(split)
         figures["corrupt"] |= {split.name(index): reason for index, reason in sorted(corrupt.items())}
         figures["truncated"] |= getattr(getattr(split, "manifest", None), "excluded", {})
+        unread.update(getattr(getattr(split, "manifest", None), "unread", {}))
         try:
             kept = keep_list(split, corrupt)
         except OSError as error:
             raise UserError(f"cache: cannot write the list of {options.source} ({error})") from error
         figures["lists"] += [kept] if kept else []
     spent = time.perf_counter() - start
-    figures["seconds"] = spent
+    figures |= {"seconds": spent, "unread": dict(unread)}
     if options.json is not None:
         write_json(options.json, figures | {"environment": describe_environment()})
-    wrong = [*figures["corrupt"].values(), *(f"{name}: {why}" for name, why in figures["truncated"].items())]
+    if unread:
+        kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in unread.most_common())
+        console.print(f"not read: {kinds}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+    wrong = [*figures["corrupt"].values(), *(f"{printable(name)}: {why}" for name, why in figures["truncated"].items())]
     for reason in wrong[:_NAMED]:
         console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if len(wrong) > _NAMED:
         console.print(f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", style="yellow")
-    table = two_columns(f"check of {options.source}")
+    table = two_columns(f"check of {printable(options.source)}")
     share = len(figures["corrupt"]) / figures["images"]
     table.add_row("images", f"{figures['images']:,}")
     table.add_row("corrupt", f"{len(figures['corrupt']):,} ({share:.2%})")
@@ -81,18 +85,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
 def _with_progress(
     title: str, split: Split, find: Callable[..., dict[int, str]], workers: int | None, console: Console
 ) -> dict[int, str]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from synco_fast.runtime.progress import ProgressBar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    said = time.monotonic()
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=len(split), note="")
-
-        def tick(done: int, corrupt: int) -> None:
-            nonlocal said
-            progress.update(task, completed=done, note=f"{corrupt:,} corrupt")
-            if not console.is_terminal and time.monotonic() - said > _LINE_EVERY:
-                said = time.monotonic()
-                console.print(f"{title}: {done:,} of {len(split):,}, {corrupt:,} corrupt", highlight=False)
-
-        return find(split, workers=workers, tick=tick)
+    with ProgressBar(console, title, len(split)) as bar:
+        return find(split, workers=workers, tick=lambda done, corrupt: bar.update(done, f"{corrupt:,} corrupt"))

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.options import add_options, path
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast data demo``."""
-    command = verbs.add(
+    command = commands.add(
         "data demo", _data_demo, "Draw the embedded image set into a folder.", "synco-fast data demo datasets/demo"
     )
-    command.add_argument("folder", type=Path)
-    command.add_argument("--train", type=int, default=200, help="training images a class")
-    command.add_argument("--validation", type=int, default=50, help="held-out images a class")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("folder", type=path)
+    command.add_argument("--train", type=positive, default=200, metavar="N", help="training images a class")
+    command.add_argument("--validation", type=positive, default=50, metavar="N", help="held-out images a class")
+    add_options(command, "seed")
 
 
 def _data_demo(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

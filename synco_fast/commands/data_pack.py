@@ -4,43 +4,42 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.parser import Verbs, positive, two_columns
+from synco_fast.commands.options import add_options, path
+from synco_fast.commands.parser import Commands, positive, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.data.pipelines.pack_quality import PackQuality
     from synco_fast.data.sources.pack_index import PackIndex
+    from synco_fast.runtime.progress import ProgressBar
 
 __all__ = ["add"]
 
 #: How many corrupt images are named on the screen; all of them are in the JSON file.
 _NAMED = 20
-_LINE_EVERY = 15.0
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast data pack``."""
-    command = verbs.add(
+    command = commands.add(
         "data pack",
         _data_pack,
         "Shrink the images of a source once into JPEG tar shards, so that training decodes fewer pixels. The same "
         "command resumes an interrupted pack. Train with --data tar:OUT.",
         "synco-fast data pack /data/imagenet /data/imagenet-320 --short-side 320 --quality 90",
     )
-    command.add_argument("source", help="a folder, tar:FOLDER or list:FILE")
-    command.add_argument("out", type=Path, help="a new or empty folder, or an interrupted pack")
+    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE or parquet:FOLDER")
+    command.add_argument("out", type=path, help="a new or empty folder, or an interrupted pack")
     command.add_argument("--short-side", type=positive, default=320, help="pixels; larger images are shrunk to it")
     command.add_argument("--quality", type=_quality, default=90, help="of the JPEG files, 1 to 100")
     command.add_argument("--shard-size", type=positive, default=256, metavar="MIB", help="a shard's size in MiB")
     command.add_argument("--view", type=positive, default=224, help="size of a view that the quality is measured with")
-    command.add_argument("--workers", type=positive, help="processes; one a core by default")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write figures and all corrupt images here")
+    add_options(command, "workers", json="write figures and all corrupt images here")
 
 
 def _quality(word: str) -> int:
@@ -58,13 +57,14 @@ def _data_pack(options: argparse.Namespace, rest: Sequence[str], console: Consol
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.progress import ProgressBar
 
     source = open_source(options.source)
     settings = PackSettings(options.short_side, options.quality, options.shard_size << 20)
     start = time.perf_counter()
     try:
-        with _Progress(console) as progress:
-            packed = pack_source(source, options.out, settings, workers=options.workers, tick=progress.tick)
+        with ProgressBar(console, "packing", None) as bar:
+            packed = pack_source(source, options.out, settings, workers=options.workers, tick=_tick_of(bar))
     except OSError as error:
         raise UserError(
             f"data: cannot write the pack in {options.out} ({error.strerror or error}); the same command resumes it"
@@ -99,8 +99,10 @@ def _print(
         console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if len(figures["corrupt"]) > _NAMED:
         console.print(f"... and {len(figures['corrupt']) - _NAMED:,} more; --json FILE names them all", style="yellow")
+    from synco_fast.data.errors import printable
+
     read, packed = (figures[name] / 2**30 for name in ("bytes_read", "bytes_packed"))
-    table = two_columns(f"pack of {options.source}")
+    table = two_columns(f"pack of {printable(options.source)}")
     table.add_row("images", ", ".join(f"{count:,} {title}" for title, count in figures["images"].items()))
     table.add_row("corrupt", f"{len(figures['corrupt']):,}")
     table.add_row("kept as they were", f"{figures['kept']:,}")
@@ -115,33 +117,19 @@ def _print(
         f"crops below {options.view} pixels", f"{quality.small:.1%}, in the source {quality.small_source:.1%}"
     )
     table.add_row("time", f"{spent:,.0f} s")
-    table.add_row("train with", f"--data tar:{options.out}")
+    table.add_row("train with", f"--data tar:{printable(str(options.out))}")
     console.print(table)
 
 
-class _Progress:
-    """A bar per split, or a plain line from time to time where there is no terminal."""
+def _tick_of(bar: ProgressBar) -> Callable[[str, int, int, int], None]:
+    """Shows one split after the other in the same bar."""
+    shown = ""
 
-    def __init__(self, console: Console) -> None:
-        from synco_fast.runtime.progress import progress_bar
+    def tick(title: str, done: int, total: int, corrupt: int) -> None:
+        nonlocal shown
+        if title != shown:
+            shown = title
+            bar.restart(f"packing {title}", total)
+        bar.update(done, f"{corrupt:,} corrupt")
 
-        self._console, self._said = console, time.monotonic()
-        self._bar = progress_bar(console)
-        self._bar.disable = not console.is_terminal
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def tick(self, title: str, done: int, total: int, corrupt: int) -> None:
-        """Show how far a split is."""
-        if title not in self._tasks:
-            self._tasks[title] = self._bar.add_task(f"packing {title}", total=total, figures="")
-        self._bar.update(self._tasks[title], completed=done, figures=f"{corrupt:,} corrupt")
-        if not self._console.is_terminal and time.monotonic() - self._said > _LINE_EVERY:
-            self._said = time.monotonic()
-            self._console.print(f"packing {title}: {done:,} of {total:,}, {corrupt:,} corrupt", highlight=False)
+    return tick

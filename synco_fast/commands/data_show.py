@@ -8,15 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
+from synco_fast.commands.options import SOURCE, path
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast data show``."""
-    command = verbs.add(
+    command = commands.add(
         "data show",
         _data_show,
         "Draw augmented pairs as a run would meet them, from the pipeline that it would choose. Any key of the "
@@ -24,25 +25,29 @@ def add(verbs: Verbs) -> None:
         "synco-fast data show /data/imagenet --augment.size 96 --out pairs.png",
         overrides=True,
     )
-    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
+    command.add_argument("source", help=SOURCE)
     command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults without it")
     command.add_argument("--pairs", type=positive, default=24)
-    command.add_argument("--epoch", type=int, default=0, help="views differ from epoch to epoch")
-    command.add_argument("--out", type=Path, default=Path("pairs.png"), metavar="FILE", help="the PNG")
+    command.add_argument("--epoch", type=int, default=0, metavar="N", help="views differ from epoch to epoch")
+    command.add_argument("--out", type=path, default=Path("pairs.png"), metavar="FILE", help="the PNG")
 
 
 def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.config import build_config
+    from synco_fast.presets import load_config
+    from synco_fast.runtime.errors import ConfigError
+
+    if options.out.suffix.lower() != ".png":
+        raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png")
+    overrides = overrides_of(rest) | {"data.source": options.source}
+    config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
     from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline
     from synco_fast.data.sources.open import open_source
-    from synco_fast.presets import load_config
     from synco_fast.runtime.precision import Precision, resolve_device
     from synco_fast.training.plots import draw_pairs
 
-    overrides = overrides_of(rest) | {"data.source": options.source}
-    config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
     device = resolve_device(config.training.device)
-    split = open_source(config.data.source).train
+    split = open_source(config.data.source, config.data.limits).train
     chosen = choose_pipeline(config.data.pipeline, split, device)
     pipeline = build_pipeline(
         split,

@@ -8,51 +8,49 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_setting, print_result, setting_of
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.options import add_eval_options, add_options, check_ranges, eval_options, print_result
+from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast evaluate detection``."""
-    command = verbs.add(
+    command = commands.add(
         "evaluate detection",
         _evaluate_detection,
         "COCO metrics of torchvision's Faster R-CNN (with masks: Mask R-CNN) fine-tuned on the backbone.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate detection runs/synco-r50-200 --data voc:/data/voc",
     )
-    add_setting(command)
+    add_eval_options(command)
     command.add_argument("--steps", type=int, help="iterations: 24000 for VOC, 180000 for COCO by default")
     command.add_argument("--batch", type=int, help="images a step over all processes, 16 by default")
     command.add_argument("--lr", type=float, help="0.02 by default")
     command.add_argument("--size", type=int, help="short side of every image; 800, and several in training, by default")
-    command.add_argument("--freeze", action="store_true", help="the backbone stays as it is")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--freeze", action="store_true", help="freeze the backbone")
+    add_options(command, "seed")
 
 
 def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.detection.finetune import evaluate_detection, published_plan
-    from synco_fast.runtime.errors import ConfigError
+    given = check_ranges(options, steps=0, batch=0, lr=0, size=0)
+    from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 
-    given = {name: getattr(options, name) for name in ("steps", "batch", "lr", "size")}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if value <= 0:
-            raise ConfigError(f"{name}: found {value}, expected above 0")
-    plan = published_plan("voc" if (options.data or "").startswith("voc:") else "coco")
+    protocol = published_protocol("voc" if (options.data or "").startswith("voc:") else "coco")
     if "steps" in given:
-        share = given["steps"] / plan.steps
-        drops, warmup = tuple(round(share * drop) for drop in plan.drops), min(plan.warmup, given["steps"] // 10)
-        plan = replace(plan, drops=drops, warmup=warmup)
+        share = given["steps"] / protocol.steps
+        drops, warmup = (
+            tuple(round(share * drop) for drop in protocol.drops),
+            min(protocol.warmup, given["steps"] // 10),
+        )
+        protocol = replace(protocol, drops=drops, warmup=warmup)
     if "size" in given:
-        plan = replace(plan, sizes=(given["size"],))
-    plan = replace(plan, **given, freeze=options.freeze, seed=options.seed)
-    result = evaluate_detection(options.checkpoint, setting_of(options), plan=plan, console=console)
+        protocol = replace(protocol, sizes=(given["size"],))
+    protocol = replace(protocol, **given, freeze=options.freeze, seed=options.seed)
+    result = evaluate_detection(options.checkpoint, eval_options(options), protocol=protocol, console=console)
     rows = [
         ("detector", result["detector"]),
         ("images", f"{result['train_images']:,} to train on, {result['test_images']:,} to test on"),
-        ("iterations, batch, lr", f"{plan.steps:,}, {plan.batch}, {plan.lr:g}"),
+        ("iterations, batch, lr", f"{protocol.steps:,}, {protocol.batch}, {protocol.lr:g}"),
     ]
-    print_result(result, options, console, rows)
+    print_result(result, options, console, rows, chance="AP before training")
     return 0

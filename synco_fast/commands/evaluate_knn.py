@@ -7,45 +7,41 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_setting, print_result, setting_of
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.options import add_eval_options, check_ranges, eval_options, print_result
+from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast evaluate knn``."""
-    command = verbs.add(
+    command = commands.add(
         "evaluate knn",
         _evaluate_knn,
         "Weighted kNN accuracy of a checkpoint's backbone on the held-out split.",
-        "synco-fast evaluate knn runs/demo-20260101-120000 --neighbours 20 200",
+        "synco-fast evaluate knn runs/demo-20260101-120000 --k 20 200",
     )
-    add_setting(command)
+    add_eval_options(command)
     command.add_argument(
-        "--neighbours", type=int, nargs="+", metavar="K", help="20, 200 and the run's own by default, where they fit"
+        "--k", type=int, nargs="+", metavar="K", help="20, 200 and the run's own by default, where there are so many"
     )
-    command.add_argument("--temperature", type=float, help="of the neighbours' weights")
+    command.add_argument("--temperature", type=float, help="of the neighbours' votes; the run's own by default")
 
 
 def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.weighted_knn import evaluate_knn
-    from synco_fast.runtime.errors import ConfigError
+    check_ranges(options, k=0, temperature=0)
+    from synco_fast.evaluation.knn import evaluate_knn
 
-    if options.neighbours and min(options.neighbours) < 1:
-        raise ConfigError(f"neighbours: found {min(options.neighbours)}, expected 1 or more")
-    if options.temperature is not None and options.temperature <= 0:
-        raise ConfigError(f"temperature: found {options.temperature:g}, expected above 0")
     result = evaluate_knn(
         options.checkpoint,
-        setting_of(options),
-        neighbours=tuple(options.neighbours) if options.neighbours else None,
+        eval_options(options),
+        k=tuple(options.k) if options.k else None,
         temperature=options.temperature,
         console=console,
     )
     rows = [
         ("temperature", f"{result['temperature']:g}"),
-        ("images to choose from", f"{result['bank']:,}"),
+        ("training images", f"{result['bank']:,}"),
         ("held-out images", f"{result['queries']:,}"),
     ]
     print_result(result, options, console, rows)

@@ -8,46 +8,47 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_setting, print_result, setting_of
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.options import add_eval_options, add_options, check_ranges, eval_options, print_result
+from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast evaluate linear``."""
-    command = verbs.add(
+    command = commands.add(
         "evaluate linear",
         _evaluate_linear,
         "Accuracy of a linear classifier on the frozen backbone: 100 epochs, batch 256, lr 30, as in MoCo.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate linear runs/synco-r50-200 --data /data/imagenet",
     )
-    add_setting(command)
+    add_eval_options(command)
     command.add_argument("--fast", action="store_true", help="on features extracted once, all learning rates in a pass")
     command.add_argument("--epochs", type=int, help="100 by default; the rate falls after 60 and 80 percent of them")
     command.add_argument("--batch", type=int, help="images a step over all processes, 256 by default")
     command.add_argument("--lr", type=float, nargs="+", help="30 by default; several with --fast")
-    command.add_argument("--seed", type=int, default=0)
+    add_options(command, "seed")
 
 
 def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast
     from synco_fast.runtime.errors import ConfigError
 
-    given = {name: getattr(options, name) for name in ("epochs", "batch") if getattr(options, name) is not None}
-    for name, value in given.items():
-        if value < 1:
-            raise ConfigError(f"{name}: found {value}, expected 1 or more")
-    plan = replace(PUBLISHED, seed=options.seed, **given)
+    given = check_ranges(options, epochs=0, batch=0)
+    check_ranges(options, lr=0)
+    if options.lr is not None and len(options.lr) != 1 and not options.fast:
+        raise ConfigError(f"lr: found {len(options.lr)} rates, expected one, or several with --fast")
+    from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast
+
+    protocol = replace(PUBLISHED, seed=options.seed, **given)
     if options.fast:
         rates = tuple(options.lr) if options.lr else FAST_RATES
-        result = evaluate_linear_fast(options.checkpoint, setting_of(options), plan=plan, rates=rates, console=console)
+        result = evaluate_linear_fast(
+            options.checkpoint, eval_options(options), protocol=protocol, rates=rates, console=console
+        )
         rows = [("accuracy by lr", "  ".join(f"{rate}: {value:.1%}" for rate, value in result["rates"].items()))]
     else:
-        if options.lr is not None and len(options.lr) != 1:
-            raise ConfigError(f"lr: found {len(options.lr)} rates, expected one, or several with --fast")
-        plan = replace(plan, head_lr=options.lr[0]) if options.lr else plan
-        result = evaluate_linear(options.checkpoint, setting_of(options), plan=plan, console=console)
+        protocol = replace(protocol, head_lr=options.lr[0]) if options.lr else protocol
+        result = evaluate_linear(options.checkpoint, eval_options(options), protocol=protocol, console=console)
         rows = [("best epoch", f"{result['best']:.1%}")]
     rows += [("epochs, batch, lr", f"{result['epochs']}, {result['batch']}, {result['lr']:g}")]
     if agreement := result["agreement"]:

@@ -8,26 +8,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.commands.options import CHECKPOINT, add_options, path
+from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.export.formats import FORMATS
 
 __all__ = ["add"]
 
-_FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 
-
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast export``."""
-    command = verbs.add(
+    command = commands.add(
         "export",
         _export,
         "Write a checkpoint's backbone for another tool, with a model card.",
         "synco-fast export runs/demo-20260101-120000 --format timm --out exported",
     )
-    command.add_argument("checkpoint", type=Path, help="a run folder, a checkpoint, or an imported file")
-    command.add_argument("--format", required=True, choices=_FORMATS)
-    command.add_argument("--out", type=Path, metavar="DIR", help="RUN/export/FORMAT by default")
+    command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    command.add_argument(
+        "--format", required=True, choices=FORMATS, help="what the other tool loads; docs/export.md says which"
+    )
+    command.add_argument("--out", type=path, metavar="DIR", help="RUN/export/FORMAT by default")
     command.add_argument("--licence", metavar="TEXT", help="what the model card states")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write what was done here as well")
+    add_options(command, json="write what was done here as well")
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

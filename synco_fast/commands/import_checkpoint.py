@@ -8,15 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.commands.options import add_options, path
+from synco_fast.commands.parser import Commands, two_columns
 from synco_fast.methods import METHODS
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast import``."""
-    command = verbs.add(
+    command = commands.add(
         "import",
         _import,
         "Turn a published checkpoint of MoCo, MoCHi or SynCo, or a bare backbone, into one of synco-fast.",
@@ -25,8 +26,8 @@ def add(verbs: Verbs) -> None:
     command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
     command.add_argument("--method", required=True, choices=tuple(METHODS), help="what pretrained it")
     command.add_argument("--backbone", metavar="NAME", help="the architecture, where the file does not say")
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the checkpoint to write, .pt")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write what was done here as well")
+    command.add_argument("--out", type=path, required=True, metavar="FILE", help="the checkpoint to write, .pt")
+    add_options(command, json="write what was done here as well")
 
 
 def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

@@ -1,60 +1,177 @@
-"""What the verbs of ``synco-fast evaluate`` share: options, and how they print."""
+"""Options that several subcommands have, each defined once, and how evaluations print."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
 from synco_fast.commands.parser import two_columns
+from synco_fast.runtime.names import Device, Format
 
 if TYPE_CHECKING:
-    from synco_fast.evaluation.context import Setting
+    from synco_fast.evaluation.context import EvalOptions
 
-__all__ = ["add_setting", "print_result", "setting_of"]
+__all__ = [
+    "CHECKPOINT",
+    "SOURCE",
+    "add_eval_options",
+    "add_options",
+    "check_output",
+    "check_ranges",
+    "eval_options",
+    "path",
+    "print_result",
+]
+
+SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo"
+CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 
-def add_setting(command: argparse.ArgumentParser) -> None:
-    """The options that every evaluation takes."""
-    command.add_argument("checkpoint", type=Path, help="a run folder, a checkpoint, or an imported file")
-    command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
-    command.add_argument("--out", type=Path, metavar="DIR", help="figures, caches, states; RUN/evaluation by default")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--precision", choices=("auto", "fp32", "tf32", "bf16", "fp16"), default="auto")
-    command.add_argument("--workers", type=int, help="decoding processes; 0 for none")
-    command.add_argument("--fresh", action="store_true", help="take up nothing that an earlier call left")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+def _json(command: argparse.ArgumentParser, about: str) -> None:
+    command.add_argument("--json", type=path, metavar="FILE", help=about or "write the figures here as well")
 
 
-def setting_of(options: argparse.Namespace) -> Setting:
-    """The same options, typed."""
-    from synco_fast.evaluation.context import Setting
+def _device(command: argparse.ArgumentParser, about: str) -> None:
+    about = about or "auto: a GPU where there is one"
+    command.add_argument("--device", choices=get_args(Device), default="auto", help=about)
+
+
+def _precision(command: argparse.ArgumentParser, about: str) -> None:
+    about = about or "auto: bf16 where the device computes in it at speed, else fp32"
+    command.add_argument("--precision", choices=get_args(Format), default="auto", help=about)
+
+
+def _workers(command: argparse.ArgumentParser, about: str) -> None:
+    about = about or "decoding processes; 0 for none, one a core by default"
+    command.add_argument("--workers", type=_count, metavar="N", help=about)
+
+
+def _seed(command: argparse.ArgumentParser, about: str) -> None:
+    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "0 by default")
+
+
+_OPTIONS: dict[str, Callable[[argparse.ArgumentParser, str], None]] = {
+    "json": _json,
+    "device": _device,
+    "precision": _precision,
+    "workers": _workers,
+    "seed": _seed,
+}
+
+
+def add_options(command: argparse.ArgumentParser, *names: str, **about: str) -> None:
+    """Add ``--json``, ``--device``, ``--precision``, ``--workers`` or ``--seed``.
+
+    Args:
+        command: The subcommand's parser.
+        names: Which of them, in this order.
+        about: By name, the help where another one than usual is wanted.
+    """
+    for name in (*names, *(name for name in about if name not in names)):
+        _OPTIONS[name](command, about.get(name, ""))
+
+
+def path(word: str) -> Path:
+    """The name of a file or folder, as the type of an argument."""
+    if not word.strip() or not word.isprintable():
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
+    return Path(word)
+
+
+def _count(word: str) -> int:
+    """A whole number from 0 up."""
+    number = int(word)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"found {number}, expected 0 or more")
+    return number
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Refuse outputs that could not be written, before anything long begins.
+
+    Raises:
+        UserError: As `synco_fast.runtime.files.check_writable` says.
+    """
+    from synco_fast.runtime.files import check_writable
+
+    for name in ("json", "out", "plot"):
+        found = getattr(options, name, None)
+        if isinstance(found, Path):
+            check_writable(found, name, file=name != "out")
+
+
+def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:
+    """The options that were given, each checked against what it must be above.
+
+    Raises:
+        ConfigError: A value is not above its bound, or is not finite.
+    """
+    from math import isfinite
+
     from synco_fast.runtime.errors import ConfigError
 
-    if options.workers is not None and options.workers < 0:
-        raise ConfigError(f"workers: found {options.workers}, expected 0 or more")
-    return Setting(options.data, options.out, options.device, options.precision, options.workers, options.fresh)
+    given = {}
+    for name, bound in least.items():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if not (isfinite(one) and one > bound):
+                expected = f"{bound + 1:g} or more" if isinstance(one, int) else f"a finite number above {bound:g}"
+                raise ConfigError(f"{name.replace('_', '-')}: found {one:g}, expected {expected}")
+        given[name] = value
+    return given
+
+
+def add_eval_options(command: argparse.ArgumentParser) -> None:
+    """What every evaluation takes: the checkpoint, its images, where results go, how to compute."""
+    command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
+    command.add_argument("--out", type=path, metavar="DIR", help="results, caches, states; RUN/evaluation by default")
+    add_options(command, "device", "precision", "workers")
+    command.add_argument("--fresh", action="store_true", help="ignore cached results and start over")
+    add_options(command, "json")
+
+
+def eval_options(options: argparse.Namespace) -> EvalOptions:
+    """The same options, typed."""
+    from synco_fast.evaluation.context import EvalOptions
+
+    return EvalOptions(options.data, options.out, options.device, options.precision, options.workers, options.fresh)
 
 
 def print_result(
-    result: dict[str, Any], options: argparse.Namespace, console: Console, rows: Sequence[tuple[str, str]]
+    result: dict[str, Any],
+    options: argparse.Namespace,
+    console: Console,
+    rows: Sequence[tuple[str, str]],
+    *,
+    chance: str = "chance",
 ) -> None:
-    """The closing table, and ``--json``; only by the first process of a job."""
-    from synco_fast.runtime.distributed import Place
+    """The closing table, and ``--json``; by rank 0 alone.
+
+    Args:
+        result: What the evaluation returned.
+        options: Whose ``json`` names a file, or None.
+        console: Where the table goes.
+        rows: What it says beside the headline.
+        chance: What the table calls the result's ``chance``.
+    """
+    from synco_fast.runtime.distributed import DistEnv
     from synco_fast.runtime.files import write_json
 
-    if not Place.find().first:
+    if not DistEnv.detect().is_main:
         return
     if options.json is not None:
         write_json(options.json, result)
     table = two_columns(f"{result['evaluation']} of {result['checkpoint']}")
     for name, value in result["headline"].items():
         table.add_row(name, f"{value:.1%}", style="bold")
-    detection = result["evaluation"].startswith("detection")
-    table.add_row("before training (chance)" if detection else "chance", f"{result['chance']:.1%}")
+    table.add_row(chance, f"{result['chance']:.1%}")
     for name, text in rows:
         table.add_row(name, text)
     if result.get("backbone_unchanged"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
 __all__ = ["overrides_of"]
 
 
@@ -17,6 +15,7 @@ def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
         ConfigError: Something else, or a value that is missing or no YAML.
     """
     from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.strict_yaml import parse_yaml
 
     found: dict[str, Any] = {}
     words = list(rest)
@@ -29,8 +28,5 @@ def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise ConfigError(f"--{name}: found no value")
             value = words.pop(0)
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{name}: found {value!r}, which cannot be read as YAML") from error
+        found[name] = parse_yaml(value, f"--{name}")
     return found

@@ -1,4 +1,4 @@
-"""The tree of verbs: ``synco-fast VERB ...`` and ``synco-fast GROUP VERB ...``."""
+"""The tree of subcommands: ``synco-fast COMMAND ...`` and ``synco-fast GROUP COMMAND ...``."""
 
 from __future__ import annotations
 
@@ -8,42 +8,45 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["Run", "Verbs", "positive", "two_columns"]
+__all__ = ["GROUPS", "Commands", "Run", "positive", "two_columns"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
-"""What a verb does: parsed options, the words that were not parsed, where to print; the exit code."""
+"""What a subcommand does: parsed options, the words that were not parsed, where to print; the exit code."""
 
 GROUPS = {
-    "evaluate": ("Judge a checkpoint.", "WHAT"),
-    "data": ("Work with image sources.", "WHAT"),
-    "bench": ("Measure a part on this machine.", "PART"),
-    "profile": ("See where a part spends its time.", "PART"),
+    "evaluate": "Evaluate a checkpoint.",
+    "data": "Work with image sources.",
+    "bench": "Measure a part on this machine.",
+    "profile": "See where a part spends its time.",
 }
 
 
-class Verbs:
-    """Adds verbs to a parser; ``add("data demo", ...)`` opens the group ``data`` when it is first named."""
+class Commands:
+    """Adds subcommands to a parser; ``add("data demo", ...)`` opens the group ``data`` when it is first named."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._top = parser.add_subparsers(title="commands", required=True, metavar="VERB")
+        self._top = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
         self._groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
 
-    def add(self, name: str, run: Run, about: str, example: str, *, overrides: bool = False) -> argparse.ArgumentParser:
-        """Add a verb and return its parser, to which the caller adds arguments.
+    def add(
+        self, name: str, run: Run, about: str, example: str, *, overrides: bool = False, more: str = ""
+    ) -> argparse.ArgumentParser:
+        """Add a subcommand and return its parser, to which the caller adds arguments.
 
         Args:
-            name: ``VERB`` or ``GROUP VERB``.
-            run: called with the parsed options.
-            about: one sentence for the help.
-            example: a whole command line for the help.
-            overrides: whether words that no argument takes are passed on to ``run`` (``--section.key VALUE``).
+            name: ``COMMAND`` or ``GROUP COMMAND``.
+            run: Called with the parsed options.
+            about: One sentence for the help.
+            example: A whole command line for the help.
+            overrides: Whether words that no argument takes are passed on to ``run`` (``--section.key VALUE``).
+            more: What the help says after the example.
         """
         group, _, last = name.rpartition(" ")
         command = (self._group(group) if group else self._top).add_parser(
             last,
-            help=about,
-            description=about,
-            epilog=f"example:\n  {example}",
+            help=about.replace("%", "%%"),
+            description=about.replace("%", "%%"),
+            epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}".replace("%", "%%"),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run, overrides=overrides, parser=command)
@@ -51,9 +54,8 @@ class Verbs:
 
     def _group(self, name: str) -> argparse._SubParsersAction[argparse.ArgumentParser]:
         if name not in self._groups:
-            about, metavar = GROUPS[name]
-            parser = self._top.add_parser(name, help=about, description=about)
-            self._groups[name] = parser.add_subparsers(required=True, metavar=metavar)
+            parser = self._top.add_parser(name, help=GROUPS[name], description=GROUPS[name])
+            self._groups[name] = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
         return self._groups[name]
 
 

@@ -9,22 +9,28 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast presets``."""
-    command = verbs.add("presets", _presets, "List the presets, or show one whole.", "synco-fast presets demo")
-    command.add_argument("name", nargs="?", help="show this preset's resolved configuration as YAML")
+    command = commands.add(
+        "presets", _presets, "List the presets, or print one with all its keys.", "synco-fast presets demo"
+    )
+    command.add_argument(
+        "name", nargs="?", help="print this preset as YAML, each key with its meaning; --config reads it back"
+    )
 
 
 def _presets(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.presets import PRESETS, load_config
 
     if options.name is not None:
-        sys.stdout.write(load_config(options.name).to_yaml())
+        from synco_fast.explain import explain_config
+
+        sys.stdout.write(explain_config(load_config(options.name)))
         return 0
     table = Table()
     table.add_column("preset", no_wrap=True)

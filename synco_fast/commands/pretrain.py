@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config
-    from synco_fast.runtime.distributed import Control
+    from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast pretrain``."""
-    command = verbs.add(
+    command = commands.add(
         "pretrain",
         _pretrain,
         "Pretrain an encoder. Any key of the configuration can be set as --section.key VALUE.",
         "synco-fast pretrain --config demo --data demo --method.name mochi --training.epochs 10",
         overrides=True,
+        more="'synco-fast presets NAME' prints every key with its meaning, its values and its default.",
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
     command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo; short for --data.source")
@@ -42,19 +43,20 @@ def add(verbs: Verbs) -> None:
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.protocol import evaluate_backbone
-    from synco_fast.runtime.distributed import Place, joined
+    config, resume = _what_to_do(options, overrides_of(rest))
+
+    from synco_fast.evaluation.knn import PeriodicKnn
+    from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
 
-    config, resume = _what_to_do(options, overrides_of(rest))
-    place = Place.find()
-    with joined(place, config.training.device, timeout=config.training.timeout) as control:
+    place = DistEnv.detect()
+    with init_distributed(place, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=evaluate_backbone)
+        task = Pretraining(config, control=control, evaluate=PeriodicKnn())
         summary = Trainer(task, folder, resume=resume, console=console).run()
-    if place.first:
+    if place.is_main:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
         _print_summary(summary, console)
@@ -63,10 +65,9 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
 
 def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path | None]:
     """The configuration, and the run to resume."""
-    from synco_fast.config import build_config
+    from synco_fast.config import build_config, read_run_config
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.training.run_folder import read_run_config
 
     for key, value in (
         ("data.source", options.data),
@@ -90,18 +91,18 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     return load_config(options.config, overrides), None
 
 
-def _new_folder(out: Path | None, config: Config, control: Control) -> Path:
+def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
     """Where a new run goes: rank 0 chooses, since the name holds the time."""
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.training.run_folder import choose_run_folder
 
     chosen: Path | ConfigError | None = None
-    if control.place.first:
+    if control.env.is_main:
         try:
             chosen = choose_run_folder(out, config.preset)
         except ConfigError as error:
             chosen = error
-    chosen = control.of_first(chosen)
+    chosen = control.broadcast(chosen)
     if isinstance(chosen, ConfigError):
         raise chosen
     assert chosen is not None

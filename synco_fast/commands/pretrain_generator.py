@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, two_columns
+from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.generated.kid import Features
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast pretrain-generator``."""
-    command = verbs.add(
+    command = commands.add(
         "pretrain-generator",
         _pretrain_generator,
         "Train a generator on unlabelled images, for --generated.pair joint. Its keys are set as --key VALUE.",
@@ -34,12 +34,13 @@ def add(verbs: Verbs) -> None:
 
 
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.config import read_run_config
     from synco_fast.generated.config import build_generator_config
     from synco_fast.generated.stage_one import GeneratorTraining
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
-    from synco_fast.training.run_folder import choose_run_folder, read_run_config
+    from synco_fast.training.run_folder import choose_run_folder
 
     values = overrides_of(rest)
     if options.data is not None:

@@ -10,30 +10,32 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.bench.subjects import BACKENDS, DTYPES
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast profile loss``."""
-    command = verbs.add(
+    command = commands.add(
         "profile loss",
-        _profile_head,
+        _profile_loss,
         "Write a chrome trace of SynCo's loss, and a table of what each kernel achieves.",
         "synco-fast profile loss --rows 256 --length 65536 --trace loss-trace.json",
     )
-    backends = ("released", "reference", "compiled", "blockwise", "triton")
-    command.add_argument("--backend", choices=backends, help="the kernels where they run, else the blockwise form")
+    command.add_argument(
+        "--backend", choices=tuple(BACKENDS), help="the kernels where they run, else the blockwise form"
+    )
     for name, default, about in (("rows", 256, "B"), ("length", 65536, "K"), ("dim", 128, "D"), ("hard", 1024, "N")):
         command.add_argument(f"--{name}", type=positive, default=default, help=about)
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU by default")
+    command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default")
     command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     command.add_argument("--trace", type=Path, metavar="FILE", default=Path("loss-trace.json"), help="JSON or JSON.gz")
     command.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
 
 
-def _profile_head(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     import os
     from dataclasses import asdict
 

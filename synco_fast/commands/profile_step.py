@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast profile step``."""
-    command = verbs.add(
+    command = commands.add(
         "profile step",
         _profile_step,
         "Where a training step spends its time, by phase, and a trace of it.",

@@ -8,29 +8,30 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.parser import Verbs
+from synco_fast.commands.options import add_options, path
+from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast report``."""
-    command = verbs.add(
+    command = commands.add(
         "report",
         _report,
         "One self-contained HTML page about a run, for a browser without a network.",
         "synco-fast report runs/demo-20260101-120000",
     )
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
-    command.add_argument("--out", type=Path, metavar="FILE", help="RUN/report.html by default")
+    command.add_argument("--out", type=path, metavar="FILE", help="RUN/report.html by default")
     command.add_argument("--data", metavar="SOURCE", help="where the images are now; the run's own source by default")
-    command.add_argument("--workers", type=int, help="decoding processes; 0 for none")
+    add_options(command, "workers")
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.evaluation.context import Setting
+    from synco_fast.evaluation.context import EvalOptions
     from synco_fast.report.page import write_report
 
-    page = write_report(options.run_folder, options.out, Setting(data=options.data, workers=options.workers))
+    page = write_report(options.run_folder, options.out, EvalOptions(data=options.data, workers=options.workers))
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0

@@ -14,7 +14,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.bench.subjects import DTYPES, VALIDATED
+from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
     from synco_fast.kernels.validation import Verdict
@@ -24,21 +25,19 @@ __all__ = ["add"]
 #: (B, K, D, N): one row and N = K; a narrow and an odd one; the published counts.
 _SHAPES = ((1, 512, 64, 512), (7, 4096, 128, 63), (66, 1025, 96, 1000), (128, 8192, 128, 1024))
 _LARGE = ((255, 65536, 128, 1024), (1024, 65536, 128, 1024), (256, 65536, 256, 1024), (64, 16384, 512, 512))
-_DTYPES = ("float32", "bfloat16", "float16")
 _SHORT = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast validate``."""
-    command = verbs.add(
+    command = commands.add(
         "validate",
         _validate,
         "Compare the back ends of the loss with the reference in float64 on this machine. Exit code 1 on a miss.",
         "synco-fast validate --rows 256 --length 65536 --dim 128 --hard 1024",
     )
-    names = ("reference", "blockwise", "triton")
-    command.add_argument("--backends", nargs="+", choices=names, help="all that this machine can run by default")
-    command.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=list(_DTYPES))
+    command.add_argument("--backends", nargs="+", choices=VALIDATED, help="all that this machine can run by default")
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     for name, about in (("rows", "B"), ("length", "K"), ("dim", "D"), ("hard", "N")):
         command.add_argument(
             f"--{name}", nargs="+", type=positive, help=f"{about}; with any of these given, every combination is one"

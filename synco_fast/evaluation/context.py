@@ -1,39 +1,60 @@
-"""What is evaluated: a backbone, the images it is judged on, and where the figures go."""
+"""What every evaluation needs: its options, the backbone with the images it is evaluated on, the job it runs in."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from rich.console import Console
 from torch import nn
 
 from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, Split, open_source
-from synco_fast.evaluation.ranks import rank
 from synco_fast.export.load import Weights, backbone_of, read_weights
+from synco_fast.runtime.distributed import DistEnv, init_distributed, rank
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError, DataError
 from synco_fast.runtime.files import write_json
 from synco_fast.runtime.precision import Precision, resolve_device
+from synco_fast.runtime.progress import ProgressBar
 
-__all__ = ["Setting", "Subject", "check_labels", "check_unchanged", "fingerprint", "open_subject"]
+__all__ = [
+    "EvalContext",
+    "EvalOptions",
+    "check_labels",
+    "check_unchanged",
+    "fingerprint",
+    "folder_of",
+    "join_job",
+    "labelled_splits",
+    "open_context",
+    "progress",
+    "source_of",
+]
+
+#: Seconds that a rank waits for the others: one may have a chunk of features more to extract.
+_PATIENCE = 3600
 
 
 @dataclass(frozen=True)
-class Setting:
+class EvalOptions:
     """How an evaluation computes, whatever it evaluates.
 
     Attributes:
         data: The source; the run's own by default.
-        out: Where figures, cached features and states go; ``evaluation/`` in the run folder by default.
+        out: Where results, cached features and states go; ``evaluation/`` in the run folder by default.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: As in training.
         workers: Decoding processes.
-        fresh: Take up nothing that an earlier evaluation left.
+        fresh: Ignore cached results and start over.
     """
 
     data: str | None = None
@@ -45,7 +66,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvalContext:
     """A backbone with everything that an evaluation needs."""
 
     weights: Weights
@@ -57,12 +78,13 @@ class Subject:
     device: torch.device
     precision: Precision
     folder: Path
+    pipeline: PipelineName
     workers: int | None
     fresh: bool
 
     @property
     def classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         assert self.train.classes is not None
         return len(self.train.classes)
 
@@ -72,7 +94,7 @@ class Subject:
         return 1 / self.classes
 
     def result(self, name: str, headline: dict[str, float], **figures: Any) -> dict[str, Any]:
-        """The figures of an evaluation with everything that identifies them; rank 0 writes ``NAME.json``."""
+        """The result of an evaluation with everything that identifies it; rank 0 writes ``NAME.json``."""
         found = {
             "evaluation": name,
             "checkpoint": str(self.weights.file),
@@ -85,25 +107,45 @@ class Subject:
             "environment": describe_environment(),
         }
         if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / f"{name}.json", found)
         return found
 
 
-def open_subject(path: Path, setting: Setting, device: torch.device | None = None) -> Subject:
-    """Read the checkpoint, open the images, and check that they can be evaluated on.
+@contextmanager
+def join_job(device: str) -> Iterator[torch.device]:
+    """Join the torchrun or Slurm job that this process was started in, if any; yields this process's device.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``; on GPUs each process takes the one of its local number.
 
     Raises:
-        CheckpointError, ConfigError, DataError: The checkpoint, the source or its labels are not what they must be.
+        ConfigError: There are more processes on this machine than GPUs, or none where ``cuda`` is asked for.
+    """
+    kind = resolve_device(device).type
+    if dist.is_available() and dist.is_initialized():
+        yield resolve_device(kind)
+        return
+    with init_distributed(DistEnv.detect(), kind, timeout=_PATIENCE):
+        yield resolve_device(kind)
+
+
+def progress(console: Console | None, title: str, total: int, done: int = 0, *, unit: str = "") -> ProgressBar:
+    """The progress bar of an evaluation, which rank 0 alone shows."""
+    return ProgressBar(console if rank() == 0 else None, title, total, done, unit=unit)
+
+
+def open_context(path: Path, options: EvalOptions, device: torch.device | None = None) -> EvalContext:
+    """Read the checkpoint, open the images, and check that they have what an evaluation needs.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: The checkpoint, the source or its labels are not what is expected.
     """
     weights = read_weights(path)
-    if setting.data is None and weights.imported:
-        raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint does not know its images")
-    device = device or resolve_device(setting.device)
-    source = open_source(setting.data or weights.config.data.source)
+    spec = source_of(weights, options)
+    device = device or resolve_device(options.device)
+    source = open_source(spec)
     train, held_out = check_labels(source)
-    default = weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
-    return Subject(
+    return EvalContext(
         weights=weights,
         backbone=backbone_of(weights).to(device),
         source=source,
@@ -111,45 +153,78 @@ def open_subject(path: Path, setting: Setting, device: torch.device | None = Non
         held_out=held_out,
         recipe=weights.config.augment,
         device=device,
-        precision=Precision(setting.precision, device),
-        folder=setting.out or default,
-        workers=setting.workers if setting.workers is not None else weights.config.data.workers,
-        fresh=setting.fresh,
+        precision=Precision(options.precision, device, key="precision"),
+        folder=folder_of(weights, options),
+        pipeline=weights.config.data.pipeline,
+        workers=options.workers if options.workers is not None else weights.config.data.workers,
+        fresh=options.fresh,
     )
+
+
+def source_of(weights: Weights, options: EvalOptions) -> str:
+    """The source that is asked for, else the run's own.
+
+    Raises:
+        ConfigError: Imported weights do not know their images.
+    """
+    if options.data is None and weights.imported:
+        raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint does not know its images")
+    return options.data or weights.config.data.source
+
+
+def folder_of(weights: Weights, options: EvalOptions) -> Path:
+    """Where an evaluation's files go: ``out``, else the run folder, else beside the checkpoint."""
+    beside = weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
+    return options.out or beside
+
+
+def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
+    """Training and held-out split, both labelled.
+
+    Args:
+        source: The images.
+        hint: What else to do, at the end of the message.
+
+    Raises:
+        DataError: There is no held-out split, or a split has no labels.
+    """
+    if source.validation is None:
+        raise DataError(
+            f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder a class{hint}"
+        )
+    for split in (source.train, source.validation):
+        if split.labels is None:
+            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class{hint}")
+    return source.train, source.validation
 
 
 def check_labels(source: Source) -> tuple[Split, Split]:
     """Both splits, labelled, with the same classes.
 
     Raises:
-        DataError: There is no held-out split, a split has no labels, or the splits differ in classes.
+        DataError: As `labelled_splits` says, or the splits differ in classes.
     """
-    if source.validation is None:
-        raise DataError(f"data: found no held-out split in {source.spec}, expected train/ and val/ with class folders")
-    counts = []
-    for split in (source.train, source.validation):
-        if split.labels is None:
-            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class")
-        counts.append(len(np.unique(split.labels)))
+    splits = labelled_splits(source)
+    counts = [len(np.unique(split.labels)) for split in splits if split.labels is not None]
     if counts[0] != counts[1]:
         raise DataError(
             f"data: found {counts[0]} classes among the training images of {source.spec} and {counts[1]} among the "
             "held-out ones, expected the same"
         )
-    return source.train, source.validation
+    return splits
 
 
-def check_unchanged(subject: Subject, before: str) -> None:
-    """Make sure that an evaluation of frozen features left the backbone as it was.
+def check_unchanged(backbone: nn.Module, before: str) -> None:
+    """Make sure that an evaluation left a frozen backbone as it was.
 
     Args:
-        subject: After the evaluation.
-        before: The backbone's `fingerprint` at its beginning.
+        backbone: After the evaluation.
+        before: Its `fingerprint` at the beginning.
 
     Raises:
         RuntimeError: It did not.
     """
-    if fingerprint(subject.backbone) != before:
+    if fingerprint(backbone) != before:
         raise RuntimeError("a frozen backbone was changed by its evaluation")
 
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from synco_fast.data.sources.open import open_source
-from synco_fast.evaluation.context import Setting
+from synco_fast.evaluation.context import EvalOptions, progress, source_of
 from synco_fast.evaluation.features import extract_features
-from synco_fast.evaluation.progress import Bar
 from synco_fast.export.load import backbone_of, read_weights
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError, DataError
@@ -25,14 +24,14 @@ __all__ = ["embed"]
 
 
 def embed(
-    path: Path, out: Path, setting: Setting | None = None, *, splits: str = "both", console: Console | None = None
+    path: Path, out: Path, options: EvalOptions | None = None, *, splits: str = "both", console: Console | None = None
 ) -> dict[str, Any]:
     """Write ``features`` (n, F) float32, ``labels`` (n,) int64 (-1 without), ``paths`` (n,) and ``splits`` (n,).
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
         out: ``.npz`` (arrays) or ``.parquet`` (columns features, label, path, split).
-        setting: Source and device.
+        options: Source and device.
         splits: ``train``, ``val`` or ``both``; of a source without a held-out split, all images are ``train``.
         console: Where progress is shown.
 
@@ -40,41 +39,40 @@ def embed(
         ConfigError: The file's ending is another one, or pyarrow is missing.
         CheckpointError, DataError: The checkpoint or the source cannot be read.
     """
-    setting = setting or Setting()
+    options = options or EvalOptions()
     if out.suffix not in (".npz", ".parquet"):
         raise ConfigError(f"out: found {out.name!r}, expected a name that ends in .npz or .parquet")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("out: found .parquet without pyarrow: pip install 'synco-fast[embed]'")
     weights = read_weights(path)
-    if setting.data is None and weights.imported:
-        raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint does not know its images")
-    device = resolve_device(setting.device)
-    precision = Precision(setting.precision, device)
-    source = open_source(setting.data or weights.config.data.source)
+    device = resolve_device(options.device)
+    precision = Precision(options.precision, device, key="precision")
+    source = open_source(source_of(weights, options))
     chosen = {"train": source.train, "val": source.validation}
     chosen = {name: split for name, split in chosen.items() if splits in (name, "both")}
     if splits == "val" and source.validation is None:
         raise DataError(f"data: found no held-out split in {source.spec}, expected --split train")
     backbone = backbone_of(weights).to(device)
-    features, labels, paths, names, broken = [], [], [], [], 0
+    features, labels, paths, names, corrupt = [], [], [], [], 0
     for name, split in chosen.items():
         if split is None:
             continue
-        with Bar(console, f"features of {name}", len(split)) as bar, precision.autocast():
+        with progress(console, f"features of {name}", len(split)) as bar, precision.autocast():
             found = extract_features(
                 backbone,
                 split,
                 weights.config.augment,
                 device=device,
-                workers=setting.workers if setting.workers is not None else weights.config.data.workers,
+                workers=options.workers if options.workers is not None else weights.config.data.workers,
+                pipeline=weights.config.data.pipeline,
                 labelled=False,
-                tick=lambda images, bar=bar: bar.advance(images),  # type: ignore[misc]
+                tick=bar.advance,
             )
         features.append(found.values)
         labels.append(found.labels)
         paths += [split.name(number) for number in found.numbers.tolist()]
         names += [name] * len(found.labels)
-        broken += len(found.broken)
+        corrupt += len(found.corrupt)
     values, classes = torch.cat(features).numpy(), torch.cat(labels).numpy()
     _write(out, values, classes, paths, names)
     return {
@@ -84,7 +82,7 @@ def embed(
         "images": len(paths),
         "width": values.shape[1],
         "labelled": int((classes >= 0).sum()),
-        "broken": broken,
+        "corrupt": corrupt,
         "environment": describe_environment(),
     }
 
@@ -92,7 +90,7 @@ def embed(
 def _write(
     out: Path, features: NDArray[np.float32], labels: NDArray[np.int64], paths: list[str], splits: list[str]
 ) -> None:
-    """Whole or not at all."""
+    """One file, atomically."""
     with atomic_write(out) as temporary:
         if out.suffix == ".npz":
             np.savez(temporary, features=features, labels=labels, paths=np.array(paths), splits=np.array(splits))

@@ -1,20 +1,33 @@
-"""Features of a whole split under a frozen backbone."""
+"""Features of a split under a frozen backbone, and their cache: chunks on disk, so that a killed job resumes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.pipelines.base import PipelineName, normalise
+from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import evaluation_batches
+from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Split
+from synco_fast.evaluation.context import EvalContext, fingerprint, progress
+from synco_fast.runtime.distributed import barrier, rank, world
 from synco_fast.runtime.errors import DataError
+from synco_fast.runtime.files import atomic_write
 
-__all__ = ["Features", "extract_features", "spread"]
+__all__ = ["CachedFeatures", "Features", "cached_features", "evenly_spaced", "extract_features"]
+
+#: Images in a file: 128 MiB of ResNet-50's features.
+CHUNK = 16384
 
 
 @dataclass(frozen=True)
@@ -24,18 +37,18 @@ class Features:
     Attributes:
         values: (n, F) float32 on the CPU.
         labels: (n,) int64.
-        broken: By number of an image that could not be read, why.
-        numbers: Which image of the split each row is, (n,) int64.
+        corrupt: By index of an image that could not be read, why.
+        numbers: The split's index of each row's image, (n,) int64.
     """
 
     values: Tensor
     labels: Tensor
-    broken: dict[int, str]
+    corrupt: dict[int, str]
     numbers: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
-def spread(length: int, limit: int | None) -> list[int]:
-    """At most ``limit`` whole numbers below ``length``, evenly spread: a subset that takes from every class folder."""
+def evenly_spaced(length: int, limit: int | None) -> list[int]:
+    """At most ``limit`` indices below ``length``, evenly spaced: a subset with images of every class folder."""
     if limit is None or limit >= length:
         return list(range(length))
     return [place * length // limit for place in range(limit)]
@@ -54,9 +67,9 @@ def extract_features(
     limit: int | None = None,
     numbers: Iterable[int] | None = None,
     labelled: bool = True,
-    tick: Callable[[int], None] = lambda done: None,
+    tick: Callable[[int], None] = lambda images: None,
 ) -> Features:
-    """Run a split's central crops through the backbone in evaluation mode, in float32; its mode is restored.
+    """Run a split's central crops through the backbone in evaluation mode; its mode is restored.
 
     Args:
         backbone: Images (b, 3, H, W) to features (b, F).
@@ -66,9 +79,9 @@ def extract_features(
         batch: Images at a time.
         workers: Decoding processes.
         pipeline: ``data.pipeline`` of the run, which says whether DALI decodes on a GPU.
-        limit: Take at most so many images, evenly spread.
-        numbers: Take these images instead; where none of them can be read, the features are empty.
-        labelled: Whether labels must be there; where they need not be and are not, they are -1.
+        limit: At most so many images, evenly spaced.
+        numbers: The indices of these images instead; where none of them can be read, the features are empty.
+        labelled: Whether labels are required; where they are not and there are none, they are -1.
         tick: Called with the number of images of each batch.
 
     Raises:
@@ -76,7 +89,7 @@ def extract_features(
     """
     if split.labels is None and labelled:
         raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class for kNN")
-    wanted = spread(len(split), limit) if numbers is None else list(numbers)
+    wanted = evenly_spaced(len(split), limit) if numbers is None else list(numbers)
     loader = evaluation_batches(
         split, recipe, batch=batch, pipeline=pipeline, device=device, workers=workers, numbers=wanted
     )
@@ -84,10 +97,10 @@ def extract_features(
     backbone.eval()
     values: list[Tensor] = []
     found: list[Tensor] = []
-    broken: dict[int, str] = {}
+    corrupt: dict[int, str] = {}
     try:
         for images, indices, failed in loader:
-            broken |= failed
+            corrupt |= failed
             if len(images):
                 values.append(backbone(normalise(images.to(device), recipe)).float().cpu())
                 found.append(indices)
@@ -98,7 +111,119 @@ def extract_features(
         raise DataError(f"data: found no readable image beside {split.name(0)}")
     if not values:
         empty = torch.empty(0, dtype=torch.int64)
-        return Features(torch.empty(0, 0), empty, broken, empty)
+        return Features(torch.empty(0, 0), empty, corrupt, empty)
     read = torch.cat(found)
     labels = torch.full_like(read, -1) if split.labels is None else torch.from_numpy(split.labels)[read]
-    return Features(torch.cat(values), labels, broken, read)
+    return Features(torch.cat(values), labels, corrupt, read)
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """The features of a split, chunk by chunk on disk.
+
+    Attributes:
+        files: In order of the images.
+    """
+
+    files: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[Features]:
+        for file in self.files:
+            found = _read(file)
+            if found is None:
+                raise DataError(f"{file}: found features that cannot be read; --fresh extracts them again")
+            yield found
+
+    def load(self) -> Features:
+        """All of them in memory.
+
+        Raises:
+            DataError: No image of the split could be read.
+        """
+        chunks = [chunk for chunk in self if len(chunk.labels)]
+        if not chunks:
+            raise DataError("data: found no readable image")
+        corrupt = {number: reason for chunk in self for number, reason in chunk.corrupt.items()}
+        return Features(
+            torch.cat([chunk.values for chunk in chunks]),
+            torch.cat([chunk.labels for chunk in chunks]),
+            corrupt,
+            torch.cat([chunk.numbers for chunk in chunks]),
+        )
+
+
+def cached_features(context: EvalContext, split: Split, title: str, console: Console | None = None) -> CachedFeatures:
+    """Features of a whole split's central crops; chunks that are on disk already are kept.
+
+    The ranks of a job share the chunks among them, so the folder must be one that all of them see.
+
+    Args:
+        context: Backbone, recipe, device, and the folder below which ``features/`` lies.
+        split: The images.
+        title: For the progress bar.
+        console: Where the bar is shown.
+
+    Raises:
+        DataError: The split has no labels.
+    """
+    folder = context.folder / "features" / _key(context, split)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    with progress(console, f"features of {title}", len(split)) as bar:
+        for place, start in enumerate(range(0, len(split), CHUNK)):
+            end = min(start + CHUNK, len(split))
+            file = folder / f"{start:08d}-{end:08d}.safetensors"
+            files.append(file)
+            if place % world() != rank():
+                continue
+            if not context.fresh and _read(file) is not None:
+                bar.advance(end - start)
+                continue
+            with context.precision.autocast():
+                found = extract_features(
+                    context.backbone,
+                    split,
+                    context.recipe,
+                    device=context.device,
+                    workers=context.workers,
+                    pipeline=context.pipeline,
+                    numbers=range(start, end),
+                    tick=bar.advance,
+                )
+            _write(file, found)
+    barrier()
+    return CachedFeatures(tuple(files))
+
+
+def _key(context: EvalContext, split: Split) -> str:
+    """What decides the features: weights, images by name and label, crop, normalisation, number format."""
+    recipe = context.recipe
+    digest = hashlib.sha256(fingerprint(context.backbone).encode())
+    digest.update(f"{recipe.size} {recipe.resize} {recipe.mean} {recipe.std} {context.precision.name}".encode())
+    digest.update(f"{len(split)} {context.source.spec}".encode())
+    if context.device.type == "cuda":  # DALI's crops differ by rounding
+        digest.update(context.pipeline.encode())
+    for number in range(len(split)):
+        digest.update(split.name(number).encode() + b"\0")
+    if split.labels is not None:
+        digest.update(split.labels.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _write(file: Path, found: Features) -> None:
+    tensors = {"values": found.values, "labels": found.labels, "numbers": found.numbers}
+    with atomic_write(file) as temporary:
+        save_file(tensors, temporary, metadata={"corrupt": json.dumps(found.corrupt)})
+
+
+def _read(file: Path) -> Features | None:
+    """A chunk, or None where there is none that is whole."""
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            corrupt = json.loads((opened.metadata() or {}).get("corrupt", "{}"))
+            values, labels, numbers = (opened.get_tensor(name) for name in ("values", "labels", "numbers"))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return Features(values, labels, {int(number): reason for number, reason in corrupt.items()}, numbers)

@@ -10,37 +10,36 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from synco_fast.evaluation.classifier import Outcome, Plan, train_classifier
-from synco_fast.evaluation.context import Setting, open_subject
+from synco_fast.evaluation.classifier import ClassifierProtocol, ClassifierResult, train_classifier
+from synco_fast.evaluation.context import EvalOptions, join_job, open_context
 from synco_fast.evaluation.labelled import balanced_subset, listed_subset
-from synco_fast.evaluation.ranks import barrier, joined
+from synco_fast.runtime.distributed import barrier
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.runtime.precision import resolve_device
 
-__all__ = ["RATES", "evaluate_finetune", "published_plan"]
+__all__ = ["RATES", "evaluate_finetune", "published_protocol"]
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
 """The backbone's rates that SynCo's released scripts sweep."""
 
 
-def published_plan(percent: float) -> Plan:
+def published_protocol(percent: float) -> ClassifierProtocol:
     """SynCo's (its released scripts): 60 epochs on 1 %, 30 on more; the classifier's rate 0.5, half a cosine.
 
     The held-out split, far larger than the labelled part, is classified six times in a run, not after each epoch.
     """
-    return Plan(
+    return ClassifierProtocol(
         epochs=60 if percent <= 1 else 30, batch=1024, head_lr=0.5, backbone_lr=RATES[0], weight_decay=1e-6, tests=6
     )
 
 
 def evaluate_finetune(
     path: Path,
-    setting: Setting | None = None,
+    options: EvalOptions | None = None,
     *,
     percent: float = 1.0,
     listed: Path | None = None,
     rates: Sequence[float] = RATES,
-    plan: Plan | None = None,
+    protocol: ClassifierProtocol | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Accuracy after training backbone and classifier on a few labelled images, for each rate of the backbone.
@@ -49,51 +48,51 @@ def evaluate_finetune(
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
-        setting: Source, folder, device.
-        percent: Of each class's training images, in (0, 100]; the plan's seed decides which.
+        options: Source, folder, device.
+        percent: Of each class's training images, in (0, 100]; the protocol's seed decides which.
         listed: A file that names the images instead, one a line.
         rates: The backbone's learning rates.
-        plan: The protocol; its own backbone's rate is not used.
+        protocol: The protocol; its own backbone's rate is not used.
         console: Where progress is shown.
 
     Raises:
-        CheckpointError, DataError, ConfigError: As `open_subject` says, or the share is not one.
-        DivergedError: The loss was no number.
+        CheckpointError, DataError, ConfigError: As `open_context` says, or the share is not one.
+        DivergedError: The loss became NaN or infinite.
     """
     if not 0 < percent <= 100:
         raise ConfigError(f"percent: found {percent:g}, expected above 0, up to 100")
     if not rates or min(rates) <= 0:
         raise ConfigError(f"lr: found {', '.join(f'{rate:g}' for rate in rates) or 'none'}, expected rates above 0")
-    setting, plan = setting or Setting(), plan or published_plan(percent)
-    with joined(resolve_device(setting.device)) as device:
-        subject = open_subject(path, setting, device)
+    options, protocol = options or EvalOptions(), protocol or published_protocol(percent)
+    with join_job(options.device) as device:
+        context = open_context(path, options, device)
         numbers = (
-            listed_subset(subject.train, listed)
+            listed_subset(context.train, listed)
             if listed
-            else balanced_subset(subject.train, percent / 100, seed=plan.seed)
+            else balanced_subset(context.train, percent / 100, seed=protocol.seed)
         )
-        assert subject.train.labels is not None
+        assert context.train.labels is not None
         name = f"finetune_{listed.stem}" if listed else f"finetune_{percent:g}"
-        found: dict[str, Outcome] = {}
+        found: dict[str, ClassifierResult] = {}
         for rate in rates:
-            state = subject.folder / f"{name}-lr{rate:g}.pt"
+            state = context.folder / f"{name}-lr{rate:g}.pt"
             title = f"fine-tuning on {len(numbers):,} images, lr {rate:g}"
-            one = replace(plan, backbone_lr=rate)
-            found[f"{rate:g}"] = train_classifier(subject, numbers, one, state, title, console)
+            one = replace(protocol, backbone_lr=rate)
+            found[f"{rate:g}"] = train_classifier(context, numbers, one, state, title, console)
         barrier()
         best = max(found, key=lambda rate: found[rate].top1)
         what = f"{len(numbers):,} listed images" if listed else f"{percent:g} % of the labels"
-        return subject.result(
+        return context.result(
             name,
             {f"fine-tuned on {what}, top-1": found[best].top1, f"fine-tuned on {what}, top-5": found[best].top5},
             top1=found[best].top1,
             top5=found[best].top5,
             lr=float(best),
-            rates={rate: outcome.top1 for rate, outcome in found.items()},
+            rates={rate: result.top1 for rate, result in found.items()},
             images=len(numbers),
-            images_per_class=[int(count) for count in np.bincount(subject.train.labels[numbers])],
-            epochs=plan.epochs,
-            batch=plan.batch,
-            head_lr=plan.head_lr,
-            seed=plan.seed,
+            images_per_class=[int(count) for count in np.bincount(context.train.labels[numbers])],
+            epochs=protocol.epochs,
+            batch=protocol.batch,
+            head_lr=protocol.head_lr,
+            seed=protocol.seed,
         )

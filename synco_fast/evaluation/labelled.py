@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,11 +17,12 @@ from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import Split
+from synco_fast.data.workers import available_cores
 from synco_fast.runtime.errors import DataError
 
-__all__ = ["LabelledBatches", "balanced_subset", "decoding_processes", "listed_subset"]
+__all__ = ["LabelledBatches", "balanced_subset", "listed_subset"]
 
-#: How many images in a row may be broken before a place in a batch cannot be filled.
+#: How many images in a row may be corrupt before a place in a batch cannot be filled.
 _REPLACEMENTS = 64
 
 
@@ -46,7 +46,7 @@ class _Crops(Dataset[tuple[Tensor, int]]):
             with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(self.seed, epoch, number))
                 return self.transform(image), int(self.labels[number])
-        raise DataError(f"data: found {_REPLACEMENTS} broken images in a row, the last: {reason}")
+        raise DataError(f"data: found {_REPLACEMENTS} corrupt images in a row, the last: {reason}")
 
 
 class LabelledBatches:
@@ -80,7 +80,7 @@ class LabelledBatches:
     ) -> None:
         self._seed, self._batch, self._rank, self._world, self._length = seed, batch, rank, world, len(numbers)
         self._epoch = 0
-        workers = decoding_processes(workers)
+        workers = available_cores() if workers is None else workers
         self._loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
             _Crops(split, recipe, seed, numbers),  # type: ignore[arg-type]
             batch_sampler=self,
@@ -110,11 +110,6 @@ class LabelledBatches:
         """Images (b, 3, size, size) uint8 and labels (b,) int64 of an epoch."""
         self._epoch = number
         yield from self._loader
-
-
-def decoding_processes(workers: int | None) -> int:
-    """As asked for, or one for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if workers is None else workers
 
 
 def balanced_subset(split: Split, share: float, *, seed: int) -> list[int]:

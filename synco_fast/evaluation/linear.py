@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,64 +12,76 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from synco_fast.data.pipelines.base import epoch_order
-from synco_fast.evaluation.cache import cached_features
-from synco_fast.evaluation.classifier import Plan, train_classifier
-from synco_fast.evaluation.context import Setting, Subject, check_unchanged, fingerprint, open_subject
-from synco_fast.evaluation.progress import Bar
-from synco_fast.evaluation.ranks import barrier, joined, rank
-from synco_fast.runtime.precision import resolve_device
+from synco_fast.evaluation.classifier import ClassifierProtocol, train_classifier
+from synco_fast.evaluation.context import (
+    EvalContext,
+    EvalOptions,
+    check_unchanged,
+    fingerprint,
+    join_job,
+    open_context,
+    progress,
+)
+from synco_fast.evaluation.features import cached_features
+from synco_fast.runtime.distributed import barrier, rank
+from synco_fast.runtime.files import read_json
+from synco_fast.runtime.progress import ProgressBar
 
 __all__ = ["FAST_RATES", "PUBLISHED", "evaluate_linear", "evaluate_linear_fast", "sweep_heads"]
 
-PUBLISHED = Plan(epochs=100, batch=256, head_lr=30.0, drops=(0.6, 0.8))
+PUBLISHED = ClassifierProtocol(epochs=100, batch=256, head_lr=30.0, drops=(0.6, 0.8))
 """MoCo's (arXiv 1911.05722 section 4.1; facebookresearch/moco, main_lincls.py): a tenth at epochs 60 and 80."""
 
 FAST_RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def evaluate_linear(
-    path: Path, setting: Setting | None = None, *, plan: Plan = PUBLISHED, console: Console | None = None
+    path: Path,
+    options: EvalOptions | None = None,
+    *,
+    protocol: ClassifierProtocol = PUBLISHED,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Accuracy of a linear classifier on the frozen backbone, trained on random crops.
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
-        setting: Source, folder, device.
-        plan: The protocol; its backbone's rate must be 0.
+        options: Source, folder, device.
+        protocol: The protocol; its backbone's rate must be 0.
         console: Where progress is shown.
 
     Raises:
-        CheckpointError, DataError, ConfigError: As `open_subject` says.
-        DivergedError: The loss was no number.
+        CheckpointError, DataError, ConfigError: As `open_context` says.
+        DivergedError: The loss became NaN or infinite.
     """
-    setting = setting or Setting()
-    with joined(resolve_device(setting.device)) as device:
-        subject = open_subject(path, setting, device)
-        numbers = list(range(len(subject.train)))
-        found = train_classifier(subject, numbers, plan, subject.folder / "linear.pt", "linear probe", console)
+    options = options or EvalOptions()
+    with join_job(options.device) as device:
+        context = open_context(path, options, device)
+        numbers = list(range(len(context.train)))
+        found = train_classifier(context, numbers, protocol, context.folder / "linear.pt", "linear probe", console)
         barrier()
-        return subject.result(
+        return context.result(
             "linear",
             {"linear top-1": found.top1, "linear top-5": found.top5},
             top1=found.top1,
             top5=found.top5,
             best=found.best,
-            agreement=_agreement(subject, "linear_fast", found.top1),
-            epochs=plan.epochs,
-            batch=plan.batch,
-            lr=plan.head_lr,
+            agreement=_agreement(context, "linear_fast", found.top1),
+            epochs=protocol.epochs,
+            batch=protocol.batch,
+            lr=protocol.head_lr,
             history=found.history,
             confusion=found.confusion,
-            class_names=list(subject.train.classes or ()),
+            class_names=list(context.train.classes or ()),
             backbone_unchanged=True,
         )
 
 
 def evaluate_linear_fast(
     path: Path,
-    setting: Setting | None = None,
+    options: EvalOptions | None = None,
     *,
-    plan: Plan = PUBLISHED,
+    protocol: ClassifierProtocol = PUBLISHED,
     rates: Sequence[float] = FAST_RATES,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -81,47 +92,47 @@ def evaluate_linear_fast(
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
-        setting: Source, folder, device.
-        plan: Epochs, batch and schedule; its own rate is not used.
+        options: Source, folder, device.
+        protocol: Epochs, batch and schedule; its own rate is not used.
         rates: The learning rates.
         console: Where progress is shown.
 
     Raises:
-        CheckpointError, DataError, ConfigError: As `open_subject` says.
+        CheckpointError, DataError, ConfigError: As `open_context` says.
     """
-    setting = setting or Setting()
-    with joined(resolve_device(setting.device)) as device:
-        subject = open_subject(path, setting, device)
-        before = fingerprint(subject.backbone)
-        train = cached_features(subject, subject.train, "training images", console).load()
-        held_out = cached_features(subject, subject.held_out, "held-out images", console).load()
-        with Bar(console, "linear probes", plan.epochs) as bar:
+    options = options or EvalOptions()
+    with join_job(options.device) as device:
+        context = open_context(path, options, device)
+        before = fingerprint(context.backbone)
+        train = cached_features(context, context.train, "training images", console).load()
+        held_out = cached_features(context, context.held_out, "held-out images", console).load()
+        with progress(console, "linear probes", protocol.epochs, unit="epoch") as bar:
             predicted = sweep_heads(
                 train.values.to(device),
                 train.labels.to(device),
                 held_out.values.to(device),
-                classes=subject.classes,
+                classes=context.classes,
                 rates=rates,
-                plan=plan,
+                protocol=protocol,
                 bar=bar,
             )
         labels = held_out.labels.to(device)
         accuracies = (predicted == labels).double().mean(dim=1).tolist()
         best = max(range(len(rates)), key=lambda place: accuracies[place])
-        confusion = torch.zeros(subject.classes, subject.classes, dtype=torch.int64, device=device)
+        confusion = torch.zeros(context.classes, context.classes, dtype=torch.int64, device=device)
         confusion.index_put_((labels, predicted[best]), torch.ones_like(labels), accumulate=True)
-        check_unchanged(subject, before)
-        return subject.result(
+        check_unchanged(context.backbone, before)
+        return context.result(
             "linear_fast",
             {"linear top-1, cached features": accuracies[best]},
             top1=accuracies[best],
             lr=rates[best],
             rates={f"{rate:g}": accuracy for rate, accuracy in zip(rates, accuracies, strict=True)},
-            agreement=_agreement(subject, "linear", accuracies[best]),
-            epochs=plan.epochs,
-            batch=plan.batch,
+            agreement=_agreement(context, "linear", accuracies[best]),
+            epochs=protocol.epochs,
+            batch=protocol.batch,
             confusion=confusion.tolist(),
-            class_names=list(subject.train.classes or ()),
+            class_names=list(context.train.classes or ()),
             backbone_unchanged=True,
         )
 
@@ -133,8 +144,8 @@ def sweep_heads(
     *,
     classes: int,
     rates: Sequence[float],
-    plan: Plan,
-    bar: Bar | None = None,
+    protocol: ClassifierProtocol,
+    bar: ProgressBar | None = None,
 ) -> Tensor:
     """Train a linear classifier for each rate side by side: one gather and one product a step serve all of them.
 
@@ -144,26 +155,26 @@ def sweep_heads(
         queries: Features to classify, (m, F).
         classes: C.
         rates: R learning rates.
-        plan: Epochs, batch, momentum, weight decay, schedule and seed.
+        protocol: Epochs, batch, momentum, weight decay, schedule and seed.
         bar: Advanced by an epoch at a time.
 
     Returns:
         Predicted classes, (R, m) int64; a rate that diverged predicts class 0 throughout.
     """
-    generator = torch.Generator().manual_seed(plan.seed)
+    generator = torch.Generator().manual_seed(protocol.seed)
     first = torch.randn(classes, values.shape[1], generator=generator).mul_(0.01).to(values)
     heads: list[Tensor] = [nn.Parameter(first.clone()) for _ in rates]
     biases: list[Tensor] = [nn.Parameter(first.new_zeros(classes)) for _ in rates]
     optimizer = torch.optim.SGD(
         [{"params": pair, "lr": rate} for *pair, rate in zip(heads, biases, rates, strict=True)],
-        momentum=plan.momentum,
-        weight_decay=plan.weight_decay,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
     )
-    for epoch in range(plan.epochs):
+    for epoch in range(protocol.epochs):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * plan.factor(epoch)
-        order = epoch_order(len(values), seed=plan.seed, epoch=epoch).to(values.device)
-        for chosen in order.split(plan.batch):
+            group["lr"] = rate * protocol.factor(epoch)
+        order = epoch_order(len(values), seed=protocol.seed, epoch=epoch).to(values.device)
+        for chosen in order.split(protocol.batch):
             logits = (values[chosen] @ torch.cat(heads).T + torch.cat(biases)).view(len(chosen), len(rates), classes)
             wanted = labels[chosen, None].expand(-1, len(rates))
             loss = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum") / len(chosen)
@@ -171,18 +182,15 @@ def sweep_heads(
             loss.backward()
             optimizer.step()
         if bar is not None:
-            bar.advance(1)
+            bar.advance()
     with torch.no_grad():
         logits = torch.stack([queries @ head.T + bias for head, bias in zip(heads, biases, strict=True)])
         return logits.nan_to_num(nan=-torch.inf).argmax(dim=2)
 
 
-def _agreement(subject: Subject, other: str, top1: float) -> dict[str, float] | None:
+def _agreement(context: EvalContext, other: str, top1: float) -> dict[str, float] | None:
     """How far the other variant's figure for the same checkpoint and source lies from this one, or None."""
-    file = subject.folder / f"{other}.json"
-    if rank() != 0 or not file.is_file():
-        return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if (found.get("checkpoint"), found.get("source")) != (str(subject.weights.file), subject.source.spec):
+    found = read_json(context.folder / f"{other}.json") if rank() == 0 else {}
+    if (found.get("checkpoint"), found.get("source")) != (str(context.weights.file), context.source.spec):
         return None
     return {"other_top1": found["top1"], "difference_in_points": 100 * (top1 - found["top1"])}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ from synco_fast.config import Config
 from synco_fast.export.load import Weights
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.errors import UserError
+from synco_fast.runtime.files import read_json, write_text
 
 __all__ = ["known_results", "write_card"]
 
@@ -31,11 +32,11 @@ def known_results(run: Path | None) -> dict[str, str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """A damaged file says nothing; the weights are worth a card without it."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        return read_json(file)
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def write_card(
@@ -110,7 +111,7 @@ def write_card(
         licence or "Not stated. The licence of the training images may bind the weights.",
         "",
     ]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
 
 
 def _method(config: Config) -> str:

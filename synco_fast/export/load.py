@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from synco_fast.config import Config, build_config
 from synco_fast.export.layouts import from_moco, is_moco
 from synco_fast.models.encoder import build_backbone
-from synco_fast.runtime.checkpoint import FORMAT, find_checkpoint, read_tensors
+from synco_fast.runtime.checkpoint import FORMAT, find_checkpoint, load_weights, read_tensors
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.migrations import migrate_checkpoint
 
-__all__ = ["Weights", "backbone_of", "fit", "load_backbone", "read_weights"]
+__all__ = ["Weights", "backbone_of", "load_backbone", "read_weights"]
 
 _BACKBONE = "encoder.backbone."
-#: How many names a message lists.
-_LISTED = 6
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,15 @@ class Weights:
         """The query encoder's backbone, by its own names."""
         return {name.removeprefix(_BACKBONE): value for name, value in self.state.items() if name.startswith(_BACKBONE)}
 
+    def description(self) -> dict[str, Any]:
+        """What an exported file says of itself, for JSON; read back by `read_weights`."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "step": self.step,
+            "epochs": self.epochs,
+            "imported": self.imported,
+        }
+
 
 def load_backbone(path: str | Path) -> nn.Module:
     """The pretrained backbone as a plain module in evaluation mode: images (B, 3, H, W) to features (B, F).
@@ -70,36 +77,8 @@ def backbone_of(weights: Weights) -> nn.Module:
     """The backbone of read weights, in evaluation mode, with PyTorch's own batch norm."""
     model = weights.config.model
     module, _ = build_backbone(model.backbone, arguments=model.backbone_args, small_stem=model.small_stem)
-    fit(module, weights.backbone, weights.file, model.backbone)
+    load_weights(module, weights.backbone, weights.file, name=model.backbone, cast=True)
     return module.eval()
-
-
-def fit(module: nn.Module, state: dict[str, Tensor], file: Path | str, name: str) -> None:
-    """Load ``state`` strictly.
-
-    Raises:
-        CheckpointError: Names or shapes differ; all of them are counted, the first few listed.
-    """
-    own = module.state_dict()
-    problems = []
-    for what, names in (("lacks", own.keys() - state.keys()), ("has besides", state.keys() - own.keys())):
-        if names:
-            problems.append(f"{what} {_list(sorted(names))}")
-    shapes = [key for key in own if key in state and own[key].shape != state[key].shape]
-    if shapes:
-        first = shapes[0]
-        problems.append(
-            f"has other shapes in {_list(shapes)}: {first} is {tuple(state[first].shape)}, "
-            f"the model's {tuple(own[first].shape)}"
-        )
-    if problems:
-        raise CheckpointError(f"{file}: found weights of another architecture than {name}: it {'; it '.join(problems)}")
-    module.load_state_dict(state)
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def read_weights(path: Path) -> Weights:
@@ -157,7 +136,15 @@ def _from_safetensors(path: Path) -> Weights:
             f"{path}: found no description of its architecture, expected a file that 'synco-fast export' wrote, "
             f"or 'synco-fast import {path} --backbone NAME --method NAME'"
         )
-    return _described(json.loads(described), {f"{_BACKBONE}{name}": value for name, value in state.items()}, path)
+    return _described(_parsed(described, path), {f"{_BACKBONE}{name}": value for name, value in state.items()}, path)
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: found a description that cannot be read ({error})") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _described(described: dict[str, Any], state: dict[str, Tensor], path: Path) -> Weights:

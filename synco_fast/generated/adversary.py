@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from synco_fast.generated.augment import augment_for_discriminator, draw_discriminator
 from synco_fast.generated.discriminator import Discriminator, discriminator_loss, gradient_penalty
-from synco_fast.runtime.optim_step import Update
+from synco_fast.runtime.optim_step import OptimStep
 
 __all__ = ["Adversary", "CollapseMonitor", "Player", "diversity"]
 
@@ -31,7 +31,7 @@ class Player:
     ) -> None:
         self._parameters = list(parameters)
         self.optimizer = torch.optim.Adam(self._parameters, lr=lr, betas=betas, fused=device.type == "cuda")
-        self._update = Update(self.optimizer, scaled=False, clip=None, device=device)
+        self._update = OptimStep(self.optimizer, scaled=False, clip=None, device=device)
 
     def learn(self, loss: Tensor) -> Tensor:
         """Take one step down ``loss``; no other parameter gets a gradient.

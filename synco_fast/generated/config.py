@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from synco_fast.config import Config, Section
+from synco_fast.config import Beta, Config, Fraction, Section
+from synco_fast.explain import explain_error
 from synco_fast.generated.generator import check_size
 from synco_fast.methods import with_queue
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.names import Device
 
 __all__ = ["GeneratorConfig", "build_generator_config", "check_pairs"]
 
@@ -20,34 +21,40 @@ class GeneratorConfig(Section):
     """Everything that decides a run of ``pretrain-generator``."""
 
     source: str = Field("demo", description="A folder, idx:FOLDER, or demo")
-    share: float = Field(1.0, gt=0, le=1, description="Share of the training images that is learned from")
-    workers: int | None = Field(None, ge=0, description="Decoding processes; one a core by default, 0 for none")
-    max_broken: float = Field(0.01, ge=0, le=1, description="Share of unreadable images above which nothing begins")
-    seed: int = Field(0, ge=0, lt=1 << 31)
-    size: int = Field(32, description="Side of the images in pixels, 32 or 64")
-    latent: int = Field(128, ge=1, description="Length of a latent vector")
-    width: int = Field(32, ge=1, description="Channels at full size")
-    steps: int = Field(20_000, ge=1)
-    batch: int = Field(64, ge=2, description="Real images a step, and as many generated ones")
-    lr: float = Field(1e-3, gt=0, description="Of generator and discriminator, by Adam")
-    betas: tuple[float, float] = (0.0, 0.99)
-    r1: float = Field(0.1, ge=0, description="Weight of R1")
-    r1_every: int = Field(16, ge=1, description="Steps between two computations of R1")
+    share: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
+    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
+    max_broken: Fraction = Field(0.01, description="Fraction of corrupt images above which nothing begins")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="Decides weights, order and latent vectors")
+    size: int = Field(32, ge=32, le=64, description="Side of the images in pixels, 32 or 64")
+    latent: int = Field(128, ge=1, le=65_536, description="Length of a latent vector")
+    width: int = Field(32, ge=1, le=4096, description="Channels at full size")
+    steps: int = Field(20_000, ge=1, lt=1 << 31, description="Length of the run")
+    batch: int = Field(64, ge=2, le=1 << 20, description="Real images a step, and as many generated ones")
+    lr: float = Field(1e-3, gt=0, le=1e6, description="Learning rate of generator and discriminator, by Adam")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Of that Adam")
+    r1: float = Field(0.1, ge=0, le=1e6, description="Weight of the R1 gradient penalty")
+    r1_every: int = Field(16, ge=1, le=1 << 31, description="Steps between two gradient penalties")
     augment: bool = Field(True, description="DiffAugment's colour, translation and cutout before the discriminator")
-    average: float = Field(0.999, ge=0, le=1, description="Momentum of the generator's moving average")
-    collapse: float = Field(0.2, ge=0, description="Diversity, as a share of the real images', that is warned of below")
-    quality_every: int = Field(2000, ge=0, description="Steps between figures of quality; 0 for none")
-    quality_images: int = Field(1000, ge=4, description="Images of each kind that the figure compares")
-    encoder: str | None = Field(None, description="Checkpoint whose features the figure takes; random ones if unset")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field("auto", description="bf16 where the device has it")
-    channels_last: bool = True
-    max_time: float | None = Field(None, gt=0, description="Stop after this many minutes, with a checkpoint")
-    max_skipped: int = Field(16, ge=0, description="Steps in a row without a finite gradient that a run puts up with")
-    log_every: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl")
-    sample_every: int = Field(1000, ge=1, description="Steps between sheets of samples")
-    checkpoint_every: int = Field(1000, ge=1, description="Steps between checkpoints")
-    keep: int = Field(2, ge=1, description="How many checkpoints are kept")
+    average: Fraction = Field(0.999, description="EMA momentum of the generator that is kept")
+    collapse: float = Field(
+        0.2, ge=0, le=100, description="Warn of mode collapse below this fraction of the real images' diversity"
+    )
+    quality_every: int = Field(2000, ge=0, lt=1 << 31, description="Steps between KIDs; 0: none")
+    quality_images: int = Field(1000, ge=4, lt=1 << 31, description="Images of each kind that KID compares")
+    encoder: str | None = Field(None, description="Checkpoint whose features KID takes; null: a random network's")
+    device: Device = Field("auto", description="auto: a GPU where there is one")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the device computes in it at speed, else fp32"
+    )
+    channels_last: bool = Field(True, description="Memory layout of convolutions")
+    max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after so many minutes, with a checkpoint")
+    max_skipped: int = Field(
+        16, ge=0, le=1_000_000, description="Abort after more consecutive steps with non-finite gradients than this"
+    )
+    log_every: int = Field(50, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
+    sample_every: int = Field(1000, ge=1, lt=1 << 31, description="Steps between sheets of samples")
+    checkpoint_every: int = Field(1000, ge=1, lt=1 << 31, description="Steps between checkpoints")
+    keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints that are kept")
 
     @model_validator(mode="after")
     def _fits(self) -> GeneratorConfig:
@@ -65,17 +72,10 @@ def build_generator_config(values: dict[str, Any]) -> GeneratorConfig:
     Raises:
         ConfigError: An unknown key (with the nearest one), or a value that is not allowed.
     """
-    for name in values:
-        if name not in GeneratorConfig.model_fields:
-            near = difflib.get_close_matches(name, GeneratorConfig.model_fields, n=1, cutoff=0.5)
-            raise ConfigError(f"{name}: found an unknown key" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         return GeneratorConfig.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        said = first["msg"].replace("Input should be ", "")
-        raise ConfigError(f"{name}: found {first['input']!r}, expected {said}") from error
+        raise ConfigError(explain_error(error, GeneratorConfig)) from error
 
 
 def check_pairs(config: Config) -> None:

@@ -41,7 +41,9 @@ class _Embed(nn.Module):
         images = images.float()
         if images.shape[-1] != self.recipe.size:
             images = interpolate(images, size=(self.recipe.size,) * 2, mode="bilinear", antialias=True)
-        features = normalize(self.backbone(normalise(images, self.recipe)).float(), dim=1)
+        # `normalise` takes floating-point views as normalised already.
+        pixels = images.round().clamp(0, 255).to(torch.uint8)
+        features = normalize(self.backbone(normalise(pixels, self.recipe)).float(), dim=1)
         return features * math.sqrt(features.shape[1])
 
 

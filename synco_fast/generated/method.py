@@ -259,7 +259,7 @@ class Generated(MomentumContrast):
         """The loss of both queries of each pair against both keys, (4 n,), ordered by query, then key, then pair."""
         (one, two), (here, there) = q.chunk(2), keys.chunk(2)
         rows = len(inputs.queries) * len(inputs.image_ids)
-        with phase("head"), torch.autocast(q.device.type, enabled=False):
+        with phase("loss"), torch.autocast(q.device.type, enabled=False):
             return synthetic_contrast(
                 torch.cat([one, one, two, two]),
                 torch.cat([here, there, here, there]),

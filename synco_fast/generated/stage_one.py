@@ -22,7 +22,7 @@ from synco_fast.generated.plots import draw_generator_curves, draw_samples
 from synco_fast.generated.real_images import ResidentImages
 from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.runtime.checkpoint import checkpoints_in, load_weights
-from synco_fast.runtime.distributed import Control, Place
+from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json
@@ -54,7 +54,7 @@ class GeneratorTraining:
     """
 
     def __init__(self, config: GeneratorConfig, features: Features | None = None) -> None:
-        self.config, self.control, self.note = config, Control(Place()), Notes()
+        self.config, self.control, self.note = config, HostGroup(DistEnv()), Notes()
         self.device = resolve_device(config.device)
         self.precision = Precision(config.precision, self.device, key="precision")
         self.kid = KID(features, config.size, self.device) if config.quality_every else None

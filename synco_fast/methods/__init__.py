@@ -50,6 +50,8 @@ METHODS: dict[str, MethodSpec] = {
     "moco": MethodSpec("MoCo v2", "2003.04297", "contrastive", "moco"),
     "mochi": MethodSpec("MoCHi", "2010.01028", "contrastive", "mochi"),
     "synco": MethodSpec("SynCo", "2410.02401", "contrastive", "synco"),
+    "simclr": MethodSpec("SimCLR", "2002.05709", "simclr", demo={"method": {"temperature": 0.2}}),
+    "byol": MethodSpec("BYOL", "2006.07733", "byol", demo={"model": {"hidden": 512, "momentum_schedule": "cosine"}}),
 }
 
 

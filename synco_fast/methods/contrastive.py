@@ -23,7 +23,7 @@ from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.models.encoder import Encoder
 from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
-from synco_fast.runtime.collectives import exchange_rows, gather_rows, rank, world
+from synco_fast.runtime.distributed import exchange_rows, gather_rows, rank, world
 from synco_fast.runtime.phases import phase
 
 __all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
@@ -154,7 +154,7 @@ class MomentumContrast(Method):
         self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
     ) -> None:
         """Update the key encoder and compute the keys of the whole batch, (B, D), the same on every process."""
-        with phase("momentum update"):
+        with phase("EMA update"):
             ema_update(self.key_encoder, self.encoder, momentum)
         self._keys.clear()
         with phase("key forward"):
@@ -195,7 +195,7 @@ class MomentumContrast(Method):
         keys, _ = self._keys[direction]
         begin = rank() * len(inputs.image_ids) + micro_batch * len(views)
         image_ids = inputs.image_ids.chunk(micro_batches)[micro_batch]
-        with phase("head"), torch.autocast(q.device.type, enabled=False):
+        with phase("loss"), torch.autocast(q.device.type, enabled=False):
             return synthetic_contrast(
                 q,
                 keys[begin : begin + len(views)],

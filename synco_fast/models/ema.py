@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from synco_fast.kernels import momentum_update
@@ -17,7 +16,6 @@ def make_ema_copy(encoder: nn.Module) -> nn.Module:
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
-@torch.no_grad()
 def ema_update(key: nn.Module, query: nn.Module, momentum: float | Tensor) -> None:
     """Parameters of ``key`` become momentum * key + (1 - momentum) * query (MoCo, arXiv 1911.05722 eq. 2).
 
@@ -28,11 +26,4 @@ def ema_update(key: nn.Module, query: nn.Module, momentum: float | Tensor) -> No
         momentum: In [0, 1]. A tensor of no dimensions lets a captured graph follow a schedule, for one more copy of the
             parameters.
     """
-    if isinstance(momentum, Tensor):
-        targets: list[Tensor] = [*key.parameters()]
-        sources: list[Tensor] = [*query.parameters()]
-        difference = torch._foreach_sub(sources, targets)
-        torch._foreach_mul_(difference, 1 - momentum)
-        torch._foreach_add_(targets, difference)
-        return
     momentum_update(key.parameters(), query.parameters(), momentum)

@@ -13,14 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from synco_fast.config import known_keys
+from synco_fast.config import Config
+from synco_fast.explain import known_keys
 from synco_fast.report.runs import Run, read_run
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.style import colour_of
 
 __all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison", "spread"]
 
 matplotlib.use("Agg")
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN": lambda run: run.results.get("knn", {}).get("knn"),
@@ -89,7 +90,7 @@ def _settings(run: Run) -> dict[str, Any]:
     """Every key of the configuration by its dotted name, without those in which seeds may differ."""
     dumped = run.config.model_dump(mode="json")
     found = {}
-    for key in known_keys():
+    for key in known_keys(Config):
         if key not in _FREE:
             value: Any = dumped
             for part in key.split("."):
@@ -114,7 +115,7 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     """
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
-    colours = [_COLOURS[place % len(_COLOURS)] for place in range(len(groups))]
+    colours = [colour_of(place) for place in range(len(groups))]
     for group, colour in zip(groups, colours, strict=True):
         for run in group.runs:
             points = [(line["epoch"], line["knn"]) for line in run.evaluations]

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from synco_fast.kernels import FAMILIES
 from synco_fast.report.runs import Run
+from synco_fast.runtime.style import COLOURS
 
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
 
 matplotlib.use("Agg")
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
 #: Inches: 400 pixels of a page, so that type keeps its size at a phone's width.
 _WIDTH, _HEIGHT = 4.2, 3.0
 
@@ -43,29 +43,29 @@ def draw_run(run: Run) -> dict[str, str]:
     """By title: loss, contrastive accuracy, kNN, hardness, throughput, data wait; what was not logged is left out."""
     found = {}
     wanted: list[tuple[str, list[dict[str, Any]], list[tuple[str, str, str]], bool]] = [
-        ("Contrastive loss", run.train, [("loss", "loss", _COLOURS[0])], False),
+        ("Contrastive loss", run.train, [("loss", "loss", COLOURS[0])], False),
         (
             "Top-1 against the queue",
             run.train,
-            [("queue_top1", "queue alone", _COLOURS[1]), ("top1", "with synthetic negatives", _COLOURS[3])],
+            [("queue_top1", "queue alone", COLOURS[1]), ("top1", "with synthetic negatives", COLOURS[3])],
             True,
         ),
-        ("kNN accuracy on the held-out split", run.evaluations, [("knn", "kNN", _COLOURS[2])], True),
+        ("kNN accuracy on the held-out split", run.evaluations, [("knn", "kNN", COLOURS[2])], True),
         (
             "Hardness: cosine to the query",
             run.train,
             [
-                ("similarity/positive", "positive", _COLOURS[7]),
+                ("similarity/positive", "positive", COLOURS[7]),
                 ("similarity/hard", "hard (mean of Q^N)", "grey"),
                 *(
                     (f"similarity/{family.name}", f"{family.number} {family.name}", colour)
-                    for family, colour in zip(FAMILIES, _COLOURS, strict=False)
+                    for family, colour in zip(FAMILIES, COLOURS, strict=False)
                 ),
             ],
             False,
         ),
-        ("Throughput, images per second", run.train, [("images_per_second", "images/s", _COLOURS[0])], False),
-        ("Time spent waiting for data", run.train, [("data_wait", "data wait", _COLOURS[3])], True),
+        ("Throughput, images per second", run.train, [("images_per_second", "images/s", COLOURS[0])], False),
+        ("Time spent waiting for data", run.train, [("data_wait", "data wait", COLOURS[3])], True),
     ]
     for title, lines, names, share in wanted:
         figure, axes = _axes(title)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from synco_fast.data.sources.open import Split
-from synco_fast.evaluation.context import Subject
+from synco_fast.evaluation.context import EvalContext
 from synco_fast.evaluation.features import extract_features
 from synco_fast.evaluation.knn import nearest
 
@@ -54,12 +54,12 @@ class Gallery:
 
 
 def look_around(
-    subject: Subject, *, queries: int = 10, neighbours: int = 5, bank: int = 5000, map: int = 1000
+    context: EvalContext, *, queries: int = 10, neighbours: int = 5, bank: int = 5000, map: int = 1000
 ) -> Gallery:
     """Find the nearest training images of some held-out ones.
 
     Args:
-        subject: Backbone and images.
+        context: Backbone and images.
         queries: Sheets, spread over the classes.
         neighbours: Images a sheet shows beside its query.
         bank: Training images to choose from, at most.
@@ -67,26 +67,32 @@ def look_around(
     """
     train, held_out = (
         extract_features(
-            subject.backbone, split, subject.recipe, device=subject.device, workers=subject.workers, limit=limit
+            context.backbone,
+            split,
+            context.recipe,
+            device=context.device,
+            pipeline=context.pipeline,
+            workers=context.workers,
+            limit=limit,
         )
-        for split, limit in ((subject.train, bank), (subject.held_out, map))
+        for split, limit in ((context.train, bank), (context.held_out, map))
     )
     similarity, whose = nearest([train.values], held_out.values, min(neighbours, len(train.labels)))
     right = train.labels[whose] == held_out.labels[:, None]
-    names = subject.train.classes or ()
+    names = context.train.classes or ()
     sheets = []
     for row in _spread_over_classes(held_out.labels, queries):
         number = int(held_out.numbers[row])
         found = [
             Neighbour(
-                _thumbnail(subject.train, int(train.numbers[place])),
+                _thumbnail(context.train, int(train.numbers[place])),
                 names[int(train.labels[place])],
                 bool(right[row, column]),
                 float(similarity[row, column]),
             )
             for column, place in enumerate(whose[row].tolist())
         ]
-        sheets.append(Sheet(_thumbnail(subject.held_out, number), names[int(held_out.labels[row])], found))
+        sheets.append(Sheet(_thumbnail(context.held_out, number), names[int(held_out.labels[row])], found))
     return Gallery(sheets, float(right.double().mean()), held_out.values, held_out.labels, len(train.labels))
 
 

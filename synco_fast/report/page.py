@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from synco_fast.evaluation.context import Setting, open_subject
+from synco_fast.evaluation.context import EvalOptions, open_context
 from synco_fast.report.figures import draw_confusion, draw_map, draw_run
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.runs import Run, read_run
@@ -18,7 +18,7 @@ from synco_fast.runtime.files import write_text
 __all__ = ["write_report"]
 
 
-def write_report(folder: Path, out: Path | None = None, setting: Setting | None = None) -> Path:
+def write_report(folder: Path, out: Path | None = None, options: EvalOptions | None = None) -> Path:
     """Write the page, ``report.html`` in the run folder by default.
 
     What the run folder does not hold, such as a linear probe, is named with the command that makes it. Where the images
@@ -27,7 +27,7 @@ def write_report(folder: Path, out: Path | None = None, setting: Setting | None 
     Args:
         folder: The run.
         out: The file.
-        setting: Source, device and workers for the pictures of neighbours.
+        options: Source, device and workers for the pictures of neighbours.
 
     Raises:
         ConfigError: The folder is no run.
@@ -45,7 +45,7 @@ def write_report(folder: Path, out: Path | None = None, setting: Setting | None 
         tiles=_tiles(run),
         curves={title: _uri(svg) for title, svg in draw_run(run).items()},
         pairs=_uri(pairs.read_bytes(), "image/png") if pairs.is_file() else None,
-        **_gallery(folder, setting or Setting()),
+        **_gallery(folder, options or EvalOptions()),
         confusion=_uri(draw_confusion(probe["confusion"], probe["class_names"])) if probe else None,
         probe=probe,
         results=[
@@ -77,15 +77,15 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _gallery(folder: Path, setting: Setting) -> dict[str, Any]:
+def _gallery(folder: Path, options: EvalOptions) -> dict[str, Any]:
     """Neighbours and map, or the reason why there are none."""
     try:
-        subject = open_subject(folder, setting)
-        found = look_around(subject)
+        context = open_context(folder, options)
+        found = look_around(context)
     except (CheckpointError, DataError) as error:
         return {"gallery": None, "map": None, "map_by": None, "missing": str(error)}
     points, by = flatten(found.features)
-    names = list(subject.train.classes or ())
+    names = list(context.train.classes or ())
     title = f"{len(points):,} held-out images"
     return {"gallery": found, "map": _uri(draw_map(points, found.labels, names, title)), "map_by": by, "missing": None}
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synco_fast.config import Config, build_config
+from synco_fast.config import Config, build_config, read_run_config
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.files import read_json
 from synco_fast.training.metrics import read_metrics
-from synco_fast.training.run_folder import read_run_config
 
 __all__ = ["Run", "read_run"]
 
@@ -79,25 +78,13 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")
     config = build_config(read_run_config(folder))
     lines = read_metrics(folder)
-    results = {file.stem: _read(file) for file in sorted((folder / "evaluation").glob("*.json"))}
+    results = {file.stem: read_json(file) for file in sorted((folder / "evaluation").glob("*.json"))}
     return Run(
         folder=folder,
         config=config,
-        summary=_read(folder / "summary.json"),
-        environment=_read(folder / "environment.json"),
+        summary=read_json(folder / "summary.json"),
+        environment=read_json(folder / "environment.json"),
         train=[line for line in lines if line["kind"] == "train"],
         evaluations=[line for line in lines if line["kind"] == "evaluation"],
         results=results,
     )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: found JSON that cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: found {type(found).__name__}, expected an object")
-    return found

@@ -1,9 +1,10 @@
-"""Checkpoints: written beside and renamed, read without running code, the newest good one found."""
+"""Checkpoints: saved atomically, loaded without running code, the newest good one found, weights loaded strictly."""
 
 from __future__ import annotations
 
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ __all__ = ["checkpoints_in", "find_checkpoint", "load_checkpoint", "load_weights
 #: Raised when the layout changes in a way that older code or newer code cannot read.
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt")
+#: How many names a message lists.
+_LISTED = 6
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
@@ -99,22 +102,56 @@ def find_checkpoint(path: Path) -> tuple[dict[str, Any], Path, list[str]]:
     raise CheckpointError(problems[0] if problems else f"checkpoint: found none in {path}")
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, Any], path: Path) -> None:
-    """Load a module's state strictly.
+def load_weights(
+    module: torch.nn.Module, state: Mapping[str, Any], file: Path | str, *, name: str = "the model", cast: bool = False
+) -> None:
+    """Load a module's state strictly: the same names, shapes and dtypes.
+
+    Args:
+        module: What is loaded into; unchanged where anything differs.
+        state: Tensors by name.
+        file: Where they were read, for the message.
+        name: What the message calls the architecture.
+        cast: Accept another floating-point dtype, as published weights have; the module's own stays.
 
     Raises:
-        CheckpointError: Names or shapes differ: the checkpoint is one of another architecture.
+        CheckpointError: The weights are those of another architecture; missing and unexpected names and differing
+            tensors are listed.
     """
     own = module.state_dict()
-    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]} besides"
-        count = len(missing) + len(extra)
-        raise CheckpointError(f"{path}: found a checkpoint of another architecture: it {what} ({count} names differ)")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            raise CheckpointError(
-                f"{path}: found a checkpoint of another architecture: {name} has shape {tuple(weights[name].shape)}, "
-                f"the model {tuple(tensor.shape)}"
-            )
-    module.load_state_dict(weights)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{file}: found {type(state).__name__} for the weights, expected tensors by name")
+    problems = []
+    for what, names in (("lacks", own.keys() - state.keys()), ("has besides", state.keys() - own.keys())):
+        if names:
+            problems.append(f"{what} {_listed(sorted(map(str, names)))}")
+    shared = [key for key in own if key in state]
+    wrong = [key for key in shared if not isinstance(state[key], torch.Tensor)]
+    if wrong:
+        problems.append(f"holds {type(state[wrong[0]]).__name__} instead of a tensor in {_listed(wrong)}")
+    shared = [key for key in shared if key not in wrong]
+    shapes = [key for key in shared if own[key].shape != state[key].shape]
+    if shapes:
+        first = shapes[0]
+        problems.append(
+            f"has other shapes in {_listed(shapes)}: {first} is {tuple(state[first].shape)}, "
+            f"the model's {tuple(own[first].shape)}"
+        )
+    dtypes = [key for key in shared if not _fits(state[key].dtype, own[key].dtype, cast=cast)]
+    if dtypes:
+        first = dtypes[0]
+        problems.append(
+            f"has other dtypes in {_listed(dtypes)}: {first} is {state[first].dtype}, the model's {own[first].dtype}"
+        )
+    if problems:
+        raise CheckpointError(f"{file}: found weights of another architecture than {name}: it {'; it '.join(problems)}")
+    module.load_state_dict(dict(state))
+
+
+def _fits(found: torch.dtype, own: torch.dtype, *, cast: bool) -> bool:
+    return found == own or (cast and found.is_floating_point and own.is_floating_point)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,4 +1,8 @@
-"""The processes of a job: found in what torchrun or Slurm sets, and what they agree on beside the training itself."""
+"""The processes of a job: where torchrun or Slurm put this one, how it joins, and what the ranks exchange.
+
+In a job of one process every function returns what it was given. A global batch of B rows lies on W ranks in blocks of
+B / W: row i is on rank i // (B / W).
+"""
 
 from __future__ import annotations
 
@@ -12,26 +16,43 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from synco_fast.runtime.errors import ConfigError, LostProcessError
 
-__all__ = ["Control", "Place", "joined", "lost_process"]
+__all__ = [
+    "DistEnv",
+    "HostGroup",
+    "barrier",
+    "exchange_rows",
+    "gather_lists",
+    "gather_rows",
+    "init_distributed",
+    "lost_process",
+    "mean_over_ranks",
+    "rank",
+    "sum_over_ranks",
+    "world",
+]
 
-#: The port of the first process where Slurm names none: one of the unregistered ones, moved by the job's number.
+#: Slurm names no port: the lowest one taken, and how many above it the job's number may choose from.
 _PORTS = 20000, 10000
-#: While one process evaluates or writes, the others wait this long for it.
+#: How long the other ranks wait while rank 0 evaluates or writes.
 _PATIENCE = timedelta(hours=4)
-_SIGNS = ("gloo", "nccl", "peer", "timed out", "timeout", "connection")
+#: Words of a message by which a lost process is recognised.
+_LOST = ("gloo", "nccl", "peer", "timed out", "timeout", "connection")
+#: Renamed after PyTorch 2.11.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
-class Place:
+class DistEnv:
     """Where this process stands in its job.
 
     Attributes:
-        rank, world: Number of this process, and of all.
+        rank, world: Number of this process in [0, W), and W.
         local_rank, local_world: The same on this machine.
-        address, port: Where the first process listens.
+        address, port: Where rank 0 listens.
     """
 
     rank: int = 0
@@ -42,50 +63,53 @@ class Place:
     port: int = 0
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes and speaks for the job."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @staticmethod
-    def find(environment: Mapping[str, str] | None = None) -> Place:
-        """From torchrun's variables, else from Slurm's (``srun`` with one task a GPU), else alone.
+    def detect(environment: Mapping[str, str] | None = None) -> DistEnv:
+        """From torchrun's variables, else from Slurm's (``srun`` with one task a GPU), else a job of one process.
 
         Raises:
-            ConfigError: A variable is missing or is no number.
+            ConfigError: A variable is missing or is not a whole number.
         """
         variables = os.environ if environment is None else environment
-
-        def number(name: str) -> int:
-            value = variables.get(name, "")
-            if not value.isdigit():
-                raise ConfigError(f"{name}: found {value!r} in the environment, expected a whole number")
-            return int(value)
-
         if "RANK" in variables and "WORLD_SIZE" in variables:
-            if number("WORLD_SIZE") == 1:
-                return Place()
-            return Place(
-                number("RANK"),
-                number("WORLD_SIZE"),
-                number("LOCAL_RANK") if "LOCAL_RANK" in variables else 0,
-                number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in variables else 1,
+            if _number(variables, "WORLD_SIZE") == 1:
+                return DistEnv()
+            return DistEnv(
+                _number(variables, "RANK"),
+                _number(variables, "WORLD_SIZE"),
+                _number(variables, "LOCAL_RANK", "0"),
+                _number(variables, "LOCAL_WORLD_SIZE", "1"),
                 variables.get("MASTER_ADDR", "127.0.0.1"),
-                number("MASTER_PORT"),
+                _number(variables, "MASTER_PORT"),
             )
         # An interactive shell inside an allocation has the job's variables but is no task of it.
-        if variables.get("SLURM_STEP_ID", "").isdigit() and int(variables.get("SLURM_NTASKS") or 1) > 1:
+        if variables.get("SLURM_STEP_ID", "").isdigit() and _number(variables, "SLURM_NTASKS", "1") > 1:
             nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
-            tasks = variables.get("SLURM_STEP_TASKS_PER_NODE") or variables.get("SLURM_TASKS_PER_NODE", "1")
+            tasks = "SLURM_STEP_TASKS_PER_NODE"
+            tasks = tasks if variables.get(tasks) else "SLURM_TASKS_PER_NODE"
             first, span = _PORTS
-            return Place(
-                number("SLURM_PROCID"),
-                number("SLURM_NTASKS"),
-                number("SLURM_LOCALID"),
-                int(tasks.split("(")[0].split(",")[0]),
+            return DistEnv(
+                _number(variables, "SLURM_PROCID"),
+                _number(variables, "SLURM_NTASKS"),
+                _number(variables, "SLURM_LOCALID"),
+                _number({tasks: re.split(r"[(,]", variables.get(tasks) or "1")[0]}, tasks),
                 variables.get("MASTER_ADDR") or _first_node(nodes),
-                int(variables.get("MASTER_PORT") or first + number("SLURM_JOB_ID") % span),
+                _number(variables, "MASTER_PORT")
+                if variables.get("MASTER_PORT")
+                else first + _number(variables, "SLURM_JOB_ID") % span,
             )
-        return Place()
+        return DistEnv()
+
+
+def _number(variables: Mapping[str, str], name: str, default: str = "") -> int:
+    value = variables.get(name) or default
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError(f"{name}: found {value!r} in the environment, expected a whole number")
+    return int(value)
 
 
 def _first_node(nodes: str) -> str:
@@ -96,37 +120,37 @@ def _first_node(nodes: str) -> str:
     return found[1] + (found[2] or "") + (found[3] or "")
 
 
-class Control:
-    """What processes agree on over the hosts' network, without touching a GPU. Alone, everything is as it is given.
+class HostGroup:
+    """What the ranks agree on over the hosts' network, without touching a GPU.
 
     Args:
-        place: Where this process stands.
+        env: This process's place.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, env: DistEnv) -> None:
+        self.env = env
         self._group: dist.ProcessGroup | None = None
-        if place.world > 1:
+        if env.world > 1:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
-    def largest(self, *numbers: int) -> tuple[int, ...]:
-        """Each number's maximum over the processes."""
+    def max(self, *numbers: int) -> tuple[int, ...]:
+        """The maximum of each number over the ranks."""
         if self._group is None:
             return numbers
         values = torch.tensor(numbers)
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return tuple(values.tolist())
 
-    def everyone(self, value: Any) -> list[Any]:
-        """The values of all processes, in order of rank."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order of rank, on every rank."""
         if self._group is None:
             return [value]
-        values: list[Any] = [None] * self.place.world
+        values: list[Any] = [None] * self.env.world
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def of_first(self, value: Any) -> Any:
-        """The first process's value, which the others wait for."""
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value on every rank; the others wait for it."""
         if self._group is None:
             return value
         values = [value]
@@ -135,50 +159,132 @@ class Control:
 
 
 @contextmanager
-def joined(place: Place, device: str = "auto", *, timeout: float = 300) -> Iterator[Control]:
-    """Take this process's place in the job: its GPU, and the network to the others.
+def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300) -> Iterator[HostGroup]:
+    """Join the job: take this process's GPU, connect to the others, and leave at the end of the block.
 
     Args:
-        place: From `Place.find`.
+        env: From `DistEnv.detect`.
         device: ``auto``, ``cpu`` or ``cuda``, as in the configuration.
-        timeout: Seconds that a collective operation waits for the others before the job ends.
+        timeout: Seconds that a collective operation waits for the other ranks before the job ends.
 
     Raises:
-        ConfigError: More processes on this machine than GPUs.
-        LostProcessError: The others do not appear.
+        ConfigError: There are more processes on this machine than GPUs.
+        LostProcessError: The other processes do not connect.
     """
-    if place.world == 1:
-        yield Control(place)
+    if env.world == 1:
+        yield HostGroup(env)
         return
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda:
-        if place.local_rank >= torch.cuda.device_count():
+        if env.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"processes: found {place.local_world} on this machine, expected {torch.cuda.device_count()}, one a GPU"
+                f"processes: found {env.local_world} on this machine, expected {torch.cuda.device_count()}, one a GPU"
             )
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(env.local_rank)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            init_method=f"tcp://{place.address}:{place.port}" if "RANK" not in os.environ else None,
-            rank=place.rank,
-            world_size=place.world,
+            init_method=f"tcp://{env.address}:{env.port}" if "RANK" not in os.environ else None,
+            rank=env.rank,
+            world_size=env.world,
             timeout=timedelta(seconds=timeout),
-            device_id=torch.device("cuda", place.local_rank) if cuda else None,
+            device_id=torch.device("cuda", env.local_rank) if cuda else None,
         )
     except (RuntimeError, ValueError) as error:
         raise LostProcessError(
-            f"processes: found no {place.world} processes at {place.address}:{place.port} within {timeout:g} s "
+            f"could not connect {env.world} processes at {env.address}:{env.port} within {timeout:g} s "
             f"({str(error).splitlines()[0]})"
         ) from error
     try:
-        yield Control(place)
+        yield HostGroup(env)
     finally:
         dist.destroy_process_group()
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process is gone or silent."""
+    """Whether an error says that another process is gone or does not answer."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST)
+
+
+def world() -> int:
+    """W, the number of ranks."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process, in [0, W)."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of every rank's tensor, in place."""
+    if world() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def mean_over_ranks(tensors: list[Tensor]) -> None:
+    """Replace floating-point tensors by their mean over the ranks, in place, with one all-reduce for each dtype."""
+    if world() == 1:
+        return
+    for dtype in {tensor.dtype for tensor in tensors}:
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        dist.all_reduce(flat)
+        parts = flat.div_(world()).split([tensor.numel() for tensor in same])
+        for tensor, part in zip(same, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def gather_lists(values: list[Any]) -> list[Any]:
+    """The lists of all ranks, one after the other in order of rank; lengths may differ."""
+    if world() == 1:
+        return values
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of every rank, (b, ...) to (W b, ...), in order of rank; without gradient."""
+    if world() == 1:
+        return rows
+    gathered = rows.new_empty(world() * len(rows), *rows.shape[1:])
+    _all_gather(gathered, rows.contiguous())
+    return gathered
+
+
+def exchange_rows(rows: Tensor, order: Tensor) -> Tensor:
+    """Rows ``order[rank b : (rank + 1) b]`` of a permuted global batch, by one all-to-all.
+
+    Args:
+        rows: This rank's block of the batch, (b, ...).
+        order: A permutation of the global batch, (W b,) int64, the same on every rank; on the CPU where W is above 1,
+            since the sizes of what is sent follow from it.
+
+    Returns:
+        (b, ...).
+    """
+    if world() == 1:
+        return rows[order]
+    block = len(rows)
+    wanted = order.view(world(), block)
+    owner = wanted // block
+    leaving = owner == rank()
+    sent = leaving.sum(dim=1).tolist()
+    received = owner[rank()].bincount(minlength=world()).tolist()
+    source = (wanted % block)[leaving].to(rows.device, non_blocking=True)
+    # What arrives is sorted by the rank it came from, and within one rank as it was wanted.
+    place = owner[rank()].argsort(stable=True).to(rows.device, non_blocking=True)
+    outgoing = rows[source].contiguous()
+    incoming = torch.empty_like(outgoing[:1].expand(block, *rows.shape[1:]), memory_format=torch.contiguous_format)
+    dist.all_to_all_single(incoming, outgoing, received, sent)
+    return torch.empty_like(incoming).index_copy_(0, place, incoming)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from synco_fast.data.workers import available_cores
 from synco_fast.version import __version__
 
 __all__ = ["describe_environment"]
@@ -26,7 +26,7 @@ def describe_environment() -> dict[str, str | int]:
         except metadata.PackageNotFoundError:
             continue
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    found["cores"] = len(os.sched_getaffinity(0))
+    found["cores"] = available_cores()
     found["threads"] = torch.get_num_threads()
     if commit := _commit():
         found["commit"] = commit
@@ -43,7 +43,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     """The commit of the source tree, with ``+`` where files differ from it; None for an installed copy."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:

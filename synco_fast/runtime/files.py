@@ -1,14 +1,16 @@
-"""Files of a run: written whole or not at all."""
+"""Files of a run: written whole or not at all, JSON read with one clear line where it is damaged."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from synco_fast.data.files import atomic_write
+from synco_fast.runtime.errors import UserError
 
-__all__ = ["atomic_write", "write_json", "write_text"]
+__all__ = ["atomic_write", "check_writable", "read_json", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,3 +22,47 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write readable JSON, whole or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is no file.
+
+    Raises:
+        UserError: The file cannot be read, is not JSON, or holds something else than an object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: found JSON that cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: found {type(found).__name__}, expected a JSON object")
+    return found
+
+
+def check_writable(path: Path, name: str, *, file: bool = False) -> None:
+    """Refuse, before anything long begins, a file or folder that could not be written. Makes nothing.
+
+    Args:
+        path: A file or folder, there already or to be made.
+        name: What the message calls it.
+        file: Whether it must not be a folder.
+
+    Raises:
+        UserError: It lies below a file or where this user cannot write, or is a folder where a file is wanted.
+    """
+    if file and path.is_dir():
+        raise UserError(f"{name}: found a folder {path}, expected a file")
+    above = path.absolute()
+    while not os.path.lexists(above):
+        above = above.parent
+    if above != path.absolute() and not above.is_dir():
+        raise UserError(f"{name}: found {path} below {above}, which is a file, expected a folder")
+    if not os.access(above, os.W_OK) or _is_virtual(above):
+        raise UserError(f"{name}: found {path}, expected a place where this user can write ({above} is not)")
+
+
+def _is_virtual(path: Path) -> bool:
+    """The kernel's own file systems take no files, whatever their permissions say."""
+    return path.resolve().parts[:2] in (("/", "proc"), ("/", "sys"))

@@ -12,7 +12,12 @@ from typing import Any
 __all__ = ["OldLayoutWarning", "migrate_checkpoint", "migrate_config"]
 
 #: Keys of the configuration by dotted name.
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "augment.greyscale_probability": "augment.grayscale_probability",
+    "data.max_broken": "data.max_corrupt",
+    "data.share": "data.fraction",
+    "evaluation.neighbours": "evaluation.k",
+}
 #: Values of a key.
 VALUES: dict[str, dict[Any, Any]] = {"method.backend": {"closed_form": "blockwise"}}
 #: Parts of a checkpoint.

@@ -1,33 +1,63 @@
-"""From a loss to moved weights: scaling, the gradient's norm, clipping, and leaving out what is not finite."""
+"""Optimizer step: loss scaling, gradient clipping, skipping non-finite gradients."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from synco_fast.training.optimizer import skips_on_device
-
-__all__ = ["SkippedSteps", "Update"]
+__all__ = ["OptimStep", "SkippedSteps", "build_sgd", "skips_on_device"]
 
 #: Dynamic loss scaling as in mixed-precision training (arXiv 1710.03740 section 3.2), with PyTorch's constants.
 _FIRST_SCALE, _GROWTH, _BACKOFF, _INTERVAL = 65536.0, 2.0, 0.5, 2000
 
 
-class Update:
-    """One optimiser step from gradients that may be scaled or not finite; nothing here waits for a GPU.
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step can be skipped by a tensor on the device, without the host waiting for it."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def build_sgd(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    device: torch.device,
+) -> torch.optim.SGD:
+    """SGD, fused on a GPU, whose very first step can be skipped.
 
     Args:
-        optimizer: What moves the weights. One that cannot be told on the device to leave out a step makes the host wait
-            for the gradient's norm.
+        parameters: Parameters, or groups of them with rates of their own.
+        lr: The rate of groups that have none.
+        momentum, weight_decay: As PyTorch defines them.
+        device: Where the parameters are.
+    """
+    cuda = device.type == "cuda"
+    sgd = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=cuda)
+    if cuda and momentum:
+        # Fused SGD takes uninitialised memory for momentum when the very first step is skipped.
+        for group in sgd.param_groups:
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+class OptimStep:
+    """One optimizer step from gradients that may be scaled or not finite; nothing here waits for a GPU.
+
+    Args:
+        optimizer: What moves the weights. Where it cannot skip a step by a tensor on the device, the host waits for the
+            gradient's norm.
         scaled: Whether losses are scaled, for fp16.
         clip: The largest norm of the gradient over all parameters; None for no limit.
         device: Where the parameters are.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, scaled: bool, clip: float | None, device: torch.device
+        self, optimizer: torch.optim.Optimizer, *, scaled: bool, clip: float | None = None, device: torch.device
     ) -> None:
         self.optimizer, self.clip = optimizer, clip
         self._on_device = device.type == "cuda" and skips_on_device(optimizer)
@@ -45,9 +75,9 @@ class Update:
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
-        """Move the weights by the gradients that were added, unless their norm is not finite.
+        """Move the weights by the accumulated gradients, unless their norm is not finite.
 
-        With several processes the gradients are those of the whole batch, so that all decide alike.
+        With several ranks the gradients are those of the whole batch, so that all ranks decide alike.
 
         Returns:
             Whether the step was taken, bool, and the norm of the whole gradient before clipping, float32; both of no
@@ -75,6 +105,12 @@ class Update:
             self.optimizer.step()
         return accept, norm
 
+    def descend(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """A whole step from one loss: clear the gradients, backward, step; returns what `step` returns."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.backward(loss)
+        return self.step()
+
     def state_dict(self) -> dict[str, Any]:
         """The loss scale and the steps since it last changed; empty where losses are not scaled."""
         if self.scale is None:
@@ -82,25 +118,25 @@ class Update:
         return {"scale": float(self.scale), "growth": int(self._growth)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the loss scale from a checkpoint; one of a run without scaling leaves it at its first value."""
+        """Restore the loss scale; a state without one leaves it at its first value."""
         if self.scale is not None and "scale" in state:
             self.scale.fill_(state["scale"])
             self._growth.fill_(state.get("growth", state.get("_growth_tracker", 0)))
 
 
 class SkippedSteps:
-    """Counts the steps that were left out, on the device.
+    """Counts the skipped steps, on the device.
 
     Args:
         device: Where.
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: All, those in a row up to now, and the first of that row (-1 for none).
+        #: All, the consecutive ones up to now, and the first of those (-1 for none).
         self._counts = torch.tensor([0, 0, -1], dtype=torch.int64, device=device)
 
     def add(self, accept: Tensor, step: int | Tensor) -> None:
-        """Take in one step."""
+        """Count one step."""
         skipped = (~accept).to(torch.int64)
         total, row, first = self._counts.unbind()
         began = torch.where(row > 0, first, step if isinstance(step, Tensor) else torch.full_like(first, step))
@@ -109,7 +145,7 @@ class SkippedSteps:
         )
 
     def read(self) -> tuple[int, int, int]:
-        """All, those in a row up to now, and the first of that row; waits for the device."""
+        """All, the consecutive ones up to now, and the first of those; waits for the device."""
         total, row, first = self._counts.tolist()
         return total, row, first
 
@@ -118,5 +154,5 @@ class SkippedSteps:
         return {"counts": self._counts.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
+        """Restore from a checkpoint."""
         self._counts.copy_(torch.tensor(state["counts"]))

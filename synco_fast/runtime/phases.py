@@ -1,4 +1,4 @@
-"""Names for the parts of a step, which a profile can measure and which cost nothing otherwise."""
+"""Named ranges of a training step: a profile measures them, without one they cost nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["PHASES", "Recorder", "phase", "recorded_by"]
 
 PHASES = (
     "data wait",
-    "momentum update",
+    "EMA update",
     "key forward",
     "query forward",
-    "head",
+    "loss",
     "backward",
-    "optimiser",
+    "optimizer",
     "enqueue",
 )
 

@@ -1,25 +1,159 @@
-"""The progress bar of everything that takes long."""
+"""The progress bar of everything that takes long: a bar on a terminal, plain lines anywhere else."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import time
+from collections.abc import Sequence
+from types import TracebackType
 
-__all__ = ["LINE_EVERY", "progress_bar"]
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+__all__ = ["LINE_EVERY", "ProgressBar"]
 
 #: Seconds between the plain lines that stand for the bar where there is no terminal.
 LINE_EVERY = 15.0
+#: Columns of the terminal from which the elapsed time is shown too.
+_WIDE = 100
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar, not yet started, of a description, a share, figures (the task field ``figures``) and the time."""
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[figures]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-    )
+class ProgressBar:
+    """Progress through ``total`` units of work, as a context.
+
+    On a terminal it is one line that fits the width: title, bar, percentage, as many figures as there is room for, and
+    the time left. Elsewhere, a dumb terminal included, it is a plain line at the beginning and one every 15 s.
+
+    Args:
+        console: Where to write; None for silence.
+        title: The work in a few words.
+        total: Units in all; None where nobody knows.
+        done: Units that are done already.
+        unit: What a plain line calls a unit, such as ``step``.
+    """
+
+    def __init__(
+        self, console: Console | None, title: str, total: int | None, done: int = 0, *, unit: str = ""
+    ) -> None:
+        self.console, self.title, self.total, self.done, self._unit = console, title, total, done, f"{unit} ".lstrip()
+        self._figures: Sequence[str] = ()
+        self._began, self._first, self._last, self._told = time.monotonic(), done, 0.0, -1
+        self._bar: Progress | None = None
+        if console is not None and console.is_terminal and not console.is_dumb_terminal:
+            wide = console.width >= _WIDE
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24 if wide else 8),
+                TaskProgressColumn(),
+                _Figures(console.width, elapsed=wide),
+                *([TimeElapsedColumn()] if wide else []),
+                _TimeLeft(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=done, figures=())
+
+    def __enter__(self) -> ProgressBar:
+        """Show it."""
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take it down."""
+        self.close()
+
+    def start(self) -> ProgressBar:
+        """Show it, for work that no block surrounds."""
+        if self._bar is not None:
+            self._bar.start()
+        else:
+            self._line()
+        return self
+
+    def close(self) -> None:
+        """Take it down; a plain line says where it ended."""
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._told != self.done:
+            self._line()
+
+    def advance(self, units: int = 1, *figures: str) -> None:
+        """So many units more are done.
+
+        Args:
+            units: 0 to change the figures alone.
+            figures: The latest ones in words, the most important first; the former ones stay where none are given.
+        """
+        self.update(self.done + units, *figures)
+
+    def update(self, done: int, *figures: str, title: str | None = None) -> None:
+        """So many units are done in all; see `advance`."""
+        self.done, self.title = done, title or self.title
+        self._figures = figures or self._figures
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=self.title, figures=self._figures)
+        elif time.monotonic() - self._last >= LINE_EVERY:
+            self._line()
+
+    def restart(self, title: str, total: int) -> None:
+        """Show other work in the same place."""
+        self.title, self.total, self.done, self._figures = title, total, 0, ()
+        self._began, self._first = time.monotonic(), 0
+        if self._bar is not None:
+            self._bar.reset(self._task, total=total, description=title, figures=())
+        else:
+            self._line()
+
+    def note(self, text: str, style: str | None = None) -> None:
+        """A line that stays, above the bar."""
+        if self.console is not None:
+            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self) -> None:
+        """The plain line."""
+        self._last, self._told = time.monotonic(), self.done
+        if self.console is None:
+            return
+        words = [self.title if self.total is None else f"{self.title}: {self._unit}{self.done:,} of {self.total:,}"]
+        words += self._figures
+        if self.total is not None and self._first < self.done < self.total:
+            spent = self._last - self._began
+            words.append(f"{clock(spent / (self.done - self._first) * (self.total - self.done))} left")
+        self.console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
+
+
+class _Figures(ProgressColumn):
+    """As many of a task's figures as the line has room for."""
+
+    def __init__(self, width: int, *, elapsed: bool) -> None:
+        super().__init__()
+        # Bar, percentage, times, and a space after each column.
+        self._room = width - (24 + 8 if elapsed else 8) - 5 - 13 - 4
+
+    def render(self, task: Task) -> Text:
+        room = self._room - len(task.description)
+        shown = ""
+        for figure in task.fields["figures"]:
+            longer = f"{shown}  {figure}" if shown else figure
+            if len(longer) > room:
+                break
+            shown = longer
+        return Text(shown, no_wrap=True)
+
+
+class _TimeLeft(ProgressColumn):
+    """The time left; a question mark until it is known."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        return Text("? left" if left is None else f"{clock(left)} left", style="progress.remaining", no_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """``2:05`` for 125 s, ``1:00:00`` for an hour."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from synco_fast.runtime.distributed import Control
+from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.errors import DataError
 
 __all__ = ["BrokenImages"]
@@ -41,7 +41,7 @@ class BrokenImages:
         if len(self._found) > max(1, self._allowed * self._images):
             raise DataError(
                 f"data: found {len(self._found)} broken images, {len(self._found) / self._images:.1%} of "
-                f"{self._images}, expected {self._allowed:.1%} (data.max_broken); the last: "
+                f"{self._images}, expected {self._allowed:.1%} (data.max_corrupt); the last: "
                 f"{next(reversed(self._found.values()))}"
             )
 
@@ -55,15 +55,15 @@ class BrokenImages:
             self._named.add(reason)
             self._note(f"{what}: {reason}")
 
-    def share(self, control: Control) -> None:
+    def share(self, control: HostGroup) -> None:
         """Let every process know what the others found; called by all of them at the same step.
 
         Raises:
             DataError: More are broken than allowed.
         """
-        if not control.largest(len(self._found))[0]:
+        if not control.max(len(self._found))[0]:
             return
-        for found in control.everyone(self._found):
+        for found in control.gather(self._found):
             self.replaced(found)
 
     def state_dict(self) -> dict[str, Any]:

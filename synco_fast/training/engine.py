@@ -18,8 +18,8 @@ from synco_fast.data.seeding import derive_seed
 from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_method
 from synco_fast.models.encoder import Encoder
-from synco_fast.runtime.distributed import Place
-from synco_fast.runtime.optim_step import SkippedSteps, Update
+from synco_fast.runtime.distributed import DistEnv
+from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, keep_compile_cache
@@ -67,7 +67,7 @@ class Engine:
         self,
         config: Config,
         steps_per_epoch: int,
-        place: Place = Place(),  # noqa: B008 - frozen
+        place: DistEnv = DistEnv(),  # noqa: B008 - frozen
         *,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -85,7 +85,7 @@ class Engine:
             if isinstance(part, Encoder) and part.remark:
                 note(part.remark)
         self.optimizer = build_optimizer(self.trainable, optimizer, lr=config.learning_rate, device=self.device)
-        self.update = Update(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
+        self.update = OptimStep(self.optimizer, scaled=self.precision.scaled, clip=optimizer.clip, device=self.device)
         self.statistics = RunningStatistics(*self.method.statistics)
         self.skipped = SkippedSteps(self.device)
         self.means = RunningMeans()
@@ -213,7 +213,7 @@ class Engine:
                 continue
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / micro_batches if number else value / micro_batches
-        with phase("optimiser"):
+        with phase("optimizer"):
             step_ok, norm = self.update.step()
             self.statistics.restore(before, step_ok)
         self.method.after_step(step_ok)

@@ -56,8 +56,8 @@ class Trainer(Generic[SummaryT]):
         after_step: Callable[[Trainer[SummaryT]], None] | None = None,
     ) -> None:
         self.task, self.folder, self.control = task, folder, task.control
-        self.place = self.control.place
-        self.console = (console or Console()) if self.place.first else Console(quiet=True)
+        self.place = self.control.env
+        self.console = (console or Console()) if self.place.is_main else Console(quiet=True)
         self.step, self.steps = 0, task.plan.steps
         self.evaluated_at = -1
         self._before_step, self._after_step = before_step, after_step
@@ -79,10 +79,10 @@ class Trainer(Generic[SummaryT]):
             LostProcessError: Another process of the job is gone.
         """
         task, plan = self.task, self.task.plan
-        if self.place.first:
+        if self.place.is_main:
             describe_run(self.folder, task.config)
         config = task.config.model_dump(mode="json")
-        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=plan.wandb, writes=self.place.first)
+        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=plan.wandb, writes=self.place.is_main)
         self.reporter = Reporter(self.console, self.steps, self.step)
         task.note.show_by(self.reporter.note)
         try:
@@ -104,7 +104,7 @@ class Trainer(Generic[SummaryT]):
             self.reporter.close()
             self.log.close()
         summary = task.summary(self.step, finished=not self.stopping.agreed, throughput=self.throughput)
-        self.control.of_first(None)
+        self.control.broadcast(None)
         return summary
 
     def _train_round(self) -> None:
@@ -143,17 +143,17 @@ class Trainer(Generic[SummaryT]):
     def _write_figures(self, title: str) -> None:
         values, words = self.task.figures(self.step, self.throughput.pop())
         if words:
-            self.reporter.line(self.step, title, "  ".join(words))
+            self.reporter.line(self.step, title, *words)
         self.log.write("train", self.step, values)
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at the start, at the end of rounds, and at the end; never twice at one step."""
-        if self.place.first:
+        if self.place.is_main:
             self.task.artifacts(self.step)
         if self.task.evaluation_due(self.step) and self.evaluated_at != self.step:
             self.evaluated_at = self.step
             self.task.evaluate(self.step, self.log)
-            self.control.of_first(None)
+            self.control.broadcast(None)
 
     # -- steps that were skipped --------------------------------------------------------------------------------
 
@@ -193,15 +193,15 @@ class Trainer(Generic[SummaryT]):
             **self.throughput.state_dict(),
             "evaluated_at": self.evaluated_at,
         }
-        if self.place.first:
+        if self.place.is_main:
             save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.plan.keep)
-        self.control.of_first(None)
+        self.control.broadcast(None)
 
     def _check_agreement(self) -> None:
         """What is replicated must be the same on every process."""
         if self.place.world == 1:
             return
-        found = self.control.everyone(self.task.fingerprint())
+        found = self.control.gather(self.task.fingerprint())
         other = [rank for rank, value in enumerate(found) if value != found[0]]
         if other:
             raise LostProcessError(

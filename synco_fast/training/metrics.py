@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from synco_fast.runtime.collectives import mean_over_ranks
+from synco_fast.runtime.distributed import mean_over_ranks
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.files import write_text
 
 __all__ = [
     "JsonlLogger",
@@ -125,7 +126,7 @@ class JsonlLogger:
     def __init__(self, folder: Path, step: int = 0) -> None:
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(folder) if line["step"] <= step]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:

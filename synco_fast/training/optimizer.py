@@ -15,8 +15,9 @@ from torch import nn
 
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.optim_step import build_sgd
 
-__all__ = ["build_optimizer", "key_momentum", "learning_rate", "skips_on_device"]
+__all__ = ["build_optimizer", "key_momentum", "learning_rate"]
 
 _NVIDIA = "git clone https://github.com/NVIDIA/apex and build it with its CUDA extensions, or take optimizer.name"
 
@@ -41,12 +42,7 @@ def build_optimizer(
     name, decay = config.name, config.weight_decay
     cuda = device.type == "cuda"
     if name == "sgd":
-        sgd = torch.optim.SGD(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, fused=cuda)
-        if cuda and config.momentum:
-            # Fused SGD takes memory as it finds it for momentum when the very first step is skipped.
-            for parameter in module.parameters():
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
+        return build_sgd(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, device=device)
     if name == "apex_sgd":
         fused = _from_apex("FusedSGD", name, device)
         return fused(list(module.parameters()), lr=lr, momentum=config.momentum, weight_decay=decay)
@@ -58,11 +54,6 @@ def build_optimizer(
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=config.betas)
     return _from_apex("FusedLAMB", name, device)(groups, lr=lr, betas=config.betas)
-
-
-def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step can be skipped by a tensor on the device, without the host waiting for it."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def _decayed_apart(module: nn.Module, decay: float) -> list[dict[str, Any]]:

@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.kernels import FAMILIES
+from synco_fast.runtime.style import COLOURS
 
 __all__ = ["draw_curves", "draw_pairs"]
 
 matplotlib.use("Agg")
-#: Okabe and Ito's colours, told apart by everyone.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
 
 
 def draw_curves(
@@ -43,16 +42,16 @@ def draw_curves(
         if points:
             axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.6, **style)
 
-    curve(loss, train, "loss", "loss", _COLOURS[0])
+    curve(loss, train, "loss", "loss", COLOURS[0])
     loss.set_title("contrastive loss")
     accuracy = loss.twinx()
-    curve(accuracy, train, "queue_top1", "top-1 against the queue", _COLOURS[1])
+    curve(accuracy, train, "queue_top1", "top-1 against the queue", COLOURS[1])
     accuracy.set_ylim(0, 1)
     accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     handles = [line for axes in (loss, accuracy) for line in axes.get_lines()]
     loss.legend(handles, [str(line.get_label()) for line in handles], fontsize=8, loc="center right")
 
-    curve(knn, evaluations, "knn", "kNN", _COLOURS[2], marker="o", markersize=4)
+    curve(knn, evaluations, "knn", "kNN", COLOURS[2], marker="o", markersize=4)
     if chance is not None:
         knn.axhline(chance, color="grey", linestyle=":", label="chance")
     knn.set_ylim(0, 1)
@@ -61,15 +60,15 @@ def draw_curves(
     if evaluations:
         knn.legend(fontsize=8)
 
-    curve(hardness, train, "similarity/positive", "positive", _COLOURS[7])
+    curve(hardness, train, "similarity/positive", "positive", COLOURS[7])
     curve(hardness, train, "similarity/hard", "hard (mean of Q^N)", "grey", linestyle="--")
-    for colour, family in zip(_COLOURS, FAMILIES, strict=False):
+    for colour, family in zip(COLOURS, FAMILIES, strict=False):
         curve(hardness, train, f"similarity/{family.name}", f"{family.number} {family.name}", colour)
     hardness.set_title("hardness: cosine to the query")
     if hardness.get_lines():
         hardness.legend(fontsize=7, ncol=2)
 
-    curve(speed, train, "images_per_second", "images per second", _COLOURS[0])
+    curve(speed, train, "images_per_second", "images per second", COLOURS[0])
     speed.set_ylim(bottom=0)
     speed.set_title("throughput, images per second")
     for axes in (loss, knn, hardness, speed):

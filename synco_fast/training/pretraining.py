@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from synco_fast.config import Config
+import torch
+from torch import nn
+
+from synco_fast.config import Config, EvaluationConfig
+from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
 from synco_fast.runtime.checkpoint import load_weights
-from synco_fast.runtime.distributed import Control, Place
+from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import BrokenImages
-from synco_fast.training.checks import check_evaluation
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.plots import draw_pairs
@@ -41,13 +45,31 @@ class Evaluation(Protocol):
         ...
 
     @property
-    def broken(self) -> Sequence[str]:
+    def corrupt(self) -> Sequence[str]:
         """Images that could not be read."""
         ...
 
 
-#: Takes backbone, source, recipe, the section ``evaluation``, ``device=`` and ``workers=``.
-Evaluate = Callable[..., Evaluation]
+class Evaluate(Protocol):
+    """A periodic evaluation."""
+
+    def check(self, evaluation: EvaluationConfig, source: Source) -> None:
+        """Raise before the first step where it cannot work on this source."""
+        ...
+
+    def __call__(
+        self,
+        backbone: nn.Module,
+        source: Source,
+        recipe: Recipe,
+        evaluation: EvaluationConfig,
+        *,
+        device: torch.device,
+        pipeline: PipelineName,
+        workers: int | None,
+    ) -> Evaluation:
+        """Evaluate the backbone as it is."""
+        ...
 
 
 class Pretraining:
@@ -56,7 +78,7 @@ class Pretraining:
     Args:
         config: What to do.
         control: What the processes of the job agree by; by default there is one.
-        evaluate: The periodic evaluation, such as `synco_fast.evaluation.protocol.evaluate_backbone`; without one,
+        evaluate: The periodic evaluation, such as `synco_fast.evaluation.knn.PeriodicKnn`; without one,
             nothing is evaluated whatever ``evaluation.every`` says.
 
     Attributes:
@@ -69,19 +91,19 @@ class Pretraining:
             known by then.
     """
 
-    def __init__(self, config: Config, *, control: Control | None = None, evaluate: Evaluate | None = None) -> None:
+    def __init__(self, config: Config, *, control: HostGroup | None = None, evaluate: Evaluate | None = None) -> None:
         training = config.training
-        self.config, self.control = config, control or Control(Place())
-        self.place = self.control.place
+        self.config, self.control = config, control or HostGroup(DistEnv())
+        self.place = self.control.env
         self.note = Notes()
         resolve_device(training.device)  # before a source is read, which can take long
-        self.source: Source = open_source(config.data.source)
+        self.source: Source = open_source(config.data.source, config.data.limits)
         self._evaluate = evaluate if config.evaluation.every else None
         if self._evaluate is not None:
-            check_evaluation(config.evaluation, self.source)
+            self._evaluate.check(config.evaluation, self.source)
         for line in self.source.notes:
             self.note(line)
-        self._train = share_of(self.source.train, config.data.share)
+        self._train = share_of(self.source.train, config.data.fraction)
         self.engine = Engine(config, len(self._train) // training.batch, self.place, note=self.note)
         self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
         self.pipeline = build_pipeline(
@@ -110,7 +132,7 @@ class Pretraining:
             settling=self.engine.settling,
             wandb=training.wandb,
         )
-        self.broken = BrokenImages(len(self._train), config.data.max_broken, self.note)
+        self.broken = BrokenImages(len(self._train), config.data.max_corrupt, self.note)
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
@@ -130,7 +152,7 @@ class Pretraining:
         self.pipeline.set_epoch(epoch, done)
         self.method.train()
         pairs = self._folder / "plots" / "pairs.png"
-        undrawn = self.place.first and not pairs.exists()
+        undrawn = self.place.is_main and not pairs.exists()
         for batch in self.pipeline:
             self.broken.replaced(batch.corrupt)
             if undrawn:
@@ -184,7 +206,7 @@ class Pretraining:
     def evaluate(self, step: int, log: MetricLog) -> None:
         """The accuracy of the encoder's backbone on the held-out split, into the log."""
         self.engine.statistics.average()
-        if self._evaluate is None or not self.place.first:
+        if self._evaluate is None or not self.place.is_main:
             return
         config, epochs = self.config, step / self.steps_per_epoch
         result = self._evaluate(
@@ -193,9 +215,10 @@ class Pretraining:
             config.augment,
             config.evaluation,
             device=self.device,
+            pipeline=config.data.pipeline,
             workers=config.data.workers,
         )
-        self.broken.left_out(result.broken)
+        self.broken.left_out(result.corrupt)
         log.write("evaluation", step, {"epoch": epochs, "knn": result.accuracy})
         self.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
 
@@ -247,7 +270,7 @@ class Pretraining:
 
     def summary(self, step: int, *, finished: bool, throughput: Throughput) -> Summary:
         """Draw the curves and write ``summary.json``."""
-        if self.place.first:
+        if self.place.is_main:
             self.method.artifacts(self._folder / "plots", step, closing=True)
         return close_run(
             self._folder,
@@ -258,5 +281,5 @@ class Pretraining:
             finished=finished,
             throughput=throughput,
             broken=len(self.broken),
-            writes=self.place.first,
+            writes=self.place.is_main,
         )

@@ -7,20 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from synco_fast.config import Config
 from synco_fast.data.sources.open import Source
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.runtime.files import write_json
+from synco_fast.runtime.files import write_json, write_text
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_curves
 from synco_fast.training.task import RunConfig
 from synco_fast.training.throughput import Throughput
 
-__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run", "read_run_config"]
+__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def describe_run(folder: Path, config: RunConfig) -> None:
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     if not (folder / "config.yaml").exists():
-        (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "environment.json", describe_environment())
 
 
@@ -127,16 +125,3 @@ def close_run(
         draw_curves(lines, curves, title=title, steps_per_epoch=steps_per_epoch, chance=chance)
         write_json(folder / "summary.json", summary.as_dict())
     return summary
-
-
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """The values of a run's ``config.yaml``.
-
-    Raises:
-        ConfigError: The folder holds no run.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"resume: found no run in {folder}, expected a folder with a config.yaml")
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from synco_fast.runtime.collectives import mean_over_ranks
+from synco_fast.runtime.distributed import mean_over_ranks
 
 __all__ = ["RunningStatistics"]
 

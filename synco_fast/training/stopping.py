@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from synco_fast.runtime.distributed import Control
+from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["Stopping"]
 
@@ -24,7 +24,7 @@ class Stopping:
         minutes: Budget of this start of the run; None for no limit.
     """
 
-    def __init__(self, control: Control, minutes: float | None) -> None:
+    def __init__(self, control: HostGroup, minutes: float | None) -> None:
         self._control = control
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._asked = False
@@ -48,12 +48,12 @@ class Stopping:
 
     def after_step(self, step: int) -> bool:
         """Whether the run ends after this step, the same on every process."""
-        if self._control.place.world == 1 or step % _ASK_EVERY == 0:
+        if self._control.env.world == 1 or step % _ASK_EVERY == 0:
             self.agree()
         return self.agreed
 
     def agree(self) -> bool:
         """Ask every process; called by all of them at the same step."""
         wish = self._asked or (self._deadline is not None and time.monotonic() >= self._deadline)
-        self.agreed = self.agreed or bool(self._control.largest(int(wish))[0])
+        self.agreed = self.agreed or bool(self._control.max(int(wish))[0])
         return self.agreed

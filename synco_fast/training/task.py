@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from synco_fast.runtime.distributed import Control
+from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.throughput import Throughput
@@ -96,7 +96,7 @@ class Task(Protocol[SummaryT]):
         """Kept in the run folder."""
         ...
 
-    control: Control
+    control: HostGroup
     plan: Plan
     device: torch.device
     skipped: SkippedSteps

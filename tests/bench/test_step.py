@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from synco_fast.bench.plain import plain_step
-from synco_fast.bench.step import forward_operations, measure
+from synco_fast.bench.baselines.step import plain_step
+from synco_fast.bench.step import forward_operations, measure, use_plain_batch_norm
 from synco_fast.cli import main
 
 SMALL = {"training.batch": 8, "training.device": "cpu"}
@@ -23,13 +23,29 @@ def test_the_plain_loop_learns(tiny):
     assert all(loss == loss for loss in losses)
 
 
-@pytest.mark.parametrize("subject", ["encoder", "plain", "synco"])
+@pytest.mark.parametrize("subject", ["encoder", "encoder-plain", "plain", "synco"])
 def test_each_subject_is_measured(tiny, subject):
     found = measure(subject, tiny(SMALL).model_dump(mode="json"), engine="graph", steps=5)
     assert len(found["images_per_second"]) == 5
     assert found["median"] > 0
-    assert (found["loss"] is None) == (subject == "encoder")
+    assert (found["loss"] is None) == subject.startswith("encoder")
     assert (found["notes"] == []) == (subject == "plain"), "a graph needs a GPU, and that is said"
+
+
+def test_the_limit_normalises_as_pytorch_does_with_the_same_weights(tiny):
+    from synco_fast.methods.build import build_encoder
+
+    encoder = build_encoder(tiny({"model.batch_norm_groups": 1}))
+    before = dict(encoder.named_parameters())
+    images = torch.randn(4, 3, 32, 32)
+    encoder.train()
+    expected = encoder(images)
+    use_plain_batch_norm(encoder)
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(type(module) is torch.nn.BatchNorm2d for module in norms)
+    assert all(parameter is before[name] for name, parameter in encoder.named_parameters())
+    torch.testing.assert_close(encoder(images), expected)
 
 
 def test_operations_are_counted_as_two_for_a_multiply_add(tiny):
@@ -57,4 +73,4 @@ def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
 
 def test_unknown_words_are_refused(capsys):
     assert main(["bench", "step", "--subjects", "simclr"]) == 2
-    assert "subjects: found 'simclr', expected encoder, synco" in capsys.readouterr().err
+    assert "subjects: found 'simclr', expected encoder, encoder-plain, synco" in capsys.readouterr().err

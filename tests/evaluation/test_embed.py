@@ -3,14 +3,14 @@ import pytest
 import torch
 
 import synco_fast
-from synco_fast.evaluation.context import Setting
+from synco_fast.evaluation.context import EvalOptions
 from synco_fast.evaluation.embed import embed
 from synco_fast.runtime.errors import ConfigError, DataError
 
 
 def test_npz_and_parquet_hold_the_same(make_run, tmp_path):
     run = make_run()
-    done = embed(run, tmp_path / "features.npz", Setting(workers=0))
+    done = embed(run, tmp_path / "features.npz", EvalOptions(workers=0))
     assert (done["images"], done["width"], done["labelled"]) == (45, 16, 45)
     found = np.load(tmp_path / "features.npz")
     assert found["features"].shape == (45, 16)
@@ -20,7 +20,7 @@ def test_npz_and_parquet_hold_the_same(make_run, tmp_path):
     assert found["paths"][0].endswith("train/class0/0.jpg")
 
     parquet = pytest.importorskip("pyarrow.parquet")
-    embed(run, tmp_path / "features.parquet", Setting(workers=0), splits="val")
+    embed(run, tmp_path / "features.parquet", EvalOptions(workers=0), splits="val")
     table = parquet.read_table(tmp_path / "features.parquet")
     assert table.column_names == ["features", "label", "path", "split"]
     assert np.array_equal(np.stack(table["features"].to_numpy()), found["features"][33:])
@@ -31,14 +31,14 @@ def test_images_without_labels(make_run, image_folder, tmp_path):
     run = make_run()
     folder = image_folder / "train" / "class0"
     (folder / "broken.jpg").write_bytes(b"")
-    done = embed(run, tmp_path / "features.npz", Setting(data=str(folder), workers=0))
-    assert (done["images"], done["labelled"], done["broken"]) == (11, 0, 1)
+    done = embed(run, tmp_path / "features.npz", EvalOptions(data=str(folder), workers=0))
+    assert (done["images"], done["labelled"], done["corrupt"]) == (11, 0, 1)
     found = np.load(tmp_path / "features.npz")
     assert set(found["labels"].tolist()) == {-1}
     features = torch.from_numpy(found["features"])
     assert features.shape == (11, synco_fast.load_backbone(run).num_features)
     with pytest.raises(DataError, match="found no held-out split"):
-        embed(run, tmp_path / "features.npz", Setting(data=str(folder), workers=0), splits="val")
+        embed(run, tmp_path / "features.npz", EvalOptions(data=str(folder), workers=0), splits="val")
 
 
 def test_other_endings(make_run, tmp_path):

@@ -6,7 +6,7 @@ from torch import nn
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.sources.open import ArraySplit, open_source
-from synco_fast.evaluation.features import extract_features, spread
+from synco_fast.evaluation.features import evenly_spaced, extract_features
 from synco_fast.evaluation.knn import knn_accuracy, knn_predict
 from synco_fast.runtime.errors import ConfigError
 
@@ -17,19 +17,17 @@ def test_votes_by_hand():
     labels = torch.tensor([0, 1, 1, 2])
     query = torch.tensor([[2.0, 0.0]])
     for temperature, winner in ((1.0, 1), (0.02, 0)):
-        found = knn_predict(bank, labels, query, classes=3, neighbours=3, temperature=temperature)
+        found = knn_predict(bank, labels, query, classes=3, k=3, temperature=temperature)
         assert found.tolist() == [winner]
-    assert knn_predict(bank, labels, query, classes=3, neighbours=1, temperature=1.0).tolist() == [0]
+    assert knn_predict(bank, labels, query, classes=3, k=1, temperature=1.0).tolist() == [0]
 
 
 def test_length_does_not_matter_and_chunks_join():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(60, 8, generator=generator), torch.randn(1500, 8, generator=generator)
     labels = torch.arange(60) % 3
-    one = knn_predict(bank, labels, queries, classes=3, neighbours=5, temperature=0.1)
-    scaled = knn_predict(
-        bank * torch.rand(60, 1).add(0.1), labels, queries * 7, classes=3, neighbours=5, temperature=0.1
-    )
+    one = knn_predict(bank, labels, queries, classes=3, k=5, temperature=0.1)
+    scaled = knn_predict(bank * torch.rand(60, 1).add(0.1), labels, queries * 7, classes=3, k=5, temperature=0.1)
     assert torch.equal(one, scaled)
     assert len(one) == 1500
 
@@ -37,20 +35,20 @@ def test_length_does_not_matter_and_chunks_join():
 def test_accuracy_is_a_share():
     features = torch.eye(4)
     labels = torch.tensor([0, 1, 2, 3])
-    assert knn_accuracy(features, labels, features, labels, neighbours=1, temperature=0.1) == 1
+    assert knn_accuracy(features, labels, features, labels, k=1, temperature=0.1) == 1
     wrong = torch.tensor([0, 1, 2, 0])
-    assert knn_accuracy(features, labels, features, wrong, neighbours=1, temperature=0.1) == 0.75
+    assert knn_accuracy(features, labels, features, wrong, k=1, temperature=0.1) == 0.75
 
 
 def test_k_larger_than_the_bank():
-    with pytest.raises(ConfigError, match=r"evaluation\.neighbours: found 5, expected up to 4"):
-        knn_predict(torch.eye(4), torch.arange(4), torch.eye(4), classes=4, neighbours=5, temperature=1.0)
+    with pytest.raises(ConfigError, match=r"k: found 5, expected up to 4"):
+        knn_predict(torch.eye(4), torch.arange(4), torch.eye(4), classes=4, k=5, temperature=1.0)
 
 
 def test_a_subset_is_spread_over_all():
-    assert spread(10, None) == list(range(10))
-    assert spread(10, 5) == [0, 2, 4, 6, 8]
-    assert len(set(spread(1000, 77))) == 77
+    assert evenly_spaced(10, None) == list(range(10))
+    assert evenly_spaced(10, 5) == [0, 2, 4, 6, 8]
+    assert len(set(evenly_spaced(1000, 77))) == 77
 
 
 def test_features_are_those_of_evaluation_mode(image_folder):
@@ -66,7 +64,7 @@ def test_features_are_those_of_evaluation_mode(image_folder):
     assert torch.allclose(found.values, again.values, atol=1e-6)
     assert found.labels.tolist() == [0] * 3 + [1] * 4 + [2] * 4
     assert sum(seen) == 11
-    assert list(found.broken) == [0]
+    assert list(found.corrupt) == [0]
     assert backbone.training
 
 

@@ -14,16 +14,15 @@ import pytest
 import torch
 
 from synco_fast.data.sources.open import open_source
-from synco_fast.evaluation import cache, classifier
-from synco_fast.evaluation.cache import cached_features
-from synco_fast.evaluation.classifier import Plan
-from synco_fast.evaluation.context import Setting, fingerprint, open_subject
-from synco_fast.evaluation.features import extract_features
-from synco_fast.evaluation.finetune import evaluate_finetune, published_plan
-from synco_fast.evaluation.knn import knn_accuracy, nearest
+from synco_fast.evaluation import classifier
+from synco_fast.evaluation import features as cache
+from synco_fast.evaluation.classifier import ClassifierProtocol
+from synco_fast.evaluation.context import EvalOptions, fingerprint, open_context
+from synco_fast.evaluation.features import cached_features, extract_features
+from synco_fast.evaluation.finetune import evaluate_finetune, published_protocol
+from synco_fast.evaluation.knn import evaluate_knn, knn_accuracy, nearest
 from synco_fast.evaluation.labelled import LabelledBatches, balanced_subset, listed_subset
 from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear, evaluate_linear_fast, sweep_heads
-from synco_fast.evaluation.weighted_knn import evaluate_knn
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError
 
 SHORT = replace(PUBLISHED, epochs=3, batch=8, head_lr=0.3)
@@ -32,7 +31,7 @@ SHORT = replace(PUBLISHED, epochs=3, batch=8, head_lr=0.3)
 def test_published_protocols_are_the_defaults():
     assert (PUBLISHED.epochs, PUBLISHED.batch, PUBLISHED.head_lr, PUBLISHED.weight_decay) == (100, 256, 30, 0)
     assert [PUBLISHED.factor(epoch) for epoch in (0, 59, 60, 79, 80, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
-    one, ten = published_plan(1), published_plan(10)
+    one, ten = published_protocol(1), published_protocol(10)
     assert (one.epochs, ten.epochs, one.batch, one.head_lr) == (60, 30, 1024, 0.5)
     assert one.factor(0) == 1
     assert [epoch for epoch in range(60) if one.tested(epoch)] == [9, 19, 29, 39, 49, 59]
@@ -54,16 +53,14 @@ def test_the_bank_may_come_in_parts():
 def test_knn_is_that_of_all_features_and_the_cache_is_used(make_run, monkeypatch):
     run = make_run()
     monkeypatch.setattr(cache, "CHUNK", 10)
-    found = evaluate_knn(run, Setting(workers=0), neighbours=(3, 5))
-    subject = open_subject(run, Setting(workers=0))
-    bank = cached_features(subject, subject.train, "bank")
+    found = evaluate_knn(run, EvalOptions(workers=0), k=(3, 5))
+    context = open_context(run, EvalOptions(workers=0))
+    bank = cached_features(context, context.train, "bank")
     assert len(bank.files) == 4
-    train, held_out = bank.load(), cached_features(subject, subject.held_out, "queries").load()
-    assert train.labels.tolist() == subject.train.labels.tolist()
+    train, held_out = bank.load(), cached_features(context, context.held_out, "queries").load()
+    assert train.labels.tolist() == context.train.labels.tolist()
     for k in (3, 5):
-        expected = knn_accuracy(
-            train.values, train.labels, held_out.values, held_out.labels, neighbours=k, temperature=0.07
-        )
+        expected = knn_accuracy(train.values, train.labels, held_out.values, held_out.labels, k=k, temperature=0.07)
         assert found["accuracies"][str(k)] == expected
     assert (found["chance"], found["bank"], found["queries"]) == (pytest.approx(1 / 3), 33, 12)
     assert found["backbone_unchanged"] is True
@@ -73,35 +70,35 @@ def test_knn_is_that_of_all_features_and_the_cache_is_used(make_run, monkeypatch
         raise AssertionError("features were extracted again")
 
     monkeypatch.setattr(cache, "extract_features", never)
-    assert evaluate_knn(run, Setting(workers=0), neighbours=(3, 5))["accuracies"] == found["accuracies"]
+    assert evaluate_knn(run, EvalOptions(workers=0), k=(3, 5))["accuracies"] == found["accuracies"]
     with pytest.raises(AssertionError, match="again"):
-        evaluate_knn(run, Setting(workers=0, fresh=True))
+        evaluate_knn(run, EvalOptions(workers=0, fresh=True))
     bank.files[1].write_bytes(b"cut")
     with pytest.raises(AssertionError, match="again"):
-        evaluate_knn(run, Setting(workers=0))
+        evaluate_knn(run, EvalOptions(workers=0))
 
 
 def test_other_weights_have_other_features(make_run):
-    first, second = (open_subject(make_run({"seed": seed}, str(seed)), Setting(workers=0)) for seed in (0, 1))
+    first, second = (open_context(make_run({"seed": seed}, str(seed)), EvalOptions(workers=0)) for seed in (0, 1))
     assert cache._key(first, first.train) != cache._key(second, second.train)
     assert cache._key(first, first.train) != cache._key(first, first.held_out)
 
 
 def test_k_follows_the_size_of_the_set(make_run):
     run = make_run()
-    assert evaluate_knn(run, Setting(workers=0))["neighbours"] == [3, 20]
-    with pytest.raises(ConfigError, match="neighbours: found 34, expected up to 33"):
-        evaluate_knn(run, Setting(workers=0), neighbours=(3, 34))
+    assert evaluate_knn(run, EvalOptions(workers=0))["k"] == [3, 20]
+    with pytest.raises(ConfigError, match="k: found 34, expected up to 33"):
+        evaluate_knn(run, EvalOptions(workers=0), k=(3, 34))
 
 
 def test_heads_side_by_side_are_heads_one_by_one():
     generator = torch.Generator().manual_seed(0)
     values, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
     values[:, :3] += 2 * torch.nn.functional.one_hot(labels, 3)
-    plan = Plan(epochs=4, batch=16, head_lr=1, drops=(0.5,))
-    both = sweep_heads(values, labels, values, classes=3, rates=(0.01, 0.5, 1e38), plan=plan)
+    protocol = ClassifierProtocol(epochs=4, batch=16, head_lr=1, drops=(0.5,))
+    both = sweep_heads(values, labels, values, classes=3, rates=(0.01, 0.5, 1e38), protocol=protocol)
     for place, rate in enumerate((0.01, 0.5)):
-        alone = sweep_heads(values, labels, values, classes=3, rates=(rate,), plan=plan)
+        alone = sweep_heads(values, labels, values, classes=3, rates=(rate,), protocol=protocol)
         assert torch.equal(both[place], alone[0])
     assert (both[1] == labels).float().mean() > 0.7
     assert (both[2] == labels).float().mean() < 0.5
@@ -109,14 +106,14 @@ def test_heads_side_by_side_are_heads_one_by_one():
 
 def test_linear_evaluation_learns_leaves_the_backbone_alone_and_goes_on(make_run, monkeypatch):
     run = make_run()
-    whole = evaluate_linear(run, Setting(workers=0, out=run / "whole"), plan=SHORT)
+    whole = evaluate_linear(run, EvalOptions(workers=0, out=run / "whole"), protocol=SHORT)
     assert whole["top1"] > whole["chance"]
     assert len(whole["history"]) == 3
     assert np.sum(whole["confusion"]) == 12
     assert np.trace(whole["confusion"]) == round(12 * whole["top1"])
     assert whole["backbone_unchanged"] is True
 
-    keep, kept = classifier._keep, []
+    keep, kept = classifier._save, []
 
     def stop(*arguments, **named):
         keep(*arguments, **named)
@@ -124,33 +121,33 @@ def test_linear_evaluation_learns_leaves_the_backbone_alone_and_goes_on(make_run
         if len(kept) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(classifier, "_keep", stop)
+    monkeypatch.setattr(classifier, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_linear(run, Setting(workers=0), plan=SHORT)
+        evaluate_linear(run, EvalOptions(workers=0), protocol=SHORT)
     assert not (run / "evaluation" / "linear.json").exists()
-    found = evaluate_linear(run, Setting(workers=0), plan=SHORT)
+    found = evaluate_linear(run, EvalOptions(workers=0), protocol=SHORT)
     assert len(kept) == 3, "two epochs were there already"
     assert found["history"] == whole["history"]
-    again = evaluate_linear(run, Setting(workers=0), plan=SHORT)
+    again = evaluate_linear(run, EvalOptions(workers=0), protocol=SHORT)
     assert len(kept) == 3, "nothing was left to do"
     assert (again["top1"], again["confusion"]) == (found["top1"], found["confusion"])
-    other = evaluate_linear(run, Setting(workers=0), plan=replace(SHORT, epochs=1))
-    assert len(other["history"]) == 1, "another plan starts anew"
+    other = evaluate_linear(run, EvalOptions(workers=0), protocol=replace(SHORT, epochs=1))
+    assert len(other["history"]) == 1, "another protocol starts anew"
 
 
 def test_the_fast_probe_says_how_far_it_agrees(make_run):
     run = make_run()
-    plan = replace(SHORT, epochs=20)
-    alone = evaluate_linear_fast(run, Setting(workers=0), plan=plan)
+    protocol = replace(SHORT, epochs=20)
+    alone = evaluate_linear_fast(run, EvalOptions(workers=0), protocol=protocol)
     assert alone["agreement"] is None
     assert alone["top1"] == max(alone["rates"].values()) > alone["chance"]
-    full = evaluate_linear(run, Setting(workers=0), plan=SHORT)
+    full = evaluate_linear(run, EvalOptions(workers=0), protocol=SHORT)
     assert full["agreement"]["other_top1"] == alone["top1"]
     assert full["agreement"]["difference_in_points"] == pytest.approx(100 * (full["top1"] - alone["top1"]))
 
 
 def test_a_backbone_that_changes_is_noticed(make_run, monkeypatch):
-    def meddle(subject, model, *rest):
+    def meddle(context, model, *rest):
         next(model.backbone.buffers()).add_(1)
         return 0.0
 
@@ -162,36 +159,36 @@ def test_a_backbone_that_changes_is_noticed(make_run, monkeypatch):
     run = make_run()
     monkeypatch.setattr(classifier, "_epoch", meddle)
     with pytest.raises(RuntimeError, match="frozen backbone was changed"):
-        evaluate_linear(run, Setting(workers=0), plan=replace(SHORT, epochs=1))
+        evaluate_linear(run, EvalOptions(workers=0), protocol=replace(SHORT, epochs=1))
     monkeypatch.setattr(cache, "extract_features", read_and_meddle)
     for evaluate in (evaluate_knn, evaluate_linear_fast):
         with pytest.raises(RuntimeError, match="frozen backbone was changed"):
-            evaluate(run, Setting(workers=0, fresh=True))
+            evaluate(run, EvalOptions(workers=0, fresh=True))
 
 
 def test_divergence_is_one_line(make_run):
     with pytest.raises(DivergedError, match="not finite in epoch"):
         evaluate_finetune(
             make_run(),
-            Setting(workers=0),
+            EvalOptions(workers=0),
             percent=100,
             rates=(1e30,),
-            plan=replace(published_plan(1), epochs=3, batch=8),
+            protocol=replace(published_protocol(1), epochs=3, batch=8),
         )
 
 
 def test_fine_tuning_sweeps_and_learns(make_run):
     run = make_run()
-    before = fingerprint(open_subject(run, Setting()).backbone)
-    plan = replace(published_plan(10), epochs=2, batch=8)
-    found = evaluate_finetune(run, Setting(workers=0), percent=50, rates=(0.01, 0.05), plan=plan)
+    before = fingerprint(open_context(run, EvalOptions()).backbone)
+    protocol = replace(published_protocol(10), epochs=2, batch=8)
+    found = evaluate_finetune(run, EvalOptions(workers=0), percent=50, rates=(0.01, 0.05), protocol=protocol)
     assert found["images_per_class"] == [6, 6, 6]
     assert set(found["rates"]) == {"0.01", "0.05"}
     assert found["top1"] == max(found["rates"].values())
     assert found["chance"] == pytest.approx(1 / 3)
     state = torch.load(run / "evaluation" / "finetune_50-lr0.01.pt", weights_only=True)
     assert set(state["model"]) == {"head.weight", "head.bias"}, "a finished run keeps its head alone"
-    assert fingerprint(open_subject(run, Setting()).backbone) == before
+    assert fingerprint(open_context(run, EvalOptions()).backbone) == before
     with pytest.raises(ConfigError, match="percent: found 0, expected above 0"):
         evaluate_finetune(run, percent=0)
 
@@ -255,24 +252,24 @@ def test_data_that_cannot_be_evaluated_on(make_run, image_folder, damage, says):
     run = make_run()
     damage(image_folder)
     with pytest.raises(DataError, match=says):
-        evaluate_knn(run, Setting(workers=0))
+        evaluate_knn(run, EvalOptions(workers=0))
 
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(make_run, tmp_path):
     run = make_run()
-    setting = Setting(workers=0, out=tmp_path / "one", precision="fp32")
-    one = evaluate_linear(run, setting, plan=replace(SHORT, epochs=1))
-    knn = evaluate_knn(run, setting, neighbours=(3,))
+    options = EvalOptions(workers=0, out=tmp_path / "one", precision="fp32")
+    one = evaluate_linear(run, options, protocol=replace(SHORT, epochs=1))
+    knn = evaluate_knn(run, options, k=(3,))
     script = tmp_path / "both.py"
     script.write_text(
         "import torch\n"
         "from synco_fast.cli import main\n"
-        "from synco_fast.evaluation.ranks import joined\n"
+        "from synco_fast.evaluation.context import join_job\n"
         f"common = ['--out', {str(tmp_path / 'two')!r}, '--workers', '0', '--device', 'cpu', '--precision', 'fp32']\n"
-        "with joined(torch.device('cpu')):\n"
+        "with join_job('cpu'):\n"
         f"  main(['evaluate', 'linear', {str(run)!r}, '--epochs', '1', '--batch', '8', '--lr', '0.3', *common])\n"
-        f"  main(['evaluate', 'knn', {str(run)!r}, '--neighbours', '3', *common])\n"
+        f"  main(['evaluate', 'knn', {str(run)!r}, '--k', '3', *common])\n"
     )
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

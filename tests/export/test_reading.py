@@ -8,6 +8,7 @@ from synco_fast.methods.build import build_encoder
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 from synco_fast.runtime.checkpoint import load_checkpoint, save_checkpoint
 from synco_fast.runtime.errors import CheckpointError
+from tests.support.runs import Bomb
 
 
 def test_the_backbone_is_plain_and_the_same(make_run, tiny):
@@ -23,11 +24,6 @@ def test_the_backbone_is_plain_and_the_same(make_run, tiny):
     assert torch.equal(
         synco_fast.load_backbone(str(folder / "checkpoints" / "step-00000008.pt"))(images), backbone(images)
     )
-
-
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('code ran')",))
 
 
 @pytest.mark.parametrize(

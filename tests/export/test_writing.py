@@ -14,7 +14,7 @@ from synco_fast.export.layouts import from_detectron2, from_moco, to_moco
 from synco_fast.export.load import read_weights
 from synco_fast.export.save import export_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError
-from tests.export.conftest import STOCK
+from tests.support.runs import STOCK, published
 
 
 def same(first: dict, second: dict) -> bool:
@@ -119,25 +119,9 @@ def test_the_authors_layout_holds_everything(make_run, tmp_path):
     assert same(back, state)
 
 
-def published(tmp_path, *, mlp: bool) -> dict:
-    """A checkpoint as the authors' programs write it."""
-
-    def encoder() -> dict:
-        model = torchvision.models.resnet18(num_classes=16)
-        if mlp:
-            model.fc = torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), model.fc)
-        return model.state_dict()
-
-    state = {f"module.encoder_q.{name}": value for name, value in encoder().items()}
-    state |= {f"module.encoder_k.{name}": value for name, value in encoder().items()}
-    state |= {"module.queue": torch.randn(16, 64), "module.queue_ptr": torch.tensor([32])}
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.03).state_dict()
-    return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": optimizer}
-
-
 @pytest.mark.parametrize("mlp", [True, False], ids=["v2", "v1"])
 def test_published_checkpoints_come_in_and_go_out_unchanged(tmp_path, mlp):
-    content = published(tmp_path, mlp=mlp)
+    content = published(mlp=mlp)
     torch.save(content, tmp_path / "published.pth.tar")
     weights = import_checkpoint(tmp_path / "published.pth.tar", tmp_path / "ours.pt", method="mochi")
     assert (weights.config.method.name, weights.config.model.backbone, weights.epochs) == ("mochi", "resnet18", 200)
@@ -151,7 +135,7 @@ def test_published_checkpoints_come_in_and_go_out_unchanged(tmp_path, mlp):
 
 
 def test_names_that_the_layout_lacks(tmp_path):
-    content = published(tmp_path, mlp=True)
+    content = published(mlp=True)
     content["state_dict"]["module.predictor.weight"] = torch.ones(1)
     torch.save(content, tmp_path / "other.pth.tar")
     with pytest.raises(CheckpointError, match=r"found module\.predictor\.weight \(1 in all\)"):
@@ -216,7 +200,7 @@ def test_the_card_says_what_the_weights_are(make_run, tmp_path):
 
 
 def test_bad_words(make_run, tmp_path):
-    with pytest.raises(ConfigError, match=r"format: found 'keras', expected torchvision"):
+    with pytest.raises(ConfigError, match=r"format: found 'keras', expected detectron2, moco"):
         export_checkpoint(make_run(), "keras")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="found a file"):

@@ -68,6 +68,25 @@ def test_kid_on_features_of_ones_own(small, tmp_path):
     assert kid.measure([real], [real / 1000], 32) > same + 0.01, "dark images"
 
 
+def test_kid_gives_the_network_normalised_images():
+    pytest.importorskip("torchmetrics")
+    seen = []
+
+    class Watch(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x.flatten(1)[:, :8] + 1
+
+    recipe = Recipe(size=32)
+    kid = KID(Features(Watch(), recipe, "nothing"), 32, CPU)
+    white = torch.full((4, 3, 32, 32), 255, dtype=torch.uint8)
+    kid.measure([white], [white / 255], 4)
+    expected = (1 - torch.tensor(recipe.mean)) / torch.tensor(recipe.std)
+    assert len(seen) >= 2
+    for x in seen[-2:]:
+        assert torch.allclose(x[0, :, 0, 0], expected, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_the_command_takes_an_encoder(small, tiny, tmp_path):
     pytest.importorskip("torchmetrics")

@@ -63,7 +63,7 @@ def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
 
 def test_a_share_of_the_images_is_what_both_sides_learn_from(paired, tmp_path):
     """The encoder's steps, the discriminator's real images and the run's length; evaluation keeps them all."""
-    run = trainer(paired(**{"data.share": 0.5}), tmp_path / "run")
+    run = trainer(paired(**{"data.fraction": 0.5}), tmp_path / "run")
     seen, images = [], run.task.method.images
     take = images.take
     images.take = lambda numbers: seen.append(numbers) or take(numbers)

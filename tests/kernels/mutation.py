@@ -1,128 +1,31 @@
-"""Break the kernels in ten ways, one at a time, and see that the tests catch each.
+"""Break the kernels, one way at a time, and see that the tests notice each. The ways are in `breaks.py`.
 
 Works on a copy of the folders, never on this one:
 
-    python tests/kernels/mutation.py
+    python tests/kernels/mutation.py                # all of them
+    python tests/kernels/mutation.py --sample 4     # four, others each day; --seed N for the same ones again
 
 Prints a line for each break; the exit code is 1 where one goes unnoticed or can no longer be made.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from breaks import BREAKS, CLOSED, LOSS, SELECTION, Break
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOSED = ("tests/kernels/test_blockwise.py",)
-OPS = ("tests/kernels/test_ops.py",)
-LOSS = ("-o", "python_files=check_*.py", "tests/kernels/triton/interpreted/check_loss.py")
-SELECTION = ("-o", "python_files=check_*.py", "tests/kernels/triton/interpreted/check_selection.py")
-
-
-class Break(NamedTuple):
-    what: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    only: str
-
-
-BREAKS = (
-    Break(
-        "blockwise form: ties go to the larger queue index",
-        "kernels/topk.py",
-        "packed.sort(dim=1).values[",
-        "((packed ^ 0xFFFFFFFF).sort(dim=1).values ^ 0xFFFFFFFF)[",
-        CLOSED,
-        "selection",
-    ),
-    Break(
-        "blockwise form: rows with too many candidates are not selected again",
-        "kernels/topk.py",
-        "(self._count < needed) | (self._count > self._limit)",
-        "self._count < needed",
-        CLOSED,
-        "selection",
-    ),
-    Break(
-        "blockwise form: vectors are not normalised",
-        "kernels/mixing.py",
-        "squared.clamp(min=0).sqrt().clamp(min=_SMALLEST).reciprocal()",
-        "torch.ones_like(squared)",
-        CLOSED,
-        "family",
-    ),
-    Break(
-        "blockwise form: the weight of n_j goes to n_i",
-        "kernels/mixing.py",
-        "Along(self._index[name], part)",
-        'Along(self._index["first"], part)',
-        CLOSED,
-        "family",
-    ),
-    Break(
-        "blockwise form: sums are not rescaled when a larger similarity comes",
-        "kernels/blockwise.py",
-        "        self.total *= shrink\n",
-        "",
-        CLOSED,
-        "dtypes",
-    ),
-    Break(
-        "operator: the gradient of a row is multiplied by another row's",
-        "kernels/ops.py",
-        "gradient * loss[:, None]",
-        "gradient * loss.flip(0)[:, None]",
-        OPS,
-        "back_ends",
-    ),
-    Break(
-        "kernels: the last bit of each word of marks is dropped",
-        "kernels/triton/select.py",
-        "marked = (b_word >> (o_bit % 32)) & 1",
-        "marked = (b_word >> (o_bit % 32)) & (o_bit % 32 != 31).to(tl.int32)",
-        SELECTION,
-        "ordinary or boundary",
-    ),
-    Break(
-        "kernels: ties go to the larger queue index",
-        "kernels/triton/select.py",
-        "(0xFFFFFFFF - index.to(tl.int64))\n",
-        "index.to(tl.int64)\n",
-        SELECTION,
-        "boundary",
-    ),
-    Break(
-        "kernels: the threshold's distance from the N-th is not looked at",
-        "kernels/triton/select.py",
-        "flag = (count < available) & (last <= threshold + margin)",
-        "flag = (count < available) & (last <= threshold - 1)",
-        SELECTION,
-        "too_close",
-    ),
-    Break(
-        "kernels: words of marks are counted by tiles of 64 keys where the scan writes tiles of 32",
-        "kernels/triton/launch.py",
-        "words = triton.cdiv(length, form.keys) * form.keys // 32",
-        "words = triton.cdiv(length, TILE) * TILE // 32",
-        LOSS,
-        "word_of_marks and float32",
-    ),
-    Break(
-        "kernels: masked keys stay in the softmax",
-        "kernels/triton/scan.py",
-        "allowed = allowed & (image[:, None] != queue_image[None, :])",
-        "allowed = allowed & (image[:, None] >= -1)",
-        LOSS,
-        "mask",
-    ),
-)
 
 
 def noticed(broken: Break) -> bool:
@@ -153,20 +56,39 @@ def noticed(broken: Break) -> bool:
         return done.returncode == 1 and "failed" in done.stdout
 
 
-def main() -> int:
-    """Make each break, print what came of it."""
-    missed = 0
+def chosen(sample: int | None, seed: int | None) -> list[Break]:
+    """All breaks, or a few by seed, which is today's date where none is given."""
+    if sample is None:
+        return list(BREAKS)
+    seed = datetime.date.today().toordinal() if seed is None else seed
+    return random.Random(seed).sample(BREAKS, min(sample, len(BREAKS)))
+
+
+def unbroken() -> bool:
+    """Whether the tests pass where nothing is broken: else what they notice says nothing."""
     for tests, only in ((CLOSED, "selection or family"), (SELECTION, "boundary"), (LOSS, "mask")):
         if noticed(Break("nothing", "kernels/reference.py", "class Contrast", "class Contrast", tests, only)):
             print(f"the tests fail on unbroken code: {' '.join(tests)} -k {only!r}")
-            return 1
-    for number, broken in enumerate(BREAKS, 1):
+            return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make each break, print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, help="how many breaks to make; all by default")
+    parser.add_argument("--seed", type=int, help="of the sample; the date by default")
+    options = parser.parse_args(arguments)
+    if options.sample is None and not unbroken():
+        return 1
+    missed = 0
+    for broken in chosen(options.sample, options.seed):
         try:
             result = "caught" if noticed(broken) else "NOT CAUGHT"
         except LookupError as error:
             result = f"CANNOT BE MADE: {error}"
         missed += result != "caught"
-        print(f"{number:2} {result:10} {broken.what}", flush=True)
+        print(f"{result:10} {broken.what}", flush=True)
     return int(missed > 0)
 
 

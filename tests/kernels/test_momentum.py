@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from synco_fast.kernels import momentum
 from synco_fast.kernels.momentum import momentum_update
 
 
@@ -61,6 +62,14 @@ def test_parameters_buffers_and_views_in_place():
     [
         ([], [], 1.5, ValueError, "m: found 1.5, expected a number from 0 to 1"),
         ([], [], float("nan"), ValueError, "m: found nan, expected a number from 0 to 1"),
+        ([], [], True, ValueError, "m: found True, expected a number from 0 to 1"),
+        (
+            [],
+            [],
+            torch.ones(1),
+            ValueError,
+            r"m: found torch.float32 of shape \(1,\), expected floating point of no",
+        ),
         ([torch.ones(2)], [], 0.5, ValueError, "params_q: found 0 tensors, expected 1, as many as params_k"),
         ([torch.ones(2)], [torch.ones(3)], 0.5, ValueError, r"params_q\[0\]: found shape \(3,\), expected \(2,\)"),
         ([torch.ones(2)], [torch.ones(2).double()], 0.5, TypeError, r"params_q\[0\]: found torch.float64 on cpu"),
@@ -69,3 +78,23 @@ def test_parameters_buffers_and_views_in_place():
 def test_bad_input(k, q, m, error, line):
     with pytest.raises(error, match=f"^{line}"):
         momentum_update(k, q, m)
+
+
+def test_momentum_may_be_a_tensor():
+    keys, queries = pairs()
+    expected = [k.clone() for k in keys]
+    momentum_update(expected, queries, 0.9)
+    momentum_update(keys, queries, torch.tensor(0.9))
+    torch.testing.assert_close(keys, expected)
+
+
+def test_the_kernel_hands_over_with_one_note(monkeypatch):
+    keys, queries = pairs()
+    expected = [k.clone() for k in keys]
+    momentum_update(expected, queries, 0.9)
+    momentum._note.cache_clear()
+    with pytest.warns(UserWarning, match="^momentum update by foreach: (a tensor is on cpu; the kernel|Triton cannot)"):
+        momentum_update(keys, queries, 0.9, backend="triton")
+    assert all(torch.equal(k, wanted) for k, wanted in zip(keys, expected, strict=True))
+    with pytest.raises(ValueError, match=r"^backend: found 'fused', expected auto, foreach, triton"):
+        momentum_update(keys, queries, 0.9, backend="fused")

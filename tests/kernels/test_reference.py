@@ -75,11 +75,15 @@ def test_loss_by_hand():
     assert result.statistics.synthetic.shape == (1, len(FAMILIES))
 
 
-def test_order_is_similarity_then_queue_index():
-    similarity = torch.tensor([[0.5, 0.7, 0.5, 0.7, 0.1, 0.5], [0.0] * 6])
+def test_the_largest_in_queue_order_and_masked_keys_last():
+    nothing = -math.inf
+    similarity = torch.tensor(
+        [[0.1, 0.7, 0.5, 0.5, 0.7, 0.5], [0.0] * 6, [nothing, 0.2, nothing, 0.3, nothing, 0.1], [nothing] * 6]
+    )
     values, index = hard_negatives(similarity, 4)
-    assert index.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
-    assert values[0].tolist() == pytest.approx([0.7, 0.7, 0.5, 0.5])
+    assert index.tolist() == [[1, 2, 3, 4], [0, 1, 2, 3], [1, 3, 5, 0], [0, 1, 2, 3]]
+    assert values[0].tolist() == pytest.approx([0.7, 0.5, 0.5, 0.7])
+    assert values[2].tolist() == pytest.approx([0.2, 0.3, 0.1, nothing])
 
 
 @pytest.mark.parametrize("extrapolation", ["released", "paper"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from synco_fast.kernels import FAMILIES, Negatives, draw
-from synco_fast.kernels.rng import normal, philox, uniform
+from synco_fast.kernels.rng import largest_below, normal, philox, pick, uniform
 
 SYNCO = Negatives.synco(64, interpolated=9, extrapolated=8, mixed=7, noisy=6, perturbed=5, adversarial=4)
 
@@ -53,9 +53,9 @@ def test_counter_layout_is_row_slot_family_lane():
     for family in FAMILIES:
         words = philox((5 + 2, 3, family.number, 0), (11, 13))
         found = draws[family.name]
-        assert int(found.first[2, 3]) == int(words[1]) * 64 >> 32
+        assert int(found.first[2, 3]) == (int(words[1]) * 2**16 + (int(words[3]) >> 16)) * 64 >> 48
         if found.second is not None:
-            assert int(found.second[2, 3]) == int(words[2]) * 64 >> 32
+            assert int(found.second[2, 3]) == (int(words[2]) * 2**16 + int(words[3]) % 2**16) * 64 >> 48
         if found.coefficient is not None:
             low, high = SYNCO.range_of(family)
             expected = low + (high - low) * float(uniform(words[0], torch.float64))
@@ -123,3 +123,50 @@ def test_half_precision_is_the_float32_draw_rounded_once():
     for half in (torch.bfloat16, torch.float16):
         drawn = draw(SYNCO, 3, 6, seed=1, step=2, dtype=half)["noisy"].noise
         assert torch.equal(drawn, draw(SYNCO, 3, 6, seed=1, step=2)["noisy"].noise.to(half))
+
+
+@pytest.mark.parametrize("size", [1, 3, 1024, 65537, 2**31 - 1, 2**31])
+def test_picks_take_48_bits(size):
+    # Beside random words those at which a position ends: there the 16 bits more decide.
+    edges = [-(-position * 2**32 // size) - 1 for position in (1, 2, size // 2, size)]
+    words = [word for word in (*edges, 0, 2**32 - 1, *torch.randint(0, 2**32, (50,)).tolist()) if 0 <= word < 2**32]
+    for more in (0, 1, 2**15, 2**16 - 1):
+        found = pick(torch.tensor(words), torch.tensor(more), size)
+        assert found.tolist() == [(word * 2**16 + more) * size >> 48 for word in words]
+        assert found.max() < size
+
+
+def test_the_bits_more_matter():
+    size = 1000
+    word = torch.tensor([position * 2**32 // size for position in range(1, size) if position * 2**32 % size])
+    low, high = (pick(word, torch.tensor(more), size) for more in (0, 2**16 - 1))
+    assert torch.equal(low + 1, high)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 0.5), (1.0, 1.5), (0.0, 1.0), (-1.0, 0.0), (-2.0, -1.0), (-3.0, -1.1), (0.1, 0.3), (2.0, 2.0)],
+)
+def test_ranges_are_half_open_in_every_dtype(dtype, low, high):
+    most = torch.tensor(largest_below(low, high, dtype), dtype=dtype)
+    end = torch.tensor(high, dtype=dtype)
+    if low == high:
+        assert most == end
+    elif high == 0:
+        assert -1e-4 < most.item() < 0
+        return
+    else:
+        assert most == torch.nextafter(end, torch.tensor(-torch.inf, dtype=dtype))
+    # The word that rounds up to the end.
+    number = low + (high - low) * uniform(torch.tensor(2**32 - 1), dtype if dtype.itemsize > 2 else torch.float32)
+    assert number.to(dtype).clamp(max=most.item()) == most or dtype == torch.float64
+
+
+def test_no_draw_reaches_the_end_of_its_range():
+    for dtype in (torch.float32, torch.bfloat16):
+        negatives = Negatives(hard=4, extrapolated=50000)
+        found = draw(negatives, 4, 2, seed=1, step=2, dtype=dtype)["extrapolated"].coefficient
+        assert found.min() >= 1
+        assert found.max() < 1.5
+    assert found.max() == largest_below(1.0, 1.5, torch.bfloat16)

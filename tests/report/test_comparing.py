@@ -3,7 +3,7 @@ import json
 import pytest
 
 from synco_fast.report.compare import compare_runs, draw_comparison, spread
-from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError, UserError
 
 
 def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
@@ -46,5 +46,5 @@ def test_what_is_no_run(told_run, tmp_path):
     with pytest.raises(ConfigError, match=r"found .* twice"):
         compare_runs([run, run])
     (run / "summary.json").write_text("{")
-    with pytest.raises(ConfigError, match="JSON that cannot be read"):
+    with pytest.raises(UserError, match="JSON that cannot be read"):
         compare_runs([run])

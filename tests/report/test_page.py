@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from synco_fast.evaluation.context import Setting, open_subject
+from synco_fast.evaluation.context import EvalOptions, open_context
 from synco_fast.report import gallery
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.page import write_report
@@ -25,7 +25,7 @@ BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome
 def page(told_run):
     folder = told_run(probe=True)
     (folder / "plots" / "pairs.png").write_bytes(PIXEL)
-    return write_report(folder, setting=Setting(workers=0))
+    return write_report(folder, options=EvalOptions(workers=0))
 
 
 #: One grey pixel.
@@ -59,8 +59,8 @@ def test_everything_is_inside(page):
 
 
 def test_neighbours_are_marked_by_class(told_run):
-    subject = open_subject(told_run(), Setting(workers=0))
-    found = look_around(subject, queries=6, neighbours=4)
+    context = open_context(told_run(), EvalOptions(workers=0))
+    found = look_around(context, queries=6, neighbours=4)
     assert [sheet.label for sheet in found.sheets] == ["class0", "class1", "class2"] * 2
     for sheet in found.sheets:
         assert all(one.right == (one.label == sheet.label) for one in sheet.neighbours)
@@ -91,7 +91,7 @@ def test_what_is_missing_is_named(told_run, image_folder):
 
 def test_words_of_the_user_stay_words(told_run):
     folder = told_run({"about": "<script>alert(1)</script>", "preset": "<b>bold</b>"})
-    text = write_report(folder, setting=Setting(workers=0)).read_text()
+    text = write_report(folder, options=EvalOptions(workers=0)).read_text()
     assert "<script>" not in text
     assert "<b>bold" not in text
 

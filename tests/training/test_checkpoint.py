@@ -10,6 +10,7 @@ from synco_fast.runtime.checkpoint import (
     save_checkpoint,
 )
 from synco_fast.runtime.errors import CheckpointError
+from tests.support.runs import Bomb
 
 
 def test_the_newest_are_kept(tmp_path):
@@ -48,11 +49,6 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path):
         load_checkpoint(newest)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit('code ran')",))
-
-
 def test_code_in_a_checkpoint_is_refused(tmp_path):
     torch.save({"format": 1, "step": 1, "x": Bomb()}, tmp_path / "step-00000001.pt")
     with pytest.raises(CheckpointError, match="step-00000001"):
@@ -73,9 +69,27 @@ def test_what_is_no_checkpoint(tmp_path):
 
 def test_another_architecture_is_named(tmp_path):
     model = nn.Linear(3, 2)
-    with pytest.raises(CheckpointError, match=r"another architecture: weight has shape \(5, 3\), the model \(2, 3\)"):
+    with pytest.raises(
+        CheckpointError, match=r"other shapes in weight, bias: weight is \(5, 3\), the model's \(2, 3\)"
+    ):
         load_weights(model, nn.Linear(3, 5).state_dict(), tmp_path)
-    with pytest.raises(CheckpointError, match="another architecture: it lacks bias"):
+    with pytest.raises(CheckpointError, match="another architecture than the model: it lacks bias"):
         load_weights(model, {"weight": model.weight}, tmp_path)
-    with pytest.raises(CheckpointError, match="it has extra besides"):
+    with pytest.raises(CheckpointError, match="it has besides extra"):
         load_weights(model, {**model.state_dict(), "extra": torch.ones(1)}, tmp_path)
+    with pytest.raises(CheckpointError, match="it holds str instead of a tensor in bias"):
+        load_weights(model, {**model.state_dict(), "bias": "text"}, tmp_path)
+    with pytest.raises(CheckpointError, match="found list for the weights"):
+        load_weights(model, [], tmp_path)
+
+
+def test_another_dtype_is_refused_where_a_run_resumes_and_cast_where_weights_are_imported(tmp_path):
+    model = nn.BatchNorm1d(3)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"other dtypes in .*weight is torch.float16, the model's torch.float32"):
+        load_weights(model, half, tmp_path)
+    load_weights(model, half, tmp_path, cast=True)
+    assert model.weight.dtype == torch.float32
+    counter = {**model.state_dict(), "num_batches_tracked": torch.tensor(1.0)}
+    with pytest.raises(CheckpointError, match=r"num_batches_tracked is torch\.float32"):
+        load_weights(model, counter, tmp_path, cast=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from synco_fast.runtime.checkpoint import find_checkpoint
-from synco_fast.runtime.distributed import Place
+from synco_fast.runtime.distributed import DistEnv
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.training.metrics import read_metrics
 
@@ -128,15 +128,15 @@ SLURM = {
 
 
 def test_the_place_is_found_in_what_torchrun_or_slurm_sets():
-    assert Place.find({}) == Place()
-    assert Place.find(TORCHRUN) == Place(3, 4, 1, 2, "h", 29500)
-    assert Place.find({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) == Place()
-    assert Place.find(SLURM) == Place(9, 16, 1, 8, "gpu03", 24567)
-    assert Place.find({**SLURM, "MASTER_PORT": "7", "MASTER_ADDR": "a"}).port == 7
-    assert Place.find({**SLURM, "SLURM_STEP_ID": ""}) == Place(), "a shell inside an allocation is no task"
-    assert Place.find({**SLURM, **TORCHRUN}).world == 4, "torchrun inside a Slurm job"
+    assert DistEnv.detect({}) == DistEnv()
+    assert DistEnv.detect(TORCHRUN) == DistEnv(3, 4, 1, 2, "h", 29500)
+    assert DistEnv.detect({**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}) == DistEnv()
+    assert DistEnv.detect(SLURM) == DistEnv(9, 16, 1, 8, "gpu03", 24567)
+    assert DistEnv.detect({**SLURM, "MASTER_PORT": "7", "MASTER_ADDR": "a"}).port == 7
+    assert DistEnv.detect({**SLURM, "SLURM_STEP_ID": ""}) == DistEnv(), "a shell inside an allocation is no task"
+    assert DistEnv.detect({**SLURM, **TORCHRUN}).world == 4, "torchrun inside a Slurm job"
     with pytest.raises(ConfigError, match="MASTER_PORT: found '' in the environment"):
-        Place.find({**TORCHRUN, "MASTER_PORT": ""})
+        DistEnv.detect({**TORCHRUN, "MASTER_PORT": ""})
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_the_place_is_found_in_what_torchrun_or_slurm_sets():
     ],
 )
 def test_the_first_machine_of_slurms_list(nodes, first):
-    assert Place.find({**SLURM, "SLURM_STEP_NODELIST": nodes}).address == first
+    assert DistEnv.detect({**SLURM, "SLURM_STEP_NODELIST": nodes}).address == first
 
 
 def test_a_batch_that_cannot_be_spread(tiny):

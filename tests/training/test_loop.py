@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from synco_fast.config import Config, read_config
+from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError, DivergedError
 from synco_fast.training.loop import Trainer
@@ -54,7 +56,18 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     assert "data wait" in screen
 
 
-@pytest.mark.parametrize("name", ["moco", "mochi", "synco"])
+@pytest.mark.slow
+def test_training_raises_knn_above_the_untrained_encoder(tiny, tmp_path):
+    """Brightness tells the classes apart; random filters see most of it, and a trained encoder all."""
+    longer = {"training.batch": 16, "training.epochs": 12, "evaluation.every": 12, "method.mask_same_image": True}
+    summary = pretrain(tiny({**longer, "model.momentum": 0.9}), tmp_path / "run")
+    assert summary.knn_after > summary.knn_before
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    settled = losses[3:]  # the queue holds random rows at first, which are easy to tell
+    assert sum(settled[-4:]) < sum(settled[:4])
+
+
+@pytest.mark.parametrize("name", sorted(with_queue()))
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_trains(tiny, tmp_path, name, symmetric):
     changes = {"method.name": name, "method.symmetric": symmetric, "evaluation.every": 0}
@@ -294,9 +307,9 @@ def test_broken_images_are_counted_and_too_many_stop_the_run(tiny, image_folder,
     assert "on 11 held-out images" in screen
     for number in range(1, 6):
         (image_folder / "train" / "class0" / f"{number}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"broken images, .* expected 1\.0% \(data\.max_broken\)"):
+    with pytest.raises(DataError, match=r"broken images, .* expected 1\.0% \(data\.max_corrupt\)"):
         pretrain(tiny(), tmp_path / "many")
-    assert pretrain(tiny({"data.max_broken": 0.5}), tmp_path / "allowed").broken_images == 6
+    assert pretrain(tiny({"data.max_corrupt": 0.5}), tmp_path / "allowed").broken_images == 6
 
 
 def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_path):
@@ -307,7 +320,7 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
             trainer(tiny(changes), tmp_path)
 
     refused(DataError, "found 64, expected up to 33", **{"training.batch": 64, "method.queue": 64})
-    refused(ConfigError, "neighbours: found 34, expected up to 33", **{"evaluation.neighbours": 34})
+    refused(ConfigError, "evaluation.k: found 34, expected up to 33", **{"evaluation.k": 34})
     refused(ConfigError, "fp16", **{"training.precision": "fp16"})
     shutil.rmtree(image_folder / "val" / "class1")
     shutil.rmtree(image_folder / "val" / "class2")
@@ -318,3 +331,19 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
     shutil.rmtree(image_folder / "val")
     refused(DataError, "found no held-out split")
     assert trainer(tiny({"evaluation.every": 0}), tmp_path).steps == 8
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_page_on_training(tmp_path, monkeypatch):
+    """As they are printed, at one small step."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    small = {"training.batch": 8, "data.workers": 0, "evaluation.train_images": 40, "evaluation.images": 20}
+    few = {"training.max_steps": 1, "training.device": "cpu", **small}
+    assert '{"training.max_steps": 20}' in block
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(block.replace('{"training.max_steps": 20}', repr(few)), found)
+    assert found["summary"].steps == 1
+    assert found["summary"].knn_after is not None
+    assert (tmp_path / "runs" / "mine" / "summary.json").is_file()

@@ -6,7 +6,7 @@ from torch import nn
 
 from synco_fast.config import OptimizerConfig
 from synco_fast.models.batch_norm import SplitBatchNorm2d
-from synco_fast.runtime.optim_step import SkippedSteps, Update
+from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.training.optimizer import build_optimizer
 from synco_fast.training.statistics import RunningStatistics
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 def one_weight(scaled=False, clip=None, lr=1.0):
     weight = nn.Parameter(torch.tensor([3.0, 4.0]))
-    return weight, Update(torch.optim.SGD([weight], lr=lr), scaled=scaled, clip=clip, device=CPU)
+    return weight, OptimStep(torch.optim.SGD([weight], lr=lr), scaled=scaled, clip=clip, device=CPU)
 
 
 def test_the_norm_is_that_of_the_whole_gradient_and_clipping_keeps_the_direction():
@@ -43,7 +43,7 @@ def test_scaling_changes_no_step_and_backs_off_where_the_gradient_overflows():
     assert not torch.isfinite(norm)
     assert torch.equal(scaled.detach(), before)
     assert float(other.scale) == scale / 2
-    again = Update(torch.optim.SGD([scaled], lr=1.0), scaled=True, clip=None, device=CPU)
+    again = OptimStep(torch.optim.SGD([scaled], lr=1.0), scaled=True, clip=None, device=CPU)
     again.load_state_dict(other.state_dict())
     assert float(again.scale) == scale / 2
 
@@ -62,8 +62,8 @@ def test_a_gpus_optimizer_skips_steps_by_a_tensor_also_the_first():
     plain, fused = (nn.Linear(3, 2) for _ in range(2))
     fused.load_state_dict(plain.state_dict())
     config = OptimizerConfig(momentum=0.9, weight_decay=0.1)
-    one = Update(build_optimizer(plain, config, lr=0.5, device=CPU), scaled=False, clip=None, device=CPU)
-    other = Update(
+    one = OptimStep(build_optimizer(plain, config, lr=0.5, device=CPU), scaled=False, clip=None, device=CPU)
+    other = OptimStep(
         build_optimizer(fused, config, lr=0.5, device=torch.device("cuda")), scaled=True, clip=None, device=CPU
     )
     assert one.waits

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from synco_fast.config import read_config
-from synco_fast.runtime.distributed import Place, joined
+from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import DataError, UserError
 from synco_fast.training.loop import Trainer
 from synco_fast.training.pretraining import Pretraining
@@ -44,10 +44,10 @@ ACTS = {"": lambda run, rank: None, "leave": leave, "ask to stop": ask_to_stop, 
 
 os.environ.update(VARIABLES)
 torch.set_num_threads(1)
-place = Place.find()
+place = DistEnv.detect()
 words = (FOLDER / f"rank{place.rank}.txt").open("w")
 try:
-    with joined(place, "cpu", timeout=15) as control:
+    with init_distributed(place, "cpu", timeout=15) as control:
         config = read_config(FOLDER / "job.yaml")
         console = Console(file=words, width=200)
         trainer = Trainer(

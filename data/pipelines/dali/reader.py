@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.epochs import Position, replace_corrupt
-from synco_fast.data.sources.decode import decode_image, encode_pixels, plain_jpeg_size
+from synco_fast.data.sources.decode import LONGEST_RATIO, central_part, decode_image, encode_pixels, plain_jpeg_size
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.workers import available_cores, start_worker
 
@@ -130,11 +130,13 @@ class Reader(Dataset[EncodedBatch]):
         return wanted, (content, size, wanted, {})
 
     def _read(self, index: int, by_pillow: bool) -> tuple[bytes, tuple[int, int]]:
-        content = self.split.read_bytes(index)
-        size = None if by_pillow else plain_jpeg_size(content)
-        if size is not None:
+        content, limits = self.split.read_bytes(index), self.split.limits
+        size = None if by_pillow else plain_jpeg_size(content, limits)
+        if size is not None and (self.replace or max(size) <= LONGEST_RATIO * min(size)):
             return content, size
-        pixels = np.asarray(decode_image(content, self.split.name(index)))
+        pixels = np.asarray(decode_image(content, self.split.name(index), limits))
+        if not self.replace:  # for an evaluation, which resizes the whole image
+            pixels = central_part(pixels)
         return encode_pixels(pixels), (pixels.shape[0], pixels.shape[1])
 
     def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:

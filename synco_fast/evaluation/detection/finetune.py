@@ -16,32 +16,39 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from synco_fast.evaluation.context import Setting, fingerprint
+from synco_fast.data.workers import available_cores
+from synco_fast.evaluation.context import (
+    EvalOptions,
+    check_unchanged,
+    fingerprint,
+    folder_of,
+    join_job,
+    progress,
+)
 from synco_fast.evaluation.detection.datasets import Detections, DetectionSource, Steps, open_detection
-from synco_fast.evaluation.labelled import decoding_processes
-from synco_fast.evaluation.progress import Bar
-from synco_fast.evaluation.ranks import barrier, joined, lists_of_all_ranks, rank, world
-from synco_fast.evaluation.scaling import Update
 from synco_fast.export.load import Weights, backbone_of, read_weights
 from synco_fast.runtime.checkpoint import read_tensors
+from synco_fast.runtime.distributed import barrier, gather_lists, rank, world
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError, DivergedError
 from synco_fast.runtime.files import atomic_write, write_json
-from synco_fast.runtime.precision import Precision, resolve_device
+from synco_fast.runtime.optim_step import OptimStep, build_sgd
+from synco_fast.runtime.precision import Precision
+from synco_fast.runtime.progress import ProgressBar
 
-__all__ = ["DetectionPlan", "build_detector", "evaluate_detection", "published_plan"]
+__all__ = ["DetectionProtocol", "build_detector", "evaluate_detection", "published_protocol"]
 
 #: Images on which the detector is measured before its first step.
 _BEFORE = 200
 
 
 @dataclass(frozen=True)
-class DetectionPlan:
+class DetectionProtocol:
     """How a detector is fine-tuned, by SGD.
 
     Attributes:
         steps: Iterations.
-        drops: Iterations after which the rate falls to a tenth.
+        drops: Iterations after which the rate is divided by 10.
         warmup: Iterations over which the rate rises from a thousandth.
         batch: Images a step, over all ranks.
         lr, momentum, weight_decay: Of SGD.
@@ -50,7 +57,7 @@ class DetectionPlan:
         longest: Upper bound of the long side.
         freeze: Whether the backbone stays as it is.
         seed: Of heads, order and flips.
-        keep_every: Iterations between states to go on from.
+        keep_every: Iterations between saved states.
         regions: Proposals of an image that the heads are trained on.
         proposals: Of a test image, that the heads look at.
         detections: Of a test image, at most.
@@ -79,23 +86,23 @@ class DetectionPlan:
         return float(self.lr * rise * 0.1 ** sum(step >= drop for drop in self.drops))
 
 
-def published_plan(layout: str) -> DetectionPlan:
+def published_protocol(layout: str) -> DetectionProtocol:
     """MoCo's settings (facebookresearch/moco, detection/configs): VOC 24k iterations, COCO the 2x schedule."""
     if layout == "voc":
-        return DetectionPlan(24000, (18000, 22000), warmup=100, sizes=tuple(range(480, 801, 32)))
-    return DetectionPlan(180000, (120000, 160000), warmup=1000, sizes=tuple(range(640, 801, 32)))
+        return DetectionProtocol(24000, (18000, 22000), warmup=100, sizes=tuple(range(480, 801, 32)))
+    return DetectionProtocol(180000, (120000, 160000), warmup=1000, sizes=tuple(range(640, 801, 32)))
 
 
-def build_detector(weights: Weights, classes: int, *, masks: bool, plan: DetectionPlan) -> nn.Module:
+def build_detector(weights: Weights, classes: int, *, masks: bool, protocol: DetectionProtocol) -> nn.Module:
     """Faster R-CNN of torchvision, or Mask R-CNN, with a feature pyramid on the pretrained backbone.
 
-    Every layer of the backbone learns, batch norm included, and the pyramid has batch norm too, as in MoCo's setting.
+    Every layer of the backbone learns, batch norm included, and the pyramid has batch norm too, as in MoCo's options.
 
     Args:
         weights: Of the backbone.
         classes: Without the background.
         masks: Whether it predicts masks.
-        plan: Sizes of images, and whether the backbone is frozen.
+        protocol: Sizes of images, and whether the backbone is frozen.
 
     Raises:
         ConfigError: The backbone has no four stages ``layer1`` to ``layer4``.
@@ -109,7 +116,7 @@ def build_detector(weights: Weights, classes: int, *, masks: bool, plan: Detecti
         )
     widths = _widths(backbone, stages)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed)
+        torch.manual_seed(protocol.seed)
         body = BackboneWithFPN(
             backbone, {stage: str(place) for place, stage in enumerate(stages)}, widths, 256, norm_layer=nn.BatchNorm2d
         )
@@ -117,15 +124,15 @@ def build_detector(weights: Weights, classes: int, *, masks: bool, plan: Detecti
         detector: nn.Module = (MaskRCNN if masks else FasterRCNN)(
             body,
             classes + 1,
-            min_size=plan.sizes,
-            max_size=plan.longest,
+            min_size=protocol.sizes,
+            max_size=protocol.longest,
             image_mean=list(recipe.mean),
             image_std=list(recipe.std),
-            box_batch_size_per_image=plan.regions,
-            rpn_post_nms_top_n_test=plan.proposals,
-            box_detections_per_img=plan.detections,
+            box_batch_size_per_image=protocol.regions,
+            rpn_post_nms_top_n_test=protocol.proposals,
+            box_detections_per_img=protocol.detections,
         )
-    if plan.freeze:
+    if protocol.freeze:
         body.body.requires_grad_(False)
     return detector
 
@@ -147,14 +154,14 @@ def _widths(backbone: nn.Module, stages: list[str]) -> list[int]:
 
 
 def evaluate_detection(
-    path: Path, setting: Setting, *, plan: DetectionPlan | None = None, console: Console | None = None
+    path: Path, options: EvalOptions, *, protocol: DetectionProtocol | None = None, console: Console | None = None
 ) -> dict[str, Any]:
     """Fine-tune a detector on a checkpoint's backbone and measure COCO's average precision.
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
-        setting: ``data`` is ``voc:FOLDER`` or ``coco:FOLDER``.
-        plan: The protocol, by default MoCo's for the layout.
+        options: ``data`` is ``voc:FOLDER`` or ``coco:FOLDER``.
+        protocol: The protocol, by default MoCo's for the layout.
         console: Where progress is shown.
 
     Returns:
@@ -162,36 +169,35 @@ def evaluate_detection(
 
     Raises:
         CheckpointError, DataError, ConfigError: The checkpoint or the images are not what they must be.
-        DivergedError: The loss was no number.
+        DivergedError: The loss became NaN or infinite.
     """
     missing = [name for name in ("torchmetrics", "pycocotools") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"evaluate detection: found no {', '.join(missing)}: pip install 'synco-fast[detection]'")
-    if setting.data is None:
+    if options.data is None:
         raise ConfigError("data: found none, expected voc:FOLDER or coco:FOLDER")
-    with joined(resolve_device(setting.device)) as device:
+    with join_job(options.device) as device:
         weights = read_weights(path)
-        source = open_detection(setting.data, seed=plan.seed if plan else 0)
-        plan = plan or published_plan(source.layout)
-        if plan.batch % world():
-            raise ConfigError(f"batch: found {plan.batch}, expected a multiple of {world()}, the processes")
-        default = (
-            weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
-        )
-        folder = setting.out or default
-        detector = build_detector(weights, len(source.classes), masks=source.masks, plan=plan).to(device)
+        source = open_detection(options.data, seed=protocol.seed if protocol else 0)
+        protocol = protocol or published_protocol(source.layout)
+        if protocol.batch % world():
+            raise ConfigError(f"batch: found {protocol.batch}, expected a multiple of {world()}, the processes")
+        folder = folder_of(weights, options)
+        detector = build_detector(weights, len(source.classes), masks=source.masks, protocol=protocol).to(device)
         if world() > 1 and device.type == "cuda":
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-        job = _Job(detector, source, plan, setting, Precision(setting.precision, device), device, console)
-        frozen = fingerprint(_body(detector)) if plan.freeze else None
-        made_by = {"plan": repr(asdict(plan)), "weights": fingerprint(backbone_of(weights)), "source": source.spec}
+        job = _Job(
+            detector, source, protocol, options, Precision(options.precision, device, key="precision"), device, console
+        )
+        frozen = fingerprint(_body(detector)) if protocol.freeze else None
+        made_by = {"plan": repr(asdict(protocol)), "weights": fingerprint(backbone_of(weights)), "source": source.spec}
         state = folder / f"detection_{source.layout}.pt"
-        before = job.train(state, made_by, fresh=setting.fresh)
+        before = job.train(state, made_by, fresh=options.fresh)
         found = job.measure(len(source.test))
-        if frozen is not None and fingerprint(_body(detector)) != frozen:
-            raise RuntimeError("a frozen backbone was changed by its evaluation")
+        if frozen is not None:
+            check_unchanged(_body(detector), frozen)
         barrier()
-        return _result(weights, source, plan, found, before, job.precision.name, folder)
+        return _result(weights, source, protocol, found, before, job.precision.name, folder)
 
 
 def _body(detector: nn.Module) -> nn.Module:
@@ -201,7 +207,7 @@ def _body(detector: nn.Module) -> nn.Module:
 def _result(
     weights: Weights,
     source: DetectionSource,
-    plan: DetectionPlan,
+    protocol: DetectionProtocol,
     found: dict[str, dict[str, float]],
     before: float,
     precision: str,
@@ -220,13 +226,12 @@ def _result(
         **found,
         "train_images": len(source.train),
         "test_images": len(source.test),
-        "plan": asdict(plan),
-        "backbone_unchanged": plan.freeze,
+        "protocol": asdict(protocol),
+        "backbone_unchanged": protocol.freeze,
         "precision": precision,
         "environment": describe_environment(),
     }
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"detection_{source.layout}.json", result)
     return result
 
@@ -237,53 +242,61 @@ class _Job:
 
     detector: nn.Module
     source: DetectionSource
-    plan: DetectionPlan
-    setting: Setting
+    protocol: DetectionProtocol
+    options: EvalOptions
     precision: Precision
     device: torch.device
     console: Console | None
 
     def train(self, state: Path, made_by: dict[str, Any], *, fresh: bool) -> float:
         """Train from the state that is there, or from the beginning; returns the box AP before the first step."""
-        plan = self.plan
-        update = Update(self.precision)
-        learning = [value for value in self.detector.parameters() if value.requires_grad]
-        optimizer = torch.optim.SGD(learning, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay)
+        protocol = self.protocol
+        optimizer = build_sgd(
+            [value for value in self.detector.parameters() if value.requires_grad],
+            lr=protocol.lr,
+            momentum=protocol.momentum,
+            weight_decay=protocol.weight_decay,
+            device=self.device,
+        )
+        optim = OptimStep(optimizer, scaled=self.precision.scaled, device=self.device)
         found = read_tensors(state) if state.is_file() and not fresh else None
         step, before = 0, 0.0
         if isinstance(found, dict) and found.get("made_by") == made_by:
             step, before = found["step"], found["before"]
             self.detector.load_state_dict(found["detector"])
             optimizer.load_state_dict(found["optimizer"])
+            optim.load_state_dict(found.get("scaling", {}))
         else:
             before = self.measure(min(_BEFORE, len(self.source.test)))["box"]["AP"]
         barrier()
         model = DistributedDataParallel(self.detector) if world() > 1 else self.detector
         model.train()
-        if plan.freeze:
+        if protocol.freeze:
             _body(self.detector).eval()
-        steps = Steps(len(self.source.train), plan.batch, plan.seed, step, plan.steps, rank(), world())
-        loader = _loader(self.source.train, self.setting, batch_sampler=steps)
+        steps = Steps(len(self.source.train), protocol.batch, protocol.seed, step, protocol.steps, rank(), world())
+        loader = _loader(self.source.train, self.options, batch_sampler=steps)
         total = torch.zeros((), device=self.device)
-        with Bar(self.console, f"detection on {self.source.layout.upper()}", plan.steps, step) as bar:
+        with progress(
+            self.console, f"detection on {self.source.layout.upper()}", protocol.steps, step, unit="step"
+        ) as bar:
             for images, targets in loader:
                 for group in optimizer.param_groups:
-                    group["lr"] = plan.rate(step)
-                torch.manual_seed(plan.seed + step)
+                    group["lr"] = protocol.rate(step)
+                torch.manual_seed(protocol.seed + step)
                 with self.precision.autocast():
                     losses = model([image.to(self.device) for image in images], [self._moved(one) for one in targets])
                 loss = torch.stack([value.float() for value in losses.values()]).sum()
-                update(loss, optimizer)
+                optim.descend(loss)
                 total, step = loss.detach(), step + 1
-                bar.advance(1)
-                if step % 20 == 0 or step == plan.steps:
-                    self._look(float(total), step, bar)
-                if rank() == 0 and (step % plan.keep_every == 0 or step == plan.steps):
-                    _keep(state, made_by, step, before, self.detector, optimizer)
+                bar.advance()
+                if step % 20 == 0 or step == protocol.steps:
+                    self._check_loss(float(total), step, bar)
+                if rank() == 0 and (step % protocol.keep_every == 0 or step == protocol.steps):
+                    _save(state, made_by, step, before, self.detector, optim)
         barrier()
         return before
 
-    def _look(self, loss: float, step: int, bar: Bar) -> None:
+    def _check_loss(self, loss: float, step: int, bar: ProgressBar) -> None:
         if not math.isfinite(loss):
             raise DivergedError(
                 f"loss: found a value that is not finite near iteration {step}, expected finite ones; try a lower --lr"
@@ -303,9 +316,9 @@ class _Job:
         numbers = list(range(rank(), images, world()))
         self.detector.eval()
         transform: Any = self.detector.transform
-        sizes, transform.min_size = transform.min_size, (self.plan.size,)
-        with Bar(self.console, "test images", len(numbers)) as bar:
-            for pictures, targets in _loader(Subset(self.source.test, numbers), self.setting, batch_size=1):
+        sizes, transform.min_size = transform.min_size, (self.protocol.size,)
+        with progress(self.console, "test images", len(numbers)) as bar:
+            for pictures, targets in _loader(Subset(self.source.test, numbers), self.options, batch_size=1):
                 with self.precision.autocast():
                     outputs = self.detector([picture.to(self.device) for picture in pictures])
                 metric.update([self._prediction(one) for one in outputs], targets)
@@ -314,7 +327,7 @@ class _Job:
         # torchmetrics would gather image by image, which needs as many on each rank.
         gathered: Any
         for name, gathered in metric.metric_state.items():
-            setattr(metric, name, lists_of_all_ranks(gathered))
+            setattr(metric, name, gather_lists(gathered))
         values = metric.compute()
         names = {"box": "bbox_" if self.source.masks else "", "mask": "segm_"}
         parts = ("box", "mask") if self.source.masks else ("box",)
@@ -334,8 +347,8 @@ class _Job:
         return found
 
 
-def _loader(dataset: Detections | Subset[Any], setting: Setting, **how: Any) -> DataLoader[Any]:
-    workers = decoding_processes(setting.workers)
+def _loader(dataset: Detections | Subset[Any], options: EvalOptions, **how: Any) -> DataLoader[Any]:
+    workers = available_cores() if options.workers is None else options.workers
     generator = torch.Generator().manual_seed(0)
     return DataLoader(dataset, num_workers=workers, collate_fn=_lists, generator=generator, **how)
 
@@ -344,15 +357,15 @@ def _lists(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor
     return [image for image, _ in samples], [target for _, target in samples]
 
 
-def _keep(
+def _save(
     state: Path,
     made_by: dict[str, Any],
     step: int,
     before: float,
     detector: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optim: OptimStep,
 ) -> None:
-    """Save the state needed to resume, whole or not at all."""
+    """Atomically save the state needed to resume."""
     content = {"made_by": made_by, "step": step, "before": before, "detector": detector.state_dict()}
     with atomic_write(state) as temporary:
-        torch.save({**content, "optimizer": optimizer.state_dict()}, temporary)
+        torch.save({**content, "optimizer": optim.optimizer.state_dict(), "scaling": optim.state_dict()}, temporary)

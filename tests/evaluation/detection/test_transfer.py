@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("torchmetrics", reason="the extra 'detection' is not installed")
 pytest.importorskip("pycocotools", reason="the extra 'detection' is not installed")
 
-from synco_fast.evaluation.context import Setting
+from synco_fast.evaluation.context import EvalOptions
 from synco_fast.evaluation.detection import finetune as transfer
 from synco_fast.evaluation.detection.datasets import Steps, open_detection
-from synco_fast.evaluation.detection.finetune import evaluate_detection, published_plan
+from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 from synco_fast.runtime.errors import ConfigError, DataError
-from tests.export.conftest import make_run
-
-__all__ = ["make_run"]
+from tests.support.detection import scene
 
 SMALL = replace(
-    published_plan("voc"),
+    published_protocol("voc"),
     steps=24,
     drops=(20,),
     warmup=5,
@@ -35,55 +30,6 @@ SMALL = replace(
     proposals=32,
     detections=5,
 )
-
-
-def scene(number: int) -> tuple[Image.Image, list[int], int]:
-    """A grey image with one rectangle: its x, y, width and height, and whether it is dark (0) or bright (1)."""
-    rng = np.random.default_rng(number)
-    x, y = rng.integers(2, 24, 2).tolist()
-    width, height = rng.integers(24, 38, 2).tolist()
-    pixels = rng.normal(128, 8, (64, 64, 3))
-    pixels[y : y + height, x : x + width] += 110 * (1 if number % 2 else -1)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), [x, y, width, height], number % 2
-
-
-@pytest.fixture
-def voc(tmp_path):
-    root = tmp_path / "voc" / "VOCdevkit" / "VOC2007"
-    for inside in ("JPEGImages", "Annotations", "ImageSets/Main"):
-        (root / inside).mkdir(parents=True)
-    for name, numbers in (("trainval", range(8)), ("test", range(8, 12))):
-        (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{number:06d}\n" for number in numbers))
-        for number in numbers:
-            image, (x, y, width, height), label = scene(number)
-            image.save(root / "JPEGImages" / f"{number:06d}.jpg", quality=95)
-            corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
-            box = "".join(f"<{key}>{value}</{key}>" for key, value in corners.items())
-            name = ("cat", "dog")[label]
-            one = f"<object><name>{name}</name><difficult>{int(number == 3)}</difficult><bndbox>{box}</bndbox></object>"
-            (root / "Annotations" / f"{number:06d}.xml").write_text(f"<annotation>{one}</annotation>")
-    return tmp_path / "voc"
-
-
-@pytest.fixture
-def coco(tmp_path):
-    root = tmp_path / "coco"
-    (root / "annotations").mkdir(parents=True)
-    for name, numbers in (("train2017", range(8)), ("val2017", range(8, 12))):
-        (root / name).mkdir()
-        images, annotations = [], []
-        for number in numbers:
-            image, (x, y, width, height), label = scene(number)
-            image.save(root / name / f"{number}.png")
-            images.append({"id": number, "file_name": f"{number}.png", "height": 64, "width": 64})
-            outline = [x, y, x + width, y, x + width, y + height, x, y + height]
-            one = {"id": number + 1, "image_id": number, "category_id": (18, 44)[label], "iscrowd": 0}
-            annotations.append(one | {"bbox": [x, y, width, height], "area": width * height, "segmentation": [outline]})
-        images.append({"id": 99, "file_name": "0.png" if name == "train2017" else "8.png", "height": 64, "width": 64})
-        content = {"images": images, "annotations": annotations}
-        content["categories"] = [{"id": 18, "name": "dog"}, {"id": 44, "name": "bottle"}]
-        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
-    return root
 
 
 def test_both_layouts_give_the_same_objects(voc, coco):
@@ -128,17 +74,17 @@ def test_steps_go_through_every_image_and_on():
 
 
 def test_the_published_schedules():
-    voc = published_plan("voc")
+    voc = published_protocol("voc")
     assert [voc.rate(step) for step in (0, 100, 17999, 18000, 22000)] == pytest.approx(
         [2e-5, 0.02, 0.02, 0.002, 0.0002], rel=1e-3
     )
     assert (voc.sizes[0], voc.sizes[-1], voc.batch) == (480, 800, 16)
-    assert published_plan("coco").steps == 180000
+    assert published_protocol("coco").steps == 180000
 
 
 @pytest.mark.slow
 def test_a_detector_learns(make_run, voc):
-    found = evaluate_detection(make_run(), Setting(data=f"voc:{voc}", workers=0, precision="fp32"), plan=SMALL)
+    found = evaluate_detection(make_run(), EvalOptions(data=f"voc:{voc}", workers=0, precision="fp32"), protocol=SMALL)
     assert found["box"]["AP50"] > found["chance"] + 0.1
     assert set(found["headline"]) == {"VOC box AP", "VOC box AP50", "VOC box AP75"}
     assert found["detector"] == "Faster R-CNN with FPN"
@@ -146,28 +92,30 @@ def test_a_detector_learns(make_run, voc):
 
 @pytest.mark.slow
 def test_stopped_and_resumed_is_never_stopped(make_run, voc, monkeypatch):
-    run, plan = make_run(), replace(SMALL, steps=4, keep_every=2)
-    setting = Setting(data=f"voc:{voc}", workers=0, precision="fp32")
-    evaluate_detection(run, replace(setting, out=run / "whole"), plan=plan)
-    keep = transfer._keep
+    run, protocol = make_run(), replace(SMALL, steps=4, keep_every=2)
+    options = EvalOptions(data=f"voc:{voc}", workers=0, precision="fp32")
+    evaluate_detection(run, replace(options, out=run / "whole"), protocol=protocol)
+    keep = transfer._save
 
     def stop(*arguments):
         keep(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transfer, "_keep", stop)
+    monkeypatch.setattr(transfer, "_save", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_detection(run, setting, plan=plan)
-    monkeypatch.setattr(transfer, "_keep", keep)
-    evaluate_detection(run, setting, plan=plan)
+        evaluate_detection(run, options, protocol=protocol)
+    monkeypatch.setattr(transfer, "_save", keep)
+    evaluate_detection(run, options, protocol=protocol)
     one, other = (torch.load(run / folder / "detection_voc.pt")["detector"] for folder in ("whole", "evaluation"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 @pytest.mark.slow
 def test_masks_with_a_frozen_backbone(make_run, coco):
-    plan = replace(SMALL, steps=2, freeze=True)
-    found = evaluate_detection(make_run(), Setting(data=f"coco:{coco}", workers=0, precision="fp32"), plan=plan)
+    protocol = replace(SMALL, steps=2, freeze=True)
+    found = evaluate_detection(
+        make_run(), EvalOptions(data=f"coco:{coco}", workers=0, precision="fp32"), protocol=protocol
+    )
     assert found["detector"] == "Mask R-CNN with FPN"
     assert found["backbone_unchanged"] is True
     assert set(found["mask"]) == {"AP", "AP50", "AP75"}
@@ -182,16 +130,16 @@ def test_what_cannot_be_detected_on(make_run, voc, coco, tmp_path):
         (f"coco:{tmp_path}", "instances_train2017.json"),
     ):
         with pytest.raises(DataError, match=says):
-            evaluate_detection(run, Setting(data=data))
+            evaluate_detection(run, EvalOptions(data=data))
     with pytest.raises(ConfigError, match="data: found none"):
-        evaluate_detection(run, Setting())
+        evaluate_detection(run, EvalOptions())
     file = coco / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"bottle"', '"vase"'))
     with pytest.raises(DataError, match="expected the same"):
-        evaluate_detection(run, Setting(data=f"coco:{coco}"))
+        evaluate_detection(run, EvalOptions(data=f"coco:{coco}"))
     file.write_text("[]")
     with pytest.raises(DataError, match="found annotations that cannot be read"):
-        evaluate_detection(run, Setting(data=f"coco:{coco}"))
+        evaluate_detection(run, EvalOptions(data=f"coco:{coco}"))
     mobile = make_run({"model.backbone": "mobilenet_v3_small", "model.backbone_args": {}}, "mobile")
     with pytest.raises(ConfigError, match="expected ResNets, whose stages are layer1"):
-        evaluate_detection(mobile, Setting(data=f"voc:{voc}"))
+        evaluate_detection(mobile, EvalOptions(data=f"voc:{voc}"))

@@ -59,6 +59,8 @@ def main(capability: int, cases: list[tuple[int, torch.dtype, bool]]) -> None:
         shared = kernel.metadata.shared
         print(f"{self.__name__} {case} registers {registers} stack {stack} local {local} shared {shared}", flush=True)
         assert local == "0"
+        # The momentum update of aligned tensors moves 16 bytes at once.
+        assert not options.get("ALIGNED") or {"ld.global.v4.b32", "st.global.v4.b32"} <= set(kernel.asm["ptx"].split())
         assert shared <= LIMIT[capability] << 10
         return kernel
 
@@ -70,8 +72,10 @@ def main(capability: int, cases: list[tuple[int, torch.dtype, bool]]) -> None:
         launch.contrast_and_gradient(q, q, queue, SYNCO, temperature=0.2, seed=3, step=5, **ids)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         case = f"{dtype}"
-        pair = [torch.zeros(5000, dtype=dtype)], [torch.zeros(5000, dtype=dtype)]
-        momentum.update(momentum.Plan(*pair), 0.999)
+        pair = torch.zeros(5000, dtype=dtype), torch.zeros(5000, dtype=dtype)
+        odd = torch.zeros(5001, dtype=dtype)[1:]
+        for weight in (0.001, torch.tensor(0.001)):
+            momentum.update(momentum.Plan([pair[0], odd], [*pair]), weight)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def test_compiles_without_spills(capability):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     lines = done.stdout.splitlines()
     assert {line.split()[0] for line in lines} == {
-        *("sample", "rank", "scan", "collect", "score", "order", "full_sort", "mix", "reduce", "_update"),
+        *("sample", "rank", "scan", "select", "fill", "choose", "mix", "reduce", "_update"),
     }
     spilled = [line for line in lines if "stack 0 " not in line]
     assert not spilled, "\n".join(spilled)

@@ -42,8 +42,8 @@ def test_shapes(make, answer, within, shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_queue_that_ends_within_a_word_of_marks(make, answer, within, dtype):
-    # The first word behind the last tile of 32 keys belongs to no tile of 64.
+def test_a_queue_that_ends_within_a_tile(make, answer, within, dtype):
+    # One key beyond the last whole tile of 32, 64 or 128.
     check(make, answer, within, (1, 4097, 16), Negatives(hard=63, mixed=2), dtype=dtype)
 
 

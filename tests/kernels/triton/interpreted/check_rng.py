@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels import rng
-from synco_fast.kernels.triton.philox import normal, philox
+from synco_fast.kernels.triton.philox import normal, philox, pick
 
 
 @triton.jit
@@ -34,3 +34,24 @@ def test_words_are_equal_and_normal_numbers_nearly():
         assert torch.equal(words, torch.stack(expected, dim=1))
         exact = rng.normal(expected, torch.float64)
         torch.testing.assert_close(numbers.double(), exact, rtol=1e-6, atol=2e-6)
+
+
+@triton.jit
+def _pick(p_word, p_more, p_found, size, N: tl.constexpr):
+    o = tl.arange(0, N)
+    word, more = tl.load(p_word + o).to(tl.uint32), tl.load(p_more + o).to(tl.uint32)
+    tl.store(p_found + o, pick(word, more, size.to(tl.uint32) + word * 0))
+
+
+def test_picks_are_equal_where_a_position_ends():
+    for size in (3, 1000, 65537, 2**29):
+        last = [position * 2**32 // size for position in range(1, 65)]
+        word = torch.tensor([end + near for end in last for near in (-1, 0)]) % 2**32
+        for more in (
+            torch.zeros(128, dtype=torch.int64),
+            torch.full((128,), 2**16 - 1),
+            torch.randint(0, 2**16, (128,)),
+        ):
+            found = torch.full((128,), -1, dtype=torch.int32)
+            _pick[(1,)](word, more, found, size, N=128)
+            assert torch.equal(found.long(), rng.pick(word, more, size))

@@ -12,25 +12,18 @@ K = 600
 
 def chosen(monkeypatch, inputs, hard: int):
     """Q^N as the kernels find it, and how many rows took the slow path."""
-    seen, slow = {}, []
+    seen = {}
+    original = launch.full_select
 
-    class Watch:
-        def __init__(self, kernel):
-            self.kernel = kernel
+    def watched(*arguments):
+        seen["slow"] = int(arguments[5].sum())
+        original(*arguments)
+        seen["index"], seen["value"] = arguments[7].long(), arguments[8]
 
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                slow.append(int(arguments[4].sum()))
-                self.kernel[grid](*arguments, **options)
-                seen["index"], seen["value"] = arguments[6].long(), arguments[7]
-
-            return launch
-
-    original = launch.full_sort
-    monkeypatch.setattr(launch, "full_sort", Watch(original))
+    monkeypatch.setattr(launch, "full_select", watched)
     launch.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1)
-    monkeypatch.setattr(launch, "full_sort", original)
-    return seen["value"], seen["index"], slow[0]
+    monkeypatch.setattr(launch, "full_select", original)
+    return seen["value"], seen["index"], seen["slow"]
 
 
 def flip(inputs, remainder):
@@ -69,6 +62,21 @@ def test_selection_is_exact(make, monkeypatch, case, hard):
         assert slow == 0
 
 
+def test_nan_of_either_sign_is_chosen_before_all_others(make, monkeypatch):
+    from synco_fast.kernels import topk
+
+    monkeypatch.setattr(topk, "SAMPLE", 300)
+    inputs = make(2, K, 16)
+    # Not where the sample looks: the threshold is a number, and the fast path serves.
+    inputs.queue[17] = torch.nan
+    inputs.queue[301] = -torch.tensor(torch.nan)
+    _, index, slow = chosen(monkeypatch, inputs, 63)
+    assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
+    assert (index == 17).any(dim=1).all()
+    assert (index == 301).any(dim=1).all()
+    assert slow == 0
+
+
 @pytest.mark.parametrize("shift", [-1, 0, 1])
 def test_ties_at_the_boundary(make, monkeypatch, shift):
     # 40 keys are equal, and N cuts through them, ends with them, or takes one more.
@@ -90,17 +98,24 @@ def test_more_candidates_than_room(make, monkeypatch):
     assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
 
 
-def test_a_threshold_too_close_to_the_last_is_not_trusted(make, monkeypatch):
-    # The 64th largest is the threshold and one step of rounding below the 63rd: the mark is not to be relied on.
-    inputs = make(1, K, 16)
-    inputs.q[0, 0] = 1 / 128
-    order = (inputs.q @ inputs.queue.T)[0].argsort(descending=True, stable=True)
-    inputs.queue[order[63]] = inputs.queue[order[62]].clone()
-    inputs.queue[order[63], 0] -= 1 / 128
-    monkeypatch.setattr(launch, "stride_and_rank", lambda length, hard: (1, 64))
-    _, index, slow = chosen(monkeypatch, inputs, 63)
-    assert slow == 1
-    assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
+@pytest.mark.parametrize("segment", [None, 16])
+def test_candidates_spread_unevenly_over_the_splits(make, monkeypatch, segment):
+    # The queue in the order of its similarity to row 0, whose candidates fill the first splits: they are brought
+    # together where the segments hold them, and selected on the slow path where they do not.
+    from synco_fast.kernels import topk
+
+    monkeypatch.setattr(topk, "SAMPLE", 300)
+    inputs = make(2, K, 16)
+    order = (inputs.q @ inputs.queue.T)[0].argsort(descending=True)
+    inputs = inputs._replace(queue=inputs.queue[order])
+    if segment:
+        original = launch.segments_of
+        monkeypatch.setattr(launch, "segments_of", lambda *arguments: (original(*arguments)[0], segment))
+    values, index, slow = chosen(monkeypatch, inputs, 63)
+    expected, exact = hard_negatives(inputs.q @ inputs.queue.T, 63)
+    assert torch.equal(index, exact)
+    assert torch.equal(values, expected)
+    assert slow >= 1 if segment else slow == 0
 
 
 @pytest.mark.parametrize(("case", "hard", "expected"), [("ordinary", 63, [0, 0]), ("all equal", 63, [1, 1])])

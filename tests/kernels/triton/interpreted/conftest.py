@@ -10,7 +10,7 @@ import torch
 from synco_fast.kernels.triton import config, launch
 
 GUARD = 4096
-#: Its bits in a word of marks are set beyond any queue of these checks.
+#: As a count or an index it lies outside of everything; as bits, some are set far behind any queue of these checks.
 NUMBER = -(2**30) - 7
 
 

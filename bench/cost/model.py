@@ -1,0 +1,212 @@
+"""A model of time: the counts of each launch over the rates that a device is assumed to have.
+
+What a launch takes is modelled as
+
+    launch + max(issue + latency, tensor, shuffle, special, L2, HBM)
+
+where issue is the warp instructions of the fullest multiprocessor at `Device.issue` of its peak, and latency the waits
+of a program (barriers, loads that later ones depend on), shared among the programs that a multiprocessor holds at once.
+The matrix products of a launch hide behind its other instructions by half; where ptxas has serialised them, not at all.
+A measurement that contradicts this is right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from synco_fast.bench.cost.counts import Counts, count
+from synco_fast.bench.cost.launches import Bytes, Launch, launches_of_loss
+from synco_fast.bench.cost.stated import STATED, Stated
+from synco_fast.bench.loss import Shape
+
+__all__ = ["DEVICES", "Cost", "Device", "costs_of_loss", "occupancy", "total"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Assumed rates of a device.
+
+    Attributes:
+        name: As its maker calls it.
+        processors: Multiprocessors.
+        clock: MHz under load.
+        issue: The share of its instruction slots that code with barriers reaches.
+        flops: Of bfloat16 matrix products, a clock and multiprocessor.
+        l2, hbm: Bytes a microsecond.
+        shared: Bytes of shared memory that the programs on a multiprocessor share.
+        launch: Microseconds of a launch in a CUDA graph.
+        barrier, near, far: Clocks of a barrier, and of a load from L2 that others wait for, idle and under load.
+    """
+
+    name: str
+    processors: int
+    clock: float
+    flops: int
+    l2: float
+    hbm: float
+    shared: int
+    issue: float = 0.8
+    launch: float = 1.2
+    barrier: int = 30
+    near: int = 350
+    far: int = 650
+
+
+#: By compute capability.
+DEVICES = {
+    80: Device("A100", 108, 1410, 2048, 4.0e6, 1.5e6, 164 << 10),
+    90: Device("H100", 132, 1755, 4096, 5.5e6, 3.0e6, 228 << 10),
+    100: Device("B200", 148, 1850, 8192, 9.0e6, 7.0e6, 228 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One launch, counted and modelled.
+
+    Attributes:
+        name, programs, warps, registers, shared, spilled, serialised: As compiled.
+        resident, waves: Programs that a multiprocessor holds at once, and how often all are filled.
+        instructions: Warp instructions of the whole launch.
+        requested: Bytes that the warps ask of L2 and give to it, by the machine code.
+        l2: Bytes through L2: ``requested``, or as stated.
+        hbm: Bytes of inputs read here first.
+        flops: Of tensor cores; None where the machine code does not tell (compute capability 10.0).
+        bounds: Microseconds of each bound by name.
+        microseconds: Modelled.
+        loops: Of the machine code: source, instructions, trips, how they are known.
+        assumed: Branches counted as taken without being known to be.
+    """
+
+    name: str
+    programs: int
+    warps: int
+    registers: int
+    shared: int
+    spilled: int
+    serialised: bool
+    resident: int
+    waves: int
+    instructions: float
+    requested: float
+    l2: float
+    hbm: float
+    flops: float | None
+    bounds: dict[str, float]
+    microseconds: float
+    loops: list[dict[str, Any]]
+    assumed: list[str]
+
+    @property
+    def bound(self) -> str:
+        """The name of what takes longest."""
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"bound": self.bound}
+
+
+def occupancy(warps: int, registers: int, shared: int, device: Device) -> int:
+    """Programs that a multiprocessor holds at once."""
+    # A warp gets registers 256 at a time, and each program takes a kilobyte of shared memory beside its own.
+    by_registers = 65536 // (256 * math.ceil(max(registers, 16) * 32 / 256)) // warps
+    by_shared = device.shared // (shared + 1024)
+    return max(1, min(by_registers, by_shared, 64 // warps, 32))
+
+
+def costs_of_loss(shape: Shape, capability: int) -> list[Cost]:
+    """Compile the launches of SynCo's loss for a capability, count and model them, in order.
+
+    Raises:
+        RuntimeError: A kernel does not compile.
+    """
+    device = DEVICES[capability]
+    seen: set[int] = set()
+    found = []
+    for launch in launches_of_loss(shape, capability):
+        stated = STATED.get(launch.name, Stated())
+        counts = count(
+            launch.sass,
+            launch.arguments,
+            launch.grid,
+            launch.warps,
+            launch.name,
+            lambda line, stated=stated: stated.turns_of(line, shape),  # type: ignore[misc]
+            launch.function.__globals__,
+        )
+        found.append(_cost(launch, counts, stated, shape, device, seen, capability))
+    return found
+
+
+def _cost(
+    launch: Launch, counts: Counts, stated: Stated, shape: Shape, device: Device, seen: set[int], capability: int
+) -> Cost:
+    resident = occupancy(launch.warps, launch.registers, launch.shared, device)
+    fullest = math.ceil(launch.programs / device.processors)
+    at_once = min(resident, fullest)
+    requested = (counts.loaded + counts.stored) * launch.programs
+    l2 = stated.moved(launch, shape) if stated.moved else requested
+    hbm = _first_read(launch, counts.loaded * launch.programs, seen)
+    warp_clocks = fullest * launch.warps / device.clock
+    issue = counts.instructions * warp_clocks / 4 / device.issue
+    wait = device.far if launch.programs >= device.processors else device.near
+    # A program's first loads: an address or index, then what lies there.
+    chain = counts.barriers * device.barrier + (counts.round_trips + 2) * wait
+    latency = math.ceil(fullest / resident) * chain / device.clock / at_once
+    tensor = counts.flops * fullest / device.flops / device.clock
+    bounds = {
+        "issue": issue,
+        "latency": latency,
+        "tensor": tensor,
+        "shuffle": counts.shuffles * warp_clocks,
+        "special": 2 * counts.special * warp_clocks,
+        "L2": l2 / device.l2,
+        "HBM": hbm / device.hbm,
+    }
+    busy = issue + latency
+    products = busy + tensor if launch.serialised else max(busy, tensor) + min(busy, tensor) / 2
+    others = max(bounds[name] for name in ("shuffle", "special", "L2", "HBM"))
+    return Cost(
+        name=launch.name,
+        programs=launch.programs,
+        warps=launch.warps,
+        registers=launch.registers,
+        shared=launch.shared,
+        spilled=launch.spilled,
+        serialised=launch.serialised,
+        resident=resident,
+        waves=math.ceil(launch.programs / (resident * device.processors)),
+        instructions=counts.instructions * launch.warps * launch.programs,
+        requested=requested,
+        l2=l2,
+        hbm=hbm,
+        flops=None if capability >= 100 else counts.flops * launch.programs,
+        bounds=bounds,
+        microseconds=device.launch + max(products, others),
+        loops=[asdict(loop) for loop in counts.loops],
+        assumed=counts.assumed,
+    )
+
+
+def _first_read(launch: Launch, loaded: float, seen: set[int]) -> float:
+    """Bytes of inputs of the loss that this launch, as the first one, asks for in full."""
+    found = 0
+    for value in launch.arguments.values():
+        if isinstance(value, Bytes) and value.input is not None and value.input not in seen and value.count <= loaded:
+            seen.add(value.input)
+            found += value.count
+    return float(found)
+
+
+def total(costs: Sequence[Cost]) -> dict[str, float]:
+    """Sums over the launches: warp instructions, bytes through L2 and from HBM, modelled microseconds."""
+    return {
+        "instructions": sum(cost.instructions for cost in costs),
+        "l2": sum(cost.l2 for cost in costs),
+        "hbm": sum(cost.hbm for cost in costs),
+        "microseconds": sum(cost.microseconds for cost in costs),
+    }

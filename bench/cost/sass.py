@@ -1,0 +1,170 @@
+"""Machine code read back: instructions with their source lines, and the loops and skipped spans among them."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from dataclasses import dataclass, field
+
+__all__ = ["Frame", "Instruction", "Span", "read", "spans"]
+
+#: A file and a line in it.
+Frame = tuple[str, int]
+
+_LINE = re.compile(r'//## File "(?P<file>[^"]+)", line (?P<line>\d+)(?P<inlined> inlined at)?')
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)")
+_LABEL = re.compile(r"^(?P<label>\.L_\w+):")
+_TARGET = re.compile(r"\((?P<label>\.L_\w+)\)")
+#: A forward branch over fewer instructions than this is left alone.
+_SHORT = 24
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction.
+
+    Attributes:
+        opcode: With its suffixes.
+        predicated: Whether it stands under a predicate.
+        frames: Where in the source, innermost first; a call that was inlined adds its caller's line.
+        target: The label that a branch goes to.
+    """
+
+    opcode: str
+    predicated: bool
+    frames: tuple[Frame, ...]
+    target: str | None = None
+
+    @property
+    def base(self) -> str:
+        """The opcode without suffixes."""
+        return self.opcode.partition(".")[0]
+
+
+@dataclass
+class Span:
+    """A stretch of instructions that runs another number of times than what is around it.
+
+    Attributes:
+        begin, end: Half open, by number of instruction; a skipped span's branch stands just before it.
+        loop: Whether its last instruction goes back to its first; else something before it can jump over it.
+        inner: Spans inside.
+    """
+
+    begin: int
+    end: int
+    loop: bool
+    inner: list[Span] = field(default_factory=list)
+
+    def own(self, *, loops_only: bool = False) -> list[int]:
+        """Numbers of the instructions that lie in no span inside, or in no loop inside."""
+        inside: set[int] = set()
+        for span in self.inner:
+            if span.loop or not loops_only:
+                inside.update(range(span.begin, span.end))
+            else:
+                inside.update(set(range(span.begin, span.end)) - set(span.own(loops_only=True)))
+        return [number for number in range(self.begin, self.end) if number not in inside]
+
+
+def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
+    """The instructions in the text of ``nvdisasm -gi -c``, and the number that each label stands at."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    frames: list[Frame] = []
+    after_instruction = True
+    for line in text.splitlines():
+        if found := _LINE.search(line):
+            if after_instruction:
+                frames = []
+            frames.append((found["file"], int(found["line"])))
+            after_instruction = False
+        elif found := _LABEL.match(line):
+            labels[found["label"]] = len(instructions)
+        elif found := _INSTRUCTION.search(line):
+            target = _TARGET.search(found["rest"]) if found["opcode"].startswith("BRA") else None
+            # A uniform branch names its predicate behind the opcode.
+            predicated = bool(found["predicate"]) or bool(target and "UP" in found["rest"])
+            label = target["label"] if target else None
+            instructions.append(Instruction(found["opcode"], predicated, tuple(frames), label))
+            after_instruction = True
+    # Behind the code stand a branch to itself and padding.
+    for number, one in enumerate(instructions):
+        if one.target is not None and labels.get(one.target) == number:
+            return instructions[:number], labels
+    return instructions, labels
+
+
+def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:
+    """The whole function as a span, with its loops and skipped spans inside, nested by where they begin and end."""
+    found: dict[tuple[int, int], Span] = {}
+    backward: dict[int, int] = {}
+    dominated = _Dominators(instructions, labels)
+    for number, one in enumerate(instructions):
+        if one.base == "EXIT" and one.predicated:
+            place = len(instructions)
+        elif one.target in labels:
+            place = labels[one.target]
+        else:
+            continue
+        if place <= number:
+            # Code that stands out of line goes back without being a loop.
+            if dominated(number, by=place):
+                backward[place] = max(backward.get(place, 0), number + 1)
+        elif one.predicated and place - number - 1 >= _SHORT and place <= len(instructions):
+            found.setdefault((number + 1, place), Span(number + 1, place, loop=False))
+    for begin, end in backward.items():
+        found[begin, end] = Span(begin, end, loop=True)
+    whole = Span(0, len(instructions), loop=False)
+    open_spans = [whole]
+    for span in sorted(found.values(), key=lambda span: (span.begin, -span.end)):
+        while open_spans[-1].end <= span.begin:
+            open_spans.pop()
+        if span.end > open_spans[-1].end:
+            # Two that overlap without nesting: a way out of a loop skips nothing in it; else the later one is cut.
+            if open_spans[-1].loop or span.loop:
+                continue
+            span.end = open_spans[-1].end
+        open_spans[-1].inner.append(span)
+        open_spans.append(span)
+    return whole
+
+
+class _Dominators:
+    """Which instruction every way from the entry to another one passes."""
+
+    def __init__(self, instructions: list[Instruction], labels: dict[str, int]) -> None:
+        ends = {0, len(instructions)}
+        for number, one in enumerate(instructions):
+            if one.target in labels or one.base in ("EXIT", "RET"):
+                ends.add(number + 1)
+            if one.target in labels:
+                ends.add(labels[one.target])
+        self._starts = sorted(end for end in ends if end <= len(instructions))
+        blocks = len(self._starts) - 1
+        before: list[set[int]] = [set() for _ in range(blocks)]
+        for block in range(blocks):
+            last = instructions[self._starts[block + 1] - 1]
+            if last.target in labels and labels[last.target] < len(instructions):
+                before[self.block_of(labels[last.target])].add(block)
+            leaves = (last.target in labels or last.base in ("EXIT", "RET")) and not last.predicated
+            if not leaves and block + 1 < blocks:
+                before[block + 1].add(block)
+        everything = set(range(blocks))
+        self._over = [{0}] + [everything] * (blocks - 1)
+        changed = True
+        while changed:
+            changed = False
+            for block in range(1, blocks):
+                over = set.intersection(*(self._over[one] for one in before[block])) if before[block] else set()
+                over = over | {block}
+                if over != self._over[block]:
+                    self._over[block], changed = over, True
+
+    def block_of(self, number: int) -> int:
+        """The basic block that an instruction lies in."""
+        return bisect.bisect_right(self._starts, number) - 1
+
+    def __call__(self, number: int, *, by: int) -> bool:
+        """Whether every way to instruction ``number`` passes ``by``, the first of a block."""
+        return self.block_of(by) in self._over[self.block_of(number)]

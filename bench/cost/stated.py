@@ -1,0 +1,97 @@
+"""What the counted cost cannot read from machine code and launch, since data decides it: stated here, launch by launch.
+
+For unit rows at random: how often branches and loops that depend on data are taken or turn, and the bytes that really
+pass through the L2 cache where the count of bytes asked for says more (masked lanes, lanes that read the same word). A
+launch that is not named here is counted as the machine code alone says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from synco_fast.bench.cost.launches import Launch
+from synco_fast.bench.loss import Shape
+from synco_fast.kernels.topk import stride_and_rank
+
+__all__ = ["STATED", "Stated", "candidates"]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What is known of a launch beside its code.
+
+    Attributes:
+        turns: By a part of the source line of a loop or branch: how often it turns or is taken.
+        moved: Bytes read from and written to the L2 cache by the whole launch.
+    """
+
+    turns: dict[str, Callable[[Shape], float]] = field(default_factory=dict)
+    moved: Callable[[Launch, Shape], float] | None = None
+
+    def turns_of(self, line: str, shape: Shape) -> float | None:
+        """What is stated of a loop or branch; None where nothing is."""
+        return next((turns(shape) for part, turns in self.turns.items() if part in line), None)
+
+
+def candidates(shape: Shape) -> float:
+    """Keys of a row above the sampled threshold, on average."""
+    hard = shape.negatives.hard
+    sampling = stride_and_rank(shape.length, hard) if hard else None
+    return float(sampling[0] * sampling[1]) if sampling else 0.0
+
+
+def _row(shape: Shape) -> int:
+    return shape.dim * shape.itemsize
+
+
+def _scan(launch: Launch, shape: Shape) -> float:
+    values = launch.arguments
+    rows = min(values["ROWS"], shape.rows)
+    read: float = launch.programs * (values["tiles"] * values["KEYS"] + rows) * _row(shape)
+    # Beside the sums of each split: a similarity and an index for each candidate.
+    return read + shape.rows * (8 * candidates(shape) + launch.grid[1] * (4 * shape.dim + 12))
+
+
+def _select(launch: Launch, shape: Shape) -> float:
+    return shape.rows * 8.0 * (candidates(shape) + shape.negatives.hard)
+
+
+def _mix(launch: Launch, shape: Shape) -> float:
+    negatives, values = shape.negatives, launch.arguments
+    picks = negatives.synthetic + negatives.mixed
+    # Where draws are written first, each is written and read once, as four numbers.
+    drawn = 32 * values["WIDTH"] if "WIDTH" in values else 0
+    shared: int = values["PARTS"] * (4 * shape.dim + 72 + drawn)
+    return float(shape.rows * (picks * (_row(shape) + 4) + shared))
+
+
+def _reduce(launch: Launch, shape: Shape) -> float:
+    negatives, values = shape.negatives, launch.arguments
+    shares: int = values["SPLITS"] + values["PARTS"]
+    alone = 4 * (negatives.hard + negatives.synthetic)
+    return float(shape.rows * (shares * (4 * shape.dim + 8) + alone + 2 * _row(shape)))
+
+
+_NEVER: Callable[[Shape], float] = lambda shape: 0.0  # noqa: E731
+_ALWAYS: Callable[[Shape], float] = lambda shape: 1.0  # noqa: E731
+
+STATED: dict[str, Stated] = {
+    "scan": Stated(moved=_scan),
+    "select": Stated(
+        {
+            "if flag == 0": _ALWAYS,
+            # Candidates spread over the splits evenly enough for one rectangle, and no two similarities are equal.
+            "if longest > WIDE": _NEVER,
+            "if reached != needed": _NEVER,
+            # From some 2^23 numbers between threshold and maximum to some 2^10 between two similarities.
+            "while (low < high) & (reached != needed)": lambda shape: 13.0,
+        },
+        _select,
+    ),
+    # On ordinary features no row goes the slow way.
+    "fill": Stated({"if tl.max(m_row.to(tl.int32)) > 0": _NEVER}, lambda launch, shape: 4.0 * launch.programs),
+    "choose": Stated({"if tl.load(p_flag + row) != 0": _NEVER}),
+    "mix": Stated({"if available > 0": _ALWAYS, "if tl.max(cancelled.to(tl.int32), axis=0) > 0": _NEVER}, _mix),
+    "reduce": Stated(moved=_reduce),
+}

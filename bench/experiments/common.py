@@ -1,0 +1,72 @@
+"""What the studies of several runs share: calling ``synco-fast``, and figures over seeds."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from synco_fast.methods import METHODS as _REGISTRY
+from synco_fast.methods import with_queue
+
+__all__ = ["FASHION_MNIST", "METHODS", "Spread", "call", "evaluate", "must", "read_json", "spread"]
+
+#: Where Debian puts the files.
+FASHION_MNIST = "idx:/usr/share/datasets/fashion-mnist"
+#: Titles of the methods that are compared.
+METHODS = {name: _REGISTRY[name].title for name in with_queue()}
+#: Mean, deviation and values of a figure over seeds.
+Spread = dict[str, Any]
+
+
+def call(*words: object, threads: int = 1) -> tuple[int, str, float]:
+    """Run ``synco-fast``; its exit code, what it said on standard error, and how long it took."""
+    said = [str(word) for word in words]
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "synco_fast", *said],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"},
+    )
+    seconds = time.monotonic() - started
+    print(f"{seconds:6.1f} s  {' '.join(said)}", flush=True)
+    return done.returncode, done.stderr.strip(), seconds
+
+
+def must(*words: object, threads: int = 1) -> None:
+    """Run ``synco-fast`` or end with what it said."""
+    code, said, _ = call(*words, threads=threads)
+    if code:
+        raise SystemExit(f"exit code {code}: {said}")
+
+
+def evaluate(folder: Path, file: str, words: list[str]) -> dict[str, Any]:
+    """One evaluation of a run, unless it is there.
+
+    Args:
+        folder: The run.
+        file: What ``synco-fast evaluate`` calls its result.
+        words: After ``evaluate``, without the checkpoint.
+    """
+    result = folder / "evaluation" / f"{file}.json"
+    if not result.exists():
+        must("evaluate", words[0], folder, *words[1:], "--workers", 0)
+    return read_json(result)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file's one object."""
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def spread(values: list[float]) -> Spread:
+    """Mean, sample standard deviation, and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.mean(values), "deviation": deviation, "values": values}

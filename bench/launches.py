@@ -1,0 +1,157 @@
+"""The launches of the loss one by one: seen as they happen, recorded, run again alone and timed.
+
+Nothing here knows which launches there are: whatever the launcher makes is met. ``python -m synco_fast.bench.launches``
+prints a line of JSON for each launch, and for all of them in one graph.
+"""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from synco_fast.bench.loss import Shape, bare
+from synco_fast.bench.subjects import DTYPES
+from synco_fast.bench.timing import capture, seconds_of
+
+__all__ = ["Recorded", "intercepted", "recorded", "time_all", "time_launches"]
+
+#: Takes the kernel, what the launch returned, the grid and the arguments by name.
+Seen = Callable[[Any, Any, Any, dict[str, Any]], None]
+#: Copies of a launch in the graph that times it.
+_COPIES = 20
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A launch that can be made again: kernel, grid, arguments in order and by name."""
+
+    kernel: Any
+    grid: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        found: str = self.kernel.fn.__name__
+        return found
+
+    def __call__(self) -> None:
+        """Launch."""
+        self.kernel.run(*self.arguments, grid=self.grid, warmup=False, **self.options)
+
+
+@contextlib.contextmanager
+def intercepted(seen: Seen, *, run: bool, before: Callable[[Recorded], None] | None = None) -> Iterator[None]:
+    """Within, every launch of a Triton kernel, interpreted or not, is shown to ``seen`` after it was made.
+
+    Args:
+        seen: See `Seen`.
+        run: Whether the launch happens; else it compiles alone.
+        before: Called with the launch before it is made.
+    """
+    originals = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
+
+    def watched(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        names = inspect.signature(self.fn).parameters
+        bound = dict(zip(names, arguments, strict=False)) | {key: options[key] for key in options if key in names}
+        if before is not None:
+            before(Recorded(self, grid, arguments, dict(options)))
+        made = originals[type(self)](self, *arguments, grid=grid, warmup=warmup or not run, **options)
+        seen(self, made, grid, bound)
+        return made
+
+    for kind in originals:
+        kind.run = watched
+    try:
+        yield
+    finally:
+        for kind, original in originals.items():
+            kind.run = original
+
+
+def recorded(run: Callable[[], object]) -> list[Recorded]:
+    """The launches that ``run`` makes, each with the very tensors that it was given."""
+    found: list[Recorded] = []
+    with intercepted(lambda *seen: None, run=True, before=found.append):
+        run()
+    return found
+
+
+def time_launches(run: Callable[[], object], device: torch.device, *, repeats: int) -> list[dict[str, Any]]:
+    """What each launch of ``run`` takes by itself, in order.
+
+    Args:
+        run: Makes the launches.
+        device: On a GPU a launch stands some twenty times in one graph; elsewhere it is called.
+        repeats: Timed runs.
+
+    Returns:
+        For each launch its name and ``microseconds``, and on a GPU ``cold_us``, of one with an empty L2 cache, which
+        holds the launch of a graph as well.
+    """
+    found = []
+    # In order, since memory serves several launches one after another: each reads what those before it have just left.
+    for number, launch in enumerate(recorded(run)):
+        line: dict[str, Any] = {"launch": launch.name, "number": number}
+        if device.type == "cuda":
+            many = capture(launch, device, copies=_COPIES)
+            line["microseconds"] = 1e6 / _COPIES * statistics.median(seconds_of(many, device, repeats=repeats))
+            once = capture(launch, device)
+            line["cold_us"] = 1e6 * statistics.median(seconds_of(once, device, repeats=repeats, cold=True))
+        else:
+            line["microseconds"] = 1e6 * statistics.median(seconds_of(launch, device, repeats=repeats, warmup=0))
+        found.append(line)
+    return found
+
+
+def main() -> None:
+    """Time each launch at one shape, or make them once for a tool that watches."""
+    parser = argparse.ArgumentParser(description="Time the launches of the loss one by one.")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    for name, default in (("rows", 256), ("length", 65536), ("dim", 128), ("hard", 1024), ("repeats", 30)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--once", action="store_true", help="make the launches once, for a sanitizer or a profiler")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in options.dtypes:
+        shape = Shape(options.rows, options.length, options.dim, options.hard, dtype)
+        run = bare("triton", shape, device)
+        if options.once:
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            print(json.dumps({"dtype": dtype, "made": True}), flush=True)
+            continue
+        for line in time_launches(run, device, repeats=options.repeats):
+            print(json.dumps({"dtype": dtype, **line}), flush=True)
+        print(
+            json.dumps({"dtype": dtype, "launch": "all", **time_all(run, device, repeats=options.repeats)}), flush=True
+        )
+
+
+def time_all(run: Callable[[], object], device: torch.device, *, repeats: int) -> dict[str, float]:
+    """Microseconds of all launches of ``run``: several times in one graph on a GPU, and once with a cold cache."""
+    if device.type != "cuda":
+        return {"microseconds": 1e6 * statistics.median(seconds_of(run, device, repeats=repeats, warmup=0))}
+    many, once = capture(run, device, copies=_COPIES), capture(run, device)
+    return {
+        "microseconds": 1e6 / _COPIES * statistics.median(seconds_of(many, device, repeats=repeats)),
+        "cold_us": 1e6 * statistics.median(seconds_of(once, device, repeats=repeats, cold=True)),
+    }
+
+
+if __name__ == "__main__":
+    main()

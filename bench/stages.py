@@ -1,0 +1,253 @@
+"""Each launch of the loss against PyTorch in float64, right after it was made: which one is wrong, if one is.
+
+``python -m synco_fast.bench.stages --dtype bfloat16`` prints a line of JSON for each launch and ends with 1 on a miss.
+A fault ends the process; the last line then names the launch. With TRITON_INTERPRET=1 it runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synco_fast.bench.launches import intercepted
+from synco_fast.bench.loss import TEMPERATURE, Shape
+from synco_fast.bench.subjects import DTYPES
+from synco_fast.kernels.reference import hard_negatives, synthesise
+from synco_fast.kernels.rng import draw
+from synco_fast.kernels.triton import contrast_and_gradient
+from synco_fast.kernels.validation import Inputs, exact_inputs, reference_answer
+
+__all__ = ["CHECKS", "check_stages"]
+
+_SEED, _STEP = 3, 7
+#: How far the softmax weights of queue keys are rounded before the second product, relative to the largest.
+_WEIGHTS = {"float32": 1e-5, "bfloat16": 2.0**-7, "float16": 2.0**-9}
+
+#: Name of a quantity, its error, and what is allowed.
+Finding = tuple[str, float, float]
+Arguments = dict[str, Any]
+
+
+class _Expected:
+    """What the launches should find, in float64."""
+
+    def __init__(self, inputs: Inputs, shape: Shape) -> None:
+        self.inputs, self.shape, self.negatives = inputs, shape, shape.negatives
+        self.q, self.k, self.queue = inputs.to(torch.float64)
+        self.similarity = self.q @ self.queue.T
+        self.positive = (self.q * self.k).sum(dim=1)
+        self.shift = self.positive
+        self.threshold = torch.full_like(self.positive, torch.inf)
+        self.flagged = torch.zeros(len(self.q), dtype=torch.bool, device=self.q.device)
+        self.values, self.index = hard_negatives(self.similarity, self.negatives.hard)
+
+    def weights(self, similarity: Tensor) -> Tensor:
+        """exp((s - m) / T)."""
+        return ((similarity - self.shift[:, None]) / TEMPERATURE).exp()
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference; infinite where a number is NaN on one side alone."""
+    found = found.double()
+    difference = torch.where(found == expected, 0, (found - expected).abs())
+    difference = torch.where(found.isnan() & expected.isnan(), 0, difference)
+    return float(difference.nan_to_num(nan=torch.inf).max()) if difference.numel() else 0.0
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference of a row over the row's largest number."""
+    scale = expected.abs().amax(dim=-1).clamp_min(1e-30)
+    difference = (found.double() - expected).abs().amax(dim=-1) / scale
+    return float(difference.nan_to_num(nan=torch.inf).max())
+
+
+def _sample(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    size, rows = a["SAMPLE"], a["B"]
+    found = a["p_sample"].reshape(-1)[: rows * size].view(rows, size)
+    yield "similarity", _largest(found, expected.similarity[:, :: a["stride"]][:, :size]), 1e-6
+
+
+def _rank(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    rows = len(expected.q)
+    sample = a["p_sample"].reshape(-1)[: rows * a["SAMPLE"]].view(rows, -1).double()
+    threshold = a["p_threshold"].double()
+    yield "positive", _largest(a["p_positive"], expected.positive), 1e-6
+    yield "shift", _largest(a["p_shift"], torch.maximum(expected.positive, sample.amax(dim=1))), 1e-6
+    if a["wanted"]:
+        reached = (sample >= threshold[:, None]).sum(dim=1) - a["wanted"]
+        # Ties with the threshold are reached as well, and a threshold need not be a similarity of the sample.
+        at_threshold = (sample - threshold[:, None]).abs() <= 1e-3
+        excess = reached - at_threshold.sum(dim=1)
+        yield "sampled keys below the rank wanted", float((-reached).clamp_min(0).max()), 0
+        yield "sampled keys beyond it", float(excess.clamp_min(0).max()), 0.1 * a["wanted"] + 4
+    expected.shift, expected.threshold = a["p_shift"].double(), threshold
+
+
+def _scan(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    weights = expected.weights(expected.similarity)
+    rounding = _WEIGHTS[expected.shape.dtype]
+    total = a["p_total"].double().sum(dim=0)
+    largest = (weights @ expected.queue.abs()).amax(dim=1)
+    yield "R", _relative(a["p_sum"].double().sum(dim=0)[:, None], weights.sum(dim=1, keepdim=True)), 1e-4
+    yield "V", float(((total - weights @ expected.queue).abs().amax(dim=1) / largest).max()), rounding
+    above = (expected.similarity > expected.positive[:, None]).sum(dim=1)
+    yield "rank", _largest(a["p_rank"].sum(dim=0), above.double()), 0
+    if "p_marks" in a and a["p_marks"] is not None:
+        bits = (a["p_marks"][:, :, None] >> torch.arange(32, device=total.device)) & 1
+        marked = bits.flatten(1)[:, : expected.similarity.shape[1]].bool()
+        yield "marks", float((marked != (expected.similarity > expected.threshold[:, None])).sum()), 0
+    if "p_found" in a and a["p_found"] is not None:
+        yield "candidates", float(_wrong_candidates(a, expected)), 0
+
+
+def _wrong_candidates(a: Arguments, expected: _Expected) -> int:
+    """Rows whose segments do not hold just the keys above the threshold, in order, where none is too full."""
+    wrong = 0
+    segment, found, count = a["SEGMENT"], a["p_found"], a["p_count"]
+    above = expected.similarity > expected.threshold[:, None]
+    for row in range(len(above)):
+        if int(count[row].max()) > segment:
+            continue
+        parts = [found[row, split * segment :][: int(held)] for split, held in enumerate(count[row].tolist())]
+        packed = torch.cat(parts)
+        index = (packed & 0xFFFFFFFF).long()
+        value = (packed >> 32).to(torch.int32).view(torch.float32).double()
+        wanted = above[row].nonzero()[:, 0]
+        right = torch.equal(index, wanted) and _largest(value, expected.similarity[row, wanted]) <= 1e-6
+        wrong += not right
+    return wrong
+
+
+def _chosen(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    done = ~expected.flagged
+    if "p_flag" in a and a["p_flag"] is not None:
+        done = done | (a["p_flag"] == 0) if expected.flagged.any() else a["p_flag"] == 0
+    yield from _hard(a, expected, done)
+    expected.flagged = ~done
+
+
+def _slow(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    # Whatever was flagged before is done now.
+    yield from _hard(a, expected, torch.ones_like(expected.flagged))
+
+
+def _hard(a: Arguments, expected: _Expected, done: Tensor) -> Iterator[Finding]:
+    """Q^N against the reference's, in its order, for the rows that are done."""
+    yield "rows left", float((~done).sum()), float(len(done))
+    yield "index", float((a["p_hard_index"].long() != expected.index)[done].sum()), 0
+    yield "similarity", _largest(a["p_hard"][done], expected.values[done]), 1e-6
+
+
+def _collect(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    above = (expected.similarity > expected.threshold[:, None]).sum(dim=1)
+    yield "count", _largest(a["p_count"], above.double()), 0
+
+
+def _mix(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    negatives, (rows, dim) = expected.negatives, expected.q.shape
+    draws = draw(negatives, rows, dim, seed=_SEED, step=_STEP, device=expected.q.device, dtype=torch.float64)
+    total = torch.zeros_like(expected.q)
+    similarities = []
+    vectors = synthesise(expected.q, expected.queue[expected.index], negatives, draws)
+    for family in negatives.active():
+        made = vectors[family.name]
+        similarity = torch.einsum("bd,bnd->bn", expected.q, made)
+        total += torch.einsum("bn,bnd->bd", expected.weights(similarity), made)
+        similarities.append(similarity)
+    yield "V", _relative(a["p_total"].double().sum(dim=1), total), 1e-4
+    found = a.get("p_similarity")
+    if found is not None and found.shape == torch.cat(similarities, dim=1).shape:
+        yield "similarity", _largest(found, torch.cat(similarities, dim=1)), 1e-5
+
+
+def _reduce(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": _SEED, "step": _STEP}
+    exact = reference_answer(expected.inputs, expected.negatives, **settings)
+    yield "loss", _largest(a["p_loss"], exact.contrast.loss), 2e-5 + _WEIGHTS[expected.shape.dtype] * 1e-3
+    # The gradient is a difference of two vectors of about length 1, over T.
+    yield "gradient", _largest(a["p_gradient"], exact.gradient), _WEIGHTS[expected.shape.dtype] / TEMPERATURE
+    statistics = exact.contrast.statistics
+    yield "hard", _largest(a["p_hard_mean"], statistics.hard), 1e-5
+    yield "synthetic", _largest(a["p_synthetic"], statistics.synthetic), 1e-5
+    yield "queue rank", _largest(a["p_queue_rank"], statistics.queue_rank.double()), 0
+
+
+#: By the name of a launch: what it left against what it should have.
+CHECKS: dict[str, Callable[[Arguments, _Expected], Iterator[Finding]]] = {
+    "sample": _sample,
+    "rank": _rank,
+    "scan": _scan,
+    "collect": _collect,
+    "order": _chosen,
+    "select": _chosen,
+    "full_sort": _slow,
+    "mix": _mix,
+    "reduce": _reduce,
+}
+
+
+def check_stages(shape: Shape, device: torch.device, say: Callable[[dict[str, Any]], None]) -> bool:
+    """Compare what each launch left with float64, and some repeats with each other.
+
+    Args:
+        shape: Up to 1,024 rows.
+        device: A CUDA device, or the CPU where the kernels are interpreted.
+        say: Takes a line for each launch as soon as it is compared, and one before it is made.
+
+    Returns:
+        Whether all were right.
+    """
+    inputs = exact_inputs(shape.rows, shape.length, shape.dim, shape.torch_dtype).to(device=device)
+    expected = _Expected(inputs, shape)
+    right = True
+
+    def settle() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def compare(kernel: Any, made: Any, grid: Any, arguments: Arguments) -> None:
+        nonlocal right
+        settle()
+        name = kernel.fn.__name__
+        check = CHECKS.get(name)
+        line: dict[str, Any] = {"stage": name, "dtype": shape.dtype, "compared": check is not None, "wrong": []}
+        for what, error, allowed in check(arguments, expected) if check else ():
+            line[what] = error
+            if not error <= allowed:
+                line["wrong"].append(f"{what}: found {error:.3g}, expected {allowed:.3g} or less")
+        right &= not line["wrong"]
+        say(line)
+
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": _SEED, "step": _STEP}
+    with intercepted(compare, run=True, before=lambda launch: say({"launch": launch.name, "dtype": shape.dtype})):
+        first = contrast_and_gradient(*inputs, shape.negatives, **settings)
+    differ = 0
+    for _ in range(20 if device.type == "cuda" else 1):
+        again = contrast_and_gradient(*inputs, shape.negatives, **settings)
+        differ += not all(
+            torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(first, again, strict=True)
+        )
+    say({"stage": "repeats", "dtype": shape.dtype, "differ": differ, "wrong": ["other bits"] if differ else []})
+    return right and not differ
+
+
+def main() -> int:
+    """Check the stages at one shape and print lines of JSON."""
+    parser = argparse.ArgumentParser(description="Compare each launch of the loss with float64.")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    for name, default in (("rows", 256), ("length", 65536), ("dim", 128), ("hard", 1024)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape(options.rows, options.length, options.dim, options.hard, options.dtype)
+    return not check_stages(shape, device, lambda line: print(json.dumps(line), flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What the benchmarks measure, by name, without importing PyTorch: the commands parse with these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from synco_fast.methods import METHODS, with_queue
+
+__all__ = [
+    "BACKENDS",
+    "CAPABILITIES",
+    "DTYPES",
+    "ENGINES",
+    "FIELD",
+    "LOSS_BACKENDS",
+    "PIPELINES",
+    "PIPELINES_OF",
+    "SELECTIONS",
+    "STEPS",
+    "STEPS_BY_DEFAULT",
+    "VALIDATED",
+]
+
+DTYPES = ("float32", "bfloat16", "float16")
+#: Compute capabilities that the kernels are compiled for.
+CAPABILITIES = (80, 90, 100)
+#: Back ends that are compared with the reference in float64.
+VALIDATED = ("reference", "blockwise", "triton")
+
+#: Forms of the whole loss.
+BACKENDS = {
+    "released": "the cost model of the method as released",
+    "reference": "plain PyTorch, vectorised over negatives",
+    "compiled": "the reference under torch.compile",
+    "blockwise": "in blocks, without synthetic vectors",
+    "triton": "the fused kernels",
+}
+#: Parts of it as others compute them; each leaves out what its text does not name.
+FIELD = {
+    "topk": "one matrix product, torch.topk and cross-entropy",
+    "topk-flashinfer": "one matrix product, FlashInfer's top-k and cross-entropy",
+    "linear-ce": "PyTorch's fused linear cross-entropy, no selection",
+    "linear-ce-liger": "Liger's fused linear cross-entropy, no selection",
+}
+LOSS_BACKENDS = tuple(BACKENDS | FIELD)
+#: The N largest similarities of each row. Those that end in ``-only`` start from a matrix of similarities.
+SELECTIONS = {
+    "topk": "one matrix product and torch.topk",
+    "topk-only": "torch.topk",
+    "topk-flashinfer": "one matrix product and FlashInfer's top-k",
+    "topk-flashinfer-only": "FlashInfer's top-k",
+    "blockwise": "the blockwise form without synthetic negatives: it sums the softmax as well",
+    "triton": "the kernels without synthetic negatives: they sum the softmax as well",
+}
+
+#: Steps: two limits, a plain loop and the methods.
+STEPS = ("encoder", "encoder-plain", "plain", *METHODS)
+#: What is measured unless asked otherwise, what says most first, in case the time ends early.
+STEPS_BY_DEFAULT = ("encoder", "encoder-plain", "synco", "plain", *(name for name in with_queue() if name != "synco"))
+#: Engine settings by name.
+ENGINES: dict[str, dict[str, Any]] = {
+    "eager": {},
+    "compile": {"compile": "encoders"},
+    "compile-step": {"compile": "step"},
+    "graph": {"cuda_graph": True},
+    "compile+graph": {"compile": "encoders", "cuda_graph": True},
+}
+
+#: Data pipelines; the first is the one that the others are held against.
+PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")
+#: What is measured unless asked otherwise, by source.
+PIPELINES_OF = {"photos": PIPELINES[:5], "packed": ("pil", "torchvision", "dali", *PIPELINES[5:])}

@@ -1,0 +1,111 @@
+"""The short table at the end of `bench/gpu.sh`, from the lines of JSON that its stages left."""
+
+from __future__ import annotations
+
+import json
+import sys
+import xml.etree.ElementTree as tree
+from pathlib import Path
+from typing import Any
+
+__all__ = ["summarise"]
+
+#: The counted cost that figures stand beside, where it is on record.
+_MODEL = Path(__file__).resolve().parent / "records" / "loss-model" / "record.json"
+
+
+def summarise(folder: Path, model: Path = _MODEL) -> str:
+    """What came back, in some dozens of lines.
+
+    Args:
+        folder: With the files of `bench/gpu.sh`.
+        model: A record of the counted cost.
+    """
+    sections = [_parts(folder), _stages(folder), _launches(folder, model), _variants(folder), _tests(folder)]
+    sections += [_compared(folder, "selection"), _compared(folder, "compare")]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of JSON of a file; a last one that was cut short is left out."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _parts(folder: Path) -> str:
+    file = folder / "parts.txt"
+    return "stages\n" + file.read_text(encoding="utf-8").rstrip() if file.exists() else ""
+
+
+def _stages(folder: Path) -> str:
+    rows = []
+    for file in sorted(folder.glob("stages-*.jsonl")):
+        begun = ""
+        for line in _lines(file):
+            if "launch" in line:
+                begun = line["launch"]
+                continue
+            begun = ""
+            verdict = "; ".join(line["wrong"]) or ("right" if line.get("compared", True) else "not compared")
+            rows.append(f"  {line['dtype']:9} {line['stage']:12} {verdict}")
+        if begun:
+            rows.append(f"  {file.stem.removeprefix('stages-'):9} {begun:12} never came back")
+    return "\n".join(["each launch against float64", *rows]) if rows else ""
+
+
+def _launches(folder: Path, model: Path) -> str:
+    modelled: dict[str, float] = {}
+    if model.exists():
+        record = json.loads(model.read_text(encoding="utf-8"))
+        modelled = {one["name"]: one["microseconds"] for one in record["shapes"][0]["launches"]}
+        modelled["all"] = record["shapes"][0]["total"]["microseconds"]
+    rows = []
+    for file in sorted(folder.glob("launches-*.jsonl")):
+        for line in _lines(file):
+            known = modelled.get(line["launch"]) if line["dtype"] == "bfloat16" else None
+            cold = f"{line['cold_us']:10.1f}" if "cold_us" in line else " " * 10
+            said = f"{known:10.1f}" if known is not None else ""
+            rows.append(f"  {line['dtype']:9} {line['launch']:12} {line['microseconds']:10.1f} {cold} {said}")
+    title = f"  {'us':22} {'graph':>10} {'cold':>10} {'model':>10}"
+    return "\n".join([title, *rows]) if rows else ""
+
+
+def _variants(folder: Path) -> str:
+    rows = []
+    for line in _lines(folder / "variants.jsonl"):
+        said = line.get("failed") or f"{line['microseconds']:10.1f} us{'' if line['agrees'] else '  DIFFERS'}"
+        rows.append(f"  {line['variant']:28} {said}")
+    return "\n".join(["variants", *rows]) if rows else ""
+
+
+def _tests(folder: Path) -> str:
+    file = folder / "tests.xml"
+    if not file.exists():
+        return ""
+    cases = list(tree.parse(file).getroot().iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    names = [f"  {case.get('classname')}::{case.get('name')}" for case in failed]
+    return "\n".join([f"tests: {len(cases)}, {len(failed)} failed, {skipped} skipped", *names])
+
+
+def _compared(folder: Path, name: str) -> str:
+    rows = []
+    for line in _lines(folder / f"{name}.jsonl"):
+        if "failed" in line:
+            rows.append(f"  {line['backend']:22} {line['failed']}")
+            continue
+        figures = [line["median_s"], *(line.get(key) for key in ("graph_s", "bare_s"))]
+        cells = "".join(f"{1e6 * value:12.1f}" if value else " " * 12 for value in figures)
+        rows.append(f"  {line['backend']:22}{cells}")
+    title = f"  {name + ', us':22}{'called':>12}{'graph':>12}{'bare':>12}"
+    return "\n".join([title, *rows]) if rows else ""
+
+
+if __name__ == "__main__":
+    print(summarise(Path(sys.argv[1])), end="")

@@ -1,0 +1,112 @@
+"""Other ways to launch the same kernels: tiles of the scan, shares of the synthetic negatives. Each must give the same.
+
+``python -m synco_fast.bench.variants`` prints a line of JSON for each. What is chosen stands in tables and constants of
+`synco_fast.kernels.triton`; a variant is one of these with another value, and a measurement may put it there for good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from synco_fast.bench.launches import time_all, time_launches
+from synco_fast.bench.loss import TEMPERATURE, Shape, bare
+from synco_fast.bench.subjects import DTYPES
+from synco_fast.kernels.triton import contrast_and_gradient
+from synco_fast.kernels.validation import exact_inputs
+
+__all__ = ["Variant", "applied", "variants_of"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Something of the launcher with another value.
+
+    Attributes:
+        name: Of the variant.
+        holder: A module or a dictionary.
+        key: The attribute or key.
+        value: What it holds instead.
+    """
+
+    name: str
+    holder: Any
+    key: Any
+    value: Any
+
+
+@contextlib.contextmanager
+def applied(variant: Variant | None) -> Iterator[None]:
+    """Within, the launcher launches as the variant says."""
+    if variant is None:
+        yield
+        return
+    values = variant.holder if isinstance(variant.holder, dict) else vars(variant.holder)
+    absent = object()
+    before = values.get(variant.key, absent)
+    values[variant.key] = variant.value
+    try:
+        yield
+    finally:
+        if before is absent:
+            del values[variant.key]
+        else:
+            values[variant.key] = before
+
+
+def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
+    """What else could be launched at a shape."""
+    from synco_fast.kernels.triton import launch
+
+    found = [Variant(f"mix in {parts} parts", launch, "PARTS", parts) for parts in (4, 8, 16) if parts != launch.PARTS]
+    return found
+
+
+def _outputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, ...]:
+    inputs = exact_inputs(shape.rows, shape.length, shape.dim, shape.torch_dtype).to(device=device)
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": 3, "step": 7}
+    return tuple(contrast_and_gradient(*inputs, shape.negatives, **settings))
+
+
+def _agree(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
+    """Equal but for the order of additions."""
+    pairs = zip(found, expected, strict=True)
+    return all(
+        torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-4, equal_nan=True) for one, other in pairs
+    )
+
+
+def main() -> None:
+    """Compare and time every variant at one shape."""
+    parser = argparse.ArgumentParser(description="Time other ways to launch the kernels of the loss.")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    for name, default in (("rows", 256), ("length", 65536), ("dim", 128), ("hard", 1024), ("repeats", 30)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape(options.rows, options.length, options.dim, options.hard, options.dtype)
+    expected = _outputs(shape, device)
+    for variant in [None, *variants_of(shape, device)]:
+        line: dict[str, Any] = {"variant": variant.name if variant else "as it is", "dtype": shape.dtype}
+        try:
+            with applied(variant):
+                line["agrees"] = _agree(_outputs(shape, device), expected)
+                run = bare("triton", shape, device)
+                line |= time_all(run, device, repeats=options.repeats)
+                if device.type == "cuda":
+                    timed = time_launches(run, device, repeats=options.repeats)
+                    line["launches"] = {one["launch"]: one["microseconds"] for one in timed}
+        except Exception as error:
+            # A tile that the device has no room for must not take the others along.
+            line["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

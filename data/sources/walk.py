@@ -1,0 +1,129 @@
+"""Walking a folder of images: regular files only, every folder once, and a count of what is not read."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from synco_fast.data.errors import DataError
+from synco_fast.data.sources.decode import IMAGE_SUFFIXES
+from synco_fast.data.sources.manifest import Manifest, PackedNames
+
+__all__ = ["is_image", "kind_of_file", "walk_folder"]
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image that can be read; hidden files are not."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
+
+
+def kind_of_file(name: str) -> str:
+    """How a file that is not read is counted: by its suffix."""
+    return os.path.splitext(name)[1].lower() or "without a suffix"  # noqa: PTH122
+
+
+def walk_folder(root: Path) -> Manifest:
+    """The images below a folder: one sub-folder a class, in order of name, or the images right inside it.
+
+    Links are followed. A folder is read once, wherever links lead to it, so that a loop of links ends. Pipes, devices
+    and sockets are never opened. Hidden files and folders are skipped.
+
+    Raises:
+        DataError: The folder cannot be read.
+    """
+    walk = _Walk(root)
+    names: list[str] = []
+    labels: list[int] = []
+    classes: list[str] = []
+    try:
+        files, folders = walk.enter("")
+    except OSError as error:
+        raise DataError(f"data: cannot read the folder {root} ({error.strerror})") from error
+    for folder in folders:
+        inside = walk.images(folder)
+        if inside:
+            names += inside
+            labels += [len(classes)] * len(inside)
+            classes.append(folder)
+    if classes:
+        walk.unread["image outside the class folders"] += len(files)
+        manifest = Manifest(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes))
+    else:
+        manifest = Manifest(PackedNames.pack(files))
+    manifest.stamps, manifest.unread = walk.stamps, {kind: count for kind, count in walk.unread.items() if count}
+    return manifest
+
+
+class _Walk:
+    """One walk.
+
+    Attributes:
+        stamps: Every folder that was read, with its time of change in nanoseconds.
+        unread: What is there and is not read, by kind.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen: set[tuple[int, int]] = set()
+        self.stamps: dict[str, int] = {}
+        self.unread: Counter[str] = Counter()
+
+    def enter(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the images and of the folders right inside a folder, sorted.
+
+        Args:
+            folder: Its path below the root; "" for the root.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        path = os.path.join(self._root, folder) if folder else os.fspath(self._root)  # noqa: PTH118 - a million files
+        about = os.stat(path)  # noqa: PTH116
+        if (about.st_dev, about.st_ino) in self._seen:
+            self.unread["link to a folder that is read already"] += 1
+            return [], []
+        files, folders = [], []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                kind = _kind(entry)
+                if kind == "folder":
+                    folders.append(entry.name)
+                elif kind == "file" and is_image(entry.name):
+                    files.append(entry.name)
+                else:
+                    self.unread[kind_of_file(entry.name) if kind == "file" else kind] += 1
+        self._seen.add((about.st_dev, about.st_ino))
+        self.stamps[os.path.realpath(path)] = about.st_mtime_ns
+        return sorted(files), sorted(folders)
+
+    def images(self, folder: str) -> list[str]:
+        """Paths of the images at any depth of a folder, relative to the root."""
+        found: list[str] = []
+        waiting = [folder]
+        while waiting:
+            inside = waiting.pop()
+            try:
+                files, folders = self.enter(inside)
+            except OSError:
+                self.unread["folder that cannot be read"] += 1
+                continue
+            found += [os.path.join(inside, name) for name in files]  # noqa: PTH118
+            waiting += [os.path.join(inside, name) for name in reversed(folders)]  # noqa: PTH118
+        return found
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What a link or an entry of a folder is."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "pipe or device" if os.path.exists(entry.path) else "broken link"  # noqa: PTH110
+    except OSError:  # a link that leads to itself
+        return "broken link"

@@ -1,0 +1,118 @@
+"""``synco-fast study``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from synco_fast.commands.overrides import overrides_of
+from synco_fast.commands.parser import Commands, positive
+
+__all__ = ["add"]
+
+
+def add(commands: Commands) -> None:
+    """Add ``synco-fast study``."""
+    command = commands.add(
+        "study",
+        _study,
+        "Method x seed x setting as a folder of runs, with a table, differences paired by seed, and a picture. "
+        "The same command goes on where it stopped. Any key can be set for all runs as --section.key VALUE.",
+        "synco-fast study demo --methods moco synco --seeds 0 1 2 --vary training.precision=fp32,bf16 --out runs/study",
+        overrides=True,
+    )
+    command.add_argument("configs", nargs="+", metavar="CONFIG", help="presets or YAML files")
+    command.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="the configuration's own by default")
+    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="0 1 2 by default")
+    command.add_argument(
+        "--vary", action="append", default=[], metavar="KEY=A,B", help="a setting and its values; may be repeated"
+    )
+    command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the study's folder")
+    command.add_argument("--record", type=Path, metavar="DIR", help="where table and picture go; --out by default")
+    command.add_argument("--baseline", metavar="NAME", help="the method that differences are taken from; the first")
+    command.add_argument(
+        "--evaluate", action="append", default=[], metavar="WORDS", help="'knn', 'linear --fast' ...; may be repeated"
+    )
+    command.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time")
+    command.add_argument("--threads", type=positive, metavar="N", help="of each run; the cores / --parallel by default")
+    command.add_argument("--table", action="store_true", help="run nothing: write the record of what is finished")
+
+
+def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.study.execute import StudyError, execute
+    from synco_fast.study.plan import plan
+    from synco_fast.study.results import collect
+    from synco_fast.study.write import page, write_record
+
+    overrides = overrides_of(rest)
+    if options.data is not None:
+        overrides["data.source"] = options.data
+    trials = plan(
+        options.configs,
+        methods=options.methods,
+        seeds=options.seeds,
+        vary=dict(_varied(word) for word in options.vary),
+        overrides=overrides,
+    )
+    methods = list(dict.fromkeys(trial.method for trial in trials))
+    if options.baseline is not None and options.baseline not in methods:
+        raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
+    failure: StudyError | None = None
+    if not options.table:
+        try:
+            execute(
+                options.out,
+                trials,
+                evaluations=[shlex.split(words) for words in options.evaluate],
+                parallel=options.parallel,
+                threads=options.threads,
+                note=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+            )
+        except StudyError as error:
+            failure = error
+    study = collect(options.out, trials, baseline=options.baseline)
+    command = _command(options, rest)
+    record = options.record or options.out
+    write_record(record, trials, study, command)
+    console.print(page(study, command), highlight=False, soft_wrap=True, markup=False)
+    console.print(f"record: {record}", highlight=False, soft_wrap=True, markup=False)
+    if failure is not None:
+        raise failure
+    return 0
+
+
+def _varied(word: str) -> tuple[str, list[Any]]:
+    """``KEY=A,B`` as key and values; each value is read as YAML."""
+    import yaml
+
+    from synco_fast.runtime.errors import ConfigError
+
+    key, equals, values = word.partition("=")
+    if not equals or not key or not values:
+        raise ConfigError(f"vary: found {word!r}, expected KEY=A,B")
+    try:
+        return key, [yaml.safe_load(value) for value in values.split(",")]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"vary: found {word!r}, whose values cannot be read as YAML") from error
+
+
+def _command(options: argparse.Namespace, rest: Sequence[str]) -> str:
+    words = ["synco-fast", "study", *options.configs]
+    if options.methods:
+        words += ["--methods", *options.methods]
+    words += ["--seeds", *map(str, options.seeds)]
+    for name in ("vary", "evaluate"):
+        for word in getattr(options, name):
+            words += [f"--{name}", word]
+    if options.data is not None:
+        words += ["--data", options.data]
+    if options.baseline is not None:
+        words += ["--baseline", options.baseline]
+    return shlex.join([*words, *rest, "--out", str(options.out)])

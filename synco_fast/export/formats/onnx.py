@@ -1,0 +1,92 @@
+"""``backbone.onnx``: written by PyTorch's exporter, checked by onnxruntime."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from synco_fast.export.formats import Written
+from synco_fast.export.load import Weights, backbone_of
+from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.files import atomic_write
+
+__all__ = ["write", "write_onnx"]
+
+#: Of the largest feature: the rounding of float32 sums in another order.
+_TOLERANCE = 1e-4
+
+
+def write(weights: Weights, folder: Path) -> Written:
+    """Write the backbone for onnxruntime, any batch at the run's image size.
+
+    Raises:
+        ConfigError, CheckpointError: As `write_onnx` says.
+    """
+    size = weights.config.augment.size
+    difference = write_onnx(backbone_of(weights), size, folder / "backbone.onnx")
+    usage = (
+        'import onnxruntime\n\nsession = onnxruntime.InferenceSession("backbone.onnx")\n'
+        '(features,) = session.run(None, {"images": images})    # float32 (B, 3, '
+        f"{size}, {size}), normalised as below"
+    )
+    return ("backbone.onnx",), {"largest difference to PyTorch, of the largest feature": difference}, usage
+
+
+def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
+    """Write ``images`` (B, 3, size, size) float32 to ``features`` (B, F), for any B.
+
+    Returns:
+        The largest difference between onnxruntime and PyTorch on three random images, as a share of the largest
+        feature.
+
+    Raises:
+        ConfigError: A package of the extra ``export`` is missing.
+        CheckpointError: onnxruntime computes something else than PyTorch.
+    """
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"format: found onnx without {', '.join(missing)}: pip install 'synco-fast[export]'")
+    import onnxruntime
+
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    backbone = backbone.to(memory_format=torch.contiguous_format).eval()
+    with atomic_write(path) as temporary:
+        _export(backbone, images[:2], temporary)
+        with torch.no_grad():
+            expected = backbone(images)
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not difference <= _TOLERANCE:
+            raise CheckpointError(
+                f"{path}: found features that differ by {difference:.1e} of the largest one between onnxruntime and "
+                f"PyTorch, expected {_TOLERANCE:.0e}"
+            )
+    return difference
+
+
+def _export(backbone: nn.Module, images: Tensor, path: Path) -> None:
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                backbone,
+                (images,),
+                path,
+                input_names=["images"],
+                output_names=["features"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        quiet.setLevel(level)

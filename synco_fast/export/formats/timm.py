@@ -1,0 +1,55 @@
+"""``model.safetensors`` and ``config.json``, as timm keeps a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from synco_fast.export.formats import Written
+from synco_fast.export.load import Weights
+from synco_fast.export.stock import SMALL_STEM, contiguous, in_torchvision, stock_name
+from synco_fast.models.encoder import build_backbone
+from synco_fast.runtime.files import atomic_write, write_json
+
+__all__ = ["write"]
+
+
+def write(weights: Weights, folder: Path) -> Written:
+    """Write the backbone for ``timm.create_model(NAME, num_classes=0, checkpoint_path=...)``.
+
+    Raises:
+        CheckpointError: timm has no such backbone.
+    """
+    model = weights.config.model
+    name = stock_name(weights, "timm")
+    recipe = weights.config.augment
+    arguments = model.backbone_args if not in_torchvision(model.backbone) else {}
+    card = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": build_backbone(f"timm/{name}", arguments=arguments)[1],
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, recipe.size, recipe.size],
+            "mean": list(recipe.mean),
+            "std": list(recipe.std),
+            "crop_pct": recipe.size / recipe.resize,
+            "interpolation": "bilinear",
+            "num_classes": 0,
+        },
+    }
+    with atomic_write(folder / "model.safetensors") as file:
+        save_file(contiguous(weights.backbone), file)
+    write_json(folder / "config.json", card)
+    files = "model.safetensors", "config.json"
+    if model.small_stem:
+        usage = (
+            "import timm, torch\nfrom safetensors.torch import load_file\n\n"
+            f"model = timm.create_model({name!r}, num_classes=0)\n{SMALL_STEM}"
+            'model.load_state_dict(load_file("model.safetensors"))'
+        )
+        return files, {}, usage
+    words = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    usage = f'model = timm.create_model({name!r}, num_classes=0, checkpoint_path="model.safetensors"{words})'
+    return files, {}, f"import timm\n\n{usage}"

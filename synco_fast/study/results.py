@@ -1,0 +1,200 @@
+"""A study's figures: means and spread over seeds, and differences paired by seed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from synco_fast.report.runs import Run, read_run
+from synco_fast.study.execute import run_folder
+from synco_fast.study.plan import Trial
+
+__all__ = ["FIGURES", "Difference", "Row", "Study", "collect"]
+
+FIGURES: dict[str, Callable[[Run], float | None]] = {
+    "kNN in training": lambda run: run.summary.get("knn_after"),
+    "kNN, k 20": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("20"),
+    "kNN, k 200": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("200"),
+    "linear": lambda run: run.top1("linear"),
+    "linear, cached": lambda run: run.top1("linear_fast"),
+    "1 % labels": lambda run: run.top1("finetune_1"),
+    "10 % labels": lambda run: run.top1("finetune_10"),
+}
+"""What is compared, in [0, 1], by the column's title: a column never mixes two protocols."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The runs of one method in one setting.
+
+    Attributes:
+        config, setting, method: What they share.
+        seeds: Of the runs that are finished, in order.
+        values: By figure and seed.
+        untrained: By seed, the kNN in training before the first step.
+    """
+
+    config: str
+    setting: str
+    method: str
+    seeds: tuple[int, ...]
+    values: dict[str, dict[int, float]]
+    untrained: dict[int, float]
+
+    def summary(self, figure: str) -> tuple[float, float] | None:
+        """Mean and sample standard deviation over seeds (0 for one seed); None where nothing was measured."""
+        return _spread(list(self.values.get(figure, {}).values()))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method minus the baseline at the same seeds.
+
+    Attributes:
+        config, setting, method, baseline, figure: What is compared.
+        values: By seed, in [-1, 1].
+    """
+
+    config: str
+    setting: str
+    method: str
+    baseline: str
+    figure: str
+    values: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Over seeds."""
+        return statistics.mean(self.values.values())
+
+    @property
+    def deviation(self) -> float:
+        """The sample standard deviation over seeds; 0 for one seed."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else 0.0
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the mean; None for one seed."""
+        return self.deviation / math.sqrt(len(self.values)) if len(self.values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the finished runs of a study came to.
+
+    Attributes:
+        rows: In the order of the plan.
+        differences: Of every method from the baseline, where seeds are shared.
+        runs: By trial, those that are finished.
+        missing: Trials without a finished run.
+    """
+
+    rows: tuple[Row, ...]
+    differences: tuple[Difference, ...]
+    runs: dict[str, Run]
+    missing: tuple[str, ...]
+
+    @property
+    def figures(self) -> list[str]:
+        """Those of `FIGURES` that any run has."""
+        return [name for name in FIGURES if any(row.values.get(name) for row in self.rows)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "rows": [
+                {
+                    "config": row.config,
+                    "setting": row.setting,
+                    "method": row.method,
+                    "seeds": list(row.seeds),
+                    "untrained": _described(row.untrained),
+                    "figures": {name: _described(row.values[name]) for name in row.values},
+                }
+                for row in self.rows
+            ],
+            "differences": [
+                {
+                    "config": found.config,
+                    "setting": found.setting,
+                    "method": found.method,
+                    "baseline": found.baseline,
+                    "figure": found.figure,
+                    **_described(found.values),
+                    "standard_error": found.error,
+                }
+                for found in self.differences
+            ],
+            "missing": list(self.missing),
+        }
+
+
+def collect(folder: Path, trials: Sequence[Trial], *, baseline: str | None = None) -> Study:
+    """Read the finished runs of a study.
+
+    Args:
+        folder: The study's.
+        trials: From `plan`.
+        baseline: The method that the others are compared with; the plan's first by default.
+
+    Raises:
+        ConfigError: A run cannot be read.
+    """
+    runs: dict[str, Run] = {}
+    for trial in trials:
+        if (run_folder(folder, trial) / "config.yaml").is_file():
+            run = read_run(run_folder(folder, trial))
+            if run.summary.get("finished"):
+                runs[trial.name] = run
+    grouped: dict[tuple[str, str, str], list[Trial]] = {}
+    for trial in trials:
+        grouped.setdefault((*trial.group, trial.method), []).append(trial)
+    rows = []
+    for (config, setting, method), inside in grouped.items():
+        done = {trial.seed: runs[trial.name] for trial in inside if trial.name in runs}
+        values = {
+            name: {seed: float(value) for seed, run in done.items() if (value := read(run)) is not None}
+            for name, read in FIGURES.items()
+        }
+        untrained = {
+            seed: float(value) for seed, run in done.items() if (value := run.summary.get("knn_before")) is not None
+        }
+        present = {name: by_seed for name, by_seed in values.items() if by_seed}
+        rows.append(Row(config, setting, method, tuple(done), present, untrained))
+    missing = tuple(trial.name for trial in trials if trial.name not in runs)
+    return Study(tuple(rows), tuple(_differences(rows, baseline)), runs, missing)
+
+
+def _differences(rows: list[Row], baseline: str | None) -> list[Difference]:
+    found = []
+    first = baseline or (rows[0].method if rows else "")
+    for row in rows:
+        same = [other for other in rows if (other.config, other.setting) == (row.config, row.setting)]
+        base = next((other for other in same if other.method == first), None)
+        if base is None or row.method == first:
+            continue
+        for figure, values in row.values.items():
+            shared = {
+                seed: value - base.values[figure][seed]
+                for seed, value in values.items()
+                if seed in base.values.get(figure, {})
+            }
+            if shared:
+                found.append(Difference(row.config, row.setting, row.method, first, figure, shared))
+    return found
+
+
+def _spread(values: list[float]) -> tuple[float, float] | None:
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _described(values: dict[int, float]) -> dict[str, Any]:
+    found = _spread(list(values.values()))
+    mean, deviation = found or (None, None)
+    return {"mean": mean, "deviation": deviation, "by_seed": {str(seed): value for seed, value in values.items()}}

@@ -1,0 +1,167 @@
+"""A study's record: ``study.json``, a page with tables, and the learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.files import write_json, write_text
+from synco_fast.study.plan import Trial
+from synco_fast.study.results import Row, Study
+
+__all__ = ["draw_learning_curves", "page", "write_record"]
+
+matplotlib.use("Agg")
+#: Okabe and Ito's colours, told apart by everyone.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
+
+
+def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: str) -> None:
+    """Write ``study.json``, ``README.md`` and ``curves.png`` into a folder.
+
+    Args:
+        folder: Where they go.
+        trials: What was asked for.
+        study: What was found.
+        command: The command line that makes the record again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environments = [run.environment for run in study.runs.values() if run.environment]
+    environment = environments[0] if environments else describe_environment()
+    configs = {name: run.config.model_dump(mode="json") for name, run in study.runs.items()}
+    write_json(
+        folder / "study.json",
+        {"command": command, **study.as_dict(), "environment": environment, "configurations": configs},
+    )
+    draw_learning_curves(study, trials, folder / "curves.png")
+    machine = f"Measured on {environment.get('device')}, {environment.get('cores')} cores; " + ", ".join(
+        f"{name} {environment[name]}" for name in ("torch", "timm", "python", "commit") if name in environment
+    )
+    write_text(folder / "README.md", page(study, command) + f"\n![learning curves](curves.png)\n\n{machine}.\n")
+
+
+def page(study: Study, command: str) -> str:
+    """The tables of a study as Markdown."""
+    figures = study.figures
+    varied = any(row.setting for row in study.rows)
+    several = len({row.config for row in study.rows}) > 1
+    heads = [*(["config"] if several else []), *(["setting"] if varied else []), "method", "seeds", "untrained kNN"]
+
+    def lead(row: Row) -> list[str]:
+        return [*([row.config] if several else []), *([row.setting] if varied else []), row.method]
+
+    lines = [
+        f"# Study: {', '.join(dict.fromkeys(row.config for row in study.rows))}",
+        "",
+        f"Made by `{command}`; the figures are in `study.json`. Mean and sample standard deviation over seeds, in "
+        "percent and percentage points.",
+        "",
+        *_table(
+            [*heads, *figures],
+            [
+                [
+                    *lead(row),
+                    ", ".join(map(str, row.seeds)),
+                    _mean(list(row.untrained.values())),
+                    *(_mean(list(row.values.get(name, {}).values())) for name in figures),
+                ]
+                for row in study.rows
+            ],
+        ),
+        "",
+        "By seed:",
+        "",
+        *_table(
+            [*heads[:-2], "figure", "lowest", "highest", "each seed"],
+            [
+                [
+                    *lead(row),
+                    name,
+                    f"{min(values.values()):.1%}",
+                    f"{max(values.values()):.1%}",
+                    ", ".join(f"{seed}: {value:.1%}" for seed, value in values.items()),
+                ]
+                for row in study.rows
+                for name, values in row.values.items()
+            ],
+        ),
+    ]
+    if study.differences:
+        rows = [
+            [
+                *([found.config] if several else []),
+                *([found.setting] if varied else []),
+                f"{found.method} - {found.baseline}",
+                found.figure,
+                f"{100 * found.mean:+.1f}",
+                f"{100 * found.deviation:.1f}",
+                "" if found.error is None else f"{100 * found.error:.1f}",
+                str(len(found.values)),
+                ", ".join(f"{100 * value:+.1f}" for value in found.values.values()),
+            ]
+            for found in study.differences
+        ]
+        heads = [*heads[:-3], "difference", "figure", "mean", "deviation", "standard error", "seeds", "each seed"]
+        lines += ["", "Differences at the same seed, in percentage points:", "", *_table(heads, rows)]
+    if study.missing:
+        lines += ["", f"Not finished: {', '.join(study.missing)}."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(heads)} |",
+        "|" + "---|" * len(heads),
+        *(f"| {' | '.join(cells)} |" for cells in rows),
+    ]
+
+
+def _mean(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.1%}"
+    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return f"{mean:.1%} ± {100 * deviation:.1f}"
+
+
+def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> None:
+    """The kNN accuracy over epochs, a panel for each configuration and setting, a colour for each method."""
+    groups = list(dict.fromkeys(trial.group for trial in trials))
+    methods = list(dict.fromkeys(trial.method for trial in trials))
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(1.5 + 4.5 * columns, 0.8 + 3.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in list(panels.flat)[len(groups) :]:
+        axes.axis("off")
+    for axes, group in zip(panels.flat, groups, strict=False):
+        for method, colour in zip(methods, _COLOURS * len(methods), strict=False):
+            label: str | None = method
+            for trial in trials:
+                if (trial.group, trial.method) != (group, method) or trial.name not in study.runs:
+                    continue
+                points = [(line["epoch"], line["knn"]) for line in study.runs[trial.name].evaluations]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8, label=label
+                    )
+                    label = None
+        chance = next((run.chance for run in study.runs.values() if run.chance), None)
+        if chance is not None:
+            axes.axhline(chance, color="grey", linestyle=":", label="chance")
+        axes.set_title(", ".join(part for part in group if part), fontsize=10)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("kNN accuracy")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_lines():
+            axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

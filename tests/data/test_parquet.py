@@ -1,0 +1,136 @@
+"""Parquet files: columns, labels, held-out files, damage, and packing."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.sources.decode import Limits
+from synco_fast.data.sources.open import open_shards, open_source
+from synco_fast.data.sources.pack import PackSettings, pack_source
+from tests.data.photos import photo
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def encoded(seed):
+    file = io.BytesIO()
+    photo(50, 40, seed).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def write(path, rows, names=None, **columns):
+    """A file in which images are structs of bytes and path, with Hugging Face's description of the labels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": content, "path": None} for content in rows]
+    table = pyarrow.table({"image": images, **columns})
+    if names:
+        about = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(about)})
+    parquet.write_table(table, path, row_group_size=2)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Two training files of five rows in three row groups each, and a held-out one."""
+    for number in range(2):
+        rows = [encoded(10 * number + row) for row in range(5)]
+        write(tmp_path / "hub" / f"train-{number:05d}-of-00002.parquet", rows, ["zebra", "ant"], label=[0, 1, 0, 1, 1])
+    write(tmp_path / "hub" / "validation-00000-of-00001.parquet", [encoded(99)], ["zebra", "ant"], label=[1])
+    write(tmp_path / "hub" / "test-00000-of-00001.parquet", [encoded(98)], ["zebra", "ant"], label=[-1])
+    return tmp_path / "hub"
+
+
+def test_files_of_the_hub(hub):
+    source = open_source(f"parquet:{hub}")
+    assert (len(source.train), len(source.validation)) == (10, 1)
+    assert source.train.classes == source.validation.classes == ("zebra", "ant")
+    assert source.train.labels.tolist() == [0, 1, 0, 1, 1] * 2
+    assert source.validation.labels.tolist() == [1]
+    for index in (7, 0, 9, 4, 5):
+        assert source.train.read_bytes(index) == encoded(10 * (index // 5) + index % 5)
+    assert source.train.name(7).endswith("train-00001-of-00002.parquet[2]")
+    assert pickle.loads(pickle.dumps(source.train)).read(3).size == (50, 40)
+    pattern = open_source(f"parquet:{hub}/train-*.parquet")
+    assert (len(pattern.train), pattern.validation) == (10, None)
+
+
+def test_workers_and_packs_read_them(hub, tmp_path):
+    source = open_source(f"parquet:{hub}")
+    views = [
+        next(iter(build_pipeline(source.train, Recipe(size=16), batch=10, seed=0, workers=workers, name="torchvision")))
+        for workers in (0, 2)
+    ]
+    assert views[0].first.equal(views[1].first)
+    pack_source(source, tmp_path / "out", PackSettings(short_side=50), workers=2)
+    packed = open_shards(tmp_path / "out")
+    assert packed.train.classes == ("zebra", "ant")
+    assert packed.train.labels.tolist() == source.train.labels.tolist()
+    assert [packed.train.read_bytes(row) for row in range(10)] == [source.train.read_bytes(row) for row in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "labels"),
+    [
+        ({"label": ["b", "a", "b"]}, ("a", "b"), [1, 0, 1]),
+        ({"cls": [10, 9, 10]}, ("9", "10"), [1, 0, 1]),
+        ({"caption": ["x", "y", "z"]}, None, None),
+    ],
+)
+def test_labels(tmp_path, label, classes, labels):
+    table = pyarrow.table({"bytes": [encoded(row) for row in range(3)], **label})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    split = open_source(f"parquet:{tmp_path}").train
+    assert split.classes == classes
+    assert (split.labels if labels is None else split.labels.tolist()) == labels
+    assert np.asarray(split.read(1)).shape == (40, 50, 3)
+
+
+def test_what_is_no_image_is_corrupt(tmp_path):
+    write(tmp_path / "a.parquet", [encoded(0), None, b"no image", encoded(1)])
+    split = open_source(f"parquet:{tmp_path}", Limits(file_bytes=len(encoded(1)))).train
+    for row, says in (
+        (1, "found no bytes in the column image"),
+        (2, "not an image"),
+    ):
+        with pytest.raises(CorruptImageError, match=rf"a\.parquet\[{row}\]: {says}"):
+            split.read(row)
+    with pytest.raises(CorruptImageError, match="max_file_bytes"):
+        open_source(f"parquet:{tmp_path}", Limits(file_bytes=9)).train.read(0)
+
+
+def test_what_is_no_source(tmp_path):
+    with pytest.raises(DataError, match=r"found no \*\.parquet in"):
+        open_source(f"parquet:{tmp_path}")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"found no readable Parquet file at .*a\.parquet"):
+        open_source(f"parquet:{tmp_path}")
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"found the columns text in .*, expected one of image, img"):
+        open_source(f"parquet:{tmp_path}")
+    parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="found no row in"):
+        open_source(f"parquet:{tmp_path}")
+
+
+def test_a_damaged_row_group_is_corrupt_images(tmp_path):
+    write(tmp_path / "a.parquet", [encoded(row) for row in range(6)])
+    split = open_source(f"parquet:{tmp_path}").train
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4 : len(content) // 6] = bytes(len(content) // 6 - 4)
+    (tmp_path / "a.parquet").write_bytes(content)
+    split = pickle.loads(pickle.dumps(split))
+    with pytest.raises(CorruptImageError, match=r"a\.parquet\[0\]"):
+        split.read(0)
+    assert split.read(5).size == (50, 40)

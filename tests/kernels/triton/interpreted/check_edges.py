@@ -1,0 +1,37 @@
+"""The edges of tests/kernels/test_edges.py that concern the kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from synco_fast.kernels import Negatives
+from synco_fast.kernels.reference import contrast
+from synco_fast.kernels.triton import contrast_and_gradient
+from synco_fast.kernels.validation import exact_inputs
+
+SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
+
+
+def test_ties_with_the_positive_are_not_above_it():
+    q = exact_inputs(2, 1, 16).q
+    q[0, 0], q[1, 0] = 0.5, -0.25
+    unit = torch.zeros(1, 16)
+    unit[0, 0] = 1
+    k, queue = unit.expand(2, -1).contiguous(), unit.expand(30, -1).contiguous()
+    queue[20:] *= -1
+    found = contrast_and_gradient(q, k, queue, Negatives(hard=10, perturbed=8, delta=0.0), **SETTINGS)
+    assert found.queue_rank.tolist() == [0, 10]
+    assert found.rank.tolist() == [0, 18]
+
+
+def test_short_vectors_have_length_1_too():
+    # x = q / 2^14: a floor under |x| far above the smallest number would shorten s.
+    q = torch.zeros(1, 16)
+    q[0, 3] = 1
+    queue = -q * (1 - 2.0**-13)
+    negatives = Negatives(hard=1, interpolated=4, interpolated_range=(0.5, 0.5))
+    found = contrast_and_gradient(q, q, queue, negatives, **SETTINGS)
+    expected = contrast(q, q, queue, negatives, **SETTINGS)
+    assert expected.statistics.synthetic[0, 0].item() == 1
+    assert found.synthetic[0, 0].item() == 1
+    torch.testing.assert_close(found.loss, expected.loss)

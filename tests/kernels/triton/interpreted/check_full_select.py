@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from synco_fast.kernels.triton import full_select as module
+from synco_fast.kernels.triton.config import compact_ids, form_of, generation_of
+
+
+def exact(similarity, hard):
+    """The N largest in the order of the queue; masked keys, -inf, last, with index 0."""
+    index = similarity.argsort(dim=1, descending=True, stable=True)[:, :hard].sort(dim=1).values
+    masked = similarity.gather(1, index).isneginf()
+    index = index.gather(1, masked.to(torch.uint8).argsort(dim=1, stable=True))
+    values = similarity.gather(1, index)
+    return values, index.masked_fill(values.isneginf(), 0)
+
+
+def select(inputs, hard, flag=None, ids=None):
+    rows, length = len(inputs.q), len(inputs.queue)
+    flag = torch.ones(rows, dtype=torch.int32) if flag is None else flag
+    images, queue_images, available = compact_ids(*ids) if ids else (None, None, None)
+    room = torch.full((module.rows_at_once(rows, length), length), 5, dtype=torch.int32)
+    index, similarity = torch.full((rows, hard), -7, dtype=torch.int32), torch.full((rows, hard), torch.nan)
+    form = form_of(inputs.q.dtype, inputs.q.shape[1], generation_of(inputs.q.device))
+    module.full_select(inputs.q, inputs.queue, images, queue_images, available, flag, room, index, similarity, form)
+    return similarity, index.long()
+
+
+CASES = {
+    "ordinary": lambda queue: queue,
+    "all equal": lambda queue: queue[:1].expand(len(queue), -1).contiguous(),
+    "two values": lambda queue: queue[torch.arange(len(queue)) % 2],
+    "nearly equal": lambda queue: queue[:1] + (torch.arange(len(queue))[:, None] * 37 % 101) / 2.0**20,
+    "zeros of both signs": lambda queue: queue * (torch.arange(len(queue))[:, None] % 97 == 0) * -1,
+    "mostly negative": lambda queue: -queue.abs() * (torch.arange(len(queue))[:, None] % 50 != 0),
+    "infinities": lambda queue: torch.where(torch.arange(len(queue))[:, None] % 40 == 7, queue * torch.inf, queue),
+    "NaN of both signs": lambda queue: torch.where(
+        torch.arange(len(queue))[:, None] % 40 == 7,
+        torch.tensor([0x7FC00000, -0x400000], dtype=torch.int32).view(torch.float32)[
+            torch.arange(len(queue)) % 2, None
+        ],
+        queue,
+    ),
+}
+
+
+@pytest.mark.parametrize("hard", [1, 63, 700])
+@pytest.mark.parametrize("case", CASES)
+def test_exact(make, case, hard):
+    inputs = make(2, 700, 16)
+    if case == "infinities":
+        inputs.q[:, 1:] = 0
+    inputs = inputs._replace(queue=CASES[case](inputs.queue)).guarded()
+    values, index = select(inputs, hard)
+    # One column at a time, so that both sum alike.
+    similarity = sum(inputs.q[:, column, None] * inputs.queue[:, column] for column in range(16))
+    similarity = similarity if case != "nearly equal" else (inputs.q.double() @ inputs.queue.double().T).float()
+    expected, order = exact(similarity, hard)
+    if case == "nearly equal":
+        torch.testing.assert_close(values, expected, rtol=0, atol=2e-7)
+        return
+    assert torch.equal(index, order.masked_fill(expected.isneginf(), 0) if case != "infinities" else order)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_only_flagged_rows_are_touched(make, monkeypatch):
+    # Three groups of two rows; the second has none that is flagged.
+    monkeypatch.setattr(module, "_ROOM", 2 * 4 * 300)
+    inputs = make(5, 300, 16)
+    flag = torch.tensor([0, 3, 0, 0, 1], dtype=torch.int32)
+    assert module.rows_at_once(5, 300) == 2
+    values, index = select(inputs, 20, flag)
+    expected, order = exact(inputs.q @ inputs.queue.T, 20)
+    for row in (1, 4):
+        assert torch.equal(index[row], order[row])
+        assert torch.equal(values[row], expected[row])
+    assert index[[0, 2, 3]].eq(-7).all()
+    assert values[[0, 2, 3]].isnan().all()
+
+
+def test_masked_rows_with_fewer_keys_than_wanted(make):
+    inputs = make(3, 300, 16)
+    image_ids, queue_ids = torch.tensor([5, 6, 7]), torch.full((300,), 5)
+    queue_ids[::50] = 6
+    values, index = select(inputs, 20, ids=(image_ids, queue_ids))
+    similarity = (inputs.q @ inputs.queue.T).masked_fill(image_ids[:, None] == queue_ids, -torch.inf)
+    expected, order = exact(similarity, 20)
+    assert torch.equal(index, order)
+    assert torch.equal(values, expected)
+    assert expected.isneginf().sum(dim=1).tolist() == [14, 0, 0]
+
+
+def test_room():
+    assert module.rows_at_once(256, 65536) == 128
+    assert module.rows_at_once(64, 65536) == 64
+    assert module.rows_at_once(1000, 1 << 18) == 32
+    assert module.rows_at_once(1000, 1 << 29) == 1
+    assert module.rows_at_once(7, 100) == 7

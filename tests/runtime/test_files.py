@@ -1,0 +1,46 @@
+"""JSON and outputs: what is damaged or cannot be written is one line, before anything long begins."""
+
+import pytest
+
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.errors import UserError
+from synco_fast.runtime.files import check_writable, read_json, write_json
+
+
+def test_json_comes_back_and_a_missing_file_is_empty(tmp_path):
+    write_json(tmp_path / "below" / "a.json", {"x": [1, None, "ü"]})
+    assert read_json(tmp_path / "below" / "a.json") == {"x": [1, None, "ü"]}
+    assert read_json(tmp_path / "none.json") == {}
+    assert [path.name for path in (tmp_path / "below").iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"{", "cannot be read"), (b"\xff", "cannot be read"), (b"[1]", "found list"), (b"[" * 100_000, "cannot be read")],
+)
+def test_damaged_json_is_one_line(tmp_path, content, says):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=says) as caught:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_outputs_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "deep" / "a.json", "json", file=True)
+    assert not (tmp_path / "new").exists(), "nothing is made"
+    for path, says in (
+        (tmp_path / "file" / "a.json", "which is a file, expected a folder"),
+        ("/proc/a.json", "expected a place where this user can write"),
+        (tmp_path, "found a folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_writable(type(tmp_path)(path), "json", file=True)
+
+
+def test_the_source_trees_commit_is_found():
+    """This checkout is one, or an installed copy that has none."""
+    from pathlib import Path
+
+    inside = (Path(__file__).resolve().parents[2] / ".git").exists()
+    assert ("commit" in describe_environment()) == inside

@@ -1,0 +1,137 @@
+"""Whole studies on a set that trains in seconds."""
+
+import json
+
+import pytest
+import yaml
+
+from synco_fast.cli import main
+from synco_fast.runtime.files import write_json
+from synco_fast.study.execute import execute, run_folder, state_of
+from synco_fast.study.plan import plan
+from synco_fast.study.results import collect
+from synco_fast.study.write import page
+
+from ..conftest import TINY
+
+
+@pytest.fixture
+def tiny(tmp_path, image_folder):
+    file = tmp_path / "tiny.yaml"
+    values = {**TINY, "data": {**TINY["data"], "source": str(image_folder)}}
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+def pretend(folder, trial, accuracy, finished=True, **results):
+    """A run folder as a run leaves it."""
+    run = run_folder(folder, trial)
+    (run / "evaluation").mkdir(parents=True)
+    (run / "config.yaml").write_text(trial.resolved().to_yaml())
+    lines = [{"kind": "evaluation", "step": e, "epoch": e, "knn": accuracy * e / 2} for e in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(run / "summary.json", {"knn_before": 0.1, "knn_after": accuracy, "finished": finished, "chance": 0.05})
+    for name, values in results.items():
+        write_json(run / "evaluation" / f"{name}.json", values)
+
+
+def test_means_spread_and_paired_differences(tmp_path):
+    trials = plan(["demo"], methods=["moco", "synco"], seeds=[0, 1, 2])
+    moco, synco = {0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.52, 1: 0.61}
+    for trial in trials:
+        values = moco if trial.method == "moco" else synco
+        if trial.seed in values:
+            pretend(tmp_path, trial, values[trial.seed], knn={"accuracies": {"20": 0.3}})
+    study = collect(tmp_path, trials)
+    assert study.figures == ["kNN in training", "kNN, k 20"]
+    assert study.rows[0].summary("kNN in training") == pytest.approx((0.6, 0.1))
+    found = next(row for row in study.differences if row.figure == "kNN in training")
+    assert (found.method, found.baseline) == ("synco", "moco")
+    assert found.values == pytest.approx({0: 0.02, 1: 0.01}), "seed 2 has no partner"
+    assert found.mean == pytest.approx(0.015)
+    assert found.error == pytest.approx(found.deviation / 2**0.5) == pytest.approx(0.005)
+    assert study.missing == ("demo-synco-seed2",)
+    text = page(study, "synco-fast study")
+    assert "| moco | 0, 1, 2 | 10.0% ± 0.0 | 60.0% ± 10.0 | 30.0% ± 0.0 |" in text
+    assert "| synco - moco | kNN in training | +1.5 | 0.7 | 0.5 | 2 | +2.0, +1.0 |" in text
+    assert "Not finished: demo-synco-seed2." in text
+
+
+def test_settings_are_not_compared_with_one_another(tmp_path):
+    trials = plan(["demo"], methods=["moco", "synco"], seeds=[0], vary={"training.precision": ["fp32", "bf16"]})
+    figures = dict(zip([trial.name for trial in trials], (0.5, 0.6, 0.7, 0.9), strict=True))
+    for trial in trials:
+        pretend(tmp_path, trial, figures[trial.name])
+    study = collect(tmp_path, trials, baseline="synco")
+    assert {(row.setting, round(row.mean, 3)) for row in study.differences} == {
+        ("precision fp32", -0.1),
+        ("precision bf16", -0.2),
+    }
+    assert study.differences[0].error is None
+
+
+def test_a_run_that_is_not_finished_does_not_count(tmp_path):
+    trials = plan(["demo"], seeds=[0])
+    pretend(tmp_path, trials[0], 0.9, finished=False)
+    study = collect(tmp_path, trials)
+    assert study.missing == (trials[0].name,)
+    assert study.rows[0].summary("kNN in training") is None
+    assert state_of(tmp_path, trials[0]) == "begun"
+
+
+def test_another_study_in_the_same_folder_is_refused(tmp_path, capsys):
+    trials = plan(["demo"], seeds=[0])
+    pretend(tmp_path, trials[0], 0.9)
+    code = main(["study", "demo", "--seeds", "0", "--out", str(tmp_path), "--training.epochs", "3"])
+    assert code == 2
+    assert "with another training.epochs than this study asks for" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--vary", "training.precision"], "vary: found 'training.precision', expected KEY=A,B"),
+        (["--baseline", "mochi"], "baseline: found mochi, expected one of synco"),
+        (["--training.epoch", "3"], "training.epoch: found an unknown key"),
+    ],
+)
+def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
+    assert main(["study", "demo", "--seeds", "0", "--out", str(tmp_path / "s"), *words]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, capsys):
+    folder = tmp_path / "study"
+    words = ["study", tiny, "--methods", "moco", "synco", "--seeds", "0", "--out", str(folder), "--parallel", "2"]
+    assert main([*words, "--evaluate", "knn --neighbours 3 --workers 0"]) == 0
+    capsys.readouterr()
+    record = json.loads((folder / "study.json").read_text())
+    assert [row["method"] for row in record["rows"]] == ["moco", "synco"]
+    assert record["missing"] == []
+    assert len(record["differences"]) >= 1
+    assert (folder / "curves.png").stat().st_size > 1000
+    runs = sorted((folder / "runs").iterdir())
+    assert all((run / "evaluation" / "knn.json").is_file() for run in runs)
+    before = [(run / "summary.json").stat().st_mtime_ns for run in runs]
+    (runs[1] / "summary.json").unlink()
+    assert main(words) == 0
+    after = [(run / "summary.json").stat().st_mtime_ns for run in runs]
+    assert after[0] == before[0], "what is finished is not run again"
+    assert json.loads((folder / "study.json").read_text())["rows"] == record["rows"], "and what is run again agrees"
+
+
+@pytest.mark.slow
+def test_a_failing_trial_is_named_and_the_others_run(tmp_path, tiny, capsys):
+    folder = tmp_path / "study"
+    trials = plan([tiny], methods=["moco", "synco"], seeds=[0])
+    run_folder(folder, trials[0]).parent.mkdir(parents=True)
+    run_folder(folder, trials[0]).write_text("in the way")
+    assert main(["study", tiny, "--methods", "moco", "synco", "--seeds", "0", "--out", str(folder)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "tiny" in said
+    assert "ended with exit code 2" in said
+    assert (run_folder(folder, trials[1]) / "summary.json").is_file()
+    notes: list[str] = []
+    execute(folder, trials[1:], note=notes.append)
+    assert notes == [], "nothing is left to do for the other"

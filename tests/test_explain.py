@@ -1,0 +1,198 @@
+"""Every key of a configuration says what it does and what it may be, and can be read back."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Annotated, Union, get_args, get_origin
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from synco_fast.config import Config, build_config, read_config
+from synco_fast.explain import bounds, explain_config, known_keys
+from synco_fast.generated.config import GeneratorConfig
+from synco_fast.presets import PRESETS, load_config
+from synco_fast.runtime.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fields(model: type[BaseModel], prefix: str = ""):
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def numbers(kind, limits=()):
+    """The limits of every number inside an annotation."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        inner, *more = get_args(kind)
+        yield from numbers(inner, (*limits, *more))
+    elif origin in (Union, types.UnionType, tuple):
+        for inner in get_args(kind):
+            yield from numbers(inner, limits)
+    elif kind in (int, float):
+        yield limits
+
+
+ALL = {**dict(fields(Config)), **dict(fields(GeneratorConfig, "generator."))}
+OURS = dict(fields(Config))
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_every_key_is_described(key):
+    assert ALL[key].description
+    assert "\n" not in ALL[key].description
+
+
+@pytest.mark.parametrize("key", ALL)
+def test_every_number_has_a_finite_range(key):
+    for limits in numbers(ALL[key].annotation, tuple(ALL[key].metadata)):
+        (low, _), (high, _) = bounds(limits)
+        assert low is not None
+        assert high is not None
+        assert math.isfinite(low)
+        assert math.isfinite(high)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_as_it_is_printed_is_read_back(name, tmp_path):
+    config = load_config(name)
+    text = explain_config(config)
+    (tmp_path / "a.yaml").write_text(text)
+    assert read_config(tmp_path / "a.yaml") == config
+    for line in text.splitlines():
+        if line.strip() and not line.startswith("#") and not line.endswith(":"):
+            assert "  # " in line, line
+    assert len([line for line in text.splitlines() if "  # " in line]) == len(known_keys(Config))
+
+
+def test_a_default_is_named_where_the_value_differs():
+    lines = explain_config(load_config("demo")).splitlines()
+    assert any(line.startswith("  temperature: 0.1  # ") and line.endswith("default 0.2") for line in lines)
+    assert any(line.startswith("  dim: 128  # ") and "default" not in line for line in lines)
+
+
+def test_a_generator_is_explained_too():
+    text = explain_config(GeneratorConfig())
+    assert yaml.safe_load(text) == GeneratorConfig().model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [key for key, field in OURS.items() if list(numbers(field.annotation, tuple(field.metadata)))],
+)
+def test_no_number_takes_what_is_none(key):
+    """One line that begins with the key; null is a value of some."""
+    optional = type(None) in get_args(OURS[key].annotation)
+    for value in (math.nan, math.inf, -math.inf, True, "much", -1e300, 1e300, [1], *([] if optional else [None])):
+        with pytest.raises(ConfigError) as caught:
+            build_config({}, {key: value})
+        assert str(caught.value).startswith(key), value
+        assert "\n" not in str(caught.value)
+
+
+def test_sections_are_found_by_a_near_name():
+    for key, near in (
+        ("augmnt.size", "augment.size"),
+        ("trainin.epoch", "training.epochs"),
+        ("evaluation.kk", "evaluation.k"),
+    ):
+        with pytest.raises(ConfigError, match=rf"did you mean {near}\?"):
+            build_config({}, {key: 1})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("augment.greyscale_probability", "augment.grayscale_probability", 0.5),
+        ("data.share", "data.fraction", 0.5),
+        ("data.max_broken", "data.max_corrupt", 0.5),
+        ("evaluation.neighbours", "evaluation.k", 7),
+    ],
+)
+def test_older_names_are_read_with_one_line(old, new, value):
+    section, key = old.split(".")
+    with pytest.warns(UserWarning, match=f"read {old} as {new}"):
+        config = build_config({section: {key: value}})
+    section, key = new.split(".")
+    assert getattr(getattr(config, section), key) == value
+    with pytest.warns(UserWarning, match=f"read {old} as {new}"):
+        assert build_config({}, {old: value}) == config
+
+
+#: Prints whether torch was imported, after a command.
+WITHOUT_TORCH = """
+import sys
+from synco_fast.cli import main
+try:
+    code = main({words})
+except SystemExit as exit:
+    code = exit.code
+sys.stderr.write(f"code {{code}} torch {{'torch' in sys.modules}}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--help"], 0),
+        (["evaluate", "--help"], 0),
+        (["presets"], 0),
+        (["presets", "demo"], 0),
+        (["presets", "dmo"], 2),
+        (["pretrain"], 2),
+        (["pretrain", "--config", "demo", "--method.temperature", "0"], 2),
+        (["pretrain", "--config", "demo", "--json", "/proc/a.json"], 2),
+        (["pretrain", "--config", "demo", "--out", ""], 2),
+        (["pretrain", "--resume", "nowhere"], 2),
+        (["pretrain", "--help"], 0),
+        (["evaluate", "knn", "run", "--k", "0"], 2),
+        (["evaluate", "linear", "run", "--lr", "1", "2"], 2),
+        (["data", "show", "demo", "--augmnt.size", "3"], 2),
+        (["data", "show", "demo", "--out", "pairs.txt"], 2),
+        (["export", "run", "--format", "keras"], 2),
+        (["dance"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_words_are_checked_before_torch_is_imported(words, code):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH.format(words=words)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stderr.endswith(f"code {code} torch False"), done.stderr
+
+
+SEVENTH = """
+import dataclasses, sys
+from synco_fast.kernels import negatives
+source = open(negatives.__file__, encoding="utf-8").read()
+marker = "FAMILIES: tuple[Family, ...] = ("
+assert marker in source
+row = '''
+    Family("reflected", 7, "Type 7: the mirror image", "-n_i",
+           vector=lambda q, n_i, n_j, t, e, negatives: -n_i,
+           mixture=lambda negatives: Mixture(first=Affine(-1, 0)), published=3),
+'''
+exec(compile(source.replace(marker, marker + row), negatives.__file__, "exec"), negatives.__dict__)
+from synco_fast.cli import main
+from synco_fast.config import build_config
+config = build_config({}, {"method.reflected": 5})
+assert config.method.negatives().reflected == 5
+assert build_config({}).method.negatives().synthetic == 960 + 3
+sys.exit(main(["presets", "demo"]))
+"""
+
+
+def test_a_seventh_family_is_a_row_of_the_table_alone():
+    done = subprocess.run([sys.executable, "-c", SEVENTH], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "  reflected: null  # Type 7: the mirror image; SynCo's count is 3 (0 to 65,536 or null)" in done.stdout

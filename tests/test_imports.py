@@ -1,0 +1,137 @@
+"""Imports run one way: every folder imports from floors below its own, and never from one beside or above it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What `setup.py` maps into the package.
+FOLDERS = {
+    "synco_fast": "synco_fast",
+    "kernels": "synco_fast.kernels",
+    "data": "synco_fast.data",
+    "bench": "synco_fast.bench",
+}
+
+#: From the ground up. A name stands for itself and what lies in it, unless a longer name is listed.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("synco_fast.version", "synco_fast.kernels", "synco_fast.data"),
+    ("synco_fast.runtime",),
+    # The list of methods is data that the configuration reads; the methods themselves read the configuration.
+    ("synco_fast.methods",),
+    ("synco_fast.config", "synco_fast.models"),
+    ("synco_fast.presets", "synco_fast.loss", "synco_fast.methods.*"),
+    ("synco_fast.training", "synco_fast.evaluation", "synco_fast.export", "synco_fast.generated"),
+    ("synco_fast.report",),
+    ("synco_fast.bench",),
+    ("synco_fast.commands",),
+    ("synco_fast.cli",),
+    # Public names, imported when they are used.
+    ("synco_fast", "synco_fast.__main__"),
+)
+#: On one floor: who may use whom. Evaluations read checkpoints; stage one of generated pairs is a task of the trainer.
+BESIDE = {
+    ("synco_fast.evaluation", "synco_fast.export"),
+    ("synco_fast.generated", "synco_fast.training"),
+}
+
+
+def room(module: str) -> tuple[int, str]:
+    """Floor and name of the room in which a module lies."""
+    best = (-1, "")
+    for floor, names in enumerate(FLOORS):
+        for name in names:
+            inside = name.removesuffix(".*")
+            fits = module.startswith(f"{inside}.") if name.endswith(".*") else module == inside
+            if name not in ("synco_fast", "synco_fast.methods") and not name.endswith(".*"):
+                fits = fits or module.startswith(f"{inside}.")
+            if fits and len(name) > len(best[1]):
+                best = (floor, name)
+    return best
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package and its file."""
+    for folder, package in FOLDERS.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            inner = parts[:-1] if parts[-1] == "__init__" else parts
+            yield ".".join((package, *inner)), file
+
+
+def imported(file: Path, known: set[str]) -> set[str]:
+    """The package's modules that a file names in an import, those inside of functions and for types alone as well."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import hides where it points"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else str(node.module))
+    return {name for name in found if name.split(".")[0] == "synco_fast"}
+
+
+def wrong(module: str, target: str) -> bool:
+    """Whether a module may not import another one."""
+    (floor, name), (below, other) = room(module), room(target)
+    return not (floor > below or name == other or (floor == below and (name, other) in BESIDE))
+
+
+def violations() -> set[str]:
+    """``module -> target`` of every import that runs the wrong way."""
+    known = {module for module, _ in modules()}
+    return {
+        f"{module} -> {target}"
+        for module, file in modules()
+        for target in imported(file, known)
+        if wrong(module, target)
+    }
+
+
+def test_imports_run_one_way():
+    assert sorted(violations()) == []
+
+
+def test_every_module_has_a_room():
+    assert [module for module, _ in modules() if room(module)[0] < 0] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "refused"),
+    [
+        ("synco_fast.kernels.ops", "synco_fast.runtime.errors", True),
+        ("synco_fast.data.workers", "synco_fast.kernels.rng", True),
+        ("synco_fast.runtime.files", "synco_fast.data.files", False),
+        ("synco_fast.runtime.optim_step", "synco_fast.training.optimizer", True),
+        ("synco_fast.config", "synco_fast.methods", False),
+        ("synco_fast.config", "synco_fast.methods.base", True),
+        ("synco_fast.methods", "synco_fast.config", True),
+        ("synco_fast.methods.simclr", "synco_fast.config", False),
+        ("synco_fast.methods.simclr", "synco_fast.training.engine", True),
+        ("synco_fast.training.loop", "synco_fast.evaluation.knn", True),
+        ("synco_fast.training.engine", "synco_fast.generated.game", True),
+        ("synco_fast.generated.stage_one", "synco_fast.training.task", False),
+        ("synco_fast.generated.kid", "synco_fast.export.load", True),
+        ("synco_fast.report.page", "synco_fast.training.metrics", False),
+        ("synco_fast.training.loop", "synco_fast.commands.parser", True),
+    ],
+)
+def test_the_rule_itself(module, target, refused):
+    assert wrong(module, target) == refused
+
+
+def test_nothing_but_its_command_names_the_wing_of_generated_pairs():
+    known = {module for module, _ in modules()}
+    naming = {
+        module
+        for module, file in modules()
+        if not module.startswith("synco_fast.generated")
+        and any(name.startswith("synco_fast.generated") for name in imported(file, known))
+    }
+    assert naming == {"synco_fast.commands.pretrain_generator"}

@@ -1,0 +1,107 @@
+"""The replayed step without a GPU: a stand-in for CUDA graphs that replays what it recorded, on the buffers it had."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+from synco_fast.methods.base import StepInputs
+from synco_fast.training.compiled import GRAPH_WARMUP, GraphedStep
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """Runs a step, and keeps the call so that a replay computes again from the same tensors."""
+
+    def __init__(self):
+        self.seen, self.calls, self.capturing, self.fails = [], [], None, False
+
+    def compute(self, inputs, step, epoch, momentum):
+        if self.fails and self.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        def values():
+            sums = [float(tensor.sum()) for part in inputs[:3] for tensor in part]
+            return int(step), epoch, round(float(momentum), 4), sums, inputs.image_ids.tolist()
+
+        if self.capturing is not None:
+            self.capturing.recorded = lambda: self.seen.append(values())
+        else:
+            self.seen.append(values())
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    recorder = Recorder()
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        recorded = staticmethod(lambda: None)
+
+        def replay(self):
+            recorder.calls.append("replay")
+            self.recorded()
+
+    @contextmanager
+    def capture(graph, pool, capture_error_mode):
+        recorder.calls.append("capture")
+        recorder.capturing = graph
+        try:
+            yield
+        finally:
+            recorder.capturing = None
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return recorder
+
+
+def inputs(number):
+    one = torch.full((2, 3), float(number))
+    return StepInputs((one,), (one + 1,), (torch.tensor([number, 0]),), torch.tensor([number, number + 1]))
+
+
+def expected(number, key):
+    return (number, key, round(0.9 + number / 1000, 4), [6 * number, 6 * number + 6, number], [number, number + 1])
+
+
+def run(step, numbers, key=0):
+    for number in numbers:
+        step(inputs(number), number, key, 0.9 + number / 1000)
+
+
+def test_a_replay_computes_the_step_at_hand(cuda):
+    notes = []
+    run(GraphedStep(cuda.compute, CPU, notes.append), range(GRAPH_WARMUP + 3))
+    assert cuda.calls == ["capture", "replay", "replay", "replay"]
+    assert cuda.seen == [expected(number, 0) for number in range(GRAPH_WARMUP + 3)]
+    assert notes == []
+
+
+def test_each_graph_key_has_a_graph_of_its_own(cuda):
+    step = GraphedStep(cuda.compute, CPU, lambda line: None)
+    for key in (0, 10, 0, 10):
+        run(step, range(GRAPH_WARMUP + 1), key)
+    assert cuda.calls.count("capture") == 2
+    assert [one[1] for one in cuda.seen] == [key for key in (0, 10, 0, 10) for _ in range(GRAPH_WARMUP + 1)]
+
+
+def test_what_cannot_be_captured_runs_eagerly_and_is_said_once(cuda):
+    notes = []
+    cuda.fails = True
+    run(GraphedStep(cuda.compute, CPU, notes.append), range(GRAPH_WARMUP + 3))
+    assert notes == ["CUDA graph disabled: a step cannot be captured: operation not permitted when stream is capturing"]
+    assert cuda.seen == [expected(number, 0) for number in range(GRAPH_WARMUP + 3)]
