@@ -13,6 +13,8 @@ from synco_fast.evaluation.health import (
     rows_for_health,
     uniformity,
 )
+from synco_fast.kernels import FAMILIES, Negatives
+from synco_fast.kernels.reference import contrast
 from synco_fast.runtime.errors import ConfigError
 
 
@@ -116,6 +118,23 @@ def test_a_subset_takes_from_everywhere():
     found = rows_for_health(rows, 10)[:, 0].tolist()
     assert found == [0, 100, 200, 300, 400, 500, 600, 700, 800, 900]
     assert torch.equal(rows_for_health(rows[:3], 10), rows[:3])
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale", "hard", "temperature", "expected"),
+    [(65536, 1, 1024, 0.2, 0.08), (1024, 1 / 16, 64, 0.1, 0.80), (1024, 1 / 64, 512, 0.2, 0.05)],
+)
+def test_how_much_weight_synthetic_negatives_have(keys, scale, hard, temperature, expected):
+    """The shares that docs/curves.md states, of exp(similarity / T) over all negatives of random unit vectors."""
+    q, k = (normalize(noise(32, 128, seed=seed), dim=1) for seed in (0, 1))
+    queue = normalize(noise(keys, 128, seed=2), dim=1)
+    counts = {family.name: round(getattr(Negatives.synco(), family.name) * scale) for family in FAMILIES}
+    # exp(loss) - 1 is the negatives' weight over the positive's.
+    weights = [
+        contrast(q, k, queue, negatives, temperature=temperature, seed=0, step=0).loss.exp() - 1
+        for negatives in (Negatives.moco(), Negatives(hard=hard, **counts))
+    ]
+    assert float((1 - weights[0] / weights[1]).mean()) == pytest.approx(expected, abs=0.02)
 
 
 HEALTHY = [0.05, 0.1, 0.2, 0.3, 0.35, 0.4, 0.42, 0.45, 0.47, 0.5, 0.51, 0.52]
