@@ -152,6 +152,22 @@ def test_a_contracting_run_is_told_apart():
     assert contraction(HEALTHY, rising, window=3) is None, "near negatives that are still told apart are none either"
 
 
+#: Epoch means of two runs in bench/records/demo/sweeps.md: top-1 against the queue and positive similarity.
+CONTRACTED = (
+    [0.063, 0.179, 0.233, 0.227, 0.209, 0.171, 0.127, 0.098, 0.095, 0.099, 0.12, 0.122, 0.094, 0.077, 0.06],
+    [0.61, 0.44, 0.48, 0.46, 0.41, 0.41, 0.45, 0.56, 0.66, 0.68, 0.67, 0.68, 0.74, 0.81, 0.86],
+)
+LEARNED = (
+    [0.041, 0.028, 0.038, 0.04, 0.036, 0.038, 0.039, 0.039, 0.044, 0.03, 0.033, 0.029],
+    [0.61, 0.03, 0.05, 0.19, 0.33, 0.45, 0.53, 0.58, 0.63, 0.65, 0.69, 0.7],
+)
+
+
+def test_recorded_runs_are_told_apart():
+    assert "from 20% to 9%" in (contraction(*CONTRACTED) or "")
+    assert contraction(*LEARNED) is None
+
+
 def test_a_short_run_is_not_judged():
     assert contraction([0.5] * 3 + [0.0] * 2, [0.0] * 3 + [1.0] * 2, window=3) is None
     with pytest.raises(ConfigError, match="found 2 and 1 figures"):
