@@ -115,9 +115,12 @@ if __name__ == "__main__":
     parser.add_argument("--wide", action="store_true")
     parser.add_argument("--dims", type=int, nargs="+", default=[128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--float32", choices=["none", "ieee", "tf32"], default="none", help="precision allowed")
+    parser.add_argument("--plain", action="store_true", help="no mask")
     parser.add_argument("--only", default="", help="names of kernels, with commas")
     given = parser.parse_args()
-    cases = [(dim, DTYPES[name], True) for dim in given.dims for name in given.dtypes]
+    torch.backends.cuda.matmul.fp32_precision = given.float32
+    cases = [(dim, DTYPES[name], not given.plain) for dim in given.dims for name in given.dtypes]
     if given.wide:
         cases += [(dim, DTYPES[name], dim != 128) for dim in (64, 128, 256, 512) for name in given.dtypes]
     sys.exit(main(given.capability, cases, given.only))
