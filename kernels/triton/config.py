@@ -19,16 +19,19 @@ from synco_fast.kernels.rng import largest_below
 
 __all__ = [
     "CAPACITY",
+    "FORMATS",
     "MIXES",
     "TILE",
     "TILES",
     "TILES_OF",
     "Form",
+    "Formats",
     "Mix",
     "Tile",
     "capacity_of",
     "compact_ids",
     "form_of",
+    "formats_of",
     "generation_of",
     "interpreted",
     "mix_of",
@@ -102,7 +105,8 @@ def splits_of(rows: int, length: int, form: Form, device: torch.device) -> int:
 def capacity_of(stride: int, wanted: int) -> int | None:
     """Room for a row's candidates, about wanted * stride give or take; None where that is too much."""
     spread = 6 * math.sqrt(wanted) if stride > 1 else 0
-    room = max(TILE, triton.next_power_of_2(math.ceil((wanted + spread) * stride)))
+    # `rank` may take a threshold that a sixteenth more of the sample reach.
+    room = max(TILE, triton.next_power_of_2(math.ceil((wanted + wanted // 16 + spread) * stride)))
     return room if room <= CAPACITY else None
 
 
@@ -130,15 +134,33 @@ class Form:
     Attributes:
         dot, precision: Format and precision of q and the keys in the first product.
         weight, weight_precision: Those of the softmax weights and the keys in the second.
+        three: Whether float32 is multiplied as three products of bfloat16 instead; see `sample.multiply`.
         rows, keys: Of a tile.
         chunk, piece: Columns of V that a program holds, and of a step of the first product.
         warps, stages: Resources.
+        margin: Twice the error of a similarity of unit rows against float32; 0 where the rounding is float32's.
+        every: Whether the selection multiplies all that it may choose again, not those within the margin alone.
     """
 
     dot: Any
     precision: str
     weight: Any
     weight_precision: str
+    three: bool
+    rows: int
+    keys: int
+    chunk: int
+    piece: int
+    warps: int
+    stages: int
+    margin: float = 0.0
+    every: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The sizes of a `Form`; see there."""
+
     rows: int
     keys: int
     chunk: int
@@ -148,32 +170,51 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """The sizes of a `Form`; see there."""
+class Formats:
+    """The part of a `Form` that does not depend on sizes; see there."""
 
-    rows: int
-    keys: int
-    piece: int
-    warps: int
-    stages: int
+    dot: Any
+    precision: str
+    weight: Any
+    weight_precision: str
+    three: bool = False
+    margin: float = 0.0
+    every: bool = False
 
 
-#: Tiles by the dtype of the scan and by whether one program holds all columns: the largest that spill nothing on any
+#: Halves are multiplied as they are, which is exact in the float32 accumulator. Their softmax weights are rounded to
+#: bfloat16 where the keys are; float16 would lose small ones, and TF32 holds a float16 key exactly.
+#:
+#: Float32 is the sum of two bfloat16 numbers to one part in 2^18; the three products of them that matter are off by
+#: 3 in 2^18 of |q| |n|, and by the rounding of the sum. TF32 cuts each factor to one part in 2^10.
+FORMATS = {
+    "bfloat16": Formats(tl.bfloat16, "tf32", tl.bfloat16, "tf32"),
+    "float16": Formats(tl.float16, "tf32", tl.float32, "tf32"),
+    "three": Formats(tl.float32, "ieee", tl.float32, "ieee", three=True, margin=2.0**-14),
+    "tf32": Formats(tl.float32, "tf32", tl.float32, "tf32", margin=2.0**-8, every=True),
+    "ieee": Formats(tl.float32, "ieee", tl.float32, "ieee"),
+}
+
+#: Tiles by the name of the formats and by whether one program holds all columns: the largest that spill nothing on any
 #: device. To be changed by a measurement.
 TILES = {
-    (torch.bfloat16, True): Tile(128, 64, 128, 8, 2),
-    (torch.bfloat16, False): Tile(128, 64, 64, 8, 1),
-    (torch.float16, True): Tile(64, 64, 128, 8, 1),
-    (torch.float16, False): Tile(64, 64, 64, 8, 1),
-    (torch.float32, True): Tile(64, 32, 32, 8, 1),
-    (torch.float32, False): Tile(64, 32, 32, 8, 1),
+    ("bfloat16", True): Tile(128, 64, 128, 128, 8, 2),
+    ("bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
+    ("float16", True): Tile(64, 64, 128, 128, 8, 1),
+    ("float16", False): Tile(64, 64, 128, 64, 8, 1),
+    ("three", True): Tile(128, 64, 128, 128, 8, 1),
+    ("three", False): Tile(128, 64, 64, 64, 8, 1),
+    ("tf32", True): Tile(64, 64, 128, 128, 8, 1),
+    ("tf32", False): Tile(64, 64, 128, 64, 8, 1),
+    ("ieee", True): Tile(64, 32, 64, 32, 8, 1),
+    ("ieee", False): Tile(64, 32, 64, 32, 8, 1),
 }
 #: Larger ones by the compute capability's major number too.
 TILES_OF = {
-    (9, torch.bfloat16, True): Tile(128, 128, 128, 8, 2),
-    (9, torch.float16, True): Tile(128, 64, 128, 8, 2),
-    (9, torch.float16, False): Tile(128, 64, 64, 8, 1),
-    (10, torch.float16, False): Tile(128, 64, 64, 8, 1),
+    (9, "bfloat16", True): Tile(128, 128, 128, 128, 8, 2),
+    (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
+    (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),
+    (10, "float16", False): Tile(128, 64, 128, 64, 8, 1),
 }
 
 
@@ -184,26 +225,35 @@ def generation_of(device: torch.device) -> int:
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
 
 
-def form_of(dtype: torch.dtype, dim: int, generation: int) -> Form:
+def formats_of(dtype: torch.dtype, generation: int) -> str:
+    """The name of the formats for a dtype.
+
+    Float32 follows `torch.backends.cuda.matmul.fp32_precision`: "tf32" takes TF32, "ieee" multiplies without tensor
+    cores. Where nothing has been set, three products of bfloat16 serve, which are nearly float32; devices before 9.0
+    have too few registers for them.
+    """
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    wanted = torch.backends.cuda.matmul.fp32_precision
+    if wanted in ("ieee", "tf32"):
+        return str(wanted)
+    return "three" if generation in (9, 10) else "ieee"
+
+
+def form_of(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> Form:
     """The form for a dtype, a width and a `generation_of` device; all spill nothing for sm_80, sm_90 and sm_100.
 
-    Halves are multiplied as they are, which is exact in the float32 accumulator. Float32 is multiplied without tensor
-    cores, for which blocks of 32 are safe: three TF32 products instead need more registers than there are. The softmax
-    weights are rounded to bfloat16 where the keys are; float16 would lose small ones, and TF32 holds a float16 key
-    exactly.
+    The interpreter rounds no number to fewer bits as a device does, so there float32 is multiplied as it is.
     """
-    chunk = min(64 if dtype == torch.float32 else CHUNK, triton.next_power_of_2(max(dim, TILE)))
-    narrow = dim <= chunk
-    tile = TILES_OF.get((generation, dtype, narrow), TILES[dtype, narrow])
-    formats = {
-        torch.float32: (tl.float32, "ieee", tl.float32, "ieee"),
-        torch.float16: (tl.float16, "tf32", tl.float32, "tf32"),
-        torch.bfloat16: (tl.bfloat16, "tf32", tl.bfloat16, "tf32"),
-    }[dtype]
-    if interpreted():
-        formats = (tl.float32, "ieee", tl.float32, "ieee")
-    piece = min(tile.piece, chunk)
-    return Form(*formats, tile.rows, tile.keys, chunk, piece, tile.warps, tile.stages)
+    name = "ieee" if interpreted() else formats_of(dtype, generation)
+    formats = FORMATS[name]
+    # A mask takes the registers that the three products leave.
+    narrow = dim <= CHUNK and not (masked and name == "three")
+    tile = TILES_OF.get((generation, name, narrow), TILES[name, narrow])
+    chunk = min(tile.chunk, triton.next_power_of_2(max(dim, TILE)))
+    sizes = (tile.rows, tile.keys, chunk, min(tile.piece, chunk), tile.warps, tile.stages)
+    multiplied = (formats.dot, formats.precision, formats.weight, formats.weight_precision, formats.three)
+    return Form(*multiplied, *sizes, formats.margin, formats.every)
 
 
 @dataclass(frozen=True)

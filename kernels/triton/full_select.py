@@ -76,8 +76,9 @@ def full_select(
             tiles,
             D=dim,
             PIECE=form.piece,
-            DOT=form.dot,
-            PRECISION=form.precision,
+            # What the scan multiplies in fewer bits counts in float32 here.
+            DOT=tl.float32 if form.margin else form.dot,
+            PRECISION="ieee" if form.margin else form.precision,
             MASKED=masked,
             ROWS=TILE,
             KEYS=keys,
@@ -126,7 +127,7 @@ def fill(
         for tile in range(tiles):
             o_key = (tl.program_id(1) * tiles + tile) * KEYS + tl.arange(0, KEYS)
             m_key = o_key < K
-            b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_key, D, PIECE, DOT, PRECISION)
+            b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_key, D, PIECE, DOT, PRECISION, False)
             if MASKED:
                 queue_image = tl.load(p_queue_image + o_key, m_key, -1)
                 b_similarity = tl.where(image[:, None] == queue_image[None, :], float("-inf"), b_similarity)

@@ -120,8 +120,9 @@ def _launch(
         images, queue_images, available = compact_ids(image_ids, queue_ids)
     wide = triton.next_power_of_2(max(dim, TILE))
     scale = math.log2(math.e) / temperature
-    form = form_of(q.dtype, dim, generation_of(device))
+    form = form_of(q.dtype, dim, generation_of(device), masked)
     common = {"D": dim, "PIECE": form.piece, "DOT": form.dot, "PRECISION": form.precision, "MASKED": masked}
+    common["THREE"] = form.three
 
     # Step one. Without an estimate the sample still gives the shift.
     sampling = stride_and_rank(length, hard) if hard else None
@@ -216,10 +217,13 @@ def _launch(
         if capacity:
             flag = outputs.fallback
             select[(rows,)](
+                q,
+                queue,
                 found,
                 count,
                 similarities.view(torch.int32),
                 threshold,
+                shift,
                 available,
                 hard_index,
                 hard_similarity,
@@ -232,6 +236,10 @@ def _launch(
                 SEGMENT=segment,
                 CAPACITY=capacity,
                 MASKED=masked,
+                **dims,
+                KEYS=max(1, 4096 // wide),
+                MARGIN=form.margin,
+                EVERY=form.every,
                 num_warps=max(1, min(capacity // 512, 32)),
             )
         else:

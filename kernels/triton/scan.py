@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.sample import product
+from synco_fast.kernels.triton.sample import multiply, product
 
 __all__ = ["OVERHANG", "scan"]
 
@@ -111,6 +111,7 @@ def scan(
     PRECISION: tl.constexpr,
     WEIGHT: tl.constexpr,
     WEIGHT_PRECISION: tl.constexpr,
+    THREE: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -133,7 +134,7 @@ def scan(
     ONE: tl.constexpr = CHUNK >= D and PIECE >= D
     if ONE:
         m_q = m_row[:, None] & m_out[None, :]
-        b_q = tl.load(p_q + o_row[:, None] * D + o_out[None, :], m_q, 0).to(DOT)
+        b_q = tl.load(p_q + o_row[:, None] * D + o_out[None, :], m_q, 0)
     if MASKED:
         image = tl.load(p_image + o_row, m_row, 0)
     if SEGMENT:
@@ -151,9 +152,10 @@ def scan(
         m_n = None if EVEN and D % CHUNK == 0 else m_key[:, None] & m_out[None, :]
         b_n = tl.load(p_n, m_n, None if EVEN and D % CHUNK == 0 else 0.0)
         if ONE:
-            b_similarity = tl.dot(b_q, tl.trans(b_n.to(DOT)), input_precision=PRECISION)
+            b_similarity = tl.zeros([ROWS, KEYS], tl.float32)
+            b_similarity = multiply(b_q, tl.trans(b_n), b_similarity, DOT, PRECISION, THREE)
         else:
-            b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_key, D, PIECE, DOT, PRECISION)
+            b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_key, D, PIECE, DOT, PRECISION, THREE)
         if MASKED:
             queue_image = tl.load(p_queue_image + o_key, m_key, -1)
             b_similarity = tl.where(image[:, None] == queue_image[None, :], float("-inf"), b_similarity)
@@ -165,7 +167,7 @@ def scan(
         b_rank += tl.sum((b_similarity > positive[:, None]).to(tl.int32), axis=1)
         b_p = tl.exp2(b_similarity * scale - shift[:, None])
         b_sum += tl.sum(b_p, axis=1)
-        b_total = tl.dot(b_p.to(WEIGHT), b_n.to(WEIGHT), b_total, input_precision=WEIGHT_PRECISION)
+        b_total = multiply(b_p, b_n, b_total, WEIGHT, WEIGHT_PRECISION, THREE)
     o_part = split.to(tl.int64) * B + o_row
     m_first = m_row & (chunk == 0)
     tl.store(p_sum + o_part, b_sum, m_first)

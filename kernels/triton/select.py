@@ -5,8 +5,12 @@ bisects the order-preserving integers of their similarities until exactly N reac
 is known and ties with it are left to settle (the smallest indices are taken), and stores the chosen ones side by side.
 No sort is needed, since Q^N is ordered by queue index.
 
+Where the scan multiplied in fewer bits than float32, its similarities leave open which keys near the N-th belong to
+Q^N. Those within a margin of it (twice what the scan may be off), or all down to it, are multiplied again in float32,
+and the choice is made among them once more.
+
 A row is flagged for the slow path (`full_select.py`) instead where too few candidates were found, more than there is
-room for in registers, or more in one segment than there is room for in memory.
+room for in registers, more in one segment than there is room for in memory, or where the margin reaches the threshold.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -26,12 +30,31 @@ def ordered(similarity):
     return tl.where(similarity == similarity, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
+@triton.jit
+def _cut(b_order, needed, low, high, reached):
+    """The largest integer that at least `needed` numbers reach, or one that exactly `needed` reach; how many reach it.
+
+    `reached` numbers reach low, and none is above high; int64 bounds, so that the middle cannot overflow.
+    """
+    while (low < high) & (reached != needed):
+        middle = (low + high + 1) >> 1
+        count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
+        enough = count >= needed
+        low = tl.where(enough, middle, low)
+        reached = tl.where(enough, count, reached)
+        high = tl.where(enough, high, middle - 1)
+    return low.to(tl.int32), reached
+
+
 @triton.jit(do_not_specialize=["K", "N"])
 def select(
+    p_q,
+    p_queue,
     p_found,
     p_count,
     p_place,
     p_threshold,
+    p_shift,
     p_available,
     p_hard_index,
     p_hard,
@@ -44,11 +67,18 @@ def select(
     SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr,
     MASKED: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    MARGIN: tl.constexpr,
+    EVERY: tl.constexpr,
 ):
     """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag where it does not count.
 
     found is (B, room) int64, similarity above index, SEGMENT places for each split; count is (B, splits); place,
     (B, CAPACITY) int32, is room to work in. Places of Q^N beyond the keys that a row may use get -inf and index 0.
+    MARGIN is twice the error of the similarities of unit rows, 0 where they count as they are; EVERY multiplies all
+    down to the margin again, KEYS at a time.
     """
     row = tl.program_id(0).to(tl.int64)
     available = K
@@ -84,17 +114,43 @@ def select(
         b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         b_order = tl.where(m_all, ordered(b_similarity), -(2**31))
 
-        # At least `needed` numbers reach low, `reached` of them, and fewer reach high + 1; int64 cannot overflow.
-        low, high = ordered(tl.load(p_threshold + row)).to(tl.int64), tl.max(b_order).to(tl.int64)
-        reached = total
-        while (low < high) & (reached != needed):
-            middle = (low + high + 1) >> 1
-            count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
-            enough = count >= needed
-            low = tl.where(enough, middle, low)
-            reached = tl.where(enough, count, reached)
-            high = tl.where(enough, high, middle - 1)
-        last = low.to(tl.int32)
+        threshold = tl.load(p_threshold + row)
+        low, high = ordered(threshold).to(tl.int64), tl.max(b_order).to(tl.int64)
+        last, reached = _cut(b_order, needed, low, high, total)
+        if MARGIN > 0:
+            border = (last ^ ((last >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            margin = MARGIN * tl.maximum(1, tl.load(p_shift + row))
+            flag = (total < available) & ~(border - margin > threshold)
+            tl.store(p_flag + row, flag.to(tl.int32))
+            b_near = m_all & ~(b_similarity < border - margin)
+            if not EVERY:
+                b_near = b_near & ~(b_similarity >= border + margin)
+            b_place = tl.cumsum(b_near.to(tl.int32), 0) - 1
+            near = tl.max(b_place) + 1
+            # Also what has been read from there is needed no more.
+            tl.debug_barrier()
+            tl.store(p_place + row * CAPACITY + b_place, b_index, b_near)
+            tl.debug_barrier()
+            o_dim = tl.arange(0, DIM)
+            m_dim = o_dim < D
+            q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
+            for start in range(0, near, KEYS):
+                o_near = start + tl.arange(0, KEYS)
+                m_near = o_near < near
+                key = tl.load(p_place + row * CAPACITY + o_near, m_near, 0).to(tl.int64)
+                m_n = m_near[:, None] & m_dim[None, :]
+                n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_n, 0).to(tl.float32)
+                exact = tl.sum(n * q[None, :], axis=1).to(tl.int32, bitcast=True)
+                tl.store(p_place + row * CAPACITY + o_near, exact, m_near)
+            tl.debug_barrier()
+            exact = tl.load(p_place + row * CAPACITY + b_place, b_near, 0).to(tl.float32, bitcast=True)
+            b_similarity = tl.where(b_near, exact, b_similarity)
+            # Those above the margin are chosen whatever the others turn out to be.
+            sure = tl.where(m_all & ~(b_similarity < border - margin), 0x7FFFFFFF, -(2**31))
+            b_order = tl.where(b_near, ordered(exact), sure)
+            total = tl.sum((b_order > -(2**31)).to(tl.int32))
+            lowest = tl.min(tl.where(b_near, b_order, 0x7FFFFFFF))
+            last, reached = _cut(b_order, needed, lowest.to(tl.int64), tl.max(b_order).to(tl.int64), total)
         b_chosen = (b_order >= last).to(tl.int32)
         if reached != needed:
             b_tie = (b_order == last).to(tl.int32)

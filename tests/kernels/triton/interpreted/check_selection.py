@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -129,3 +131,37 @@ def test_rows_of_the_slow_path_are_reported(make, monkeypatch, case, hard, expec
     # Where nothing is estimated, nothing failed.
     for negatives in (Negatives(hard=K), Negatives()):
         assert launch.contrast_and_gradient(*inputs, negatives, **settings).fallback.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("error", "every"), [(2.0**-9, True), (2.0**-9, False), (2.0**-16, False)])
+def test_similarities_of_few_bits_are_settled_in_float32(make, monkeypatch, error, every):
+    # What the scan found, off by up to `error`, which reorders the keys around the N-th.
+    inputs = make(3, K, 16)
+    rounded = []
+
+    class Rounding:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                found = arguments[2]
+                bits = (found >> 32).to(torch.int32)
+                off = bits.view(torch.float32) + (torch.rand(found.shape) * 2 - 1) * error
+                found.copy_((off.view(torch.int32).long() << 32) | (found & 0xFFFFFFFF))
+                rounded.append(1)
+                select[grid](*arguments, **options)
+
+            return launch
+
+    select, form_of = launch.select, launch.form_of
+    form = replace(form_of(torch.float32, 16, 0, False), margin=2 * error, every=every)
+    monkeypatch.setattr(launch, "select", Rounding())
+    monkeypatch.setattr(launch, "form_of", lambda *arguments: form)
+    monkeypatch.setattr(launch, "stride_and_rank", lambda length, hard: (1, 250))
+    values, index, slow = chosen(monkeypatch, inputs, 63)
+    assert rounded == [1]
+    assert slow == 0
+    expected, exact = hard_negatives(inputs.q @ inputs.queue.T, 63)
+    assert torch.equal(index, exact)
+    if every:
+        assert torch.equal(values, expected)
+    else:
+        torch.testing.assert_close(values, expected, rtol=0, atol=error)
