@@ -120,7 +120,7 @@ part() { # part NAME SECONDS COMMAND...: lines of JSON on its standard output go
 
 if [ "$DRY" = 1 ]; then
   # The interpreter takes seconds for what a GPU does in microseconds.
-  SHAPE=(--rows 1 --length 300 --dim 64 --hard 20) ONCE=("${SHAPE[@]}") DTYPES=(float32) REPEATS=1
+  SHAPE=(--rows 1 --length 300 --dim 64 --hard 20 --synthetic 60) ONCE=("${SHAPE[@]}") DTYPES=(float32) REPEATS=1
   export OMP_NUM_THREADS=1
 else
   SHAPE=(--rows 256 --length 65536 --dim 128 --hard 1024) DTYPES=(bfloat16 float32 float16) REPEATS=30

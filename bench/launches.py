@@ -25,7 +25,7 @@ from synco_fast.bench.loss import Shape, bare
 from synco_fast.bench.subjects import DTYPES
 from synco_fast.bench.timing import capture, seconds_of
 
-__all__ = ["Recorded", "intercepted", "recorded", "time_all", "time_launches"]
+__all__ = ["Recorded", "add_shape", "intercepted", "recorded", "shape_of", "time_all", "time_launches"]
 
 #: Takes the kernel, what the launch returned, the grid and the arguments by name.
 Seen = Callable[[Any, Any, Any, dict[str, Any]], None]
@@ -117,17 +117,29 @@ def time_launches(run: Callable[[], object], device: torch.device, *, repeats: i
     return found
 
 
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Add the numbers of a `Shape` to a program's options, the published ones by default."""
+    published = Shape(256, 65536)
+    for name in ("rows", "length", "dim", "hard", "synthetic"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(published, name))
+
+
+def shape_of(options: argparse.Namespace, dtype: str) -> Shape:
+    """The shape that the options of `add_shape` say."""
+    return Shape(options.rows, options.length, options.dim, options.hard, dtype, options.synthetic)
+
+
 def main() -> None:
     """Time each launch at one shape, or make them once for a tool that watches."""
     parser = argparse.ArgumentParser(description="Time the launches of the loss one by one.")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
-    for name, default in (("rows", 256), ("length", 65536), ("dim", 128), ("hard", 1024), ("repeats", 30)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--repeats", type=int, default=30)
+    add_shape(parser)
     parser.add_argument("--once", action="store_true", help="make the launches once, for a sanitizer or a profiler")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in options.dtypes:
-        shape = Shape(options.rows, options.length, options.dim, options.hard, dtype)
+        shape = shape_of(options, dtype)
         run = bare("triton", shape, device)
         if options.once:
             run()

@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from synco_fast.bench.baselines.field import linear_cross_entropy, product_loss, top_k
 from synco_fast.bench.baselines.loss import released_form
 from synco_fast.bench.timing import capture, peak_memory, reset_peak_memory, seconds_of
-from synco_fast.kernels import Negatives, reference, synthetic_contrast
+from synco_fast.kernels import FAMILIES, Negatives, reference, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
 
 __all__ = ["Shape", "bare", "extra_bytes", "measure", "prepare", "prepare_selection", "sweep"]
@@ -37,13 +37,14 @@ _COPIES = 16
 
 @dataclass(frozen=True)
 class Shape:
-    """B queries against K keys of D numbers, N of them hard; dtype by its name in torch."""
+    """B queries against K keys of D numbers, N of them hard; dtype by its name in torch; M synthetic negatives."""
 
     rows: int
     length: int
     dim: int = 128
     hard: int = 1024
     dtype: str = "float32"
+    synthetic: int = Negatives.synco().synthetic
 
     @property
     def itemsize(self) -> int:
@@ -58,8 +59,10 @@ class Shape:
 
     @property
     def negatives(self) -> Negatives:
-        """SynCo's 960 synthetic negatives; fewer hard ones than published where K holds no more."""
-        return Negatives.synco(min(self.hard, self.length))
+        """SynCo's synthetic negatives, scaled to M (one of a family at least); no more hard ones than K holds."""
+        share = self.synthetic / Negatives.synco().synthetic
+        counts: dict[str, Any] = {family.name: max(1, round(share * family.published)) for family in FAMILIES}
+        return Negatives(min(self.hard, self.length), **counts)
 
 
 def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +196,7 @@ def measure(
     """
     make = prepare if part == "loss" else prepare_selection
     # Libraries and thread pools are set up on a small shape, so that the peak below is the loss's alone.
-    make(backend, Shape(8, 2048, shape.dim, min(shape.hard, 1024), shape.dtype), device)()
+    make(backend, Shape(8, 2048, shape.dim, min(shape.hard, 1024), shape.dtype, shape.synthetic), device)()
     run = make(backend, shape, device)
     found: dict[str, Any] = {"backend": backend, "part": part, **asdict(shape)}
     if backend == "compiled":

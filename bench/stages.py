@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synco_fast.bench.launches import intercepted
+from synco_fast.bench.launches import add_shape, intercepted, shape_of
 from synco_fast.bench.loss import TEMPERATURE, Shape
 from synco_fast.bench.subjects import DTYPES
 from synco_fast.kernels.reference import hard_negatives, synthesise
@@ -98,10 +98,6 @@ def _scan(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     yield "V", float(((total - weights @ expected.queue).abs().amax(dim=1) / largest).max()), rounding
     above = (expected.similarity > expected.positive[:, None]).sum(dim=1)
     yield "rank", _largest(a["p_rank"].sum(dim=0), above.double()), 0
-    if "p_marks" in a and a["p_marks"] is not None:
-        bits = (a["p_marks"][:, :, None] >> torch.arange(32, device=total.device)) & 1
-        marked = bits.flatten(1)[:, : expected.similarity.shape[1]].bool()
-        yield "marks", float((marked != (expected.similarity > expected.threshold[:, None])).sum()), 0
     if "p_found" in a and a["p_found"] is not None:
         yield "candidates", float(_wrong_candidates(a, expected)), 0
 
@@ -124,29 +120,41 @@ def _wrong_candidates(a: Arguments, expected: _Expected) -> int:
     return wrong
 
 
-def _chosen(a: Arguments, expected: _Expected) -> Iterator[Finding]:
-    done = ~expected.flagged
-    if "p_flag" in a and a["p_flag"] is not None:
-        done = done | (a["p_flag"] == 0) if expected.flagged.any() else a["p_flag"] == 0
-    yield from _hard(a, expected, done)
-    expected.flagged = ~done
+def _select(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    expected.flagged = a["p_flag"] != 0
+    yield "rows left", float(expected.flagged.sum()), float(len(expected.q))
+    yield from _hard(a["p_hard_index"], a["p_hard"], expected, ~expected.flagged)
 
 
-def _slow(a: Arguments, expected: _Expected) -> Iterator[Finding]:
-    # Whatever was flagged before is done now.
-    yield from _hard(a, expected, torch.ones_like(expected.flagged))
+def _fill(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    """The similarities of flagged rows, as integers in their order."""
+    some = _rows_of(a["p_flag"], a["B"])
+    flagged = (a["p_flag"] != 0).nonzero()[:, 0]
+    bits = a["p_room"][flagged]
+    found = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    yield "similarity", _largest(found, expected.similarity[some][flagged]), 1e-6
 
 
-def _hard(a: Arguments, expected: _Expected, done: Tensor) -> Iterator[Finding]:
+def _choose(a: Arguments, expected: _Expected) -> Iterator[Finding]:
+    some = _rows_of(a["p_flag"], len(a["p_flag"]))
+    done = torch.zeros_like(expected.flagged)
+    done[some] = True
+    hard = a["p_hard_index"].shape[1]
+    index, value = (a[name].new_zeros(len(done), hard) for name in ("p_hard_index", "p_hard"))
+    index[some], value[some] = a["p_hard_index"], a["p_hard"]
+    yield from _hard(index, value, expected, done)
+
+
+def _rows_of(flag: Tensor, count: int) -> slice:
+    """Which rows a slice of the flags stands for."""
+    begin = flag.storage_offset()
+    return slice(begin, begin + count)
+
+
+def _hard(index: Tensor, value: Tensor, expected: _Expected, done: Tensor) -> Iterator[Finding]:
     """Q^N against the reference's, in its order, for the rows that are done."""
-    yield "rows left", float((~done).sum()), float(len(done))
-    yield "index", float((a["p_hard_index"].long() != expected.index)[done].sum()), 0
-    yield "similarity", _largest(a["p_hard"][done], expected.values[done]), 1e-6
-
-
-def _collect(a: Arguments, expected: _Expected) -> Iterator[Finding]:
-    above = (expected.similarity > expected.threshold[:, None]).sum(dim=1)
-    yield "count", _largest(a["p_count"], above.double()), 0
+    yield "index", float((index.long() != expected.index)[done].sum()), 0
+    yield "hard", _largest(value[done], expected.values[done]), 1e-6
 
 
 def _mix(a: Arguments, expected: _Expected) -> Iterator[Finding]:
@@ -183,28 +191,34 @@ CHECKS: dict[str, Callable[[Arguments, _Expected], Iterator[Finding]]] = {
     "sample": _sample,
     "rank": _rank,
     "scan": _scan,
-    "collect": _collect,
-    "order": _chosen,
-    "select": _chosen,
-    "full_sort": _slow,
+    "select": _select,
+    "fill": _fill,
+    "choose": _choose,
     "mix": _mix,
     "reduce": _reduce,
 }
 
 
-def check_stages(shape: Shape, device: torch.device, say: Callable[[dict[str, Any]], None]) -> bool:
+def check_stages(
+    shape: Shape, device: torch.device, say: Callable[[dict[str, Any]], None], *, tied: bool = False, repeats: int = 20
+) -> bool:
     """Compare what each launch left with float64, and some repeats with each other.
 
     Args:
         shape: Up to 1,024 rows.
         device: A CUDA device, or the CPU where the kernels are interpreted.
+        tied: Make all keys of the queue equal, so that every row takes the slow way.
+        repeats: How often all is computed again, which must give the same bits.
         say: Takes a line for each launch as soon as it is compared, and one before it is made.
 
     Returns:
         Whether all were right.
     """
     inputs = exact_inputs(shape.rows, shape.length, shape.dim, shape.torch_dtype).to(device=device)
+    if tied:
+        inputs.queue[:] = inputs.queue[0].clone()
     expected = _Expected(inputs, shape)
+    about: dict[str, Any] = {"dtype": shape.dtype, "tied": tied}
     right = True
 
     def settle() -> None:
@@ -216,7 +230,7 @@ def check_stages(shape: Shape, device: torch.device, say: Callable[[dict[str, An
         settle()
         name = kernel.fn.__name__
         check = CHECKS.get(name)
-        line: dict[str, Any] = {"stage": name, "dtype": shape.dtype, "compared": check is not None, "wrong": []}
+        line: dict[str, Any] = {"stage": name, **about, "compared": check is not None, "wrong": []}
         for what, error, allowed in check(arguments, expected) if check else ():
             line[what] = error
             if not error <= allowed:
@@ -225,28 +239,35 @@ def check_stages(shape: Shape, device: torch.device, say: Callable[[dict[str, An
         say(line)
 
     settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": _SEED, "step": _STEP}
-    with intercepted(compare, run=True, before=lambda launch: say({"launch": launch.name, "dtype": shape.dtype})):
+    with intercepted(compare, run=True, before=lambda launch: say({"launch": launch.name, **about})):
         first = contrast_and_gradient(*inputs, shape.negatives, **settings)
     differ = 0
-    for _ in range(20 if device.type == "cuda" else 1):
+    for _ in range(repeats):
         again = contrast_and_gradient(*inputs, shape.negatives, **settings)
         differ += not all(
             torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(first, again, strict=True)
         )
-    say({"stage": "repeats", "dtype": shape.dtype, "differ": differ, "wrong": ["other bits"] if differ else []})
+    say({"stage": "repeats", **about, "differ": differ, "wrong": ["other bits"] if differ else []})
     return right and not differ
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
 
 
 def main() -> int:
     """Check the stages at one shape and print lines of JSON."""
     parser = argparse.ArgumentParser(description="Compare each launch of the loss with float64.")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    for name, default in (("rows", 256), ("length", 65536), ("dim", 128), ("hard", 1024)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_shape(parser)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Shape(options.rows, options.length, options.dim, options.hard, options.dtype)
-    return not check_stages(shape, device, lambda line: print(json.dumps(line), flush=True))
+    shape = shape_of(options, options.dtype)
+    right = []
+    for tied in (False, True):
+        repeats = 20 if device.type == "cuda" else 1
+        right.append(check_stages(shape, device, _say, tied=tied, repeats=repeats))
+    return not all(right)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,9 @@ def _stages(folder: Path) -> str:
                 continue
             begun = ""
             verdict = "; ".join(line["wrong"]) or ("right" if line.get("compared", True) else "not compared")
-            rows.append(f"  {line['dtype']:9} {line['stage']:12} {verdict}")
+            rows.append(
+                f"  {line['dtype']:9} {line['stage']:12} {verdict}{' (all keys equal)' * line.get('tied', False)}"
+            )
         if begun:
             rows.append(f"  {file.stem.removeprefix('stages-'):9} {begun:12} never came back")
     return "\n".join(["each launch against float64", *rows]) if rows else ""

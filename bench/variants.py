@@ -15,13 +15,25 @@ from typing import Any
 
 import torch
 
-from synco_fast.bench.launches import time_all, time_launches
+from synco_fast.bench.launches import add_shape, shape_of, time_all, time_launches
 from synco_fast.bench.loss import TEMPERATURE, Shape, bare
 from synco_fast.bench.subjects import DTYPES
 from synco_fast.kernels.triton import contrast_and_gradient
 from synco_fast.kernels.validation import exact_inputs
 
 __all__ = ["Variant", "applied", "variants_of"]
+
+
+#: Rows, keys, columns of a step, warps and stages of the scan's tile.
+_TILES = (
+    (64, 64, 128, 4, 3),
+    (64, 64, 128, 8, 2),
+    (64, 128, 128, 4, 2),
+    (128, 64, 128, 8, 2),
+    (128, 64, 128, 8, 3),
+    (128, 128, 128, 8, 2),
+    (128, 128, 128, 8, 3),
+)
 
 
 @dataclass(frozen=True)
@@ -62,9 +74,18 @@ def applied(variant: Variant | None) -> Iterator[None]:
 
 def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
     """What else could be launched at a shape."""
-    from synco_fast.kernels.triton import launch
+    from synco_fast.kernels.triton import config, launch
 
     found = [Variant(f"mix in {parts} parts", launch, "PARTS", parts) for parts in (4, 8, 16) if parts != launch.PARTS]
+    generation, dtype = config.generation_of(device), shape.torch_dtype
+    narrow = shape.dim <= config.form_of(dtype, shape.dim, generation).chunk
+    key = (generation, dtype, narrow)
+    present = config.TILES_OF.get(key, config.TILES[dtype, narrow])
+    for tile in _TILES:
+        other = config.Tile(tile[0], tile[1], min(present.piece, tile[2]), *tile[3:])
+        if other != present and dtype != torch.float32:
+            name = f"scan {other.rows} x {other.keys}, {other.warps} warps, {other.stages} stages"
+            found.append(Variant(name, config.TILES_OF, key, other))
     return found
 
 
@@ -86,11 +107,11 @@ def main() -> None:
     """Compare and time every variant at one shape."""
     parser = argparse.ArgumentParser(description="Time other ways to launch the kernels of the loss.")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    for name, default in (("rows", 256), ("length", 65536), ("dim", 128), ("hard", 1024), ("repeats", 30)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--repeats", type=int, default=30)
+    add_shape(parser)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Shape(options.rows, options.length, options.dim, options.hard, options.dtype)
+    shape = shape_of(options, options.dtype)
     expected = _outputs(shape, device)
     for variant in [None, *variants_of(shape, device)]:
         line: dict[str, Any] = {"variant": variant.name if variant else "as it is", "dtype": shape.dtype}

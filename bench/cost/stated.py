@@ -77,6 +77,8 @@ _NEVER: Callable[[Shape], float] = lambda shape: 0.0  # noqa: E731
 _ALWAYS: Callable[[Shape], float] = lambda shape: 1.0  # noqa: E731
 
 STATED: dict[str, Stated] = {
+    # Between the bounds of a sample's similarities to a rank that may be off by a sixteenth.
+    "rank": Stated({"while (low < high) & (reached > wanted": lambda shape: 12.0}),
     "scan": Stated(moved=_scan),
     "select": Stated(
         {

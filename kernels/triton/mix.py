@@ -14,7 +14,7 @@ The similarities q.s are written out; `reduce` sums what the loss and the statis
 the negatives is compiled in: a new family of this form is a new row of the table that the launcher passes.
 """
 
-# mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="assignment, misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
@@ -268,11 +268,12 @@ def mix(
         q += (tl.load(p_q + row64 * D + o_dim, o_dim < D, 0).to(tl.float32)[None, :],)
         b_total += (tl.zeros([SLOTS, PIECE], tl.float32),)
     b_along = tl.zeros([SLOTS], tl.float32)
+    # Before the branch, in which a name may not change its type.
+    if STEP_ON_DEVICE:
+        step = tl.load(p_step)
     if available > 0:
         squared = tl.sum(_inner(q, q, PIECES), axis=0)
         shift = tl.load(p_shift + row) * scale
-        if STEP_ON_DEVICE:
-            step = tl.load(p_step)
         k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
         c0 = (first_row + row).to(tl.uint32)
         size = tl.minimum(available, N).to(tl.uint32)

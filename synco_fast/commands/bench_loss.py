@@ -53,6 +53,7 @@ def add(commands: Commands) -> None:
         command.add_argument(f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured")
     command.add_argument("--dim", type=positive, default=128, help="D")
     command.add_argument("--hard", type=positive, default=1024, help="N; all of a queue that is shorter")
+    command.add_argument("--synthetic", type=positive, default=960, help="M, spread over the types as published")
     command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU and in the model by default")
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
@@ -76,7 +77,8 @@ def _shapes(options: argparse.Namespace, dtype: str, *, large: bool) -> list[Sha
         pairs = [(rows, 65536) for rows in (64, 256, 1024, 4096)] + [(256, length) for length in (4096, 16384, 262144)]
     else:
         pairs = list(itertools.product((64, 256), (4096, 65536)))
-    return [Shape(rows, length, options.dim, options.hard, dtype) for rows, length in pairs]
+    numbers = options.dim, options.hard, dtype, options.synthetic
+    return [Shape(rows, length, *numbers) for rows, length in pairs]
 
 
 def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
@@ -217,7 +219,7 @@ def _model(options: argparse.Namespace, console: Console) -> int:
     device = DEVICES[options.capability]
     found = []
     for rows, length in itertools.product(options.rows or [256], options.length or [65536]):
-        shape = Shape(rows, length, options.dim, options.hard, options.dtype or "bfloat16")
+        shape = Shape(rows, length, options.dim, options.hard, options.dtype or "bfloat16", options.synthetic)
         costs = costs_of_loss(shape, options.capability)
         found.append({"shape": asdict(shape), "total": total(costs), "launches": [cost.as_dict() for cost in costs]})
         _print_model(costs, f"{device.name}, B = {shape.rows:,}, K = {shape.length:,}, {shape.dtype}", console)

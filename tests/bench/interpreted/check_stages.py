@@ -10,22 +10,44 @@ from synco_fast.bench.variants import _agree, _outputs, applied, variants_of
 from synco_fast.kernels.triton import launch
 
 CPU = torch.device("cpu")
-SMALL = Shape(2, 300, 64, 20)
+SMALL = Shape(2, 300, 64, 20, synthetic=12)
 
 
-def compared(shape=SMALL):
+def compared(shape=SMALL, tied=False):
     lines = []
-    right = stages.check_stages(shape, CPU, lines.append)
+    right = stages.check_stages(shape, CPU, lines.append, tied=tied, repeats=1)
     return right, lines
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_launch_is_right(dtype):
-    right, lines = compared(Shape(3, 300, 48, 20, dtype))
+    right, lines = compared(Shape(3, 300, 48, 20, dtype, 60))
     assert right, [line for line in lines if line.get("wrong")]
     made = [line["launch"] for line in lines if "launch" in line]
     assert [line["stage"] for line in lines if "stage" in line] == [*made, "repeats"]
     assert set(made) <= set(stages.CHECKS), "each has a comparison"
+
+
+def test_the_slow_way_is_right_and_a_wrong_one_is_named(monkeypatch):
+    right, lines = compared(tied=True)
+    assert right, [line for line in lines if line.get("wrong")]
+    left = [line["rows left"] for line in lines if line.get("stage") == "select"]
+    assert left == [SMALL.rows], "every row was flagged"
+    for name, spoil in (
+        ("fill", lambda a: a["p_room"].add_(1 << 20)),
+        ("choose", lambda a: a["p_hard_index"][:, -1].add_(1)),
+    ):
+        check = stages.CHECKS[name]
+
+        def spoilt(arguments, expected, check=check, spoil=spoil):
+            spoil(arguments)
+            return check(arguments, expected)
+
+        with monkeypatch.context() as patch:
+            patch.setitem(stages.CHECKS, name, spoilt)
+            right, lines = compared(tied=True)
+        assert not right
+        assert next(line["stage"] for line in lines if line.get("wrong")) == name
 
 
 SPOILT = {
@@ -34,7 +56,7 @@ SPOILT = {
     "scan": lambda a: a["p_sum"].mul_(1.001),
     "mix": lambda a: a["p_total"].mul_(1.01),
     "reduce": lambda a: a["p_loss"].add_(1e-3),
-    "full_sort": lambda a: a["p_hard_index"][:, 0].add_(1),
+    "select": lambda a: a["p_hard_index"][:, 0].add_(1),
 }
 
 
