@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import get_args
 
 from synco_fast import commands
-from synco_fast.bench import subjects
-from synco_fast.commands import COMMANDS
+from synco_fast.bench import norm, subjects
+from synco_fast.commands import COMMANDS, bench_norm
 from synco_fast.export.formats import FORMATS
 from synco_fast.kernels.backends import BACKENDS, Backend
 from synco_fast.methods import METHODS
@@ -30,6 +30,10 @@ def test_every_export_format_is_written_and_documented():
 def test_backends_are_those_of_the_operator_and_are_measured():
     assert set(get_args(Backend)) == {"auto", *BACKENDS}
     assert set(BACKENDS) <= set(subjects.BACKENDS)
+
+
+def test_subjects_of_the_norms_benchmark_are_those_of_its_command():
+    assert set(bench_norm._SUBJECTS) == set(norm.SUBJECTS)
 
 
 def test_every_method_is_a_module_that_builds():
