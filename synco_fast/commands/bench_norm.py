@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.options import add_options
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 _SUBJECTS = ("grouped", "split", "plain", "compiled", "native", "triton", "apex")
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench norm``."""
-    command = verbs.add(
+    command = commands.add(
         "bench norm",
         _bench_norm,
         "Time of batch norm, add and ReLU, forward and backward, by form and layer shape of a ResNet, beside the bytes "
@@ -33,16 +33,15 @@ def add(verbs: Verbs) -> None:
     command.add_argument("--groups", type=positive, default=8, help="of batch norm")
     command.add_argument("--subjects", nargs="+", choices=_SUBJECTS, help="all that this machine can run by default")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs a round; 3 on a CPU and 20 on a GPU by default")
     command.add_argument("--rounds", type=positive, default=5, help="how often the subjects are gone through in turn")
     command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    add_options(command, "json")
 
 
 def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     import torch
-    from rich.progress import track
 
     from synco_fast.bench.norm import SUBJECTS, measure_norm, totals, unavailable
     from synco_fast.bench.norm_model import FORMS, layers_of, step_work
@@ -51,6 +50,7 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
+    from synco_fast.runtime.progress import ProgressBar
 
     device, dtype = resolve_device(options.device), getattr(torch, options.dtype)
     on_gpu = device.type == "cuda"
@@ -69,18 +69,20 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
         raise UserError(f"backbone: found {options.backbone}, expected a torchvision or timm ResNet")
     ceilings = measure_ceilings(device, dtype)
     results: list[dict[str, Any]] = []
-    for layer in track(layers, "measuring", console=console, transient=True, disable=not console.is_terminal):
-        results += measure_norm(
-            subjects,
-            [layer],
-            batch=batch,
-            groups=options.groups,
-            device=device,
-            dtype=dtype,
-            bandwidth=ceilings.bytes,
-            repeats=options.repeats or (20 if on_gpu else 3),
-            rounds=options.rounds,
-        )
+    with ProgressBar(console, "measuring", len(layers), unit="layer") as bar:
+        for layer in layers:
+            results += measure_norm(
+                subjects,
+                [layer],
+                batch=batch,
+                groups=options.groups,
+                device=device,
+                dtype=dtype,
+                bandwidth=ceilings.bytes,
+                repeats=options.repeats or (20 if on_gpu else 3),
+                rounds=options.rounds,
+            )
+            bar.advance()
     shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
     shape["groups"] = options.groups
     counted = {form: step_work(form, **shape)._asdict() for form in FORMS}

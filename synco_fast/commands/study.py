@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from synco_fast.commands.options import path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 
@@ -33,7 +34,7 @@ def add(commands: Commands) -> None:
         "--vary", action="append", default=[], metavar="KEY=A,B", help="a setting and its values; may be repeated"
     )
     command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the study's folder")
+    command.add_argument("--out", type=path, required=True, metavar="DIR", help="the study's folder")
     command.add_argument("--record", type=Path, metavar="DIR", help="where table and picture go; --out by default")
     command.add_argument("--baseline", metavar="NAME", help="the method that differences are taken from; the first")
     command.add_argument(
@@ -90,17 +91,13 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
 
 def _varied(word: str) -> tuple[str, list[Any]]:
     """``KEY=A,B`` as key and values; each value is read as YAML."""
-    import yaml
-
     from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.strict_yaml import parse_yaml
 
     key, equals, values = word.partition("=")
     if not equals or not key or not values:
         raise ConfigError(f"vary: found {word!r}, expected KEY=A,B")
-    try:
-        return key, [yaml.safe_load(value) for value in values.split(",")]
-    except yaml.YAMLError as error:
-        raise ConfigError(f"vary: found {word!r}, whose values cannot be read as YAML") from error
+    return key, [parse_yaml(value, f"vary {key}") for value in values.split(",")]
 
 
 def _command(options: argparse.Namespace, rest: Sequence[str]) -> str:

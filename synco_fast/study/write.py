@@ -10,14 +10,13 @@ from matplotlib.figure import Figure
 
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json, write_text
+from synco_fast.runtime.style import COLOURS
 from synco_fast.study.plan import Trial
 from synco_fast.study.results import Row, Study
 
 __all__ = ["draw_learning_curves", "page", "write_record"]
 
 matplotlib.use("Agg")
-#: Okabe and Ito's colours, told apart by everyone.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
 
 
 def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: str) -> None:
@@ -141,7 +140,7 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
     for axes in list(panels.flat)[len(groups) :]:
         axes.axis("off")
     for axes, group in zip(panels.flat, groups, strict=False):
-        for method, colour in zip(methods, _COLOURS * len(methods), strict=False):
+        for method, colour in zip(methods, COLOURS * len(methods), strict=False):
             label: str | None = method
             for trial in trials:
                 if (trial.group, trial.method) != (group, method) or trial.name not in study.runs:

@@ -276,6 +276,7 @@ def test_two_processes_find_what_one_finds(make_run, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("linear of") == 1, "one process prints"
     two = json.loads((tmp_path / "two" / "linear.json").read_text())
-    assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=0.2)
+    # 33 images are filled up to 34 for two ranks, so one of them counts twice.
+    assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=0.005)
     assert np.sum(two["confusion"]) == 12
     assert json.loads((tmp_path / "two" / "knn.json").read_text())["accuracies"] == knn["accuracies"]

@@ -1,0 +1,62 @@
+"""Every list of names has one source, and what else names its entries agrees with it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+from typing import get_args
+
+from synco_fast import commands
+from synco_fast.bench import norm, subjects
+from synco_fast.commands import COMMANDS, bench_norm
+from synco_fast.export.formats import FORMATS
+from synco_fast.kernels.backends import BACKENDS, Backend
+from synco_fast.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Modules of `synco_fast.commands` that are no subcommand.
+HELPERS = {"options", "overrides", "parser"}
+
+
+def test_every_export_format_is_written_and_documented():
+    for name in FORMATS:
+        assert callable(importlib.import_module(f"synco_fast.export.formats.{name}").write)
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(FORMATS)
+
+
+def test_backends_are_those_of_the_operator_and_are_measured():
+    assert set(get_args(Backend)) == {"auto", *BACKENDS}
+    assert set(BACKENDS) <= set(subjects.BACKENDS)
+
+
+def test_subjects_of_the_norms_benchmark_are_those_of_its_command():
+    assert set(bench_norm._SUBJECTS) == set(norm.SUBJECTS)
+
+
+def test_every_method_is_a_module_that_builds():
+    for spec in METHODS.values():
+        assert callable(importlib.import_module(f"synco_fast.methods.{spec.module}").build)
+
+
+def test_every_module_of_commands_is_a_subcommand():
+    found = {module.name for module in pkgutil.iter_modules(commands.__path__)} - HELPERS
+    assert found == {module.__name__.rpartition(".")[2] for module in COMMANDS}
+    assert len(COMMANDS) == len(set(COMMANDS))
+
+
+def test_colours_and_shared_options_are_written_once():
+    for pattern, home in ((r"#0072B2", "runtime/style.py"), (r"\"--(json|precision|device)\"", "commands/options.py")):
+        files = [file for file in (ROOT / "synco_fast").rglob("*.py") if re.search(pattern, file.read_text())]
+        assert [file.relative_to(ROOT / "synco_fast").as_posix() for file in files] == [home]
+
+
+def test_files_and_bars_are_made_in_one_place():
+    own = {"runtime/progress.py"}
+    for file in (ROOT / "synco_fast").rglob("*.py"):
+        name = file.relative_to(ROOT / "synco_fast").as_posix()
+        text = file.read_text(encoding="utf-8")
+        assert name in own or "rich.progress" not in text, name
+        assert "safe_load(" not in text, name
