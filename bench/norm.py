@@ -173,5 +173,5 @@ def totals(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for result in results:
         if "failed" not in result:
-            found[result["subject"]] = found.get(result["subject"], 0.0) + result["count"] * result["median_s"]
+            found[result["subject"]] = found.get(result["subject"], 0.0) + result["times"] * result["median_s"]
     return found

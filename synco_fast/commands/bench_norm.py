@@ -109,7 +109,7 @@ def _print(results: list[dict[str, Any]], together: dict[str, float], title: str
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         follows = "+add" * result["residual"] + "+relu" * result["relu"]
-        layer = f"{result['count']}x {result['channels']}, {result['height']}x{result['width']} {follows}"
+        layer = f"{result['times']}x {result['channels']}, {result['height']}x{result['width']} {follows}"
         figures = f"{1e3 * result['median_s']:,.3f}", f"{result['gb_s']:,.1f}", f"{result['floor']:.0%}"
         table.add_row(layer, result["subject"], *figures)
     console.print(table)

@@ -33,15 +33,15 @@ def test_bytes_and_launches_of_a_resnet50_step(counted):
 def test_the_count_is_that_of_the_layers(counted):
     """What is counted call by call are the passes of each layer, and the sums where a block's input goes two ways."""
     layers = layers_of()
-    assert sum(layer.count for layer in layers) == 53
+    assert sum(layer.times for layer in layers) == 53
     blocks = [layer for layer in layers if layer.residual]
-    assert sum(layer.count for layer in blocks) == 16
+    assert sum(layer.times for layer in blocks) == 16
     for form, work in counted.items():
         expected = 0
         for layer in layers:
             forward, backward = passes(layer, form)
             size = 256 * layer.channels * layer.height * layer.width * 2
-            expected += layer.count * size * (2 * forward + backward)
+            expected += layer.times * size * (2 * forward + backward)
         assert 0 <= work.bytes - expected < 0.13 * expected, "the sums are an eighth of the kernels' at most"
 
 
