@@ -1,4 +1,4 @@
-"""Time of norm, add and ReLU, forward and backward, by form and layer shape of a ResNet.
+"""Time of norm, add and ReLU, forward and backward, by form (`bench/subjects.py`) and layer shape of a ResNet.
 
 Rounds go through all forms in turn, so that a machine that slows down slows down all, and the median counts.
 """
@@ -18,17 +18,7 @@ from synco_fast.bench.timing import seconds_of
 from synco_fast.kernels.norm import NormBackend, batch_norm, unserved_by_triton
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 
-__all__ = ["SUBJECTS", "measure_norm", "prepare_norm", "totals", "unavailable"]
-
-SUBJECTS = {
-    "grouped": "a call of PyTorch's batch norm a group, put together by a copy, then add and ReLU",
-    "split": "`SplitBatchNorm2d`, which on a CPU copies nothing, then add and ReLU: a step with model.norm plain",
-    "plain": "torch.nn.BatchNorm2d of the whole batch, then add and ReLU",
-    "compiled": "the formula in groups under torch.compile",
-    "native": "PyTorch's kernels, on a CPU group by group in the cache",
-    "triton": "the kernels of synco_fast.kernels.norm",
-    "apex": "NVIDIA apex's contrib.groupbn, float16, one group",
-}
+__all__ = ["measure_norm", "prepare_norm", "totals", "unavailable"]
 
 
 def unavailable(subject: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -51,7 +41,7 @@ def prepare_norm(
     """A function that runs a layer forward and backward once and returns the gradients of x and of the residual.
 
     Args:
-        subject: One of `SUBJECTS`, for which `unavailable` gives None.
+        subject: One of `NORMS`, for which `unavailable` gives None.
         layer: Shape, and what follows the norm.
         batch: B.
         groups: Of the batch; "plain" and "apex" have one.
@@ -138,7 +128,7 @@ def measure_norm(
     """Every subject at every layer shape.
 
     Args:
-        subjects: Of `SUBJECTS`.
+        subjects: Of `NORMS`.
         layers: See `synco_fast.bench.norm_model.layers_of`.
         batch: B.
         groups: Of the batch.
@@ -183,5 +173,5 @@ def totals(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     found: dict[str, float] = {}
     for result in results:
         if "failed" not in result:
-            found[result["subject"]] = found.get(result["subject"], 0.0) + result["count"] * result["median_s"]
+            found[result["subject"]] = found.get(result["subject"], 0.0) + result["times"] * result["median_s"]
     return found

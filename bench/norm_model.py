@@ -57,7 +57,7 @@ class Layer(NamedTuple):
     width: int
     relu: bool
     residual: bool
-    count: int = 1
+    times: int = 1
 
     @property
     def kind(self) -> str:
@@ -146,12 +146,14 @@ class _StandIn(nn.Module):
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
         self.channels = convolution.out_channels
-        self.numbers = convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation
+        padding = convolution.padding
+        assert not isinstance(padding, str)
+        self.numbers = convolution.kernel_size, convolution.stride, padding, convolution.dilation
 
     def forward(self, x: Tensor) -> Tensor:
         """Memory of the map that the convolution would give."""
         sides = [
-            (side + 2 * int(padding) - dilation * (kernel - 1) - 1) // stride + 1
+            (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for side, kernel, stride, padding, dilation in zip(x.shape[2:], *self.numbers, strict=True)
         ]
         made: Tensor = _Allocate.apply(x, torch.Size((len(x), self.channels, *sides)))
@@ -189,7 +191,8 @@ def step_work(form: str, *, backbone: str = "resnet50", batch: int = 256, size: 
             model(images)
         y = model(images)
         y.backward(torch.empty_like(y))
-    return counter.work
+    work: Work = counter.work
+    return work
 
 
 def layers_of(backbone: str = "resnet50", size: int = 224) -> list[Layer]:
@@ -210,4 +213,4 @@ def layers_of(backbone: str = "resnet50", size: int = 224) -> list[Layer]:
             part.register_forward_pre_hook(note)
     with torch.no_grad():
         model(torch.empty(2, 3, size, size, device="meta"))
-    return [layer._replace(count=count) for layer, count in found.items()]
+    return [layer._replace(times=times) for layer, times in found.items()]

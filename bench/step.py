@@ -58,7 +58,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
         values["method"] = {**values["method"], "name": subject}
     if subject == "encoder-plain":
         # The true limit: nothing of a batch norm over groups, and the library's choice of algorithms by trial.
-        values["model"] = {**values["model"], "batch_norm_groups": 1}
+        values["model"] = {**values["model"], "batch_norm_groups": 1, "norm": "plain"}
         values["training"]["channels_last"] = True
         torch.backends.cudnn.benchmark = True
     config = build_config(values)

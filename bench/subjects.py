@@ -13,6 +13,7 @@ __all__ = [
     "ENGINES",
     "FIELD",
     "LOSS_BACKENDS",
+    "NORMS",
     "PIPELINES",
     "PIPELINES_OF",
     "SELECTIONS",
@@ -51,6 +52,17 @@ SELECTIONS = {
     "topk-flashinfer-only": "FlashInfer's top-k",
     "blockwise": "the blockwise form without synthetic negatives: it sums the softmax as well",
     "triton": "the kernels without synthetic negatives: they sum the softmax as well",
+}
+
+#: Forms of norm, add and ReLU.
+NORMS = {
+    "grouped": "a call of PyTorch's batch norm a group, put together by a copy, then add and ReLU",
+    "split": "`SplitBatchNorm2d`, which on a CPU copies nothing, then add and ReLU: a step with model.norm plain",
+    "plain": "torch.nn.BatchNorm2d of the whole batch, then add and ReLU",
+    "compiled": "the formula in groups under torch.compile",
+    "native": "PyTorch's kernels, on a CPU group by group in the cache",
+    "triton": "the kernels of synco_fast.kernels.norm",
+    "apex": "NVIDIA apex's contrib.groupbn, float16, one group",
 }
 
 #: Steps: two limits, a plain loop and the methods.

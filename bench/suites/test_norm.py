@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from synco_fast.bench.norm import SUBJECTS, prepare_norm, unavailable
+from synco_fast.bench.norm import prepare_norm, unavailable
 from synco_fast.bench.norm_model import Layer
+from synco_fast.bench.subjects import NORMS
 
 LAYERS = [Layer(64, 56, 56, True, False), Layer(256, 56, 56, True, True), Layer(2048, 7, 7, True, True)]
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", NORMS)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: f"{layer.channels}x{layer.height}-{layer.kind}")
 def test_norm(timed: Callable[[Callable[[], object]], None], device: torch.device, subject: str, layer: Layer) -> None:
     """Layers of a ResNet-50 in eight groups; 256 images on a GPU and 16 on a CPU."""

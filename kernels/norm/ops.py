@@ -132,7 +132,8 @@ def _by_operators(
         assert running_mean is not None
         assert running_var is not None
         mean, variance = running_mean[None], running_var[None]
-    return _normalise(x, mean, variance, weight, bias, residual, relu, training, eps)
+    y: Tensor = _normalise(x, mean, variance, weight, bias, residual, relu, training, eps)
+    return y
 
 
 def unserved_by_triton(x: Tensor) -> str | None:
@@ -241,7 +242,10 @@ def _backward(
             gradient, x, mean, variance, weight, positive, training=training, eps=eps
         )
         of_x = of_x.contiguous(memory_format=torch.channels_last)
-        of_residual = None if y is None else of_residual.contiguous(memory_format=torch.channels_last)
+        if y is None:
+            of_residual = None
+        elif of_residual is not None:
+            of_residual = of_residual.contiguous(memory_format=torch.channels_last)
     return of_x, x.new_empty(0) if of_residual is None else of_residual, of_weight, of_bias
 
 

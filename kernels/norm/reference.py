@@ -40,7 +40,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    return x.to(wide(x.dtype)).unflatten(0, (groups, -1))
+    grouped: Tensor = x.to(wide(x.dtype)).unflatten(0, (groups, -1))
+    return grouped
 
 
 def _each_group(value: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def _inputs(case: NormCase, device: torch.device) -> tuple[dict[str, Tensor], di
 
 
 def _incoming(case: NormCase, leaves: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
-    values = {name: value.double() for name, value in (leaves | state).items()}
+    values: dict[str, Any] = {name: value.double() for name, value in (leaves | state).items()}
     residual = values.pop("residual")
     before = batch_norm(
         **values,
@@ -184,8 +184,10 @@ def _run(
     up: Tensor,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    given = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in leaves.items()}
-    running = {name: value.to(dtype or value.dtype, copy=True) for name, value in state.items()}
+    given: dict[str, Any] = {
+        name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in leaves.items()
+    }
+    running: dict[str, Any] = {name: value.to(dtype or value.dtype, copy=True) for name, value in state.items()}
     tracked = torch.zeros((), dtype=torch.int64, device=up.device)
     settings: dict[str, Any] = {"relu": case.relu, "training": case.training, "num_batches_tracked": tracked}
     residual = given.pop("residual")

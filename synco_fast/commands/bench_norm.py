@@ -10,12 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from synco_fast.bench.subjects import DTYPES, NORMS
 from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
-
-_SUBJECTS = ("grouped", "split", "plain", "compiled", "native", "triton", "apex")
 
 
 def add(commands: Commands) -> None:
@@ -31,19 +30,20 @@ def add(commands: Commands) -> None:
     command.add_argument("--size", type=positive, default=224, help="of an image, in pixels")
     command.add_argument("--batch", type=positive, help="256 on a GPU and 16 on a CPU by default")
     command.add_argument("--groups", type=positive, default=8, help="of batch norm")
-    command.add_argument("--subjects", nargs="+", choices=_SUBJECTS, help="all that this machine can run by default")
-    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    command.add_argument("--subjects", nargs="+", choices=tuple(NORMS), help="all that this machine can run by default")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs a round; 3 on a CPU and 20 on a GPU by default")
     command.add_argument("--rounds", type=positive, default=5, help="how often the subjects are gone through in turn")
     command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
+    command.add_argument("--dry", action="store_true", help="one small layer, once: whether it runs, not how fast")
     add_options(command, "json")
 
 
 def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     import torch
 
-    from synco_fast.bench.norm import SUBJECTS, measure_norm, totals, unavailable
+    from synco_fast.bench.norm import measure_norm, totals, unavailable
     from synco_fast.bench.norm_model import FORMS, layers_of, step_work
     from synco_fast.bench.roofline import measure_ceilings
     from synco_fast.runtime.environment import describe_environment
@@ -54,19 +54,23 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
     device, dtype = resolve_device(options.device), getattr(torch, options.dtype)
     on_gpu = device.type == "cuda"
-    batch = options.batch or (256 if on_gpu else 16)
+    batch = options.batch or (256 if on_gpu and not options.dry else 16)
     if batch % options.groups:
         raise UserError(f"batch: found {batch}, expected a multiple of {options.groups} (groups)")
     if options.threads:
         torch.set_num_threads(options.threads)
-    reasons = {subject: unavailable(subject, device, dtype) for subject in SUBJECTS}
-    subjects = options.subjects or [subject for subject in SUBJECTS if not reasons[subject]]
+    reasons = {subject: unavailable(subject, device, dtype) for subject in NORMS}
+    subjects = options.subjects or [subject for subject in NORMS if not reasons[subject]]
     for subject in subjects:
         if reasons[subject]:
             raise UserError(f"subjects: found {subject}, expected others on this machine: {reasons[subject]}")
     layers = layers_of(options.backbone, options.size)
     if not layers:
         raise UserError(f"backbone: found {options.backbone}, expected a torchvision or timm ResNet")
+    rounds, repeats = options.rounds, options.repeats or (20 if on_gpu else 3)
+    if options.dry:
+        subjects = [subject for subject in subjects if subject != "compiled"]
+        layers, rounds, repeats = [layers[-1]], 1, 1
     ceilings = measure_ceilings(device, dtype)
     results: list[dict[str, Any]] = []
     with ProgressBar(console, "measuring", len(layers), unit="layer") as bar:
@@ -79,8 +83,8 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
                 device=device,
                 dtype=dtype,
                 bandwidth=ceilings.bytes,
-                repeats=options.repeats or (20 if on_gpu else 3),
-                rounds=options.rounds,
+                repeats=repeats,
+                rounds=rounds,
             )
             bar.advance()
     shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
@@ -107,7 +111,7 @@ def _print(results: list[dict[str, Any]], together: dict[str, float], title: str
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         follows = "+add" * result["residual"] + "+relu" * result["relu"]
-        layer = f"{result['count']}x {result['channels']}, {result['height']}x{result['width']} {follows}"
+        layer = f"{result['times']}x {result['channels']}, {result['height']}x{result['width']} {follows}"
         figures = f"{1e3 * result['median_s']:,.3f}", f"{result['gb_s']:,.1f}", f"{result['floor']:.0%}"
         table.add_row(layer, result["subject"], *figures)
     console.print(table)

@@ -16,6 +16,7 @@ from rich.table import Table
 from synco_fast.bench.subjects import DTYPES, VALIDATED
 from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.validate_norm import validate_batch_norm
 
 if TYPE_CHECKING:
     from synco_fast.kernels.validation import Verdict
@@ -43,6 +44,7 @@ def add(commands: Commands) -> None:
             f"--{name}", nargs="+", type=positive, help=f"{about}; with any of these given, every combination is one"
         )
     add_options(command, "device")
+    command.add_argument("--part", choices=("loss", "norm"), default="loss", help="norm: batch norm, add and ReLU")
     add_options(command, json="write every case here")
 
 
@@ -58,6 +60,8 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
     from synco_fast.runtime.progress import ProgressBar
 
     device = resolve_device(options.device)
+    if options.part == "norm":
+        return validate_batch_norm(options, device, console)
     shapes = _shapes(options, large=device.type == "cuda")
     backends = options.backends
     sample = torch.empty(0, shapes[0][2], device=device)

@@ -20,7 +20,7 @@ from synco_fast.models.batch_norm import FusedBatchNorm2d, split_batch_norm
 __all__ = ["Fusion", "fuse_batch_norm"]
 
 
-class _TorchvisionBasicBlock(torchvision_resnet.BasicBlock):  # type: ignore[misc]
+class _TorchvisionBasicBlock(torchvision_resnet.BasicBlock):
     """`torchvision.models.resnet.BasicBlock` with add and ReLU inside its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class _TorchvisionBasicBlock(torchvision_resnet.BasicBlock):  # type: ignore[mis
         return cast(Tensor, self.bn2(self.conv2(out), identity))
 
 
-class _TorchvisionBottleneck(torchvision_resnet.Bottleneck):  # type: ignore[misc]
+class _TorchvisionBottleneck(torchvision_resnet.Bottleneck):
     """`torchvision.models.resnet.Bottleneck` with add and ReLU inside its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,20 +53,20 @@ def _timm_end(block: Any, x: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.
     return cast(Tensor, act(x + shortcut))
 
 
-class _TimmBasicBlock(timm_resnet.BasicBlock):  # type: ignore[misc]
+class _TimmBasicBlock(timm_resnet.BasicBlock):
     """`timm.models.resnet.BasicBlock` with ReLUs, and the add where it can be, inside its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.aa(self.bn1(self.conv1(x)))
+        out = cast(nn.Module, self.aa)(self.bn1(self.conv1(x)))
         return _timm_end(self, self.conv2(out), x, self.bn2, self.act2)
 
 
-class _TimmBottleneck(timm_resnet.Bottleneck):  # type: ignore[misc]
+class _TimmBottleneck(timm_resnet.Bottleneck):
     """`timm.models.resnet.Bottleneck` with ReLUs, and the add where it can be, inside its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x))
-        out = self.aa(self.bn2(self.conv2(out)))
+        out = cast(nn.Module, self.aa)(self.bn2(self.conv2(out)))
         return _timm_end(self, self.conv3(out), x, self.bn3, self.act3)
 
 
@@ -145,7 +145,7 @@ def _is_relu(module: nn.Module | None) -> bool:
 
 def _fuse_block(block: nn.Module, groups: int, backend: NormBackend, found: Fusion) -> None:
     """A residual block: its norms, and that of its downsampling."""
-    norms = [name for name in ("bn1", "bn2", "bn3") if name in block._modules]
+    norms: list[str] = [name for name in ("bn1", "bn2", "bn3") if name in block._modules]
     in_timm = isinstance(block, (timm_resnet.BasicBlock, timm_resnet.Bottleneck))
     acts = [name.replace("bn", "act") if in_timm else "relu" for name in norms]
     plain = all(type(block._modules[name]) is nn.BatchNorm2d for name in norms)

@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from synco_fast.bench.norm import SUBJECTS, measure_norm, prepare_norm, totals, unavailable
+from synco_fast.bench.norm import measure_norm, prepare_norm, totals, unavailable
 from synco_fast.bench.norm_model import FORMS, Layer, layers_of, passes, step_work
+from synco_fast.bench.subjects import NORMS
 from synco_fast.cli import main
 
 CPU = torch.device("cpu")
@@ -32,15 +33,15 @@ def test_bytes_and_launches_of_a_resnet50_step(counted):
 def test_the_count_is_that_of_the_layers(counted):
     """What is counted call by call are the passes of each layer, and the sums where a block's input goes two ways."""
     layers = layers_of()
-    assert sum(layer.count for layer in layers) == 53
+    assert sum(layer.times for layer in layers) == 53
     blocks = [layer for layer in layers if layer.residual]
-    assert sum(layer.count for layer in blocks) == 16
+    assert sum(layer.times for layer in blocks) == 16
     for form, work in counted.items():
         expected = 0
         for layer in layers:
             forward, backward = passes(layer, form)
             size = 256 * layer.channels * layer.height * layer.width * 2
-            expected += layer.count * size * (2 * forward + backward)
+            expected += layer.times * size * (2 * forward + backward)
         assert 0 <= work.bytes - expected < 0.13 * expected, "the sums are an eighth of the kernels' at most"
 
 
@@ -79,7 +80,7 @@ def test_figures():
 
 
 def test_what_cannot_be_measured_says_why():
-    assert set(SUBJECTS) == {"grouped", "split", "plain", "compiled", "native", "triton", "apex"}
+    assert set(NORMS) == {"grouped", "split", "plain", "compiled", "native", "triton", "apex"}
     assert unavailable("native", CPU, torch.bfloat16) is None
     assert "the kernels run on CUDA devices" in unavailable("triton", CPU, torch.bfloat16)
 
@@ -93,5 +94,6 @@ def test_the_command(tmp_path, capsys):
     assert {result["subject"] for result in report["results"]} == {"grouped", "native"}
     assert report["counted"]["triton"]["launches"] < report["counted"]["grouped"]["launches"]
     assert "counted, not measured" in capsys.readouterr().out
+    assert main(["bench", "norm", "--dry", "--device", "cpu"]) == 0
     assert main(["bench", "norm", "--batch", "7", "--device", "cpu"]) == 2
     assert "batch: found 7, expected a multiple of 8 (groups)" in capsys.readouterr().err

@@ -55,7 +55,7 @@ class Shape(NamedTuple):
 
     Attributes:
         channels: C, columns.
-        count: n, rows of a group.
+        values: n, rows of a group.
         groups: G.
         block_rows, block_channels: Of a tile.
         tiles: Tiles that a program of a reduction goes through.
@@ -65,7 +65,7 @@ class Shape(NamedTuple):
     """
 
     channels: int
-    count: int
+    values: int
     groups: int
     block_rows: int
     block_channels: int
@@ -77,7 +77,7 @@ class Shape(NamedTuple):
     @property
     def columns(self) -> int:
         """Blocks of channels."""
-        return triton.cdiv(self.channels, self.block_channels)
+        return -(-self.channels // self.block_channels)
 
     @property
     def rows(self) -> int:

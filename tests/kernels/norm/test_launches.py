@@ -65,8 +65,8 @@ def test_shares_are_small_and_programs_many(groups):
     for channels, side in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)):
         x = torch.empty(256, channels, side, side, device="meta", dtype=torch.bfloat16)
         shape = shape_of(x, groups)
-        assert shape.splits * shape.rows >= shape.count > (shape.splits - 1) * shape.rows
-        assert shape.chunks * 4 * shape.block_rows >= shape.count
+        assert shape.splits * shape.rows >= shape.values > (shape.splits - 1) * shape.rows
+        assert shape.chunks * 4 * shape.block_rows >= shape.values
         programs = shape.columns * shape.splits * groups
         assert programs >= 256
         assert programs <= max(512, shape.columns * groups)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from synco_fast.cli import main
 from synco_fast.kernels.norm import ops, reference
 from synco_fast.kernels.norm.validation import NormCase, norm_cases, validate_norm
 
@@ -68,3 +71,13 @@ def test_numbers_that_are_none(monkeypatch):
 def test_kernels_that_do_not_serve_are_not_replaced_in_silence():
     with pytest.raises(ValueError, match="backend: found triton, expected others here: x is on cpu"):
         list(validate_norm([CASE], CPU, ["triton"]))
+
+
+def test_the_command(tmp_path, capsys):
+    file = tmp_path / "norm.json"
+    words = ["validate", "--part", "norm", "--dtypes", "bfloat16", "--device", "cpu", "--json", str(file)]
+    assert main(words) == 0
+    found = capsys.readouterr().out
+    assert "60 cases within their bounds" in found
+    assert "triton not run: x is on cpu" in found
+    assert len(json.loads(file.read_text())["cases"]) == 60
