@@ -94,7 +94,7 @@ STATED: dict[str, Stated] = {
     ),
     # On ordinary features no row goes the slow way.
     "fill": Stated(
-        {part: _NEVER for part in ("if tl.max(m_row.to(tl.int32)) > 0", "for tile in", "for begin in")},
+        dict.fromkeys(("if tl.max(m_row.to(tl.int32)) > 0", "for tile in", "for begin in"), _NEVER),
         lambda launch, shape: 4.0 * launch.programs,
     ),
     "choose": Stated({"if tl.load(p_flag + row) != 0": _NEVER}),
