@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from synco_fast.kernels.negatives import FAMILIES, Family, Negatives
     from synco_fast.kernels.ops import synthetic_contrast
     from synco_fast.kernels.reference import Contrast, Statistics
-    from synco_fast.kernels.rng import Draw, draw
+    from synco_fast.kernels.rng import STREAM, Draw, draw
 
 __all__ = [
     "BACKENDS",
     "FAMILIES",
+    "STREAM",
     "Backend",
     "Contrast",
     "Draw",
@@ -37,6 +38,7 @@ _HOMES = {
     "synthetic_contrast": "ops",
     "Contrast": "reference",
     "Statistics": "reference",
+    "STREAM": "rng",
     "Draw": "rng",
     "draw": "rng",
 }

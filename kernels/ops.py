@@ -268,7 +268,8 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
         """The operator."""
-        return _contrast(*inputs)
+        outputs: tuple[Tensor, ...] = _contrast(*inputs)
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

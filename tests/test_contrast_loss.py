@@ -62,6 +62,16 @@ def test_it_goes_on_from_its_state():
     assert torch.equal(one(*embeddings(1)), other(*embeddings(1)))
 
 
+def test_it_loads_a_state_with_the_older_name_of_a_tensor():
+    one, other = (SynthContrastLoss(SMALL, dim=8, queue=32) for _ in range(2))
+    one(*embeddings(0), torch.arange(6))
+    state = one.state_dict()
+    state["queue.images"] = state.pop("queue.image_ids")
+    other.load_state_dict(state)
+    assert torch.equal(other.queue.image_ids, one.queue.image_ids)
+    assert "queue.images" in state, "what was given is not changed"
+
+
 def test_keys_of_the_same_image_are_masked():
     loss = SynthContrastLoss("moco", dim=8, queue=6)
     q, k = embeddings()

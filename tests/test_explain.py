@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Annotated, Union, get_args, get_origin
 
 import pytest
@@ -18,8 +17,6 @@ from synco_fast.explain import bounds, explain_config, known_keys
 from synco_fast.generated.config import GeneratorConfig
 from synco_fast.presets import PRESETS, load_config
 from synco_fast.runtime.errors import ConfigError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def fields(model: type[BaseModel], prefix: str = ""):
@@ -164,10 +161,15 @@ sys.stderr.write(f"code {{code}} torch {{'torch' in sys.modules}}")
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_words_are_checked_before_torch_is_imported(words, code):
+def test_words_are_checked_before_torch_is_imported(words, code, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH.format(words=words)], capture_output=True, text=True, cwd=ROOT
+        [sys.executable, "-c", WITHOUT_TORCH.format(words=words)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
     )
+    assert not list(tmp_path.iterdir()), "nothing is begun"
     assert done.stderr.endswith(f"code {code} torch False"), done.stderr
 
 
@@ -192,7 +194,7 @@ sys.exit(main(["presets", "demo"]))
 """
 
 
-def test_a_seventh_family_is_a_row_of_the_table_alone():
-    done = subprocess.run([sys.executable, "-c", SEVENTH], capture_output=True, text=True, cwd=ROOT)
+def test_a_seventh_family_is_a_row_of_the_table_alone(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SEVENTH], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "  reflected: null  # Type 7: the mirror image; SynCo's count is 3 (0 to 65,536 or null)" in done.stdout

@@ -19,7 +19,7 @@ FOLDERS = {
 
 #: From the ground up. A name stands for itself and what lies in it, unless a longer name is listed.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("synco_fast.version", "synco_fast.kernels", "synco_fast.data"),
+    ("synco_fast.version", "synco_fast.kernels", "synco_fast.data", "synco_fast.explain"),
     ("synco_fast.runtime",),
     # The list of methods is data that the configuration reads; the methods themselves read the configuration.
     ("synco_fast.methods",),
@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("synco_fast.presets", "synco_fast.loss", "synco_fast.methods.*"),
     ("synco_fast.training", "synco_fast.evaluation", "synco_fast.export", "synco_fast.generated"),
     ("synco_fast.report",),
-    ("synco_fast.bench",),
+    ("synco_fast.bench", "synco_fast.study"),
     ("synco_fast.commands",),
     ("synco_fast.cli",),
     # Public names, imported when they are used.

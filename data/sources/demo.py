@@ -183,7 +183,14 @@ def _clutter(canvas: Array, x: Array, y: Array, rng: np.random.Generator) -> Arr
     return np.where(inside[..., None], rng.uniform(0, 1, 3), canvas)
 
 
-def make_demo(folder: str | os.PathLike[str], *, train: int = 200, validation: int = 50, seed: int = 0) -> Path:
+def make_demo(
+    folder: str | os.PathLike[str],
+    *,
+    train: int = 200,
+    validation: int = 50,
+    seed: int = 0,
+    tick: Callable[[int], None] = lambda images: None,
+) -> Path:
     """Draw the set below ``folder``, unless the very same set is there already.
 
     The same seed and counts give the same files, byte for byte, with the same versions of NumPy and Pillow. An image
@@ -194,6 +201,7 @@ def make_demo(folder: str | os.PathLike[str], *, train: int = 200, validation: i
         train: Images of each class in ``train/``.
         validation: Images of each class in ``val/``.
         seed: Chooses the set.
+        tick: Called with the number of images of each class that is drawn.
 
     Returns:
         The folder.
@@ -219,7 +227,8 @@ def make_demo(folder: str | os.PathLike[str], *, train: int = 200, validation: i
         for label, name in enumerate(CLASSES)
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        list(pool.map(_draw_class, jobs))
+        for _, (_, count, _) in zip(pool.map(_draw_class, jobs), jobs, strict=True):
+            tick(count)
     (scratch / card.name).write_text(json.dumps(wanted), encoding="utf-8")
     if folder.exists():
         shutil.rmtree(folder)

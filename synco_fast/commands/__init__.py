@@ -5,6 +5,7 @@ from __future__ import annotations
 from synco_fast.commands import (
     bench_data,
     bench_loss,
+    bench_norm,
     bench_step,
     compare,
     data_check,
@@ -51,6 +52,7 @@ COMMANDS = (
     data_show,
     validate,
     bench_loss,
+    bench_norm,
     bench_data,
     bench_step,
     profile_loss,

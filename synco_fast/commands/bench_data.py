@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
+from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
@@ -33,18 +34,17 @@ def add(commands: Commands) -> None:
         default="photos",
         help="packed: also the same photos as data pack packs them, against the unpacked pipelines",
     )
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_options(command, "device")
     command.add_argument("--workers", type=positive, help="processes for each pipeline; one a core by default")
     command.add_argument("--batch", type=positive, default=64)
     command.add_argument("--photos", type=positive, default=256, help="how many files to draw")
     command.add_argument("--folder", type=Path, help="where to draw and keep them; the user's cache by default")
     command.add_argument("--seconds", type=positive, default=6, help="of one round of one pipeline")
     command.add_argument("--rounds", type=positive, default=3, help="of which the median counts")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    add_options(command, "json")
 
 
 def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from rich.progress import Progress
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
     from synco_fast.data.augment.recipe import Recipe
@@ -54,6 +54,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
+    from synco_fast.runtime.progress import ProgressBar
 
     device = resolve_device(options.device)
     pipelines = options.pipelines or [name for name in PIPELINES_OF[options.source] if has_pipeline(name)]
@@ -65,10 +66,9 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
         )
     folder = options.folder or cache_folder() / "bench-photos"
     workers = options.workers or available_cores()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        progress.add_task("drawing photos", total=None)
+    with ProgressBar(console, "drawing photos", None) as bar:
         names = make_photos(folder, options.photos)
-        task = progress.add_task("measuring", total=len(pipelines) * options.rounds)
+        bar.restart("measuring", len(pipelines) * options.rounds)
         results = measure_pipelines(
             folder,
             names,
@@ -79,7 +79,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             seconds=options.seconds,
             rounds=options.rounds,
             recipe=Recipe(),
-            tick=lambda: progress.advance(task),
+            tick=bar.advance,
         )
     sizes = [(folder / name).stat().st_size for name in names]
     about = {"device": device.type, "workers": workers, "batch": options.batch, "photos": len(names)}

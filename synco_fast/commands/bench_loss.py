@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
+from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
@@ -54,11 +55,11 @@ def add(commands: Commands) -> None:
     command.add_argument("--hard", type=positive, default=1024, help="N; all of a queue that is shorter")
     command.add_argument("--synthetic", type=positive, default=960, help="M, spread over the types as published")
     command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU and in the model by default")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
     command.add_argument("--rounds", type=positive, help="fresh processes; 3 on a CPU and 1 on a GPU by default")
     command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    add_options(command, "json")
     command.add_argument("--lines", type=Path, metavar="FILE", help="append each figure here at once, a line of JSON")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw them here, as PNG")
     command.add_argument("--model", action="store_true", help="count the launches' cost instead; needs Triton alone")
@@ -84,7 +85,6 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
     if options.model:
         return _model(options, console)
     import torch
-    from rich.progress import Progress
 
     from synco_fast.bench.loss import sweep
     from synco_fast.bench.loss_report import draw_loss
@@ -94,6 +94,7 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
+    from synco_fast.runtime.progress import ProgressBar
 
     device = resolve_device(options.device)
     on_gpu = device.type == "cuda"
@@ -112,8 +113,7 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
     shapes = _shapes(options, dtype, large=on_gpu)
     ceilings = measure_ceilings(device, getattr(torch, dtype))
     results = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=len(backends) * len(shapes))
+    with ProgressBar(console, "measuring", len(backends) * len(shapes)) as bar:
         measured = sweep(
             backends,
             shapes,
@@ -127,7 +127,7 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
         for result in measured:
             result["floor_s"] = _floor(result, options.part, getattr(torch, dtype).itemsize, ceilings)
             results.append(result)
-            progress.advance(task)
+            bar.advance()
     environment = describe_environment()
     if options.json is not None:
         about = {"environment": environment, "device": device.type, "ceilings": ceilings._asdict()}

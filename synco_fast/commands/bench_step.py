@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import ENGINES, STEPS, STEPS_BY_DEFAULT, VALIDATED
+from synco_fast.commands.options import add_options
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 
@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--steps", type=positive, default=20, help="timed steps of each")
     command.add_argument("--rounds", type=positive, default=1, help="how often all are gone through")
     command.add_argument("--threads", type=positive, help="of each process")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    add_options(command, "json")
 
 
 def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

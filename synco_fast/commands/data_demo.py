@@ -27,9 +27,18 @@ def add(commands: Commands) -> None:
 def _data_demo(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.data.sources.demo import CLASSES, make_demo
     from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.progress import ProgressBar
 
+    total = len(CLASSES) * (options.train + options.validation)
     try:
-        folder = make_demo(options.folder, train=options.train, validation=options.validation, seed=options.seed)
+        with ProgressBar(console, "drawing images", total) as bar:
+            folder = make_demo(
+                options.folder,
+                train=options.train,
+                validation=options.validation,
+                seed=options.seed,
+                tick=bar.advance,
+            )
     except ValueError as error:
         raise UserError(str(error)) from error
     console.print(

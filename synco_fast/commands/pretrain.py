@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from synco_fast.commands.options import add_options, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
@@ -32,14 +33,14 @@ def add(commands: Commands) -> None:
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
     command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo; short for --data.source")
     command.add_argument("--seed", type=int, help="decides weights, order, views and draws")
-    command.add_argument("--out", type=Path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
-    command.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder")
+    command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
+    command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")
     command.add_argument(
         "--continue", action="store_true", dest="go_on", help="resume the run in --out where there is one"
     )
     command.add_argument("--max-steps", type=int, metavar="N", help="short for --training.max_steps")
     command.add_argument("--max-time", type=float, metavar="MINUTES", help="short for --training.max_time")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
+    add_options(command, json="write the summary here as well")
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from synco_fast.commands.options import add_options, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
@@ -28,9 +29,9 @@ def add(commands: Commands) -> None:
         overrides=True,
     )
     command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo")
-    command.add_argument("--out", type=Path, metavar="DIR", help="the run folder; runs/generator-DATE-TIME by default")
-    command.add_argument("--resume", type=Path, metavar="RUN", help="resume the run in this folder")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the summary here as well")
+    command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/generator-DATE-TIME by default")
+    command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")
+    add_options(command, json="write the summary here as well")
 
 
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, DTYPES
+from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
@@ -30,9 +31,9 @@ def add(commands: Commands) -> None:
     for name, default, about in (("rows", 256, "B"), ("length", 65536, "K"), ("dim", 128, "D"), ("hard", 1024, "N")):
         command.add_argument(f"--{name}", type=positive, default=default, help=about)
     command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_options(command, "device")
     command.add_argument("--trace", type=Path, metavar="FILE", default=Path("loss-trace.json"), help="JSON or JSON.gz")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the table here as well")
+    add_options(command, json="write the table here as well")
 
 
 def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

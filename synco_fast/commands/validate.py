@@ -7,7 +7,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import DTYPES, VALIDATED
+from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
@@ -42,13 +42,12 @@ def add(commands: Commands) -> None:
         command.add_argument(
             f"--{name}", nargs="+", type=positive, help=f"{about}; with any of these given, every combination is one"
         )
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write every case here")
+    add_options(command, "device")
+    add_options(command, json="write every case here")
 
 
 def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     import torch
-    from rich.progress import track
 
     from synco_fast.kernels.ops import unserved_by_triton
     from synco_fast.kernels.validation import cases, validate
@@ -56,6 +55,7 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
+    from synco_fast.runtime.progress import ProgressBar
 
     device = resolve_device(options.device)
     shapes = _shapes(options, large=device.type == "cuda")
@@ -68,9 +68,10 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
         raise UserError(f"backends: found triton, expected reference and blockwise on this machine: {reason}")
     wanted = cases(shapes, [getattr(torch, name) for name in options.dtypes])
     verdicts: list[Verdict] = []
-    steps = track(wanted, "comparing", console=console, transient=True, disable=not console.is_terminal)
-    for case in steps:
-        verdicts += validate(backends, [case], device)
+    with ProgressBar(console, "comparing", len(wanted), unit="case") as bar:
+        for case in wanted:
+            verdicts += validate(backends, [case], device)
+            bar.advance()
     if options.json is not None:
         figures = {"environment": describe_environment(), "device": device.type}
         write_json(options.json, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})

@@ -148,7 +148,7 @@ def age_gap(queries: Tensor, queue: Tensor, pointer: int | Tensor, count: int) -
 def contraction(
     top1: Sequence[float], similarity: Sequence[float], *, window: int = 5, fall: float = 0.5, rise: float = 0.2
 ) -> str | None:
-    """Whether a run contracts: its top-1 against the queue falls for long while negatives come nearer to the query.
+    """Whether a run contracts: its top-1 against the queue falls for long while everything comes nearer to the query.
 
     Compares the mean of the last ``window`` figures with the best mean of ``window`` earlier ones in a row. Both signs
     are needed: top-1 alone falls for a while whenever harder negatives begin, similarities alone rise at the start of
@@ -156,7 +156,8 @@ def contraction(
 
     Args:
         top1: The run's share of queries whose key is nearer than the whole queue, in [0, 1], in order of time.
-        similarity: The mean cosine of queries to their hard negatives at the same times, in [-1, 1].
+        similarity: The mean cosine of queries to their hard negatives at the same times, in [-1, 1]. MoCo v2 has none;
+            there that of queries to their keys, which rises with it in a run that contracts.
         window: Figures in a mean, of lines of the log or of epochs.
         fall: Share of its best mean that top-1 must have lost.
         rise: By how much the similarity must have risen since then.
@@ -182,9 +183,9 @@ def contraction(
     if now > (1 - fall) * then or nearer < near + rise:
         return None
     return (
-        f"top-1 against the queue fell from {then:.0%} to {now:.0%} while the similarity of hard negatives rose from "
-        f"{near:.2f} to {nearer:.2f}: the embeddings contract; try a smaller method.count_scale, a longer queue or a "
-        "higher temperature"
+        f"top-1 against the queue fell from {then:.0%} to {now:.0%} while similarities rose from {near:.2f} to "
+        f"{nearer:.2f}: the embeddings contract; try a lower optimizer.lr, a higher model.momentum, a smaller "
+        "method.count_scale or a higher method.temperature"
     )
 
 

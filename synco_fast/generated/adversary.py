@@ -17,7 +17,7 @@ __all__ = ["Adversary", "CollapseMonitor", "Player", "diversity"]
 
 
 class Player:
-    """Parameters that learn by Adam, each step left out where its gradient is not finite.
+    """Parameters that learn by Adam, each step skipped where its gradient is not finite.
 
     Args:
         parameters: What learns.

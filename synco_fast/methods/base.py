@@ -99,6 +99,11 @@ class Method(nn.Module):
     headline: Mapping[str, str] = {"loss": "loss {:.3f}"}
     rates: Sequence[str] = ("optimizer.lr",)
 
+    @property
+    def stream(self) -> int:
+        """Version of the random numbers that the steps to come depend on; another one cannot resume to the bit."""
+        return 1
+
     # -- what it consists of ------------------------------------------------------------------------------------
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from synco_fast.config import Config
-from synco_fast.kernels import FAMILIES, Backend, Contrast, Negatives, synthetic_contrast
+from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, Negatives, synthetic_contrast
 from synco_fast.methods.base import Encoders, Method, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.ema import ema_update, make_ema_copy
@@ -217,6 +217,11 @@ class MomentumContrast(Method):
                 self.queue.enqueue(keys, image_ids, step_ok)
         self._queued = sum(len(keys) for keys, _ in self._keys) or self._queued
         self._keys.clear()
+
+    @property
+    def stream(self) -> int:
+        """That of the kernels' draws, where synthetic negatives are drawn."""
+        return STREAM if self.settings.schedule.negatives.synthetic else 1
 
     def graph_key(self, epoch: int) -> int:
         """The first epoch with the same negatives."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.migrations import TENSORS
 
 __all__ = ["KeyQueue"]
 
@@ -41,6 +44,13 @@ class KeyQueue(nn.Module):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for old, new in TENSORS.items():
+            name = prefix + old.removeprefix("queue.")
+            if name in state_dict:
+                state_dict[prefix + new.removeprefix("queue.")] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, image_ids: Tensor, step_ok: Tensor | None = None) -> None:

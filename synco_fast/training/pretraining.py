@@ -244,6 +244,7 @@ class Pretraining:
             "config": self.config.model_dump(mode="json"),
             **self.engine.state_dict(),
             "steps_per_epoch": self.steps_per_epoch,
+            "stream": self.method.stream,
             "broken": self.broken.state_dict(),
         }
 
@@ -251,7 +252,8 @@ class Pretraining:
         """Take over from a checkpoint.
 
         Raises:
-            CheckpointError: It is of another architecture, or its epochs have another length.
+            CheckpointError: It is of another architecture, its epochs have another length, or its steps drew their
+                synthetic negatives by an older version.
         """
         if "method" not in state:
             raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of pretrain")
@@ -260,6 +262,11 @@ class Pretraining:
             raise CheckpointError(
                 f"{path}: found {state['steps_per_epoch']} steps an epoch, expected {self.steps_per_epoch}: resume "
                 "with the batch and the number of images that the run began with"
+            )
+        if state.get("stream", 1) != self.method.stream:
+            raise CheckpointError(
+                f"{path}: found synthetic negatives drawn by version {state.get('stream', 1)}, expected version "
+                f"{self.method.stream}: start a new run; this one can be evaluated and exported"
             )
         self.engine.load_state_dict(state)
         self.broken.load_state_dict(state["broken"])

@@ -72,5 +72,5 @@ def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
 
 
 def test_unknown_words_are_refused(capsys):
-    assert main(["bench", "step", "--subjects", "simclr"]) == 2
-    assert "subjects: found 'simclr', expected encoder, encoder-plain, synco" in capsys.readouterr().err
+    assert main(["bench", "step", "--subjects", "mocov9"]) == 2
+    assert "subjects: found 'mocov9', expected encoder, encoder-plain, plain, moco" in capsys.readouterr().err

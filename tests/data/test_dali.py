@@ -52,7 +52,7 @@ def test_a_file_that_only_dali_refuses_is_decoded_by_pillow(folder, monkeypatch)
     photo(50, 40, 99).save(folder / "still.gif")
     expected = [epoch(pipeline(folder, batch=7), number) for number in (0, 1)]
 
-    def trusting(content):
+    def trusting(content, limits):
         return (40, 50)
 
     monkeypatch.setattr(dali_reader, "plain_jpeg_size", trusting)

@@ -13,6 +13,8 @@ from synco_fast.evaluation.health import (
     rows_for_health,
     uniformity,
 )
+from synco_fast.kernels import FAMILIES, Negatives
+from synco_fast.kernels.reference import contrast
 from synco_fast.runtime.errors import ConfigError
 
 
@@ -118,6 +120,23 @@ def test_a_subset_takes_from_everywhere():
     assert torch.equal(rows_for_health(rows[:3], 10), rows[:3])
 
 
+@pytest.mark.parametrize(
+    ("keys", "scale", "hard", "temperature", "expected"),
+    [(65536, 1, 1024, 0.2, 0.08), (1024, 1 / 16, 64, 0.1, 0.80), (1024, 1 / 64, 512, 0.2, 0.05)],
+)
+def test_how_much_weight_synthetic_negatives_have(keys, scale, hard, temperature, expected):
+    """The shares that docs/curves.md states, of exp(similarity / T) over all negatives of random unit vectors."""
+    q, k = (normalize(noise(32, 128, seed=seed), dim=1) for seed in (0, 1))
+    queue = normalize(noise(keys, 128, seed=2), dim=1)
+    counts = {family.name: round(getattr(Negatives.synco(), family.name) * scale) for family in FAMILIES}
+    # exp(loss) - 1 is the negatives' weight over the positive's.
+    weights = [
+        contrast(q, k, queue, negatives, temperature=temperature, seed=0, step=0).loss.exp() - 1
+        for negatives in (Negatives.moco(), Negatives(hard=hard, **counts))
+    ]
+    assert float((1 - weights[0] / weights[1]).mean()) == pytest.approx(expected, abs=0.02)
+
+
 HEALTHY = [0.05, 0.1, 0.2, 0.3, 0.35, 0.4, 0.42, 0.45, 0.47, 0.5, 0.51, 0.52]
 NEAR = [0.3, 0.25, 0.2, 0.2, 0.25, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3]
 
@@ -131,6 +150,22 @@ def test_a_contracting_run_is_told_apart():
     assert contraction(HEALTHY, NEAR, window=3) is None
     assert contraction(falling, NEAR, window=3) is None, "harder negatives alone are no contraction"
     assert contraction(HEALTHY, rising, window=3) is None, "near negatives that are still told apart are none either"
+
+
+#: Epoch means of two runs in bench/records/demo/sweeps.md: top-1 against the queue and positive similarity.
+CONTRACTED = (
+    [0.063, 0.179, 0.233, 0.227, 0.209, 0.171, 0.127, 0.098, 0.095, 0.099, 0.12, 0.122, 0.094, 0.077, 0.06],
+    [0.61, 0.44, 0.48, 0.46, 0.41, 0.41, 0.45, 0.56, 0.66, 0.68, 0.67, 0.68, 0.74, 0.81, 0.86],
+)
+LEARNED = (
+    [0.041, 0.028, 0.038, 0.04, 0.036, 0.038, 0.039, 0.039, 0.044, 0.03, 0.033, 0.029],
+    [0.61, 0.03, 0.05, 0.19, 0.33, 0.45, 0.53, 0.58, 0.63, 0.65, 0.69, 0.7],
+)
+
+
+def test_recorded_runs_are_told_apart():
+    assert "from 20% to 9%" in (contraction(*CONTRACTED) or "")
+    assert contraction(*LEARNED) is None
 
 
 def test_a_short_run_is_not_judged():

@@ -15,6 +15,7 @@ from synco_fast.cli import main
 from synco_fast.config import build_config
 from synco_fast.export.load import read_weights
 from synco_fast.runtime.checkpoint import save_checkpoint
+from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.migrations import OldLayoutWarning, migrate_checkpoint
 from synco_fast.training.metrics import read_metrics
 
@@ -100,7 +101,7 @@ def test_an_older_run_resumes_where_it_was(older, image_folder, tmp_path, recwar
         }
         as_run(state, tmp_path / name, image_folder)
         config = build_config(state["config"])
-        assert (config.method.name, config.generated.pair) == ("synco", "joint")
+        assert (config.method.name, config.generated.pair) == ("moco", "joint")
         run = trainer(config, tmp_path / name, resume=tmp_path / name)
         assert run.step == 5
         assert run.run().finished
@@ -115,14 +116,26 @@ def test_an_older_run_resumes_where_it_was(older, image_folder, tmp_path, recwar
     assert any(issubclass(one.category, OldLayoutWarning) for one in recwarn)
 
 
+def test_an_older_run_with_synthetic_negatives_is_refused(older, image_folder, tmp_path):
+    """Their draws changed: resumed, it would be neither the old run nor a new one."""
+    state = copy.deepcopy(older["state"])
+    state["config"]["method"]["base"] = "synco"
+    as_run(state, tmp_path, image_folder)
+    with (
+        pytest.warns(OldLayoutWarning),
+        pytest.raises(CheckpointError, match=r"drawn by version 1, expected version 2: start a new run"),
+    ):
+        trainer(build_config(state["config"]), tmp_path, resume=tmp_path)
+
+
 def test_an_older_checkpoint_is_read_for_evaluation_and_export(older, image_folder, tmp_path):
     file = as_run(copy.deepcopy(older["state"]), tmp_path / "run", image_folder)
     for path in (tmp_path / "run", file):
         with pytest.warns(
-            OldLayoutWarning, match="method.name generated as method.name synco with generated.pair joint"
+            OldLayoutWarning, match="method.name generated as method.name moco with generated.pair joint"
         ):
             weights = read_weights(path)
-        assert (weights.config.method.name, weights.config.generated.pair) == ("synco", "joint")
+        assert (weights.config.method.name, weights.config.generated.pair) == ("moco", "joint")
         assert "queue.image_ids" in weights.state
         assert "queue.images" not in weights.state
 

@@ -48,7 +48,7 @@ def test_a_configuration_brings_its_own_method():
         ({"vary": {"seed": [1, 2]}}, "seed: found it as a setting, expected --seeds"),
         ({"overrides": {"method.name": "moco"}}, "method.name: found it as a setting, expected --methods"),
         ({"vary": {"method.queue": [512]}, "overrides": {"method.queue": 512}}, "found both varied and fixed"),
-        ({"methods": ["simclr"]}, "method.name: found 'simclr'"),
+        ({"methods": ["mocov9"]}, "method.name: found 'mocov9'"),
         ({"configs": ["dmo"]}, "did you mean demo"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Break the batch norm in thirteen ways, one at a time, and see that the tests catch each.
+"""Break the batch norm in fifteen ways, one at a time, and see that the tests catch each.
 
 Works on a copy of the folders, never on this one:
 
@@ -28,10 +28,26 @@ BREAKS = (
     Break(
         "statistics: groups share the rows of the first",
         f"{TRITON}/statistics.py",
+        "base = (group.to(tl.int64) * count + begin) * C",
+        "base = begin.to(tl.int64) * C",
+        KERNELS,
+        "test_dtypes and float32",
+    ),
+    Break(
+        "statistics: the tiles after the first are those of the first group",
+        f"{TRITON}/statistics.py",
         "base = (group.to(tl.int64) * count + row) * C",
         "base = row.to(tl.int64) * C",
         KERNELS,
-        "test_dtypes and float32",
+        "test_groups",
+    ),
+    Break(
+        "statistics: every tile weighs as the second does",
+        f"{TRITON}/statistics.py",
+        "share = 1.0 / (tile + 1)",
+        "share = 1.0 / 2",
+        KERNELS,
+        "no_digits",
     ),
     Break(
         "statistics: what lies between the means of a tile's places is not counted",

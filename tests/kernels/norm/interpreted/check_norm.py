@@ -54,14 +54,22 @@ def test_dtypes(dtype, relu, added, training):
     check((6, 40, 5, 7), 3 if training else 1, dtype, relu, added, training)
 
 
+def few_programs(monkeypatch, programs):
+    """Small tiles and few programs, so that each goes through several tiles, as at full size."""
+    monkeypatch.setattr(config, "TILE", 256)
+    monkeypatch.setattr(config, "PROGRAMS", programs)
+
+
 @pytest.mark.parametrize(("groups", "at_once"), [(1, 4), (4, 256), (4, 4), (8, 4)])
 def test_groups(monkeypatch, groups, at_once):
     """With few shares at once, splits and then groups are added up in several goes."""
     for module in (config, launch):
         monkeypatch.setattr(module, "SHARES", at_once)
-    monkeypatch.setattr(config, "TILE", 256)
+    few_programs(monkeypatch, 8)
     shape = (8, 24, 5, 5)
-    assert shape_of(torch.empty(shape), groups).splits == -(-200 // groups // 8)
+    found = shape_of(torch.empty(shape), groups)
+    assert found.tiles == 4
+    assert found.splits == {1: 7, 4: 2, 8: 1}[groups]
     check(shape, groups, torch.float32, True, True)
 
 
@@ -79,9 +87,11 @@ def test_cumulative_mean():
 
 
 @pytest.mark.parametrize("mean", [1e3, -1e4])
-def test_no_digits_are_lost_beside_a_large_mean(mean):
+def test_no_digits_are_lost_beside_a_large_mean(monkeypatch, mean):
     """The variance to a few units in the last place; sums of squares would leave none of its digits."""
-    x = inputs((4, 70, 25, 24), torch.float32, mean)[0]
+    few_programs(monkeypatch, 16)
+    x = inputs((4, 20, 25, 24), torch.float32, mean)[0]
+    assert shape_of(x, 2).tiles > 10
     found_mean, found = launch.statistics(x, None, None, None, groups=2, momentum=0.1)
     exact = x.double().unflatten(0, (2, -1))
     variance, expected = torch.var_mean(exact, dim=(1, 3, 4), correction=0)
@@ -92,12 +102,13 @@ def test_no_digits_are_lost_beside_a_large_mean(mean):
         check((4, 24, 9, 8), 2, torch.float32, relu, added, mean=mean)
 
 
-def test_an_outlier_in_the_first_row_costs_no_digits():
+def test_an_outlier_in_the_first_row_costs_no_digits(monkeypatch):
+    few_programs(monkeypatch, 4)
     x = torch.randn(2, 16, 40, 40).contiguous(memory_format=torch.channels_last)
     x[0, :, 0, 0] = 1e4
     _, found = launch.statistics(x, None, None, None, groups=1, momentum=0.1)
     variance = x.double().var(dim=(0, 2, 3), correction=0)
-    assert (found[0] / variance - 1).abs().max() < 1e-6
+    assert (found[0] / variance - 1).abs().max() <= 32 * torch.finfo(torch.float32).eps
 
 
 def test_constant_channels():
@@ -124,8 +135,9 @@ def test_nan_stays_in_its_group_and_channel(relu, added):
 
 
 @DTYPES
-def test_the_mask_is_that_of_the_output(dtype):
+def test_the_mask_is_that_of_the_output(monkeypatch, dtype):
     """Recomputed from x, it is that of y to the last place: no gradient where y is 0, all of it elsewhere."""
+    few_programs(monkeypatch, 16)
     x, weight, _, _ = inputs((4, 64, 12, 12), dtype)
     bias = torch.zeros(64)
     x[:, :, ::2] = 1  # about the mean: y is near 0

@@ -1,0 +1,187 @@
+"""Time of norm, add and ReLU, forward and backward, by form and layer shape of a ResNet.
+
+Rounds go through all forms in turn, so that a machine that slows down slows down all, and the median counts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from synco_fast.bench.norm_model import Layer, passes
+from synco_fast.bench.timing import seconds_of
+from synco_fast.kernels.norm import NormBackend, batch_norm, unserved_by_triton
+from synco_fast.models.batch_norm import SplitBatchNorm2d
+
+__all__ = ["SUBJECTS", "measure_norm", "prepare_norm", "totals", "unavailable"]
+
+SUBJECTS = {
+    "grouped": "a call of PyTorch's batch norm a group, put together by a copy, then add and ReLU",
+    "split": "`SplitBatchNorm2d`, which on a CPU copies nothing, then add and ReLU: a step with model.norm plain",
+    "plain": "torch.nn.BatchNorm2d of the whole batch, then add and ReLU",
+    "compiled": "the formula in groups under torch.compile",
+    "native": "PyTorch's kernels, on a CPU group by group in the cache",
+    "triton": "the kernels of synco_fast.kernels.norm",
+    "apex": "NVIDIA apex's contrib.groupbn, float16, one group",
+}
+
+
+def unavailable(subject: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a subject cannot be measured here; None where it can."""
+    if subject == "triton":
+        return unserved_by_triton(torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+    if subject == "apex":
+        if device.type != "cuda" or dtype != torch.float16:
+            return f"apex's kernels take float16 on a GPU, found {dtype} on {device.type}"
+        try:
+            importlib.import_module("apex.contrib.groupbn.batch_norm")
+        except ImportError as error:
+            return f"apex's contrib.groupbn cannot be imported ({error})"
+    return None
+
+
+def prepare_norm(
+    subject: str, layer: Layer, batch: int, groups: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that runs a layer forward and backward once and returns the gradients of x and of the residual.
+
+    Args:
+        subject: One of `SUBJECTS`, for which `unavailable` gives None.
+        layer: Shape, and what follows the norm.
+        batch: B.
+        groups: Of the batch; "plain" and "apex" have one.
+        device, dtype: Of x; parameters and statistics are float32.
+    """
+    shape = (batch, layer.channels, layer.height, layer.width)
+    generator = torch.Generator().manual_seed(0)
+
+    def make() -> Tensor:
+        values = torch.randn(shape, generator=generator)
+        return values.to(device, dtype, memory_format=torch.channels_last)
+
+    x, r, up = make().requires_grad_(), make().requires_grad_(), make()
+    residual = r if layer.residual else None
+    wanted = [x] if residual is None else [x, residual]
+    norm = nn.BatchNorm2d(layer.channels).to(device)
+    leaves = [*wanted, norm.weight, norm.bias]
+    if subject == "apex":
+        return _apex(layer, x, residual, up)
+
+    def call(backend: NormBackend, groups: int) -> Tensor:
+        running = norm.running_mean, norm.running_var
+        settings = {"residual": residual, "relu": layer.relu, "num_batches_tracked": norm.num_batches_tracked}
+        return batch_norm(x, norm.weight, norm.bias, *running, groups=groups, backend=backend, **settings)  # type: ignore[arg-type]
+
+    def modules(parts: Sequence[Tensor]) -> Tensor:
+        y = norm(parts[0]) if len(parts) == 1 else torch.cat([norm(part) for part in parts])
+        return follow(y)
+
+    def follow(y: Tensor) -> Tensor:
+        if residual is not None:
+            y = y.add_(residual)
+        return y.relu_() if layer.relu else y
+
+    forward: Callable[[], Tensor]
+    if subject == "grouped":
+        forward = lambda: modules(x.chunk(groups))  # noqa: E731
+    elif subject == "split":
+        split = SplitBatchNorm2d.of(norm, groups)
+        forward = lambda: follow(split(x))  # noqa: E731
+    elif subject == "plain":
+        forward = lambda: modules([x])  # noqa: E731
+    elif subject == "compiled":
+        forward = torch.compile(lambda: call("reference", groups))
+    else:
+        backend: NormBackend = "triton" if subject == "triton" else "native"
+        forward = lambda: call(backend, groups)  # noqa: E731
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(), leaves, up)[: len(wanted)]
+
+    return run
+
+
+def _apex(layer: Layer, x: Tensor, residual: Tensor | None, up: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Apex's module, which takes (B, H, W, C) and adds only where it rectifies."""
+    module: Any = importlib.import_module("apex.contrib.groupbn.batch_norm")
+    norm = module.BatchNorm2d_NHWC(layer.channels, fuse_relu=layer.relu).to(x.device)
+    images, added, incoming = (
+        None if value is None else value.detach().permute(0, 2, 3, 1).contiguous() for value in (x, residual, up)
+    )
+    assert images is not None
+    wanted = [value.requires_grad_() for value in (images, added) if value is not None]
+
+    def run() -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(norm(images, added), [*wanted, norm.weight, norm.bias], incoming)
+        return tuple(value.permute(0, 3, 1, 2) for value in found[: len(wanted)])
+
+    return run
+
+
+def measure_norm(
+    subjects: Sequence[str],
+    layers: Sequence[Layer],
+    *,
+    batch: int,
+    groups: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    bandwidth: float,
+    repeats: int = 3,
+    rounds: int = 5,
+) -> Iterator[dict[str, Any]]:
+    """Every subject at every layer shape.
+
+    Args:
+        subjects: Of `SUBJECTS`.
+        layers: See `synco_fast.bench.norm_model.layers_of`.
+        batch: B.
+        groups: Of the batch.
+        device, dtype: Of x.
+        bandwidth: Bytes a second of a large copy here.
+        repeats: Timed runs of a subject in a round.
+        rounds: How often the subjects are measured in turn.
+
+    Yields:
+        Subject and layer; ``seconds`` of every run and their median; ``gb_s``, bytes a second that the form moves by
+        the rules of `synco_fast.bench.norm_model`; ``floor``, the share of the time that the kernels' bytes
+        would take at the bandwidth. Or ``failed``, why there is no figure.
+    """
+    for layer in layers:
+        size = batch * layer.channels * layer.height * layer.width * dtype.itemsize
+        runs, seconds = {}, {subject: [] for subject in subjects}  # type: dict[str, Any], dict[str, list[float]]
+        for subject in subjects:
+            reason = unavailable(subject, device, dtype)
+            if reason is None:
+                runs[subject] = prepare_norm(subject, layer, batch, groups, device, dtype)
+            else:
+                yield {"subject": subject, **layer._asdict(), "failed": reason}
+        for number in range(rounds):
+            for subject, run in runs.items():
+                found = seconds_of(run, device, repeats=repeats, warmup=1 + (number == 0))
+                seconds[subject] += found
+        for subject in runs:
+            form = {"grouped": "grouped", "split": "plain", "plain": "plain"}.get(subject, "triton")
+            median = statistics.median(seconds[subject])
+            yield {
+                "subject": subject,
+                **layer._asdict(),
+                "seconds": seconds[subject],
+                "median_s": median,
+                "gb_s": sum(passes(layer, form)) * size / median / 1e9,
+                "floor": sum(passes(layer, "triton")) * size / bandwidth / median,
+            }
+
+
+def totals(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of all layers of the backbone together, by subject: medians times how often a layer occurs."""
+    found: dict[str, float] = {}
+    for result in results:
+        if "failed" not in result:
+            found[result["subject"]] = found.get(result["subject"], 0.0) + result["count"] * result["median_s"]
+    return found

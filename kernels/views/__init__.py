@@ -1,0 +1,5 @@
+"""Augmented views from decoded images, on the device: ragged uint8 pixels and drawn parameters in, views out."""
+
+from synco_fast.kernels.views.launch import make_views, unserved_by_triton
+
+__all__ = ["make_views", "unserved_by_triton"]

@@ -1,0 +1,201 @@
+"""Checks and launches of the views' kernels."""
+
+# mypy: disable-error-code="import-untyped"
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["PARAMETERS", "make_views", "unserved_by_triton"]
+
+#: The parameters of V views by name, with the trailing shape and the kind of each: those of `data.augment.draw`.
+PARAMETERS: dict[str, tuple[tuple[int, ...], str]] = {
+    "crop": ((4,), "integer"),
+    "order": ((4,), "integer"),
+    "factors": ((4,), "floating"),
+    "grayscale": ((), "bool"),
+    "sigma": ((), "floating"),
+    "solarize": ((), "bool"),
+    "flip": ((), "bool"),
+}
+#: Pixels of a program.
+_BLOCK = 512
+_DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
+
+
+def unserved_by_triton(pixels: Tensor) -> str | None:
+    """Why the kernels do not serve images on this device; None where they do."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not pixels.is_cuda or torch.version.hip:
+        return f"pixels are on {pixels.device.type}; the kernels run on CUDA devices"
+    if torch.cuda.get_device_capability(pixels.device) < (8, 0):
+        return "the device is older than compute capability 8.0"
+    return None
+
+
+def make_views(
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    images: Tensor,
+    parameters: Mapping[str, Tensor],
+    *,
+    size: int,
+    channels: int = 3,
+    planar: bool = False,
+    dtype: torch.dtype = torch.uint8,
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """Make V views of N decoded images: crop, jitter in its drawn order, grayscale, blur, solarize, flip.
+
+    Experimental: compared with torchvision in Triton's interpreter and compiled for compute capability 8.0, 9.0 and
+    10.0, never run on a GPU. Four launches, and 24 bytes of scratch memory for each pixel of a view. Values of the
+    parameters are not checked, for that would make the host wait: a crop outside its image reads memory outside it.
+
+    Args:
+        pixels: uint8, (n,): the images one after the other, in any order, with gaps or without.
+        offsets: Where each image begins in ``pixels``, (N,) int64.
+        sizes: Height and width of each image, (N, 2) integers.
+        images: The image of each view, (V,) integers.
+        parameters: By name, those of `PARAMETERS`, each (V, ...): crops as top, left, height and width in pixels; the
+            parts of the jitter (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order of each view; their
+            factors, the last in turns of the colour circle; whether a view loses its colour; sigma of its blur in
+            pixels, 0 for none; whether it is solarized; whether it is flipped.
+        size: Side of a view, 2 or more.
+        channels: Of the images, 3 or 1.
+        planar: Whether channels are the outermost axis of an image (C, H, W), else the innermost (H, W, C).
+        dtype: torch.uint8 for pixels, or a floating type for normalised values.
+        mean, std: Of the channels for values in [0, 1], where ``dtype`` is floating.
+
+    Returns:
+        (V, 3, size, size) of ``dtype``, in channels-last layout.
+
+    Raises:
+        TypeError, ValueError: An argument has another type, shape or device than it must have.
+        RuntimeError: The kernels do not run here; see `unserved_by_triton`.
+    """
+    _check(pixels, offsets, sizes, images, parameters, size, channels, dtype)
+    reason = unserved_by_triton(pixels)
+    if reason is not None:
+        raise RuntimeError(f"make_views: {reason}")
+    return _launch(pixels, offsets, sizes, images, parameters, size, channels, planar, dtype, mean, std)
+
+
+def _check(
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    images: Tensor,
+    parameters: Mapping[str, Tensor],
+    size: int,
+    channels: int,
+    dtype: torch.dtype,
+) -> None:
+    if pixels.dtype != torch.uint8 or pixels.dim() != 1:
+        raise TypeError(f"pixels: found {pixels.dtype} of shape {tuple(pixels.shape)}, expected uint8 of shape (n,)")
+    if set(parameters) != set(PARAMETERS):
+        wrong = sorted(set(parameters) ^ set(PARAMETERS))
+        raise ValueError(f"parameters: found {wrong[0]} missing or unknown, expected {', '.join(PARAMETERS)}")
+    kinds = {
+        "offsets": (offsets, (len(sizes),), "integer"),
+        "sizes": (sizes, (len(offsets), 2), "integer"),
+        "images": (images, (len(images),), "integer"),
+    } | {name: (parameters[name], (len(images), *shape), kind) for name, (shape, kind) in PARAMETERS.items()}
+    for name, (tensor, shape, kind) in kinds.items():
+        if tensor.shape != shape or tensor.device != pixels.device:
+            raise ValueError(
+                f"{name}: found shape {tuple(tensor.shape)} on {tensor.device}, expected {shape} on {pixels.device}"
+            )
+        if _kind(tensor.dtype) != kind:
+            raise TypeError(f"{name}: found {tensor.dtype}, expected {kind}")
+    if size < 2:
+        raise ValueError(f"size: found {size}, expected 2 or more")
+    if channels not in (1, 3):
+        raise ValueError(f"channels: found {channels}, expected 1 or 3")
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype: found {dtype}, expected one of {', '.join(str(kind) for kind in _DTYPES)}")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "floating"
+    return "bool" if dtype == torch.bool else "integer"
+
+
+def _launch(
+    pixels: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    images: Tensor,
+    parameters: Mapping[str, Tensor],
+    size: int,
+    channels: int,
+    planar: bool,
+    dtype: torch.dtype,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Tensor:
+    import triton
+
+    from synco_fast.kernels.views import stages
+
+    count, device, area = len(images), pixels.device, size * size
+    out = torch.empty((count, size, size, 3), dtype=dtype, device=device)
+    if not count:
+        return out.permute(0, 3, 1, 2)
+    blocks = triton.cdiv(area, _BLOCK)
+    grid = (count, blocks)
+    crop, order = (parameters[name].to(torch.int32).contiguous() for name in ("crop", "order"))
+    factors, sigma = (parameters[name].to(torch.float32).contiguous() for name in ("factors", "sigma"))
+    grayscale, solarize, flip = (
+        parameters[name].to(torch.uint8).contiguous() for name in ("grayscale", "solarize", "flip")
+    )
+    planes, blurred = (torch.empty((count, 3, area), dtype=torch.float32, device=device) for _ in range(2))
+    sums = torch.empty((count, blocks), dtype=torch.float32, device=device)
+    stages.crop[grid](
+        pixels.contiguous(),
+        offsets.to(torch.int64).contiguous(),
+        sizes.to(torch.int32).contiguous(),
+        images.to(torch.int32).contiguous(),
+        crop,
+        order,
+        factors,
+        planes,
+        sums,
+        SIZE=size,
+        CHANNELS=channels,
+        PLANAR=planar,
+        BLOCK=_BLOCK,
+    )
+    stages.colour[grid](
+        planes,
+        sums,
+        order,
+        factors,
+        grayscale,
+        blocks,
+        SIZE=size,
+        BLOCK=_BLOCK,
+        SUMS=triton.next_power_of_2(blocks),
+    )
+    stages.blur_rows[grid](planes, blurred, sigma, SIZE=size, BLOCK=_BLOCK)
+    stages.blur_columns[grid](
+        planes,
+        blurred,
+        sigma,
+        solarize,
+        flip,
+        out,
+        *(255.0 * value for value in mean),
+        *(1 / (255.0 * value) for value in std),
+        SIZE=size,
+        NORMALISE=dtype != torch.uint8,
+        BLOCK=_BLOCK,
+    )
+    return out.permute(0, 3, 1, 2)

@@ -1,0 +1,97 @@
+"""The benchmark of norm, add and ReLU: what it measures agrees, and the counted bytes and launches are as aimed at."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from synco_fast.bench.norm import SUBJECTS, measure_norm, prepare_norm, totals, unavailable
+from synco_fast.bench.norm_model import FORMS, Layer, layers_of, passes, step_work
+from synco_fast.cli import main
+
+CPU = torch.device("cpu")
+SMALL = Layer(8, 5, 4, True, True, 2)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return {form: step_work(form) for form in FORMS}
+
+
+def test_bytes_and_launches_of_a_resnet50_step(counted):
+    """224 pixels, batch 256, eight groups, bfloat16."""
+    grouped, plain, kernels = (counted[form] for form in ("grouped", "plain", "triton"))
+    assert kernels.bytes <= 0.6 * grouped.bytes
+    assert kernels.bytes <= 0.75 * plain.bytes
+    assert kernels.launches <= grouped.launches / 5
+    assert kernels.launches < plain.launches
+
+
+def test_the_count_is_that_of_the_layers(counted):
+    """What is counted call by call are the passes of each layer, and the sums where a block's input goes two ways."""
+    layers = layers_of()
+    assert sum(layer.count for layer in layers) == 53
+    blocks = [layer for layer in layers if layer.residual]
+    assert sum(layer.count for layer in blocks) == 16
+    for form, work in counted.items():
+        expected = 0
+        for layer in layers:
+            forward, backward = passes(layer, form)
+            size = 256 * layer.channels * layer.height * layer.width * 2
+            expected += layer.count * size * (2 * forward + backward)
+        assert 0 <= work.bytes - expected < 0.13 * expected, "the sums are an eighth of the kernels' at most"
+
+
+def test_launches_do_not_grow_with_the_groups():
+    small = {"backbone": "resnet18", "batch": 16, "size": 64}
+    assert step_work("triton", groups=8, **small).launches == step_work("triton", groups=1, **small).launches
+    assert step_work("grouped", groups=8, **small).launches > 3 * step_work("grouped", groups=1, **small).launches
+
+
+@pytest.mark.parametrize("layer", [SMALL, SMALL._replace(residual=False), SMALL._replace(relu=False, residual=False)])
+def test_every_form_computes_the_same(layer):
+    expected = prepare_norm("grouped", layer, 6, 3, CPU, torch.float32)()
+    assert len(expected) == 1 + layer.residual
+    for subject in ("native", "split"):
+        found = prepare_norm(subject, layer, 6, 3, CPU, torch.float32)()
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    whole = prepare_norm("plain", layer, 6, 1, CPU, torch.float32)()
+    torch.testing.assert_close(whole, prepare_norm("native", layer, 6, 1, CPU, torch.float32)())
+
+
+def test_figures():
+    subjects = ["grouped", "native", "triton", "apex"]
+    sizes = {"batch": 6, "groups": 3, "device": CPU, "dtype": torch.float32}
+    found = list(measure_norm(subjects, [SMALL], **sizes, bandwidth=1e9, repeats=2, rounds=2))
+    by_name = {result["subject"]: result for result in found}
+    assert by_name.keys() == set(subjects)
+    assert "x is on cpu" in by_name["triton"]["failed"]
+    assert "float16 on a GPU" in by_name["apex"]["failed"]
+    grouped = by_name["grouped"]
+    assert len(grouped["seconds"]) == 4
+    size = 6 * 8 * 5 * 4 * 4
+    assert grouped["gb_s"] == pytest.approx(20 * size / grouped["median_s"] / 1e9)
+    assert grouped["floor"] == pytest.approx(11 * size / 1e9 / grouped["median_s"])
+    assert totals(found)["grouped"] == pytest.approx(2 * grouped["median_s"])
+
+
+def test_what_cannot_be_measured_says_why():
+    assert set(SUBJECTS) == {"grouped", "split", "plain", "compiled", "native", "triton", "apex"}
+    assert unavailable("native", CPU, torch.bfloat16) is None
+    assert "the kernels run on CUDA devices" in unavailable("triton", CPU, torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, capsys):
+    words = ["bench", "norm", "--backbone", "resnet18", "--size", "32", "--batch", "4", "--groups", "2"]
+    words += ["--subjects", "grouped", "native", "--repeats", "1", "--rounds", "1", "--device", "cpu"]
+    assert main([*words, "--json", str(tmp_path / "norm.json")]) == 0
+    report = json.loads((tmp_path / "norm.json").read_text())
+    assert {result["subject"] for result in report["results"]} == {"grouped", "native"}
+    assert report["counted"]["triton"]["launches"] < report["counted"]["grouped"]["launches"]
+    assert "counted, not measured" in capsys.readouterr().out
+    assert main(["bench", "norm", "--batch", "7", "--device", "cpu"]) == 2
+    assert "batch: found 7, expected a multiple of 8 (groups)" in capsys.readouterr().err

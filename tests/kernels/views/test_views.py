@@ -1,0 +1,97 @@
+"""The views' kernels: in the interpreter, compiled without a device, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from synco_fast.data.augment.draw import JITTER, ViewParameters
+from synco_fast.kernels.views import launch, make_views
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_under_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "python_files=check_*.py", "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    file = str(HERE / "interpreted" / "check_views.py")
+    done = subprocess.run([*command, file], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_without_spills(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "compile_all.py"), str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    lines = done.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == {"crop", "colour", "blur_rows", "blur_columns"}
+    assert all("stack 0 local 0" in line for line in lines), done.stdout
+
+
+def test_parameters_are_those_that_are_drawn():
+    assert list(launch.PARAMETERS) == [field.name for field in fields(ViewParameters)]
+    assert JITTER == ("brightness", "contrast", "saturation", "hue"), "the kernels know the parts by number"
+
+
+def arguments(views=2):
+    kinds = {"integer": torch.int64, "floating": torch.float32, "bool": torch.bool}
+    return {
+        "pixels": torch.zeros(300, dtype=torch.uint8),
+        "offsets": torch.tensor([0]),
+        "sizes": torch.tensor([[10, 10]]),
+        "images": torch.zeros(views, dtype=torch.int64),
+        "parameters": {
+            name: torch.ones(views, *shape, dtype=kinds[kind]) for name, (shape, kind) in launch.PARAMETERS.items()
+        },
+        "size": 8,
+    }
+
+
+def with_parameter(name, value):
+    return {"parameters": arguments()["parameters"] | {name: value}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"pixels": torch.zeros(300)}, TypeError, "pixels: found torch.float32 of shape"),
+        ({"pixels": torch.zeros(3, 100, dtype=torch.uint8)}, TypeError, "pixels: found torch.uint8 of shape"),
+        ({"offsets": torch.tensor([0, 1])}, ValueError, "offsets: found shape"),
+        ({"sizes": torch.tensor([[10.0, 10.0]])}, TypeError, "sizes: found torch.float32, expected integer"),
+        ({"images": torch.zeros(3, dtype=torch.int64)}, ValueError, "crop: found shape"),
+        ({"parameters": {}}, ValueError, "parameters: found crop missing or unknown"),
+        (with_parameter("sigma", torch.ones(2, dtype=torch.int64)), TypeError, "sigma: found torch.int64"),
+        (with_parameter("flip", torch.ones(2)), TypeError, "flip: found torch.float32, expected bool"),
+        (with_parameter("order", torch.ones(2, 3, dtype=torch.int64)), ValueError, r"order: found shape \(2, 3\)"),
+        (
+            with_parameter("crop", torch.ones(2, 4, dtype=torch.int64, device="meta")),
+            ValueError,
+            "crop: found .* on meta",
+        ),
+        ({"size": 1}, ValueError, "size: found 1"),
+        ({"channels": 2}, ValueError, "channels: found 2, expected 1 or 3"),
+        ({"dtype": torch.float64}, TypeError, "dtype: found torch.float64"),
+    ],
+)
+def test_wrong_arguments(changes, error, says):
+    with pytest.raises(error, match=says):
+        make_views(**(arguments() | changes))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="served by the interpreter")
+def test_a_cpu_is_refused():
+    with pytest.raises(RuntimeError, match="pixels are on cpu; the kernels run on CUDA devices"):
+        make_views(**arguments())
