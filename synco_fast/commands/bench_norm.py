@@ -11,16 +11,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.parser import Verbs, positive
+from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
 
 _SUBJECTS = ("grouped", "split", "plain", "compiled", "native", "triton", "apex")
 
 
-def add(verbs: Verbs) -> None:
+def add(commands: Commands) -> None:
     """Add ``synco-fast bench norm``."""
-    command = verbs.add(
+    command = commands.add(
         "bench norm",
         _bench_norm,
         "Time of batch norm, add and ReLU, forward and backward, by form and layer shape of a ResNet, beside the bytes "
