@@ -146,13 +146,17 @@ do_launches() {
 do_variants() { part variants 90 "$PYTHON" -m synco_fast.bench.variants --repeats "$REPEATS" "${SHAPE[@]}"; }
 
 do_norm() {
+  local size=(--repeats 10 --rounds 2)
+  [ "$DRY" = 0 ] || size=(--device cpu --backbone resnet18 --size 32 --batch 8 --repeats 1 --rounds 1 --dtype float32 --subjects split plain)
   if "${SYNCO[@]}" bench norm --help > /dev/null 2>&1; then
-    local small=()
-    [ "$DRY" = 0 ] || small=(--dry)
-    part norm-validate 20 "${SYNCO[@]}" validate --part norm --json "$WORK/gpu/norm-validate.json"
-    part norm 20 "${SYNCO[@]}" bench norm ${small[@]+"${small[@]}"} --json "$WORK/gpu/norm.json"
+    part norm 20 "${SYNCO[@]}" bench norm "${size[@]}" --json "$WORK/gpu/norm.json"
   else
     note norm "not there" 0
+  fi
+  if "${SYNCO[@]}" validate --help 2>&1 | grep -q -e --part; then
+    part norm-validate 20 "${SYNCO[@]}" validate --part norm --json "$WORK/gpu/norm-validate.json"
+  else
+    note norm-validate "not there" 0
   fi
 }
 

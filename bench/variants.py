@@ -36,6 +36,10 @@ _TILES = (
 )
 
 
+#: Programs that share a row's synthetic negatives, pieces of a vector, and warps of a program.
+_MIXES = ((4, 4, 1), (8, 4, 1), (16, 4, 1), (8, 2, 1), (8, 4, 2))
+
+
 @dataclass(frozen=True)
 class Variant:
     """Something of the launcher with another value.
@@ -74,9 +78,14 @@ def applied(variant: Variant | None) -> Iterator[None]:
 
 def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
     """What else could be launched at a shape."""
-    from synco_fast.kernels.triton import config, launch
+    from synco_fast.kernels.triton import config
 
-    found = [Variant(f"mix in {parts} parts", launch, "PARTS", parts) for parts in (4, 8, 16) if parts != launch.PARTS]
+    chosen = config.MIXES[shape.itemsize]
+    found = [
+        Variant("mix in {} parts, {} pieces, {} warps".format(*mix), config.MIXES, shape.itemsize, mix)
+        for mix in _MIXES
+        if mix != chosen
+    ]
     generation, dtype = config.generation_of(device), shape.torch_dtype
     narrow = shape.dim <= config.form_of(dtype, shape.dim, generation).chunk
     key = (generation, dtype, narrow)

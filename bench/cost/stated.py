@@ -85,6 +85,7 @@ STATED: dict[str, Stated] = {
             "if flag == 0": _ALWAYS,
             # Candidates spread over the splits evenly enough for one rectangle, and no two similarities are equal.
             "if longest > WIDE": _NEVER,
+            "for start in range(0, longest, WIDE)": _NEVER,
             "if reached != needed": _NEVER,
             # From some 2^23 numbers between threshold and maximum to some 2^10 between two similarities.
             "while (low < high) & (reached != needed)": lambda shape: 13.0,
@@ -92,7 +93,10 @@ STATED: dict[str, Stated] = {
         _select,
     ),
     # On ordinary features no row goes the slow way.
-    "fill": Stated({"if tl.max(m_row.to(tl.int32)) > 0": _NEVER}, lambda launch, shape: 4.0 * launch.programs),
+    "fill": Stated(
+        dict.fromkeys(("if tl.max(m_row.to(tl.int32)) > 0", "for tile in", "for begin in"), _NEVER),
+        lambda launch, shape: 4.0 * launch.programs,
+    ),
     "choose": Stated({"if tl.load(p_flag + row) != 0": _NEVER}),
     "mix": Stated({"if available > 0": _ALWAYS, "if tl.max(cancelled.to(tl.int32), axis=0) > 0": _NEVER}, _mix),
     "reduce": Stated(moved=_reduce),

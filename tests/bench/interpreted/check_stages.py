@@ -7,7 +7,7 @@ from synco_fast.bench import stages
 from synco_fast.bench.launches import recorded, time_launches
 from synco_fast.bench.loss import Shape, bare
 from synco_fast.bench.variants import _agree, _outputs, applied, variants_of
-from synco_fast.kernels.triton import launch
+from synco_fast.kernels.triton import config
 
 CPU = torch.device("cpu")
 SMALL = Shape(2, 300, 64, 20, synthetic=12)
@@ -86,12 +86,13 @@ def test_launches_are_recorded_and_timed_one_by_one():
 
 
 def test_variants_give_the_same_and_leave_nothing_behind():
-    parts = launch.PARTS
+    before = dict(config.MIXES)
     expected = _outputs(SMALL, CPU)
     variants = variants_of(SMALL, CPU)
     assert variants
     with applied(variants[0]):
+        assert before != config.MIXES
         assert _agree(_outputs(SMALL, CPU), expected)
-    assert parts == launch.PARTS
+    assert before == config.MIXES
     wrong = tuple(tensor + 1 if tensor.is_floating_point() else tensor for tensor in expected)
     assert not _agree(wrong, expected)
