@@ -20,6 +20,7 @@ __all__ = [
     "CAPACITY",
     "FORMATS",
     "MIXES",
+    "OVERLAP",
     "TILE",
     "TILES",
     "TILES_OF",
@@ -34,6 +35,7 @@ __all__ = [
     "generation_of",
     "interpreted",
     "mix_of",
+    "overlap_of",
     "segments_of",
     "splits_of",
     "table",
@@ -46,6 +48,8 @@ CAPACITY = 16384
 TILE = 64
 #: Columns of V that a program of the scan holds.
 CHUNK = 128
+#: Whether launches overlap where the device can (see `overlap.py`): to be turned on by a measurement.
+OVERLAP = False
 _SMALLEST_TEMPERATURE = 0.03
 _LARGEST_DIM = 512
 
@@ -201,7 +205,7 @@ TILES = {
     ("three", True): Tile(128, 64, 128, 128, 8, 1),
     ("three", False): Tile(128, 64, 64, 64, 8, 1),
     ("tf32", True): Tile(64, 64, 128, 128, 8, 1),
-    ("tf32", False): Tile(64, 64, 128, 64, 8, 1),
+    ("tf32", False): Tile(64, 64, 64, 64, 8, 1),
     ("ieee", True): Tile(64, 32, 64, 32, 8, 1),
     ("ieee", False): Tile(64, 32, 64, 32, 8, 1),
 }
@@ -210,6 +214,7 @@ TILES_OF = {
     (9, "bfloat16", True): Tile(128, 128, 128, 128, 8, 2),
     (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),
+    (9, "tf32", False): Tile(64, 64, 128, 64, 8, 1),
     (10, "float16", False): Tile(128, 64, 128, 64, 8, 1),
 }
 
@@ -219,6 +224,13 @@ def generation_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0]
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
+
+
+def overlap_of(generation: int) -> dict[str, bool]:
+    """The options of a launch that overlaps the one before it, or does not."""
+    if not (OVERLAP and generation >= 9) or interpreted():
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
 
 
 def formats_of(dtype: torch.dtype, generation: int) -> str:

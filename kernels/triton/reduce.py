@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.mix import before
+from synco_fast.kernels.triton.overlap import begin
 
 __all__ = ["reduce"]
 
@@ -72,12 +73,14 @@ def reduce(
     PARTS: tl.constexpr,
     HARD: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (B,). Writes what the operator returns; STEP splits are read at a time; scale is log2(e) / T.
 
     COUNTS has the number and the count of each family of synthetic negatives, in the order of their similarities;
     PARTS is 0 where there are none.
     """
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
