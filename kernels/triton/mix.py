@@ -14,7 +14,7 @@ The similarities q.s are written out; `reduce` sums what the loss and the statis
 the negatives is compiled in: a new family of this form is a new row of the table that the launcher passes.
 """
 
-# mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="assignment, misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
