@@ -111,8 +111,8 @@ BREAKS = (
     Break(
         "kernels: masked keys stay in the softmax",
         "kernels/triton/scan.py",
-        "allowed = allowed & (image[:, None] != queue_image[None, :])",
-        "allowed = allowed & (image[:, None] >= -1)",
+        "tl.where(image[:, None] == queue_image[None, :], ",
+        "tl.where(image[:, None] < -1, ",
         LOSS,
         "mask",
     ),
