@@ -87,11 +87,12 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
         if mix != chosen
     ]
     generation, dtype = config.generation_of(device), shape.torch_dtype
-    narrow = shape.dim <= config.form_of(dtype, shape.dim, generation).chunk
-    key = (generation, dtype, narrow)
-    present = config.TILES_OF.get(key, config.TILES[dtype, narrow])
+    name, narrow = config.tile_key(dtype, shape.dim, generation, masked=False)
+    key = (generation, name, narrow)
+    present = config.TILES_OF.get(key, config.TILES[name, narrow])
     for tile in _TILES:
-        other = config.Tile(tile[0], tile[1], min(present.piece, tile[2]), *tile[3:])
+        rows, keys, piece, warps, stages = tile
+        other = config.Tile(rows, keys, present.chunk, min(present.piece, piece), warps, stages)
         if other != present and dtype != torch.float32:
             name = f"scan {other.rows} x {other.keys}, {other.warps} warps, {other.stages} stages"
             found.append(Variant(name, config.TILES_OF, key, other))

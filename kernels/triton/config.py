@@ -21,6 +21,7 @@ __all__ = [
     "CAPACITY",
     "FORMATS",
     "MIXES",
+    "OVERLAP",
     "TILE",
     "TILES",
     "TILES_OF",
@@ -35,9 +36,11 @@ __all__ = [
     "generation_of",
     "interpreted",
     "mix_of",
+    "overlap_of",
     "segments_of",
     "splits_of",
     "table",
+    "tile_key",
     "unserved",
 ]
 
@@ -47,6 +50,8 @@ CAPACITY = 16384
 TILE = 64
 #: Columns of V that a program of the scan holds.
 CHUNK = 128
+#: Whether launches overlap where the device can (see `overlap.py`): to be turned on by a measurement.
+OVERLAP = False
 _SMALLEST_TEMPERATURE = 0.03
 _LARGEST_DIM = 512
 #: Queue indices, and their next power of two, are 32-bit integers in the kernels.
@@ -205,7 +210,7 @@ TILES = {
     ("three", True): Tile(128, 64, 128, 128, 8, 1),
     ("three", False): Tile(128, 64, 64, 64, 8, 1),
     ("tf32", True): Tile(64, 64, 128, 128, 8, 1),
-    ("tf32", False): Tile(64, 64, 128, 64, 8, 1),
+    ("tf32", False): Tile(64, 64, 64, 64, 8, 1),
     ("ieee", True): Tile(64, 32, 64, 32, 8, 1),
     ("ieee", False): Tile(64, 32, 64, 32, 8, 1),
 }
@@ -214,6 +219,7 @@ TILES_OF = {
     (9, "bfloat16", True): Tile(128, 128, 128, 128, 8, 2),
     (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),
+    (9, "tf32", False): Tile(64, 64, 128, 64, 8, 1),
     (10, "float16", False): Tile(128, 64, 128, 64, 8, 1),
 }
 
@@ -223,6 +229,13 @@ def generation_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0]
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
+
+
+def overlap_of(generation: int) -> dict[str, bool]:
+    """The options of a launch that overlaps the one before it, or does not."""
+    if not (OVERLAP and generation >= 9) or interpreted():
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
 
 
 def formats_of(dtype: torch.dtype, generation: int) -> str:
@@ -240,15 +253,20 @@ def formats_of(dtype: torch.dtype, generation: int) -> str:
     return "three" if generation in (9, 10) else "ieee"
 
 
+def tile_key(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> tuple[str, bool]:
+    """Where `TILES` has the tile: the name of the formats, and whether one program holds all columns of V."""
+    name = "ieee" if interpreted() else formats_of(dtype, generation)
+    # A mask takes the registers that the three products leave.
+    return name, dim <= CHUNK and not (masked and name == "three")
+
+
 def form_of(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> Form:
     """The form for a dtype, a width and a `generation_of` device; all spill nothing for sm_80, sm_90 and sm_100.
 
     The interpreter rounds no number to fewer bits as a device does, so there float32 is multiplied as it is.
     """
-    name = "ieee" if interpreted() else formats_of(dtype, generation)
+    name, narrow = tile_key(dtype, dim, generation, masked)
     formats = FORMATS[name]
-    # A mask takes the registers that the three products leave.
-    narrow = dim <= CHUNK and not (masked and name == "three")
     tile = TILES_OF.get((generation, name, narrow), TILES[name, narrow])
     chunk = min(tile.chunk, triton.next_power_of_2(max(dim, TILE)))
     sizes = (tile.rows, tile.keys, chunk, min(tile.piece, chunk), tile.warps, tile.stages)

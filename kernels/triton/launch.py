@@ -25,6 +25,7 @@ from synco_fast.kernels.triton.config import (
     generation_of,
     interpreted,
     mix_of,
+    overlap_of,
     segments_of,
     splits_of,
     table,
@@ -120,9 +121,10 @@ def _launch(
         images, queue_images, available = compact_ids(image_ids, queue_ids)
     wide = triton.next_power_of_2(max(dim, TILE))
     scale = math.log2(math.e) / temperature
-    form = form_of(q.dtype, dim, generation_of(device), masked)
+    generation = generation_of(device)
+    form, overlap = form_of(q.dtype, dim, generation, masked), overlap_of(generation)
     common = {"D": dim, "PIECE": form.piece, "DOT": form.dot, "PRECISION": form.precision, "MASKED": masked}
-    common["THREE"] = form.three
+    common |= {"THREE": form.three, **overlap}
 
     # Step one. Without an estimate the sample still gives the shift.
     sampling = stride_and_rank(length, hard) if hard else None
@@ -162,6 +164,7 @@ def _launch(
         **dims,
         WIDTH=width,
         ESTIMATE=estimate,
+        **overlap,
         num_warps=max(1, min(width // 512, 8)),
     )
 
@@ -240,6 +243,7 @@ def _launch(
                 KEYS=max(1, 4096 // wide),
                 MARGIN=form.margin,
                 EVERY=form.every,
+                **overlap,
                 num_warps=max(1, min(capacity // 512, 32)),
             )
         else:
@@ -283,6 +287,7 @@ def _launch(
             WIDTH=width,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
+            **overlap,
             num_warps=tile.warps,
         )
 
@@ -316,5 +321,6 @@ def _launch(
         PARTS=parts,
         HARD=hard > 0,
         BLOCK=256,
-        num_warps=8,
+        **overlap,
+        num_warps=4,
     )

@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.overlap import begin
 from synco_fast.kernels.triton.philox import normal, philox, pick, uniform
 
 __all__ = ["mix"]
@@ -61,6 +62,7 @@ def _draw(
     number = o_mine * 0
     slot = o_mine * 0
     count = o_mine * 0
+    pairs = o_mine * 0
     low = tl.zeros([WIDTH], tl.float32)
     span = tl.zeros([WIDTH], tl.float32)
     most = tl.zeros([WIDTH], tl.float32)
@@ -70,6 +72,8 @@ def _draw(
         number = tl.where(here, TABLE[family][0], number)
         slot = tl.where(here, o_own * PARTS + part, slot)
         count = tl.where(here, TABLE[family][1], count)
+        paired = TABLE[family][8] != 0 or TABLE[family][9] != 0
+        pairs = tl.where(here, TABLE[family][1] if paired else 0, pairs)
         low = tl.where(here, TABLE[family][2], low)
         span = tl.where(here, TABLE[family][3] - TABLE[family][2], span)
         most = tl.where(here, TABLE[family][12], most)
@@ -82,7 +86,7 @@ def _draw(
     tl.store(p_drawn + o_mine, tl.minimum(low + span * uniform(w0), most))
     key = tl.load(p_hard_index + first, m_slot, 0)
     tl.store(p_drawn + WIDTH + o_mine, key.to(tl.float32, bitcast=True))
-    key = tl.load(p_hard_index + second, m_slot, 0)
+    key = tl.load(p_hard_index + second, slot < pairs, 0)
     tl.store(p_drawn + 2 * WIDTH + o_mine, key.to(tl.float32, bitcast=True))
     tl.store(p_drawn + 3 * WIDTH + o_mine, tl.load(p_hard + first, m_slot, 0))
 
@@ -245,6 +249,7 @@ def mix(
     WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (B, PARTS).
 
@@ -253,6 +258,7 @@ def mix(
     each family: its number, its count, the range of t, constant and slope of a, b and c, sigma, eta, its largest t,
     its column in the statistics.
     """
+    begin(OVERLAP)
     row = tl.program_id(0)
     part = tl.program_id(1)
     row64 = row.to(tl.int64)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.mix import before
+from synco_fast.kernels.triton.overlap import begin
 
 __all__ = ["reduce"]
 
@@ -74,12 +75,14 @@ def reduce(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (B,). Writes what the operator returns; STEP splits are read at a time; scale is log2(e) / T.
 
     COUNTS has the column and the count of each family of synthetic negatives, in the order of their similarities;
     PARTS is 0 where there are none. COLUMNS is how many families there are, WIDTH a power of two that covers them.
     """
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D

@@ -17,6 +17,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.overlap import begin
+
 __all__ = ["multiply", "product", "rank", "sample"]
 
 
@@ -55,8 +57,8 @@ def product(
     """Similarities of a block of queries to a block of keys in float32, a chunk of the dimension at a time."""
     b_similarity = tl.zeros([o_row.shape[0], o_key.shape[0]], tl.float32)
     # Not unrolled and not pipelined: wide rows would need more shared memory and registers than there are.
-    for begin in tl.range(0, D, PIECE, num_stages=1):
-        o_dim = begin + tl.arange(0, PIECE)
+    for start in tl.range(0, D, PIECE, num_stages=1):
+        o_dim = start + tl.arange(0, PIECE)
         m_dim = o_dim < D
         q = tl.load(p_q + o_row[:, None] * D + o_dim[None, :], m_row[:, None] & m_dim[None, :], 0)
         n = tl.load(p_keys + o_key[:, None].to(tl.int64) * D + o_dim[None, :], m_key[:, None] & m_dim[None, :], 0)
@@ -82,8 +84,10 @@ def sample(
     MASKED: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (row blocks, key blocks). Writes similarities to the sampled keys, (B, SAMPLE), -inf where masked."""
+    begin(OVERLAP)
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_sample = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     m_row, m_sample = o_row < B, o_sample < SAMPLE
@@ -111,8 +115,10 @@ def rank(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ESTIMATE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (B,). Writes t, q.k and m of each row; t is +inf, which no key exceeds, where there is no estimate."""
+    begin(OVERLAP)
     row = tl.program_id(0)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D

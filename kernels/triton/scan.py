@@ -22,6 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.overlap import begin
 from synco_fast.kernels.triton.sample import multiply, product
 
 __all__ = ["OVERHANG", "scan"]
@@ -118,12 +119,14 @@ def scan(
     KEYS: tl.constexpr,
     SEGMENT: tl.constexpr,
     DEVICE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (row blocks, splits, chunks of D); ``tiles`` key tiles a split; scale is log2(e) / T.
 
     Writes found (B, room) int64, similarity above index, SEGMENT places for each split (none where SEGMENT is 0);
     count (B, splits); sum and rank (splits, B); and total (splits, B, D). EVEN promises whole tiles throughout.
     """
+    begin(OVERLAP)
     split, chunk = tl.program_id(1), tl.program_id(2)
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < B

@@ -20,6 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.overlap import begin
+
 __all__ = ["ordered", "select"]
 
 
@@ -72,6 +74,7 @@ def select(
     KEYS: tl.constexpr,
     MARGIN: tl.constexpr,
     EVERY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag where it does not count.
 
@@ -80,6 +83,7 @@ def select(
     MARGIN is twice the error of the similarities of unit rows, 0 where they count as they are; EVERY multiplies all
     down to the margin again, KEYS at a time.
     """
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     available = K
     if MASKED:

@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from synco_fast.kernels import Negatives
-from synco_fast.kernels.triton import launch, momentum
+from synco_fast.kernels.triton import config, launch, momentum
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LIMIT = {80: 163, 90: 227, 100: 227}
@@ -93,6 +93,7 @@ def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str)
         # On other devices there is nothing to serialise.
         wait = capability == 90 and serialised(kernel)
         line += (" serialised" if wait else "") + (" narrow" if narrow else "")
+        line += " overlapped" if "griddepcontrol.wait" in kernel.asm["ptx"] else ""
         print(line, flush=True)
         if stack or local or wait or narrow or shared > LIMIT[capability] << 10:
             failures.append(line)
@@ -121,10 +122,12 @@ if __name__ == "__main__":
     parser.add_argument("--dims", type=int, nargs="+", default=[128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--float32", choices=["none", "ieee", "tf32"], default="none", help="precision allowed")
+    parser.add_argument("--overlap", action="store_true", help="programmatic dependent launch")
     parser.add_argument("--plain", action="store_true", help="no mask")
     parser.add_argument("--only", default="", help="names of kernels, with commas")
     given = parser.parse_args()
     torch.backends.cuda.matmul.fp32_precision = given.float32
+    config.OVERLAP = given.overlap
     cases = [(dim, DTYPES[name], not given.plain) for dim in given.dims for name in given.dtypes]
     if given.wide:
         cases += [(dim, DTYPES[name], dim != 128) for dim in (64, 128, 256, 512) for name in given.dtypes]

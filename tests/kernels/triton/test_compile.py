@@ -39,3 +39,11 @@ def test_the_scan_at_every_width_and_in_every_dtype(capability):
     lines = compiled(capability, "--dims", "64", "128", "256", "512", "--only", "scan")
     assert len(lines) == 12
     assert not any("serialised" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_switch_for_overlapping_launches_reaches_the_kernels():
+    chain = {"sample", "rank", "scan", "select", "reduce"}
+    lines = compiled("90", "--dtypes", "bfloat16", "--overlap", "--only", ",".join(chain))
+    assert {line.split()[0] for line in lines if line.endswith(" overlapped")} == chain
+    assert not [line for line in compiled("80", "--overlap", "--only", "rank") if "overlapped" in line]

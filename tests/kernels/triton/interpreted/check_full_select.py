@@ -22,7 +22,7 @@ def select(inputs, hard, flag=None, ids=None):
     images, queue_images, available = compact_ids(*ids) if ids else (None, None, None)
     room = torch.full((module.rows_at_once(rows, length), length), 5, dtype=torch.int32)
     index, similarity = torch.full((rows, hard), -7, dtype=torch.int32), torch.full((rows, hard), torch.nan)
-    form = form_of(inputs.q.dtype, inputs.q.shape[1], generation_of(inputs.q.device))
+    form = form_of(inputs.q.dtype, inputs.q.shape[1], generation_of(inputs.q.device), masked=bool(ids))
     module.full_select(inputs.q, inputs.queue, images, queue_images, available, flag, room, index, similarity, form)
     return similarity, index.long()
 

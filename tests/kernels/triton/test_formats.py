@@ -1,0 +1,74 @@
+"""What float32 loses as products of fewer bits, emulated on the CPU: the margins of the selection rest on it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from synco_fast.kernels.negatives import Negatives
+from synco_fast.kernels.validation import exact_inputs, reference_answer
+
+pytest.importorskip("triton")
+
+
+def halves(x):
+    high = x.bfloat16().float()
+    return high, (x - high).bfloat16().float()
+
+
+def three(left, right):
+    (left_high, left_low), (right_high, right_low) = halves(left), halves(right)
+    return left_high @ right_low + left_low @ right_high + left_high @ right_high
+
+
+def tf32(left, right):
+    left, right = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (left, right))
+    return left @ right
+
+
+@pytest.mark.parametrize(("name", "product"), [("three", three), ("tf32", tf32)])
+@pytest.mark.parametrize("dim", [64, 512])
+def test_margins_are_twice_the_error_at_least(name, product, dim):
+    from synco_fast.kernels.triton import config
+
+    q, keys = (normalize(torch.randn(rows, dim, dtype=torch.float64), dim=1).float() for rows in (16, 4000))
+    # Equal signs and the very key of a query add up the errors.
+    keys[:16], q, keys[16:32] = q.abs(), q.abs(), q
+    error = (product(q, keys.T).double() - q.double() @ keys.double().T).abs().max().item()
+    assert 0 < error <= config.FORMATS[name].margin / 2
+
+
+def test_three_products_keep_the_bounds_on_exact_inputs(within):
+    temperature = 0.07
+    inputs = exact_inputs(8, 2048, 64, peaked=True)
+    exact, plain = (
+        reference_answer(inputs, Negatives.moco(), dtype, temperature=temperature)
+        for dtype in (torch.float64, torch.float32)
+    )
+    q, k, queue = inputs
+    positive = (q * k).sum(dim=1, keepdim=True)
+    similarity = three(q, queue.T)
+    shift = torch.maximum(positive, similarity[:, ::2].amax(dim=1, keepdim=True))
+    p = ((similarity - shift) / temperature).exp()
+    rest, first = p.sum(dim=1, keepdim=True), ((positive - shift) / temperature).exp()
+    loss = ((first + rest).log() + (shift - positive) / temperature).squeeze(1)
+    within(loss, plain.contrast.loss, exact.contrast.loss, "loss", 16)
+    gradient = (three(p, queue) - rest * k) / ((first + rest) * temperature)
+    within(gradient, plain.gradient, exact.gradient, "gradient", 64)
+
+
+@pytest.mark.parametrize(
+    ("setting", "generation", "expected"),
+    [("none", 9, "three"), ("none", 8, "ieee"), ("tf32", 8, "tf32"), ("ieee", 9, "ieee")],
+)
+def test_float32_follows_what_pytorch_is_set_to(setting, generation, expected):
+    from synco_fast.kernels.triton import config
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert config.formats_of(torch.float32, generation) == expected
+        assert config.formats_of(torch.bfloat16, generation) == "bfloat16"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
