@@ -147,7 +147,7 @@ do_variants() { part variants 90 "$PYTHON" -m synco_fast.bench.variants --repeat
 
 do_norm() {
   local size=(--repeats 10 --rounds 2)
-  [ "$DRY" = 0 ] || size=(--device cpu --backbone resnet18 --size 32 --batch 8 --repeats 1 --rounds 1 --dtype float32 --subjects split plain)
+  [ "$DRY" = 0 ] || size=(--device cpu --backbone resnet18 --size 64 --batch 8 --repeats 1 --rounds 1 --dtype float32 --groups 2 --subjects split plain)
   if "${SYNCO[@]}" bench norm --help > /dev/null 2>&1; then
     part norm 20 "${SYNCO[@]}" bench norm "${size[@]}" --json "$WORK/gpu/norm.json"
   else

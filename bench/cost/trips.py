@@ -276,7 +276,7 @@ class _Evaluator:
         if called in _CALLS:
             return _CALLS[called](*(self(argument, names) for argument in node.args))
         function = self.module.get(called)
-        if type(function).__name__ == "ConstexprFunction":
+        if function is not None and type(function).__name__ == "ConstexprFunction":
             return function.fn(*(self(argument, names) for argument in node.args))
         raise Unknown(called)
 
