@@ -46,6 +46,7 @@ def add(commands: Commands) -> None:
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     config, resume = _what_to_do(options, overrides_of(rest))
 
+    from synco_fast.evaluation.health import contraction
     from synco_fast.evaluation.knn import PeriodicKnn
     from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.runtime.files import write_json
@@ -55,7 +56,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     place = DistEnv.detect()
     with init_distributed(place, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=PeriodicKnn())
+        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction)
         summary = Trainer(task, folder, resume=resume, console=console).run()
     if place.is_main:
         if options.json is not None:

@@ -122,6 +122,7 @@ class MomentumContrast(Method):
         #: By direction, this step's keys of the whole batch, (B, D), and their images, (B,).
         self._keys: list[tuple[Tensor, Tensor]] = []
         self._queued = 0
+        self._slow_path = SlowPathMonitor()
 
     @property
     def target(self) -> nn.Module:
@@ -228,8 +229,28 @@ class MomentumContrast(Method):
         return self.settings.schedule.first_like(epoch)
 
     def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
-        """``queue_age``, the age of the oldest key in steps."""
-        return {"queue_age": min(float(step), len(self.queue) / max(1, self._queued))}, []
+        """``queue_age``, the age of the oldest key in steps; a warning where the slow path is taken all the time."""
+        warnings = self._slow_path.look(values.get("slow_path", 0.0))
+        return {"queue_age": min(float(step), len(self.queue) / max(1, self._queued))}, warnings
+
+
+class SlowPathMonitor:
+    """Warns once where most queries needed all similarities to select Q^N at ``lines`` lines of the log in a row."""
+
+    def __init__(self, *, share: float = 0.5, lines: int = 5) -> None:
+        self._share, self._lines, self._row, self._warned = share, lines, 0, False
+
+    def look(self, share: float) -> list[str]:
+        """Take the share of queries at the next line of the log, in [0, 1]; the warning, where it is due."""
+        self._row = self._row + 1 if share > self._share else 0
+        if self._warned or self._row < self._lines:
+            return []
+        self._warned = True
+        return [
+            f"slow path: {share:.0%} of the queries selected their hard negatives from all similarities at "
+            f"{self._lines} lines of the log in a row, which takes longer: nearly equal or repeated keys "
+            "(docs/curves.md)"
+        ]
 
 
 def _gather(keys: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +30,10 @@ from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.task import Notes, Plan
 from synco_fast.training.throughput import Throughput
 
-__all__ = ["Evaluate", "Evaluation", "Pretraining"]
+__all__ = ["Curves", "Evaluate", "Evaluation", "Pretraining", "Watch"]
+
+Watch = Callable[[Sequence[float], Sequence[float]], str | None]
+"""From `Curves.top1` and `Curves.similarity` to a line of warning, or None."""
 
 
 class Evaluation(Protocol):
@@ -72,6 +77,29 @@ class Evaluate(Protocol):
         ...
 
 
+@dataclass
+class Curves:
+    """What tells a run that learns from one that contracts, a value for each line of the log since it was started.
+
+    Attributes:
+        top1: Share of queries whose key is nearer than every key of the queue.
+        similarity: Mean cosine of queries to their hard negatives, or to their keys where there are none.
+    """
+
+    top1: list[float] = field(default_factory=list)
+    similarity: list[float] = field(default_factory=list)
+
+    def add(self, values: dict[str, float]) -> bool:
+        """Take a line of the log; false where the method has no queue."""
+        near = [values.get(f"similarity/{name}", math.nan) for name in ("hard", "positive")]
+        known = [value for value in near if math.isfinite(value)]
+        if "queue_top1" not in values or not known:
+            return False
+        self.top1.append(values["queue_top1"])
+        self.similarity.append(known[0])
+        return True
+
+
 class Pretraining:
     """Pretraining of an encoder by the method of a configuration.
 
@@ -80,6 +108,8 @@ class Pretraining:
         control: What the processes of the job agree by; by default there is one.
         evaluate: The periodic evaluation, such as `synco_fast.evaluation.knn.PeriodicKnn`; without one,
             nothing is evaluated whatever ``evaluation.every`` says.
+        watch: Reads the curves at every line of the log, such as `synco_fast.evaluation.health.contraction`; the first
+            line that it returns is shown as a warning.
 
     Attributes:
         source: The images, all of them.
@@ -91,7 +121,14 @@ class Pretraining:
             known by then.
     """
 
-    def __init__(self, config: Config, *, control: HostGroup | None = None, evaluate: Evaluate | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        control: HostGroup | None = None,
+        evaluate: Evaluate | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         training = config.training
         self.config, self.control = config, control or HostGroup(DistEnv())
         self.place = self.control.env
@@ -99,6 +136,7 @@ class Pretraining:
         resolve_device(training.device)  # before a source is read, which can take long
         self.source: Source = open_source(config.data.source, config.data.limits)
         self._evaluate = evaluate if config.evaluation.every else None
+        self._watch, self._curves = watch, Curves()
         if self._evaluate is not None:
             self._evaluate.check(config.evaluation, self.source)
         for line in self.source.notes:
@@ -185,13 +223,23 @@ class Pretraining:
         values |= self.engine.figures(step)
         further, warnings = self.method.figures(values, step)
         values |= further
-        for line in warnings:
+        for line in [*warnings, *self._look_at_curves(values)]:
             self.note(line)
         if "images_per_second" not in values:
             return values, []
         words = [form.format(values[name]) for name, form in self.method.headline.items() if name in values]
         words += [f"{values['images_per_second']:,.0f} img/s", f"data wait {values['data_wait']:.0%}"]
         return values, words
+
+    def _look_at_curves(self, values: dict[str, float]) -> list[str]:
+        """The first warning about curves that show no learning."""
+        if self._watch is None or not self._curves.add(values):
+            return []
+        warning = self._watch(self._curves.top1, self._curves.similarity)
+        if warning is None:
+            return []
+        self._watch = None
+        return [f"{warning} (docs/curves.md)"]
 
     def artifacts(self, step: int) -> None:
         """Those of the method."""

@@ -7,7 +7,7 @@ from synco_fast.kernels import Negatives
 from synco_fast.kernels.reference import contrast
 from synco_fast.methods.base import Encoders, Views
 from synco_fast.methods.build import build_method
-from synco_fast.methods.contrastive import NegativeSchedule
+from synco_fast.methods.contrastive import NegativeSchedule, SlowPathMonitor
 
 from ..conftest import TINY
 
@@ -202,3 +202,17 @@ def test_steps_are_repeatable():
         optimizer = torch.optim.SGD(model.encoder.parameters(), lr=0.1)
         runs.append([advance(model, optimizer, step).loss.item() for step in range(3)])
     assert runs[0] == runs[1]
+
+
+def test_a_slow_path_that_stays_is_warned_of_once():
+    monitor = SlowPathMonitor(share=0.5, lines=3)
+    said = [monitor.look(share) for share in (1.0, 1.0, 0.2, 0.9, 0.9, 0.75, 1.0)]
+    assert said[:5] == [[], [], [], [], []]
+    assert said[5][0].startswith("slow path: 75% of the queries")
+    assert said[6] == []
+
+
+def test_the_method_reads_the_slow_path_from_the_log():
+    method = build_method(build_config(TINY))
+    said = [method.figures({"slow_path": 1.0}, step)[1] for step in range(6)]
+    assert [len(lines) for lines in said] == [0, 0, 0, 0, 1, 0]
