@@ -1,7 +1,7 @@
-"""Time and peak extra memory of the loss, forward and gradient, by back end and shape.
+"""Time and peak extra memory of the loss, forward and gradient, by backend and shape.
 
 What a process has once touched hides a later peak, so on a CPU each measurement has a process of its own; on a GPU,
-where the allocator counts, each back end has one.
+where the allocator counts, each backend has one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Shape:
 
 
 def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, their keys and a queue of unit rows, the same ones for every back end."""
+    """Queries, their keys and a queue of unit rows, the same ones for every backend."""
     generator = torch.Generator().manual_seed(0)
     sizes = (shape.rows, shape.rows, shape.length)
     q, k, queue = (
@@ -245,21 +245,21 @@ def sweep(
     part: str = "loss",
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> Iterator[dict[str, Any]]:
-    """`measure` for back ends and shapes, in processes of their own.
+    """`measure` for backends and shapes, in processes of their own.
 
     Args:
         backends: Names as `measure` takes them.
-        shapes: Each is measured with every back end.
+        shapes: Each is measured with every backend.
         device: Where.
         repeats: Timed runs in a process.
-        rounds: How often the back ends are measured in turn, each time in fresh processes: where memory lies decides a
+        rounds: How often the backends are measured in turn, each time in fresh processes: where memory lies decides a
             good part of a CPU's time, and it is another place in each process.
         threads: Of PyTorch on the CPU; its own choice by default.
         part: ``loss`` or ``selection``.
         keep: Called with each figure as soon as it is there, before those of other rounds are.
 
     Yields:
-        What `measure` returns, over all rounds; or the back end, the shape and ``failed``, why there is no figure.
+        What `measure` returns, over all rounds; or the backend, the shape and ``failed``, why there is no figure.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
     for group in [list(shapes)] if device.type == "cuda" else [[shape] for shape in shapes]:

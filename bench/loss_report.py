@@ -11,7 +11,7 @@ __all__ = ["best_seconds", "draw_loss"]
 
 
 def best_seconds(result: dict[str, Any]) -> float:
-    """The shorter of the times as called and as a replayed CUDA graph: a back end's best effort."""
+    """The shorter of the times as called and as a replayed CUDA graph: a backend's best effort."""
     found = min(result["median_s"], result.get("graph_s", result["median_s"]))
     return float(found)
 
@@ -20,7 +20,7 @@ def draw_loss(results: Sequence[dict[str, Any]], title: str, path: Path) -> None
     """Draw time and peak extra memory, against B at one K and against K at one B; dotted is the floor of the time.
 
     Args:
-        results: What `sweep` gave, each with ``floor_s``; those that failed are left out.
+        results: What `sweep` gave, each with ``floor_s``; those that failed are skipped.
         title: Device and versions.
         path: The PNG.
     """

@@ -1,7 +1,7 @@
 """Bytes and launches of norm, add and ReLU in a training step: counted from the calls, not measured.
 
 A backbone runs on the meta device, where tensors have shapes and no numbers, and every call of the dispatcher is seen.
-Convolutions are stood in for by their results' memory, channels-last, and poolings are left out. What is left is norm,
+Convolutions are stood in for by their results' memory, channels-last; poolings are not counted. What is left is norm,
 add and ReLU, with the sums of gradients where a block's input goes two ways, which every form has.
 
 A call reads its inputs and writes its outputs once; batch norm reads its input twice, for the statistics and for the

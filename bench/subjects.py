@@ -25,7 +25,7 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 #: Compute capabilities that the kernels are compiled for.
 CAPABILITIES = (80, 90, 100)
-#: Back ends that are compared with the reference in float64.
+#: Backends that are compared with the reference in float64.
 VALIDATED = ("reference", "blockwise", "triton")
 
 #: Forms of the whole loss.

@@ -27,7 +27,7 @@ def summarise(folder: Path, model: Path = _MODEL) -> str:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of JSON of a file; a last one that was cut short is left out."""
+    """The lines of JSON of a file; a last one that was cut short is skipped."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:

@@ -6,7 +6,7 @@ Every family is a case of one general form, normalised to unit length::
 
 where ``n_i`` and ``n_j`` are picked from the query's hard negatives Q^N, ``e`` is standard normal, and a, b, c
 depend linearly on one drawn coefficient t. A row of the table says it twice: as the papers write it, for the reference,
-and in the numbers of the general form, for the fast back ends. A test holds the two together.
+and in the numbers of the general form, for the fast backends. A test holds the two together.
 
 A new family is a new row. The fields of `Negatives`, the operator's schema, the draws, the statistics and the widths of
 the kernels follow from the table.

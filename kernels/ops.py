@@ -1,4 +1,4 @@
-"""The one public operator, and the choice of the back end that computes it."""
+"""The one public operator, and the choice of the backend that computes it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def synthetic_contrast(
     queue row that holds NaN makes every loss NaN but those of rows that mask it, and every gradient NaN. A synthetic
     vector of length 0 stays 0 and so has similarity 0.
 
-    Autocast does not reach inside: the loss computes in the dtypes that it is given. Every back end but the reference
+    Autocast does not reach inside: the loss computes in the dtypes that it is given. Every backend but the reference
     computes the gradient together with the loss, so it can be differentiated once, backwards (by autograd, `torch.func`
     or a compiler), and float16 and bfloat16 are multiplied exactly and summed in float32.
 
@@ -70,7 +70,7 @@ def synthetic_contrast(
 
     Raises:
         TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is expected.
-        RuntimeError: A second or a forward-mode derivative was asked of another back end than the reference.
+        RuntimeError: A second or a forward-mode derivative was asked of another backend than the reference.
     """
     check_arguments(
         q,

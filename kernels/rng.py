@@ -5,7 +5,7 @@ Every draw is a Philox-4x32-10 block (Salmon et al., SC 2011) with
     key     = (seed, step)
     counter = (global row, slot, family number, lane)
 
-so all back ends draw the same numbers, a resumed or re-sharded run repeats itself, and nothing is stored for the
+so all backends draw the same numbers, a resumed or re-sharded run repeats itself, and nothing is stored for the
 backward pass. Lane 0 of a slot holds the coefficient (word 0) and the picks (words 1 and 2, each with 16 bits of word 3
 below it); lanes 1, 2, ... hold the normal vector, four components a lane.
 

@@ -1,7 +1,7 @@
-"""The back ends against the reference in float64, on any device and any shape.
+"""The backends against the reference in float64, on any device and any shape.
 
 The inputs are rows whose numbers are multiples of 1/128: exact in bfloat16, their products and sums exact in float32.
-Every back end then sees the very same similarities and must choose the same hard negatives, ties included, so that
+Every backend then sees the very same similarities and must choose the same hard negatives, ties included, so that
 what remains is rounding, and rounding has a bound:
 
     |found - exact|  <=  2 |reference in float32 - exact|  +  c eps max|exact|  +  rounding of the softmax weights
@@ -111,7 +111,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a back end made of a case.
+    """What a backend made of a case.
 
     Attributes:
         backend: Which.
@@ -278,21 +278,21 @@ def cases(shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[torch.dt
 
 
 def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.device) -> Iterator[Verdict]:
-    """Compare back ends with the reference in float64, case by case.
+    """Compare backends with the reference in float64, case by case.
 
     Args:
-        backends: Which; each must serve the device. "reference" is left out of cases in half precision.
+        backends: Which; each must serve the device. "reference" is skipped in half precision.
         wanted: See `cases`.
-        device: Where the back ends compute; the reference computes there too.
+        device: Where the backends compute; the reference computes there too.
 
     Yields:
-        A `Verdict` for each case and back end.
+        A `Verdict` for each case and backend.
 
     Raises:
-        ValueError: A back end does not serve a case on this device, so that another would have computed in its place.
+        ValueError: A backend does not serve a case on this device, so that another would have computed in its place.
     """
     for case in wanted:
-        # The reference computes in the dtype that it is given; as a back end of half precision it has no bound.
+        # The reference computes in the dtype that it is given; as a backend of half precision it has no bound.
         able = [backend for backend in backends if backend != "reference" or case.dtype.itemsize >= 4]
         if not able:
             continue

@@ -1,4 +1,4 @@
-"""The loss with the cost model of the method as released: what the back ends are measured against.
+"""The loss with the cost model of the method as released: what the backends are measured against.
 
 Written from the published description, for its costs: similarities and logits as whole B x K tensors, one tensor of
 gathered vectors per type, types 5 and 6 in a Python loop over negatives with a call of autograd for each, and the

@@ -2,7 +2,7 @@
 
 ``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget
 for two CPU cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step
-goes on where an earlier call left it.
+resumes where an earlier call stopped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The loss by back end, forward and gradient. ``synco-fast bench loss`` adds memory, floors and graphs."""
+"""The loss by backend, forward and gradient. ``synco-fast bench loss`` adds memory, floors and graphs."""
 
 from __future__ import annotations
 

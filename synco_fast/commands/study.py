@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         "study",
         _study,
         "Method x seed x setting as a folder of runs, with a table, differences paired by seed, and a picture. "
-        "The same command goes on where it stopped. Any key can be set for all runs as --section.key VALUE.",
+        "The same command resumes where it stopped. Any key can be set for all runs as --section.key VALUE.",
         "synco-fast study demo --methods moco synco --seeds 0 1 2 --vary training.precision=fp32,bf16 --out runs/study",
         overrides=True,
     )

@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "validate",
         _validate,
-        "Compare the back ends of the loss with the reference in float64 on this machine. Exit code 1 on a miss.",
+        "Compare the backends of the loss with the reference in float64 on this machine. Exit code 1 on a miss.",
         "synco-fast validate --rows 256 --length 65536 --dim 128 --hard 1024",
     )
     command.add_argument("--backends", nargs="+", choices=VALIDATED, help="all that this machine can run by default")
@@ -105,7 +105,7 @@ def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped:
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("back end", "dtype"):
+    for name in ("backend", "dtype"):
         table.add_column(name, no_wrap=True)
     for name in ("B, K, D, N", "loss", "gradient", "cases"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -20,7 +20,7 @@ def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our names to those of facebookresearch/moco's checkpoints, which MoCHi and SynCo share.
 
     The backbone lies right below ``module.encoder_q.``, the projection head at ``module.encoder_q.fc.``; the queue is
-    (D, K) with a pointer of one element. Which image a key was made from has no place there and is left out.
+    (D, K) with a pointer of one element. Which image a key was made from has no place there and is omitted.
     """
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -73,7 +73,7 @@ def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
 def to_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
     """A ResNet's names in torchvision to those of detectron2: ``layer1.0.bn2.bias`` is ``res2.0.conv2.norm.bias``.
 
-    The counter of seen batches has no place there and is left out.
+    The counter of seen batches has no place there and is omitted.
     """
     return {_detectron2_name(name): value for name, value in backbone.items() if "num_batches_tracked" not in name}
 

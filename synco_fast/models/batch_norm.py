@@ -111,7 +111,7 @@ def split_batch_norm(module: nn.Module, groups: int, backend: NormBackend = "aut
     """Replace every `torch.nn.BatchNorm2d` in ``module`` by one over ``groups`` groups; weights are kept.
 
     Raises:
-        ConfigError: The module holds another kind of batch norm, which would go on leaking.
+        ConfigError: The module holds another kind of batch norm, which would still leak.
     """
     if groups == 1:
         return module

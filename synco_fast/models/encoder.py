@@ -49,7 +49,7 @@ def build_backbone(
     """A backbone without its classifier.
 
     Args:
-        name: A torchvision model (``resnet50``), or a timm model (``timm/convnext_tiny``; the prefix may be left out
+        name: A torchvision model (``resnet50``), or a timm model (``timm/convnext_tiny``; the prefix is optional
             where torchvision has no model of that name).
         arguments: Passed to the model's constructor.
         small_stem: For ResNets on images of about 32 x 32: a 3 x 3 convolution of stride 1 and no max-pooling, as the

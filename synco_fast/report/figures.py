@@ -40,7 +40,7 @@ def _svg(figure: Figure) -> str:
 
 
 def draw_run(run: Run) -> dict[str, str]:
-    """By title: loss, contrastive accuracy, kNN, hardness, throughput, data wait; what was not logged is left out."""
+    """By title: loss, contrastive accuracy, kNN, hardness, throughput, data wait; what was not logged is omitted."""
     found = {}
     wanted: list[tuple[str, list[dict[str, Any]], list[tuple[str, str, str]], bool]] = [
         ("Contrastive loss", run.train, [("loss", "loss", COLOURS[0])], False),

@@ -60,7 +60,7 @@ def execute(
     """Train and evaluate every trial that is not finished.
 
     A trial is ``synco-fast pretrain`` and ``synco-fast evaluate`` in processes of their own; what they print goes to
-    ``FOLDER/logs``. A run that was begun goes on from its newest checkpoint. A failing trial does not stop the others.
+    ``FOLDER/logs``. A run that was begun resumes from its newest checkpoint. A failing trial does not stop the others.
 
     Args:
         folder: The study's.
@@ -90,7 +90,7 @@ def execute(
                 steps.append(["evaluate", words[0], str(run), *words[1:]])
         if not steps:
             return
-        note(f"{trial.name}: {'goes on' if states[number] != 'new' else 'starts'} ({number + 1} of {len(trials)})")
+        note(f"{trial.name}: {'resumes' if states[number] != 'new' else 'starts'} ({number + 1} of {len(trials)})")
         for words in steps:
             code = children.run(words, log)
             if code is None:

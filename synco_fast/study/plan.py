@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The run's folder: the same for the same trial, so that a study goes on where it stopped."""
+        """The run's folder: the same for the same trial, so that a study resumes where it stopped."""
         parts = [self.config, *(f"{key.rpartition('.')[2]}={_text(value)}" for key, value in self.setting.items())]
         parts += [self.method, f"seed{self.seed}"]
         return "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_") for part in parts)

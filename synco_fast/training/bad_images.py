@@ -12,7 +12,7 @@ __all__ = ["BrokenImages"]
 
 
 class BrokenImages:
-    """The broken training images of a run, and what was left out of its evaluations.
+    """The broken training images of a run, and the images excluded from its evaluations.
 
     Args:
         images: How many training images there are.
@@ -48,7 +48,7 @@ class BrokenImages:
     def left_out(self, reasons: Iterable[str]) -> None:
         """Take in what an evaluation could not read."""
         for reason in reasons:
-            self._name("broken image, left out of the evaluation", reason)
+            self._name("corrupt image, excluded from the evaluation", reason)
 
     def _name(self, what: str, reason: str) -> None:
         if reason not in self._named:

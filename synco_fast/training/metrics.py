@@ -156,7 +156,7 @@ class TensorBoardLogger:
 
 
 class WandBLogger:
-    """A run of Weights & Biases, the same one when the run goes on.
+    """A run of Weights & Biases, the same one when the run is resumed.
 
     Args:
         folder: The run folder, whose name the run gets.

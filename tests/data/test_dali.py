@@ -167,7 +167,7 @@ def test_sixteen_bit_and_palette_pixels_reach_dali_as_pillow_reads_them(tmp_path
 
 
 def test_features_of_dalis_crops_are_those_of_pillows(folder, monkeypatch):
-    """The evaluation as it is called, with the graph on the CPU back end in a GPU's place."""
+    """The evaluation as it is called, with the graph on the CPU backend in a GPU's place."""
     from torch import nn
 
     from synco_fast.evaluation import features

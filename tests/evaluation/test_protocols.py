@@ -1,4 +1,4 @@
-"""The evaluations on a run folder: what they find, what they leave, how they go on."""
+"""The evaluations on a run folder: what they find, what they leave, how they resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage one: what a run leaves, how it goes on, how it ends."""
+"""Stage one: what a run leaves, how it resumes, how it ends."""
 
 from __future__ import annotations
 

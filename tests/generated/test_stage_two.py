@@ -45,7 +45,7 @@ def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
     trainer(config, tmp_path / "parts", after_step=stop_after(3)).run()
     assert find_checkpoint(tmp_path / "parts")[0]["step"] == 3
     for file in (stage_one / "checkpoints").iterdir():
-        file.unlink()  # a run that goes on does not need stage one any more
+        file.unlink()  # a resumed run does not need stage one
     pretrain(config, tmp_path / "parts", resume=tmp_path / "parts")
     assert_identical(find_checkpoint(tmp_path / "whole")[0], find_checkpoint(tmp_path / "parts")[0])
 

@@ -22,7 +22,7 @@ def _one_thread_and_seed():
 
 @pytest.fixture
 def make() -> Callable[..., Inputs]:
-    """Every back end sees the same similarities and must choose the same hard negatives, ties included."""
+    """Every backend sees the same similarities and must choose the same hard negatives, ties included."""
     return exact_inputs
 
 

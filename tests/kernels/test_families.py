@@ -1,4 +1,4 @@
-"""A seventh family is one row of the table: every back end then computes it, on a copy of the package."""
+"""A seventh family is one row of the table: every backend then computes it, on a copy of the package."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def inputs():
 
 @pytest.fixture
 def loss(inputs) -> Callable[[str], Loss]:
-    """The losses as a function of q alone, by back end."""
+    """The losses as a function of q alone, by backend."""
 
     def of(backend: str) -> Loss:
         return lambda q: synthetic_contrast(q, inputs.k, inputs.queue, NEGATIVES, **SETTINGS, backend=backend).loss

@@ -12,9 +12,8 @@ from synco_fast.methods.build import build_method
 from synco_fast.training.metrics import read_metrics
 
 from ..conftest import TINY
+from ..support.job import losses, run_job
 from ..support.training import assert_identical, newest, pretrain, stop_after, trainer
-from ..training.job import run_job
-from ..training.test_distributed import losses
 
 BYOL = {
     "method.name": "byol",

@@ -11,9 +11,8 @@ from torch.nn.functional import normalize
 from synco_fast.methods.simclr import nt_xent
 from synco_fast.runtime.errors import ConfigError
 
+from ..support.job import losses, run_job
 from ..support.training import assert_identical, newest, pretrain, stop_after, trainer
-from ..training.job import run_job
-from ..training.test_distributed import losses
 
 SIMCLR = {"method.name": "simclr", "training.batch": 16, "optimizer.lr": 1.0}
 

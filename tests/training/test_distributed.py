@@ -8,9 +8,8 @@ import torch
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.distributed import DistEnv
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.training.metrics import read_metrics
 
-from .job import Job, run_job
+from ..support.job import Job, losses, run_job
 
 BASE = {
     "evaluation.every": 0,
@@ -24,10 +23,6 @@ BASE = {
     "optimizer.lr": 0.03,
     "method.mask_same_image": True,
 }
-
-
-def losses(folder):
-    return torch.tensor([line["loss"] for line in read_metrics(folder) if line["kind"] == "train"])
 
 
 def assert_same_state(job: Job, state: dict, atol: float = 2e-5) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave, how they end, how they go on."""
+"""Whole runs: what they leave, how they end, how they resume."""
 
 from __future__ import annotations
 

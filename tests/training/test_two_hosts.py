@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .job import WORKER
+from ..support.job import WORKER
 
 #: From the block for documentation (RFC 5737), so that no real network is shadowed.
 ADDRESSES = ("192.0.2.1", "192.0.2.2")

@@ -70,8 +70,8 @@ def _collate(epoch: int, wanted: Sequence[int], samples: Sequence[_Sample]) -> E
 class Reader(Dataset[EncodedBatch]):
     """Reads files for DALI, a whole batch of places at once.
 
-    A JPEG file whose header is sound goes on as it is. Everything else - PNG, CMYK, 16 bits, truncated files - is
-    decoded here, by Pillow, and goes on as plain pixels: so every pipeline reads special files alike, and what Pillow
+    A JPEG file whose header is sound is passed on as it is. Everything else - PNG, CMYK, 16 bits, truncated files - is
+    decoded here, by Pillow, and passed on as plain pixels: so every pipeline reads special files alike, and what Pillow
     cannot read is found here, before it reaches DALI, which gives up a whole batch for one corrupt file.
 
     Args:

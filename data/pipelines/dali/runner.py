@@ -62,7 +62,7 @@ class GraphRunner:
     def run(self, batches: Iterable[EncodedBatch]) -> Iterator[tuple[EncodedBatch, list[Tensor]]]:
         """Each batch with the graph's outputs, (b, size, size, 3) each, on the graph's device; none where b is 0.
 
-        The graph goes on with the next batches while the caller works on one.
+        The graph prepares the next batches while the caller works on one.
         """
         source = iter(batches)
         under_way: deque[_Fed] = deque()
@@ -149,7 +149,7 @@ class GraphRunner:
             return []
         assert self._graph is not None
         # The host waits until the views are there, so that the time that it waits tells whether DALI keeps up; the
-        # encoder's own work goes on meanwhile.
+        # encoder's own work continues meanwhile.
         found = self._graph.outputs()
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
             return [from_dlpack(views.as_tensor()) for views in found]

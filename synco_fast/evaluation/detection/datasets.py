@@ -66,7 +66,7 @@ class Detections(Dataset[tuple[Tensor, Target]]):
     Args:
         parts: Datasets that yield images and raw annotations, one after the other.
         convert: Makes a target of a raw annotation, given the dataset, number and image.
-        augment: Whether images are flipped at random and crowds left out, for training.
+        augment: Whether images are flipped at random and crowds excluded, for training.
         seed: Of the flips.
     """
 
@@ -207,7 +207,7 @@ def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
         if not annotations.is_file() or not (folder / name).is_dir():
             raise DataError(f"data: found no {annotations} with a folder {folder / name}")
         try:
-            # pycocotools reports to standard output, where a verb's table goes.
+            # pycocotools reports to standard output, where a command's table goes.
             with contextlib.redirect_stdout(io.StringIO()):
                 splits.append(torchvision.datasets.CocoDetection(str(folder / name), str(annotations)))
         except (AssertionError, KeyError, TypeError, ValueError) as error:

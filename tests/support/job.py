@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from synco_fast.config import Config
+from synco_fast.training.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("worker.py")
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -70,3 +71,8 @@ def run_job(
         [torch.load(path, weights_only=True) if path.exists() else None for path in states],
         time.monotonic() - begun,
     )
+
+
+def losses(folder: Path) -> torch.Tensor:
+    """The logged losses of a run, in order."""
+    return torch.tensor([line["loss"] for line in read_metrics(folder) if line["kind"] == "train"])
