@@ -8,16 +8,18 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import torch
+
 from synco_fast import commands
 from synco_fast.bench import norm, subjects
-from synco_fast.commands import COMMANDS, bench_norm
+from synco_fast.commands import COMMANDS
 from synco_fast.export.formats import FORMATS
 from synco_fast.kernels.backends import BACKENDS, Backend
 from synco_fast.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules of `synco_fast.commands` that are no subcommand.
-HELPERS = {"options", "overrides", "parser"}
+HELPERS = {"options", "overrides", "parser", "validate_norm"}
 
 
 def test_every_export_format_is_written_and_documented():
@@ -32,8 +34,17 @@ def test_backends_are_those_of_the_operator_and_are_measured():
     assert set(BACKENDS) <= set(subjects.BACKENDS)
 
 
-def test_subjects_of_the_norms_benchmark_are_those_of_its_command():
-    assert set(bench_norm._SUBJECTS) == set(norm.SUBJECTS)
+def test_every_norm_runs_or_says_why_not():
+    from synco_fast.bench.norm_model import Layer
+
+    cpu, layer = torch.device("cpu"), Layer(8, 3, 3, relu=True, residual=True)
+    for subject in set(subjects.NORMS) - {"compiled"}:
+        reason = norm.unavailable(subject, cpu, torch.float32)
+        if reason is None:
+            gradients = norm.prepare_norm(subject, layer, 4, 2, cpu, torch.float32)()
+            assert gradients[0].shape == (4, 8, 3, 3)
+        else:
+            assert subject in reason or "CUDA" in reason
 
 
 def test_every_method_is_a_module_that_builds():

@@ -26,17 +26,19 @@ def validate_batch_norm(options: argparse.Namespace, device: torch.device, conso
         console: Takes a table and a line for each miss.
     """
     import torch
-    from rich.progress import track
 
     from synco_fast.kernels.norm import unserved_by_triton
     from synco_fast.kernels.norm.validation import norm_cases, validate_norm
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.progress import ProgressBar
 
     wanted = norm_cases([getattr(torch, name) for name in options.dtypes], large=device.type == "cuda")
     verdicts: list[NormVerdict] = []
-    for case in track(wanted, "comparing", console=console, transient=True, disable=not console.is_terminal):
-        verdicts += validate_norm([case], device)
+    with ProgressBar(console, "comparing", len(wanted), unit="case") as bar:
+        for case in wanted:
+            verdicts += validate_norm([case], device)
+            bar.advance()
     if options.json is not None:
         figures = {"environment": describe_environment(), "device": device.type}
         write_json(options.json, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
@@ -47,7 +49,7 @@ def validate_batch_norm(options: argparse.Namespace, device: torch.device, conso
 
 def _print(verdicts: list[NormVerdict], device: str, skipped: str | None, console: Console) -> None:
     table = Table(
-        title=f"largest share of an error in what is allowed, on {device}",
+        title=f"largest error as a share of its bound, on {device}",
         caption=f"triton not run: {skipped}" if skipped else None,
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
