@@ -45,8 +45,8 @@ def test_the_papers_presets():
 def test_one_line_changes_the_method():
     config = load_config("synco-r50-200", {"method.name": "mochi"})
     assert config.method.negatives() == Negatives.mochi()
-    assert load_config("demo", {"method.name": "moco"}).method.negatives().synthetic == 0
-    assert load_config("fashion-mnist", {"method.name": "mochi"}).method.negatives() == Negatives.mochi(256, 128, 64)
+    assert load_config("demo", {"method.name": "moco"}).method.negatives() == Negatives.moco()
+    assert load_config("fashion-mnist", {"method.name": "mochi"}).method.negatives() == Negatives.mochi(2048, 32, 16)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
         raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
     failure: StudyError | None = None
     if not options.table:
+        # A scheduler asks a job to stop by SIGTERM: as with Ctrl-C, the runs then write checkpoints first.
+        before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             execute(
                 options.out,
@@ -78,6 +81,8 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
             )
         except StudyError as error:
             failure = error
+        finally:
+            signal.signal(signal.SIGTERM, before)
     study = collect(options.out, trials, baseline=options.baseline)
     command = _command(options, rest)
     record = options.record or options.out
@@ -87,6 +92,10 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     if failure is not None:
         raise failure
     return 0
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _varied(word: str) -> tuple[str, list[Any]]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from synco_fast.report.runs import read_run
@@ -102,7 +102,9 @@ def execute(
 
     pool = ThreadPoolExecutor(parallel)
     try:
-        list(pool.map(one, range(len(trials))))
+        done, _ = wait([pool.submit(one, number) for number in range(len(trials))], return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
     except BaseException:
         children.stop()
         raise

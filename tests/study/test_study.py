@@ -1,6 +1,9 @@
 """Whole studies on a set that trains in seconds."""
 
 import json
+import os
+import signal
+import time
 
 import pytest
 import yaml
@@ -119,6 +122,35 @@ def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, cap
     after = [(run / "summary.json").stat().st_mtime_ns for run in runs]
     assert after[0] == before[0], "what is finished is not run again"
     assert json.loads((folder / "study.json").read_text())["rows"] == record["rows"], "and what is run again agrees"
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_leaves_runs_that_go_on(tmp_path, tiny):
+    """The second trial's start interrupts the study while the first one trains."""
+    trials = plan([tiny], methods=["moco", "synco"], seeds=[0], overrides={"training.epochs": 2000})
+    first = run_folder(tmp_path, trials[0])
+
+    def interrupt(line):
+        if line.startswith(trials[1].name):
+            deadline = time.monotonic() + 120
+            while not list(first.glob("checkpoints/*.pt")) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(tmp_path, trials, parallel=2, note=interrupt)
+    assert state_of(tmp_path, trials[0]) == "begun"
+    assert json.loads((first / "summary.json").read_text())["finished"] is False
+    assert state_of(tmp_path, trials[1]) == "new"
+
+
+def test_sigterm_interrupts_as_ctrl_c_does(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        "synco_fast.study.execute.execute", lambda *words, **options: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert main(["study", "demo", "--seeds", "0", "--out", str(tmp_path / "study")]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.slow
