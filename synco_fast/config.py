@@ -140,7 +140,7 @@ class MethodConfig(_MethodCounts):
             own = getattr(self, name)
             counts[name] = round(getattr(published, name) * self.count_scale) if own is None else own
         if not any(counts[family.name] for family in FAMILIES):
-            counts["hard"] = 0  # nothing is made from Q^N: a preset's N is left out with its synthetic negatives
+            counts["hard"] = 0  # nothing is made from Q^N: a preset's N is dropped with its synthetic negatives
         try:
             return Negatives(**counts, extrapolation=self.extrapolation)
         except ValueError as error:

@@ -107,7 +107,7 @@ def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
 def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, capsys):
     folder = tmp_path / "study"
     words = ["study", tiny, "--methods", "moco", "synco", "--seeds", "0", "--out", str(folder), "--parallel", "2"]
-    assert main([*words, "--evaluate", "knn --neighbours 3 --workers 0"]) == 0
+    assert main([*words, "--evaluate", "knn --k 3 --workers 0"]) == 0
     capsys.readouterr()
     record = json.loads((folder / "study.json").read_text())
     assert [row["method"] for row in record["rows"]] == ["moco", "synco"]
