@@ -1,4 +1,7 @@
-"""Every kernel compiled as the launcher would launch it, for three generations of devices, without one."""
+"""Every kernel compiled as the launcher would launch it, without a device: one of three generations each day.
+
+``SYNCO_FAST_ALL=1`` takes all of them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.rotation import todays
+
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent / "compile_all.py"
@@ -16,7 +21,7 @@ KERNELS = {"partial_statistics", "finish_statistics", "normalise", "partial_sums
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", todays([80, 90, 100]))
 def test_no_local_memory_at_any_layer_of_a_resnet(capability):
     """In bfloat16 and eight groups; `--wide` adds float16, float32, one group and odd channel counts."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,6 +1,7 @@
-"""The kernels compiled as the launcher would launch them, for three generations of devices, without one.
+"""The kernels compiled as the launcher would launch them, without a device: one of three generations each day.
 
-Other widths, and every kernel in every dtype, take minutes: `python tests/kernels/triton/compile_all.py 90 --wide`.
+``SYNCO_FAST_ALL=1`` takes all of them. Other widths, and every kernel in every dtype, take minutes:
+`python tests/kernels/triton/compile_all.py 90 --wide`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.rotation import todays
 
 pytest.importorskip("triton")
 
@@ -26,7 +29,7 @@ def compiled(*arguments: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
+@pytest.mark.parametrize("capability", todays(["80", "90", "100"]))
 def test_no_kernel_spills_or_waits_after_every_product(capability):
     lines = compiled(capability, "--dtypes", "bfloat16")
     assert {line.split()[0] for line in lines} == KERNELS
@@ -34,7 +37,7 @@ def test_no_kernel_spills_or_waits_after_every_product(capability):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
+@pytest.mark.parametrize("capability", todays(["90", "100", "80"]))
 def test_the_scan_at_every_width_and_in_every_dtype(capability):
     lines = compiled(capability, "--dims", "64", "128", "256", "512", "--only", "scan")
     assert len(lines) == 12

@@ -13,6 +13,7 @@ import torch
 
 from synco_fast.data.augment.draw import JITTER, ViewParameters
 from synco_fast.kernels.views import launch, make_views
+from tests.support.rotation import todays
 
 pytest.importorskip("triton")
 
@@ -30,7 +31,7 @@ def test_under_the_interpreter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", todays([80, 90, 100]))
 def test_compiles_without_spills(capability):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(HERE / "compile_all.py"), str(capability)]
