@@ -74,7 +74,7 @@ def test_a_preset_as_it_is_printed_is_read_back(name, tmp_path):
 
 def test_a_default_is_named_where_the_value_differs():
     lines = explain_config(load_config("demo")).splitlines()
-    assert any(line.startswith("  temperature: 0.1  # ") and line.endswith("default 0.2") for line in lines)
+    assert any(line.startswith("  momentum: 0.996  # ") and line.endswith("default 0.999") for line in lines)
     assert any(line.startswith("  dim: 128  # ") and "default" not in line for line in lines)
 
 

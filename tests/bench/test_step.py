@@ -35,7 +35,7 @@ def test_each_subject_is_measured(tiny, subject):
 def test_the_limit_normalises_as_pytorch_does_with_the_same_weights(tiny):
     from synco_fast.methods.build import build_encoder
 
-    encoder = build_encoder(tiny({"model.batch_norm_groups": 1}))
+    encoder = build_encoder(tiny({"model.batch_norm_groups": 1, "model.norm": "plain"}))
     before = dict(encoder.named_parameters())
     images = torch.randn(4, 3, 32, 32)
     encoder.train()

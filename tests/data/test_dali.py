@@ -188,5 +188,5 @@ def test_features_of_dalis_crops_are_those_of_pillows(folder, monkeypatch):
     )
     found = features.extract_features(Means(), split, RECIPE, **options)
     assert found.numbers.tolist() == expected.numbers.tolist()
-    assert set(found.broken) == set(expected.broken)
+    assert set(found.corrupt) == set(expected.corrupt)
     assert (found.values - expected.values).abs().max() < 2 / 255 / 0.224

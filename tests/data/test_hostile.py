@@ -306,7 +306,7 @@ def test_avif_is_read_where_pillow_can(tmp_path, name):
 
 def test_data_show_says_what_file_it_writes(folder, tmp_path, capsys):
     assert main(["data", "show", str(folder), "--out", str(tmp_path / "x.txt")]) == 2
-    assert "x.txt, expected a file named *.png" in capsys.readouterr().err
+    assert "found 'x.txt', expected a name that ends in .png" in capsys.readouterr().err
 
 
 # -- IDX and tar ------------------------------------------------------------------------------------------------------

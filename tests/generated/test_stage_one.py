@@ -139,7 +139,7 @@ def test_another_architecture_is_named(small, tmp_path):
     [
         ({"size": 48}, "size: found 48, expected 32 or 64"),
         ({"lrate": 1}, "lrate: found an unknown key; did you mean "),
-        ({"batch": 0}, "batch: found 0, expected greater than or equal to 2"),
+        ({"batch": 0}, "batch: found 0, expected 2 to 1,048,576"),
     ],
 )
 def test_bad_settings_are_one_line(values, says):
