@@ -47,7 +47,6 @@ def test_evaluation(workspace, voc):
     (workspace / "datasets/voc/VOCdevkit/VOC2007/ImageSets/Main/test.txt").write_text("000008\n")
     (workspace / "subset.txt").write_text("class0/1.jpg\nclass1/2.jpg\nclass2/3.jpg\n")
     lines = [line for block in blocks("evaluation.md", "sh") for line in block.splitlines() if line]
-    assert len(lines) == 11
     for line in lines:
         run(line)
     left = {path.name for path in (workspace / "runs/demo/evaluation").glob("*.json")}
@@ -70,7 +69,6 @@ def test_export(workspace, make_run):
     torch.save(published(mlp=True), workspace / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18().state_dict(), workspace / "backbone.pth")
     lines = [line for block in blocks("export.md", "sh") for line in block.splitlines() if line]
-    assert len(lines) == 9
     for line in lines:
         run(line)
     for name in ("torchvision", "safetensors", "moco", "detectron2"):

@@ -13,10 +13,10 @@ from synco_fast.generated.augment import augment_for_discriminator, draw_discrim
 from synco_fast.generated.discriminator import Discriminator, discriminator_loss, gradient_penalty
 from synco_fast.runtime.optim_step import OptimStep
 
-__all__ = ["Adversary", "CollapseMonitor", "Player", "diversity"]
+__all__ = ["AdversarialOptimizer", "CollapseMonitor", "DiscriminatorTrainer", "diversity"]
 
 
-class Player:
+class AdversarialOptimizer:
     """Parameters that learn by Adam, each step skipped where its gradient is not finite.
 
     Args:
@@ -47,7 +47,7 @@ class Player:
         return accept
 
 
-class Adversary:
+class DiscriminatorTrainer:
     """The discriminator as it learns and as it judges, which is always behind the same augmentation.
 
     Args:
@@ -74,7 +74,7 @@ class Adversary:
     ) -> None:
         self.discriminator, self._penalty, self._every = discriminator, penalty, penalty_every
         self._augmented, self._autocast = augmented, autocast
-        self.player = Player(discriminator.parameters(), lr=lr, betas=betas, device=device)
+        self.player = AdversarialOptimizer(discriminator.parameters(), lr=lr, betas=betas, device=device)
 
     def judge(self, images: Tensor, *, in_float32: bool = False) -> Tensor:
         """Float32 logits (n,) of images (n, 3, H, W) in [0, 1]: the only way by which they reach the discriminator."""

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from synco_fast.config import GeneratedConfig
-from synco_fast.generated.adversary import Adversary, CollapseMonitor, Player, diversity
+from synco_fast.generated.adversary import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.methods.base import RunInfo
 
-__all__ = ["Clock", "Game", "Played", "pairs_objective"]
+__all__ = ["AdversarialUpdate", "Clock", "GeneratedBatch", "pairs_objective"]
 
 
-class Played(NamedTuple):
+class GeneratedBatch(NamedTuple):
     """What the generators' loss is computed from.
 
     Attributes:
@@ -83,7 +83,7 @@ class Clock:
         return spent
 
 
-class Game:
+class AdversarialUpdate:
     """The optimizers of the generators and the discriminator, and their step.
 
     Args:
@@ -102,7 +102,7 @@ class Game:
         clock: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.settings, self._run, self._clock = settings, run, clock
-        self.adversary = Adversary(
+        self.adversary = DiscriminatorTrainer(
             discriminator,
             lr=settings.lr,
             betas=settings.betas,
@@ -112,7 +112,9 @@ class Game:
             device=run.device,
             autocast=run.autocast,
         )
-        self.player = Player(generators.parameters(), lr=settings.lr, betas=settings.betas, device=run.device)
+        self.player = AdversarialOptimizer(
+            generators.parameters(), lr=settings.lr, betas=settings.betas, device=run.device
+        )
         self.collapse = CollapseMonitor(settings.collapse, grace=0)
 
     def hardness(self, step: int) -> float:
@@ -121,7 +123,7 @@ class Game:
         return self.settings.hardness * min(1.0, step / ramp if ramp else 1.0)
 
     def step(
-        self, play: Callable[[], Played], real_images: Callable[[], Tensor], step: int, step_ok: Tensor
+        self, play: Callable[[], GeneratedBatch], real_images: Callable[[], Tensor], step: int, step_ok: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Let the generators make their pairs harder, and the discriminator judge them.
 

@@ -19,7 +19,7 @@ from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.splits import Split
 from synco_fast.generated.augment import draw_views, view
 from synco_fast.generated.discriminator import Discriminator
-from synco_fast.generated.game import Clock, Game, Played
+from synco_fast.generated.game import AdversarialUpdate, Clock, GeneratedBatch
 from synco_fast.generated.generator import Generator
 from synco_fast.generated.plots import draw_pair_curves, draw_samples
 from synco_fast.generated.real_images import ResidentImages
@@ -102,7 +102,7 @@ class Generated(MomentumContrast):
             raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
         self.device = run.device
         self.clock = Clock(run.device)
-        self.game = Game(self.pair, self.generators, self.discriminator, run, self.clock)
+        self.game = AdversarialUpdate(self.pair, self.generators, self.discriminator, run, self.clock)
 
     def begin_run(self, split: Split, workers: int | None, *, fresh: bool) -> list[str]:
         """Load stage one into a run that begins, and read the real images.
@@ -231,7 +231,9 @@ class Generated(MomentumContrast):
             noise = torch.randn(start.shape, generator=draws).to(start.device)
             parameter.copy_(start + _NOISE * start.std(correction=0) * noise)
 
-    def play(self, latents: Tensor, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int) -> Played:
+    def play(
+        self, latents: Tensor, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int
+    ) -> GeneratedBatch:
         """Pairs and how hard they are, with the graph from the generators through augmentation and query encoder.
 
         The encoders compute in evaluation mode, so that no statistic of theirs moves; both images of a pair get the
@@ -244,7 +246,7 @@ class Generated(MomentumContrast):
                 keys = normalize(encode.key(self._view(images.detach(), shared=True)).float(), dim=1)
         losses = self._contrast(q, keys, inputs, step, epoch).view(4, -1)
         first, second = q.chunk(2)
-        return Played(images, (losses[1] + losses[2]) / 2, (first * second).sum(dim=1))
+        return GeneratedBatch(images, (losses[1] + losses[2]) / 2, (first * second).sum(dim=1))
 
     def _view(self, images: Tensor, *, shared: bool = False) -> Tensor:
         """One view of each image of pairs (2, n, 3, H, W): (2 n, 3, size, size) in [0, 255]."""

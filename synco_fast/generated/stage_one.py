@@ -13,7 +13,7 @@ from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import open_source
 from synco_fast.data.sources.splits import share_of
-from synco_fast.generated.adversary import Adversary, CollapseMonitor, Player, diversity
+from synco_fast.generated.adversary import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.config import GeneratorConfig
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.generated.generator import Generator, average_momentum
@@ -28,7 +28,7 @@ from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json
 from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
-from synco_fast.training.bad_images import BrokenImages
+from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
 from synco_fast.training.task import Notes, Plan
 from synco_fast.training.throughput import Throughput
@@ -62,7 +62,7 @@ class GeneratorTraining:
         if len(train) < config.batch:
             raise ConfigError(f"batch: found {config.batch}, expected up to {len(train)}, the number of images")
         self.images = ResidentImages(train, config.size, workers=config.workers, device=self.device)
-        BrokenImages(len(self.images), config.max_broken, self.note).replaced(self.images.broken)
+        CorruptImages(len(self.images), config.max_broken, self.note).replaced(self.images.broken)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.generator = Generator(config.size, latent=config.latent, width=config.width).to(self.device)
@@ -70,7 +70,7 @@ class GeneratorTraining:
         for network in (self.generator, discriminator):
             memory_format(network, config.channels_last)
         self.average = make_ema_copy(self.generator)
-        self.adversary = Adversary(
+        self.adversary = DiscriminatorTrainer(
             discriminator,
             lr=config.lr,
             betas=config.betas,
@@ -80,7 +80,9 @@ class GeneratorTraining:
             device=self.device,
             autocast=self.precision.autocast,
         )
-        self.player = Player(self.generator.parameters(), lr=config.lr, betas=config.betas, device=self.device)
+        self.player = AdversarialOptimizer(
+            self.generator.parameters(), lr=config.lr, betas=config.betas, device=self.device
+        )
         self.means, self.skipped = RunningMeans(), SkippedSteps(self.device)
         self.collapse = CollapseMonitor(config.collapse, config.steps // 5)
         self.plan = Plan(

@@ -8,10 +8,10 @@ from typing import Any
 from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.errors import DataError
 
-__all__ = ["BrokenImages"]
+__all__ = ["CorruptImages"]
 
 
-class BrokenImages:
+class CorruptImages:
     """The broken training images of a run, and the images excluded from its evaluations.
 
     Args:
@@ -45,7 +45,7 @@ class BrokenImages:
                 f"{next(reversed(self._found.values()))}"
             )
 
-    def left_out(self, reasons: Iterable[str]) -> None:
+    def excluded(self, reasons: Iterable[str]) -> None:
         """Take in what an evaluation could not read."""
         for reason in reasons:
             self._name("corrupt image, excluded from the evaluation", reason)

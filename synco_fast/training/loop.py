@@ -15,7 +15,7 @@ from synco_fast.runtime.errors import DivergedError, LostProcessError
 from synco_fast.training.metrics import MetricLog, open_log
 from synco_fast.training.progress import Reporter
 from synco_fast.training.run_folder import describe_run
-from synco_fast.training.stopping import Stopping
+from synco_fast.training.stopping import StopSignals
 from synco_fast.training.task import Task
 from synco_fast.training.throughput import Throughput
 
@@ -63,7 +63,7 @@ class Trainer(Generic[SummaryT]):
         self._before_step, self._after_step = before_step, after_step
         self._save_due = False
         self.throughput = Throughput(task.plan.batch, task.plan.settling)
-        self.stopping = Stopping(self.control, task.plan.max_time)
+        self.stopping = StopSignals(self.control, task.plan.max_time)
         if resume is not None:
             self._load(resume)
         task.begin(folder, fresh=self.step == 0)

@@ -22,7 +22,7 @@ from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.precision import resolve_device
-from synco_fast.training.bad_images import BrokenImages
+from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.plots import draw_pairs
@@ -170,7 +170,7 @@ class Pretraining:
             settling=self.engine.settling,
             wandb=training.wandb,
         )
-        self.broken = BrokenImages(len(self._train), config.data.max_corrupt, self.note)
+        self.broken = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class Pretraining:
             pipeline=config.data.pipeline,
             workers=config.data.workers,
         )
-        self.broken.left_out(result.corrupt)
+        self.broken.excluded(result.corrupt)
         log.write("evaluation", step, {"epoch": epochs, "knn": result.accuracy})
         self.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
 

@@ -10,13 +10,13 @@ from types import FrameType
 
 from synco_fast.runtime.distributed import HostGroup
 
-__all__ = ["Stopping"]
+__all__ = ["StopSignals"]
 
 #: Steps between two times at which the processes of a job ask one another whether to stop.
 _ASK_EVERY = 10
 
 
-class Stopping:
+class StopSignals:
     """Collects the wish to stop and lets all processes act on it at the same step.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from synco_fast.config import build_config
-from synco_fast.generated.adversary import Player
+from synco_fast.generated.adversary import AdversarialOptimizer
 from synco_fast.generated.game import pairs_objective
 from synco_fast.generated.method import GENERATED, Generated
 from synco_fast.kernels.reference import contrast
@@ -81,7 +81,7 @@ def test_a_generators_step_raises_the_loss_on_fixed_noise_and_an_encoders_step_l
     model = method(**{"method.name": base})
     inputs = begin(model)
     before = played(model, inputs)
-    player = Player(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
+    player = AdversarialOptimizer(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
     objective = pairs_objective(before.loss, before.similarity, hardness=1.0, floor=-1.0, floor_weight=0.0)
     player.learn(objective)
     assert played(model, inputs).loss.mean() > before.loss.mean() + 1e-3
@@ -107,7 +107,7 @@ def seeing():
 
 def similarities(model, encode, *, floor, floor_weight, steps=60):
     inputs = begin(model)
-    player = Player(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
+    player = AdversarialOptimizer(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
     found = []
     for step in range(steps):
         torch.manual_seed(step)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from synco_fast.cli import main
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.generated.adversary import Adversary, CollapseMonitor, Player, diversity
+from synco_fast.generated.adversary import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.config import build_generator_config
 from synco_fast.generated.discriminator import Discriminator
 from synco_fast.generated.kid import KID, Features
@@ -166,7 +166,7 @@ def test_the_command(image_folder, tmp_path, capsys, monkeypatch):
 def adversary(**changes):
     torch.manual_seed(0)
     settings = {"lr": 1e-3, "betas": (0.0, 0.99), "penalty": 0.0, "penalty_every": 1, "augmented": True}
-    return Adversary(Discriminator(width=4), **{**settings, **changes}, device=CPU)
+    return DiscriminatorTrainer(Discriminator(width=4), **{**settings, **changes}, device=CPU)
 
 
 def test_real_and_generated_images_meet_the_same_augmentation():
@@ -221,7 +221,7 @@ def test_the_discriminator_learns_and_the_penalty_holds_it_back():
 def test_a_player_moves_its_own_parameters_alone():
     one, other = torch.nn.Linear(2, 1), torch.nn.Linear(1, 1)
     before = [other.weight.clone(), one.weight.clone()]
-    player = Player(one.parameters(), lr=0.1, betas=(0.0, 0.99), device=CPU)
+    player = AdversarialOptimizer(one.parameters(), lr=0.1, betas=(0.0, 0.99), device=CPU)
     assert player.learn(other(one(torch.ones(3, 2))).sum())
     assert other.weight.grad is None
     assert one.weight.grad is None

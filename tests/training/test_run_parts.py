@@ -10,8 +10,8 @@ import pytest
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import DataError
 from synco_fast.training import throughput
-from synco_fast.training.bad_images import BrokenImages
-from synco_fast.training.stopping import Stopping
+from synco_fast.training.bad_images import CorruptImages
+from synco_fast.training.stopping import StopSignals
 from synco_fast.training.throughput import Throughput
 
 
@@ -58,7 +58,7 @@ def test_throughput_goes_on_after_a_checkpoint(clock):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_and_a_second_one_interrupts(number):
     before = signal.getsignal(number)
-    stopping = Stopping(HostGroup(DistEnv()), minutes=None)
+    stopping = StopSignals(HostGroup(DistEnv()), minutes=None)
     with stopping.on_signals():
         assert not stopping.after_step(1)
         os.kill(os.getpid(), number)
@@ -70,19 +70,19 @@ def test_a_signal_asks_and_a_second_one_interrupts(number):
 
 
 def test_a_time_limit_stops():
-    assert not Stopping(HostGroup(DistEnv()), minutes=60).after_step(1)
-    assert Stopping(HostGroup(DistEnv()), minutes=0).after_step(1)
+    assert not StopSignals(HostGroup(DistEnv()), minutes=60).after_step(1)
+    assert StopSignals(HostGroup(DistEnv()), minutes=0).after_step(1)
 
 
 def test_corrupt_images_are_named_once_and_too_many_end_the_run():
     said = []
-    found = BrokenImages(100, 0.02, said.append)
+    found = CorruptImages(100, 0.02, said.append)
     found.replaced({3: "a.jpg: cut short"})
     found.replaced({3: "a.jpg: cut short", 5: "b.jpg: no image"})
-    found.left_out(["a.jpg: cut short", "c.jpg: no image"])
+    found.excluded(["a.jpg: cut short", "c.jpg: no image"])
     assert len(found) == 2
     assert [line.split(": ")[1] for line in said] == ["a.jpg", "b.jpg", "c.jpg"]
-    again = BrokenImages(100, 0.02, said.append)
+    again = CorruptImages(100, 0.02, said.append)
     again.load_state_dict(found.state_dict())
     again.replaced({3: "a.jpg: cut short"})
     assert len(said) == 3
@@ -91,4 +91,4 @@ def test_corrupt_images_are_named_once_and_too_many_end_the_run():
 
 
 def test_a_single_corrupt_image_never_ends_a_run():
-    BrokenImages(10, 0.0, lambda line: None).replaced({0: "a.jpg: cut short"})
+    CorruptImages(10, 0.0, lambda line: None).replaced({0: "a.jpg: cut short"})
