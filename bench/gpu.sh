@@ -143,7 +143,11 @@ do_launches() {
   done
 }
 
-do_variants() { part variants 90 "$PYTHON" -m synco_fast.bench.variants --repeats "$REPEATS" "${SHAPE[@]}"; }
+do_variants() {
+  local most=()
+  [ "$DRY" = 0 ] || most=(--most 2)
+  part variants 90 "$PYTHON" -m synco_fast.bench.variants --repeats "$REPEATS" "${most[@]}" "${SHAPE[@]}"
+}
 
 do_norm() {
   local size=(--repeats 10 --rounds 2) cases=() plain=()

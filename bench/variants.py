@@ -118,12 +118,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time other ways to launch the kernels of the loss.")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--most", type=int, help="how many variants are tried; all if unset")
     add_shape(parser)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape_of(options, options.dtype)
     expected = _outputs(shape, device)
-    for variant in [None, *variants_of(shape, device)]:
+    for variant in [None, *variants_of(shape, device)[: options.most]]:
         line: dict[str, Any] = {"variant": variant.name if variant else "as it is", "dtype": shape.dtype}
         try:
             with applied(variant):

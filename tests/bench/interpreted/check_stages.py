@@ -8,6 +8,7 @@ from synco_fast.bench.launches import recorded, time_launches
 from synco_fast.bench.loss import Shape, bare
 from synco_fast.bench.variants import _agree, _outputs, applied, variants_of
 from synco_fast.kernels.triton import config
+from tests.support.rotation import todays
 
 CPU = torch.device("cpu")
 SMALL = Shape(2, 300, 64, 20, synthetic=12)
@@ -19,7 +20,7 @@ def compared(shape=SMALL, tied=False):
     return right, lines
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", todays(["float32", "bfloat16", "float16"]))
 def test_every_launch_is_right(dtype):
     right, lines = compared(Shape(3, 300, 48, 20, dtype, 60))
     assert right, [line for line in lines if line.get("wrong")]
@@ -60,7 +61,7 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("name", todays(list(SPOILT), 2))
 def test_a_wrong_launch_is_named(name, monkeypatch):
     check = stages.CHECKS[name]
 
