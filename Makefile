@@ -39,7 +39,7 @@ types: $(STAMP)
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p synco_fast
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -53,8 +53,9 @@ def test_dtypes_and_softmax(make, answer, within, dtype, peaked, temperature):
     check(make, answer, within, (2, 200, 64), some(20), dtype=dtype, peaked=peaked, temperature=temperature)
 
 
-@pytest.mark.parametrize("extrapolation", ["released", "paper"])
-@pytest.mark.parametrize("name", [*COUNTS, "none", "moco"])
+@pytest.mark.parametrize(
+    ("name", "extrapolation"), [*((name, "released") for name in (*COUNTS, "none", "moco")), ("extrapolated", "paper")]
+)
 def test_each_family_alone(make, answer, within, name, extrapolation):
     alone = Negatives(hard=0 if name == "moco" else 9, extrapolation=extrapolation, sigma=0.05, delta=-0.3, eta=0.02)
     if name in COUNTS:
