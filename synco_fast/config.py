@@ -71,7 +71,8 @@ class ModelConfig(Section):
         "constant", description="EMA momentum over the run; cosine: it rises to 1"
     )
     norm: Literal["auto", "plain", "fused"] = Field(
-        "auto", description="Batch norm with the add and ReLU behind it: plain modules, fused, or auto, the proved form"
+        "auto",
+        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: fused, by PyTorch's kernels",
     )
     batch_norm_groups: int = Field(
         8, ge=1, le=65_536, description="Groups of a batch with batch-norm statistics of their own, over all processes"
