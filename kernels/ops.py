@@ -6,20 +6,23 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from synco_fast.kernels import blockwise, reference
 from synco_fast.kernels.backends import Backend
-from synco_fast.kernels.checks import check_arguments
+from synco_fast.kernels.checks import check_arguments, check_backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
+#: Takes the place of a query's -1, so that it meets no queue key's.
+_NO_IMAGE = torch.iinfo(torch.int64).min
+_NO_FORWARD = "backend: this one has no derivative in forward mode; expected for that: 'reference'"
 _FIRST_ONLY = "backend: this one has a first derivative only; expected for higher ones: 'reference'"
 
 
@@ -57,8 +60,8 @@ def synthetic_contrast(
         seed: The run's seed, in [0, 2**32).
         step: The training step, in [0, 2**32), or an int64 tensor of no dimensions (which a CUDA graph can advance).
         first_row: Global index of the first query; draws depend on it, not on how a batch is spread over ranks.
-        image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
-            same image: it is no negative of that query and no candidate for Q^N.
+        image_ids: The image each query was made from, (B,) int64, -1 where there is none. With ``queue_ids`` it masks
+            a queue key of the very same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
         backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` asks for the kernels,
             which are proved in the interpreter but have not run on a GPU yet and are nobody's default until they have;
@@ -84,8 +87,10 @@ def synthetic_contrast(
         image_ids=image_ids,
         queue_ids=queue_ids,
     )
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(Backend))}")
+    check_backend(backend)
+    if image_ids is not None:
+        # Of a query and a key whose images are not known, nobody says that they are the same.
+        image_ids = image_ids.masked_fill(image_ids == -1, _NO_IMAGE)
     if backend == "reference":
         with _without_autocast(q.device):
             result = reference.contrast(
@@ -101,12 +106,11 @@ def synthetic_contrast(
                 queue_ids=queue_ids,
             )
         return Contrast(_wide(result.loss), Statistics(*(_wide(value) for value in result.statistics)))
-    if not torch.compiler.is_compiling() and unpack_dual(q).tangent is not None:
-        raise RuntimeError(
-            f"backend: found {backend} in forward mode, expected 'reference': others have no such derivative"
-        )
+    # An operator's own formula serves neither transforms nor forward mode, and says so in neither or without a line.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     on_device = isinstance(step, Tensor)
-    loss, _, *statistics = (_Transformed.apply if torch._C._are_functorch_transforms_active() else _contrast)(
+    # Compilers get derivatives of `_Transformed` wrong or not at all: it is hidden from them.
+    loss, _, *statistics = (torch.compiler.disable(_Transformed.apply) if transformed else _contrast)(
         q,
         k.detach(),
         queue.detach(),
@@ -263,7 +267,7 @@ _contrast.register_autograd(_backward, setup_context=_keep)
 
 
 class _Transformed(torch.autograd.Function):
-    """The operator for `torch.func`, whose transforms do not take an operator's own formula."""
+    """The operator where `torch.func` or forward mode is on."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -284,6 +288,11 @@ class _Transformed(torch.autograd.Function):
         gradient, q = ctx.saved_tensors
         of_q = None if loss is None else (_Once.apply(gradient, q) * loss[:, None]).to(q.dtype)
         return (of_q, *(None,) * 13)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        """Refuse."""
+        raise RuntimeError(_NO_FORWARD)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

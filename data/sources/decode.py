@@ -23,9 +23,12 @@ __all__ = [
     "plain_jpeg_size",
 ]
 
+_AVIF: bool = features.check("avif")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 #: Files that are taken for images, by suffix; AVIF where Pillow was built with it.
-IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if features.check("avif") else set()))
+IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if _AVIF else set()))
+#: What may be in them, whatever the suffix. Pillow knows more, down to PostScript, for which it runs an interpreter.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF", *(("AVIF",) if _AVIF else ()))
 #: Sides of an image beyond this ratio are cut to their central part before they are resized for an evaluation.
 LONGEST_RATIO = 16
 
@@ -79,7 +82,7 @@ def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(content))
+            image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
             if image.width * image.height > limits.pixels:
                 raise CorruptImageError(
                     f"{name}: found {image.width} x {image.height} pixels, expected up to {limits.pixels:,} in all "
@@ -144,7 +147,7 @@ def plain_jpeg_size(content: bytes, limits: Limits = LIMITS) -> tuple[int, int] 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            header = Image.open(io.BytesIO(content))
+            header = Image.open(io.BytesIO(content), formats=("JPEG",))
             orientation = header.getexif().get(_ORIENTATION, 1)
     except Exception:  # the decoder will report it
         return None
