@@ -75,8 +75,18 @@ class SynthContrastLoss(nn.Module):
             raise ValueError(f"queue: found {queue}, expected {self.negatives.hard} or more, the hard negatives N")
         check_backend(backend)
         row, rows = (torch.empty(length, dim, device="meta") for length in (1, queue))
-        numbers = {"temperature": temperature, "seed": seed, "step": 0, "first_row": 0}
-        check_arguments(row, row, rows, self.negatives, **numbers, image_ids=None, queue_ids=None)
+        check_arguments(
+            row,
+            row,
+            rows,
+            self.negatives,
+            temperature=temperature,
+            seed=seed,
+            step=0,
+            first_row=0,
+            image_ids=None,
+            queue_ids=None,
+        )
         self.queue = KeyQueue(queue, dim, seed=seed)
         self.temperature, self.seed, self.backend = temperature, seed, backend
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
@@ -160,9 +170,8 @@ class SynthContrastLoss(nn.Module):
         if images is None:
             return
         if not isinstance(images, Tensor) or images.dtype != torch.int64 or images.device != device:
-            is_tensor = isinstance(images, Tensor)
-            found = f"{images.dtype} on {images.device}" if is_tensor else type(images).__name__
-            raise TypeError(f"images: found {found}, expected an int64 tensor on {device}")
+            other = f"{images.dtype} on {images.device}" if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images: found {other}, expected an int64 tensor on {device}")
         if images.shape != query.shape[:1]:
             raise ValueError(f"images: found shape {tuple(images.shape)}, expected ({query.shape[0]},)")
 

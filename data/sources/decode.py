@@ -23,7 +23,7 @@ __all__ = [
     "plain_jpeg_size",
 ]
 
-_AVIF: bool = features.check("avif")
+_AVIF = bool(features.check("avif"))
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 #: Files that are taken for images, by suffix; AVIF where Pillow was built with it.
 IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if _AVIF else set()))
