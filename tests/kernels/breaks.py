@@ -327,6 +327,14 @@ BREAKS = (
         "length_1",
     ),
     Break(
+        "kernels: coefficients reach the end of their range",
+        "kernels/triton/mix.py",
+        "tl.minimum(low + span * uniform(w0), most)",
+        "low + span * uniform(w0)",
+        KERNEL_EDGES,
+        "end_of_their_range",
+    ),
+    Break(
         "kernels: NaN is no candidate",
         "kernels/triton/scan.py",
         "kept = ~(b_similarity <= threshold[:, None])",
