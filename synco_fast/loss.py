@@ -209,7 +209,7 @@ class SynthContrastLoss(nn.Module):
                 "SynthContrastLoss: found a second call before the backward pass of the first; where both have views "
                 "of the same images, expected one call with `swapped`, or `images`: keys of the first are negatives "
                 "of the second",
-                stacklevel=4,
+                stacklevel=5,
             )
         self._awaits_backward = True
         loss.register_hook(self._see_backward)

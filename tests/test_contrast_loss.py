@@ -79,8 +79,9 @@ def test_two_calls_in_one_step_are_remarked_once():
             (loss(q1, k2, torch.arange(6)) + loss(q2, k1, torch.arange(6))).backward()
             loss(q1.detach(), k2)
     loss(q1, k2)
-    with pytest.warns(UserWarning, match="found a second call before the backward pass of the first"):
+    with pytest.warns(UserWarning, match="found a second call before the backward pass of the first") as said:
         loss(q2, k1)
+    assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss(q2, k1)
