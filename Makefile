@@ -31,11 +31,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The folders are mapped into one package by setup.py; a tree of links shows the type checker the same package.
+# setup.py maps the folders into one package; a tree of links shows the type checker the same package.
 types: $(STAMP)
-	@rm -rf $(TYPES) && mkdir -p $(TYPES)/synco_fast
-	@ln -s $(CURDIR)/synco_fast/* $(TYPES)/synco_fast/
-	@for folder in kernels data bench; do ln -s $(CURDIR)/$$folder $(TYPES)/synco_fast/$$folder; done
+	@rm -rf $(TYPES) && $(BIN)/python tests/support/layout.py $(TYPES)
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p synco_fast
 
 unit: $(STAMP)

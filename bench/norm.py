@@ -133,12 +133,12 @@ def measure_norm(
         batch: B.
         groups: Of the batch.
         device, dtype: Of x.
-        bandwidth: Bytes a second of a large copy here.
+        bandwidth: Bytes per second of a large copy here.
         repeats: Timed runs of a subject in a round.
         rounds: How often the subjects are measured in turn.
 
     Yields:
-        Subject and layer; ``seconds`` of every run and their median; ``gb_s``, bytes a second that the form moves by
+        Subject and layer; ``seconds`` of every run and their median; ``gb_s``, bytes per second that the form moves by
         the rules of `synco_fast.bench.norm_model`; ``floor``, the share of the time that the kernels' bytes
         would take at the bandwidth. Or ``failed``, why there is no figure.
     """

@@ -15,7 +15,7 @@ class Ceilings(NamedTuple):
     """What a device does at best.
 
     Attributes:
-        flops: Floating-point operations a second of a large matrix product.
+        flops: Floating-point operations per second of a large matrix product.
         bytes: Bytes read and written a second by a large copy.
     """
 

@@ -43,7 +43,7 @@ class DataConfig(Section):
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
     pipeline: PipelineName = Field("auto", description="What makes the views; auto: the fastest one for the device")
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
-    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
+    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
     max_file_bytes: int = Field(512 << 20, ge=1, le=1 << 40, description="Larger image files count as corrupt, bytes")
     max_pixels: int = Field(
@@ -299,7 +299,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
                 raise ConfigError(f"{dotted}: found no section of that name{nearest_key(dotted, Config)}")
         inside[last] = value
     try:
-        return Config.model_validate(migrate_config(merged))
+        return Config.model_validate(migrate_config(merged, older_wins=True))
     except ValidationError as error:
         raise ConfigError(explain_error(error, Config)) from error
 

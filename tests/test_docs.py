@@ -83,7 +83,7 @@ def test_methods(workspace):
     pytest.importorskip("torchmetrics")
     game = "--generated.batch 4 --generated.width 4 --generated.latent 8"
     few = {
-        "pretrain-generator": "--steps 2 --batch 4 --width 4 --latent 8 --quality_images 8 --workers 0",
+        "pretrain-generator": "--steps 2 --batch 4 --width 4 --latent 8 --kid_images 8 --workers 0",
         "pretrain": f"--training.batch 8 --training.max_steps 2 --method.queue 256 {game} --data.workers 0"
         " --evaluation.every 0",
     }

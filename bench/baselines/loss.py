@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy, normalize
 
 from synco_fast.kernels import Negatives
 
-__all__ = ["released_form"]
+__all__ = ["baseline_loss"]
 
 
-def released_form(q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives, *, temperature: float) -> Tensor:
+def baseline_loss(q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives, *, temperature: float) -> Tensor:
     """Loss of each row, (B,), with a graph for autograd.
 
     Args:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, read_json, spread
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, over_seeds, read_json
 
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 #: By title: the file that an evaluation leaves, and the words that make it.
@@ -161,7 +161,7 @@ def main() -> None:
         "seeds": options.seeds,
         "protocol": {"steps": options.steps, "batch": 128, "evaluations": {k: v[1] for k, v in EVALUATIONS.items()}},
         "results": {
-            method: {name: spread(values) for name, values in part.items()} for method, part in results.items()
+            method: {name: over_seeds(values) for name, values in part.items()} for method, part in results.items()
         },
         "linear": {
             method: {key: found[key] for key in ("top1", "best", "epochs", "lr", "agreement")}

@@ -247,7 +247,7 @@ def _draw_class(job: tuple[Path, int, list[int]]) -> None:
         (folder / f"{number:05d}.jpg").write_bytes(file.getvalue())
 
 
-def fingerprint(folder: str | os.PathLike[str]) -> str:
+def folder_sha256(folder: str | os.PathLike[str]) -> str:
     """SHA-256 over every file's name and bytes below ``folder``, in order of name."""
     digest = hashlib.sha256()
     root = Path(folder)

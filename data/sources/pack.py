@@ -127,7 +127,7 @@ def pack_source(
 ) -> dict[str, PackIndex]:
     """Pack both splits of a source below ``out``: ``train/00000.tar`` ..., ``val/00000.tar`` ..., an index in each.
 
-    A pack that was interrupted is resumed after its last whole shard; the result is the same to the byte. A finished
+    A pack that was interrupted is resumed after its last whole shard; the result is the same byte for byte. A finished
     one is only read.
 
     Args:

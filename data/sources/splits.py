@@ -145,7 +145,7 @@ def map_labels(
 
 
 class FolderSplit(FileSplit):
-    """Image files below a folder: one sub-folder a class, or files without classes.
+    """Image files below a folder: one sub-folder per class, or files without classes.
 
     Args:
         root: The folder. Where it has sub-folders with images, each is a class, in order of name; otherwise the images
@@ -186,7 +186,7 @@ def _instead(root: Path, unread: dict[str, int]) -> str:
 
 
 class ListSplit(FileSplit):
-    """The files that a text file names, one a line: a path, and after a tab its class where there are classes.
+    """The files that a text file names, one per line: a path, and after a tab its class where there are classes.
 
     Args:
         file: The list, UTF-8; relative paths start at its folder. Empty lines and those that begin with ``#`` are

@@ -26,7 +26,7 @@ def kind_of_file(name: str) -> str:
 
 
 def walk_folder(root: Path) -> Manifest:
-    """The images below a folder: one sub-folder a class, in order of name, or the images right inside it.
+    """The images below a folder: one sub-folder per class, in order of name, or the images right inside it.
 
     Links are followed. A folder is read once, wherever links lead to it, so that a loop of links ends. Pipes, devices
     and sockets are never opened. Hidden files and folders are skipped.

@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "bench data",
         _bench_data,
-        "Images and views a second by pipeline, on JPEG files of ImageNet's size that are drawn on the spot, against "
+        "Images and views per second by pipeline, on JPEG files of ImageNet's size that are drawn on the spot, against "
         "the plain two-crop loader of the released code (pil).",
         "synco-fast bench data --workers 16 --batch 256 --json data.json",
     )
@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
         help="packed: also the same photos as data pack packs them, against the unpacked pipelines",
     )
     add_options(command, "device")
-    command.add_argument("--workers", type=positive, help="processes for each pipeline; one a core by default")
+    command.add_argument("--workers", type=positive, help="processes for each pipeline; one per core by default")
     command.add_argument("--batch", type=positive, default=64)
     command.add_argument("--photos", type=positive, default=256, help="how many files to draw")
     command.add_argument("--folder", type=Path, help="where to draw and keep them; the user's cache by default")

@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "bench step",
         _bench_step,
-        "Images a second of the whole training step, without data, beside the encoder alone and a plain loop.",
+        "Images per second of the whole training step, without data, beside the encoder alone and a plain loop.",
         "synco-fast bench step --config synco-r50-200 --engines eager graph --training.precision bf16 --json step.json",
         overrides=True,
     )
@@ -78,7 +78,7 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
             *((f"{row['utilisation']:.1%}",) if rated else ()),
         )
     console.print(table)
-    console.print("/encoder, /limit, /moco, /plain: share of the images a second of the best engine of that subject;")
+    console.print("/encoder, /limit, /moco, /plain: share of the images per second of the best engine of that subject;")
     console.print("limit: encoder-plain, without a batch norm over groups")
     for row in report["results"]:
         for note in row["notes"]:

@@ -29,7 +29,8 @@ def add(commands: Commands) -> None:
 
 
 def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison, spread
+    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison
+    from synco_fast.report.runs import mean_and_deviation
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
@@ -43,7 +44,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     for column in ("method", "seeds", "epochs x batch", *shown):
         table.add_column(column, overflow="fold")
     for group in groups:
-        cells = [_cell(spread(group.values(name)), name) for name in shown]
+        cells = [_cell(mean_and_deviation(group.values(name)), name) for name in shown]
         table.add_row(group.title, str(len(group.runs)), group.budget, *cells)
     console.print(table)
     console.print(f"picture: {options.out}", highlight=False, soft_wrap=True)
@@ -57,7 +58,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
                 **{
                     name: {"values": group.values(name), "mean": found[0], "deviation": found[1]}
                     for name in shown
-                    if (found := spread(group.values(name)))
+                    if (found := mean_and_deviation(group.values(name)))
                 },
             }
             for group in groups

@@ -75,7 +75,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     share = len(figures["corrupt"]) / figures["images"]
     table.add_row("images", f"{figures['images']:,}")
     table.add_row("corrupt", f"{len(figures['corrupt']):,} ({share:.2%})")
-    table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images a second")
+    table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images per second")
     for kept in figures["lists"]:
         table.add_row("list of the others", kept)
     console.print(table)

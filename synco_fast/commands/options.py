@@ -46,7 +46,7 @@ def _precision(command: argparse.ArgumentParser, about: str) -> None:
 
 
 def _workers(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "decoding processes; 0 for none, one a core by default"
+    about = about or "decoding processes; 0 for none, one per core by default"
     command.add_argument("--workers", type=_count, metavar="N", help=about)
 
 

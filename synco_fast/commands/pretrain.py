@@ -53,12 +53,12 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
 
-    place = DistEnv.detect()
-    with init_distributed(place, config.training.device, timeout=config.training.timeout) as control:
+    env = DistEnv.detect()
+    with init_distributed(env, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
         task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction)
         summary = Trainer(task, folder, resume=resume, console=console).run()
-    if place.is_main:
+    if env.is_main:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
         _print_summary(summary, console)
@@ -126,13 +126,13 @@ def _print_summary(summary: Any, console: Console) -> None:
             f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",
         ),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
-        ("broken images", f"{summary.broken_images}"),
+        ("corrupt images", f"{summary.corrupt_images}"),
         ("run folder", summary.run),
         ("checkpoint", summary.checkpoint),
         ("curves", summary.curves),
         ("augmented pairs", summary.pairs),
     ]
     for name, value in rows:
-        if name != "broken images" or summary.broken_images:
+        if name != "corrupt images" or summary.corrupt_images:
             table.add_row(name, value, style="bold" if name == "kNN after" else None)
     console.print(table)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import evaluation_batches
-from synco_fast.evaluation.context import EvalContext, check_unchanged, fingerprint, progress
+from synco_fast.evaluation.context import EvalContext, check_unchanged, progress, weights_sha256
 from synco_fast.evaluation.labelled import LabelledBatches
 from synco_fast.export.load import backbone_of
 from synco_fast.runtime.checkpoint import read_tensors
@@ -128,7 +128,7 @@ def train_classifier(
     with torch.no_grad():
         features = context.backbone(probe).shape[1]
     backbone = backbone_of(context.weights).to(context.device)
-    before = fingerprint(backbone)
+    before = weights_sha256(backbone)
     model = _Classifier(backbone, features, context.classes, frozen, protocol.seed).to(context.device)
     groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": protocol.head_lr}]
     if not frozen:

@@ -31,13 +31,13 @@ __all__ = [
     "EvalOptions",
     "check_labels",
     "check_unchanged",
-    "fingerprint",
     "folder_of",
     "join_job",
     "labelled_splits",
     "open_context",
     "progress",
     "source_of",
+    "weights_sha256",
 ]
 
 #: Seconds that a rank waits for the others: one may have a chunk of features more to extract.
@@ -190,11 +190,11 @@ def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
     """
     if source.validation is None:
         raise DataError(
-            f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder a class{hint}"
+            f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder per class{hint}"
         )
     for split in (source.train, source.validation):
         if split.labels is None:
-            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class{hint}")
+            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder per class{hint}")
     return source.train, source.validation
 
 
@@ -219,16 +219,16 @@ def check_unchanged(backbone: nn.Module, before: str) -> None:
 
     Args:
         backbone: After the evaluation.
-        before: Its `fingerprint` at the beginning.
+        before: Its `weights_sha256` at the beginning.
 
     Raises:
         RuntimeError: It did not.
     """
-    if fingerprint(backbone) != before:
+    if weights_sha256(backbone) != before:
         raise RuntimeError("a frozen backbone was changed by its evaluation")
 
 
-def fingerprint(module: nn.Module) -> str:
+def weights_sha256(module: nn.Module) -> str:
     """SHA-256 over every parameter and buffer of a module, by name."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):

@@ -19,7 +19,7 @@ from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import evaluation_batches
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Split
-from synco_fast.evaluation.context import EvalContext, fingerprint, progress
+from synco_fast.evaluation.context import EvalContext, progress, weights_sha256
 from synco_fast.runtime.distributed import barrier, rank, world
 from synco_fast.runtime.errors import DataError
 from synco_fast.runtime.files import atomic_write
@@ -88,7 +88,7 @@ def extract_features(
         DataError: The split has no labels, or no image of it can be read.
     """
     if split.labels is None and labelled:
-        raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class for kNN")
+        raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder per class for kNN")
     wanted = evenly_spaced(len(split), limit) if numbers is None else list(numbers)
     loader = evaluation_batches(
         split, recipe, batch=batch, pipeline=pipeline, device=device, workers=workers, numbers=wanted
@@ -198,7 +198,7 @@ def cached_features(context: EvalContext, split: Split, title: str, console: Con
 def _key(context: EvalContext, split: Split) -> str:
     """What decides the features: weights, images by name and label, crop, normalisation, number format."""
     recipe = context.recipe
-    digest = hashlib.sha256(fingerprint(context.backbone).encode())
+    digest = hashlib.sha256(weights_sha256(context.backbone).encode())
     digest.update(f"{recipe.size} {recipe.resize} {recipe.mean} {recipe.std} {context.precision.name}".encode())
     digest.update(f"{len(split)} {context.source.spec}".encode())
     if context.device.type == "cuda":  # DALI's crops differ by rounding

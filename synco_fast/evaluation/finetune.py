@@ -50,7 +50,7 @@ def evaluate_finetune(
         path: A run folder, a checkpoint, or an imported file.
         options: Source, folder, device.
         percent: Of each class's training images, in (0, 100]; the protocol's seed decides which.
-        listed: A file that names the images instead, one a line.
+        listed: A file that names the images instead, one per line.
         rates: The backbone's learning rates.
         protocol: The protocol; its own backbone's rate is not used.
         console: Where progress is shown.

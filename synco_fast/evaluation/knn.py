@@ -22,10 +22,10 @@ from synco_fast.data.sources.open import Source
 from synco_fast.evaluation.context import (
     EvalOptions,
     check_unchanged,
-    fingerprint,
     join_job,
     labelled_splits,
     open_context,
+    weights_sha256,
 )
 from synco_fast.evaluation.features import cached_features, extract_features
 from synco_fast.runtime.distributed import rank, sum_over_ranks, world
@@ -171,7 +171,7 @@ def evaluate_knn(
             raise ConfigError(
                 f"k: found {max(wanted, default=min(PUBLISHED))}, expected up to {size}, the training images"
             )
-        before = fingerprint(context.backbone)
+        before = weights_sha256(context.backbone)
         bank = cached_features(context, context.train, "training images", console)
         queries = cached_features(context, context.held_out, "held-out images", console).load()
         mine = slice(rank(), None, world())

@@ -130,7 +130,7 @@ def balanced_subset(split: Split, share: float, *, seed: int) -> list[int]:
 
 
 def listed_subset(split: Split, file: Path) -> list[int]:
-    """The numbers of the images that a file lists, one name a line, as in SimCLR's ``1percent.txt``.
+    """The numbers of the images that a file lists, one name per line, as in SimCLR's ``1percent.txt``.
 
     A line is a file's name, the end of its path, or the image's number.
 
@@ -142,7 +142,7 @@ def listed_subset(split: Split, file: Path) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list: cannot read {file} ({error})") from error
     if not wanted:
-        raise DataError(f"list: found no names in {file}, expected one image a line")
+        raise DataError(f"list: found no names in {file}, expected one image per line")
     by_name: dict[str, int] = {}
     for number in range(len(split)):
         parts = split.name(number).split("/")

@@ -17,10 +17,10 @@ from synco_fast.evaluation.context import (
     EvalContext,
     EvalOptions,
     check_unchanged,
-    fingerprint,
     join_job,
     open_context,
     progress,
+    weights_sha256,
 )
 from synco_fast.evaluation.features import cached_features
 from synco_fast.runtime.distributed import barrier, rank
@@ -103,7 +103,7 @@ def evaluate_linear_fast(
     options = options or EvalOptions()
     with join_job(options.device) as device:
         context = open_context(path, options, device)
-        before = fingerprint(context.backbone)
+        before = weights_sha256(context.backbone)
         train = cached_features(context, context.train, "training images", console).load()
         held_out = cached_features(context, context.held_out, "held-out images", console).load()
         with progress(console, "linear probes", protocol.epochs, unit="epoch") as bar:

@@ -12,6 +12,7 @@ from synco_fast.explain import explain_error
 from synco_fast.generated.generator import check_size
 from synco_fast.methods import with_queue
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.migrations import migrate_generator_config
 from synco_fast.runtime.names import Device
 
 __all__ = ["GeneratorConfig", "build_generator_config", "check_pairs"]
@@ -21,9 +22,9 @@ class GeneratorConfig(Section):
     """Everything that decides a run of ``pretrain-generator``."""
 
     source: str = Field("demo", description="A folder, idx:FOLDER, or demo")
-    share: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
-    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
-    max_broken: Fraction = Field(0.01, description="Fraction of corrupt images above which nothing begins")
+    fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
+    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
+    max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which nothing begins")
     seed: int = Field(0, ge=0, lt=1 << 31, description="Decides weights, order and latent vectors")
     size: int = Field(32, ge=32, le=64, description="Side of the images in pixels, 32 or 64")
     latent: int = Field(128, ge=1, le=65_536, description="Length of a latent vector")
@@ -39,8 +40,8 @@ class GeneratorConfig(Section):
     collapse: float = Field(
         0.2, ge=0, le=100, description="Warn of mode collapse below this fraction of the real images' diversity"
     )
-    quality_every: int = Field(2000, ge=0, lt=1 << 31, description="Steps between KIDs; 0: none")
-    quality_images: int = Field(1000, ge=4, lt=1 << 31, description="Images of each kind that KID compares")
+    kid_every: int = Field(2000, ge=0, lt=1 << 31, description="Steps between KIDs; 0: none")
+    kid_images: int = Field(1000, ge=4, lt=1 << 31, description="Images of each kind that KID compares")
     encoder: str | None = Field(None, description="Checkpoint whose features KID takes; null: a random network's")
     device: Device = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
@@ -73,7 +74,7 @@ def build_generator_config(values: dict[str, Any]) -> GeneratorConfig:
         ConfigError: An unknown key (with the nearest one), or a value that is not allowed.
     """
     try:
-        return GeneratorConfig.model_validate(values)
+        return GeneratorConfig.model_validate(migrate_generator_config(values))
     except ValidationError as error:
         raise ConfigError(explain_error(error, GeneratorConfig)) from error
 

@@ -65,9 +65,7 @@ class KID:
 
     def __init__(self, features: Features | None, size: int, device: torch.device) -> None:
         if importlib.util.find_spec("torchmetrics") is None:
-            raise ConfigError(
-                "quality_every: found no torchmetrics, expected 0, or pip install 'synco-fast[generator]'"
-            )
+            raise ConfigError("kid_every: found no torchmetrics, expected 0, or pip install 'synco-fast[generator]'")
         if features is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)

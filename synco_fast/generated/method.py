@@ -17,9 +17,9 @@ from torch.nn.functional import normalize
 from synco_fast.config import Config
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.splits import Split
+from synco_fast.generated.adversarial_update import AdversarialUpdate, Clock, GeneratedBatch
 from synco_fast.generated.augment import draw_views, view
 from synco_fast.generated.discriminator import Discriminator
-from synco_fast.generated.game import AdversarialUpdate, Clock, GeneratedBatch
 from synco_fast.generated.generator import Generator
 from synco_fast.generated.plots import draw_pair_curves, draw_samples
 from synco_fast.generated.real_images import ResidentImages
@@ -102,7 +102,7 @@ class Generated(MomentumContrast):
             raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
         self.device = run.device
         self.clock = Clock(run.device)
-        self.game = AdversarialUpdate(self.pair, self.generators, self.discriminator, run, self.clock)
+        self.adversarial_update = AdversarialUpdate(self.pair, self.generators, self.discriminator, run, self.clock)
 
     def begin_run(self, split: Split, workers: int | None, *, fresh: bool) -> list[str]:
         """Load stage one into a run that begins, and read the real images.
@@ -123,7 +123,7 @@ class Generated(MomentumContrast):
         if steps and "images_per_second" in values:
             further["generators_time"] = min(1.0, spent / steps * values["images_per_second"] / self.batch)
         found = values.get("generator/diversity")
-        warning = None if found is None else self.game.collapse.look(found, step)
+        warning = None if found is None else self.adversarial_update.collapse.look(found, step)
         return further, [*warnings, *([warning] if warning else [])]
 
     @torch.no_grad()
@@ -139,11 +139,11 @@ class Generated(MomentumContrast):
 
     def extra_state(self) -> dict[str, Any]:
         """The optimizers of generators and discriminator."""
-        return self.game.state_dict()
+        return self.adversarial_update.state_dict()
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take over from a checkpoint."""
-        self.game.load_state_dict(state)
+        self.adversarial_update.load_state_dict(state)
 
     # -- the encoder's step -------------------------------------------------------------------------------------
 
@@ -202,8 +202,8 @@ class Generated(MomentumContrast):
             return step_ok, {}
         images = self.images
         assert images is not None
-        return self.game.step(
-            lambda: self.play(self.latents(self.device), inputs, encode, step=step, epoch=epoch),
+        return self.adversarial_update.step(
+            lambda: self.generator_batch(self.latents(self.device), inputs, encode, step=step, epoch=epoch),
             lambda: images.take(inputs.image_ids[: 2 * self.pair.batch]),
             int(step),
             step_ok,
@@ -231,7 +231,7 @@ class Generated(MomentumContrast):
             noise = torch.randn(start.shape, generator=draws).to(start.device)
             parameter.copy_(start + _NOISE * start.std(correction=0) * noise)
 
-    def play(
+    def generator_batch(
         self, latents: Tensor, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int
     ) -> GeneratedBatch:
         """Pairs and how hard they are, with the graph from the generators through augmentation and query encoder.

@@ -20,12 +20,12 @@ class ResidentImages:
     Args:
         split: The images; labels are not looked at.
         size: Side in pixels.
-        workers: Decoding processes, by default one a core.
+        workers: Decoding processes, by default one per core.
         device: Where batches are wanted. The set lies there as well, so that no step waits for the host, or in the
             host's memory where it would take more than half of what the device has left.
 
     Attributes:
-        broken: By number of an image that could not be read, why. Another one takes its place.
+        corrupt: By number of an image that could not be read, why. Another one takes its place.
 
     Raises:
         DataError: No image can be read.
@@ -35,14 +35,14 @@ class ResidentImages:
         self._device = device
         self._images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
         self._rows = torch.zeros(len(split), dtype=torch.int64)
-        self.broken: dict[int, str] = {}
+        self.corrupt: dict[int, str] = {}
         recipe = Recipe(size=size, evaluation_resize=size)
         filled = 0
-        for images, numbers, broken in evaluation_loader(split, recipe, workers=workers):
+        for images, numbers, corrupt in evaluation_loader(split, recipe, workers=workers):
             self._images[filled : filled + len(images)] = images
             self._rows[numbers] = torch.arange(filled, filled + len(images))
             filled += len(images)
-            self.broken |= broken
+            self.corrupt |= corrupt
         if not filled:
             raise DataError(f"data: found no readable image beside {split.name(0)}")
         if self._images.nbytes <= room_on(device):

@@ -85,8 +85,8 @@ class RunInfo:
 class Method(nn.Module):
     """What a step computes, and what the method consists of. Its ``state_dict`` is all that a checkpoint keeps of it.
 
-    A step calls `arrange`, `begin_step`, `loss` once for each micro-batch, `after_step` and `extra_step`. Only
-    `arrange` and `extra_step` may wait for the device or exchange what depends on values on the host; the others run
+    A step calls `shard`, `begin_step`, `loss` once for each micro-batch, `after_step` and `extra_step`. Only
+    `shard` and `extra_step` may wait for the device or exchange what depends on values on the host; the others run
     inside a captured graph.
 
     Attributes:
@@ -101,7 +101,7 @@ class Method(nn.Module):
 
     @property
     def stream(self) -> int:
-        """Version of the random numbers that the steps to come depend on; another one cannot resume to the bit."""
+        """Version of the random numbers that the steps to come depend on; another one cannot resume bit for bit."""
         return 1
 
     # -- what it consists of ------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Method(nn.Module):
 
     # -- a step -------------------------------------------------------------------------------------------------
 
-    def arrange(self, views: Views, *, step: int) -> StepInputs:
+    def shard(self, views: Views, *, step: int) -> StepInputs:
         """Bring every view to the process that computes on it."""
         return StepInputs((views.first,), (views.second,), (), views.image_ids)
 

@@ -71,7 +71,7 @@ class BYOL(Method):
         self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
     ) -> None:
         """Update the EMA and compute both targets."""
-        with phase("momentum update"):
+        with phase("EMA update"):
             ema_update(self.key_encoder, self.encoder, momentum)
         (first,), (second,) = inputs.queries, inputs.keys
         with phase("key forward"):
@@ -98,7 +98,7 @@ class BYOL(Method):
         z = torch.cat([way.chunk(micro_batches)[micro_batch] for way in self._targets])
         with phase("query forward"):
             p = normalize(encode.query(torch.cat(views)).float(), dim=1)
-        with phase("head"), torch.autocast(p.device.type, enabled=False):
+        with phase("loss"), torch.autocast(p.device.type, enabled=False):
             similarity = (p * z).sum(dim=1)
             loss = 2 * (2 - 2 * similarity).mean()
         return StepOutput(

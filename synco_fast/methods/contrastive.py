@@ -50,7 +50,7 @@ class NegativeSchedule:
         on = self.warmup <= epoch < self.epochs - self.cooldown
         return self.negatives if on else self.negatives.without_synthetic()
 
-    def first_like(self, epoch: int) -> int:
+    def graph_key(self, epoch: int) -> int:
         """The first epoch with the negatives of ``epoch``."""
         return next(number for number in range(epoch + 1) if self.at(number) == self.at(epoch))
 
@@ -134,7 +134,7 @@ class MomentumContrast(Method):
         """Both encoders and the queue."""
         return {**super().replicated, "queue": self.queue}
 
-    def arrange(self, views: Views, *, step: int) -> StepInputs:
+    def shard(self, views: Views, *, step: int) -> StepInputs:
         """Permute the views that become keys over the whole batch, across processes (ShuffleBN)."""
         pairs = [(views.first, views.second), (views.second, views.first)][: 1 + self.settings.symmetric]
         device, rows = views.image_ids.device, world() * len(views.image_ids)
@@ -226,7 +226,7 @@ class MomentumContrast(Method):
 
     def graph_key(self, epoch: int) -> int:
         """The first epoch with the same negatives."""
-        return self.settings.schedule.first_like(epoch)
+        return self.settings.schedule.graph_key(epoch)
 
     def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
         """``queue_age``, the age of the oldest key in steps; a warning where the slow path is taken all the time."""

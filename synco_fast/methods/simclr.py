@@ -68,7 +68,7 @@ class SimCLR(Method):
         views = torch.cat([*inputs.queries, *inputs.keys])
         with phase("query forward"):
             z = normalize(encode.query(views).float(), dim=1)
-        with phase("head"), torch.autocast(z.device.type, enabled=False):
+        with phase("loss"), torch.autocast(z.device.type, enabled=False):
             return nt_xent(z, self.temperature)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,18 @@ from matplotlib.patches import Patch
 
 from synco_fast.config import Config
 from synco_fast.explain import known_keys
-from synco_fast.report.runs import Run, read_run
+from synco_fast.report.runs import PROBES, Run, mean_and_deviation, read_run
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.style import colour_of
 
-__all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison", "spread"]
+__all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison"]
 
 matplotlib.use("Agg")
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN": lambda run: run.results.get("knn", {}).get("knn"),
     "kNN in training": lambda run: run.summary.get("knn_after"),
-    "linear": lambda run: run.top1("linear"),
-    "linear, cached": lambda run: run.top1("linear_fast"),
-    "1 % labels": lambda run: run.top1("finetune_1"),
-    "10 % labels": lambda run: run.top1("finetune_10"),
+    **PROBES,
     "images per second": lambda run: run.throughput,
 }
 """What is compared, by the column's title: a column never mixes two protocols."""
@@ -99,13 +95,6 @@ def _settings(run: Run) -> dict[str, Any]:
     return found
 
 
-def spread(values: list[float]) -> tuple[float, float] | None:
-    """Mean and sample standard deviation (0 for one value); None for no value."""
-    if not values:
-        return None
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     """The kNN accuracy over epochs, every evaluation with its spread, and the throughput, as one picture.
 
@@ -149,7 +138,7 @@ def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[s
     width = 0.8 / len(groups)
     for number, (group, colour) in enumerate(zip(groups, colours, strict=True)):
         for place, name in enumerate(names):
-            found = spread(group.values(name))
+            found = mean_and_deviation(group.values(name))
             if found:
                 x = place + (number - (len(groups) - 1) / 2) * width
                 axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, color=colour, capsize=3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import read_json
 from synco_fast.training.metrics import read_metrics
 
-__all__ = ["Run", "read_run"]
+__all__ = ["PROBES", "Run", "mean_and_deviation", "read_run"]
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,19 @@ def read_run(folder: Path) -> Run:
         evaluations=[line for line in lines if line["kind"] == "evaluation"],
         results=results,
     )
+
+
+PROBES: dict[str, Callable[[Run], float | None]] = {
+    "linear": lambda run: run.top1("linear"),
+    "linear, cached": lambda run: run.top1("linear_fast"),
+    "1 % labels": lambda run: run.top1("finetune_1"),
+    "10 % labels": lambda run: run.top1("finetune_10"),
+}
+"""Accuracies that comparisons and studies have a column for, by its title; a column never mixes two protocols."""
+
+
+def mean_and_deviation(values: Collection[float]) -> tuple[float, float] | None:
+    """Mean and sample standard deviation (0 for one value); None for no value."""
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

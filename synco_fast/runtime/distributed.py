@@ -69,7 +69,7 @@ class DistEnv:
 
     @staticmethod
     def detect(environment: Mapping[str, str] | None = None) -> DistEnv:
-        """From torchrun's variables, else from Slurm's (``srun`` with one task a GPU), else a job of one process.
+        """From torchrun's variables, else from Slurm's (``srun`` with one task per GPU), else a job of one process.
 
         Raises:
             ConfigError: A variable is missing or is not a whole number.
@@ -178,7 +178,7 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
     if cuda:
         if env.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"processes: found {env.local_world} on this machine, expected {torch.cuda.device_count()}, one a GPU"
+                f"processes: found {env.local_world} on this machine, expected {torch.cuda.device_count()}, one per GPU"
             )
         torch.cuda.set_device(env.local_rank)
     try:

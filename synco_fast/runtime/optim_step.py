@@ -92,18 +92,18 @@ class OptimStep:
         if self.scale is not None:
             torch._foreach_mul_(gradients, 1 / self.scale)
         norm = torch.nn.utils.get_total_norm(gradients).float()
-        accept = torch.isfinite(norm)
+        step_ok = torch.isfinite(norm)
         if self.scale is not None:
-            torch._amp_update_scale_(self.scale, self._growth, (~accept).float(), _GROWTH, _BACKOFF, _INTERVAL)
+            torch._amp_update_scale_(self.scale, self._growth, (~step_ok).float(), _GROWTH, _BACKOFF, _INTERVAL)
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         if self._on_device:
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (~accept).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~step_ok).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif bool(accept):
+        elif bool(step_ok):
             self.optimizer.step()
-        return accept, norm
+        return step_ok, norm
 
     def descend(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """A whole step from one loss: clear the gradients, backward, step; returns what `step` returns."""
@@ -135,13 +135,13 @@ class SkippedSteps:
         #: All, the consecutive ones up to now, and the first of those (-1 for none).
         self._counts = torch.tensor([0, 0, -1], dtype=torch.int64, device=device)
 
-    def add(self, accept: Tensor, step: int | Tensor) -> None:
+    def add(self, step_ok: Tensor, step: int | Tensor) -> None:
         """Count one step."""
-        skipped = (~accept).to(torch.int64)
+        skipped = (~step_ok).to(torch.int64)
         total, row, first = self._counts.unbind()
         began = torch.where(row > 0, first, step if isinstance(step, Tensor) else torch.full_like(first, step))
         self._counts.copy_(
-            torch.stack([total + skipped, (row + 1) * skipped, torch.where(accept, torch.full_like(first, -1), began)])
+            torch.stack([total + skipped, (row + 1) * skipped, torch.where(step_ok, torch.full_like(first, -1), began)])
         )
 
     def read(self) -> tuple[int, int, int]:

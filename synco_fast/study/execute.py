@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from synco_fast.data.workers import available_cores
 from synco_fast.report.runs import read_run
 from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.study.plan import Trial
@@ -76,7 +77,7 @@ def execute(
     """
     states = [state_of(folder, trial) for trial in trials]
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // parallel)
+    threads = threads or max(1, available_cores() // parallel)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
     failed: list[str] = []
     children = _Children(environment)

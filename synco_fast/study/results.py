@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synco_fast.report.runs import Run, read_run
+from synco_fast.report.runs import PROBES, Run, mean_and_deviation, read_run
 from synco_fast.study.execute import run_folder
 from synco_fast.study.plan import Trial
 
@@ -19,10 +19,7 @@ FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN in training": lambda run: run.summary.get("knn_after"),
     "kNN, k 20": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("20"),
     "kNN, k 200": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("200"),
-    "linear": lambda run: run.top1("linear"),
-    "linear, cached": lambda run: run.top1("linear_fast"),
-    "1 % labels": lambda run: run.top1("finetune_1"),
-    "10 % labels": lambda run: run.top1("finetune_10"),
+    **PROBES,
 }
 """What is compared, in [0, 1], by the column's title: a column never mixes two protocols."""
 
@@ -47,7 +44,7 @@ class Row:
 
     def summary(self, figure: str) -> tuple[float, float] | None:
         """Mean and sample standard deviation over seeds (0 for one seed); None where nothing was measured."""
-        return _spread(list(self.values.get(figure, {}).values()))
+        return mean_and_deviation(self.values.get(figure, {}).values())
 
 
 @dataclass(frozen=True)
@@ -188,13 +185,7 @@ def _differences(rows: list[Row], baseline: str | None) -> list[Difference]:
     return found
 
 
-def _spread(values: list[float]) -> tuple[float, float] | None:
-    if not values:
-        return None
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def _described(values: dict[int, float]) -> dict[str, Any]:
-    found = _spread(list(values.values()))
+    found = mean_and_deviation(values.values())
     mean, deviation = found or (None, None)
     return {"mean": mean, "deviation": deviation, "by_seed": {str(seed): value for seed, value in values.items()}}

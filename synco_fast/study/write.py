@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json, write_text
 from synco_fast.runtime.style import COLOURS
@@ -120,13 +121,10 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _mean(values: list[float]) -> str:
-    if not values:
+    found = mean_and_deviation(values)
+    if found is None:
         return ""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1%}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.1%} ± {100 * deviation:.1f}"
+    return f"{found[0]:.1%}" + (f" ± {100 * found[1]:.1f}" if len(values) > 1 else "")
 
 
 def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> None:

@@ -49,7 +49,7 @@ class Engine:
     Args:
         config: What to do.
         steps_per_epoch: Turns the configuration's epochs into steps.
-        place: Where this process stands in its job, whose process group must be initialized already.
+        env: Where this process stands in its job, whose process group must be initialized already.
         note: Takes a line about each setting that is not available here.
 
     Attributes:
@@ -67,18 +67,18 @@ class Engine:
         self,
         config: Config,
         steps_per_epoch: int,
-        place: DistEnv = DistEnv(),  # noqa: B008 - frozen
+        env: DistEnv = DistEnv(),  # noqa: B008 - frozen
         *,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         training, optimizer = config.training, config.optimizer
-        self.config, self.place = config, place
+        self.config, self.env = config, env
         self.device = resolve_device(training.device)
         self.precision = Precision(training.precision, self.device)
-        self.method: Method = build_method(config, processes=place.world).to(self.device)
+        self.method: Method = build_method(config, processes=env.world).to(self.device)
         self.layout = memory_format(self.method, training.channels_last)
         self.method.prepare(
-            RunInfo(self.device, steps_per_epoch, processes=place.world, autocast=self.precision.autocast_unscaled)
+            RunInfo(self.device, steps_per_epoch, processes=env.world, autocast=self.precision.autocast_unscaled)
         )
         self.trainable = self.method.trainable
         for part in self.trainable.modules():
@@ -117,7 +117,7 @@ class Engine:
         """Why no step can be captured as a CUDA graph, if so."""
         if self.device.type != "cuda":
             return "no GPU"
-        if self.place.world > 1:
+        if self.env.world > 1:
             return "the step exchanges gradients between processes"
         if self.update.waits:
             return f"{self.config.optimizer.name} decides on the host whether to skip a step"
@@ -130,7 +130,7 @@ class Engine:
 
     def _on_all_processes(self, trainable: nn.Module) -> nn.Module:
         """The module in DDP where there are several processes."""
-        if self.place.world == 1:
+        if self.env.world == 1:
             return trainable
         return DistributedDataParallel(
             trainable,
@@ -182,9 +182,9 @@ class Engine:
             else:
                 group["lr"] = rate
         # Dropout and stochastic depth draw by step and rank: there is no state of theirs to keep.
-        torch.manual_seed(derive_seed(self.config.seed, step, self.place.rank))
+        torch.manual_seed(derive_seed(self.config.seed, step, self.env.rank))
         batch = batch.to(self.device)
-        inputs = self.method.arrange(Views(batch.first, batch.second, batch.image_ids), step=step)
+        inputs = self.method.shard(Views(batch.first, batch.second, batch.image_ids), step=step)
         self._run(inputs, step, self.method.graph_key(epoch), self.momentum(step))
 
     def _compute(self, inputs: StepInputs, step: int | Tensor, epoch: int, momentum: float | Tensor) -> None:
@@ -273,8 +273,8 @@ class Engine:
 
     # -- state --------------------------------------------------------------------------------------------------
 
-    def fingerprint(self) -> int:
-        """A hash that two processes share only if everything that `Method.replicated` names agrees to the bit."""
+    def replica_hash(self) -> int:
+        """A hash that two processes share only if everything that `Method.replicated` names agrees bit for bit."""
         local = {id(buffer) for module in self.method.statistics for buffer in module.buffers()}
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for module in self.method.replicated.values():

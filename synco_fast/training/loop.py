@@ -56,14 +56,14 @@ class Trainer(Generic[SummaryT]):
         after_step: Callable[[Trainer[SummaryT]], None] | None = None,
     ) -> None:
         self.task, self.folder, self.control = task, folder, task.control
-        self.place = self.control.env
-        self.console = (console or Console()) if self.place.is_main else Console(quiet=True)
-        self.step, self.steps = 0, task.plan.steps
+        self.env = self.control.env
+        self.console = (console or Console()) if self.env.is_main else Console(quiet=True)
+        self.step, self.steps = 0, task.settings.steps
         self.evaluated_at = -1
         self._before_step, self._after_step = before_step, after_step
         self._save_due = False
-        self.throughput = Throughput(task.plan.batch, task.plan.settling)
-        self.stopping = StopSignals(self.control, task.plan.max_time)
+        self.throughput = Throughput(task.settings.batch, task.settings.settling)
+        self.stopping = StopSignals(self.control, task.settings.max_time)
         if resume is not None:
             self._load(resume)
         task.begin(folder, fresh=self.step == 0)
@@ -78,11 +78,11 @@ class Trainer(Generic[SummaryT]):
             DataError: More images are corrupt than the configuration allows.
             LostProcessError: Another process of the job is gone.
         """
-        task, plan = self.task, self.task.plan
-        if self.place.is_main:
+        task, settings = self.task, self.task.settings
+        if self.env.is_main:
             describe_run(self.folder, task.config)
         config = task.config.model_dump(mode="json")
-        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=plan.wandb, writes=self.place.is_main)
+        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=settings.wandb, writes=self.env.is_main)
         self.reporter = Reporter(self.console, self.steps, self.step)
         task.note.show_by(self.reporter.note)
         try:
@@ -96,7 +96,7 @@ class Trainer(Generic[SummaryT]):
                     if self._save_due or self.stopping.agreed or self._checkpoint_due():
                         self._save()
         except RuntimeError as error:
-            if self.place.world > 1 and lost_process(error):
+            if self.env.world > 1 and lost_process(error):
                 raise self._lost(error) from error
             raise
         finally:
@@ -120,7 +120,7 @@ class Trainer(Generic[SummaryT]):
             self._train_step(batch)
             self.throughput.step(waited)
             self.reporter.step(self.step, title)
-            log_due = self.step % task.plan.log_every == 0 or self.step == self.steps
+            log_due = self.step % task.settings.log_every == 0 or self.step == self.steps
             if log_due or task.device.type == "cpu":
                 self._check_skipped()
             if log_due:
@@ -148,7 +148,7 @@ class Trainer(Generic[SummaryT]):
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at the start, at the end of rounds, and at the end; never twice at one step."""
-        if self.place.is_main:
+        if self.env.is_main:
             self.task.artifacts(self.step)
         if self.task.evaluation_due(self.step) and self.evaluated_at != self.step:
             self.evaluated_at = self.step
@@ -164,15 +164,15 @@ class Trainer(Generic[SummaryT]):
             DivergedError: Skipping no longer helps: there were more than allowed, a parameter is not finite, or the run
                 ends with them.
         """
-        plan = self.task.plan
+        settings = self.task.settings
         _, row, first = self.task.skipped.read()
-        within = row <= plan.max_skipped and self.step < self.steps
+        within = row <= settings.max_skipped and self.step < self.steps
         if not row or (within and self.task.finite()):
             return row
         newest = checkpoints_in(self.folder / "checkpoints")
         raise DivergedError(
             f"training diverged: non-finite gradients from step {self.task.describe_step(first)}, {row} "
-            f"step{'s' if row > 1 else ''} skipped (limit {plan.max_skipped_key}={plan.max_skipped}); "
+            f"step{'s' if row > 1 else ''} skipped (limit {settings.max_skipped_key}={settings.max_skipped}); "
             + (f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written")
             + f"; try {self.task.advice()}"
         )
@@ -193,15 +193,15 @@ class Trainer(Generic[SummaryT]):
             **self.throughput.state_dict(),
             "evaluated_at": self.evaluated_at,
         }
-        if self.place.is_main:
-            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.plan.keep)
+        if self.env.is_main:
+            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.settings.keep)
         self.control.broadcast(None)
 
     def _check_agreement(self) -> None:
         """What is replicated must be the same on every process."""
-        if self.place.world == 1:
+        if self.env.world == 1:
             return
-        found = self.control.gather(self.task.fingerprint())
+        found = self.control.gather(self.task.replica_hash())
         other = [rank for rank, value in enumerate(found) if value != found[0]]
         if other:
             raise LostProcessError(
@@ -231,6 +231,6 @@ class Trainer(Generic[SummaryT]):
     def _lost(self, error: RuntimeError) -> LostProcessError:
         reason = str(error).strip().splitlines()[0][:160]
         return LostProcessError(
-            f"rank {self.place.rank} lost the connection to the other processes at step {self.step + 1} ({reason}), "
-            f"expected all {self.place.world} to the end; {self._how_to_resume()}"
+            f"rank {self.env.rank} lost the connection to the other processes at step {self.step + 1} ({reason}), "
+            f"expected all {self.env.world} to the end; {self._how_to_resume()}"
         )

@@ -14,7 +14,6 @@ from torch import nn
 from synco_fast.config import Config, EvaluationConfig
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.build import build_pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
@@ -25,9 +24,10 @@ from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import MetricLog
+from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.plots import draw_pairs
 from synco_fast.training.run_folder import Summary, close_run
-from synco_fast.training.task import Notes, Plan
+from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
 
 __all__ = ["Curves", "Evaluate", "Evaluation", "Pretraining", "Watch"]
@@ -131,7 +131,7 @@ class Pretraining:
     ) -> None:
         training = config.training
         self.config, self.control = config, control or HostGroup(DistEnv())
-        self.place = self.control.env
+        self.env = self.control.env
         self.note = Notes()
         resolve_device(training.device)  # before a source is read, which can take long
         self.source: Source = open_source(config.data.source, config.data.limits)
@@ -142,24 +142,14 @@ class Pretraining:
         for line in self.source.notes:
             self.note(line)
         self._train = share_of(self.source.train, config.data.fraction)
-        self.engine = Engine(config, len(self._train) // training.batch, self.place, note=self.note)
+        self.engine = Engine(config, len(self._train) // training.batch, self.env, note=self.note)
         self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
-        self.pipeline = build_pipeline(
-            self._train,
-            config.augment,
-            batch=training.batch,
-            seed=config.seed,
-            name=config.data.pipeline,
-            device=self.device,
-            dtype=self.engine.precision.dtype,
-            workers=config.data.workers,
-            decode=config.data.decode,
-            rank=self.place.rank,
-            world=self.place.world,
+        self.pipeline = open_pipeline(
+            config, self._train, device=self.device, dtype=self.engine.precision.dtype, env=self.env
         )
         self.steps_per_epoch = len(self.pipeline)
         steps = self.steps_per_epoch * training.epochs
-        self.plan = Plan(
+        self.settings = TrainerSettings(
             steps=steps if training.max_steps is None else min(steps, training.max_steps),
             batch=training.batch,
             log_every=training.log_every,
@@ -170,7 +160,7 @@ class Pretraining:
             settling=self.engine.settling,
             wandb=training.wandb,
         )
-        self.broken = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
+        self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
@@ -190,9 +180,9 @@ class Pretraining:
         self.pipeline.set_epoch(epoch, done)
         self.method.train()
         pairs = self._folder / "plots" / "pairs.png"
-        undrawn = self.place.is_main and not pairs.exists()
+        undrawn = self.env.is_main and not pairs.exists()
         for batch in self.pipeline:
-            self.broken.replaced(batch.corrupt)
+            self.corrupt_images.replaced(batch.corrupt)
             if undrawn:
                 draw_pairs(batch.as_pixels(self.config.augment), pairs)
                 undrawn = False
@@ -206,9 +196,9 @@ class Pretraining:
         """Whether every parameter is finite."""
         return self.engine.finite()
 
-    def fingerprint(self) -> int:
+    def replica_hash(self) -> int:
         """That of the engine."""
-        return self.engine.fingerprint()
+        return self.engine.replica_hash()
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
@@ -249,12 +239,12 @@ class Pretraining:
         """Before the first step, every so many epochs, and at the end."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         every = self.config.evaluation.every
-        return self._evaluate is not None and (step == self.plan.steps or (rest == 0 and epoch % every == 0))
+        return self._evaluate is not None and (step == self.settings.steps or (rest == 0 and epoch % every == 0))
 
     def evaluate(self, step: int, log: MetricLog) -> None:
         """The accuracy of the encoder's backbone on the held-out split, into the log."""
         self.engine.statistics.average()
-        if self._evaluate is None or not self.place.is_main:
+        if self._evaluate is None or not self.env.is_main:
             return
         config, epochs = self.config, step / self.steps_per_epoch
         result = self._evaluate(
@@ -266,7 +256,7 @@ class Pretraining:
             pipeline=config.data.pipeline,
             workers=config.data.workers,
         )
-        self.broken.excluded(result.corrupt)
+        self.corrupt_images.excluded(result.corrupt)
         log.write("evaluation", step, {"epoch": epochs, "knn": result.accuracy})
         self.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
 
@@ -287,13 +277,13 @@ class Pretraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Configuration, engine, position in the epoch, and the corrupt images."""
-        self.broken.share(self.control)
+        self.corrupt_images.share(self.control)
         return {
             "config": self.config.model_dump(mode="json"),
             **self.engine.state_dict(),
             "steps_per_epoch": self.steps_per_epoch,
             "stream": self.method.stream,
-            "broken": self.broken.state_dict(),
+            "corrupt": self.corrupt_images.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
@@ -317,7 +307,7 @@ class Pretraining:
                 f"{self.method.stream}: start a new run; this one can be evaluated and exported"
             )
         self.engine.load_state_dict(state)
-        self.broken.load_state_dict(state["broken"])
+        self.corrupt_images.load_state_dict(state["corrupt"])
 
     def close(self) -> None:
         """Free the pipeline's processes."""
@@ -325,7 +315,7 @@ class Pretraining:
 
     def summary(self, step: int, *, finished: bool, throughput: Throughput) -> Summary:
         """Draw the curves and write ``summary.json``."""
-        if self.place.is_main:
+        if self.env.is_main:
             self.method.artifacts(self._folder / "plots", step, closing=True)
         return close_run(
             self._folder,
@@ -335,6 +325,6 @@ class Pretraining:
             step=step,
             finished=finished,
             throughput=throughput,
-            broken=len(self.broken),
-            writes=self.place.is_main,
+            corrupt=len(self.corrupt_images),
+            writes=self.env.is_main,
         )

@@ -40,7 +40,7 @@ class Summary:
     images_per_second: float
     data_wait: float
     training_seconds: float
-    broken_images: int
+    corrupt_images: int
     run: str
     checkpoint: str
     curves: str
@@ -83,7 +83,7 @@ def close_run(
     step: int,
     finished: bool,
     throughput: Throughput,
-    broken: int,
+    corrupt: int,
     writes: bool = True,
 ) -> Summary:
     """Draw the curves and write ``summary.json``.
@@ -93,7 +93,7 @@ def close_run(
         config, source: What the run was.
         steps_per_epoch, step, finished: How far it came.
         throughput: How fast it was.
-        broken: How many images could not be read.
+        corrupt: How many images could not be read.
         writes: Whether this process writes; another one only returns the summary.
     """
     lines = read_metrics(folder)
@@ -114,7 +114,7 @@ def close_run(
         images_per_second=throughput.images_per_second,
         data_wait=throughput.data_wait,
         training_seconds=throughput.training,
-        broken_images=broken,
+        corrupt_images=corrupt,
         run=str(folder),
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),

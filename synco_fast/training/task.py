@@ -14,7 +14,7 @@ from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.throughput import Throughput
 
-__all__ = ["Notes", "Plan", "RunConfig", "Task"]
+__all__ = ["Notes", "RunConfig", "Task", "TrainerSettings"]
 
 SummaryT = TypeVar("SummaryT", covariant=True)
 
@@ -32,7 +32,7 @@ class RunConfig(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainerSettings:
     """What the trainer needs to know of a run.
 
     Attributes:
@@ -85,7 +85,7 @@ class Task(Protocol[SummaryT]):
 
     Attributes:
         control: What the processes of the job agree by.
-        plan: What the trainer needs to know.
+        settings: What the trainer needs to know.
         device: Where it computes.
         skipped: Counts the steps that were skipped.
         note: Takes lines to show; made by the task, shown by the trainer.
@@ -97,7 +97,7 @@ class Task(Protocol[SummaryT]):
         ...
 
     control: HostGroup
-    plan: Plan
+    settings: TrainerSettings
     device: torch.device
     skipped: SkippedSteps
     note: Notes
@@ -124,7 +124,7 @@ class Task(Protocol[SummaryT]):
         """Whether every parameter is finite; waits for the device."""
         ...
 
-    def fingerprint(self) -> int:
+    def replica_hash(self) -> int:
         """A hash of what must be the same on all processes."""
         ...
 

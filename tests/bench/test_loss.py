@@ -34,7 +34,7 @@ def test_measure_counts_memory_and_time():
     assert len(found["seconds"]) == 3
     assert sorted(found["seconds"])[1] == found["median_s"] > 0
     assert found["extra_mib"] >= 0
-    # The released form holds B x K logits several times over: 64 MiB each here.
+    # The baseline holds B x K logits several times over: 64 MiB each here.
     large = Shape(1024, 16384, 16, 64)
     assert measure("released", large, device=CPU, repeats=1)["extra_mib"] > 64
 

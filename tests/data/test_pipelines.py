@@ -125,7 +125,7 @@ def test_arrays(name):
 
 # -- what real folders hold -------------------------------------------------------------------------------------------
 
-BROKEN = (
+CORRUPT = (
     "bent.jpg",
     "empty.jpg",
     "headless.jpg",
@@ -191,7 +191,7 @@ def test_broken_files_are_replaced_and_named_and_never_end_a_run(tmp_path, name,
         batches = epoch(pipe, number)
         assert [len(batch.image_ids) for batch in batches] == [6] * 4
         corrupt = {index: reason for batch in batches for index, reason in batch.corrupt.items()}
-        assert sorted(split.name(index).rpartition("/")[2] for index in corrupt) == list(BROKEN)
+        assert sorted(split.name(index).rpartition("/")[2] for index in corrupt) == list(CORRUPT)
         for index, reason in corrupt.items():
             assert split.name(index) in reason
             assert "\n" not in reason
@@ -246,7 +246,7 @@ def test_a_resident_set_has_images_of_one_size(tmp_path):
         pipeline(open_source(str(tmp_path)).train, "resident", batch=2)
 
 
-def test_nothing_but_broken_images_is_an_error(tmp_path, name):
+def test_nothing_but_corrupt_images_is_an_error(tmp_path, name):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     split = open_source(str(tmp_path)).train

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from synco_fast.report.compare import compare_runs, draw_comparison, spread
+from synco_fast.report.compare import compare_runs, draw_comparison
+from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.errors import ConfigError, UserError
 
 
@@ -33,10 +34,10 @@ def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_spread():
-    assert spread([]) is None
-    assert spread([0.5]) == (0.5, 0.0)
-    assert spread([0.4, 0.6]) == (pytest.approx(0.5), pytest.approx(0.1414, abs=1e-3))
+def test_mean_and_deviation():
+    assert mean_and_deviation([]) is None
+    assert mean_and_deviation([0.5]) == (0.5, 0.0)
+    assert mean_and_deviation([0.4, 0.6]) == (pytest.approx(0.5), pytest.approx(0.1414, abs=1e-3))
 
 
 def test_what_is_no_run(told_run, tmp_path):

@@ -92,7 +92,7 @@ def as_run(state, folder, source):
 def test_an_older_run_resumes_where_it_was(older, image_folder, tmp_path, recwarn):
     """Against what the older code came to: the same up to rounding, for convolutions differ between machines.
 
-    And against the same checkpoint rewritten by the tables: the same to the bit.
+    And against the same checkpoint rewritten by the tables: the same bit for bit.
     """
     warnings.simplefilter("always")
     for name, state in (("older", dict(older["state"])), ("newer", migrate_checkpoint(older["state"]))):

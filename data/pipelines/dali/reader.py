@@ -140,7 +140,7 @@ class Reader(Dataset[EncodedBatch]):
         return encode_pixels(pixels), (pixels.shape[0], pixels.shape[1])
 
     def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:
-        """Batches of the sampler's places, read by ``workers`` processes (default: one a core; 0: this one)."""
+        """Batches of the sampler's places, read by ``workers`` processes (default: one per core; 0: this one)."""
         workers = available_cores() if workers is None else workers
         options: dict[str, Any] = {
             "sampler": batches,

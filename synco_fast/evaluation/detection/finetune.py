@@ -20,10 +20,10 @@ from synco_fast.data.workers import available_cores
 from synco_fast.evaluation.context import (
     EvalOptions,
     check_unchanged,
-    fingerprint,
     folder_of,
     join_job,
     progress,
+    weights_sha256,
 )
 from synco_fast.evaluation.detection.datasets import Detections, DetectionSource, Steps, open_detection
 from synco_fast.export.load import Weights, backbone_of, read_weights
@@ -189,8 +189,12 @@ def evaluate_detection(
         job = _Job(
             detector, source, protocol, options, Precision(options.precision, device, key="precision"), device, console
         )
-        frozen = fingerprint(_body(detector)) if protocol.freeze else None
-        made_by = {"plan": repr(asdict(protocol)), "weights": fingerprint(backbone_of(weights)), "source": source.spec}
+        frozen = weights_sha256(_body(detector)) if protocol.freeze else None
+        made_by = {
+            "plan": repr(asdict(protocol)),
+            "weights": weights_sha256(backbone_of(weights)),
+            "source": source.spec,
+        }
         state = folder / f"detection_{source.layout}.pt"
         before = job.train(state, made_by, fresh=options.fresh)
         found = job.measure(len(source.test))

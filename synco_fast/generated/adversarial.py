@@ -42,9 +42,9 @@ class AdversarialOptimizer:
         gradients = torch.autograd.grad(loss, self._parameters)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        accept, _ = self._update.step()
+        step_ok, _ = self._update.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return accept
+        return step_ok
 
 
 class DiscriminatorTrainer:
@@ -74,7 +74,7 @@ class DiscriminatorTrainer:
     ) -> None:
         self.discriminator, self._penalty, self._every = discriminator, penalty, penalty_every
         self._augmented, self._autocast = augmented, autocast
-        self.player = AdversarialOptimizer(discriminator.parameters(), lr=lr, betas=betas, device=device)
+        self.optimizer = AdversarialOptimizer(discriminator.parameters(), lr=lr, betas=betas, device=device)
 
     def judge(self, images: Tensor, *, in_float32: bool = False) -> Tensor:
         """Float32 logits (n,) of images (n, 3, H, W) in [0, 1]: the only way by which they reach the discriminator."""
@@ -99,8 +99,8 @@ class DiscriminatorTrainer:
         whole = loss
         if penalised:
             whole = loss + self._penalty * self._every * gradient_penalty(on_real, images)
-        accept = self.player.learn(whole)
-        return accept, {
+        step_ok = self.optimizer.learn(whole)
+        return step_ok, {
             "discriminator/loss": loss.detach(),
             "discriminator/real": (on_real > 0).float().mean(),
             "discriminator/generated": (on_generated < 0).float().mean(),
@@ -108,11 +108,11 @@ class DiscriminatorTrainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state; weights are kept with the modules."""
-        return self.player.optimizer.state_dict()
+        return self.optimizer.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over from a checkpoint."""
-        self.player.optimizer.load_state_dict(state)
+        self.optimizer.optimizer.load_state_dict(state)
 
 
 def diversity(generated: Tensor, real: Tensor) -> Tensor:
