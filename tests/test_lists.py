@@ -16,6 +16,7 @@ from synco_fast.commands import COMMANDS
 from synco_fast.export.formats import FORMATS
 from synco_fast.kernels.backends import BACKENDS, Backend
 from synco_fast.methods import METHODS
+from synco_fast.runtime.phases import PHASES
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules of `synco_fast.commands` that are no subcommand.
@@ -45,6 +46,13 @@ def test_every_norm_runs_or_says_why_not():
             assert gradients[0].shape == (4, 8, 3, 3)
         else:
             assert subject in reason or "CUDA" in reason
+
+
+def test_every_phase_of_a_step_is_one_that_a_profile_shows():
+    found = set()
+    for file in (ROOT / "synco_fast").rglob("*.py"):
+        found |= set(re.findall(r'\bphase\("([^"]+)"\)', file.read_text(encoding="utf-8")))
+    assert found == set(PHASES)
 
 
 def test_every_method_is_a_module_that_builds():

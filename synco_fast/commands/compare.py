@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "compare",
         _compare,
-        "Several runs as a table and one picture; runs that differ by seed alone give mean and standard deviation.",
+        "Compare runs in a table and a picture; runs that differ only by seed give mean and standard deviation.",
         "synco-fast compare runs/moco-0 runs/moco-1 runs/synco-0 runs/synco-1 --out comparison.png",
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")

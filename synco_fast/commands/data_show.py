@@ -20,16 +20,16 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "data show",
         _data_show,
-        "Draw augmented pairs as a run would meet them, from the pipeline that it would choose. Any key of the "
+        "Draw augmented pairs as a run would see them, from the pipeline that it would choose. Any key of the "
         "configuration can be set as --section.key VALUE.",
         "synco-fast data show /data/imagenet --augment.size 96 --out pairs.png",
         overrides=True,
     )
     command.add_argument("source", help=SOURCE)
-    command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults without it")
+    command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults if unset")
     command.add_argument("--pairs", type=positive, default=24)
-    command.add_argument("--epoch", type=int, default=0, metavar="N", help="views differ from epoch to epoch")
-    command.add_argument("--out", type=path, default=Path("pairs.png"), metavar="FILE", help="the PNG")
+    command.add_argument("--epoch", type=int, default=0, metavar="N", help="the epoch whose views are drawn")
+    command.add_argument("--out", type=path, default=Path("pairs.png"), metavar="FILE", help="the PNG to write")
 
 
 def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

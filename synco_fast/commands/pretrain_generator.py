@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "pretrain-generator",
         _pretrain_generator,
-        "Train a generator on unlabelled images, for --generated.pair joint. Its keys are set as --key VALUE.",
+        "Train a generator on unlabelled images, for --generated.pair joint. Keys are set as --key VALUE.",
         "synco-fast pretrain-generator --data demo --out runs/generator --size 64 --steps 20000",
         overrides=True,
     )
@@ -84,7 +84,7 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
 
 
 def _features(encoder: str) -> Features:
-    """What KID is measured on: the backbone of a checkpoint of pretrain."""
+    """The network of KID: the backbone of a checkpoint of pretrain."""
     from synco_fast.export.load import backbone_of, read_weights
     from synco_fast.generated.kid import Features
 

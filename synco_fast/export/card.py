@@ -1,4 +1,4 @@
-"""The model card: what the weights are, how they came to be, what was measured."""
+"""The model card: architecture, training and results of exported weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["known_results", "write_card"]
 
 
 def known_results(run: Path | None) -> dict[str, str]:
-    """The figures that a run folder holds: its own kNN, and every evaluation below ``evaluation/``."""
+    """The results in a run folder: its own kNN, and every evaluation below ``evaluation/``."""
     if run is None:
         return {}
     found: dict[str, str] = {}
@@ -32,7 +32,7 @@ def known_results(run: Path | None) -> dict[str, str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A damaged file says nothing; the weights are worth a card without it."""
+    """A JSON file; a damaged one is ignored, since the card is useful without it."""
     try:
         return read_json(file)
     except UserError:
@@ -57,8 +57,8 @@ def write_card(
         format: The export's format.
         files: Written beside the card.
         usage: Lines of code that load the weights.
-        checks: What was measured while exporting.
-        licence: Of the weights, as their owner states it.
+        checks: Measurements made during the export.
+        licence: The licence of the weights, as their owner states it.
     """
     config = weights.config
     environment = {**describe_environment(), **_json(weights.run / "environment.json" if weights.run else Path())}
@@ -115,14 +115,14 @@ def write_card(
 
 
 def _method(config: Config) -> str:
-    """Title and paper of the method, and of an extra that it had."""
+    """Title and paper of the method, and of its extra, if any."""
     spec, extra = METHODS[config.method.name], extra_of(config)
     parts = [(spec.title, spec.arxiv), *([(extra.title, extra.arxiv)] if extra else [])]
     return " with ".join(f"{title} ([arXiv {number}](https://arxiv.org/abs/{number}))" for title, number in parts)
 
 
 def _negatives(config: Config) -> dict[str, str]:
-    """What a method with a queue contrasts with."""
+    """The negatives of a method with a queue."""
     if config.method.name not in with_queue():
         return {}
     negatives = config.method.negatives()

@@ -1,4 +1,4 @@
-"""The adversarial update of stage two: both generators and the discriminator learn beside the encoder."""
+"""The adversarial update of stage two: both generators and the discriminator are trained beside the encoder."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["AdversarialUpdate", "Clock", "GeneratedBatch", "pairs_objective"]
 
 
 class GeneratedBatch(NamedTuple):
-    """What the generators' loss is computed from.
+    """The inputs of the generators' loss.
 
     Attributes:
         images: Both images of each pair, (2, n, 3, H, W) in [0, 1].
-        loss: The contrastive loss of each pair across it, (n,): the mean of each image's query against the other's key.
+        loss: The contrastive loss across each pair, (n,): the mean over each image's query against the other's key.
         similarity: Cosine of the embeddings of both images of a pair under the same augmentation, (n,).
     """
 
@@ -34,25 +34,25 @@ class GeneratedBatch(NamedTuple):
 
 
 def pairs_objective(loss: Tensor, similarity: Tensor, *, hardness: float, floor: float, floor_weight: float) -> Tensor:
-    """What generators add to their adversarial loss: hardness down to a floor, and a push back below it.
+    """The generators' term beside the adversarial loss: harder pairs above a floor of similarity, easier ones below it.
 
-    mean of -hardness * L_i over pairs at or above the floor, plus floor_weight * mean of max(0, floor - s_i).
+    The mean of -hardness * L_i over pairs at or above the floor, plus floor_weight * mean of max(0, floor - s_i).
 
     Args:
         loss: L, (n,).
         similarity: s, (n,).
         hardness: w_hard at this step.
-        floor, floor_weight: A pair below the floor is no positive any more: nothing makes it harder.
+        floor, floor_weight: Below the floor a pair no longer counts as a positive, so it is not made harder.
     """
     harder = torch.where(similarity >= floor, loss, 0.0).mean()
     return floor_weight * relu(floor - similarity).mean() - hardness * harder
 
 
 class Clock:
-    """Adds up the time of some parts of the steps, on a GPU by events, so that no step waits.
+    """Adds up the time of parts of the steps; on a GPU by events, so that no step waits.
 
     Args:
-        device: Whose time.
+        device: The device to time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class Clock:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Count what happens inside."""
+        """Time the block."""
         begin = mark(cuda=self._cuda)
         yield
         self._times.append((begin, mark(cuda=self._cuda)))
@@ -79,7 +79,7 @@ class AdversarialUpdate:
     """The optimizers of the generators and the discriminator, and their step.
 
     Args:
-        settings: The section ``generated``.
+        settings: The section ``generated`` of the configuration.
         generators, discriminator: On the run's device.
         run: Device, length of an epoch, number format.
         clock: Counts the time of the step.
@@ -117,16 +117,16 @@ class AdversarialUpdate:
     def step(
         self, make_batch: Callable[[], GeneratedBatch], real_images: Callable[[], Tensor], step: int, step_ok: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Let the generators make their pairs harder, and the discriminator judge them.
+        """Train the generators towards harder pairs, and the discriminator.
 
         Args:
-            make_batch: Makes the pairs of the step.
-            real_images: Gives the discriminator's real images, uint8 (n, 3, H, W).
+            make_batch: Generates the pairs of the step.
+            real_images: Returns the discriminator's real images, uint8 (n, 3, H, W).
             step: Counted from 0.
             step_ok: Whether the encoder's step was taken.
 
         Returns:
-            Whether all steps were taken, and what is logged.
+            Whether all steps were taken, and metrics.
         """
         settings = self.settings
         with self._clock():
@@ -156,13 +156,13 @@ class AdversarialUpdate:
         return step_ok & moved & judged, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizers' state; weights are kept with the method."""
+        """The optimizers' state; the weights are in the method's state."""
         return {
             "generators": self.generator_optimizer.optimizer.state_dict(),
             "discriminator": self.discriminator_trainer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
+        """Load from a checkpoint."""
         self.generator_optimizer.optimizer.load_state_dict(state["generators"])
         self.discriminator_trainer.load_state_dict(state["discriminator"])

@@ -1,4 +1,4 @@
-"""Stage one of generated pairs: a generator learns the unlabelled images against a discriminator."""
+"""Stage one of generated pairs: a generator is trained on the unlabelled images against a discriminator."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ from synco_fast.training.throughput import Throughput
 __all__ = ["GeneratorTraining"]
 
 _SHEET = 64
-#: Apart from the numbers of steps, which seed everything else.
+#: Outside the range of step numbers, which seed everything else.
 _SHEET_SEED, _KID_SEED = 1 << 40, 1 << 41
 
 
 class GeneratorTraining:
-    """Stage one as a task of the trainer, in one process.
+    """Stage one as a task of the `Trainer`, in one process.
 
-    A step depends on seed and step number alone, so that a stopped run resumes bit for bit.
+    A step depends only on seed and step number, so a stopped run resumes bit for bit.
 
     Args:
         config: What to do.
-        features: What KID is measured on; a ResNet-18 with random weights by default.
+        features: KID's feature network; a ResNet-18 with random weights by default.
 
     Raises:
-        UserError: Anything in the configuration or the images that cannot work.
+        UserError: The configuration or the images do not work.
     """
 
     def __init__(self, config: GeneratorConfig, features: Features | None = None) -> None:
@@ -117,7 +117,7 @@ class GeneratorTraining:
             step += 1
 
     def _numbers(self, step: int) -> Tensor:
-        """Which images a step takes: epochs without repetition, each without a last batch that is not full."""
+        """The images of a step: epochs without repetition, dropping an incomplete last batch."""
         epoch, place = divmod(step, len(self.images) // self.config.batch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self.images), seed=self.config.seed, epoch=epoch)
@@ -143,13 +143,13 @@ class GeneratorTraining:
         return all(bool(torch.isfinite(weight).all()) for weight in weights)
 
     def replica_hash(self) -> int:
-        """There is one process."""
+        """0: there is one process."""
         return 0
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
     def title(self, step: int) -> str:
-        """What learns."""
+        """What is trained."""
         return "generator"
 
     def figures(self, step: int, speed: dict[str, float]) -> tuple[dict[str, float], list[str]]:
@@ -181,7 +181,7 @@ class GeneratorTraining:
         return self.kid is not None and step > 0 and (step % every == 0 or step == self.config.steps)
 
     def evaluate(self, step: int, log: MetricLog) -> None:
-        """KID, into the log."""
+        """Measure KID and log it."""
         assert self.kid is not None
         kid = self._measure(self.kid)
         log.write("evaluation", step, {"generator/kid": kid})
@@ -197,7 +197,7 @@ class GeneratorTraining:
 
     @torch.no_grad()
     def samples(self, count: int, purpose: int) -> Tensor:
-        """Images (count, 3, size, size) of the moving average, from the same latent vectors every time."""
+        """Images (count, 3, size, size) of the moving average, from fixed latent vectors."""
         draws = torch.Generator().manual_seed(derive_seed(self.config.seed, purpose))
         images: Tensor = self.average(torch.randn(count, self.config.latent, generator=draws).to(self.device))
         return images
@@ -207,7 +207,7 @@ class GeneratorTraining:
         return str(step + 1)
 
     def advice(self) -> str:
-        """What to try where training diverges."""
+        """What to try if training diverges."""
         return "a lower lr or more r1"
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -233,11 +233,11 @@ class GeneratorTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Take over from a checkpoint.
+        """Load from a checkpoint.
 
         Raises:
-            ConfigError: It holds no generator, or one of another set of images.
-            CheckpointError: It is of another architecture.
+            ConfigError: It has no generator, or was trained on other images.
+            CheckpointError: Its architecture differs.
         """
         if "generator_config" not in state:
             raise ConfigError(f"resume: found no generator in {path}, expected a run of pretrain-generator")
@@ -252,7 +252,7 @@ class GeneratorTraining:
         self.skipped.load_state_dict(state["skipped"])
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
     def summary(self, step: int, *, finished: bool, throughput: Throughput) -> dict[str, Any]:
         """Draw the curves and write ``summary.json``."""

@@ -1,4 +1,4 @@
-"""Several runs side by side: a table and one picture, mean and spread over seeds."""
+"""Comparing runs: a table and a plot, with mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ FIGURES: dict[str, Callable[[Run], float | None]] = {
     **PROBES,
     "images per second": lambda run: run.throughput,
 }
-"""What is compared, by the column's title: a column never mixes two protocols."""
+"""Compared figures by column title; a column never mixes two protocols."""
 
-#: Keys in which runs of one group may differ.
+#: Keys that may differ within a group.
 _FREE = frozenset({"seed", "preset", "about", "data.workers", "training.log_every", "training.keep"})
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by seed alone.
+    """Runs that differ only by seed.
 
     Attributes:
-        title: The method, and every setting in which this group differs from another one.
-        runs: In the order given.
+        title: The method, and the settings in which groups differ.
+        runs: Runs in the order given.
     """
 
     title: str
     runs: tuple[Run, ...]
 
     def values(self, figure: str) -> list[float]:
-        """A figure of `FIGURES` for the runs that have it."""
+        """The values of a figure of `FIGURES`, for the runs that have it."""
         found = (FIGURES[figure](run) for run in self.runs)
         return [value for value in found if value is not None]
 
     @property
     def budget(self) -> str:
-        """Epochs done and images a step."""
+        """Completed epochs, and images per step."""
         epochs = {run.summary.get("epochs", 0) for run in self.runs}
         return f"{'/'.join(f'{value:.3g}' for value in sorted(epochs))} x {self.runs[0].config.training.batch}"
 
 
 def compare_runs(folders: Sequence[Path]) -> list[Group]:
-    """Read runs and put those that differ by seed alone together.
+    """Read runs, and group those that differ only by seed.
 
     Raises:
-        ConfigError: A folder is no run, or is given twice.
+        ConfigError: A folder is not a run, or is given twice.
     """
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
@@ -83,7 +83,7 @@ def compare_runs(folders: Sequence[Path]) -> list[Group]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Every key of the configuration by its dotted name, without those in which seeds may differ."""
+    """Every key of the configuration by its dotted name, except those that may differ within a group."""
     dumped = run.config.model_dump(mode="json")
     found = {}
     for key in known_keys(Config):
@@ -96,11 +96,11 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def draw_comparison(groups: Sequence[Group], path: Path) -> None:
-    """The kNN accuracy over epochs, every evaluation with its spread, and the throughput, as one picture.
+    """Plot kNN accuracy over epochs, every evaluation with its deviation, and throughput in one picture.
 
     Args:
         groups: From `compare_runs`.
-        path: The picture; its ending decides the format.
+        path: The picture; its suffix sets the format.
     """
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
@@ -116,7 +116,7 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
         curves.text(0.5, 0.5, "not evaluated", ha="center", color="grey", transform=curves.transAxes)
     names = [name for name in FIGURES if name != "images per second" and any(group.values(name) for group in groups)]
     _bars(bars, groups, colours, names)
-    bars.set_title("evaluations, spread over seeds")
+    bars.set_title("evaluations, deviation over seeds")
     chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
     for axes in (curves, bars):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

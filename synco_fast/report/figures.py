@@ -1,4 +1,4 @@
-"""The drawings of a report: small enough to be read on a phone, as SVG."""
+"""The plots of a report: SVG, readable on a phone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from synco_fast.runtime.style import COLOURS
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
 
 matplotlib.use("Agg")
-#: Inches: 400 pixels of a page, so that type keeps its size at a phone's width.
+#: Inches: 400 pixels of a page, so that text keeps its size at a phone's width.
 _WIDTH, _HEIGHT = 4.2, 3.0
 
 
@@ -40,7 +40,7 @@ def _svg(figure: Figure) -> str:
 
 
 def draw_run(run: Run) -> dict[str, str]:
-    """By title: loss, contrastive accuracy, kNN, hardness, throughput, data wait; what was not logged is omitted."""
+    """Plots by title: loss, contrastive accuracy, kNN, hardness, throughput, data wait; only logged ones."""
     found = {}
     wanted: list[tuple[str, list[dict[str, Any]], list[tuple[str, str, str]], bool]] = [
         ("Contrastive loss", run.train, [("loss", "loss", COLOURS[0])], False),
@@ -92,7 +92,7 @@ def draw_run(run: Run) -> dict[str, str]:
 
 
 def draw_confusion(confusion: list[list[int]], names: list[str]) -> str:
-    """Shares of each true class (rows) by predicted class (columns)."""
+    """Plot the confusion matrix, normalised by true class (rows)."""
     counts = np.array(confusion, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = _axes("rows: true class, columns: predicted", height=4.2)
@@ -111,7 +111,7 @@ def draw_confusion(confusion: list[list[int]], names: list[str]) -> str:
 
 
 def draw_map(points: Tensor, labels: Tensor, names: list[str], title: str) -> str:
-    """Points (n, 2) by class."""
+    """Plot points (n, 2), coloured by class."""
     figure, axes = _axes(title, height=4.2)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -121,7 +121,7 @@ def draw_map(points: Tensor, labels: Tensor, names: list[str], title: str) -> st
         inside = points[labels == label].numpy()
         name = names[label] if len(names) <= 20 else None
         axes.scatter(inside[:, 0], inside[:, 1], s=5, color=palette(label % palette.N), label=name, linewidths=0)
-    # Thousands of points as paths would make the page slow to scroll.
+    # As vector paths, thousands of points would make the page slow.
     for points_drawn in axes.collections:
         points_drawn.set_rasterized(True)
     if len(names) <= 20:

@@ -1,4 +1,4 @@
-"""What a run folder says about itself."""
+"""Reading run folders, and figures over seeds."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Run:
     """A run folder, read.
 
     Attributes:
-        folder: Where it is.
-        config: What was done.
-        summary: The content of ``summary.json``; empty where the run has not come to an end.
+        folder: The folder.
+        config: Its configuration.
+        summary: The content of ``summary.json``; empty for an unfinished run.
         environment: Versions, device, commit.
-        train: Lines of ``metrics.jsonl`` about training.
-        evaluations: Lines about the periodic kNN.
-        results: By name, the JSON files below ``evaluation/``.
+        train: Training lines of ``metrics.jsonl``.
+        evaluations: Lines of the periodic kNN.
+        results: The JSON files below ``evaluation/`` by name.
     """
 
     folder: Path
@@ -40,20 +40,20 @@ class Run:
 
     @property
     def knn(self) -> float | None:
-        """The kNN accuracy of ``evaluate knn``, or else the last one of the run itself."""
+        """The kNN accuracy of ``evaluate knn``, else the run's last one."""
         found = self.results.get("knn", {}).get("knn", self.summary.get("knn_after"))
         return float(found) if found is not None else None
 
     @property
     def linear(self) -> float | None:
-        """The linear probe's accuracy: of the published protocol, or else of the fast variant."""
+        """The linear probe's accuracy by the published protocol, else by the fast variant."""
         for name in ("linear", "linear_fast"):
             if name in self.results:
                 return float(self.results[name]["top1"])
         return None
 
     def top1(self, evaluation: str) -> float | None:
-        """The accuracy that ``evaluation/NAME.json`` gives."""
+        """The top-1 accuracy in ``evaluation/NAME.json``."""
         found = self.results.get(evaluation, {}).get("top1")
         return float(found) if found is not None else None
 
@@ -74,7 +74,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        ConfigError: It is none, or a file in it is broken.
+        ConfigError: The folder is not a run, or a file in it is damaged.
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")

@@ -1,4 +1,4 @@
-"""Named ranges of a training step: a profile measures them, without one they cost nothing."""
+"""Named phases of a training step: measured by a profile, free without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study's record: ``study.json``, a page with tables, and the learning curves."""
+"""A study's record: ``study.json``, tables in ``README.md``, and learning curves."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: s
     """Write ``study.json``, ``README.md`` and ``curves.png`` into a folder.
 
     Args:
-        folder: Where they go.
-        trials: What was asked for.
-        study: What was found.
-        command: The command line that makes the record again.
+        folder: The folder.
+        trials: All trials.
+        study: Their results.
+        command: The command line that reproduces the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environments = [run.environment for run in study.runs.values() if run.environment]
@@ -128,7 +128,7 @@ def _mean(values: list[float]) -> str:
 
 
 def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> None:
-    """The kNN accuracy over epochs, a panel for each configuration and setting, a colour for each method."""
+    """Plot kNN accuracy over epochs: one panel per configuration and setting, one colour per method."""
     groups = list(dict.fromkeys(trial.group for trial in trials))
     methods = list(dict.fromkeys(trial.method for trial in trials))
     columns = min(3, len(groups))

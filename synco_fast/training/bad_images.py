@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, named once, and a reason to stop beyond a set share."""
+"""Corrupt images of a run: counted, named once, and an error above a limit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CorruptImages:
         return len(self._found)
 
     def replaced(self, corrupt: dict[int, str]) -> None:
-        """Take in a batch's corrupt images, by number, with the reason.
+        """Add a batch's corrupt images, by number, with the reason.
 
         Raises:
             DataError: More are corrupt than the limit allows.
@@ -49,7 +49,7 @@ class CorruptImages:
             )
 
     def excluded(self, reasons: Iterable[str]) -> None:
-        """Take in what an evaluation could not read."""
+        """Name images that an evaluation could not read."""
         for reason in reasons:
             self._name("corrupt image, excluded from the evaluation", reason)
 
@@ -59,7 +59,7 @@ class CorruptImages:
             self._note(f"{what}: {reason}")
 
     def share(self, control: HostGroup) -> None:
-        """Let every process know what the others found; called by all of them at the same step.
+        """Exchange corrupt images between processes; called by all at the same step.
 
         Raises:
             DataError: More are corrupt than the limit allows.
@@ -74,5 +74,5 @@ class CorruptImages:
         return {"found": self._found, "named": sorted(self._named)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
+        """Load from a checkpoint."""
         self._found, self._named = dict(state["found"]), set(state["named"])

@@ -1,4 +1,4 @@
-"""The trainer: steps, logs, checkpoints, evaluations and stops of a run, whatever it trains."""
+"""The trainer: steps, logs, checkpoints, evaluations and stops of any task's run."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ SummaryT = TypeVar("SummaryT")
 
 
 class Trainer(Generic[SummaryT]):
-    """One run of a task: trains, evaluates, leaves a self-describing folder.
+    """One run of a task: trains, evaluates, and writes a self-describing run folder.
 
-    In a job of several processes each has a trainer. All of them train; rank 0 alone evaluates, writes and speaks.
+    In a job of several processes each has a trainer. All of them train; only rank 0 evaluates, writes and prints.
 
     Args:
-        task: What is trained.
-        folder: The run folder; made when the run begins.
-        resume: A checkpoint or a run folder to resume, also one that another number of processes wrote.
+        task: The task.
+        folder: The run folder; created when the run starts.
+        resume: A checkpoint or run folder to resume, also from another number of processes.
         console: Where progress is shown.
         before_step, after_step: Called with the trainer around every step. Before a step `step` is the number of the
             step to come, counted from 0; after it, the number of steps done.
 
     Attributes:
-        step: Steps done.
-        steps: Length of the run.
+        step: Completed steps.
+        steps: Length of the run in steps.
 
     Raises:
-        UserError: Anything in the checkpoint that cannot work.
+        UserError: The checkpoint does not fit.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Trainer(Generic[SummaryT]):
                 self._evaluate_if_due()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()
-                    # A run that stops right at the end of a round is evaluated there when it is resumed.
+                    # A run that stops at the end of a round is evaluated there when it resumes.
                     if not self.stopping.agree():
                         self._evaluate_if_due()
                     if self._save_due or self.stopping.agreed or self._checkpoint_due():
@@ -108,7 +108,7 @@ class Trainer(Generic[SummaryT]):
         return summary
 
     def _train_round(self) -> None:
-        """Train from the current step to the end of its round, the end of the run, or a stop."""
+        """Train to the end of the round, the end of the run, or a stop."""
         task, title = self.task, self.task.title(self.step)
         end = min(self.steps, task.round_end(self.step))
         batches = iter(task.batches(self.step))
@@ -158,11 +158,11 @@ class Trainer(Generic[SummaryT]):
     # -- steps that were skipped --------------------------------------------------------------------------------
 
     def _check_skipped(self) -> int:
-        """How many consecutive steps were skipped up to now.
+        """The number of consecutive skipped steps up to now.
 
         Raises:
-            DivergedError: Skipping no longer helps: there were more than allowed, a parameter is not finite, or the run
-                ends with them.
+            DivergedError: More steps were skipped than the limit, a parameter is non-finite, or the run ends with a
+                skipped step.
         """
         settings = self.task.settings
         _, row, first = self.task.skipped.read()
@@ -183,7 +183,7 @@ class Trainer(Generic[SummaryT]):
         return self.step == self.steps or self.task.checkpoint_due(self.step)
 
     def _save(self) -> None:
-        """Write everything that decides the future of the run; after a skipped step, wait for a good one."""
+        """Write a checkpoint; after a skipped step, wait for a good one."""
         self._save_due = self._check_skipped() > 0
         self._check_agreement()
         if self._save_due:
@@ -198,7 +198,7 @@ class Trainer(Generic[SummaryT]):
         self.control.broadcast(None)
 
     def _check_agreement(self) -> None:
-        """What is replicated must be the same on every process."""
+        """Check that replicated modules are equal on all processes."""
         if self.env.world == 1:
             return
         found = self.control.gather(self.task.replica_hash())

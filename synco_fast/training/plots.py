@@ -1,4 +1,4 @@
-"""The pictures of a run: its curves, and the pairs of views that the model saw."""
+"""Plots of a run: its curves, and the augmented pairs that the model saw."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def draw_curves(
     Args:
         lines: From `read_metrics`.
         path: Where the PNG goes.
-        title: Above the picture.
-        steps_per_epoch: Turns steps into epochs.
-        chance: kNN accuracy of guessing, drawn as a line.
+        title: The title.
+        steps_per_epoch: Steps per epoch.
+        chance: Chance level of kNN, drawn as a line.
     """
     train = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]

@@ -1,4 +1,4 @@
-"""Where a step spends its time and memory: by phase, without making the device wait, and as a trace."""
+"""Profiling a step: time and memory by phase, without synchronising, and a trace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from synco_fast.training.pipeline import open_pipeline
 __all__ = ["PhaseClock", "profile_step"]
 
 _MIB = 1 << 20
-#: On the host's clock even beside a GPU, which does not know what the host waits for.
+#: Phases timed on the host even with a GPU, which cannot time the host's waits.
 _OF_THE_HOST = ("data wait",)
 
 
@@ -66,23 +66,23 @@ class PhaseClock:
     def _held(self) -> int:
         if self._cuda:
             return torch.cuda.memory_allocated(self._device)
-        # Pages that are resident; on a system without this file the timeline is flat.
+        # Resident pages; on a system without this file the timeline is flat.
         statm = Path("/proc/self/statm")
         return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
 
 
 def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int = 3) -> dict[str, Any]:
-    """Train a few steps on the configured images and say where they spend their time.
+    """Train a few steps on the configured images and measure where they spend their time.
 
     Writes ``trace.json`` (for Perfetto or chrome://tracing) and, on a GPU, ``memory.pickle``
     (for pytorch.org/memory_viz) into the folder.
 
     Args:
-        config: What to run. Synthetic negatives are on from the first step; a CUDA graph hides its phases, so none is
-            captured.
-        folder: Made where it is missing.
-        steps: Timed ones, after those that compile and fill caches.
-        traced: Further ones, under the profiler, which slows them down.
+        config: The configuration. Synthetic negatives are on from the first step; CUDA graphs are off, since they hide
+            phases.
+        folder: Created if missing.
+        steps: Timed steps, after those that compile and fill caches.
+        traced: Further steps under PyTorch's profiler, which slows them down.
 
     Returns:
         Environment, configuration, files; by phase the median milliseconds per step and their share of the step; the
@@ -146,7 +146,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
 
 
 def _trace(step: Any, folder: Path, traced: int, device: torch.device) -> list[str]:
-    """Run further steps under PyTorch's profiler; the files that were written."""
+    """Run further steps under PyTorch's profiler; returns the files written."""
     activities, cuda = [ProfilerActivity.CPU], device.type == "cuda"
     if cuda:
         activities.append(ProfilerActivity.CUDA)

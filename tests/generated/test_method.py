@@ -201,8 +201,8 @@ def test_the_discriminators_loss_does_not_reach_the_generators():
 
 
 def test_hardness_rises_from_nothing():
-    game = with_images(**{"generated.ramp_epochs": 2, "generated.hardness": 0.4}).game
-    assert [round(game.hardness(step), 3) for step in (0, 4, 8, 100)] == [0.0, 0.2, 0.4, 0.4]
+    update = with_images(**{"generated.ramp_epochs": 2, "generated.hardness": 0.4}).adversarial_update
+    assert [round(update.hardness(step), 3) for step in (0, 4, 8, 100)] == [0.0, 0.2, 0.4, 0.4]
 
 
 def test_frozen_generators_stay_as_they_are():

@@ -17,12 +17,12 @@ from synco_fast.runtime.files import atomic_write
 
 __all__ = ["write", "write_onnx"]
 
-#: Of the largest feature: the rounding of float32 sums in another order.
+#: Relative to the largest feature: rounding of float32 sums in another order.
 _TOLERANCE = 1e-4
 
 
 def write(weights: Weights, folder: Path) -> Written:
-    """Write the backbone for onnxruntime, any batch at the run's image size.
+    """Write the backbone for onnxruntime: any batch size, at the run's image size.
 
     Raises:
         ConfigError, CheckpointError: As `write_onnx` says.
@@ -34,19 +34,19 @@ def write(weights: Weights, folder: Path) -> Written:
         '(features,) = session.run(None, {"images": images})    # float32 (B, 3, '
         f"{size}, {size}), normalised as below"
     )
-    return ("backbone.onnx",), {"largest difference to PyTorch, of the largest feature": difference}, usage
+    return ("backbone.onnx",), {"largest difference to PyTorch, relative to the largest feature": difference}, usage
 
 
 def write_onnx(backbone: nn.Module, size: int, path: Path) -> float:
     """Write ``images`` (B, 3, size, size) float32 to ``features`` (B, F), for any B.
 
     Returns:
-        The largest difference between onnxruntime and PyTorch on three random images, as a share of the largest
+        The largest difference between onnxruntime and PyTorch on three random images, relative to the largest
         feature.
 
     Raises:
         ConfigError: A package of the extra ``export`` is missing.
-        CheckpointError: onnxruntime computes something else than PyTorch.
+        CheckpointError: onnxruntime's result differs from PyTorch's.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:

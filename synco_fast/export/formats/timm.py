@@ -1,4 +1,4 @@
-"""``model.safetensors`` and ``config.json``, as timm keeps a model."""
+"""``model.safetensors`` and ``config.json``, timm's model format."""
 
 from __future__ import annotations
 
