@@ -1,7 +1,7 @@
 """Images and views per second, by pipeline, against the plain loader of the released code.
 
-Every pipeline reads the same JPEG files, of the size that ImageNet's have, with equally many processes, in rounds that
-alternate between the pipelines, so that whatever else the machine does meets them all.
+Every pipeline reads the same JPEG files, of the size that ImageNet's have, with the same number of processes, in rounds
+that alternate between the pipelines, so that other load on the machine affects all of them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Time and peak extra memory of the loss, forward and gradient, by backend and shape.
 
-What a process has once touched hides a later peak, so on a CPU each measurement has a process of its own; on a GPU,
-where the allocator counts, each backend has one.
+Memory that a process has once touched hides a later peak, so on a CPU each measurement runs in its own process. On a
+GPU, where the allocator counts, each backend has one process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time of norm, add and ReLU, forward and backward, by form (`bench/subjects.py`) and layer shape of a ResNet.
 
-Rounds go through all forms in turn, so that a machine that slows down slows down all, and the median counts.
+Rounds alternate between all forms, so that a slow phase of the machine affects all; the median counts.
 """
 
 from __future__ import annotations

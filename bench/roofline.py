@@ -1,4 +1,4 @@
-"""The least time that the loss can take: its arithmetic and its bytes over what the device was seen to do."""
+"""Roofline of the loss: its arithmetic and its bytes over the device's measured rates."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Images per second and peak memory of the whole training step, without data, by method and engine setting.
 
-Each subject is measured in a process of its own; rounds go through all of them in turn, so that a machine that slows
-down slows down all. `synco-fast bench step` is the command.
+Each subject runs in its own process, and rounds alternate between all subjects, so that a slow phase of the machine
+affects all. The command is `synco-fast bench step`.
 """
 
 from __future__ import annotations

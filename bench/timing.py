@@ -1,4 +1,4 @@
-"""Times and peak memory of something that runs on a device: warmed up, synchronised, with the cache warm or cold."""
+"""Timing and peak memory on a device: with warm-up and synchronisation, warm or cold cache."""
 
 from __future__ import annotations
 

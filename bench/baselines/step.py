@@ -1,4 +1,4 @@
-"""A step with the cost model of the released single-file loops: what the engine is measured against.
+"""The baseline of the training step, with the cost model of the released single-file loops.
 
 Written from what such loops do, for its costs: float32 in PyTorch's default layout, the momentum update one parameter
 at a time, the key batch permuted on the host, the loss of whole tensors with loops over negatives, the queue's pointer

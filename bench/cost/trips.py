@@ -1,4 +1,4 @@
-"""How often a loop of a kernel turns and a branch is taken, from the source and what the launcher passed.
+"""Trip counts of a kernel's loops and branches, from its source and the launch's arguments.
 
 A loop's range and a branch's condition are evaluated for program numbers all over the grid, with constants and numbers
 as launched. What depends on data cannot be: `bench/cost/stated.py` says those, and the result says which they were.

@@ -1,4 +1,4 @@
-"""What the studies of several runs share: calling ``synco-fast``, and figures over seeds."""
+"""Shared by the experiments: calling ``synco-fast``, and figures over seeds."""
 
 from __future__ import annotations
 

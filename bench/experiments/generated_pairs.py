@@ -88,7 +88,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def pairs_of(folder: Path) -> dict[str, float]:
-    """What the generators did in a run: from the first to the last line of its log."""
+    """The generators' metrics of a run, from the first to the last line of its log."""
     lines = [line for line in read_metrics(folder) if "similarity/pair" in line]
     shares = [line["generators_time"] for line in read_metrics(folder) if "generators_time" in line]
     found = {"generators_time": statistics.mean(shares)}

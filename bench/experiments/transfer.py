@@ -1,4 +1,4 @@
-"""The record of a whole use: pretrain by each method, evaluate, export, report, compare, by the commands alone.
+"""The record of an end-to-end use by commands: pretrain by each method, evaluate, export, report, compare.
 
 ``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget
 for two CPU cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step

@@ -1,6 +1,7 @@
 """Augmentation on tensors with drawn parameters, for the torchvision and resident pipelines.
 
-Each operation equals torchvision's up to rounding, but takes whole batches with parameters per image. Pixels are floats from 0 to 255; they are clamped after each operation, as in torchvision, and rounded once.
+Each operation equals torchvision's up to rounding, but takes whole batches with parameters per image. Pixels are floats
+from 0 to 255; they are clamped after each operation, as in torchvision, and rounded once.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Batch:
     """Two views of each image.
 
     Attributes:
-        first, second: (B, 3, size, size): pixels in uint8, or normalised values in a floating type. `normalise` converts
+        first, second: (B, 3, size, size): uint8 pixels, or normalised values in a floating type. `normalise` converts
             both for the encoder.
         image_ids: The image of each pair, (B,) int64.
         corrupt: Reason by number, for images that could not be decoded; another image replaces them.

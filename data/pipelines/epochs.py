@@ -24,9 +24,9 @@ T = TypeVar("T")
 class EpochBatches(Sampler[list[Position]]):
     """The batches of the current epoch on one rank.
 
-    All ranks share one permutation of the images: step n takes the n-th B of them, and each rank its own block of these.
-    So no image comes twice in an epoch, and a step has the same images for any number of ranks. An incomplete last
-    batch, of different images in each epoch, is skipped.
+    All ranks share one permutation of the images: step n takes the n-th B of them, and each rank its own block of
+    these. So no image comes twice in an epoch, and a step has the same images for any number of ranks. An incomplete
+    last batch, of different images in each epoch, is skipped.
 
     Args:
         length: Images in the set.

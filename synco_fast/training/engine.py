@@ -253,9 +253,9 @@ class Engine:
             step: Completed steps.
 
         Returns:
-            ``parameter_norm`` of the trainable parameters; ``key_momentum`` with an EMA; ``skipped`` steps since the start;
-            ``loss_scale`` with loss scaling; on a GPU ``memory_mib``, the peak of allocated memory since the last
-            call, and ``memory_reserved_mib``; on a CPU ``memory_mib``, the peak of the process.
+            ``parameter_norm`` of the trainable parameters; ``key_momentum`` with an EMA; ``skipped`` steps since the
+            start; ``loss_scale`` with loss scaling; on a GPU ``memory_mib``, the peak of allocated memory since the
+            last call, and ``memory_reserved_mib``; on a CPU ``memory_mib``, the peak of the process.
         """
         values = {"parameter_norm": float(torch.nn.utils.get_total_norm(list(self.trainable.parameters())))}
         if self.method.target is not None:
