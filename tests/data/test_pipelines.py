@@ -218,7 +218,10 @@ def test_special_files_are_read_alike_by_every_pipeline(tmp_path, name):
     assert (found["pixel.png"].float().mean((1, 2)) - torch.tensor([10.0, 200, 30])).abs().max() <= 1
     upright = np.asarray(photo(80, 60).resize((16, 16), Image.Resampling.BILINEAR)).astype(float).transpose(2, 0, 1)
     for file in ("cmyk.jpg", "palette.png", "transparent.png", "progressive.jpg", "picture.webp", "wrong-suffix.png"):
-        assert np.abs(found[file].numpy() - upright).mean() < 40, file
+        decoded = Image.open(tmp_path / file).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
+        # Against Pillow's decoding of the same file, and against the picture before it was compressed.
+        assert np.abs(found[file].numpy() - np.asarray(decoded).astype(float).transpose(2, 0, 1)).mean() < 1, file
+        assert np.abs(found[file].numpy() - upright).mean() < 3, file
     for file, turns in (("turned3.jpg", 2), ("turned6.jpg", 3)):
         with Image.open(tmp_path / file) as stored:
             turned = np.rot90(np.asarray(stored), turns)

@@ -167,7 +167,7 @@ def test_a_backbone_that_changes_is_noticed(make_run, monkeypatch):
 
 
 def test_divergence_is_one_line(make_run):
-    with pytest.raises(DivergedError, match="not finite in epoch"):
+    with pytest.raises(DivergedError, match="non-finite value in epoch"):
         evaluate_finetune(
             make_run(),
             EvalOptions(workers=0),
