@@ -222,7 +222,7 @@ class TrainingConfig(Section):
         le=1_000_000,
         description="Abort after more than this many consecutive steps with non-finite gradients",
     )
-    device: Device = Field("auto", description="auto: a GPU where there is one")
+    device: Device = Field("auto", description="auto: a GPU if there is one")
     precision: Format = Field(
         "auto", description="Number format of the encoders; auto: bf16 where the device is fast in it, else fp32"
     )

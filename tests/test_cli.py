@@ -181,7 +181,7 @@ def test_other_words_are_refused(run):
     assert run("presets", "--colour")[0] == 2
     assert run("dance")[0] == 2
     assert run("--help")[0] == 0
-    for verb in (
+    for command in (
         ["pretrain"],
         ["presets"],
         ["evaluate", "knn"],
@@ -190,7 +190,7 @@ def test_other_words_are_refused(run):
         ["bench", "loss"],
         ["profile", "loss"],
     ):
-        code, out, _ = run(*verb, "--help")
+        code, out, _ = run(*command, "--help")
         assert code == 0
         assert "example:" in out
 

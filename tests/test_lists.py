@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -12,6 +14,7 @@ import torch
 
 from synco_fast import commands
 from synco_fast.bench import norm, subjects
+from synco_fast.cli import _parser
 from synco_fast.commands import COMMANDS
 from synco_fast.export.formats import FORMATS
 from synco_fast.kernels.backends import BACKENDS, Backend
@@ -64,6 +67,23 @@ def test_every_module_of_commands_is_a_subcommand():
     found = {module.name for module in pkgutil.iter_modules(commands.__path__)} - HELPERS
     assert found == {module.__name__.rpartition(".")[2] for module in COMMANDS}
     assert len(COMMANDS) == len(set(COMMANDS))
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def test_every_option_of_every_subcommand_is_explained():
+    found = list(parsers(_parser()))
+    assert len(found) > len(COMMANDS)
+    for parser in found:
+        assert "%%" not in parser.format_help(), parser.prog
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), f"{parser.prog} {action.dest}"
 
 
 def test_colours_and_shared_options_are_written_once():

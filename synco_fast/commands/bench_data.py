@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
         "the plain two-crop loader of the released code (pil).",
         "synco-fast bench data --workers 16 --batch 256 --json data.json",
     )
-    command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that this machine can run by default")
+    command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that run on this machine by default")
     command.add_argument(
         "--source",
         choices=tuple(PIPELINES_OF),
@@ -36,8 +36,8 @@ def add(commands: Commands) -> None:
     )
     add_options(command, "device")
     command.add_argument("--workers", type=positive, help="processes for each pipeline; one per core by default")
-    command.add_argument("--batch", type=positive, default=64)
-    command.add_argument("--photos", type=positive, default=256, help="how many files to draw")
+    command.add_argument("--batch", type=positive, default=64, help="images per batch, 64 by default")
+    command.add_argument("--photos", type=positive, default=256, help="number of files")
     command.add_argument("--folder", type=Path, help="where to keep them; the user's cache by default")
     command.add_argument("--seconds", type=positive, default=6, help="length of one round of one pipeline")
     command.add_argument("--rounds", type=positive, default=3, help="rounds; the median counts")

@@ -51,9 +51,13 @@ def add(commands: Commands) -> None:
     )
     for name, about in (("rows", "B"), ("length", "K")):
         command.add_argument(f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured")
-    command.add_argument("--dim", type=positive, default=128, help="D")
-    command.add_argument("--hard", type=positive, default=1024, help="N; at most the length of the queue")
-    command.add_argument("--synthetic", type=positive, default=960, help="M, spread over the types as published")
+    command.add_argument("--dim", type=positive, default=128, help="D, 128 by default")
+    command.add_argument(
+        "--hard", type=positive, default=1024, help="N, 1024 by default; at most the length of the queue"
+    )
+    command.add_argument(
+        "--synthetic", type=positive, default=960, help="M, 960 by default, spread over the types as published"
+    )
     command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU and in the model by default")
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
@@ -63,7 +67,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--lines", type=Path, metavar="FILE", help="append each result here at once, as a line of JSON"
     )
-    command.add_argument("--plot", type=Path, metavar="FILE", help="plot them here, as PNG")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="plot the results here, as PNG")
     command.add_argument(
         "--model", action="store_true", help="count the cost of the launches instead; needs only Triton"
     )

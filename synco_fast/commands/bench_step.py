@@ -25,15 +25,20 @@ def add(commands: Commands) -> None:
         "synco-fast bench step --config synco-r50-200 --engines eager graph --training.precision bf16 --json step.json",
         overrides=True,
     )
-    command.add_argument("--config", metavar="PRESET", default="synco-r50-200", help="encoder, batch and image size")
+    command.add_argument(
+        "--config",
+        metavar="PRESET",
+        default="synco-r50-200",
+        help="a preset or a YAML file, for encoder, batch and image size",
+    )
     command.add_argument(
         "--subjects", nargs="+", metavar="NAME", help=f"{', '.join(STEPS)}; {' '.join(STEPS_BY_DEFAULT)} if unset"
     )
     command.add_argument("--engines", nargs="+", metavar="NAME", help=f"{', '.join(ENGINES)}; eager if unset")
-    command.add_argument("--backends", nargs="+", metavar="NAME", help=f"of the loss: {', '.join(VALIDATED)}")
+    command.add_argument("--backends", nargs="+", metavar="NAME", help=f"backends of the loss: {', '.join(VALIDATED)}")
     command.add_argument("--steps", type=positive, default=20, help="timed steps of each subject")
     command.add_argument("--rounds", type=positive, default=1, help="rounds over all subjects")
-    command.add_argument("--threads", type=positive, help="of each process")
+    command.add_argument("--threads", type=positive, help="threads of each process")
     add_options(command, "json")
 
 

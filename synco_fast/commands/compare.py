@@ -24,7 +24,9 @@ def add(commands: Commands) -> None:
         "synco-fast compare runs/moco-0 runs/moco-1 runs/synco-0 runs/synco-1 --out comparison.png",
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
-    command.add_argument("--out", type=path, default=Path("comparison.png"), metavar="FILE", help="the picture")
+    command.add_argument(
+        "--out", type=path, default=Path("comparison.png"), metavar="FILE", help="the picture to write"
+    )
     add_options(command, "json")
 
 

@@ -36,13 +36,14 @@ def add(commands: Commands) -> None:
     command.add_argument("source", help="a folder, tar:FOLDER, list:FILE or parquet:FOLDER")
     command.add_argument("out", type=path, help="a new or empty folder, or an interrupted pack")
     command.add_argument(
-        "--short-side", type=positive, default=320, help="short side in pixels; larger images are shrunk to it"
+        "--short-side",
+        type=positive,
+        default=320,
+        help="short side in pixels, 320 by default; larger images are shrunk",
     )
-    command.add_argument("--quality", type=_quality, default=90, help="JPEG quality, 1 to 100")
+    command.add_argument("--quality", type=_quality, default=90, help="JPEG quality, 1 to 100, 90 by default")
     command.add_argument("--shard-size", type=positive, default=256, metavar="MIB", help="size of a shard in MiB")
-    command.add_argument(
-        "--view", type=positive, default=224, help="size of the views that the loss of quality is measured with"
-    )
+    command.add_argument("--view", type=positive, default=224, help="view size for measuring the loss of quality")
     add_options(command, "workers", json="write the results and all corrupt images here")
 
 

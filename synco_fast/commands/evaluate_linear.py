@@ -23,9 +23,7 @@ def add(commands: Commands) -> None:
         "torchrun --nproc-per-node 8 -m synco_fast evaluate linear runs/synco-r50-200 --data /data/imagenet",
     )
     add_eval_options(command)
-    command.add_argument(
-        "--fast", action="store_true", help="on features extracted once, all learning rates in one pass"
-    )
+    command.add_argument("--fast", action="store_true", help="train on cached features, all learning rates in one pass")
     command.add_argument("--epochs", type=int, help="100 by default; the learning rate drops after 60 and 80 percent")
     command.add_argument("--batch", type=int, help="images per step over all processes, 256 by default")
     command.add_argument("--lr", type=float, nargs="+", help="learning rate, 30 by default; several with --fast")

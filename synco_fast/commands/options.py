@@ -36,7 +36,7 @@ def _json(command: argparse.ArgumentParser, about: str) -> None:
 
 
 def _device(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "auto: a GPU where there is one"
+    about = about or "auto: a GPU if there is one"
     command.add_argument("--device", choices=get_args(Device), default="auto", help=about)
 
 
@@ -51,7 +51,7 @@ def _workers(command: argparse.ArgumentParser, about: str) -> None:
 
 
 def _seed(command: argparse.ArgumentParser, about: str) -> None:
-    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "0 by default")
+    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "random seed, 0 by default")
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser, str], None]] = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -45,8 +47,8 @@ class Commands:
         command = (self._group(group) if group else self._top).add_parser(
             last,
             help=about.replace("%", "%%"),
-            description=about.replace("%", "%%"),
-            epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}".replace("%", "%%"),
+            description=_wrapped(about),
+            epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run, overrides=overrides, parser=command)
@@ -57,6 +59,11 @@ class Commands:
             parser = self._top.add_parser(name, help=GROUPS[name], description=GROUPS[name])
             self._groups[name] = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
         return self._groups[name]
+
+
+def _wrapped(text: str) -> str:
+    """Text as wide as the terminal; the formatter that keeps the example's lines does not wrap it."""
+    return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
 
 
 def two_columns(title: str) -> Table:

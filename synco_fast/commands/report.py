@@ -24,9 +24,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
     command.add_argument("--out", type=path, metavar="FILE", help="the file; RUN/report.html by default")
-    command.add_argument(
-        "--data", metavar="SOURCE", help="the images, if they have moved; the run's own source by default"
-    )
+    command.add_argument("--data", metavar="SOURCE", help="where the images are now; the run's own source by default")
     add_options(command, "workers")
 
 

@@ -29,8 +29,14 @@ def add(commands: Commands) -> None:
         overrides=True,
     )
     command.add_argument("configs", nargs="+", metavar="CONFIG", help="presets or YAML files")
-    command.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="the configuration's own by default")
-    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="0 1 2 by default")
+    command.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="values of method.name; the configuration's own by default",
+    )
+    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds, 0 1 2 by default")
     command.add_argument(
         "--vary", action="append", default=[], metavar="KEY=A,B", help="a setting and its values; may be repeated"
     )
@@ -41,7 +47,11 @@ def add(commands: Commands) -> None:
         "--baseline", metavar="NAME", help="the method that differences are taken from; the first by default"
     )
     command.add_argument(
-        "--evaluate", action="append", default=[], metavar="WORDS", help="'knn', 'linear --fast' ...; may be repeated"
+        "--evaluate",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="an evaluation such as 'knn' or 'linear --fast'; may be repeated",
     )
     command.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time")
     command.add_argument(

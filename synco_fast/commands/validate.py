@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
         "synco-fast validate --rows 256 --length 65536 --dim 128 --hard 1024",
     )
     command.add_argument("--backends", nargs="+", choices=VALIDATED, help="all that run on this machine by default")
-    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="all by default")
     for name, about in (("rows", "B"), ("length", "K"), ("dim", "D"), ("hard", "N")):
         command.add_argument(
             f"--{name}", nargs="+", type=positive, help=f"{about}; every combination of the given values is a case"

@@ -45,7 +45,7 @@ class GeneratorConfig(Section):
     encoder: str | None = Field(
         None, description="Checkpoint whose backbone gives KID's features; null: a random network"
     )
-    device: Device = Field("auto", description="auto: a GPU where there is one")
+    device: Device = Field("auto", description="auto: a GPU if there is one")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
         "auto", description="Number format; auto: bf16 where the device is fast in it, else fp32"
     )
