@@ -28,7 +28,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
     Args:
         device: Where.
-        dtype: Of the matrix product; float32 is multiplied as PyTorch is set to, without TF32 unless allowed.
+        dtype: Of the matrix product; float32 is multiplied as PyTorch is set to, with TF32 only if that is on.
     """
     large = device.type == "cuda"
     side, megabytes = (8192, 1024) if large else (1024, 128)

@@ -231,10 +231,10 @@ def check_stages(
         name = kernel.fn.__name__
         check = CHECKS.get(name)
         line: dict[str, Any] = {"stage": name, **about, "compared": check is not None, "wrong": []}
-        for what, error, allowed in check(arguments, expected) if check else ():
+        for what, error, bound in check(arguments, expected) if check else ():
             line[what] = error
-            if not error <= allowed:
-                line["wrong"].append(f"{what}: found {error:.3g}, expected {allowed:.3g} or less")
+            if not error <= bound:
+                line["wrong"].append(f"{what}: found {error:.3g}, expected {bound:.3g} or less")
         right &= not line["wrong"]
         say(line)
 

@@ -92,7 +92,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
 def _runner(
     subject: str, config: Config, device: torch.device, notes: list[str]
 ) -> tuple[Callable[[int], None], int, Callable[[], float | None]]:
-    """A function that does one step, how many steps to leave out, and a function that gives the last loss."""
+    """A function that does one step, how many steps to skip, and a function that gives the last loss."""
     size, rows = config.augment.size, config.training.batch
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randint(0, 256, (2, rows, 3, size, size), dtype=torch.uint8, generator=generator) for _ in range(2)]

@@ -52,14 +52,14 @@ def _flow(value: Any) -> str:
 
 def _comment(field: FieldInfo, value: Any) -> str:
     default = field.get_default(call_default_factory=True)
-    values = allowed(field)
+    values = range_in_words(field)
     text = (field.description or "") + (f" ({values})" if values else "")
     if value != default:
         text += f"; default {_flow(list(default) if isinstance(default, tuple) else default)}"
     return text.strip("; ")
 
 
-def allowed(field: FieldInfo) -> str:
+def range_in_words(field: FieldInfo) -> str:
     """The range of a key in words; empty for text and booleans."""
     words = [words for words in _kinds(field.annotation, tuple(field.metadata)) if words]
     return " or ".join(dict.fromkeys(words)) if words != ["null"] else ""
@@ -170,5 +170,5 @@ def explain_error(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "model_type":
         said = "a section with keys"
     elif first["type"] in _BOUNDS and (field := _field_of(first["loc"], model)):
-        said = allowed(field)
+        said = range_in_words(field)
     return f"{dotted}: found {_SHORT.repr(first['input'])}, expected {said}"

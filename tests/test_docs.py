@@ -41,7 +41,7 @@ def run(line: str) -> None:
 
 
 def printed_commands() -> list[str]:
-    """Every line of a shell example on any page that calls ``synco-fast``, lines that go on put together."""
+    """Every line of a shell example on any page that calls ``synco-fast``, continued lines joined."""
     found = []
     for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
         for block in re.findall(r"```(?:sh|text)\n(.*?)```", page.read_text(encoding="utf-8"), re.S):

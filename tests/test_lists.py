@@ -69,6 +69,27 @@ def test_every_module_of_commands_is_a_subcommand():
     assert len(COMMANDS) == len(set(COMMANDS))
 
 
+#: What the project once called a backend, grayscale, a subcommand, corrupt images, to skip, and what is expected.
+OLD_WORDS = re.compile(
+    r"back[- ]ends?\b|\bgrey|\bverbs?\b|\bbroken image|\b(leav\w+|left) out\b|found [^\"\n]+, allowed", re.I
+)
+
+
+def test_old_words_stay_gone():
+    files = [
+        file for folder in ("synco_fast", "kernels", "data", "bench", "docs") for file in (ROOT / folder).rglob("*")
+    ]
+    read = [*files, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile"))]
+    assert all(
+        map(OLD_WORDS.search, ("a back end", "greyscale", "broken images", "steps left out", "found 3, allowed 2"))
+    )
+    for file in read:
+        known = file.suffix in (".py", ".md", ".sh", ".html", "") and file.is_file() and "records" not in file.parts
+        if known and file.name != "migrations.py":
+            found = OLD_WORDS.search(file.read_text(encoding="utf-8"))
+            assert not found, f"{file.relative_to(ROOT)}: {found and found[0]}"
+
+
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     yield parser
     for action in parser._actions:

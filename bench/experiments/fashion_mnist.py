@@ -57,7 +57,7 @@ def draw(record: dict[str, Any], runs: Path, path: Path) -> None:
             points = [(line["epoch"], line["knn"]) for line in map(json.loads, lines) if line["kind"] == "evaluation"]
             label = title if seed == record["seeds"][0] else None
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8, label=label)
-    axes.axhline(record["raw_pixels"], color="grey", linestyle="--", label="raw pixels")
+    axes.axhline(record["raw_pixels"], color="gray", linestyle="--", label="raw pixels")
     axes.set_xlabel("epoch")
     axes.set_ylabel("kNN accuracy")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")

@@ -153,7 +153,7 @@ def draw_accuracies(record: dict[str, Any], path: Path) -> None:
             axes.plot(places, [value["mean"] for value in found], color=colour, label=title, linewidth=1.5)
             for where, value in zip(places, found, strict=True):
                 axes.plot([where] * len(value["values"]), value["values"], "o", color=colour, markersize=3.5)
-        axes.axhline(record["untrained"][name]["mean"], color="grey", linestyle="--", label="before training")
+        axes.axhline(record["untrained"][name]["mean"], color="gray", linestyle="--", label="before training")
         axes.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
         axes.set_xlabel("share of the unlabelled images")
         axes.set_title(f"{MEASURES[name]}, all labels")
@@ -175,7 +175,7 @@ def draw_similarity(options: argparse.Namespace, runs: dict[tuple[str, float, in
             title, _, _, colour = ARMS[arm]
             label = title if seed == options.seeds[0] else None
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1, alpha=0.8, label=label)
-        axes.axhline(options.floor, color="grey", linestyle="--", label="floor")
+        axes.axhline(options.floor, color="gray", linestyle="--", label="floor")
         axes.set_title(f"{share:.0%} of the images")
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)

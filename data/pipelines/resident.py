@@ -187,9 +187,9 @@ def room_on(device: torch.device) -> float:
 
 
 def _check_room(size: int, device: torch.device) -> None:
-    allowed = room_on(device)
-    if size > allowed:
+    room = room_on(device)
+    if size > room:
         raise DataError(
-            f"data.pipeline: found a set of {size / 2**30:.1f} GiB, expected up to {allowed / 2**30:.1f} GiB for "
+            f"data.pipeline: found a set of {size / 2**30:.1f} GiB, expected up to {room / 2**30:.1f} GiB for "
             "resident on this device; use another pipeline"
         )

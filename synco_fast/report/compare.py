@@ -113,7 +113,7 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     curves.set_xlabel("epoch")
     curves.set_title("kNN during pretraining")
     if not curves.get_lines():
-        curves.text(0.5, 0.5, "not evaluated", ha="center", color="grey", transform=curves.transAxes)
+        curves.text(0.5, 0.5, "not evaluated", ha="center", color="gray", transform=curves.transAxes)
     names = [name for name in FIGURES if name != "images per second" and any(group.values(name) for group in groups)]
     _bars(bars, groups, colours, names)
     bars.set_title("evaluations, deviation over seeds")
@@ -121,7 +121,7 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     for axes in (curves, bars):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         if chance is not None:
-            axes.axhline(chance, color="grey", linestyle=":")
+            axes.axhline(chance, color="gray", linestyle=":")
     bars.set_ylim(0, 1)
     _bars(speed, groups, colours, ["images per second"])
     speed.set_title("throughput")

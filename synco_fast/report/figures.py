@@ -56,7 +56,7 @@ def draw_run(run: Run) -> dict[str, str]:
             run.train,
             [
                 ("similarity/positive", "positive", COLOURS[7]),
-                ("similarity/hard", "hard (mean of Q^N)", "grey"),
+                ("similarity/hard", "hard (mean of Q^N)", "gray"),
                 *(
                     (f"similarity/{family.name}", f"{family.number} {family.name}", colour)
                     for family, colour in zip(FAMILIES, COLOURS, strict=False)
@@ -81,7 +81,7 @@ def draw_run(run: Run) -> dict[str, str]:
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             axes.set_ylim(bottom=0)
         if title.startswith("kNN") and run.chance:
-            axes.axhline(run.chance, color="grey", linestyle=":", label="chance")
+            axes.axhline(run.chance, color="gray", linestyle=":", label="chance")
             axes.set_ylim(0, 1)
         if title.startswith("Throughput"):
             axes.set_ylim(bottom=0)

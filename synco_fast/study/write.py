@@ -151,7 +151,7 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
                     label = None
         chance = next((run.chance for run in study.runs.values() if run.chance), None)
         if chance is not None:
-            axes.axhline(chance, color="grey", linestyle=":", label="chance")
+            axes.axhline(chance, color="gray", linestyle=":", label="chance")
         axes.set_title(", ".join(part for part in group if part), fontsize=10)
         axes.set_xlabel("epoch")
         axes.set_ylabel("kNN accuracy")

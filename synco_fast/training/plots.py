@@ -53,7 +53,7 @@ def draw_curves(
 
     curve(knn, evaluations, "knn", "kNN", COLOURS[2], marker="o", markersize=4)
     if chance is not None:
-        knn.axhline(chance, color="grey", linestyle=":", label="chance")
+        knn.axhline(chance, color="gray", linestyle=":", label="chance")
     knn.set_ylim(0, 1)
     knn.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     knn.set_title("kNN accuracy on the held-out split" if evaluations else "kNN: not evaluated")
@@ -61,7 +61,7 @@ def draw_curves(
         knn.legend(fontsize=8)
 
     curve(hardness, train, "similarity/positive", "positive", COLOURS[7])
-    curve(hardness, train, "similarity/hard", "hard (mean of Q^N)", "grey", linestyle="--")
+    curve(hardness, train, "similarity/hard", "hard (mean of Q^N)", "gray", linestyle="--")
     for colour, family in zip(COLOURS, FAMILIES, strict=False):
         curve(hardness, train, f"similarity/{family.name}", f"{family.number} {family.name}", colour)
     hardness.set_title("hardness: cosine to the query")

@@ -1,4 +1,4 @@
-"""The game: signs, floor, what learns and what does not."""
+"""The adversarial update: signs, floor, what learns and what does not."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_objective_below_the_floor():
     assert on_similarity.tolist() == [0.0, -1.0], "and pushed together"
 
 
-def test_the_game_parts_the_pair_and_the_floor_holds():
+def test_the_update_parts_the_pair_and_the_floor_holds():
     """From the same start: without a floor the pair comes apart, with one it stays near it."""
     free, held = seeing(), seeing()
     for model, _ in (free, held):

@@ -163,7 +163,7 @@ def test_the_command(image_folder, tmp_path, capsys, monkeypatch):
     assert "expected --data SOURCE" in capsys.readouterr().err
 
 
-def adversary(**changes):
+def discriminator_trainer(**changes):
     torch.manual_seed(0)
     settings = {"lr": 1e-3, "betas": (0.0, 0.99), "penalty": 0.0, "penalty_every": 1, "augmented": True}
     return DiscriminatorTrainer(Discriminator(width=4), **{**settings, **changes}, device=CPU)
@@ -171,7 +171,7 @@ def adversary(**changes):
 
 def test_real_and_generated_images_meet_the_same_augmentation():
     """The discriminator must not be able to tell them by what was done to them."""
-    found, seen = adversary(), []
+    found, seen = discriminator_trainer(), []
     found.discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     real = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     torch.manual_seed(5)
@@ -212,13 +212,13 @@ def test_the_discriminator_learns_and_the_penalty_holds_it_back():
     generated = torch.full((16, 3, 32, 32), 0.1)
     losses = {}
     for penalty in (0.0, 1000.0):
-        found = adversary(penalty=penalty, augmented=False)
+        found = discriminator_trainer(penalty=penalty, augmented=False)
         losses[penalty] = [float(found.learn(real, generated, step)[1]["discriminator/loss"]) for step in range(15)]
     assert losses[0.0][-1] < losses[0.0][0] - 0.1
     assert losses[1000.0][-1] > losses[0.0][-1] + 0.05
 
 
-def test_a_player_moves_its_own_parameters_alone():
+def test_an_optimizer_moves_its_own_parameters_alone():
     one, other = torch.nn.Linear(2, 1), torch.nn.Linear(1, 1)
     before = [other.weight.clone(), one.weight.clone()]
     optimizer = AdversarialOptimizer(one.parameters(), lr=0.1, betas=(0.0, 0.99), device=CPU)

@@ -91,7 +91,7 @@ def _affine_steps(view: ViewParameters) -> tuple[NDArray[np.bool_], NDArray[np.f
     offset = np.zeros((rows, 2 * _STEPS), dtype=np.float32)
     after = np.zeros(rows, dtype=np.int64)
     taken = np.zeros((rows, 2), dtype=np.int64)
-    identity, grey = np.eye(3, dtype=np.float32), np.tile(np.array(LUMA, dtype=np.float32), (3, 1))
+    identity, gray = np.eye(3, dtype=np.float32), np.tile(np.array(LUMA, dtype=np.float32), (3, 1))
     for part, chosen in view.steps():
         if part == _HUE:
             after[chosen] = 1
@@ -102,7 +102,7 @@ def _affine_steps(view: ViewParameters) -> tuple[NDArray[np.bool_], NDArray[np.f
         used[chosen, step] = True
         matrix[chosen, step] = factor[:, None, None] * identity
         if part == _SATURATION:
-            matrix[chosen, step] += (1 - factor)[:, None, None] * grey
+            matrix[chosen, step] += (1 - factor)[:, None, None] * gray
         elif part == _CONTRAST:
             offset[chosen, step] = 1 - factor
     return used, matrix, offset
