@@ -21,6 +21,7 @@ EMBED = ["pyarrow>=15"]
 REPORT = ["scikit-learn>=1.4"]
 DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 GENERATOR = ["torchmetrics>=1.4"]
+COMPLETION = ["argcomplete>=3"]
 
 
 def packages() -> list[str]:
@@ -95,6 +96,7 @@ setup(
         "report": REPORT,
         "dali": DALI,
         "generator": GENERATOR,
+        "completion": COMPLETION,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
@@ -109,6 +111,7 @@ setup(
             *REPORT,
             *DALI,
             *GENERATOR,
+            *COMPLETION,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

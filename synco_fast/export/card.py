@@ -71,7 +71,7 @@ def write_card(
         + (f" with {config.model.backbone_args}" if config.model.backbone_args else "")
         + (", small stem" if config.model.small_stem else ""),
         "data": config.data.source if not weights.imported else "not recorded in the imported file",
-        "epochs": f"{weights.epochs:g}" if weights.epochs is not None else "not recorded",
+        "epochs": f"{weights.epochs:.3g}" if weights.epochs is not None else "not recorded",
     }
     if weights.imported:
         rows["imported from"] = ", ".join(f"{key} {value}" for key, value in weights.imported.items() if value)
