@@ -10,11 +10,17 @@ from pathlib import Path
 
 __all__ = ["atomic_write"]
 
+# A process's umask can only be read by setting it, which is safe while nothing else runs.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+_MODE = 0o666 & ~_UMASK
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield the name of a temporary file beside ``path``, which replaces it when the block ends.
 
+    It gets the mode that the user's umask gives to new files, whatever wrote it: some libraries keep theirs private.
     The content is synced to disk before the rename, so that a reader finds the old file or the new one, also after a
     power failure. If the block raises, the temporary file is removed and ``path`` is unchanged. A killed process can
     leave ``.STEM.TOKEN.SUFFIX`` behind.
@@ -26,6 +32,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
+        temporary.chmod(_MODE)
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] not in (["bench"], ["profile"]):
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        options, rest = _parser().parse_known_args(words)
+        parser = _parser()
+        _complete(parser)
+        options, rest = parser.parse_known_args(words)
         if rest and not options.overrides:
             options.parser.error(f"found the unknown argument {rest[0]}")
         with warnings.catch_warnings():
@@ -69,6 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     return parser
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, and end; argcomplete's way, where it is installed."""
+    if "_ARGCOMPLETE" in os.environ:
+        try:
+            import argcomplete
+        except ImportError:
+            return
+        argcomplete.autocomplete(parser)
 
 
 def _show_note(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -234,3 +237,18 @@ def test_bench_data(run, tmp_path, monkeypatch):
     assert {result["pipeline"] for result in figures["results"]} >= {"pil", "torchvision", "resident-32"}
     assert all(result["images_per_second"] > 0 for result in figures["results"])
     assert 50 < figures["kilobytes"] < 200
+
+
+def test_a_shell_gets_completions(tmp_path):
+    pytest.importorskip("argcomplete")
+    found = tmp_path / "found"
+    # What argcomplete's shell function sets: the line, the cursor's place in it, and where the answer goes.
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": " "}
+    line = "synco-fast bench st"
+    done = subprocess.run(
+        [sys.executable, "-m", "synco_fast"],
+        env={**os.environ, **shell, "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert found.read_text().split() == ["step"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from synco_fast.config import Config
 from synco_fast.export.load import Weights
@@ -68,7 +71,7 @@ def write_card(
         + (f" with {config.model.backbone_args}" if config.model.backbone_args else "")
         + (", small stem" if config.model.small_stem else ""),
         "data": config.data.source if not weights.imported else "not recorded in the imported file",
-        "epochs": f"{weights.epochs:g}" if weights.epochs is not None else "not recorded",
+        "epochs": f"{weights.epochs:.3g}" if weights.epochs is not None else "not recorded",
     }
     if weights.imported:
         rows["imported from"] = ", ".join(f"{key} {value}" for key, value in weights.imported.items() if value)
@@ -85,6 +88,7 @@ def write_card(
     )
     results = known_results(weights.run)
     lines = [
+        *_front_matter(config, format, licence),
         f"# {config.model.backbone}, pretrained by {config.method.name}",
         "",
         f"The backbone without its projection head, for {format}: {', '.join(f'`{name}`' for name in files)}.",
@@ -112,6 +116,20 @@ def write_card(
         "",
     ]
     write_text(path, "\n".join(lines))
+
+
+def _front_matter(config: Config, format: str, licence: str | None) -> list[str]:
+    """The Hugging Face Hub's YAML block: library, task, tags, licence."""
+    fields: dict[str, Any] = {
+        "library_name": "timm" if format == "timm" else "synco-fast",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["self-supervised-learning", "contrastive-learning", config.method.name],
+    }
+    if licence is not None and re.fullmatch(r"[A-Za-z0-9.-]+", licence):
+        fields["license"] = licence.lower()
+    elif licence is not None:
+        fields |= {"license": "other", "license_name": licence}
+    return ["---", *yaml.safe_dump(fields, sort_keys=False).splitlines(), "---", ""]
 
 
 def _method(config: Config) -> str:

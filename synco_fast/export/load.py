@@ -64,7 +64,7 @@ def load_backbone(path: str | Path) -> nn.Module:
 
     Args:
         path: A run folder, one of its checkpoints, an imported or exported file (``.pt``, ``.safetensors``, or the
-            layout of the authors' checkpoints).
+            layout of the authors' checkpoints), or the folder of an export to safetensors or timm.
 
     Raises:
         CheckpointError: The file is missing, carries code, has no encoder, or another architecture.
@@ -88,6 +88,9 @@ def read_weights(path: Path) -> Weights:
         CheckpointError: The file is missing, carries code, or has no encoder.
     """
     if path.is_dir():
+        for name in ("backbone.safetensors", "model.safetensors"):
+            if (path / name).is_file():
+                return _from_safetensors(path / name)
         state, file, _ = find_checkpoint(path)
         return _own(state, file)
     if path.suffix == ".safetensors":

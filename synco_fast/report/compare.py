@@ -34,12 +34,16 @@ FIGURES: dict[str, Callable[[Run], float | None]] = {
 _FREE = frozenset({"seed", "preset", "about", "data.workers", "training.log_every", "training.keep"})
 
 
+#: Settings that a title names; runs that differ in more are told apart by preset and folder.
+_NAMED = 4
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ only by seed.
 
     Attributes:
-        title: The method, and the settings in which groups differ.
+        title: The method, and the settings in which groups differ, or preset and folder if those are many.
         runs: Runs in the order given.
     """
 
@@ -78,6 +82,8 @@ def compare_runs(folders: Sequence[Path]) -> list[Group]:
     for inside in grouped.values():
         settings = _settings(inside[0])
         others = [f"{key.rpartition('.')[2]} {settings[key]}" for key in differing if key != "method.name"]
+        if len(others) > _NAMED:
+            others = [f"preset {inside[0].config.preset}", f"run {inside[0].folder.name}"]
         groups.append(Group(", ".join([inside[0].config.method.name, *others]), tuple(inside)))
     return groups
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,9 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from synco_fast.kernels import FAMILIES
 from synco_fast.report.runs import Run
-from synco_fast.runtime.style import COLOURS
+from synco_fast.training.plots import PANELS, draw_panel
 
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
 
@@ -40,54 +38,13 @@ def _svg(figure: Figure) -> str:
 
 
 def draw_run(run: Run) -> dict[str, str]:
-    """Plots by title: loss, contrastive accuracy, kNN, hardness, throughput, data wait; only logged ones."""
+    """The panels of the run's own picture, by title; only those with something logged."""
     found = {}
-    wanted: list[tuple[str, list[dict[str, Any]], list[tuple[str, str, str]], bool]] = [
-        ("Contrastive loss", run.train, [("loss", "loss", COLOURS[0])], False),
-        (
-            "Top-1 against the queue",
-            run.train,
-            [("queue_top1", "queue alone", COLOURS[1]), ("top1", "with synthetic negatives", COLOURS[3])],
-            True,
-        ),
-        ("kNN accuracy on the held-out split", run.evaluations, [("knn", "kNN", COLOURS[2])], True),
-        (
-            "Hardness: cosine to the query",
-            run.train,
-            [
-                ("similarity/positive", "positive", COLOURS[7]),
-                ("similarity/hard", "hard (mean of Q^N)", "gray"),
-                *(
-                    (f"similarity/{family.name}", f"{family.number} {family.name}", colour)
-                    for family, colour in zip(FAMILIES, COLOURS, strict=False)
-                ),
-            ],
-            False,
-        ),
-        ("Throughput, images per second", run.train, [("images_per_second", "images/s", COLOURS[0])], False),
-        ("Time spent waiting for data", run.train, [("data_wait", "data wait", COLOURS[3])], True),
-    ]
-    for title, lines, names, share in wanted:
+    for panel in PANELS:
+        title = panel.title if panel.title.startswith("kNN") else panel.title[0].upper() + panel.title[1:]
         figure, axes = _axes(title)
-        for name, label, colour in names:
-            points = [(line["epoch"], line[name]) for line in lines if name in line]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3)
-        if not axes.get_lines():
-            continue
-        axes.set_xlabel("epoch", fontsize=8)
-        if share:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-            axes.set_ylim(bottom=0)
-        if title.startswith("kNN") and run.chance:
-            axes.axhline(run.chance, color="gray", linestyle=":", label="chance")
-            axes.set_ylim(0, 1)
-        if title.startswith("Throughput"):
-            axes.set_ylim(bottom=0)
-        if len(axes.get_lines()) > 1:
-            axes.legend(fontsize=7, ncol=2 if len(axes.get_lines()) > 4 else 1)
-        found[title] = _svg(figure)
+        if draw_panel(axes, panel, [*run.train, *run.evaluations], chance=run.chance):
+            found[title] = _svg(figure)
     return found
 
 

@@ -122,6 +122,6 @@ def close_run(
     )
     if writes:
         title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"
-        draw_curves(lines, curves, title=title, steps_per_epoch=steps_per_epoch, chance=chance)
+        draw_curves(lines, curves, title=title, chance=chance)
         write_json(folder / "summary.json", summary.as_dict())
     return summary
