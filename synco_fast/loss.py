@@ -1,4 +1,4 @@
-"""The contrastive loss as a module, for training loops of one's own."""
+"""The contrastive loss as a module, for your own training loop."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from synco_fast.runtime.distributed import gather_rows, rank, world
 
 __all__ = ["SynthContrastLoss"]
 
-#: What PyTorch calls the part of a state that is no parameter or buffer.
+#: PyTorch's name for the part of a state that is neither parameter nor buffer.
 _EXTRA = "_extra_state"
 
 
 class SynthContrastLoss(nn.Module):
     """InfoNCE with a queue and synthetic hard negatives: MoCo v2, MoCHi (arXiv 2010.01028), SynCo (arXiv 2410.02401).
 
-    Call it with the embeddings of two views; it holds the queue and the count of steps. Move it to the device of the
-    embeddings. The keys of a training step enter the queue after its loss is computed, unless one of them is not
-    finite: then none does. In evaluation mode and under ``torch.no_grad()`` nothing enters and the count stands still.
-    Where `torch.distributed` is initialised, the keys of all ranks, whose batches must be equal in size, enter each
-    rank's queue; the ranks compare these sizes in every training step.
+    Call it with the embeddings of two views. It holds the queue and the step count. Move it to the device of the
+    embeddings. The keys of a training step enter the queue after its loss is computed. If any of them is not finite,
+    none enters. In evaluation mode and under ``torch.no_grad()`` the queue and the count do not change. If
+    `torch.distributed` is initialised, the keys of all ranks enter each rank's queue. Their batches must have the same
+    size; the ranks compare sizes in every training step.
 
-    ``state_dict`` has the queue, the count and, in ``_extra_state``, the settings below but the backend. Loading
-    compares the settings, and raises ValueError where they differ; without that entry it takes queue and count alone.
+    ``state_dict`` has the queue, the count and, in ``_extra_state``, the settings below except the backend. Loading
+    raises ValueError if the settings differ. Without that entry, only queue and count are loaded.
 
     Args:
         method: The name of a method with a queue, such as ``"synco"``, or a `Negatives` of your own.
         dim: D, width of the embeddings.
         queue: K, past keys; at least the keys of a step.
         temperature: T.
-        seed: Of the queue's random first rows and of the draws. Ranks of one job share it.
-        backend: What computes the loss.
+        seed: Seed of the queue's random initial rows and of the draws; the same on all ranks.
+        backend: Backend of the loss.
 
     Attributes:
         queue: The `KeyQueue`.
-        negatives: What is contrasted beside the queue; may be exchanged at any time, such as after a warm-up. The
-            state has those of ``method``: which are on in which step is the training loop's to know.
-        statistics: Of the last call, one value a row; None before the first.
+        negatives: The synthetic negatives; may be replaced at any time, such as after a warm-up. ``state_dict`` has
+            those of ``method``: the training loop knows which are on in which step.
+        statistics: Statistics of the last call, one value per row; None before the first.
 
     Raises:
         TypeError: The method is neither a name nor a `Negatives`.
@@ -106,18 +106,18 @@ class SynthContrastLoss(nn.Module):
         Args:
             query: Embeddings of one view by the encoder that learns, (B, D); normalised here.
             key: Embeddings of the other view by the momentum encoder, (B, D); normalised here.
-            images: Which image each row was made from, (B,) int64, -1 where that is not known. Where it is given, a
-                queue key of the very same image is no negative: for sets smaller than the queue.
-            swapped: For a symmetric loss, query and key with the views' roles exchanged, (B, D) each: with
-                ``loss(q1, k2, swapped=(q2, k1))`` both directions meet the same queue, then both sets of keys enter,
-                and the loss is the mean of all 2 B rows. In two calls the keys of the first would be negatives of
-                their own images in the second, unless ``images`` is given.
+            images: The image of each row, (B,) int64, -1 if unknown. If given, queue keys of the same image are
+                excluded from the negatives: for sets smaller than the queue.
+            swapped: Query and key of the other direction, (B, D) each, for a symmetric loss:
+                ``loss(q1, k2, swapped=(q2, k1))``. Both directions use the same queue, then both sets of keys enter.
+                The loss is the mean of all 2 B rows. In two calls without ``images``, the second would take the keys
+                of the first for negatives, though they are of the same images.
 
         Raises:
-            TypeError: An argument is no tensor of the type it must be, or not on the queue's device.
-            ValueError: A shape does not fit, ranks have batches of different sizes, or a step has more keys than the
+            TypeError: An argument has a wrong type or device.
+            ValueError: A shape is wrong, the ranks have batches of different sizes, or a step has more keys than the
                 queue.
-            RuntimeError: Called inside a backward pass, or a derivative was asked that the backend does not have.
+            RuntimeError: The call is inside a backward pass, or the backend does not support the derivative.
         """
         pairs = [(query, key)] if swapped is None else [(query, key), swapped]
         self._check(pairs, images)
@@ -125,7 +125,7 @@ class SynthContrastLoss(nn.Module):
         if enters:
             self._check_step(len(pairs), query)
         unit = [tuple(normalize(part.float(), dim=1) for part in (q, k.detach())) for q, k in pairs]
-        # The reference form keeps the queue for its backward pass, and the keys enter before that.
+        # The reference keeps the queue for its backward pass, but the keys enter before that.
         rows = self.queue.rows.clone() if self.backend == "reference" and enters else self.queue.rows
         found: list[Contrast] = [
             synthetic_contrast(
@@ -152,7 +152,7 @@ class SynthContrastLoss(nn.Module):
         return loss
 
     def _check(self, pairs: list[tuple[Tensor, Tensor]], images: Tensor | None) -> None:
-        """Arguments by the names that they have here."""
+        """Check the arguments under their names in this module."""
         names, width = ("query", "key", "swapped[0]", "swapped[1]"), self.queue.rows.shape[1]
         if len(pairs) == 2 and not (isinstance(pairs[1], tuple | list) and len(pairs[1]) == 2):
             raise TypeError(f"swapped: found {type(pairs[1]).__name__}, expected a pair of query and key")
@@ -176,7 +176,7 @@ class SynthContrastLoss(nn.Module):
             raise ValueError(f"images: found shape {tuple(images.shape)}, expected ({query.shape[0]},)")
 
     def _check_step(self, directions: int, query: Tensor) -> None:
-        """Refuse what would leave the queue wrong, before anything is computed."""
+        """Refuse a step that would leave the queue wrong, before anything is computed."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "SynthContrastLoss: found a call inside a backward pass, as torch.utils.checkpoint makes it, expected "
@@ -200,7 +200,7 @@ class SynthContrastLoss(nn.Module):
         self.step.add_(1)
 
     def _note_repetition(self, loss: Tensor, images: Tensor | None) -> None:
-        """Say once that a second call of the same step contrasts with the keys of the first."""
+        """Warn once if a second call in the same step takes the keys of the first for negatives."""
         if torch.compiler.is_compiling() or not loss.requires_grad:
             return
         if self._awaits_backward and images is None and not self._has_warned:
@@ -218,7 +218,7 @@ class SynthContrastLoss(nn.Module):
         self._awaits_backward = False
 
     def _settings(self) -> dict[str, Any]:
-        """What a state and the module that loads it must agree on, as plain values."""
+        """Settings that a state and the module that loads it must share, as plain values."""
         length, width = self.queue.rows.shape
         drawn = {"stream": STREAM} if self._made_with.synthetic else {}
         own = {"dim": width, "queue": length, "temperature": self.temperature, "seed": self.seed}
@@ -226,11 +226,11 @@ class SynthContrastLoss(nn.Module):
         return plain
 
     def get_extra_state(self) -> Tensor:
-        """The settings as JSON in bytes: a tensor, like all else in a state."""
+        """The settings as JSON in a uint8 tensor: states hold tensors only."""
         return torch.frombuffer(bytearray(json.dumps(self._settings()).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Nothing: the settings stay those that the module was made with."""
+        """Do nothing: loading compares the settings and does not change them."""
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
@@ -257,7 +257,7 @@ class SynthContrastLoss(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """Settings in `repr`."""
         return f"{self.negatives}, temperature={self.temperature}, seed={self.seed}"
 
 

@@ -42,3 +42,14 @@ def test_what_cannot_be_made_is_said(monkeypatch, capsys):
     monkeypatch.setattr(mutation, "BREAKS", (broken,))
     assert mutation.main(["--sample", "1"]) == 1
     assert "CANNOT BE MADE: kernels/topk.py: found 0 places to break, expected 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "noticed"), [(0, False), (1, True), (-11, True), (-9, None), (5, None)])
+def test_a_crash_is_noticed_and_a_run_that_proves_nothing_is_an_error(monkeypatch, code, noticed):
+    done = mutation.subprocess.CompletedProcess([], code, "1 failed" if code else "1 passed", "")
+    monkeypatch.setattr(mutation.subprocess, "run", lambda *_, **__: done)
+    if noticed is None:
+        with pytest.raises(RuntimeError, match="1 failed"):
+            mutation.noticed(mutation.BREAKS[0])
+    else:
+        assert mutation.noticed(mutation.BREAKS[0]) is noticed
