@@ -53,3 +53,18 @@ def test_a_crash_is_noticed_and_a_run_that_proves_nothing_is_an_error(monkeypatc
             mutation.noticed(mutation.BREAKS[0])
     else:
         assert mutation.noticed(mutation.BREAKS[0]) is noticed
+
+
+def test_a_run_that_proves_nothing_is_said_and_the_others_go_on(monkeypatch, capsys):
+    def noticed(broken):
+        if broken is mutation.BREAKS[0]:
+            raise RuntimeError("some lines\nthe last one")
+        return True
+
+    monkeypatch.setattr(mutation, "noticed", noticed)
+    monkeypatch.setattr(mutation, "unbroken", lambda: True)
+    assert mutation.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("PROVES NOTHING: the last one")
+    assert len(lines) == len(mutation.BREAKS)
+    assert all(line.startswith("caught") for line in lines[1:])
