@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from synco_fast.config import GeneratedConfig
 from synco_fast.generated.adversary import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.methods.base import RunInfo
+from synco_fast.runtime.checkpoint import load_optimizer
 
 __all__ = ["AdversarialUpdate", "Clock", "GeneratedBatch", "pairs_objective"]
 
@@ -167,7 +169,7 @@ class AdversarialUpdate:
         """The optimizers' state; weights are kept with the method."""
         return {"generators": self.player.optimizer.state_dict(), "discriminator": self.adversary.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], file: Path) -> None:
         """Take over from a checkpoint."""
-        self.player.optimizer.load_state_dict(state["generators"])
-        self.adversary.load_state_dict(state["discriminator"])
+        load_optimizer(self.player.optimizer, state["generators"], file)
+        self.adversary.load_state_dict(state["discriminator"], file)

@@ -96,8 +96,9 @@ class Generated(MomentumContrast):
         """Make the optimizers of generators and discriminator.
 
         Raises:
-            ConfigError: There are several processes.
+            ConfigError: There are several processes, or as in `MomentumContrast`.
         """
+        super().prepare(run)
         if run.processes > 1:
             raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
         self.device = run.device
@@ -141,9 +142,9 @@ class Generated(MomentumContrast):
         """The optimizers of generators and discriminator."""
         return self.game.state_dict()
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
+    def load_extra_state(self, state: dict[str, Any], file: Path) -> None:
         """Take over from a checkpoint."""
-        self.game.load_state_dict(state)
+        self.game.load_state_dict(state, file)
 
     # -- the encoder's step -------------------------------------------------------------------------------------
 

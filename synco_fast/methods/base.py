@@ -208,5 +208,5 @@ class Method(nn.Module):
         """State of the method that is no tensor of a module, such as that of its own optimizers."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `extra_state` returned."""
+    def load_extra_state(self, state: dict[str, Any], file: Path) -> None:
+        """Take over what `extra_state` returned, which was read from ``file``."""
