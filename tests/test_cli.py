@@ -34,7 +34,7 @@ def config_file(tiny, tmp_path):
 
 
 def test_pretrain_evaluate_and_resume(run, config_file, tmp_path):
-    folder, summary = tmp_path / "run", tmp_path / "summary.json"
+    folder, summary = tmp_path / "run", tmp_path / "not" / "there" / "summary.json"
     code, out, _ = run("pretrain", "--config", config_file, "--out", folder, "--json", summary, "--method.name=mochi")
     assert code == 0
     for words in ("kNN before", "kNN after", "images per second", "run folder", "checkpoint", "curves.png"):
@@ -206,6 +206,14 @@ def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
         (["--config", "demo", "--training.device", "cuda"], "found cuda, expected cpu"),
         (["--resume", "/no/run"], "found no run in /no/run"),
         ([], "found none, expected --config PRESET"),
+        (["--config", "demo", "--out", ""], "out: found '', expected the name of a file or folder"),
+        (["--config", "demo", "--out", "a\nb"], "out: found 'a\\nb', expected the name of a file or folder"),
+        (["--config", "demo", "--resume", " "], "resume: found ' ', expected the name of a file or folder"),
+        (["--config", "demo", "--out", "/etc/hostname/run"], "below /etc/hostname, which is a file"),
+        (["--config", "demo", "--out", "/proc/run"], "expected a place where this user can write (/proc is not)"),
+        (["--config", "demo", "--json", "/proc/a.json"], "expected a place where this user can write (/proc is not)"),
+        (["--config", "demo", "--json", "/etc/hostname/a.json"], "below /etc/hostname, which is a file"),
+        (["--config", "demo", "--json", "/tmp"], "json: found a folder /tmp, expected a file"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, words, says, tmp_path, monkeypatch):
@@ -219,6 +227,14 @@ def test_bad_input_is_one_line_and_code_2(run, words, says, tmp_path, monkeypatc
     assert says in err
     assert err.strip().count("\n") == 0
     assert "Traceback" not in err
+
+
+def test_the_folder_of_a_run_without_a_name_is_checked_too(run, config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("")
+    code, _, err = run("pretrain", "--config", config_file)
+    assert code == 2
+    assert f"below {tmp_path / 'runs'}, which is a file, expected a folder" in err
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(run, config_file, tmp_path):

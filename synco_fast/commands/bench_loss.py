@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, path
 from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def add(commands: Commands) -> None:
     command.add_argument("--rounds", type=positive, help="fresh processes; 3 on a CPU and 1 on a GPU by default")
     command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
     add_options(command, "json")
-    command.add_argument("--lines", type=Path, metavar="FILE", help="append each figure here at once, a line of JSON")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw them here, as PNG")
+    command.add_argument("--lines", type=path, metavar="FILE", help="append each figure here at once, a line of JSON")
+    command.add_argument("--plot", type=path, metavar="FILE", help="draw them here, as PNG")
     command.add_argument("--model", action="store_true", help="count the launches' cost instead; needs Triton alone")
     command.add_argument(
         "--capability", type=int, choices=CAPABILITIES, default=90, help="compute capability of the model, times ten"

@@ -249,7 +249,8 @@ class Trainer(Generic[SummaryT]):
                 f"resume: found {path} of step {self.step}, beyond the {self.steps} steps that are asked for, expected "
                 "at least as many; give the run more epochs or steps"
             )
-        self.task.note(f"resumed from {path} at step {self.step} of {self.steps}")
+        left = "" if self.step < self.steps else ": nothing is left to train"
+        self.task.note(f"resumed from {path} at step {self.step} of {self.steps}{left}")
 
     def _take_over(self, state: dict[str, Any], path: Path) -> None:
         """Load what decides the steps to come.
