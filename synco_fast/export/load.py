@@ -117,15 +117,19 @@ def _own(content: dict[str, Any], file: Path) -> Weights:
     if not isinstance(content.get("config"), dict) or not any(name.startswith(_BACKBONE) for name in state):
         raise CheckpointError(f"{file}: found no encoder in it, expected a checkpoint of synco-fast")
     run = file.resolve().parent.parent
-    steps_per_epoch = content.get("steps_per_epoch")
-    imported = content.get("imported", {})
+    length, imported = content.get("steps_per_epoch"), content.get("imported")
+    imported = imported if isinstance(imported, dict) else {}
+    try:
+        config = build_config(content["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: found settings in it that cannot be read ({error})") from error
     return Weights(
-        config=build_config(content["config"]),
+        config=config,
         state=content["method"],
         file=file,
         run=run if (run / "config.yaml").is_file() else None,
         step=content.get("step"),
-        epochs=content["step"] / steps_per_epoch if steps_per_epoch else imported.get("epoch"),
+        epochs=content["step"] / length if isinstance(length, int) and length > 0 else imported.get("epoch"),
         imported=imported,
     )
 

@@ -300,6 +300,13 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+def _check_stage_one(state: dict[str, Any], path: Path) -> None:
+    """Raise where a checkpoint lacks what stage two begins with."""
+    parts = {"generator_config": dict, "average": dict, "discriminator": dict, "images": int}
+    if not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
+        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
+
+
 def load_stage_one(method: Generated) -> str:
     """Start both generators from the moving average of a run of stage one, and the discriminator from that run's.
 
@@ -318,10 +325,8 @@ def load_stage_one(method: Generated) -> str:
             "generated.checkpoint: found none, expected a run of 'synco-fast pretrain-generator', or "
             "generated.pair none"
         )
-    state, path, _ = find_checkpoint(Path(checkpoint))
-    if "generator_config" not in state:
-        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
-    found = state["generator_config"]["size"]
+    state, path, _ = find_checkpoint(Path(checkpoint), _check_stage_one)
+    found = state["generator_config"].get("size")
     if found != size:
         raise ConfigError(f"generated.checkpoint: found a generator of {found} pixels, expected {size} (augment.size)")
     for generator in method.generators:

@@ -119,6 +119,7 @@ def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run,
 def test_evaluations_and_exports_take_the_older_one_too(run):
     _, folder = run
     for how, says in (
+        (lambda state: state.update(config={"seed": -1}), "found settings in it that cannot be read .seed: found -1"),
         (lambda state: state.update(config=3), "found no encoder in it"),
         (in_method(WEIGHT, lambda value: value * torch.nan), "found NaN in method.encoder"),
     ):
