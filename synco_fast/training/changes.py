@@ -17,6 +17,7 @@ _FREE = frozenset(
     {
         "model.norm",
         "method.backend",
+        "method.queue_dtype",
         "method.warmup_epochs",
         "method.cooldown_epochs",
         "generated.checkpoint",

@@ -95,7 +95,7 @@ VARIANCE = "key_encoder.backbone.bn1.running_var"
         (lambda state: state.update(broken=3), "found a damaged part (TypeError: "),
     ],
 )
-def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run, how, says):
+def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run, tmp_path, how, says):
     task, folder = run
     newest = change(folder, how)
     console, text = screen(1000)
@@ -107,11 +107,12 @@ def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run,
     assert f"{newest}: " in said
     assert says in said
     assert "; resuming from an older one\n" in said
-    (folder / "checkpoints" / "step-00000004.pt").unlink()
+    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
+    (alone / "checkpoints" / "step-00000004.pt").unlink()
     with pytest.raises(CheckpointError) as caught:
-        Trainer(task, folder, resume=folder)
+        Trainer(task, alone, resume=alone)
     assert says in str(caught.value)
-    assert str(caught.value).startswith(f"{newest}: ")
+    assert str(caught.value).startswith(f"{alone / 'checkpoints' / newest.name}: ")
     assert str(caught.value).endswith(": restore it from a copy, or start a new run")
     assert "\n" not in str(caught.value)
 
