@@ -68,7 +68,8 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
             small_stem=model.small_stem,
             batch_norm_groups=1 if fused else groups,
         )
-        kept = check_input(backbone, config.augment.size, model.backbone, features)
+        name = f"{model.backbone} with {model.backbone_args}" if model.backbone_args else model.backbone
+        kept = check_input(backbone, config.augment.size, name, features)
         images = training.batch // processes // training.accumulate
         check_memory(
             # At least: in two bytes a number, where the format may have as few.
