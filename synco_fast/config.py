@@ -84,7 +84,7 @@ class _MethodChoice(Section):
     name: str = Field(
         "synco", description=f"The method: {', '.join(f'{name} ({spec.title})' for name, spec in METHODS.items())}"
     )
-    queue: int = Field(65536, ge=1, le=1 << 26, description="K, keys of past steps that serve as negatives")
+    queue: int = Field(65536, ge=1, le=1 << 22, description="K, keys of past steps that serve as negatives")
     temperature: float = Field(0.2, ge=1e-4, le=100, description="T, of the contrastive loss")
     count_scale: float = Field(
         1.0, ge=1e-6, le=64, description="Factor on the method's published counts, for those that are null below"

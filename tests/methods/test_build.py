@@ -33,9 +33,9 @@ def test_a_machine_has_some_memory():
 
 
 def test_a_queue_beyond_memory_is_refused_with_the_figure():
-    said = refused(**{"method.queue": 1 << 26, "model.dim": 1 << 16})
+    said = refused(**{"method.queue": 1 << 22, "model.dim": 1 << 16})
     assert said.startswith(
-        "method.queue: found 67,108,864 keys of 65,536 numbers (model.dim), which takes 16,384.5 GiB or more, expected "
+        "method.queue: found 4,194,304 keys of 65,536 numbers (model.dim), which takes 1,024.0 GiB or more, expected "
     )
     assert said.endswith(" GiB, all the machine has")
 
