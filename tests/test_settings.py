@@ -102,7 +102,7 @@ CASES = legal()
 random.Random(0).shuffle(CASES)
 
 
-@pytest.mark.parametrize(("key", "value"), todays(CASES, 6))
+@pytest.mark.parametrize(("key", "value"), todays(CASES, 4))
 def test_the_ends_of_what_a_key_may_be_run_or_are_one_line(key, value, image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from synco_fast.config import Config
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.splits import Split
+from synco_fast.generated.adversarial import check_networks
 from synco_fast.generated.adversarial_update import AdversarialUpdate, Clock, GeneratedBatch
 from synco_fast.generated.augment import draw_views, view
 from synco_fast.generated.discriminator import Discriminator
@@ -31,6 +32,7 @@ from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.checkpoint import find_checkpoint, load_weights
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.phases import phase
+from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.metrics import read_metrics
 
 __all__ = ["GENERATED", "Generated", "build", "load_stage_one"]
@@ -46,6 +48,8 @@ _SHEET_SEED = 1 << 40
 def build(config: Config, processes: int) -> Generated:
     """Build the method of a configuration with pairs of generated images, on the CPU."""
     encoder = build_encoder(config, processes=processes)
+    pair, device = config.generated, resolve_device(config.training.device)
+    check_networks(config.augment.size, pair.latent, pair.width, device, "generated.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Generated(encoder, ContrastSettings.of(config), config)
@@ -77,7 +81,7 @@ class Generated(MomentumContrast):
         self._views: Tensor | None = None
         self._generated_keys: Tensor | None = None
         self._steps = 0
-        self.prepare(RunInfo(torch.device("cpu"), steps_per_epoch=1))
+        self._make_optimizers(RunInfo(torch.device("cpu"), steps_per_epoch=1))
 
     @property
     def replicated(self) -> Mapping[str, nn.Module]:
@@ -98,6 +102,9 @@ class Generated(MomentumContrast):
             ConfigError: There are several processes, or as in `MomentumContrast`.
         """
         super().prepare(run)
+        self._make_optimizers(run)
+
+    def _make_optimizers(self, run: RunInfo) -> None:
         if run.processes > 1:
             raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
         self.device = run.device

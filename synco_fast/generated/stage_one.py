@@ -13,7 +13,13 @@ from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import open_source
 from synco_fast.data.sources.splits import share_of
-from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
+from synco_fast.generated.adversarial import (
+    AdversarialOptimizer,
+    CollapseMonitor,
+    DiscriminatorTrainer,
+    check_networks,
+    diversity,
+)
 from synco_fast.generated.config import GeneratorConfig
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.generated.generator import Generator, average_momentum
@@ -67,6 +73,7 @@ class GeneratorTraining:
         CorruptImages(len(self.images), config.max_corrupt, self.note, key="max_corrupt").replaced(self.images.corrupt)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
+            check_networks(config.size, config.latent, config.width, self.device)
             self.generator = Generator(config.size, latent=config.latent, width=config.width).to(self.device)
             discriminator = Discriminator(config.size, width=config.width).to(self.device)
         for network in (self.generator, discriminator):
