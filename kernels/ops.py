@@ -20,6 +20,7 @@ from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
+_OPERANDS = (torch.bfloat16, torch.float16)
 _FIRST_ONLY = "backend: this one has a first derivative only; expected for higher ones: 'reference'"
 
 
@@ -36,6 +37,7 @@ def synthetic_contrast(
     image_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     backend: Backend = "auto",
+    operand_dtype: torch.dtype | None = None,
 ) -> Contrast:
     """InfoNCE of each query against its key, the queue and synthetic hard negatives (MoCo v2, MoCHi and SynCo alike).
 
@@ -64,6 +66,9 @@ def synthetic_contrast(
             which are proved in the interpreter but have not run on a GPU yet and are nobody's default until they have;
             what they do not serve goes to the blockwise form, with a warning once. ``"reference"`` is the plain form,
             differentiable as often as wanted.
+        operand_dtype: ``torch.bfloat16`` or ``torch.float16``: q and k, given in float32, are rounded to it inside, and
+            loss and gradient stay in float32. With a queue in the same dtype tensor cores multiply all three as they
+            are. None takes q and k as they are.
 
     Returns:
         The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.
@@ -86,11 +91,13 @@ def synthetic_contrast(
     )
     if backend not in get_args(Backend):
         raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(Backend))}")
+    if operand_dtype is not None:
+        _check_operand_dtype(operand_dtype, q)
     if backend == "reference":
         with _without_autocast(q.device):
             result = reference.contrast(
-                q,
-                k,
+                q if operand_dtype is None else _rounded(q, operand_dtype),
+                k if operand_dtype is None else _rounded(k, operand_dtype),
                 queue,
                 negatives,
                 temperature=temperature,
@@ -121,8 +128,21 @@ def synthetic_contrast(
         image_ids,
         queue_ids,
         backend,
+        operand_dtype,
     )
     return Contrast(loss, Statistics(*(value.detach() for value in statistics)))
+
+
+def _check_operand_dtype(dtype: torch.dtype, q: Tensor) -> None:
+    if dtype not in _OPERANDS:
+        raise ValueError(f"operand_dtype: found {dtype}, expected {' or '.join(map(str, _OPERANDS))}, or None")
+    if q.dtype != torch.float32:
+        raise TypeError(f"q: found {q.dtype}, expected torch.float32 beside operand_dtype")
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values rounded to ``dtype`` and back; the gradient passes unrounded."""
+    return x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -207,8 +227,11 @@ def _contrast(
     image_ids: Tensor | None,
     queue_ids: Tensor | None,
     backend: str,
+    operand_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`blockwise.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
+    if operand_dtype is not None:
+        q, k = q.to(operand_dtype), k.to(operand_dtype)
     compute = _choose(backend, q, queue, temperature)
     with _without_autocast(q.device):
         outputs = compute(
@@ -256,7 +279,7 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, loss: Tensor | None, *_:
         raise RuntimeError(_FIRST_ONLY)
     (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
     of_q = None if loss is None else (gradient * loss[:, None]).to(ctx.dtype)  # type: ignore[attr-defined]
-    return (of_q, *(None,) * 13)
+    return (of_q, *(None,) * 14)
 
 
 _contrast.register_autograd(_backward, setup_context=_keep)
@@ -283,7 +306,7 @@ class _Transformed(torch.autograd.Function):
         """As `_backward`; transforms always record, so that a second derivative is refused where it is taken."""
         gradient, q = ctx.saved_tensors
         of_q = None if loss is None else (_Once.apply(gradient, q) * loss[:, None]).to(q.dtype)
-        return (of_q, *(None,) * 13)
+        return (of_q, *(None,) * 14)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

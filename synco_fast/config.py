@@ -23,7 +23,7 @@ from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import migrate_config
-from synco_fast.runtime.names import Device, Format
+from synco_fast.runtime.names import Device, Format, QueueDtype
 from synco_fast.runtime.strict_yaml import read_yaml
 
 __all__ = ["Config", "Section", "build_config", "read_config", "read_mapping", "read_run_config"]
@@ -118,6 +118,9 @@ class MethodConfig(_MethodCounts):
     symmetric: bool = Field(False, description="Each view serves as query and as key")
     mask_same_image: bool = Field(False, description="Queue keys of the query's own image are no negatives")
     backend: Backend = Field("auto", description="What computes the loss")
+    queue_dtype: QueueDtype = Field(
+        "auto", description="Of the queue, and of q and k in the loss; auto: bfloat16 on a GPU, else float32"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
@@ -212,6 +215,10 @@ class TrainingConfig(Section):
     )
     channels_last: bool = Field(True, description="Memory layout of convolutions")
     compile: Literal["none", "encoders", "step"] = Field("none", description="What to torch.compile")
+    fused: Literal["auto", "none"] = Field(
+        "auto",
+        description="Fused kernels on a GPU, where their own key is auto: those that are proved right there, or none",
+    )
     cuda_graph: bool = Field(False, description="Replay the whole step as one CUDA graph")
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds that a process waits for the others")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")

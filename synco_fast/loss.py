@@ -29,6 +29,8 @@ class SynthContrastLoss(nn.Module):
         temperature: T.
         seed: Of the queue's random first rows and of the draws. Ranks of one job share it.
         backend: What computes the loss.
+        queue_dtype: Of the queue, and of query and key where they are multiplied; loss and gradient are float32.
+            ``torch.bfloat16`` is what a GPU multiplies at speed.
 
     Attributes:
         queue: The `KeyQueue`.
@@ -50,6 +52,7 @@ class SynthContrastLoss(nn.Module):
         temperature: float = 0.2,
         seed: int = 0,
         backend: Backend = "auto",
+        queue_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         known = with_queue()
@@ -58,7 +61,7 @@ class SynthContrastLoss(nn.Module):
         self.negatives = known[method]() if isinstance(method, str) else method
         if self.negatives.hard > queue:
             raise ValueError(f"queue: found {queue}, expected {self.negatives.hard} or more, the hard negatives N")
-        self.queue = KeyQueue(queue, dim, seed=seed)
+        self.queue = KeyQueue(queue, dim, seed=seed, dtype=queue_dtype)
         self.temperature, self.seed, self.backend = temperature, seed, backend
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.statistics: Statistics | None = None
@@ -92,6 +95,7 @@ class SynthContrastLoss(nn.Module):
             image_ids=images,
             queue_ids=None if images is None else self.queue.image_ids,
             backend=self.backend,
+            operand_dtype=rows.dtype if rows.element_size() == 2 else None,
         )
         self.statistics = found.statistics
         if self.training:

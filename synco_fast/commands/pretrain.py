@@ -127,6 +127,7 @@ def _print_summary(summary: Any, console: Console) -> None:
         ),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
         ("broken images", f"{summary.broken_images}"),
+        ("computed by", ", ".join(f"{part} {form['name']}" for part, form in summary.forms.items())),
         ("run folder", summary.run),
         ("checkpoint", summary.checkpoint),
         ("curves", summary.curves),

@@ -90,6 +90,10 @@ class Generated(MomentumContrast):
         """Whether generators and discriminator learn."""
         return self.pair.pair == "joint"
 
+    def calls_of_step(self, rows: int) -> list[tuple[int, bool]]:
+        """The real rows, and both queries of each pair against both keys."""
+        return [*super().calls_of_step(rows), (4 * self.pair.batch, False)]
+
     # -- the run around the steps -------------------------------------------------------------------------------
 
     def prepare(self, run: RunInfo) -> None:
@@ -272,6 +276,7 @@ class Generated(MomentumContrast):
                 step=step,
                 first_row=rows,  # behind the real rows: draws of its own
                 backend=self.settings.backend,
+                operand_dtype=self.operand_dtype,
             ).loss
 
 

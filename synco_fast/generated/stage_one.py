@@ -96,6 +96,11 @@ class GeneratorTraining:
         )
         self._order: tuple[int, Tensor] | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Nothing beside versions and device."""
+        return {}
+
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:

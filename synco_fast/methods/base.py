@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from synco_fast.data.sources.splits import Split
+from synco_fast.kernels.momentum import MomentumBackend
 from synco_fast.models.encoder import Encoder
 
 __all__ = ["Encoders", "Method", "RunInfo", "StepInputs", "StepOutput", "Views"]
@@ -91,11 +92,15 @@ class Method(nn.Module):
 
     Attributes:
         encoder: What is evaluated and exported: its backbone.
+        momentum_backend: Of `synco_fast.kernels.momentum_update`, where there is an EMA.
+        views_at_once: Views of an image that pass through the encoder together.
         headline: The metrics that the progress bar shows, and the format of each.
         rates: The keys of the configuration to lower where training diverges.
     """
 
     encoder: Encoder
+    momentum_backend: MomentumBackend = "auto"
+    views_at_once: int = 1
     headline: Mapping[str, str] = {"loss": "loss {:.3f}"}
     rates: Sequence[str] = ("optimizer.lr",)
 
@@ -203,6 +208,30 @@ class Method(nn.Module):
 
     def artifacts(self, folder: Path, step: int, *, closing: bool = False) -> None:
         """Draw into ``folder``, the run's ``plots/``: at the start, after every epoch, and when the run closes."""
+
+    def kernel_shapes(self, rows: int) -> dict[str, dict[str, Any]]:
+        """Which fused kernels of `synco_fast.kernels.proof.KERNELS` the loss uses, and at which shapes.
+
+        Args:
+            rows: Images of this process in a micro-batch.
+        """
+        return {}
+
+    def use_backend(self, kernel: str, backend: str) -> None:
+        """Compute what `kernel_shapes` names, or the momentum update, by a backend; called before the first step."""
+        if kernel == "momentum":
+            self.momentum_backend = cast(MomentumBackend, backend)
+
+    def adapt_state(self, state: dict[str, Any]) -> list[str]:
+        """Bring a checkpoint's tensors of this method to the dtypes that they have here, before they are loaded.
+
+        Args:
+            state: By name, as `state_dict` gave them; changed in place.
+
+        Returns:
+            Lines to show: what was changed.
+        """
+        return []
 
     def extra_state(self) -> dict[str, Any]:
         """State of the method that is no tensor of a module, such as that of its own optimizers."""

@@ -9,7 +9,8 @@ keys of all enter it, in the order of the global batch, so that every process ho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn.functional import normalize
 
 from synco_fast.config import Config
 from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, Negatives, synthetic_contrast
+from synco_fast.kernels.proof import loss_shapes
 from synco_fast.methods.base import Encoders, Method, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.ema import ema_update, make_ema_copy
@@ -25,6 +27,7 @@ from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
 from synco_fast.runtime.distributed import exchange_rows, gather_rows, rank, world
 from synco_fast.runtime.phases import phase
+from synco_fast.runtime.precision import resolve_device, resolve_queue_dtype
 
 __all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
 
@@ -69,6 +72,7 @@ class ContrastSettings:
         mask_same_image: A queue key of the query's own image is no negative: for sets smaller than the queue.
         seed: Of queue, shuffles and draws.
         backend: Of the loss.
+        queue_dtype: Of the queue's keys, and of what the loss multiplies them with; loss and gradient are float32.
     """
 
     queue: int
@@ -79,6 +83,7 @@ class ContrastSettings:
     mask_same_image: bool = False
     seed: int = 0
     backend: Backend = "auto"
+    queue_dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, config: Config) -> ContrastSettings:
@@ -95,6 +100,7 @@ class ContrastSettings:
             mask_same_image=method.mask_same_image,
             seed=config.seed,
             backend=method.backend,
+            queue_dtype=resolve_queue_dtype(method.queue_dtype, resolve_device(config.training.device)),
         )
 
 
@@ -118,7 +124,7 @@ class MomentumContrast(Method):
         self.settings = settings
         self.encoder = encoder
         self.key_encoder = make_ema_copy(encoder)
-        self.queue = KeyQueue(settings.queue, settings.dim, seed=settings.seed)
+        self.queue = KeyQueue(settings.queue, settings.dim, seed=settings.seed, dtype=settings.queue_dtype)
         #: By direction, this step's keys of the whole batch, (B, D), and their images, (B,).
         self._keys: list[tuple[Tensor, Tensor]] = []
         self._queued = 0
@@ -156,7 +162,7 @@ class MomentumContrast(Method):
     ) -> None:
         """Update the key encoder and compute the keys of the whole batch, (B, D), the same on every process."""
         with phase("EMA update"):
-            ema_update(self.key_encoder, self.encoder, momentum)
+            ema_update(self.key_encoder, self.encoder, momentum, backend=self.momentum_backend)
         self._keys.clear()
         with phase("key forward"):
             for views, order in zip(inputs.keys, inputs.orders, strict=True):
@@ -209,7 +215,14 @@ class MomentumContrast(Method):
                 image_ids=image_ids if settings.mask_same_image else None,
                 queue_ids=self.queue.image_ids if settings.mask_same_image else None,
                 backend=settings.backend,
+                operand_dtype=self.operand_dtype,
             )
+
+    @property
+    def operand_dtype(self) -> torch.dtype | None:
+        """What queries and keys are rounded to in the loss, that of the queue; None where that is float32."""
+        dtype = self.settings.queue_dtype
+        return None if dtype == torch.float32 else dtype
 
     def after_step(self, step_ok: Tensor | None = None) -> None:
         """Write the step's keys to the queue, unless ``step_ok`` (bool, no dimensions) holds false."""
@@ -223,6 +236,43 @@ class MomentumContrast(Method):
     def stream(self) -> int:
         """That of the kernels' draws, where synthetic negatives are drawn."""
         return STREAM if self.settings.schedule.negatives.synthetic else 1
+
+    def kernel_shapes(self, rows: int) -> dict[str, dict[str, Any]]:
+        """Those of the loss."""
+        settings, schedule = self.settings, self.settings.schedule
+        last = schedule.epochs - 1
+        return {
+            "loss": loss_shapes(
+                calls=self.calls_of_step(rows),
+                length=settings.queue,
+                dim=settings.dim,
+                negatives=[schedule.at(epoch) for epoch in sorted({0, min(schedule.warmup, last), last})],
+                temperature=settings.temperature,
+                dtype=settings.queue_dtype,
+            )
+        }
+
+    def calls_of_step(self, rows: int) -> list[tuple[int, bool]]:
+        """Of each call of the loss in a step of ``rows`` images B, and whether the same image is masked."""
+        return [(rows, self.settings.mask_same_image)]
+
+    def use_backend(self, kernel: str, backend: str) -> None:
+        """As in `Method.use_backend`."""
+        super().use_backend(kernel, backend)
+        if kernel == "loss":
+            self.settings = replace(self.settings, backend=cast(Backend, backend))
+
+    def adapt_state(self, state: dict[str, Any]) -> list[str]:
+        """Round or widen the queue of a checkpoint to this run's dtype."""
+        rows, wanted = state.get("queue.rows"), self.settings.queue_dtype
+        if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dtype == wanted:
+            return []
+        state["queue.rows"] = rows.to(wanted)
+        found, now = (str(dtype).removeprefix("torch.") for dtype in (rows.dtype, wanted))
+        return [
+            f"method.queue_dtype: the checkpoint's queue is {found} and goes on in {now}; "
+            f"the run will not end with the same bits as in {found}"
+        ]
 
     def graph_key(self, epoch: int) -> int:
         """The first epoch with the same negatives."""

@@ -64,9 +64,14 @@ class Trainer(Generic[SummaryT]):
         self._save_due = False
         self.throughput = Throughput(task.plan.batch, task.plan.settling)
         self.stopping = StopSignals(self.control, task.plan.max_time)
+        # What takes long from here on is told at once; the progress bar takes the lines over.
+        task.note.show_by(self._print)
         if resume is not None:
             self._load(resume)
         task.begin(folder, fresh=self.step == 0)
+
+    def _print(self, line: str, style: str | None) -> None:
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -80,7 +85,7 @@ class Trainer(Generic[SummaryT]):
         """
         task, plan = self.task, self.task.plan
         if self.place.is_main:
-            describe_run(self.folder, task.config)
+            describe_run(self.folder, task.config, task.facts)
         config = task.config.model_dump(mode="json")
         self.log: MetricLog = open_log(self.folder, self.step, config, wandb=plan.wandb, writes=self.place.is_main)
         self.reporter = Reporter(self.console, self.steps, self.step)

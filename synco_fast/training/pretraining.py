@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from torch import nn
 from synco_fast.config import Config, EvaluationConfig
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
@@ -24,6 +24,7 @@ from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import Form, choose_forms, forms_state
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.plots import draw_pairs
 from synco_fast.training.run_folder import Summary, close_run
@@ -171,12 +172,16 @@ class Pretraining:
             wandb=training.wandb,
         )
         self.broken = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
+        self._kept: dict[str, Any] | None = None
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
-        """Let the method read what it needs."""
+        """Choose what computes each part of a step, and let the method read what it needs."""
         self._folder = folder
+        choose_forms(self.engine, self.control, kept=self._kept)
+        views = choose_pipeline(self.config.data.pipeline, self._train, self.device)
+        self.engine.forms["views"] = Form(views, f"data.pipeline is {self.config.data.pipeline}")
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
 
@@ -209,6 +214,11 @@ class Pretraining:
     def fingerprint(self) -> int:
         """That of the engine."""
         return self.engine.fingerprint()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Under ``forms``: what computes each part of a step, and why."""
+        return {"forms": {part: asdict(form) for part, form in self.engine.forms.items()}}
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
@@ -294,6 +304,7 @@ class Pretraining:
             "steps_per_epoch": self.steps_per_epoch,
             "stream": self.method.stream,
             "broken": self.broken.state_dict(),
+            "forms": forms_state(self.engine),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
@@ -305,6 +316,9 @@ class Pretraining:
         """
         if "method" not in state:
             raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of pretrain")
+        if isinstance(state["method"], dict):
+            for line in self.method.adapt_state(state["method"]):
+                self.note(line)
         load_weights(self.method, state["method"], path)
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
@@ -318,6 +332,7 @@ class Pretraining:
             )
         self.engine.load_state_dict(state)
         self.broken.load_state_dict(state["broken"])
+        self._kept = state.get("forms", {})
 
     def close(self) -> None:
         """Free the pipeline's processes."""
@@ -336,5 +351,6 @@ class Pretraining:
             finished=finished,
             throughput=throughput,
             broken=len(self.broken),
+            forms=self.facts["forms"],
             writes=self.place.is_main,
         )

@@ -15,9 +15,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from synco_fast.config import Config
 from synco_fast.data.pipelines.build import build_pipeline
 from synco_fast.data.sources.open import open_source
+from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.phases import PHASES, phase, recorded_by
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import choose_forms
 
 __all__ = ["PhaseClock", "profile_step"]
 
@@ -106,6 +108,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     split = open_source(config.data.source).train
     notes: list[str] = []
     engine = Engine(config, len(split) // config.training.batch, note=notes.append)
+    choose_forms(engine, HostGroup(DistEnv()))
     pipeline = build_pipeline(
         split,
         config.augment,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Summary:
     """What a run came to; shares are in [0, 1], None where nothing was evaluated.
 
     ``finished`` is false where the run was asked to stop. ``images_per_second`` counts training steps alone, without
-    the first few, evaluation and checkpoints.
+    the first few, evaluation and checkpoints. ``forms`` names, by part of a step, what computed it and why.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Summary:
     data_wait: float
     training_seconds: float
     broken_images: int
+    forms: dict[str, dict[str, str]]
     run: str
     checkpoint: str
     curves: str
@@ -65,13 +67,19 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
     return folder
 
 
-def describe_run(folder: Path, config: RunConfig) -> None:
-    """Make the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
+def describe_run(folder: Path, config: RunConfig, facts: Mapping[str, Any] | None = None) -> None:
+    """Make the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own.
+
+    Args:
+        folder: The run's.
+        config: What it does.
+        facts: Of the run, beside versions and device.
+    """
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     if not (folder / "config.yaml").exists():
         write_text(folder / "config.yaml", config.to_yaml())
-        write_json(folder / "environment.json", describe_environment())
+        write_json(folder / "environment.json", {**describe_environment(), **(facts or {})})
 
 
 def close_run(
@@ -84,6 +92,7 @@ def close_run(
     finished: bool,
     throughput: Throughput,
     broken: int,
+    forms: dict[str, dict[str, str]],
     writes: bool = True,
 ) -> Summary:
     """Draw the curves and write ``summary.json``.
@@ -94,6 +103,7 @@ def close_run(
         steps_per_epoch, step, finished: How far it came.
         throughput: How fast it was.
         broken: How many images could not be read.
+        forms: By part of a step, name and reason of what computed it.
         writes: Whether this process writes; another one only returns the summary.
     """
     lines = read_metrics(folder)
@@ -115,6 +125,7 @@ def close_run(
         data_wait=throughput.data_wait,
         training_seconds=throughput.training,
         broken_images=broken,
+        forms=forms,
         run=str(folder),
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -94,6 +94,11 @@ class Task(Protocol[SummaryT]):
     @property
     def config(self) -> RunConfig:
         """Kept in the run folder."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What ``environment.json`` says of the run beside versions and device; known once it began."""
         ...
 
     control: HostGroup

@@ -1,0 +1,183 @@
+"""Which form computes what in a run: fused kernels where they are proved on the device, portable forms elsewhere.
+
+A configuration that names a form gets it, unproved. Where it says ``auto``, a fused kernel is used on a CUDA device
+after its first-use proof (`synco_fast.runtime.first_use`), and a resumed run keeps the forms that it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from synco_fast.kernels.proof import KERNELS, momentum_shapes, norm_shapes
+from synco_fast.models.batch_norm import FusedBatchNorm2d, SplitBatchNorm2d
+from synco_fast.runtime.distributed import HostGroup
+from synco_fast.runtime.first_use import Outcome, Prover, device_facts
+
+if TYPE_CHECKING:
+    from synco_fast.training.engine import Engine
+
+__all__ = ["Form", "choose_forms", "forms_state"]
+
+_ASKED_NORM = {"auto": "auto", "fused": "triton", "plain": "plain"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What computes a part of the step.
+
+    Attributes:
+        name: Such as ``triton`` or ``blockwise``.
+        why: In a few words.
+    """
+
+    name: str
+    why: str
+
+
+def forms_state(engine: Engine) -> dict[str, Any]:
+    """What a checkpoint keeps of an engine's forms: their names, and the device that they were chosen on."""
+    return {"device": _device_name(engine.device), "names": {part: form.name for part, form in engine.forms.items()}}
+
+
+def choose_forms(
+    engine: Engine, control: HostGroup, *, kept: Mapping[str, Any] | None = None, prover: Prover | None = None
+) -> None:
+    """Choose the forms of loss, batch norm and momentum update, the same on all processes, into ``engine.forms``.
+
+    Called by all processes, before the first step. A line is shown for each kernel that should have been used and
+    cannot be, and for each form that is not the one a resumed run began with.
+
+    Args:
+        engine: Whose method is told.
+        control: What the processes agree by.
+        kept: `forms_state` of the checkpoint that is resumed, empty where it holds none; None for a new run.
+        prover: Proves kernels; on this process's CUDA device by default.
+    """
+    engine.forms = {}
+    begun = None
+    if kept is not None and kept.get("device", _device_name(engine.device)) == _device_name(engine.device):
+        begun = kept.get("names", {})
+    wanted = {}
+    for part, shapes in _shapes(engine).items():
+        form = _without_proof(engine, part, shapes, begun)
+        if form is None:
+            wanted[part] = shapes
+        else:
+            engine.forms[part] = form
+    if prover is None and wanted:
+        index = engine.device.index or 0
+        prover = Prover(f"cuda:{index}", device_facts(index), say=engine.note)
+    for part, outcome in _agreed(control, prover, wanted).items():
+        kernel = KERNELS[part]
+        if outcome.passed:
+            engine.forms[part] = Form(kernel.fused, "proved on this device")
+            _use(engine, part, kernel.fused)
+        else:
+            engine.forms[part] = Form(kernel.portable, outcome.reason)
+            engine.note(f"{part}: computed by {kernel.portable}, not by the fused kernel: {outcome.reason}")
+    for part, name in (kept or {}).get("names", {}).items():
+        form = engine.forms.get(part)
+        if part in KERNELS and form is not None and form.name != name:
+            engine.note(
+                f"{part}: the run began with {name} and goes on with {form.name} ({form.why}), "
+                "so it will not end with the same bits"
+            )
+
+
+def _without_proof(engine: Engine, part: str, shapes: dict[str, Any], begun: Mapping[str, str] | None) -> Form | None:
+    """The form that needs no proof; None where the fused kernel is to be proved."""
+    kernel, config = KERNELS[part], engine.config
+    asked = {"loss": config.method.backend, "norm": _ASKED_NORM[config.model.norm]}.get(part, "auto")
+    if part == "norm" and not shapes:
+        return Form("sync" if config.model.sync_batch_norm else "plain", "no layer is fused")
+    reason = kernel.unserved(shapes, engine.device) if asked in ("auto", kernel.fused) else None
+    if reason:
+        # Without a GPU nobody expects a fused kernel.
+        if engine.device.type == "cuda":
+            engine.note(f"{part}: computed by {kernel.portable}, not by the fused kernel: {reason}")
+        return Form(kernel.portable, reason)
+    if asked != "auto":
+        return Form(asked, "as the configuration says")
+    if config.training.fused == "none":
+        return Form(kernel.portable, "training.fused is none")
+    if begun is not None and begun.get(part, kernel.portable) != kernel.fused:
+        return Form(kernel.portable, "as the run began")
+    return None
+
+
+def _shapes(engine: Engine) -> dict[str, dict[str, Any]]:
+    """By the parts of `KERNELS` that the method has, where the run uses them; empty for a norm that nothing fuses."""
+    config, method = engine.config, engine.method
+    rows = config.training.batch // (engine.place.world * config.training.accumulate)
+    found = method.kernel_shapes(rows)
+    layers = _layers(method.encoder.backbone, config.augment.size)
+    images = rows * method.views_at_once
+    found["norm"] = norm_shapes(images=images, dtype=engine.precision.dtype, layers=layers) if layers else {}
+    if method.target is not None:
+        found["momentum"] = momentum_shapes(list(method.target.parameters()), config.model.momentum)
+    return found
+
+
+@torch.no_grad()
+def _layers(backbone: nn.Module, size: int) -> list[tuple[int, int, int, int, bool, bool]]:
+    """Channels, height, width, groups, and whether ReLU and residual follow, of each norm that has several forms."""
+    found = []
+
+    def look(norm: nn.Module, given: tuple[Any, ...]) -> None:
+        assert isinstance(norm, SplitBatchNorm2d)
+        relu = isinstance(norm, FusedBatchNorm2d) and norm.relu
+        found.append((*given[0].shape[1:], norm.groups, relu, len(given) > 1 and given[1] is not None))
+
+    norms = [
+        part
+        for part in backbone.modules()
+        if isinstance(part, SplitBatchNorm2d) and (part.groups > 1 or isinstance(part, FusedBatchNorm2d))
+    ]
+    if not norms:
+        return []
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    was_training, device = backbone.training, next(backbone.parameters()).device
+    try:
+        backbone.eval()(torch.zeros(1, 3, size, size, device=device))
+    finally:
+        backbone.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _use(engine: Engine, part: str, backend: str) -> None:
+    engine.method.use_backend(part, backend)
+    if part == "norm":
+        for module in engine.method.modules():
+            if isinstance(module, SplitBatchNorm2d) and module.backend == "auto":
+                module.backend = "triton"
+
+
+def _agreed(control: HostGroup, prover: Prover | None, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
+    """One outcome for all processes; of those with equal devices the first proves and the others wait for it."""
+    keys = {} if prover is None else {part: prover.key(part, shapes) for part, shapes in wanted.items()}
+    everyone = control.gather(keys)
+    if not any(everyone):
+        return {}
+    proved_before = {key for other in everyone[: control.env.rank] for key in other.values()}
+    mine = {part: wanted[part] for part, key in keys.items() if key not in proved_before}
+    found = {} if prover is None else {keys[part]: outcome for part, outcome in prover.prove(mine).items()}
+    outcomes = {key: outcome for part in control.gather(found) for key, outcome in part.items()}
+    agreed = {}
+    for part in keys:
+        known = [outcomes[other[part]] if part in other else _ELSEWHERE for other in everyone]
+        agreed[part] = next((outcome for outcome in known if not outcome.passed), known[0])
+    return agreed
+
+
+_ELSEWHERE = Outcome(False, "another process of the job cannot run it")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
