@@ -64,8 +64,8 @@ def synthetic_contrast(
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
         backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` asks for the kernels,
             which are proved in the interpreter but have not run on a GPU yet: a training run proves them on its own
-            device before it asks for them. What they do not serve goes to the blockwise form, with a warning once. ``"reference"`` is the plain form,
-            differentiable as often as wanted.
+            device before it asks for them. What they do not serve goes to the blockwise form, with a warning once.
+            ``"reference"`` is the plain form, differentiable as often as wanted.
         operand_dtype: ``torch.bfloat16`` or ``torch.float16``: q and k, given in float32, are rounded to it inside, and
             loss and gradient stay in float32. With a queue in the same dtype tensor cores multiply all three as they
             are. None takes q and k as they are.

@@ -72,7 +72,7 @@ class ModelConfig(Section):
     )
     norm: Literal["auto", "plain", "fused"] = Field(
         "auto",
-        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: fused, by PyTorch's kernels",
+        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: PyTorch's or proved kernels",
     )
     batch_norm_groups: int = Field(
         8, ge=1, le=65_536, description="Groups of a batch with batch-norm statistics of their own, over all processes"
@@ -117,7 +117,7 @@ class MethodConfig(_MethodCounts):
     cooldown_epochs: int = Field(0, ge=0, le=100_000, description="Last epochs without synthetic negatives")
     symmetric: bool = Field(False, description="Each view serves as query and as key")
     mask_same_image: bool = Field(False, description="Queue keys of the query's own image are no negatives")
-    backend: Backend = Field("auto", description="What computes the loss")
+    backend: Backend = Field("auto", description="What computes the loss; auto: the kernels where they are proved")
     queue_dtype: QueueDtype = Field(
         "auto", description="Of the queue, and of q and k in the loss; auto: bfloat16 on a GPU, else float32"
     )
