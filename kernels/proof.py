@@ -34,8 +34,8 @@ Shapes = Mapping[str, Any]
 """Where a run uses a kernel, in plain values that JSON holds; see `loss_shapes` and its like."""
 
 #: Values of a layer that are compared at most; a larger one is compared on fewer images, which bounds the memory of
-#: the formula in float64 to some ten GiB.
-_LARGEST_LAYER = 1 << 27
+#: the formula in float64, half a GiB a tensor.
+_LARGEST_LAYER = 1 << 26
 #: Numbers between two tensors of the momentum update, which it must not touch.
 _GAP = 64
 #: Units in the last place that the momentum update may be off beside twice foreach's error.
@@ -257,8 +257,8 @@ class _Parameters:
     def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self._sizes, self._dtype, self._device = sizes, dtype, device
         rooms = [_GAP + math.ceil(size / _GAP) * _GAP for size in sizes]
-        numbers = torch.randn(sum(rooms) + _GAP, generator=torch.Generator().manual_seed(seed))
-        self.room = numbers.to(device, dtype)
+        generator = torch.Generator(device).manual_seed(seed)
+        self.room = torch.randn(sum(rooms) + _GAP, generator=generator, device=device).to(dtype)
         starts = [begin + _GAP for begin in itertools.accumulate([0, *rooms[:-1]])]
         self._spans = list(zip(starts, sizes, strict=True))
 

@@ -152,20 +152,29 @@ class Verdict:
 
 
 def exact_inputs(
-    rows: int, length: int, dim: int, dtype: torch.dtype = torch.float32, *, peaked: bool = False, seed: int = 0
+    rows: int,
+    length: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    peaked: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> Inputs:
-    """Rows of length about 1 whose similarities are exact in every dtype, on the CPU.
+    """Rows of length about 1 whose similarities are exact in every dtype.
 
     Args:
         rows, length, dim: B, K, D.
         dtype: Of all three; any floating dtype holds the same numbers.
         peaked: See `Case`.
         seed: Of the numbers.
+        device: Where they are made, the CPU by default; another one makes other numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
 
     def unit(*shape: int) -> Tensor:
-        return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
+        return normalize(numbers, dim=-1)
 
     q, queue = unit(rows, dim), unit(length, dim)
     k = normalize(q + 0.7 * unit(rows, dim), dim=1)
@@ -302,8 +311,8 @@ def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.
         able = [backend for backend in backends if backend != "reference" or case.dtype.itemsize >= 4]
         if not able:
             continue
-        inputs = exact_inputs(case.rows, case.length, case.dim, case.dtype, peaked=case.peaked)
-        inputs = inputs.to(device=device).guarded()
+        inputs = exact_inputs(case.rows, case.length, case.dim, case.dtype, peaked=case.peaked, device=device)
+        inputs = inputs.guarded()
         image_ids = torch.arange(case.rows, device=device) % 10 if case.masked else None
         queue_ids = torch.arange(case.length, device=device) * 7 % 10 if case.masked else None
         exact, plain = (_in_blocks(case, inputs, (image_ids, queue_ids), dtype) for dtype in _EXACT_AND_PLAIN)

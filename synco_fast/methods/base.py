@@ -222,11 +222,12 @@ class Method(nn.Module):
         if kernel == "momentum":
             self.momentum_backend = cast(MomentumBackend, backend)
 
-    def adapt_state(self, state: dict[str, Any]) -> list[str]:
-        """Bring a checkpoint's tensors of this method to the dtypes that they have here, before they are loaded.
+    def adapt_state(self, state: dict[str, Any], *, keep: bool) -> list[str]:
+        """Let the tensors of a checkpoint and of this method have the same dtypes, before they are loaded.
 
         Args:
             state: By name, as `state_dict` gave them; changed in place.
+            keep: Whether the method takes the checkpoint's dtypes, where it has a choice, instead of the other way.
 
         Returns:
             Lines to show: what was changed.

@@ -27,7 +27,7 @@ from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
 from synco_fast.runtime.distributed import exchange_rows, gather_rows, rank, world
 from synco_fast.runtime.phases import phase
-from synco_fast.runtime.precision import resolve_device, resolve_queue_dtype
+from synco_fast.runtime.precision import QUEUE_DTYPES, resolve_device, resolve_queue_dtype
 
 __all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
 
@@ -262,13 +262,17 @@ class MomentumContrast(Method):
         if kernel == "loss":
             self.settings = replace(self.settings, backend=cast(Backend, backend))
 
-    def adapt_state(self, state: dict[str, Any]) -> list[str]:
-        """Round or widen the queue of a checkpoint to this run's dtype."""
+    def adapt_state(self, state: dict[str, Any], *, keep: bool) -> list[str]:
+        """Take the dtype of a checkpoint's queue, or round or widen that queue to this run's."""
         rows, wanted = state.get("queue.rows"), self.settings.queue_dtype
         if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dtype == wanted:
             return []
-        state["queue.rows"] = rows.to(wanted)
         found, now = (str(dtype).removeprefix("torch.") for dtype in (rows.dtype, wanted))
+        if keep and rows.dtype in QUEUE_DTYPES:
+            self.settings = replace(self.settings, queue_dtype=rows.dtype)
+            self.queue.rows = self.queue.rows.to(rows.dtype)
+            return [f"method.queue_dtype: the run began with {found} and keeps it; a new one would take {now} here"]
+        state["queue.rows"] = rows.to(wanted)
         return [
             f"method.queue_dtype: the checkpoint's queue is {found} and goes on in {now}; "
             f"the run will not end with the same bits as in {found}"

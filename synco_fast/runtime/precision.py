@@ -9,8 +9,10 @@ from torch import nn
 
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["Precision", "memory_format", "resolve_device", "resolve_queue_dtype"]
+__all__ = ["QUEUE_DTYPES", "Precision", "memory_format", "resolve_device", "resolve_queue_dtype"]
 
+#: What a queue may hold.
+QUEUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

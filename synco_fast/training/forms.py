@@ -21,7 +21,7 @@ from synco_fast.runtime.first_use import Outcome, Prover, device_facts
 if TYPE_CHECKING:
     from synco_fast.training.engine import Engine
 
-__all__ = ["Form", "choose_forms", "forms_state"]
+__all__ = ["Form", "choose_forms", "chosen_here", "forms_state"]
 
 _ASKED_NORM = {"auto": "auto", "fused": "triton", "plain": "plain"}
 
@@ -44,6 +44,11 @@ def forms_state(engine: Engine) -> dict[str, Any]:
     return {"device": _device_name(engine.device), "names": {part: form.name for part, form in engine.forms.items()}}
 
 
+def chosen_here(kept: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether the forms of a checkpoint, see `forms_state`, were chosen on such a device, or nobody knows where."""
+    return bool(kept.get("device", _device_name(device)) == _device_name(device))
+
+
 def choose_forms(
     engine: Engine, control: HostGroup, *, kept: Mapping[str, Any] | None = None, prover: Prover | None = None
 ) -> None:
@@ -59,19 +64,17 @@ def choose_forms(
         prover: Proves kernels; on this process's CUDA device by default.
     """
     engine.forms = {}
-    begun = None
-    if kept is not None and kept.get("device", _device_name(engine.device)) == _device_name(engine.device):
-        begun = kept.get("names", {})
+    begun = kept.get("names", {}) if kept is not None and chosen_here(kept, engine.device) else None
+    prover = prover or _prover_of(engine)
     wanted = {}
     for part, shapes in _shapes(engine).items():
         form = _without_proof(engine, part, shapes, begun)
+        if form is None and prover is None:
+            form = Form(KERNELS[part].portable, "the fused kernels run on CUDA devices")
         if form is None:
             wanted[part] = shapes
         else:
             engine.forms[part] = form
-    if prover is None and wanted:
-        index = engine.device.index or 0
-        prover = Prover(f"cuda:{index}", device_facts(index), say=engine.note)
     for part, outcome in _agreed(control, prover, wanted).items():
         kernel = KERNELS[part]
         if outcome.passed:
@@ -87,6 +90,13 @@ def choose_forms(
                 f"{part}: the run began with {name} and goes on with {form.name} ({form.why}), "
                 "so it will not end with the same bits"
             )
+
+
+def _prover_of(engine: Engine) -> Prover | None:
+    if engine.device.type != "cuda":
+        return None
+    index = engine.device.index or 0
+    return Prover(f"cuda:{index}", device_facts(index), say=engine.note)
 
 
 def _without_proof(engine: Engine, part: str, shapes: dict[str, Any], begun: Mapping[str, str] | None) -> Form | None:
@@ -105,7 +115,9 @@ def _without_proof(engine: Engine, part: str, shapes: dict[str, Any], begun: Map
         return Form(asked, "as the configuration says")
     if config.training.fused == "none":
         return Form(kernel.portable, "training.fused is none")
-    if begun is not None and begun.get(part, kernel.portable) != kernel.fused:
+    if begun is not None and begun.get(part) != kernel.fused:
+        if part not in begun and engine.device.type == "cuda":
+            engine.note(f"{part}: the checkpoint does not say what computed it, so {kernel.portable} goes on")
         return Form(kernel.portable, "as the run began")
     return None
 

@@ -24,7 +24,7 @@ from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.engine import Engine
-from synco_fast.training.forms import Form, choose_forms, forms_state
+from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.plots import draw_pairs
 from synco_fast.training.run_folder import Summary, close_run
@@ -317,7 +317,9 @@ class Pretraining:
         if "method" not in state:
             raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of pretrain")
         if isinstance(state["method"], dict):
-            for line in self.method.adapt_state(state["method"]):
+            # `auto` says what a new run takes: this one keeps what it has, but on another device.
+            keep = self.config.method.queue_dtype == "auto" and chosen_here(state.get("forms", {}), self.device)
+            for line in self.method.adapt_state(state["method"], keep=keep):
                 self.note(line)
         load_weights(self.method, state["method"], path)
         if state["steps_per_epoch"] != self.steps_per_epoch:

@@ -82,6 +82,16 @@ def test_a_run_goes_on_in_the_other_dtype_and_says_so(tiny, tmp_path):
         assert before.dtype == getattr(torch, name)
 
 
+def test_auto_keeps_the_dtype_that_a_run_began_with(tiny):
+    method = build_method(tiny())
+    state = build_method(tiny(HALF)).state_dict()
+    (line,) = method.adapt_state(state, keep=True)
+    assert line.startswith("method.queue_dtype: the run began with bfloat16 and keeps it")
+    assert method.queue.rows.dtype == method.operand_dtype == state["queue.rows"].dtype == torch.bfloat16
+    method.load_state_dict(state)
+    assert method.adapt_state(state, keep=True) == []
+
+
 def test_an_odd_queue_of_halves_has_a_fingerprint(tiny):
     from synco_fast.training.engine import Engine
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from synco_fast.kernels import momentum, ops
 from synco_fast.kernels.proof import KERNELS
@@ -76,6 +78,14 @@ def test_on_a_cpu_the_portable_forms_run_and_nobody_is_told(engine, monkeypatch)
     assert made.lines == []
 
 
+def test_the_interpreter_is_no_device_to_prove_on(engine, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    made = engine()
+    choose_forms(made, ALONE)
+    assert names(made) == PORTABLE
+    assert made.lines == []
+
+
 def test_what_is_proved_is_used_and_what_fails_is_named(engine, served):
     made, prover = engine(), FakeProver("loss", "norm")
     choose_forms(made, ALONE, prover=prover)
@@ -130,6 +140,24 @@ def test_methods_without_queue_or_target_have_fewer_parts(tiny, served):
         assert prover.asked[0]["norm"]["images"] == 16, "both views pass together"
 
 
+def test_a_gpu_is_proved_on_by_its_own_number(monkeypatch):
+    monkeypatch.setattr(forms, "device_facts", lambda index: {"device": f"GPU {index}"})
+    said = []
+    prover = forms._prover_of(SimpleNamespace(device=torch.device("cuda", 3), note=said.append))
+    assert (prover.device, prover.facts) == ("cuda:3", {"device": "GPU 3"})
+    prover.say("a line")
+    assert said == ["a line"]
+    assert forms._prover_of(SimpleNamespace(device=torch.device("cpu"))) is None
+
+
+def test_the_page_lists_every_kernel():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = [line for line in page.partition("### First use")[2].partition("###")[0].splitlines() if line[:1] == "|"]
+    assert len(rows) == 2 + len(KERNELS)
+    for row, kernel in zip(rows[2:], KERNELS.values(), strict=True):
+        assert f"| `{kernel.fused}` | `{kernel.portable}`" in row
+
+
 # -- a resumed run ----------------------------------------------------------------------------------------------
 
 
@@ -173,8 +201,7 @@ def test_a_run_of_before_there_was_a_choice_keeps_the_portable_forms(engine, ser
 def test_run_folder_and_checkpoint_name_the_forms(tiny, tmp_path, served, monkeypatch):
     """A whole run and its resumption, with the operators' own fallback in the place of the kernels."""
     prover = FakeProver("loss", "momentum")
-    monkeypatch.setattr(forms, "device_facts", lambda index: {})
-    monkeypatch.setattr(forms, "Prover", lambda *_, **__: prover)
+    monkeypatch.setattr(forms, "_prover_of", lambda engine: prover)
     short = {"training.epochs": 1, "training.max_steps": 1, "evaluation.every": 0}
     console, text = screen()
     monkeypatch.setattr(ops, "_note", lambda reason: None)
