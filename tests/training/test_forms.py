@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from synco_fast.commands.pretrain import _print_summary
 from synco_fast.kernels import momentum, ops
 from synco_fast.kernels.proof import KERNELS
 from synco_fast.models.batch_norm import SplitBatchNorm2d
@@ -215,6 +216,8 @@ def test_run_folder_and_checkpoint_name_the_forms(tiny, tmp_path, served, monkey
         assert found["norm"] == {"name": "native", "why": "it is wrong"}
     assert "norm: computed by native, not by the fused kernel: it is wrong" in text.getvalue()
     assert newest(tmp_path / "run")["forms"]["names"] == expected
+    _print_summary(summary, console)
+    assert "loss triton, norm native, momentum triton, views torchvision" in text.getvalue()
     prover.passing = ()
     console, text = screen()
     trainer(tiny({**short, "training.max_steps": 2}), tmp_path / "run", resume=tmp_path / "run", console=console)
