@@ -43,7 +43,7 @@ def momentum_update(
             tensor three and a copy of them. ``"triton"`` takes one pass in one or two launches in both cases; it runs
             on CUDA, has not been timed on a GPU yet, and keeps tables of addresses, which a graph's warm-up has to make
             before the capture. What it does not serve goes to foreach, with a warning once. ``"auto"`` is foreach; a
-            training run proves the kernel on its own device and then asks for it.
+            training run validates the kernel on its own device and then uses it.
 
     Raises:
         ValueError: m is out of range, or the lists differ in length, or a pair in shape, or the backend is unknown.

@@ -62,13 +62,13 @@ def synthetic_contrast(
         image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
             same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
-        backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` asks for the kernels,
-            which are proved in the interpreter but have not run on a GPU yet: a training run proves them on its own
-            device before it asks for them. What they do not serve goes to the blockwise form, with a warning once.
+        backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` takes the kernels
+            (experimental: tested in Triton's interpreter only; opt-in, or in a training run that validated them on its
+            GPU); unsupported arguments go to the blockwise form, with one warning.
             ``"reference"`` is the plain form, differentiable as often as wanted.
-        operand_dtype: ``torch.bfloat16`` or ``torch.float16``: q and k, given in float32, are rounded to it inside, and
-            loss and gradient stay in float32. With a queue in the same dtype tensor cores multiply all three as they
-            are. None takes q and k as they are.
+        operand_dtype: ``torch.bfloat16`` or ``torch.float16``: round q and k, given in float32, to it; loss and
+            gradient stay in float32. With a queue in the same dtype the kernels use it in all products. None: no
+            rounding.
 
     Returns:
         The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.

@@ -1,9 +1,8 @@
-"""What a fused kernel has to show on a device before ``auto`` takes it: the registry, and the process that asks.
+"""Validation of fused kernels before their first use on a device: the registry, and the subprocess.
 
-Each kernel is compared at the shapes and dtypes of a run with a form that is right on every device, by the bounds of
-its own validation, and run twice for equal bits. ``python -m synco_fast.kernels.proof`` reads what is wanted from its
-standard input, as one line of JSON, and answers with one line for each kernel; a kernel that hangs or crashes takes
-nothing but that process with it.
+Each kernel is compared with PyTorch at the shapes and dtypes of a run, within the bounds of its own validation, and
+must repeat bit for bit. ``python -m synco_fast.kernels.proof`` reads a request from standard input, as a line of JSON,
+and writes one line for each kernel; a kernel that hangs or crashes affects only that process.
 """
 
 from __future__ import annotations
@@ -31,14 +30,13 @@ from synco_fast.kernels.validation import Case, validate
 __all__ = ["KERNELS", "Comparison", "FusedKernel", "answer", "loss_shapes", "momentum_shapes", "norm_shapes"]
 
 Shapes = Mapping[str, Any]
-"""Where a run uses a kernel, in plain values that JSON holds; see `loss_shapes` and its like."""
+"""Where a run uses a kernel, as JSON values; see `loss_shapes`, `norm_shapes`, `momentum_shapes`."""
 
-#: Values of a layer that are compared at most; a larger one is compared on fewer images, which bounds the memory of
-#: the formula in float64, half a GiB a tensor.
+#: Most values of a layer: a larger one is compared on fewer images, so that a float64 tensor takes half a GiB.
 _LARGEST_LAYER = 1 << 26
-#: Numbers between two tensors of the momentum update, which it must not touch.
+#: Numbers between two tensors of the momentum update, which it must not change.
 _GAP = 64
-#: Units in the last place that the momentum update may be off beside twice foreach's error.
+#: Error of the momentum update, in units in the last place, beside twice the error of foreach.
 _UNITS = 2
 
 
@@ -47,9 +45,9 @@ class Comparison:
     """One case of a proof.
 
     Attributes:
-        about: The case in words.
-        errors, bounds: By quantity: the largest absolute error, and what is allowed.
-        misses: What is beyond its bound, and whether a repeat gave other bits; empty where all is well.
+        about: Description of the case.
+        errors, bounds: By quantity: the largest absolute error, and its bound.
+        misses: Quantities beyond their bounds, and a repeat with other bits; empty if the case passed.
     """
 
     about: str
@@ -59,12 +57,12 @@ class Comparison:
 
 
 class FusedKernel(NamedTuple):
-    """A kernel that ``auto`` takes where it is proved.
+    """A kernel that ``auto`` uses once it is validated.
 
     Attributes:
-        fused, portable: What the two forms are called, as backends.
-        unserved: From `Shapes` and a device to the reason why the kernel does not run there; None where it does.
-        prove: From `Shapes` and a device to the comparisons.
+        fused, portable: Backends: the kernel, and the fallback.
+        unserved: From `Shapes` and a device to why the kernel does not support them; None if it does.
+        prove: From `Shapes` and a device to comparisons.
     """
 
     fused: str
@@ -88,11 +86,11 @@ def loss_shapes(
     """Where a run uses the loss.
 
     Args:
-        calls: Of each call in a step B, and whether queue keys of a query's own image are masked.
+        calls: For each call in a step: B, and whether queue keys of the query's own image are masked.
         length, dim: K and D.
-        negatives: What is contrasted, in the order of the run's epochs.
+        negatives: The negatives, in the order of the epochs.
         temperature: T.
-        dtype: In which q, k and the queue are multiplied.
+        dtype: Dtype of q, k and the queue in the loss.
     """
     return {
         "calls": [list(call) for call in sorted(set(calls))],
@@ -151,9 +149,9 @@ def norm_shapes(
     """Where a run uses batch norm.
 
     Args:
-        images: That pass through an encoder at once.
+        images: Images in one forward pass.
         dtype: Of the activations.
-        layers: (C, H, W, groups, relu, residual) of each.
+        layers: (C, H, W, groups, relu, residual) of each layer.
     """
     return {"images": images, "dtype": _name(dtype), "layers": [list(one) for one in sorted(set(layers))]}
 
@@ -192,7 +190,7 @@ def momentum_shapes(targets: Sequence[Tensor], momentum: float) -> dict[str, Any
     """Where a run uses the momentum update.
 
     Args:
-        targets: What is updated.
+        targets: The updated tensors.
         momentum: m.
     """
     sizes: dict[tuple[str, int], int] = {}
@@ -213,14 +211,14 @@ def _unserved_momentum(shapes: Shapes, device: torch.device) -> str | None:
 
 
 def _prove_momentum(shapes: Shapes, device: torch.device) -> Iterator[Comparison]:
-    # The run's own moves a tensor by little, in 16 bits by less than rounding.
+    # The run's own momentum changes a 16-bit tensor by less than rounding.
     momenta = dict.fromkeys((shapes["momentum"], 0.5))
     dtypes = sorted({dtype for dtype, _, _ in shapes["sizes"]})
     for name, momentum in itertools.product(dtypes, momenta):
         sizes = [size for dtype, size, count in shapes["sizes"] if dtype == name for _ in range(count)]
         start = _Parameters(sizes, _dtype(name), device)
         query = start.like(1)
-        exact = torch.lerp(start.room.double(), query.room.double(), 1 - momentum)
+        exact = torch.lerp(start.buffer.double(), query.buffer.double(), 1 - momentum)
         runs = {
             "foreach": ("foreach", momentum),
             "found": ("triton", momentum),
@@ -231,7 +229,7 @@ def _prove_momentum(shapes: Shapes, device: torch.device) -> Iterator[Comparison
         for title, (backend, m) in runs.items():
             target = start.copy()
             momentum_update(target.tensors, query.tensors, m, backend=backend)  # type: ignore[arg-type]
-            results[title] = target.room
+            results[title] = target.buffer
         still = start.copy()
         momentum_update(still.tensors, start.tensors, momentum, backend="triton")
         inside = start.inside
@@ -243,33 +241,33 @@ def _prove_momentum(shapes: Shapes, device: torch.device) -> Iterator[Comparison
         off = (results["on the device"].double() - exact)[inside].abs().max().item()
         if not off <= bound:
             misses.append("k, with the momentum on the device")
-        if not torch.equal(still.room, start.room):
+        if not torch.equal(still.buffer, start.buffer):
             misses.append("k, where it equals q")
-        if any(not torch.equal(result[~inside], start.room[~inside]) for result in results.values()):
+        if any(not torch.equal(result[~inside], start.buffer[~inside]) for result in results.values()):
             misses.append("memory beside a tensor")
         about = f"m = {momentum:g}, {len(sizes)} tensors of {sum(sizes):,} numbers in all, {name}"
         yield Comparison(about, {"k": max(error, off)}, {"k": bound}, tuple(misses))
 
 
 class _Parameters:
-    """Tensors in one room, at addresses that are multiples of 16 bytes, with numbers between them."""
+    """Tensors in one buffer, at addresses that are multiples of 16 bytes, with gaps between them."""
 
     def __init__(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
         self._sizes, self._dtype, self._device = sizes, dtype, device
         rooms = [_GAP + math.ceil(size / _GAP) * _GAP for size in sizes]
         generator = torch.Generator(device).manual_seed(seed)
-        self.room = torch.randn(sum(rooms) + _GAP, generator=generator, device=device).to(dtype)
+        self.buffer = torch.randn(sum(rooms) + _GAP, generator=generator, device=device).to(dtype)
         starts = [begin + _GAP for begin in itertools.accumulate([0, *rooms[:-1]])]
         self._spans = list(zip(starts, sizes, strict=True))
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.room[start : start + size] for start, size in self._spans]
+        return [self.buffer[start : start + size] for start, size in self._spans]
 
     @property
     def inside(self) -> Tensor:
-        """Where the room belongs to a tensor."""
-        found = torch.zeros(len(self.room), dtype=torch.bool, device=self._device)
+        """Mask of the tensors in the buffer."""
+        found = torch.zeros(len(self.buffer), dtype=torch.bool, device=self._device)
         for start, size in self._spans:
             found[start : start + size] = True
         return found
@@ -279,13 +277,13 @@ class _Parameters:
 
     def copy(self) -> _Parameters:
         made = object.__new__(_Parameters)
-        made.__dict__.update(self.__dict__, room=self.room.clone())
+        made.__dict__.update(self.__dict__, buffer=self.buffer.clone())
         return made
 
 
 # -- the registry, and the process ------------------------------------------------------------------------------
 
-#: Every fused kernel that ``auto`` may choose, by the name that a run's summary gives it.
+#: Fused kernels that ``auto`` may use, by the part of a step that they compute.
 KERNELS = {
     "loss": FusedKernel("triton", "blockwise", _unserved_loss, _prove_loss),
     "norm": FusedKernel("triton", "native", _unserved_norm, _prove_norm),
@@ -294,13 +292,13 @@ KERNELS = {
 
 
 def answer(request: Mapping[str, Any], out: TextIO) -> None:
-    """Prove what is wanted, in order, one line of JSON each, up to the first kernel that raises.
+    """Validate kernels in order, one line of JSON each, up to the first that raises.
 
-    What a kernel did to the device may let every later one fail as well, so that those are left to another process.
+    An error can leave the device in a state in which every later kernel fails; those need another process.
 
     Args:
         request: ``device``, and ``wanted``: pairs of a name in `KERNELS` and `Shapes`.
-        out: Gets a line as soon as a kernel is done: its name, its comparisons and the seconds, or what it raised.
+        out: Gets a line after each kernel: its name, comparisons and seconds, or its error.
     """
     device = torch.device(request["device"])
     if device.type == "cuda":
@@ -310,7 +308,7 @@ def answer(request: Mapping[str, Any], out: TextIO) -> None:
         line: dict[str, Any] = {"kernel": name}
         try:
             line["compared"] = [asdict(one) for one in KERNELS[name].prove(shapes, device)]
-        except Exception as error:  # whatever a compiler or a driver raises keeps the kernel from being used
+        except Exception as error:  # compilers and drivers raise many kinds
             line["raised"] = f"{type(error).__name__}: {error}"
         line["seconds"] = time.perf_counter() - begun
         print(json.dumps(line), file=out, flush=True)
@@ -328,12 +326,12 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def main() -> None:
-    """Answer the request on the standard input."""
-    # Compilers print where they like: the answers get the standard output for themselves.
+    """Answer the request on standard input."""
+    # Compilers print to standard output: move theirs to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.loads(sys.stdin.readline())
-    # Nobody may be left to end this process.
+    # In case the parent dies first.
     signal.alarm(math.ceil(request["seconds"]))
     answer(request, answers)
 

@@ -1,9 +1,14 @@
 """MoCo v2, MoCHi and SynCo: one method with three settings of the negatives.
 
-A step: the key encoder becomes the EMA of the query encoder (MoCo, arXiv 1911.05722 eq. 2); one view becomes queries,
-the other keys; each query is contrasted with its key, the queue and the synthetic negatives; after the optimizer's
-step the keys enter the queue, so that a key is never a negative of its own query. In a job of several processes the
-keys of all enter it, in the order of the global batch, so that every process holds the same queue.
+A step:
+
+1. Update the key encoder, the EMA of the query encoder (MoCo, arXiv 1911.05722 eq. 2).
+2. Compute queries from one view and keys from the other.
+3. Contrast each query with its key, the queue and the synthetic negatives.
+4. After the optimizer's step, enqueue the keys, so that a key is never a negative of its own query.
+
+In a job of several processes the keys of all are enqueued, in the order of the global batch, so that every process
+holds the same queue.
 """
 
 from __future__ import annotations
@@ -37,8 +42,8 @@ class NegativeSchedule:
     """The negatives by epoch: synthetic ones between warm-up and cool-down, the queue alone outside.
 
     Attributes:
-        negatives: What is on in between.
-        epochs: Length of the run.
+        negatives: The negatives in between.
+        epochs: Length of the run in epochs.
         warmup: First epochs without synthetic negatives (10 in SynCo and MoCHi on ImageNet).
         cooldown: Last epochs without them.
     """
@@ -53,26 +58,26 @@ class NegativeSchedule:
         on = self.warmup <= epoch < self.epochs - self.cooldown
         return self.negatives if on else self.negatives.without_synthetic()
 
-    def first_like(self, epoch: int) -> int:
-        """The first epoch with the negatives of ``epoch``."""
+    def graph_key(self, epoch: int) -> int:
+        """The first epoch with the same negatives as ``epoch``."""
         return next(number for number in range(epoch + 1) if self.at(number) == self.at(epoch))
 
 
 @dataclass(frozen=True)
 class ContrastSettings:
-    """What the configuration says about the contrast.
+    """The settings of the contrastive loss.
 
     Attributes:
         queue: K.
         dim: D, the encoder's output width.
-        schedule: Which negatives, when.
+        schedule: The negatives by epoch.
         temperature: T.
-        symmetric: Each view serves as query and as key; the loss is the mean of both directions, and both sets of keys
+        symmetric: Use each view as query and as key: the loss is the mean of both directions, and both sets of keys
             enter the queue.
-        mask_same_image: A queue key of the query's own image is no negative: for sets smaller than the queue.
-        seed: Of queue, shuffles and draws.
-        backend: Of the loss.
-        queue_dtype: Of the queue's keys, and of what the loss multiplies them with; loss and gradient are float32.
+        mask_same_image: Exclude queue keys of the query's own image; for sets smaller than the queue.
+        seed: Seed of queue, shuffles and draws.
+        backend: Backend of the loss.
+        queue_dtype: Dtype of the queue, and of q and k in the loss; loss and gradient are float32.
     """
 
     queue: int
@@ -87,7 +92,7 @@ class ContrastSettings:
 
     @classmethod
     def of(cls, config: Config) -> ContrastSettings:
-        """Those of a configuration."""
+        """The settings of a configuration."""
         method = config.method
         return cls(
             queue=method.queue,
@@ -105,7 +110,7 @@ class ContrastSettings:
 
 
 def build(config: Config, processes: int) -> MomentumContrast:
-    """The method of a configuration, on the CPU."""
+    """Build the method of a configuration, on the CPU."""
     return MomentumContrast(build_encoder(config, processes=processes), ContrastSettings.of(config))
 
 
@@ -114,7 +119,7 @@ class MomentumContrast(Method):
 
     Args:
         encoder: The query encoder.
-        settings: Of the contrast.
+        settings: Settings of the contrastive loss.
     """
 
     headline: Mapping[str, str] = {"loss": "loss {:.3f}", "queue_top1": "acc {:.1%}"}
@@ -125,7 +130,7 @@ class MomentumContrast(Method):
         self.encoder = encoder
         self.key_encoder = make_ema_copy(encoder)
         self.queue = KeyQueue(settings.queue, settings.dim, seed=settings.seed, dtype=settings.queue_dtype)
-        #: By direction, this step's keys of the whole batch, (B, D), and their images, (B,).
+        #: By direction, this step's keys of the global batch, (B, D), and their image ids, (B,).
         self._keys: list[tuple[Tensor, Tensor]] = []
         self._queued = 0
         self._slow_path = SlowPathMonitor()
@@ -140,11 +145,11 @@ class MomentumContrast(Method):
         """Both encoders and the queue."""
         return {**super().replicated, "queue": self.queue}
 
-    def arrange(self, views: Views, *, step: int) -> StepInputs:
-        """Permute the views that become keys over the whole batch, across processes (ShuffleBN)."""
+    def shard(self, views: Views, *, step: int) -> StepInputs:
+        """Permute the key views over the global batch, across processes (ShuffleBN)."""
         pairs = [(views.first, views.second), (views.second, views.first)][: 1 + self.settings.symmetric]
         device, rows = views.image_ids.device, world() * len(views.image_ids)
-        # What each process sends follows from the order, so that the host must know it where there are several.
+        # With several processes the host needs the order, since the sizes of what is sent follow from it.
         host = device if world() == 1 else torch.device("cpu")
         orders = [
             key_order(rows, seed=self.settings.seed, step=step, direction=way, device=host) for way in range(len(pairs))
@@ -160,7 +165,7 @@ class MomentumContrast(Method):
     def begin_step(
         self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
     ) -> None:
-        """Update the key encoder and compute the keys of the whole batch, (B, D), the same on every process."""
+        """Update the key encoder and compute the keys of the global batch, (B, D), the same on every process."""
         with phase("EMA update"):
             ema_update(self.key_encoder, self.encoder, momentum, backend=self.momentum_backend)
         self._keys.clear()
@@ -220,12 +225,12 @@ class MomentumContrast(Method):
 
     @property
     def operand_dtype(self) -> torch.dtype | None:
-        """What queries and keys are rounded to in the loss, that of the queue; None where that is float32."""
+        """Dtype to which the loss rounds queries and keys, that of the queue; None for float32."""
         dtype = self.settings.queue_dtype
         return None if dtype == torch.float32 else dtype
 
     def after_step(self, step_ok: Tensor | None = None) -> None:
-        """Write the step's keys to the queue, unless ``step_ok`` (bool, no dimensions) holds false."""
+        """Enqueue the step's keys, unless ``step_ok``, a bool scalar, is false."""
         with phase("enqueue"):
             for keys, image_ids in self._keys:
                 self.queue.enqueue(keys, image_ids, step_ok)
@@ -234,11 +239,11 @@ class MomentumContrast(Method):
 
     @property
     def stream(self) -> int:
-        """That of the kernels' draws, where synthetic negatives are drawn."""
+        """The version of the kernels' draws if synthetic negatives are drawn."""
         return STREAM if self.settings.schedule.negatives.synthetic else 1
 
     def kernel_shapes(self, rows: int) -> dict[str, dict[str, Any]]:
-        """Those of the loss."""
+        """Shapes of the loss."""
         settings, schedule = self.settings, self.settings.schedule
         last = schedule.epochs - 1
         return {
@@ -253,7 +258,7 @@ class MomentumContrast(Method):
         }
 
     def calls_of_step(self, rows: int) -> list[tuple[int, bool]]:
-        """Of each call of the loss in a step of ``rows`` images B, and whether the same image is masked."""
+        """For each call of the loss in a step of ``rows`` images: B, and whether the same image is masked."""
         return [(rows, self.settings.mask_same_image)]
 
     def use_backend(self, kernel: str, backend: str) -> None:
@@ -263,7 +268,7 @@ class MomentumContrast(Method):
             self.settings = replace(self.settings, backend=cast(Backend, backend))
 
     def adapt_state(self, state: dict[str, Any], *, keep: bool) -> list[str]:
-        """Take the dtype of a checkpoint's queue, or round or widen that queue to this run's."""
+        """Take over the dtype of the checkpoint's queue, or convert that queue."""
         rows, wanted = state.get("queue.rows"), self.settings.queue_dtype
         if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dtype == wanted:
             return []
@@ -271,38 +276,38 @@ class MomentumContrast(Method):
         if keep and rows.dtype in QUEUE_DTYPES:
             self.settings = replace(self.settings, queue_dtype=rows.dtype)
             self.queue.rows = self.queue.rows.to(rows.dtype)
-            return [f"method.queue_dtype: the run began with {found} and keeps it; a new one would take {now} here"]
+            return [f"method.queue_dtype: the run keeps {found}; a new run would use {now} here"]
         state["queue.rows"] = rows.to(wanted)
         return [
-            f"method.queue_dtype: the checkpoint's queue is {found} and goes on in {now}; "
-            f"the run will not end with the same bits as in {found}"
+            f"method.queue_dtype: converting the checkpoint's queue from {found} to {now}; "
+            "the run is no longer equal bit for bit"
         ]
 
     def graph_key(self, epoch: int) -> int:
         """The first epoch with the same negatives."""
-        return self.settings.schedule.first_like(epoch)
+        return self.settings.schedule.graph_key(epoch)
 
     def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
-        """``queue_age``, the age of the oldest key in steps; a warning where the slow path is taken all the time."""
+        """``queue_age``, the age of the oldest key in steps; a warning if the slow path is taken all the time."""
         warnings = self._slow_path.look(values.get("slow_path", 0.0))
         return {"queue_age": min(float(step), len(self.queue) / max(1, self._queued))}, warnings
 
 
 class SlowPathMonitor:
-    """Warns once where most queries needed all similarities to select Q^N at ``lines`` lines of the log in a row."""
+    """Warns once if most queries took the slow path of the selection at ``lines`` consecutive log lines."""
 
     def __init__(self, *, share: float = 0.5, lines: int = 5) -> None:
         self._share, self._lines, self._row, self._warned = share, lines, 0, False
 
     def look(self, share: float) -> list[str]:
-        """Take the share of queries at the next line of the log, in [0, 1]; the warning, where it is due."""
+        """Take the share of queries at the next log line, in [0, 1]; returns a warning if one is due."""
         self._row = self._row + 1 if share > self._share else 0
         if self._warned or self._row < self._lines:
             return []
         self._warned = True
         return [
             f"slow path: {share:.0%} of the queries selected their hard negatives from all similarities at "
-            f"{self._lines} lines of the log in a row, which takes longer: nearly equal or repeated keys "
+            f"{self._lines} consecutive log lines, which is slower; the keys are nearly equal or repeated "
             "(docs/curves.md)"
         ]
 
@@ -316,7 +321,7 @@ def _gather(keys: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _metrics(loss: Tensor, directions: list[Contrast]) -> dict[str, Tensor]:
-    """Means over the rows of both directions; NaN for a kind of negatives that no row met."""
+    """Means over the rows of both directions; NaN for negatives that no row has."""
     statistics = [contrast.statistics for contrast in directions]
     metrics = {
         "loss": loss.detach(),

@@ -1,7 +1,7 @@
-"""First use: fused kernels are proved on this device before a run takes them, once, in a process of their own.
+"""First use of fused kernels on a device: validated once, in a subprocess, with the result in the user's cache.
 
-The proofs are those of `synco_fast.kernels.proof`. What came of one is kept in the user's cache, one file for each
-device, versions and shapes, with everything that was compared. A kernel that fails, crashes or hangs is not used.
+The subprocess is `synco_fast.kernels.proof`. Each result is one JSON file for a device, versions and shapes, and lists
+every comparison. A kernel that fails, crashes or hangs is not used.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from synco_fast.version import __version__
 
 __all__ = ["LIMIT", "Outcome", "Prover", "device_facts", "forget", "key_of", "proofs_folder"]
 
-#: Seconds that a kernel may take, compiling included; one that takes longer counts as hanging.
+#: Time limit of a kernel in seconds, including compilation.
 LIMIT = 180.0
-#: Failures that say something about what else the machine does, and nothing about a kernel: they are not kept.
+#: Failures with another cause than the kernel; they are not cached.
 _PASSING = ("out of memory", "busy or unavailable", "did not start", "SIGKILL", "SIGTERM")
 _CHILD = (sys.executable, "-m", "synco_fast.kernels.proof")
 _CASE = {"about", "errors", "bounds", "misses"}
@@ -42,12 +42,12 @@ _LONGEST_REASON = 200
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a kernel's proof.
+    """The result of a kernel's validation.
 
     Attributes:
-        passed: Whether it may be used.
-        reason: Why not, in a line; empty where it passed.
-        fresh: Whether it was proved just now, not read from the cache.
+        passed: Whether the kernel may be used.
+        reason: Why not; empty if it passed.
+        fresh: Whether it was validated now, rather than read from the cache.
     """
 
     passed: bool
@@ -56,10 +56,10 @@ class Outcome:
 
 
 def device_facts(index: int) -> dict[str, str]:
-    """What a proof on a CUDA device depends on beside shapes: the device, the driver, and every version.
+    """What a result on a CUDA device depends on beside the shapes: device, driver, and versions.
 
     Args:
-        index: The device's number.
+        index: Index of the device.
     """
     import torch
 
@@ -81,7 +81,7 @@ def device_facts(index: int) -> dict[str, str]:
 
 
 def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """The driver's version as its kernel module gives it; where that tells nothing, the CUDA version that it serves."""
+    """Version of the driver's kernel module; if unknown, the CUDA version that the driver supports."""
     try:
         found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", file.read_text(encoding="utf-8"))
     except OSError:
@@ -95,7 +95,7 @@ def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 
 def _digest() -> str:
-    """A hash of the kernels' source, so that a checkout that changes between two versions is proved anew."""
+    """Hash of the kernels' source: a checkout changes between two versions."""
     from synco_fast import kernels
 
     folder = Path(str(kernels.__file__)).parent
@@ -106,18 +106,18 @@ def _digest() -> str:
 
 
 def key_of(kernel: str, shapes: Mapping[str, Any], facts: Mapping[str, str]) -> str:
-    """What names a proof: the same for the same kernel, shapes and facts."""
+    """Key of a cached result: the same for the same kernel, shapes and facts."""
     whole = json.dumps([kernel, shapes, facts], sort_keys=True)
     return f"{kernel}-{hashlib.sha256(whole.encode()).hexdigest()[:24]}"
 
 
 def proofs_folder() -> Path:
-    """Where proofs are kept: ``synco-fast/proofs`` in the user's cache, ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Folder of cached results: ``synco-fast/proofs`` in ``XDG_CACHE_HOME`` or ``~/.cache``."""
     return cache_folder() / "proofs"
 
 
 def forget(folder: Path | None = None) -> int:
-    """Remove every kept proof; how many there were."""
+    """Remove all cached results and return their number."""
     files = list((folder or proofs_folder()).glob("*.json"))
     for file in files:
         file.unlink(missing_ok=True)
@@ -126,15 +126,15 @@ def forget(folder: Path | None = None) -> int:
 
 @dataclass(frozen=True)
 class Prover:
-    """Proves kernels on a device, or reads what is known of them.
+    """Validates kernels on a device, or reads cached results.
 
     Attributes:
-        device: As PyTorch names it, such as ``cuda:0``.
+        device: Name of the device, such as ``cuda:0``.
         facts: `device_facts`.
-        folder: Where proofs are kept; `proofs_folder` by default.
-        command: What is started as the process of its own.
-        limit: Seconds for each kernel.
-        say: Takes a line before something that takes long.
+        folder: Folder of cached results; `proofs_folder` by default.
+        command: Command of the subprocess.
+        limit: Time limit of each kernel in seconds.
+        say: Shows a line of progress.
     """
 
     device: str
@@ -145,27 +145,27 @@ class Prover:
     say: Callable[[str], None] = lambda line: None
 
     def key(self, kernel: str, shapes: Mapping[str, Any]) -> str:
-        """`key_of` a kernel on this device."""
+        """The `key_of` a kernel on this device."""
         return key_of(kernel, shapes, self.facts)
 
     def prove(self, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
-        """Whether each kernel may be used; starts a process only for what is not known yet.
+        """Validate kernels; only those without a cached result run.
 
         Args:
-            wanted: By a kernel's name in `synco_fast.kernels.proof.KERNELS`, the shapes.
+            wanted: Shapes by name in `synco_fast.kernels.proof.KERNELS`.
         """
         found = {name: self._known(name, shapes) for name, shapes in wanted.items()}
         unknown = {name: shapes for name, shapes in wanted.items() if found[name] is None}
         if unknown:
             self.say(
-                f"first use on {self.facts['device'].split(',')[0]}: compiling the fused kernels of "
-                f"{', '.join(unknown)} and comparing them with PyTorch, {self.limit:g} s each at most ..."
+                f"first use on {self.facts['device'].split(',')[0]}: compiling and validating the fused kernels of "
+                f"{', '.join(unknown)} (at most {self.limit:g} s each) ..."
             )
         for name, line in self._ask(unknown).items():
             found[name] = self._judge(name, unknown[name], line)
         return {name: outcome for name, outcome in found.items() if outcome is not None}
 
-    # -- what is known ------------------------------------------------------------------------------------------
+    # -- cached results -----------------------------------------------------------------------------------------
 
     def _file(self, name: str, shapes: Mapping[str, Any]) -> Path:
         return (self.folder or proofs_folder()) / f"{self.key(name, shapes)}.json"
@@ -173,27 +173,26 @@ class Prover:
     def _known(self, name: str, shapes: Mapping[str, Any]) -> Outcome | None:
         try:
             record = read_json(self._file(name, shapes))
-        except UserError:  # a damaged file is none
+        except UserError:  # damaged
             return None
         if not isinstance(record.get("passed"), bool) or not isinstance(record.get("reason"), str):
             return None
         if record["passed"]:
             return Outcome(True)
-        found = f"found on {record.get('date')}; 'synco-fast validate --forget' asks anew"
+        found = f"cached on {record.get('date')}; 'synco-fast validate --forget' empties the cache"
         return Outcome(False, f"{record['reason']} ({found})")
 
     def _judge(self, name: str, shapes: Mapping[str, Any], line: dict[str, Any]) -> Outcome:
-        """Whether an answer is a proof; it is kept unless it says nothing about the kernel."""
+        """Judge the answer about a kernel, and cache the result."""
         compared = line.get("compared", [])
         reason = str(line["raised"]) if "raised" in line else ""
         for case in compared:
             if case["misses"] and not reason:
                 reason = f"differs from PyTorch in {', '.join(case['misses'])} at {case['about']}"
-                reason += "".join(
-                    f"; {what} is off by {case['errors'][what]:.1e}, allowed {case['bounds'][what]:.1e}"
-                    for what in case["misses"]
-                    if what in case["errors"]
-                )
+                for what in case["misses"]:
+                    if what in case["errors"]:
+                        reason += f"; {what}: found an error of {case['errors'][what]:.1e}, "
+                        reason += f"expected {case['bounds'][what]:.1e} or less"
         if not compared and not reason:
             reason = "nothing was compared"
         reason = " ".join(reason.split())[:_LONGEST_REASON]
@@ -211,13 +210,13 @@ class Prover:
             try:
                 write_json(self._file(name, shapes), record)
             except OSError as error:
-                self.say(f"first use: the proof of {name} cannot be kept ({error})")
+                self.say(f"first use: the result for {name} cannot be cached ({error})")
         return Outcome(not reason, reason, fresh=True)
 
-    # -- the process of its own ---------------------------------------------------------------------------------
+    # -- the subprocess -----------------------------------------------------------------------------------------
 
     def _ask(self, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The answer about each kernel, from one process, or from a further one for what follows a failure."""
+        """The answer about each kernel, from one subprocess, and another one after each failure."""
         answers: dict[str, dict[str, Any]] = {}
         while left := [name for name in wanted if name not in answers]:
             for line in self._start([(name, wanted[name]) for name in left]):
@@ -225,12 +224,12 @@ class Prover:
         return answers
 
     def _start(self, wanted: list[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """One process: its answers in order; the last of them says what went wrong, where something did."""
+        """The answers of one subprocess in order; after a failure the last one says what happened."""
         request = {"device": self.device, "wanted": wanted, "seconds": 60 + self.limit * len(wanted)}
         answers: list[dict[str, Any]] = []
         with tempfile.TemporaryFile() as errors:
             try:
-                # A session of its own: its compilers end with it, and Ctrl-C is for this process to handle.
+                # In its own session, so that its compilers are killed with it and Ctrl-C reaches this process only.
                 child = subprocess.Popen(
                     list(self.command),
                     stdin=subprocess.PIPE,
@@ -240,7 +239,7 @@ class Prover:
                     start_new_session=True,
                 )
             except OSError as error:
-                return [{"kernel": wanted[0][0], "raised": f"its process did not start ({error})"}]
+                return [{"kernel": wanted[0][0], "raised": f"the subprocess did not start ({error})"}]
             try:
                 lines = _lines_of(child, json.dumps(request))
                 for name, _ in wanted:
@@ -259,7 +258,7 @@ class Prover:
 
 
 def _lines_of(child: subprocess.Popen[str], request: str) -> queue.SimpleQueue[str | None]:
-    """The lines that a process writes, as they come, and None where it ends; ``request`` is handed to it first."""
+    """Send ``request`` to a subprocess and queue its lines of output; None marks the end."""
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -269,7 +268,7 @@ def _lines_of(child: subprocess.Popen[str], request: str) -> queue.SimpleQueue[s
             with child.stdin:
                 child.stdin.write(f"{request}\n")
         except OSError:
-            pass  # it ended before it read: its output says why
+            pass  # it has exited already
         for line in child.stdout:
             lines.put(line)
         lines.put(None)
@@ -279,32 +278,32 @@ def _lines_of(child: subprocess.Popen[str], request: str) -> queue.SimpleQueue[s
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:
-    """An answer about the kernel ``name``; what is none counts as a failure."""
+    """The answer about the kernel ``name``; anything else is a failure."""
     try:
         line = json.loads(text)
     except ValueError:
         line = None
     good = isinstance(line, dict) and line.get("kernel") == name and isinstance(line.get("compared", []), list)
     if not good or not all(isinstance(case, dict) and case.keys() >= _CASE for case in line.get("compared", [])):
-        return {"kernel": name, "raised": f"its process answered {text.strip()[:80]!r}"}
+        return {"kernel": name, "raised": f"the subprocess printed {text.strip()[:80]!r}"}
     return dict(line)
 
 
 def _last_words(child: subprocess.Popen[str], errors: Any) -> str:
-    """Why a process ended without an answer."""
+    """Why a subprocess ended without an answer."""
     try:
         code = child.wait(timeout=10)
     except subprocess.TimeoutExpired:
-        return "its process closed its output and goes on"
+        return "the subprocess closed its output but did not exit"
     if code < 0:
-        return f"its process was ended by {signal.Signals(-code).name}"
+        return f"the subprocess was killed by {signal.Signals(-code).name}"
     errors.seek(0)
     words = errors.read().decode(errors="replace").strip().splitlines()
-    return f"its process ended with exit code {code}" + (f": {words[-1]}" if words else "")
+    return f"the subprocess exited with code {code}" + (f": {words[-1]}" if words else "")
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """End a process and all that it started; one that the driver holds is not waited for."""
+    """Kill a subprocess and its children; do not wait for one that hangs in the driver."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

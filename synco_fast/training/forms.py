@@ -1,7 +1,7 @@
-"""Which form computes what in a run: fused kernels where they are proved on the device, portable forms elsewhere.
+"""The implementation of each part of a step: validated fused kernels, or portable fallbacks.
 
-A configuration that names a form gets it, unproved. Where it says ``auto``, a fused kernel is used on a CUDA device
-after its first-use proof (`synco_fast.runtime.first_use`), and a resumed run keeps the forms that it began with.
+An explicit setting is used without validation. With ``auto``, a fused kernel is used on a CUDA device after its
+validation there (`synco_fast.runtime.first_use`), and a resumed run keeps its implementations.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _ASKED_NORM = {"auto": "auto", "fused": "triton", "plain": "plain"}
 
 @dataclass(frozen=True)
 class Form:
-    """What computes a part of the step.
+    """The implementation of a part of a step.
 
     Attributes:
-        name: Such as ``triton`` or ``blockwise``.
-        why: In a few words.
+        name: Its name, such as ``triton`` or ``blockwise``.
+        why: Why it was chosen.
     """
 
     name: str
@@ -40,28 +40,28 @@ class Form:
 
 
 def forms_state(engine: Engine) -> dict[str, Any]:
-    """What a checkpoint keeps of an engine's forms: their names, and the device that they were chosen on."""
+    """State for a checkpoint: the names of an engine's forms, and the device they were chosen on."""
     return {"device": _device_name(engine.device), "names": {part: form.name for part, form in engine.forms.items()}}
 
 
 def chosen_here(kept: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether the forms of a checkpoint, see `forms_state`, were chosen on such a device, or nobody knows where."""
+    """Whether the `forms_state` of a checkpoint is of this kind of device; true if it does not say."""
     return bool(kept.get("device", _device_name(device)) == _device_name(device))
 
 
 def choose_forms(
     engine: Engine, control: HostGroup, *, kept: Mapping[str, Any] | None = None, prover: Prover | None = None
 ) -> None:
-    """Choose the forms of loss, batch norm and momentum update, the same on all processes, into ``engine.forms``.
+    """Choose loss, batch norm and EMA update for all processes, and set ``engine.forms``.
 
-    Called by all processes, before the first step. A line is shown for each kernel that should have been used and
-    cannot be, and for each form that is not the one a resumed run began with.
+    All processes call it before the first step. One line is shown for each fused kernel that cannot be used, and for
+    each form that a resumed run cannot keep.
 
     Args:
-        engine: Whose method is told.
-        control: What the processes agree by.
-        kept: `forms_state` of the checkpoint that is resumed, empty where it holds none; None for a new run.
-        prover: Proves kernels; on this process's CUDA device by default.
+        engine: The engine; its method is configured.
+        control: Communication between the processes.
+        kept: `forms_state` of the resumed checkpoint, empty if it has none; None for a new run.
+        prover: Validates kernels; by default on this process's CUDA device.
     """
     engine.forms = {}
     begun = kept.get("names", {}) if kept is not None and chosen_here(kept, engine.device) else None
@@ -78,17 +78,17 @@ def choose_forms(
     for part, outcome in _agreed(control, prover, wanted).items():
         kernel = KERNELS[part]
         if outcome.passed:
-            engine.forms[part] = Form(kernel.fused, "proved on this device")
+            engine.forms[part] = Form(kernel.fused, "validated on this device")
             _use(engine, part, kernel.fused)
         else:
             engine.forms[part] = Form(kernel.portable, outcome.reason)
-            engine.note(f"{part}: computed by {kernel.portable}, not by the fused kernel: {outcome.reason}")
+            engine.note(f"{part}: using {kernel.portable} instead of the fused kernel: {outcome.reason}")
     for part, name in (kept or {}).get("names", {}).items():
         form = engine.forms.get(part)
         if part in KERNELS and form is not None and form.name != name:
             engine.note(
-                f"{part}: the run began with {name} and goes on with {form.name} ({form.why}), "
-                "so it will not end with the same bits"
+                f"{part}: the run used {name} and continues with {form.name} ({form.why}); "
+                "it is no longer equal bit for bit"
             )
 
 
@@ -100,32 +100,34 @@ def _prover_of(engine: Engine) -> Prover | None:
 
 
 def _without_proof(engine: Engine, part: str, shapes: dict[str, Any], begun: Mapping[str, str] | None) -> Form | None:
-    """The form that needs no proof; None where the fused kernel is to be proved."""
+    """The form if it needs no validation, else None."""
     kernel, config = KERNELS[part], engine.config
     asked = {"loss": config.method.backend, "norm": _ASKED_NORM[config.model.norm]}.get(part, "auto")
     if part == "norm" and not shapes:
         return Form("sync" if config.model.sync_batch_norm else "plain", "no layer is fused")
     reason = kernel.unserved(shapes, engine.device) if asked in ("auto", kernel.fused) else None
     if reason:
-        # Without a GPU nobody expects a fused kernel.
+        # A fused kernel is expected on a GPU only.
         if engine.device.type == "cuda":
-            engine.note(f"{part}: computed by {kernel.portable}, not by the fused kernel: {reason}")
+            engine.note(f"{part}: using {kernel.portable} instead of the fused kernel: {reason}")
         return Form(kernel.portable, reason)
     if asked != "auto":
-        return Form(asked, "as the configuration says")
+        return Form(asked, "set explicitly")
     if config.training.fused == "none":
-        return Form(kernel.portable, "training.fused is none")
+        return Form(kernel.portable, "training.fused=none")
     if begun is not None and begun.get(part) != kernel.fused:
         if part not in begun and engine.device.type == "cuda":
-            engine.note(f"{part}: the checkpoint does not say what computed it, so {kernel.portable} goes on")
-        return Form(kernel.portable, "as the run began")
+            engine.note(
+                f"{part}: the checkpoint has no record of its implementation, continuing with {kernel.portable}"
+            )
+        return Form(kernel.portable, "kept from the start of the run")
     return None
 
 
 def _shapes(engine: Engine) -> dict[str, dict[str, Any]]:
-    """By the parts of `KERNELS` that the method has, where the run uses them; empty for a norm that nothing fuses."""
+    """Shapes for each part of `KERNELS` that the method has; empty for batch norm without a fused layer."""
     config, method = engine.config, engine.method
-    rows = config.training.batch // (engine.place.world * config.training.accumulate)
+    rows = config.training.batch // (engine.env.world * config.training.accumulate)
     found = method.kernel_shapes(rows)
     layers = _layers(method.encoder.backbone, config.augment.size)
     images = rows * method.views_at_once
@@ -137,7 +139,7 @@ def _shapes(engine: Engine) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def _layers(backbone: nn.Module, size: int) -> list[tuple[int, int, int, int, bool, bool]]:
-    """Channels, height, width, groups, and whether ReLU and residual follow, of each norm that has several forms."""
+    """(C, H, W, groups, relu, residual) of each norm with several implementations."""
     found = []
 
     def look(norm: nn.Module, given: tuple[Any, ...]) -> None:
@@ -172,7 +174,7 @@ def _use(engine: Engine, part: str, backend: str) -> None:
 
 
 def _agreed(control: HostGroup, prover: Prover | None, wanted: Mapping[str, Mapping[str, Any]]) -> dict[str, Outcome]:
-    """One outcome for all processes; of those with equal devices the first proves and the others wait for it."""
+    """The same outcomes on all processes; one process for each kind of device validates."""
     keys = {} if prover is None else {part: prover.key(part, shapes) for part, shapes in wanted.items()}
     everyone = control.gather(keys)
     if not any(everyone):
@@ -188,7 +190,7 @@ def _agreed(control: HostGroup, prover: Prover | None, wanted: Mapping[str, Mapp
     return agreed
 
 
-_ELSEWHERE = Outcome(False, "another process of the job cannot run it")
+_ELSEWHERE = Outcome(False, "not supported on another process")
 
 
 def _device_name(device: torch.device) -> str:

@@ -74,7 +74,7 @@ def test_a_run_goes_on_in_the_other_dtype_and_says_so(tiny, tmp_path):
         if before is not None:
             assert torch.equal(run.task.method.queue.rows, before.to(getattr(torch, name)))
             found = str(before.dtype).removeprefix("torch.")
-            assert f"method.queue_dtype: the checkpoint's queue is {found} and goes on in {name}" in text.getvalue()
+            assert f"method.queue_dtype: converting the checkpoint's queue from {found} to {name}" in text.getvalue()
         if steps == 3:
             return
         run.run()
@@ -86,20 +86,20 @@ def test_auto_keeps_the_dtype_that_a_run_began_with(tiny):
     method = build_method(tiny())
     state = build_method(tiny(HALF)).state_dict()
     (line,) = method.adapt_state(state, keep=True)
-    assert line.startswith("method.queue_dtype: the run began with bfloat16 and keeps it")
+    assert line.startswith("method.queue_dtype: the run keeps bfloat16")
     assert method.queue.rows.dtype == method.operand_dtype == state["queue.rows"].dtype == torch.bfloat16
     method.load_state_dict(state)
     assert method.adapt_state(state, keep=True) == []
 
 
-def test_an_odd_queue_of_halves_has_a_fingerprint(tiny):
+def test_an_odd_queue_of_halves_has_a_hash(tiny):
     from synco_fast.training.engine import Engine
 
     config = tiny({**HALF, "method.queue": 33, "model.dim": 15, "training.batch": 8})
     engine = Engine(config, steps_per_epoch=4)
-    before = engine.fingerprint()
+    before = engine.replica_hash()
     engine.method.queue.rows[32, 14] += 1
-    assert engine.fingerprint() != before
+    assert engine.replica_hash() != before
 
 
 def test_the_module_for_loops_of_ones_own():

@@ -71,8 +71,7 @@ def test_a_proof_is_made_once_and_says_what_was_compared(prover, tmp_path):
     found = prover(say=said.append).prove(acts(loss="pass", norm="pass"))
     assert found == {"loss": Outcome(True, fresh=True), "norm": Outcome(True, fresh=True)}
     assert said == [
-        "first use on Fake H100: compiling the fused kernels of loss, norm and comparing them with PyTorch, "
-        "20 s each at most ..."
+        "first use on Fake H100: compiling and validating the fused kernels of loss, norm (at most 20 s each) ..."
     ]
     again = prover(say=said.append, command=("/does/not/exist",)).prove(acts(loss="pass", norm="pass"))
     assert again == {"loss": Outcome(True), "norm": Outcome(True)}
@@ -89,25 +88,25 @@ def test_a_wrong_answer_is_named_and_remembered(prover, tmp_path):
     outcome = prover().prove(acts(loss="wrong"))["loss"]
     assert not outcome.passed
     assert outcome.reason == (
-        "differs from PyTorch in gradient, a repeat gives other bits at B = 4; gradient is off by 5.0e-01, "
-        "allowed 1.0e-06"
+        "differs from PyTorch in gradient, a repeat gives other bits at B = 4; gradient: found an error of 5.0e-01, "
+        "expected 1.0e-06 or less"
     )
     again = prover().prove(acts(loss="wrong"))["loss"]
     assert (again.passed, again.fresh) == (False, False)
     assert again.reason.startswith(outcome.reason)
-    assert again.reason.endswith("'synco-fast validate --forget' asks anew)")
+    assert again.reason.endswith("'synco-fast validate --forget' empties the cache)")
     assert started(tmp_path) == 1
 
 
 @pytest.mark.parametrize(
     ("act", "reason", "kept"),
     [
-        ("SIGSEGV", "its process was ended by SIGSEGV", True),
-        ("SIGKILL", "its process was ended by SIGKILL", False),
-        ("exit", "its process ended with exit code 3: no such symbol: cuFake", True),
+        ("SIGSEGV", "the subprocess was killed by SIGSEGV", True),
+        ("SIGKILL", "the subprocess was killed by SIGKILL", False),
+        ("exit", "the subprocess exited with code 3: no such symbol: cuFake", True),
         ("raise PTXAS error:\n  line 3", "RuntimeError: PTXAS error: line 3", True),
         ("raise CUDA out of memory. Tried", "RuntimeError: CUDA out of memory. Tried", False),
-        ("chatter", "its process answered 'compiling ...'", True),
+        ("chatter", "the subprocess printed 'compiling ...'", True),
         ("nothing", "nothing was compared", True),
     ],
 )
@@ -140,7 +139,7 @@ def test_what_hangs_is_ended_with_all_that_it_started(prover, tmp_path):
 
 def test_a_process_that_cannot_be_started(prover, tmp_path):
     found = prover(command=("/does/not/exist",)).prove(acts(loss="pass"))["loss"]
-    assert found.reason.startswith("its process did not start")
+    assert found.reason.startswith("the subprocess did not start")
     assert not (tmp_path / "proofs").exists()
 
 
@@ -165,7 +164,7 @@ def test_a_damaged_proof_is_made_anew_and_a_place_that_takes_none_is_named(prove
     (tmp_path / "file").touch()
     said = []
     assert prover(folder=tmp_path / "file", say=said.append).prove(acts(loss="pass"))["loss"].passed
-    assert "first use: the proof of loss cannot be kept" in said[-1]
+    assert "first use: the result for loss cannot be cached" in said[-1]
 
 
 def test_forget(prover, tmp_path, monkeypatch, capsys):
@@ -174,7 +173,7 @@ def test_forget(prover, tmp_path, monkeypatch, capsys):
     assert forget() == 0
     prover(folder=None).prove(acts(loss="pass", norm="wrong"))
     assert main(["validate", "--forget"]) == 0
-    assert f"removed 2 proofs from {proofs_folder()}" in capsys.readouterr().out
+    assert f"removed 2 cached results from {proofs_folder()}" in capsys.readouterr().out
     assert prover(folder=None).prove(acts(loss="pass"))["loss"].fresh
 
 

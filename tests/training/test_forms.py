@@ -91,10 +91,10 @@ def test_what_is_proved_is_used_and_what_fails_is_named(engine, served):
     made, prover = engine(), FakeProver("loss", "norm")
     choose_forms(made, ALONE, prover=prover)
     assert names(made) == {**FUSED, "momentum": "foreach"}
-    assert made.forms["loss"] == Form("triton", "proved on this device")
+    assert made.forms["loss"] == Form("triton", "validated on this device")
     assert made.forms["momentum"] == Form("foreach", "it is wrong")
     assert backends(made) == ("triton", {"triton"}, "auto")
-    assert made.lines == ["momentum: computed by foreach, not by the fused kernel: it is wrong"]
+    assert made.lines == ["momentum: using foreach instead of the fused kernel: it is wrong"]
 
 
 def test_the_shapes_are_those_of_the_run(engine, served):
@@ -170,7 +170,7 @@ def test_a_resumed_run_keeps_its_forms(engine, served):
     again, prover = engine(), FakeProver("loss", "norm", "momentum")
     choose_forms(again, ALONE, kept=state, prover=prover)
     assert names(again) == names(first)
-    assert again.forms["norm"] == Form("native", "as the run began")
+    assert again.forms["norm"] == Form("native", "kept from the start of the run")
     assert set(prover.asked[0]) == {"loss"}
     assert again.lines == []
 
@@ -181,8 +181,8 @@ def test_a_resumed_run_that_cannot_keep_them_says_so(engine, served):
     again = engine()
     choose_forms(again, ALONE, kept=forms_state(first), prover=FakeProver())
     assert again.forms["loss"].name == "blockwise"
-    said = "loss: the run began with triton and goes on with blockwise (it is wrong), so it will not end with the same"
-    assert again.lines[-1] == f"{said} bits"
+    said = "loss: the run used triton and continues with blockwise (it is wrong); it is no longer equal bit for bit"
+    assert again.lines[-1] == said
 
 
 def test_on_another_device_they_are_chosen_anew(engine, served):
@@ -214,14 +214,14 @@ def test_run_folder_and_checkpoint_name_the_forms(tiny, tmp_path, served, monkey
         found = json.loads((tmp_path / "run" / file).read_text())["forms"]
         assert found == summary.forms
         assert found["norm"] == {"name": "native", "why": "it is wrong"}
-    assert "norm: computed by native, not by the fused kernel: it is wrong" in text.getvalue()
+    assert "norm: using native instead of the fused kernel: it is wrong" in text.getvalue()
     assert newest(tmp_path / "run")["forms"]["names"] == expected
     _print_summary(summary, console)
     assert "loss triton, norm native, momentum triton, views torchvision" in text.getvalue()
     prover.passing = ()
     console, text = screen()
     trainer(tiny({**short, "training.max_steps": 2}), tmp_path / "run", resume=tmp_path / "run", console=console)
-    assert "loss: the run began with triton and goes on with blockwise (it is wrong)" in text.getvalue()
+    assert "loss: the run used triton and continues with blockwise (it is wrong)" in text.getvalue()
 
 
 # -- several processes ------------------------------------------------------------------------------------------
