@@ -13,6 +13,7 @@ import torch
 from synco_fast.commands.pretrain import _print_summary
 from synco_fast.kernels import momentum, ops
 from synco_fast.kernels.proof import KERNELS
+from synco_fast.methods import contrastive
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.first_use import Outcome, key_of
@@ -120,7 +121,8 @@ def test_the_shapes_are_those_of_the_run(engine, served):
         ({"training.fused": "none"}, "blockwise", None),
     ],
 )
-def test_what_is_asked_for_needs_no_proof(engine, served, overrides, expected, left):
+def test_what_is_asked_for_needs_no_proof(engine, served, monkeypatch, overrides, expected, left):
+    monkeypatch.setattr(contrastive, "unserved_by_triton", lambda *_: None)
     made, prover = engine(overrides), FakeProver("loss", "norm", "momentum")
     choose_forms(made, ALONE, prover=prover)
     assert made.forms["loss"].name == expected
