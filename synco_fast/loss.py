@@ -42,6 +42,8 @@ class SynthContrastLoss(nn.Module):
         temperature: T.
         seed: Seed of the queue's random initial rows and of the draws; the same on all ranks.
         backend: Backend of the loss.
+        queue_dtype: Dtype of the queue, and of query and key in the loss; loss and gradient are float32. Use
+            ``torch.bfloat16`` on a GPU.
 
     Attributes:
         queue: The `KeyQueue`.
@@ -65,6 +67,7 @@ class SynthContrastLoss(nn.Module):
         temperature: float = 0.2,
         seed: int = 0,
         backend: Backend = "auto",
+        queue_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.negatives = self._made_with = _negatives_of(method)
@@ -87,7 +90,7 @@ class SynthContrastLoss(nn.Module):
             image_ids=None,
             queue_ids=None,
         )
-        self.queue = KeyQueue(queue, dim, seed=seed)
+        self.queue = KeyQueue(queue, dim, seed=seed, dtype=queue_dtype)
         self.temperature, self.seed, self.backend = temperature, seed, backend
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.statistics: Statistics | None = None
@@ -140,6 +143,7 @@ class SynthContrastLoss(nn.Module):
                 image_ids=images,
                 queue_ids=None if images is None else self.queue.image_ids,
                 backend=self.backend,
+                operand_dtype=rows.dtype if rows.element_size() == 2 else None,
             )
             for direction, (q, k) in enumerate(unit)
         ]
