@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from synco_fast.methods import METHODS, with_queue
 
 __all__ = [
@@ -69,14 +67,8 @@ NORMS = {
 STEPS = ("encoder", "encoder-plain", "plain", *METHODS)
 #: What is measured unless asked otherwise, what says most first, in case the time ends early.
 STEPS_BY_DEFAULT = ("encoder", "encoder-plain", "synco", "plain", *(name for name in with_queue() if name != "synco"))
-#: Engine settings by name.
-ENGINES: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "compile": {"compile": "encoders"},
-    "compile-step": {"compile": "step"},
-    "graph": {"cuda_graph": True},
-    "compile+graph": {"compile": "encoders", "cuda_graph": True},
-}
+#: Engines of a step, as `training.engine` names them.
+ENGINES = ("eager", "graph", "compile", "compile+graph")
 
 #: Data pipelines; the first is the one that the others are held against.
 PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")

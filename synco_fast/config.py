@@ -23,7 +23,7 @@ from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import migrate_config
-from synco_fast.runtime.names import Device, Format
+from synco_fast.runtime.names import Device, EngineName, Format
 from synco_fast.runtime.strict_yaml import read_yaml
 
 __all__ = ["Config", "Section", "build_config", "read_config", "read_mapping", "read_run_config"]
@@ -41,7 +41,7 @@ class DataConfig(Section):
 
     source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER, or demo")
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
-    pipeline: PipelineName = Field("auto", description="What makes the views; auto: the fastest one for the device")
+    pipeline: PipelineName = Field("auto", description="What makes the views; auto: by device, in long runs measured")
     decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
@@ -211,8 +211,11 @@ class TrainingConfig(Section):
         "auto", description="Of the encoders; auto: bf16 where the device computes in it at speed, else fp32"
     )
     channels_last: bool = Field(True, description="Memory layout of convolutions")
-    compile: Literal["none", "encoders", "step"] = Field("none", description="What to torch.compile")
-    cuda_graph: bool = Field(False, description="Replay the whole step as one CUDA graph")
+    engine: EngineName = Field(
+        "auto",
+        description="How a step runs: eager, as one CUDA graph, under torch.compile, or both; auto: in a long run the "
+        "fastest as measured, else eager",
+    )
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds that a process waits for the others")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
     wandb: str | None = Field(None, description="Project of Weights & Biases that gets the metrics as well")

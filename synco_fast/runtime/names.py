@@ -1,13 +1,16 @@
-"""The devices and number formats that a person may name; importing them costs nothing."""
+"""The devices, number formats and engines that a person may name; importing them costs nothing."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["Device", "Format"]
+__all__ = ["Device", "EngineName", "Format"]
 
 Device = Literal["auto", "cpu", "cuda"]
 """``auto`` is a GPU where there is one."""
+
+EngineName = Literal["auto", "eager", "graph", "compile", "compile+graph"]
+"""How a training step runs: launch by launch, as one CUDA graph, with encoders under torch.compile, or both."""
 
 Format = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 """``auto`` is bf16 where the device computes in it at speed, else fp32."""

@@ -32,10 +32,14 @@ class Compiled:
         function: Called with tensors of the same shapes every time.
         title: What the line calls it.
         note: Takes the line.
+
+    Attributes:
+        works: Whether nothing has failed so far.
     """
 
     def __init__(self, function: Callable[..., Any], title: str, note: Callable[[str], None]) -> None:
         self._plain, self._title, self._note = function, title, note
+        self.works = True
         self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, backend=BACKEND)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -51,7 +55,7 @@ class Compiled:
                     f"torch.compile failed for {self._title}; running it eagerly: "
                     f"{reason[:200] or type(error).__name__}"
                 )
-                self._compiled = None
+                self._compiled, self.works = None, False
         return self._plain(*arguments, **named)
 
 
@@ -68,7 +72,7 @@ def keep_compile_cache() -> None:
 
 
 class GraphedStep:
-    """Runs steps; from the fourth with the same graph key on, each is the replay of one CUDA graph.
+    """Runs steps; after ``warmup`` of the same graph key, each is the replay of one CUDA graph.
 
     Input is copied into buffers of its own, step and momentum are tensors on the device, so that a replay computes the
     step at hand. Where the capture fails, the steps run eagerly, and one line says so.
@@ -77,10 +81,16 @@ class GraphedStep:
         compute: The step from views on the device to moved weights: launches alone, without a wait for the device.
         device: The GPU.
         note: Takes the line.
+        warmup: Eager steps before one is captured.
+
+    Attributes:
+        works: Whether no capture has failed so far.
     """
 
-    def __init__(self, compute: Compute, device: torch.device, note: Callable[[str], None]) -> None:
-        self._compute, self._note = compute, note
+    def __init__(
+        self, compute: Compute, device: torch.device, note: Callable[[str], None], warmup: int = GRAPH_WARMUP
+    ) -> None:
+        self._compute, self._note, self._warmup = compute, note, warmup
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._momentum = torch.zeros((), device=device)
         self._input: StepInputs | None = None
@@ -88,14 +98,14 @@ class GraphedStep:
         self._warm: dict[int, int] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._works = True
+        self.works = True
 
     def __call__(self, inputs: StepInputs, step: int, key: int, momentum: float) -> None:
         """Do one step; ``key`` is `Method.graph_key`."""
         held = self._hold(inputs)
         self._step.fill_(step)
         self._momentum.fill_(momentum)
-        if key not in self._graphs and self._works and self._warm.get(key, 0) >= GRAPH_WARMUP:
+        if key not in self._graphs and self.works and self._warm.get(key, 0) >= self._warmup:
             self._capture(held, key)
         if key in self._graphs:
             self._graphs[key].replay()
@@ -123,7 +133,7 @@ class GraphedStep:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._compute(held, self._step, key, self._momentum)
         except RuntimeError as error:
-            self._works = False
+            self.works = False
             reason = str(error).strip().splitlines()[0]
             self._note(f"CUDA graph disabled: a step cannot be captured: {reason}")
             return

@@ -5,39 +5,30 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.data.seeding import derive_seed
-from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
+from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, Views
 from synco_fast.methods.build import build_method
 from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.distributed import DistEnv
+from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, keep_compile_cache
 from synco_fast.training.metrics import RunningMeans
 from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
+from synco_fast.training.parallel import DDP_GRAPH_WARMUP, on_all_processes
 from synco_fast.training.statistics import RunningStatistics
 
 __all__ = ["Engine"]
-
-
-#: `RunningStatistics.average` averages them where they are read. The argument was renamed after PyTorch 2.11.
-_LEAVE_BUFFERS = {
-    next(
-        name
-        for name in ("forward_sync_buffers", "broadcast_buffers")
-        if name in signature(DistributedDataParallel.__init__).parameters
-    ): False
-}
 
 _SETTLING_STEPS = 3
 _MIB = 1 << 20
@@ -57,6 +48,7 @@ class Engine:
         method: All networks, and the queue where there is one.
         encode: The method's networks as they are wrapped.
         means: The metrics of the steps since they were last popped.
+        note: Takes a line about each setting that is not available here.
         skipped: Counts the steps that were skipped.
 
     Raises:
@@ -91,34 +83,60 @@ class Engine:
         self.means = RunningMeans()
         self.steps = steps_per_epoch * training.epochs
         self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
-        self._query = self._on_all_processes(self.trainable)
+        self._query = on_all_processes(
+            self.trainable, self.device, world=place.world, micro_batches=training.accumulate
+        )
+        self.note = note
+        self._compiled: tuple[Compiled, Compiled] | None = None
+        self._run: Callable[[StepInputs, int, int, float], None] = self._compute
+        self.use(training.engine)
+
+    # -- how a step runs ----------------------------------------------------------------------------------------
+
+    def use(self, name: EngineName) -> None:
+        """Take another engine from the next step on; ``auto`` is eager until something else is chosen.
+
+        What does not work here is named in one line, and the step runs without it. A CUDA graph is captured anew.
+        """
+        compiled, graph = name.startswith("compile"), name.endswith("graph")
         query: Callable[..., Tensor] = self._query
         key: Callable[..., Tensor] = _no_target if self.method.target is None else self.method.target
-        self._loss: Callable[..., StepOutput] = self.method.loss
-        if training.compile != "none":
-            keep_compile_cache()
-            query, key = Compiled(query, "the query encoder", note), Compiled(key, "the key encoder", note)
-        if training.compile == "step":
-            self._loss = Compiled(self._loss, "the loss", note)
+        if compiled:
+            if self._compiled is None:
+                keep_compile_cache()
+                self._compiled = (
+                    Compiled(query, "the query encoder", lambda line: self.note(line)),
+                    Compiled(key, "the key encoder", lambda line: self.note(line)),
+                )
+            query, key = self._compiled
         self._bare = query, key
         self.encode = Encoders(query=self._from_pixels(query), key=self._from_pixels(key))
-        self._run: Callable[[StepInputs, int, int, float], None] = self._compute
-        self.graphed = False
-        if training.cuda_graph:
-            reason = self._uncapturable()
+        self._run, self.graphed = self._compute, False
+        if graph:
+            reason = self.uncapturable()
             if reason:
-                note(f"CUDA graph disabled: {reason}")
-            else:
-                self.graphed = True
-                self._run = GraphedStep(self._compute, self.device, note)
-                self._rates_on_device()
+                self.note(f"CUDA graph disabled: {reason}")
+                return
+            self._run, self.graphed = GraphedStep(self._compute, self.device, self.note, self._graph_warmup), True
+            self._rates_on_device()
 
-    def _uncapturable(self) -> str | None:
+    @property
+    def form(self) -> EngineName:
+        """The engine that runs in truth: without what failed, or could not be had."""
+        compiled = self._bare[0] is not self._query and all(part.works for part in self._compiled or ())
+        graphed = isinstance(self._run, GraphedStep) and self._run.works
+        if compiled:
+            return "compile+graph" if graphed else "compile"
+        return "graph" if graphed else "eager"
+
+    @property
+    def _graph_warmup(self) -> int:
+        return GRAPH_WARMUP if self.place.world == 1 else DDP_GRAPH_WARMUP
+
+    def uncapturable(self) -> str | None:
         """Why no step can be captured as a CUDA graph, if so."""
         if self.device.type != "cuda":
             return "no GPU"
-        if self.place.world > 1:
-            return "the step exchanges gradients between processes"
         if self.update.waits:
             return f"{self.config.optimizer.name} decides on the host whether to skip a step"
         return None
@@ -127,18 +145,6 @@ class Engine:
         """Keep the learning rate where a captured step can read it."""
         for group in self.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
-
-    def _on_all_processes(self, trainable: nn.Module) -> nn.Module:
-        """The module in DDP where there are several processes."""
-        if self.place.world == 1:
-            return trainable
-        return DistributedDataParallel(
-            trainable,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            **_LEAVE_BUFFERS,  # type: ignore[arg-type]
-            gradient_as_bucket_view=True,
-            static_graph=self.config.training.accumulate == 1,
-        )
 
     def _from_pixels(self, network: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         def embed(views: Tensor) -> Tensor:
@@ -149,7 +155,8 @@ class Engine:
     @property
     def settling(self) -> int:
         """Steps that compile, capture and fill caches, and count in no measure of speed."""
-        return _SETTLING_STEPS + (GRAPH_WARMUP + 1 if self.graphed else 0)
+        graphed = self.graphed or (self.config.training.engine == "auto" and self.device.type == "cuda")
+        return _SETTLING_STEPS + (self._graph_warmup + 1 if graphed else 0)
 
     # -- a step -------------------------------------------------------------------------------------------------
 
@@ -193,9 +200,6 @@ class Engine:
         before = self.statistics.copy()
         if self.config.model.momentum_schedule == "constant":
             momentum = self.config.model.momentum
-        if self.config.training.compile == "step" and not isinstance(step, Tensor):
-            # A Python number would be compiled anew in every step.
-            step = torch.full((), step, dtype=torch.int64, device=self.device)
         with self.precision.autocast():
             self.method.begin_step(inputs, self.encode, momentum=momentum, micro_batches=micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +207,7 @@ class Engine:
         for number in range(micro_batches):
             with self._without_exchange(number < micro_batches - 1):
                 with self.precision.autocast():
-                    output = self._loss(
+                    output = self.method.loss(
                         inputs, self.encode, step=step, epoch=epoch, micro_batch=number, micro_batches=micro_batches
                     )
                 with phase("backward"):

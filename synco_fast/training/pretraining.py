@@ -13,8 +13,7 @@ from torch import nn
 
 from synco_fast.config import Config, EvaluationConfig
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
@@ -22,6 +21,7 @@ from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.precision import resolve_device
+from synco_fast.training.autotune import Auto
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import MetricLog
@@ -114,7 +114,6 @@ class Pretraining:
     Attributes:
         source: The images, all of them.
         engine: The steps.
-        pipeline: The batches.
 
     Raises:
         UserError: Anything in the configuration or the data that cannot work; before the first step wherever it can be
@@ -144,19 +143,7 @@ class Pretraining:
         self._train = share_of(self.source.train, config.data.fraction)
         self.engine = Engine(config, len(self._train) // training.batch, self.place, note=self.note)
         self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
-        self.pipeline = build_pipeline(
-            self._train,
-            config.augment,
-            batch=training.batch,
-            seed=config.seed,
-            name=config.data.pipeline,
-            device=self.device,
-            dtype=self.engine.precision.dtype,
-            workers=config.data.workers,
-            decode=config.data.decode,
-            rank=self.place.rank,
-            world=self.place.world,
-        )
+        self._auto = Auto(self.engine, self._train, self.control, self.note)
         self.steps_per_epoch = len(self.pipeline)
         steps = self.steps_per_epoch * training.epochs
         self.plan = Plan(
@@ -172,6 +159,11 @@ class Pretraining:
         )
         self.broken = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
 
+    @property
+    def pipeline(self) -> Pipeline:
+        """The batches."""
+        return self._auto.pipeline
+
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
@@ -185,10 +177,14 @@ class Pretraining:
         return (step // self.steps_per_epoch + 1) * self.steps_per_epoch
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """The batches from a step to the end of its epoch; draws the first pairs of the run."""
+        """The batches from a step to the end of its epoch; draws the first pairs of the run.
+
+        Before the first ones of a long run, what its configuration leaves to ``auto`` is measured.
+        """
+        self.method.train()
+        self._auto.settle(self.plan.steps - step, self._folder)
         epoch, done = divmod(step, self.steps_per_epoch)
         self.pipeline.set_epoch(epoch, done)
-        self.method.train()
         pairs = self._folder / "plots" / "pairs.png"
         undrawn = self.place.is_main and not pairs.exists()
         for batch in self.pipeline:
@@ -294,6 +290,7 @@ class Pretraining:
             "steps_per_epoch": self.steps_per_epoch,
             "stream": self.method.stream,
             "broken": self.broken.state_dict(),
+            **self._auto.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
@@ -318,6 +315,7 @@ class Pretraining:
             )
         self.engine.load_state_dict(state)
         self.broken.load_state_dict(state["broken"])
+        self._auto.load_state_dict(state)
 
     def close(self) -> None:
         """Free the pipeline's processes."""

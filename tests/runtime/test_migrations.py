@@ -15,7 +15,7 @@ from synco_fast.cli import main
 from synco_fast.config import build_config
 from synco_fast.export.load import read_weights
 from synco_fast.runtime.checkpoint import save_checkpoint
-from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.migrations import OldLayoutWarning, migrate_checkpoint
 from synco_fast.training.metrics import read_metrics
 
@@ -69,6 +69,48 @@ def test_an_older_name_of_a_backend():
     config, said = read({"method": {"backend": "closed_form"}})
     assert config.method.backend == "blockwise"
     assert said == ["configuration in an older layout: read method.backend closed_form as blockwise"]
+
+
+@pytest.mark.parametrize(
+    ("training", "overrides", "engine", "said"),
+    [
+        # A run folder of that time lists both keys.
+        ({"compile": "none", "cuda_graph": False}, {}, "eager", "training.compile none and training.cuda_graph false"),
+        ({"compile": "encoders", "cuda_graph": True}, {}, "compile+graph", "training.compile encoders and training"),
+        ({"compile": "step"}, {}, "compile", "training.compile step"),
+        ({}, {"training.cuda_graph": True}, "graph", "training.cuda_graph true"),
+        ({"cuda_graph": True}, {"training.engine": "eager"}, "eager", "training.cuda_graph true as training.engine gr"),
+    ],
+)
+def test_two_keys_that_became_the_engine(training, overrides, engine, said):
+    config, lines = read({"training": training}, overrides)
+    assert config.training.engine == engine
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "\n" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("training", "overrides", "says"),
+    [
+        (
+            {"engine": "auto"},
+            {"training.cuda_graph": True},
+            "training.cuda_graph true: found beside training.engine auto, which replaces it; expected training.engine "
+            "graph alone",
+        ),
+        (
+            {"compile": "all"},
+            {},
+            "training.compile: found 'all', an older name with the values none, encoders, step; expected "
+            "training.engine, which replaces it",
+        ),
+    ],
+)
+def test_an_older_engine_key_that_cannot_be_read(training, overrides, says):
+    with pytest.raises(ConfigError) as caught:
+        build_config({"training": training}, overrides)
+    assert str(caught.value) == says
 
 
 def test_what_is_given_is_not_changed():
