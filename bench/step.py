@@ -107,7 +107,10 @@ def _runner(
     if subject == "encoder-plain":
         use_plain_batch_norm(engine.method)
     if subject.startswith("encoder"):
-        ready = [tuple(normalise(view, config.augment, engine.layout) for view in pair) for pair in views]
+        ready = [
+            tuple(normalise(view, config.augment, engine.layout, engine.precision.dtype) for view in pair)
+            for pair in views
+        ]
         return _captured(lambda: engine.encoders_alone(*ready[0]), engine), engine.settling, lambda: None
 
     def train(number: int) -> None:

@@ -216,6 +216,7 @@ class TrainingConfig(Section):
         description="How a step runs: eager, as one CUDA graph, under torch.compile, or both; auto: in a long run the "
         "fastest as measured, else eager",
     )
+    cudnn_benchmark: bool = Field(True, description="On a GPU, cuDNN chooses convolution algorithms by trial")
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds that a process waits for the others")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
     wandb: str | None = Field(None, description="Project of Weights & Biases that gets the metrics as well")

@@ -132,27 +132,27 @@ class SkippedSteps:
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: All, the consecutive ones up to now, and the first of those (-1 for none).
+        #: All, the consecutive ones up to now, and the last step that was counted.
         self._counts = torch.tensor([0, 0, -1], dtype=torch.int64, device=device)
+        self._zero, self._one = (torch.tensor(number, device=device) for number in (0, 1))
 
     def add(self, accept: Tensor, step: int | Tensor) -> None:
         """Count one step."""
-        skipped = (~accept).to(torch.int64)
-        total, row, first = self._counts.unbind()
-        began = torch.where(row > 0, first, step if isinstance(step, Tensor) else torch.full_like(first, step))
-        self._counts.copy_(
-            torch.stack([total + skipped, (row + 1) * skipped, torch.where(accept, torch.full_like(first, -1), began)])
-        )
+        skipped = torch.where(accept, self._zero, self._one)
+        self._counts[:2].add_(skipped)
+        self._counts[1].mul_(skipped)
+        self._counts[2].copy_(step) if isinstance(step, Tensor) else self._counts[2].fill_(step)
 
     def read(self) -> tuple[int, int, int]:
-        """All, the consecutive ones up to now, and the first of those; waits for the device."""
-        total, row, first = self._counts.tolist()
-        return total, row, first
+        """All, the consecutive ones up to now, and the first of those, -1 for none; waits for the device."""
+        total, row, last = self._counts.tolist()
+        return total, row, last - row + 1 if row else -1
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"counts": self._counts.tolist()}
+        return {"counts": list(self.read())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore from a checkpoint."""
-        self._counts.copy_(torch.tensor(state["counts"]))
+        total, row, first = state["counts"]
+        self._counts.copy_(torch.tensor([total, row, first + row - 1]))

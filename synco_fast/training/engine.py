@@ -67,6 +67,8 @@ class Engine:
         self.config, self.place = config, place
         self.device = resolve_device(training.device)
         self.precision = Precision(training.precision, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = training.cudnn_benchmark
         self.method: Method = build_method(config, processes=place.world).to(self.device)
         self.layout = memory_format(self.method, training.channels_last)
         self.method.prepare(
@@ -148,7 +150,7 @@ class Engine:
 
     def _from_pixels(self, network: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         def embed(views: Tensor) -> Tensor:
-            return network(normalise(views, self.config.augment, self.layout))
+            return network(normalise(views, self.config.augment, self.layout, self.precision.dtype))
 
         return embed
 
