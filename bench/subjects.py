@@ -12,6 +12,7 @@ __all__ = [
     "FIELD",
     "LOSS_BACKENDS",
     "NORMS",
+    "OPTIMIZERS",
     "PIPELINES",
     "PIPELINES_OF",
     "SELECTIONS",
@@ -69,6 +70,22 @@ STEPS = ("encoder", "encoder-plain", "plain", *METHODS)
 STEPS_BY_DEFAULT = ("encoder", "encoder-plain", "synco", "plain", *(name for name in with_queue() if name != "synco"))
 #: Engines of a step, as `training.engine` names them.
 ENGINES = ("eager", "graph", "compile", "compile+graph")
+
+#: Optimizer steps: those of `optimizer.name`, and other forms of the same.
+OPTIMIZERS = {
+    "sgd": "PyTorch's, fused on a GPU: what training takes",
+    "sgd-foreach": "PyTorch's, over lists of tensors",
+    "adamw": "PyTorch's, fused on a GPU: what training takes",
+    "adamw-foreach": "PyTorch's, over lists of tensors",
+    "lars": "over lists of tensors, skipped on the device: what training takes",
+    "lars-timm": "timm's",
+    "lamb": "over lists of tensors, skipped on the device: what training takes",
+    "lamb-timm": "timm's",
+    "apex_sgd": "NVIDIA apex's FusedSGD",
+    "apex_adam": "NVIDIA apex's FusedAdam, capturable",
+    "apex_lamb": "NVIDIA apex's FusedLAMB",
+    "apex_mixed_lamb": "NVIDIA apex's FusedMixedPrecisionLamb",
+}
 
 #: Data pipelines; the first is the one that the others are held against.
 PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")

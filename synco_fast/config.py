@@ -23,7 +23,7 @@ from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import migrate_config
-from synco_fast.runtime.names import Device, EngineName, Format
+from synco_fast.runtime.names import Device, EngineName, Format, OptimizerName
 from synco_fast.runtime.strict_yaml import read_yaml
 
 __all__ = ["Config", "Section", "build_config", "read_config", "read_mapping", "read_run_config"]
@@ -183,12 +183,12 @@ class GeneratedConfig(Section):
 class OptimizerConfig(Section):
     """SGD as in MoCo v2, or another optimizer by name."""
 
-    name: Literal["sgd", "adamw", "lars", "lamb", "apex_sgd", "apex_lamb"] = Field(
-        "sgd", description="PyTorch's, timm's for large batches, or NVIDIA apex's where it is installed"
+    name: OptimizerName = Field(
+        "sgd", description="PyTorch's, LARS and LAMB for large batches, or NVIDIA apex's where it is installed"
     )
     lr: float = Field(0.03, gt=0, le=1e6, description="Peak learning rate at a batch of 256; scaled with the batch")
     momentum: Beta = Field(0.9, description="Of sgd and lars")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of adamw and lamb")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of adamw, lamb and apex_adam")
     weight_decay: float = Field(1e-4, ge=0, le=100, description="Weight decay; adamw, lars and lamb spare vectors")
     warmup_epochs: Epochs = Field(0, description="Epochs over which the learning rate rises from 0")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up")

@@ -1,10 +1,10 @@
-"""The devices, number formats and engines that a person may name; importing them costs nothing."""
+"""The devices, number formats, engines and optimizers that a person may name; importing them costs nothing."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["Device", "EngineName", "Format"]
+__all__ = ["Device", "EngineName", "Format", "OptimizerName"]
 
 Device = Literal["auto", "cpu", "cuda"]
 """``auto`` is a GPU where there is one."""
@@ -14,3 +14,6 @@ EngineName = Literal["auto", "eager", "graph", "compile", "compile+graph"]
 
 Format = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 """``auto`` is bf16 where the device computes in it at speed, else fp32."""
+
+OptimizerName = Literal["sgd", "adamw", "lars", "lamb", "apex_sgd", "apex_adam", "apex_lamb", "apex_mixed_lamb"]
+"""PyTorch's two, those for large batches, and NVIDIA apex's."""

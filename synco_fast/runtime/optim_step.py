@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -45,6 +46,20 @@ def build_sgd(
     return sgd
 
 
+class _Found:
+    """What apex's capturable optimizers ask of a gradient scaler: whether a gradient is not finite, and the scale."""
+
+    def __init__(self, found_inf: Tensor) -> None:
+        self._found, self._scale = found_inf.reshape(1), torch.ones_like(found_inf.reshape(1))
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+        return {self._found.device: self._found}
+
+    def _get_scale_async(self) -> Tensor:
+        """Gradients are not scaled any more."""
+        return self._scale
+
+
 class OptimStep:
     """One optimizer step from gradients that may be scaled or not finite; nothing here waits for a GPU.
 
@@ -61,6 +76,7 @@ class OptimStep:
     ) -> None:
         self.optimizer, self.clip = optimizer, clip
         self._on_device = device.type == "cuda" and skips_on_device(optimizer)
+        self._asks_a_scaler = "grad_scaler" in signature(optimizer.step).parameters
         self.scale: Tensor | None = torch.full((), _FIRST_SCALE, device=device) if scaled else None
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
 
@@ -98,9 +114,13 @@ class OptimStep:
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         if self._on_device:
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (~accept).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+            optimizer: Any = self.optimizer
+            found_inf = (~accept).float()
+            if self._asks_a_scaler:
+                optimizer.step(grad_scaler=_Found(found_inf))
+            else:
+                optimizer.grad_scale, optimizer.found_inf = None, found_inf
+                optimizer.step()
         elif bool(accept):
             self.optimizer.step()
         return accept, norm

@@ -59,7 +59,7 @@ def _is_view(func: Any) -> bool:
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
-def count_operations(step: Callable[[], None]) -> dict[str, Counter[str]]:
+def count_operations(step: Callable[[], object]) -> dict[str, Counter[str]]:
     """The operations of one step, by phase in the order of a step.
 
     Args:

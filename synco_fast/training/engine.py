@@ -143,6 +143,11 @@ class Engine:
             return f"{self.config.optimizer.name} decides on the host whether to skip a step"
         return None
 
+    @property
+    def _rates_are_tensors(self) -> bool:
+        """Whether the optimizer reads its rate on the device: in a captured step, or always."""
+        return self.graphed or isinstance(self.optimizer.defaults["lr"], Tensor)
+
     def _rates_on_device(self) -> None:
         """Keep the learning rate where a captured step can read it."""
         for group in self.optimizer.param_groups:
@@ -186,7 +191,7 @@ class Engine:
         """
         rate = self.rate(step)
         for group in self.optimizer.param_groups:
-            if self.graphed:
+            if self._rates_are_tensors:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -306,7 +311,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a checkpoint, without the method's weights, which the caller has loaded."""
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.graphed:
+        if self._rates_are_tensors:
             self._rates_on_device()
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
