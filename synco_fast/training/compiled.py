@@ -82,15 +82,22 @@ class GraphedStep:
         device: The GPU.
         note: Takes the line.
         warmup: Eager steps before one is captured.
+        agree: From whether the capture worked here to whether it worked on all processes: they replay together or not
+            at all.
 
     Attributes:
         works: Whether no capture has failed so far.
     """
 
     def __init__(
-        self, compute: Compute, device: torch.device, note: Callable[[str], None], warmup: int = GRAPH_WARMUP
+        self,
+        compute: Compute,
+        device: torch.device,
+        note: Callable[[str], None],
+        warmup: int = GRAPH_WARMUP,
+        agree: Callable[[bool], bool] = lambda works: works,
     ) -> None:
-        self._compute, self._note, self._warmup = compute, note, warmup
+        self._compute, self._note, self._warmup, self._agree = compute, note, warmup, agree
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._momentum = torch.zeros((), device=device)
         self._input: StepInputs | None = None
@@ -127,17 +134,19 @@ class GraphedStep:
         return self._input
 
     def _capture(self, held: StepInputs, key: int) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, reason = torch.cuda.CUDAGraph(), ""
         try:
             # Other threads pin memory meanwhile, which the default mode forbids.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._compute(held, self._step, key, self._momentum)
         except RuntimeError as error:
-            self.works = False
             reason = str(error).strip().splitlines()[0]
-            self._note(f"CUDA graph disabled: a step cannot be captured: {reason}")
+        self.works = self._agree(not reason)
+        if self.works:
+            self._graphs[key] = graph
             return
-        self._graphs[key] = graph
+        self._graphs.clear()
+        self._note(f"CUDA graph disabled: a step cannot be captured: {reason or 'so says another process'}")
 
 
 def _tensors(inputs: StepInputs) -> list[Tensor]:

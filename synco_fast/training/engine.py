@@ -25,7 +25,7 @@ from synco_fast.runtime.precision import Precision, memory_format, resolve_devic
 from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, keep_compile_cache
 from synco_fast.training.metrics import RunningMeans
 from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
-from synco_fast.training.parallel import DDP_GRAPH_WARMUP, on_all_processes
+from synco_fast.training.parallel import DDP_GRAPH_WARMUP, on_all_processes, works_on_all
 from synco_fast.training.statistics import RunningStatistics
 
 __all__ = ["Engine"]
@@ -86,7 +86,7 @@ class Engine:
         self.steps = steps_per_epoch * training.epochs
         self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
         self._query = on_all_processes(
-            self.trainable, self.device, world=place.world, micro_batches=training.accumulate
+            self.trainable, self.device, processes=place.world, micro_batches=training.accumulate
         )
         self.note = note
         self._compiled: tuple[Compiled, Compiled] | None = None
@@ -119,7 +119,14 @@ class Engine:
             if reason:
                 self.note(f"CUDA graph disabled: {reason}")
                 return
-            self._run, self.graphed = GraphedStep(self._compute, self.device, self.note, self._graph_warmup), True
+            self.graphed = True
+            self._run = GraphedStep(
+                self._compute,
+                self.device,
+                self.note,
+                warmup=self._graph_warmup,
+                agree=lambda works: works_on_all(works, self.device),
+            )
             self._rates_on_device()
 
     @property
@@ -162,8 +169,12 @@ class Engine:
     @property
     def settling(self) -> int:
         """Steps that compile, capture and fill caches, and count in no measure of speed."""
-        graphed = self.graphed or (self.config.training.engine == "auto" and self.device.type == "cuda")
-        return _SETTLING_STEPS + (self._graph_warmup + 1 if graphed else 0)
+        may = self.config.training.engine == "auto" and self.device.type == "cuda"
+        return self.settling_of("graph" if self.graphed or may else "eager")
+
+    def settling_of(self, name: EngineName) -> int:
+        """Those of an engine."""
+        return _SETTLING_STEPS + (self._graph_warmup + 1 if name.endswith("graph") else 0)
 
     # -- a step -------------------------------------------------------------------------------------------------
 

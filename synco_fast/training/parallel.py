@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["DDP_GRAPH_WARMUP", "on_all_processes"]
+from synco_fast.runtime.distributed import sum_over_ranks, world
+
+__all__ = ["DDP_GRAPH_WARMUP", "on_all_processes", "works_on_all"]
 
 #: Eager steps before one is captured: PyTorch asks for eleven of DDP's, which builds its buckets and times itself.
 DDP_GRAPH_WARMUP = 11
@@ -24,16 +26,16 @@ _LEAVE_BUFFERS = {
 }
 
 
-def on_all_processes(module: nn.Module, device: torch.device, *, world: int, micro_batches: int = 1) -> nn.Module:
+def on_all_processes(module: nn.Module, device: torch.device, *, processes: int, micro_batches: int = 1) -> nn.Module:
     """The module with its gradient averaged over the processes; the very module where there is one process.
 
     Args:
         module: On ``device``.
         device: Where it computes.
-        world: W, the number of processes, whose process group is initialized.
+        processes: W, their number, whose process group is initialized.
         micro_batches: Backward passes a step.
     """
-    if world == 1:
+    if processes == 1:
         return module
     cuda = device.type == "cuda"
     # What DDP keeps of the backward pass belongs to the stream that it is made on, which must not be the default one
@@ -46,3 +48,10 @@ def on_all_processes(module: nn.Module, device: torch.device, *, world: int, mic
             gradient_as_bucket_view=True,
             static_graph=micro_batches == 1,
         )
+
+
+def works_on_all(works: bool, device: torch.device) -> bool:
+    """Whether something worked on all processes; waits for them. NCCL replays a collective on all or on none."""
+    if world() == 1:
+        return works
+    return int(sum_over_ranks(torch.tensor(int(works), device=device))) == world()

@@ -108,13 +108,14 @@ def try_engines(
         say: Takes a line of progress.
     """
     found, reference, steps = [], None, 0
+    compared = max(engine.settling_of(name) for name in names)
     start = [parameter.detach().clone() for parameter in engine.trainable.parameters()]
     for name in names:
         say(f"engine auto: measuring {name}")
         notes: list[str] = []
         with trial(engine, notes.append):
             begun = time.perf_counter()
-            losses, moved, reason = _compared_steps(engine, name, batches, start, step, epoch)
+            losses, moved, reason = _compared_steps(engine, name, batches, start, compared, step, epoch)
             reason = reason or (notes[-1] if notes and engine.form != name else None)
             ready = time.perf_counter() - begun
             errors: tuple[float | None, float | None] = None, None
@@ -135,13 +136,13 @@ def try_engines(
 
 
 def _compared_steps(
-    engine: Engine, name: EngineName, batches: Sequence[Batch], start: list[Tensor], step: int, epoch: int
+    engine: Engine, name: EngineName, batches: Sequence[Batch], start: list[Tensor], steps: int, step: int, epoch: int
 ) -> tuple[list[float], list[Tensor], str | None]:
     """The first steps: their losses, what they did to the weights, and why there are none, if so."""
     losses: list[float] = []
     try:
         engine.use(name)
-        for number in range(engine.settling):
+        for number in range(steps):
             engine.step(batches[number % len(batches)], step + number, epoch)
             values = engine.means.pop()
             losses.append(values.get("loss", math.nan))
