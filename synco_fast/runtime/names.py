@@ -1,4 +1,4 @@
-"""The devices, number formats, engines and optimizers that a person may name; importing them costs nothing."""
+"""Names of devices, number formats, engines and optimizers; importing them is cheap."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Literal
 __all__ = ["Device", "EngineName", "Format", "OptimizerName"]
 
 Device = Literal["auto", "cpu", "cuda"]
-"""``auto`` is a GPU where there is one."""
+"""``auto`` is a GPU if there is one."""
 
 EngineName = Literal["auto", "eager", "graph", "compile", "compile+graph"]
 """How a training step runs: launch by launch, as one CUDA graph, with encoders under torch.compile, or both."""
 
 Format = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-"""``auto`` is bf16 where the device computes in it at speed, else fp32."""
+"""``auto`` is bf16 where the device is fast in it, else fp32."""
 
 OptimizerName = Literal["sgd", "adamw", "lars", "lamb", "apex_sgd", "apex_adam", "apex_lamb", "apex_mixed_lamb"]
 """PyTorch's two, those for large batches, and NVIDIA apex's."""

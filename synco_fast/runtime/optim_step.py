@@ -31,10 +31,10 @@ def build_sgd(
     """SGD, fused on a GPU, whose very first step can be skipped.
 
     Args:
-        parameters: Parameters, or groups of them with rates of their own.
-        lr: The rate of groups that have none.
+        parameters: Parameters, or groups with their own learning rates.
+        lr: Learning rate of groups without one.
         momentum, weight_decay: As PyTorch defines them.
-        device: Where the parameters are.
+        device: Device of the parameters.
     """
     cuda = device.type == "cuda"
     sgd = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=cuda)
@@ -61,14 +61,14 @@ class _Found:
 
 
 class OptimStep:
-    """One optimizer step from gradients that may be scaled or not finite; nothing here waits for a GPU.
+    """An optimizer step on gradients that may be scaled or non-finite; never waits for a GPU.
 
     Args:
-        optimizer: What moves the weights. Where it cannot skip a step by a tensor on the device, the host waits for the
-            gradient's norm.
+        optimizer: The optimizer. If it cannot skip a step by a tensor on the device, the host waits for the gradient
+            norm.
         scaled: Whether losses are scaled, for fp16.
-        clip: The largest norm of the gradient over all parameters; None for no limit.
-        device: Where the parameters are.
+        clip: Clip the total gradient norm to this value; None for no clipping.
+        device: Device of the parameters.
     """
 
     def __init__(
@@ -82,22 +82,22 @@ class OptimStep:
 
     @property
     def waits(self) -> bool:
-        """Whether the host must wait for the gradient's norm in each step."""
+        """Whether the host waits for the gradient norm in each step."""
         return not self._on_device
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss, scaled where losses are."""
+        """Backward pass of a loss, with loss scaling if it is on."""
         (loss if self.scale is None else loss * self.scale).backward()
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
-        """Move the weights by the accumulated gradients, unless their norm is not finite.
+        """Apply the accumulated gradients, unless their norm is non-finite.
 
-        With several ranks the gradients are those of the whole batch, so that all ranks decide alike.
+        With several ranks the gradients are already averaged, so all ranks decide alike.
 
         Returns:
-            Whether the step was taken, bool, and the norm of the whole gradient before clipping, float32; both of no
-            dimensions, on the device.
+            Whether the step was taken, bool, and the total gradient norm before clipping, float32; both scalars on the
+            device.
         """
         gradients = [
             parameter.grad
@@ -108,25 +108,25 @@ class OptimStep:
         if self.scale is not None:
             torch._foreach_mul_(gradients, 1 / self.scale)
         norm = torch.nn.utils.get_total_norm(gradients).float()
-        accept = torch.isfinite(norm)
+        step_ok = torch.isfinite(norm)
         if self.scale is not None:
-            torch._amp_update_scale_(self.scale, self._growth, (~accept).float(), _GROWTH, _BACKOFF, _INTERVAL)
+            torch._amp_update_scale_(self.scale, self._growth, (~step_ok).float(), _GROWTH, _BACKOFF, _INTERVAL)
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         if self._on_device:
             optimizer: Any = self.optimizer
-            found_inf = (~accept).float()
+            found_inf = (~step_ok).float()
             if self._asks_a_scaler:
                 optimizer.step(grad_scaler=_Found(found_inf))
             else:
                 optimizer.grad_scale, optimizer.found_inf = None, found_inf
                 optimizer.step()
-        elif bool(accept):
+        elif bool(step_ok):
             self.optimizer.step()
-        return accept, norm
+        return step_ok, norm
 
     def descend(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """A whole step from one loss: clear the gradients, backward, step; returns what `step` returns."""
+        """A whole step on one loss: zero the gradients, backward, `step`; returns what `step` returns."""
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(loss)
         return self.step()
@@ -148,23 +148,23 @@ class SkippedSteps:
     """Counts the skipped steps, on the device.
 
     Args:
-        device: Where.
+        device: Device of the counts.
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: All, the consecutive ones up to now, and the last step that was counted.
+        #: Total, consecutive up to now, and the last step that was counted.
         self._counts = torch.tensor([0, 0, -1], dtype=torch.int64, device=device)
         self._zero, self._one = (torch.tensor(number, device=device) for number in (0, 1))
 
-    def add(self, accept: Tensor, step: int | Tensor) -> None:
+    def add(self, step_ok: Tensor, step: int | Tensor) -> None:
         """Count one step."""
-        skipped = torch.where(accept, self._zero, self._one)
+        skipped = torch.where(step_ok, self._zero, self._one)
         self._counts[:2].add_(skipped)
         self._counts[1].mul_(skipped)
         self._counts[2].copy_(step) if isinstance(step, Tensor) else self._counts[2].fill_(step)
 
     def read(self) -> tuple[int, int, int]:
-        """All, the consecutive ones up to now, and the first of those, -1 for none; waits for the device."""
+        """Total, consecutive up to now, and the first of the consecutive ones (-1 for none); waits for the device."""
         total, row, last = self._counts.tolist()
         return total, row, last - row + 1 if row else -1
 

@@ -18,7 +18,7 @@ import torch
 
 from synco_fast.data.errors import UserError
 from synco_fast.data.pipelines.base import Pipeline
-from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, pipelines_for
+from synco_fast.data.pipelines.build import choose_pipeline, pipelines_for
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.splits import Split
 from synco_fast.runtime.distributed import HostGroup
@@ -26,6 +26,7 @@ from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json
 from synco_fast.runtime.names import EngineName
 from synco_fast.training.engine import Engine
+from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_engines, try_pipeline
 
 __all__ = ["FILE", "Auto", "engines_for", "fastest"]
@@ -68,19 +69,9 @@ class Auto:
         self._chosen: dict[str, str] | None = None
 
     def _build(self, name: PipelineName) -> Pipeline:
-        engine, config = self._engine, self._engine.config
-        return build_pipeline(
-            self._split,
-            config.augment,
-            batch=config.training.batch,
-            seed=config.seed,
-            name=name,
-            device=engine.device,
-            dtype=engine.precision.dtype,
-            workers=config.data.workers,
-            decode=config.data.decode,
-            rank=engine.place.rank,
-            world=engine.place.world,
+        engine = self._engine
+        return open_pipeline(
+            engine.config, self._split, device=engine.device, dtype=engine.precision.dtype, name=name, env=engine.env
         )
 
     def settle(self, steps: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Batch-norm statistics around a step: restored when the step is skipped, averaged where processes differ."""
+"""Batch-norm statistics: restored when a step is skipped, averaged over processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["RunningStatistics"]
 
 
 class RunningStatistics:
-    """The floating-point buffers of some modules, such as running means and variances.
+    """The floating-point buffers of modules: running means and variances.
 
     They are laid out one behind the other in one tensor, of which each module's buffer becomes a part, so that a copy,
     a restoration and a mean over processes are one launch each, however many layers there are.
 
     Args:
-        modules: Whose buffers; on the device where they stay.
+        modules: The modules, on the device where they stay.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -53,10 +53,9 @@ class RunningStatistics:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace them by their mean over the processes.
+        """Replace the buffers by their mean over processes.
 
-        A running statistic is a weighted sum of those of the steps, so the mean taken now is what a mean in every step
-        would have led to.
+        A running statistic is a weighted sum over steps, so averaging now equals averaging in every step.
         """
         if self._all is not None:
             mean_over_ranks([self._all])

@@ -148,7 +148,7 @@ def _compared_steps(
             losses.append(values.get("loss", math.nan))
     except Exception as error:
         # Whatever an engine can fail by, from a compiler to memory, is a reason to go on without it.
-        if engine.place.world > 1 and lost_process(error):
+        if engine.env.world > 1 and lost_process(error):
             raise
         return [], [], f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
     with torch.no_grad():

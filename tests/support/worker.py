@@ -51,10 +51,10 @@ os.environ.update(VARIABLES)
 if ACT == "graph":
     runpy.run_path(str(Path(__file__).with_name("graphs.py")))["install"]()
 torch.set_num_threads(1)
-place = DistEnv.detect()
-words = (FOLDER / f"rank{place.rank}.txt").open("w")
+env = DistEnv.detect()
+words = (FOLDER / f"rank{env.rank}.txt").open("w")
 try:
-    with init_distributed(place, "cpu", timeout=15) as control:
+    with init_distributed(env, "cpu", timeout=15) as control:
         config = read_config(FOLDER / "job.yaml")
         console = Console(file=words, width=200)
         trainer = Trainer(
@@ -62,10 +62,10 @@ try:
             FOLDER,
             resume=FOLDER if RESUME else None,
             console=console,
-            before_step=lambda run: ACTS[ACT](run, place.rank),
+            before_step=lambda run: ACTS[ACT](run, env.rank),
         )
         trainer.run()
-        torch.save({"step": trainer.step, **trainer.task.method.state_dict()}, FOLDER / f"rank{place.rank}.pt")
+        torch.save({"step": trainer.step, **trainer.task.method.state_dict()}, FOLDER / f"rank{env.rank}.pt")
 except (UserError, DataError) as error:
     words.write(f"error: {error}\n")
     words.close()
