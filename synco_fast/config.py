@@ -26,7 +26,7 @@ from synco_fast.runtime.migrations import migrate_config
 from synco_fast.runtime.names import Device, EngineName, Format, OptimizerName
 from synco_fast.runtime.strict_yaml import read_yaml
 
-__all__ = ["Config", "Section", "build_config", "read_config", "read_mapping", "read_run_config"]
+__all__ = ["Config", "Section", "build_config", "read_config", "read_mapping"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -94,7 +94,7 @@ class _MethodChoice(Section):
     name: str = Field(
         "synco", description=f"The method: {', '.join(f'{name} ({spec.title})' for name, spec in METHODS.items())}"
     )
-    queue: int = Field(65536, ge=1, le=1 << 26, description="K, length of the queue of past keys")
+    queue: int = Field(65536, ge=1, le=1 << 22, description="K, length of the queue of past keys")
     temperature: float = Field(0.2, ge=1e-4, le=100, description="T, temperature of the loss")
     count_scale: float = Field(
         1.0, ge=1e-6, le=64, description="Factor on the published counts, for the counts below that are null"
@@ -344,18 +344,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config: found {type(values).__name__} in {path}, expected sections and keys")
     return values
-
-
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """The values of a run's ``config.yaml``.
-
-    Raises:
-        ConfigError: The folder holds no run, or the file is damaged.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"resume: found no run in {folder}, expected a folder with a config.yaml")
-    return read_mapping(path)
 
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:

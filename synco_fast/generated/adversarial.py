@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from synco_fast.generated.augment import augment_for_discriminator, draw_discriminator
 from synco_fast.generated.discriminator import Discriminator, discriminator_loss, gradient_penalty
+from synco_fast.runtime.checkpoint import load_optimizer
 from synco_fast.runtime.optim_step import OptimStep
 
 __all__ = ["AdversarialOptimizer", "CollapseMonitor", "DiscriminatorTrainer", "diversity"]
@@ -110,9 +112,9 @@ class DiscriminatorTrainer:
         """The optimizer's state; the weights are in the modules' state."""
         return self.optimizer.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load from a checkpoint."""
-        self.optimizer.optimizer.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], file: Path) -> None:
+        """Load from the checkpoint ``file``."""
+        load_optimizer(self.optimizer.optimizer, state, file)
 
 
 def diversity(generated: Tensor, real: Tensor) -> Tensor:

@@ -95,8 +95,9 @@ class Generated(MomentumContrast):
         """Create the optimizers of generators and discriminator.
 
         Raises:
-            ConfigError: There are several processes.
+            ConfigError: There are several processes, or as in `MomentumContrast`.
         """
+        super().prepare(run)
         if run.processes > 1:
             raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
         self.device = run.device
@@ -140,9 +141,9 @@ class Generated(MomentumContrast):
         """The optimizers of generators and discriminator."""
         return self.adversarial_update.state_dict()
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Load from a checkpoint."""
-        self.adversarial_update.load_state_dict(state)
+    def load_extra_state(self, state: dict[str, Any], file: Path) -> None:
+        """Load from the checkpoint ``file``."""
+        self.adversarial_update.load_state_dict(state, file)
 
     # -- the encoder's step -------------------------------------------------------------------------------------
 
@@ -298,6 +299,13 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+def _check_stage_one(state: dict[str, Any], path: Path) -> None:
+    """Raise where a checkpoint lacks what stage two begins with."""
+    parts = {"generator_config": dict, "average": dict, "discriminator": dict, "images": int}
+    if not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
+        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
+
+
 def load_stage_one(method: Generated) -> str:
     """Load both generators from the moving average of a run of stage one, and its discriminator.
 
@@ -316,10 +324,8 @@ def load_stage_one(method: Generated) -> str:
             "generated.checkpoint: found none, expected a run of 'synco-fast pretrain-generator', or "
             "generated.pair none"
         )
-    state, path, _ = find_checkpoint(Path(checkpoint))
-    if "generator_config" not in state:
-        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
-    found = state["generator_config"]["size"]
+    state, path, _ = find_checkpoint(Path(checkpoint), _check_stage_one)
+    found = state["generator_config"].get("size")
     if found != size:
         raise ConfigError(f"generated.checkpoint: found a generator of {found} pixels, expected {size} (augment.size)")
     for generator in method.generators:

@@ -208,5 +208,5 @@ class Method(nn.Module):
         """State beside the module's tensors, such as that of the method's own optimizers."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Load what `extra_state` returned."""
+    def load_extra_state(self, state: dict[str, Any], file: Path) -> None:
+        """Load what `extra_state` returned, which was read from the checkpoint ``file``."""

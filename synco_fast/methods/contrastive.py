@@ -22,13 +22,15 @@ from torch.nn.functional import normalize
 
 from synco_fast.config import Config
 from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, Negatives, synthetic_contrast
-from synco_fast.methods.base import Encoders, Method, StepInputs, StepOutput, Views
+from synco_fast.kernels.ops import unserved_by_triton
+from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.models.encoder import Encoder
 from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
 from synco_fast.runtime.distributed import exchange_rows, gather_rows, rank, world
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.phases import phase
 
 __all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
@@ -138,6 +140,18 @@ class MomentumContrast(Method):
     def replicated(self) -> Mapping[str, nn.Module]:
         """Both encoders and the queue."""
         return {**super().replicated, "queue": self.queue}
+
+    def prepare(self, run: RunInfo) -> None:
+        """Check that what computes the loss is there.
+
+        Raises:
+            ConfigError: ``method.backend`` is triton, and the kernels do not serve this device or these shapes.
+        """
+        if self.settings.backend == "triton":
+            rows = self.queue.rows
+            reason = unserved_by_triton(rows[:0], rows, self.settings.temperature)
+            if reason:
+                raise ConfigError(f"method.backend: found triton, expected auto, blockwise or reference here: {reason}")
 
     def shard(self, views: Views, *, step: int) -> StepInputs:
         """Permute the key views over the global batch, across processes (ShuffleBN)."""

@@ -50,6 +50,10 @@ class KeyQueue(nn.Module):
             name = prefix + old.removeprefix("queue.")
             if name in state_dict:
                 state_dict[prefix + new.removeprefix("queue.")] = state_dict.pop(name)
+        pointer = state_dict.get(f"{prefix}pointer", self.pointer)
+        if not 0 <= int(pointer) < len(self):
+            errors = rest[-1]
+            errors.append(f"found {int(pointer)} as {prefix}pointer, expected 0 to {len(self) - 1}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from synco_fast.data.seeding import derive_seed
 from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, Views
 from synco_fast.methods.build import build_method
 from synco_fast.models.encoder import Encoder
+from synco_fast.runtime.checkpoint import load_optimizer
 from synco_fast.runtime.distributed import DistEnv
+from synco_fast.runtime.finite import not_finite
 from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
@@ -83,6 +86,8 @@ class Engine:
         self.statistics = RunningStatistics(*self.method.statistics)
         self.skipped = SkippedSteps(self.device)
         self.means = RunningMeans()
+        #: What is infinite from the start, such as a mask, is no sign of divergence.
+        self._unbounded = {name for name, value in self._named() if not_finite([(name, value)])}
         self.steps = steps_per_epoch * training.epochs
         self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
         self._query = on_all_processes(
@@ -264,9 +269,18 @@ class Engine:
 
     # -- figures ------------------------------------------------------------------------------------------------
 
-    def finite(self) -> bool:
-        """Whether every parameter is finite; waits for the device."""
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.method.parameters())
+    def not_finite(self) -> str | None:
+        """The first parameter, buffer or optimizer state that holds NaN or infinity; waits for the device."""
+        return not_finite(pair for pair in self._named() if pair[0] not in self._unbounded)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that the steps move, by name."""
+        yield from self.method.state_dict().items()
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.trainable.named_parameters()}
+        for parameter, kept in self.optimizer.state.items():
+            for what, value in kept.items():
+                if isinstance(value, Tensor):
+                    yield f"{what} of {names.get(parameter, 'a parameter')}", value.to(self.device)
 
     def figures(self, step: int) -> dict[str, float]:
         """Further values of a log line; waits for the device.
@@ -319,15 +333,19 @@ class Engine:
             **({"extra": extra} if extra else {}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a checkpoint, except the method's weights, which the caller loads."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Load the checkpoint at ``path``, except the method's weights, which the caller loads.
+
+        Raises:
+            CheckpointError: The optimizer's state is that of another optimizer or of other parameters.
+        """
+        load_optimizer(self.optimizer, state["optimizer"], path)
         if self._rates_are_tensors:
             self._rates_on_device()
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
         if "extra" in state:
-            self.method.load_extra_state(state["extra"])
+            self.method.load_extra_state(state["extra"], path)
         if "skipped" in state:
             self.skipped.load_state_dict(state["skipped"])
 

@@ -12,7 +12,8 @@ from synco_fast.data.sources.open import Source
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.runtime.files import write_json, write_text
+from synco_fast.runtime.files import check_writable, write_json
+from synco_fast.runtime.run_config import holds_run, write_run_config
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_curves
 from synco_fast.training.task import RunConfig
@@ -58,19 +59,23 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
         ConfigError: The folder already holds a run, or is a file.
     """
     folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "config.yaml").exists():
+    if holds_run(folder):
         raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to resume it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
+    check_writable(folder, "out")
     return folder
 
 
 def describe_run(folder: Path, config: RunConfig) -> None:
-    """Create the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
+    """Create the run folder and write the settings of the run into it, also those that a resumed run was given.
+
+    ``config.yaml`` is written again if the configuration has changed, ``environment.json`` if there is none.
+    """
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        write_text(folder / "config.yaml", config.to_yaml())
+    write_run_config(folder, config.to_yaml())
+    if not (folder / "environment.json").exists():
         write_json(folder / "environment.json", describe_environment())
 
 
@@ -97,7 +102,7 @@ def close_run(
         writes: Whether this process writes; otherwise the summary is only returned.
     """
     lines = read_metrics(folder)
-    knn = [line["knn"] for line in lines if line["kind"] == "evaluation"]
+    knn = [line["knn"] for line in lines if line["kind"] == "evaluation" and "knn" in line]
     classes = source.validation.classes if source.validation else None
     chance = 1 / len(classes) if classes and knn else None
     curves = folder / "plots" / "curves.png"

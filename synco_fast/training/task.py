@@ -120,8 +120,8 @@ class Task(Protocol[SummaryT]):
         """One step, counted from 0."""
         ...
 
-    def finite(self) -> bool:
-        """Whether every parameter is finite; waits for the device."""
+    def not_finite(self) -> str | None:
+        """The first parameter or buffer that holds NaN or infinity; waits for the device."""
         ...
 
     def replica_hash(self) -> int:
