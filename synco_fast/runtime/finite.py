@@ -1,4 +1,4 @@
-"""Whether tensors hold numbers alone."""
+"""Finding NaN and infinity in tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def not_finite(named: Iterable[tuple[str, Tensor]], *, infinite: bool = False) -
     """The name of the first tensor that holds NaN or infinity; waits for the device once.
 
     Args:
-        named: Name and tensor; those that are not of a floating dtype pass.
+        named: Name and tensor; only floating dtypes are checked.
         infinite: Whether infinity is allowed.
     """
     floating = [(name, tensor) for name, tensor in named if tensor.is_floating_point()]

@@ -1,4 +1,4 @@
-"""How much memory a device has, and one line where something needs more: said before it is allocated."""
+"""Memory of a device, and a check before large allocations."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["check_memory", "memory_of"]
 
-#: Where Linux keeps the limit of a container, by version of its control groups.
+#: Files with the memory limit of a container, by version of Linux's control groups.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def memory_of(device: torch.device) -> int:
-    """The bytes of memory that a device has, taken or not; of the CPU no more than a container may use."""
+    """Total bytes of memory of a device; on a CPU at most the container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -29,12 +29,12 @@ def memory_of(device: torch.device) -> int:
 
 
 def check_memory(needed: int, device: torch.device, found: str) -> None:
-    """Refuse what cannot fit.
+    """Refuse what does not fit into memory.
 
     Args:
         needed: The least number of bytes.
-        device: Where they would lie.
-        found: The key and its value, as a message begins.
+        device: The device.
+        found: Key and value, as the start of the message.
 
     Raises:
         ConfigError: The device has less.

@@ -1,4 +1,4 @@
-"""``config.yaml`` of a run folder: written whole with a checksum, refused where it is not what was written."""
+"""``config.yaml`` of a run folder: written atomically with a checksum, which is verified on reading."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["has_checkpoints", "holds_run", "read_run_config", "write_run_config"
 _NAME = "config.yaml"
 _MARK = "# sha256 of the lines above: "
 _SEALED = re.compile(rf"(.*\n){_MARK}([0-9a-f]{{64}})\n?", re.DOTALL)
-#: By command: a key that its configuration alone has, its very last key, and its part of a checkpoint. Files without a
-#: checksum, of older versions, ended with the same key, so that one cut at the end of a line lacks it.
+#: By command: a key that only its configuration has, its last key, and its part of a checkpoint. Older files without a
+#: checksum end with the same key, so that a truncated one lacks it.
 _KINDS = {
     "pretrain": ("method", ("evaluation", "batch"), "config"),
     "pretrain-generator": ("latent", ("keep",), "generator_config"),
@@ -25,11 +25,11 @@ _KINDS = {
 
 
 def write_run_config(folder: Path, text: str) -> None:
-    """Write ``config.yaml`` with its checksum, whole or not at all, where it is not there already.
+    """Write ``config.yaml`` with its checksum, atomically, if there is none yet.
 
     Args:
         folder: The run folder.
-        text: YAML that ends a line.
+        text: YAML that ends with a newline.
     """
     path = folder / _NAME
     sealed = f"{text}{_MARK}{_digest(text)}\n"
@@ -38,20 +38,20 @@ def write_run_config(folder: Path, text: str) -> None:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was begun in a folder: it has a ``config.yaml`` or checkpoints."""
+    """Whether a folder holds a run: a ``config.yaml`` or checkpoints."""
     return (folder / _NAME).exists() or has_checkpoints(folder)
 
 
 def read_run_config(folder: Path, command: str = "pretrain") -> dict[str, Any]:
-    """The values of a run's ``config.yaml``; where there is none, those in its newest good checkpoint.
+    """The values of a run's ``config.yaml``, or if there is none, of its newest good checkpoint.
 
     Args:
         folder: The run folder.
         command: ``pretrain`` or ``pretrain-generator``, whose run it must be.
 
     Raises:
-        ConfigError: The folder holds no run or one of another command, or the file is not what was written.
-        CheckpointError: There is no file, and no checkpoint can be read.
+        ConfigError: The folder holds no run or one of another command, or the file is damaged or was edited.
+        CheckpointError: There is no file, and no readable checkpoint.
     """
     key, _, part = _KINDS[command]
     values = _from_file(folder / _NAME) if (folder / _NAME).is_file() else _from_checkpoint(folder, part)

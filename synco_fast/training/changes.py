@@ -1,4 +1,4 @@
-"""What a resumed run may change, and the line that says what it did."""
+"""Changed settings of a resumed run: which are refused, and a line about the others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["FIXED", "explain_changes"]
 
-#: Sections and keys without which a checkpoint's tensors and counters mean something else.
+#: Sections and keys that a checkpoint's tensors and counters depend on.
 FIXED = frozenset({"seed", "model", "method", "generated", "optimizer.name"})
-#: Keys of those sections that say how to compute, how long a phase lasts, or what only the first step reads.
+#: Exceptions: keys about how to compute, how long a phase lasts, or what only the first step reads.
 _FREE = frozenset(
     {
         "model.norm",
@@ -25,23 +25,23 @@ _FREE = frozenset(
         "generated.collapse",
     }
 )
-#: What describes the run, and limits that hold for one start of it.
+#: Descriptions of the run, and limits of one start of it.
 _UNSAID = frozenset({"preset", "about", "training.max_steps", "training.max_time", "max_time"})
 
 
 def explain_changes(
     before: Mapping[str, Any], after: Mapping[str, Any], file: Path, *, fixed: Collection[str] = FIXED
 ) -> str | None:
-    """A line about the settings that differ from those a checkpoint was written with; None where none do.
+    """A line about the settings that differ from those of a checkpoint; None if none do.
 
     Args:
-        before: Those of the checkpoint, by section and key, as plain values.
-        after: Those of the run that resumes; keys that only one of them has are left out.
+        before: Settings of the checkpoint, by section and key, as plain values.
+        after: Settings of the resumed run; keys that only one of them has are ignored.
         file: The checkpoint, for the message.
         fixed: Sections and keys that may not differ.
 
     Raises:
-        ConfigError: One of these does.
+        ConfigError: One of these differs.
     """
     old, new = _by_dotted_name(before), _by_dotted_name(after)
     changed = [key for key in new if key in old and old[key] != new[key] and key not in _UNSAID]
