@@ -52,6 +52,7 @@ class Auto:
 
     Attributes:
         pipeline: The batches.
+        name: The pipeline's name.
 
     Raises:
         DataError: What the pipeline of the configuration cannot work with.
@@ -63,8 +64,8 @@ class Auto:
         self._engine, self._split, self._control, self._note = engine, split, control, note
         config = engine.config
         self._open = {"engine": config.training.engine == "auto", "pipeline": config.data.pipeline == "auto"}
-        self._name = choose_pipeline(config.data.pipeline, split, engine.device)
-        self.pipeline = self._build(self._name)
+        self.name = choose_pipeline(config.data.pipeline, split, engine.device)
+        self.pipeline = self._build(self.name)
         #: What ``auto`` stands for, by what was open; None until it is settled.
         self._chosen: dict[str, str] | None = None
 
@@ -85,10 +86,10 @@ class Auto:
             return
         engine = self._engine
         if any(self._open.values()) and steps >= MIN_STEPS and not engine.method.extra_state():
-            names = pipelines_for(self._split, engine.device) if self._open["pipeline"] else [self._name]
+            names = pipelines_for(self._split, engine.device) if self._open["pipeline"] else [self.name]
             if self._open["engine"] or len(names) > 1:
                 self._measure(names, folder)
-        found = {"engine": engine.form, "pipeline": self._name}
+        found = {"engine": engine.form, "pipeline": self.name}
         self._chosen = {key: found[key] for key, is_open in self._open.items() if is_open}
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,10 +103,10 @@ class Auto:
             return
         if self._open["engine"]:
             self._engine.use(chosen.get("engine", "eager"))
-        name = chosen.get("pipeline", self._name) if self._open["pipeline"] else self._name
-        if name != self._name:
+        name = chosen.get("pipeline", self.name) if self._open["pipeline"] else self.name
+        if name != self.name:
             self.pipeline.close()
-            self._name, self.pipeline = name, self._build(name)
+            self.name, self.pipeline = name, self._build(name)
         self._chosen = dict(chosen)
 
     # -- measuring ----------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class Auto:
         if seconds is not None and len(pipelines) > 1:
             fed = self._try_pipelines(pipelines, chosen, seconds, place)
         if self._control.env.is_main:
-            table = _table(tried, without, fed, engine.config.training.batch, chosen, self._name)
+            table = _table(tried, without, fed, engine.config.training.batch, chosen, self.name)
             write_json(folder / FILE, {"environment": describe_environment(), **table})
             if measured or fed:
                 self._note(_line(table, measured=measured, fed=bool(fed)), None)
@@ -139,7 +140,7 @@ class Auto:
         best, fed = -1.0, []
         for name in names:
             made, reason = self.pipeline, None
-            if name != self._name:
+            if name != self.name:
                 try:
                     made = self._build(name)
                 except UserError as error:
@@ -153,7 +154,7 @@ class Auto:
             fed.append(PipelineTrial(name, rate))
             if made is not self.pipeline:
                 if rate > best:
-                    self._name, self.pipeline, made = name, made, self.pipeline
+                    self.name, self.pipeline, made = name, made, self.pipeline
                 made.close()
             best = max(best, rate)
             if best >= SERVES * need:

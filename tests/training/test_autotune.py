@@ -214,7 +214,7 @@ def test_the_need_of_the_step_decides_which_pipeline_serves(tiny, monkeypatch, r
         return made[name]
 
     monkeypatch.setattr(auto, "_build", build)
-    auto._name, auto.pipeline = "torchvision", build("torchvision")
+    auto.name, auto.pipeline = "torchvision", build("torchvision")
     monkeypatch.setattr(
         autotune,
         "try_pipeline",
@@ -227,7 +227,7 @@ def test_the_need_of_the_step_decides_which_pipeline_serves(tiny, monkeypatch, r
     assert [each.reason for each in fed if each.images_per_second is None] == (
         ["data.pipeline: found too much"] if None in rates.values() else []
     )
-    assert auto._name == taken
+    assert auto.name == taken
     assert auto.pipeline is made[taken]
     assert {name for name, one in made.items() if not one.closed} == {taken}
 
