@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from synco_fast.bench.cost.launches import Launch
 from synco_fast.bench.loss import Shape
-from synco_fast.kernels.topk import stride_and_rank
+from synco_fast.kernels.triton.config import sampling_of
 
 __all__ = ["STATED", "Stated", "candidates"]
 
@@ -37,7 +37,7 @@ class Stated:
 def candidates(shape: Shape) -> float:
     """Keys of a row above the sampled threshold, on average."""
     hard = shape.negatives.hard
-    sampling = stride_and_rank(shape.length, hard) if hard else None
+    sampling = sampling_of(shape.length, hard) if hard else None
     return float(sampling[0] * sampling[1]) if sampling else 0.0
 
 
