@@ -103,13 +103,27 @@ def _keys(p_queue, p_key, o_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: 
 
 
 @triton.jit
-def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr):
-    """The normal numbers of a block of slots for the dimensions from FIRST on, (SLOTS, PIECE)."""
-    lane = (1 + FIRST // 4 + tl.arange(0, PIECE // 4)).to(tl.uint32)
+def _four_normal(c0, c1, k0, k1, lane, NUMBER: tl.constexpr):
+    """The four normal numbers of each slot and lane of the counter, (SLOTS, lanes, 4)."""
     many = (c1 * 0)[:, None] + lane[None, :] * 0
     w0, w1, w2, w3 = philox(many + c0, many + c1[:, None], many + NUMBER, many + lane[None, :], k0, k1)
     e0, e1, e2, e3 = normal(w0, w1, w2, w3)
-    return tl.interleave(tl.interleave(e0, e2), tl.interleave(e1, e3))
+    four = tl.join(tl.join(e0, e2), tl.join(e1, e3))
+    return tl.reshape(four, [c1.shape[0], lane.shape[0], 4])
+
+
+@triton.jit
+def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr, RUN: tl.constexpr):
+    """The normal numbers of a block of slots for the dimensions from FIRST on, (SLOTS, PIECE).
+
+    RUN of a vector's numbers lie in a thread, 4 or 8: so many are made in one, and none has to move.
+    """
+    SLOTS: tl.constexpr = c1.shape[0]
+    lane = 1 + FIRST // 4 + tl.arange(0, PIECE // RUN).to(tl.uint32) * (RUN // 4)
+    e = _four_normal(c0, c1, k0, k1, lane, NUMBER)
+    if RUN == 8:
+        e = tl.permute(tl.join(e, _four_normal(c0, c1, k0, k1, lane + 1, NUMBER)), (0, 1, 3, 2))
+    return tl.reshape(e, [SLOTS, PIECE])
 
 
 @triton.jit
@@ -157,6 +171,7 @@ def _family(
     SIGMA: tl.constexpr = TABLE[FAMILY][10]
     ETA: tl.constexpr = TABLE[FAMILY][11]
     PAIRED: tl.constexpr = SECOND != 0 or SECOND_SLOPE != 0
+    RUN: tl.constexpr = 128 // p_queue.dtype.element_ty.primitive_bitwidth
     p_drawn += share(TABLE, PARTS, SLOTS, FAMILY)
     for start in range(0, (COUNT + PARTS - 1) // PARTS, SLOTS):
         o_mine = start + tl.arange(0, SLOTS)
@@ -178,9 +193,11 @@ def _family(
                 if PAIRED:
                     x_piece += c[:, None] * other[piece]
                 if ETA != 0:
-                    x_piece += tl.where(q[piece] > 0, ETA, tl.where(q[piece] < 0, -ETA, 0.0))
+                    sign = q[piece].to(tl.int32, bitcast=True) & -0x80000000
+                    strength = (sign ^ (q[piece] * 0 + ETA).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+                    x_piece += tl.where(q[piece] == 0, 0.0, strength)
                 if SIGMA != 0:
-                    e = _noise(c0, o_slot.to(tl.uint32), k0, k1, NUMBER, piece * PIECE, PIECE)
+                    e = _noise(c0, o_slot.to(tl.uint32), k0, k1, NUMBER, piece * PIECE, PIECE, RUN)
                     x_piece += tl.where((piece * PIECE + tl.arange(0, PIECE) < D)[None, :], SIGMA * e, 0)
                 x += (x_piece,)
             inverse = tl.rsqrt(tl.maximum(_inner(x, x, PIECES), 1e-24))
