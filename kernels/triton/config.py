@@ -312,7 +312,7 @@ class Mix:
 
 #: By bytes of a number of the queue: parts, pieces and warps; a program takes as many slots as its threads hold with 16
 #: bytes of each piece in each. To be changed by a measurement.
-MIXES = {2: (8, 4, 1), 4: (8, 4, 1)}
+MIXES = {2: (4, 4, 1), 4: (8, 4, 1)}
 
 
 def mix_of(itemsize: int, wide: int) -> Mix:
