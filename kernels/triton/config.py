@@ -222,11 +222,11 @@ FORMATS = {
 #: device. To be changed by a measurement.
 TILES = {
     ("bfloat16", True): Tile(128, 64, 128, 128, 8, 2),
-    ("bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
+    ("bfloat16", False): Tile(64, 64, 128, 64, 8, 1),
     ("float16", True): Tile(64, 64, 128, 128, 8, 1),
     ("float16", False): Tile(64, 64, 128, 64, 8, 1),
     ("three", True): Tile(128, 64, 128, 128, 8, 1),
-    ("three", False): Tile(128, 64, 64, 64, 8, 1),
+    ("three", False): Tile(128, 64, 64, 32, 8, 1),
     ("tf32", True): Tile(64, 64, 128, 128, 8, 1),
     ("tf32", False): Tile(64, 64, 64, 64, 8, 1),
     ("ieee", True): Tile(64, 32, 64, 32, 8, 1),
@@ -235,9 +235,11 @@ TILES = {
 #: Larger ones by the compute capability's major number too.
 TILES_OF = {
     (9, "bfloat16", True): Tile(128, 128, 128, 128, 8, 2),
+    (9, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),
     (9, "tf32", False): Tile(64, 64, 128, 64, 8, 1),
+    (10, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (10, "float16", False): Tile(128, 64, 128, 64, 8, 1),
 }
 

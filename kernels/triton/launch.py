@@ -172,8 +172,11 @@ def _launch(
     splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
     lists = splits * LANES
     many, segment = segments_of(capacity, lists, tiles * form.keys // LANES) if capacity else (0, 0)
-    room = lists * segment + form.keys + OVERHANG
-    found = empty(rows, room, dtype=torch.int64, device=device) if capacity else None
+    room = lists * segment + form.keys + OVERHANG if capacity else 0
+    # When the slow path begins, the candidates are needed no more: one piece of memory serves both.
+    at_once = rows_at_once(rows, length) if hard else 0
+    both = empty(max(rows * room, -(-at_once * length // 2)), dtype=torch.int64, device=device)
+    found = both[: rows * room].view(rows, room) if capacity else None
     count = empty(rows, lists, dtype=torch.int32, device=device) if capacity else None
     scan_sum = empty(splits, rows, device=device)
     scan_total = empty(splits, rows, dim, device=device)
@@ -248,7 +251,7 @@ def _launch(
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
-        room = empty(rows_at_once(rows, length), length, dtype=torch.int32, device=device)
+        room = both.view(torch.int32)[: at_once * length].view(at_once, length)
         full_select(q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form)
 
     # Step four.

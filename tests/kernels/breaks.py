@@ -89,8 +89,8 @@ BREAKS = (
     Break(
         "kernels: ties go to the larger queue index",
         "kernels/triton/select.py",
-        "tl.cumsum(b_tie, 0) > tied - spare",
-        "tl.cumsum(b_tie, 0) <= spare",
+        "_running(b_tie, CAPACITY, 8) > tied - spare",
+        "_running(b_tie, CAPACITY, 8) <= spare",
         SELECTION,
         "boundary",
     ),
