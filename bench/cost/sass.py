@@ -70,8 +70,8 @@ class Span:
 def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions in the text of ``nvdisasm -gi -c``, and the number that each label stands at.
 
-    Where threads of a warp have parted, they exchange numbers in code out of line, to which BRA.DIV goes. Warps of these
-    kernels stay together, so this branch is not taken, and what only it leads to is left out.
+    Where threads of a warp have parted, they exchange numbers in code out of line, to which BRA.DIV goes. Warps of
+    these kernels stay together, so this branch is not taken, and what only it leads to is left out.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -99,9 +99,7 @@ def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
     return _together(instructions, labels)
 
 
-def _together(
-    instructions: list[Instruction], labels: dict[str, int]
-) -> tuple[list[Instruction], dict[str, int]]:
+def _together(instructions: list[Instruction], labels: dict[str, int]) -> tuple[list[Instruction], dict[str, int]]:
     """Code and labels without what only warps come to whose threads have parted."""
     parted = _reached(instructions, labels, parted=True) - _reached(instructions, labels, parted=False)
     kept = [number for number in range(len(instructions)) if number not in parted]

@@ -69,7 +69,7 @@ def _distance(word):
     """The square root of -2 ln u for u = `uniform(word)`, to two units in the last place.
 
     ln u = ln(1 + f) + e ln 2 with 1 + f between the roots of 1/2 and 2; the polynomial is a least-squares fit of
-    (ln(1 + f) - f + f^2 / 2) / f^3, relative error 4e-8. u is never 0, 1 or denormal, of which the library's takes care.
+    (ln(1 + f) - f + f^2 / 2) / f^3, relative error 4e-8. u is never 0, 1 or denormal, which the library allows for.
     """
     bits = uniform(word).to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23

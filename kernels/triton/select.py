@@ -1,9 +1,9 @@
 """Step three: from what the scan found of a row to its N hardest keys, in the order of the queue.
 
-The scan has left a row's candidates in segments, one for each split, every segment in the order of the queue. `select`
-bisects the order-preserving integers of their similarities until exactly N reach the middle, or until the N-th largest
-is known and ties with it are left to settle (the smallest indices are taken), and stores the chosen ones side by side.
-No sort is needed, since Q^N is ordered by queue index.
+The scan has left a row's candidates in segments, one for each lane of a split, every segment in the order of the
+queue. `select` brings them side by side and bisects the order-preserving integers of their similarities until exactly N
+reach the middle, or until the N-th largest is known and ties with it are left to settle (the smallest indices are
+taken), and stores the chosen ones side by side. No sort is needed, since Q^N is ordered by queue index.
 
 Where the scan multiplied in fewer bits than float32, its similarities leave open which keys near the N-th belong to
 Q^N. Those within a margin of it (twice what the scan may be off), or all down to it, are multiplied again in float32,
@@ -50,7 +50,7 @@ def _cut(b_order, needed, low, high, reached):
 
 @triton.jit
 def _running(b_number, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """`tl.cumsum` of SIZE numbers, 32 of which add up to less than 2^BITS: several share what is exchanged in a warp."""
+    """`tl.cumsum` of SIZE numbers, 32 of which add up to less than 2^BITS: several are exchanged as one in a warp."""
     if SIZE < 512:
         return tl.cumsum(b_number, 0)
     else:
