@@ -154,6 +154,7 @@ def _print_summary(summary: Any, console: Console) -> None:
         ),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
         ("corrupt images", f"{summary.corrupt_images}"),
+        ("implementation", ", ".join(f"{part} {form['name']}" for part, form in summary.forms.items())),
         ("run folder", summary.run),
         ("checkpoint", summary.checkpoint),
         ("curves", summary.curves),

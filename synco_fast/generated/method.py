@@ -93,6 +93,10 @@ class Generated(MomentumContrast):
         """Whether generators and discriminator are trained."""
         return self.pair.pair == "joint"
 
+    def calls_of_step(self, rows: int) -> list[tuple[int, bool]]:
+        """The real images, and both queries of each pair against both keys."""
+        return [*super().calls_of_step(rows), (4 * self.pair.batch, False)]
+
     # -- the run around the steps -------------------------------------------------------------------------------
 
     def prepare(self, run: RunInfo) -> None:
@@ -279,6 +283,7 @@ class Generated(MomentumContrast):
                 step=step,
                 first_row=rows,  # behind the real rows, so that the draws differ
                 backend=self.settings.backend,
+                operand_dtype=self.operand_dtype,
             ).loss
 
 

@@ -105,6 +105,11 @@ class GeneratorTraining:
         )
         self._order: tuple[int, Tensor] | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """No further entries."""
+        return {}
+
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:

@@ -26,6 +26,7 @@ from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, keep_compile_cache
+from synco_fast.training.forms import Form
 from synco_fast.training.metrics import RunningMeans
 from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
 from synco_fast.training.statistics import RunningStatistics
@@ -61,6 +62,7 @@ class Engine:
         encode: The method's wrapped networks.
         means: Metrics averaged since the last `RunningMeans.pop`.
         skipped: Counts the steps that were skipped.
+        forms: Implementations of loss, batch norm and EMA update, set by `choose_forms`.
 
     Raises:
         ConfigError: The configuration does not work here.
@@ -75,7 +77,8 @@ class Engine:
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         training, optimizer = config.training, config.optimizer
-        self.config, self.env = config, env
+        self.config, self.env, self.note = config, env, note
+        self.forms: dict[str, Form] = {}
         self.device = resolve_device(training.device)
         self.precision = Precision(training.precision, self.device)
         self.method: Method = build_method(config, processes=env.world).to(self.device)
@@ -293,7 +296,8 @@ class Engine:
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for module in self.method.replicated.values():
             for tensor in [*module.parameters(), *(buffer for buffer in module.buffers() if id(buffer) not in local)]:
-                words = tensor.detach().contiguous().reshape(-1).view(torch.int32).to(torch.int64)
+                kind = torch.int16 if tensor.element_size() == 2 else torch.int32
+                words = tensor.detach().contiguous().reshape(-1).view(kind).to(torch.int64)
                 places = torch.arange(1, 2 * len(words), 2, device=self.device)
                 total = total * 31 + (words * places).sum()
         return int(total)

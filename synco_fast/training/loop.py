@@ -68,9 +68,14 @@ class Trainer(Generic[SummaryT]):
         self._save_due = False
         self.throughput = Throughput(task.settings.batch, task.settings.settling)
         self.stopping = StopSignals(self.control, task.settings.max_time)
+        # Printed at once until the progress bar takes over: the first use of a GPU takes a while.
+        task.note.show_by(self._print)
         if resume is not None:
             self._load(resume)
         task.begin(folder, fresh=self.step == 0)
+
+    def _print(self, line: str, style: str | None) -> None:
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -85,7 +90,7 @@ class Trainer(Generic[SummaryT]):
         """
         task, settings = self.task, self.task.settings
         if self.env.is_main:
-            describe_run(self.folder, task.config)
+            describe_run(self.folder, task.config, task.facts)
         config = task.config.model_dump(mode="json")
         self.log: MetricLog = open_log(self.folder, self.step, config, wandb=settings.wandb, writes=self.env.is_main)
         self.reporter = Reporter(self.console, self.steps, self.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from torch import nn
 from synco_fast.config import Config, EvaluationConfig, TrainingConfig, build_config
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch
+from synco_fast.data.pipelines.build import choose_pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
@@ -27,6 +28,7 @@ from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.plots import draw_pairs
@@ -172,12 +174,16 @@ class Pretraining:
             wandb=training.wandb,
         )
         self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
+        self._kept: dict[str, Any] | None = None
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
-        """Let the method read its data."""
+        """Choose the implementation of each part of a step, and let the method read its data."""
         self._folder = folder
+        choose_forms(self.engine, self.control, kept=self._kept)
+        views = choose_pipeline(self.config.data.pipeline, self._train, self.device)
+        self.engine.forms["views"] = Form(views, f"data.pipeline={self.config.data.pipeline}")
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
 
@@ -210,6 +216,11 @@ class Pretraining:
     def replica_hash(self) -> int:
         """That of the engine."""
         return self.engine.replica_hash()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``forms``: the implementation of each part of a step, and why."""
+        return {"forms": {part: asdict(form) for part, form in self.engine.forms.items()}}
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
@@ -295,6 +306,7 @@ class Pretraining:
             "steps_per_epoch": self.steps_per_epoch,
             "stream": self.method.stream,
             "corrupt": self.corrupt_images.state_dict(),
+            "forms": forms_state(self.engine),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
@@ -308,6 +320,9 @@ class Pretraining:
         if "method" not in state:
             raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of pretrain")
         changes = explain_changes(_settings(state, path), self.config.model_dump(mode="json"), path)
+        # `auto` is for new runs; on the same device a resumed run keeps its dtype.
+        keep = self.config.method.queue_dtype == "auto" and chosen_here(state.get("forms", {}), self.device)
+        notes = self.method.adapt_state(state["method"], keep=keep) if isinstance(state["method"], dict) else []
         load_weights(self.method, state["method"], path)
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ConfigError(
@@ -321,8 +336,10 @@ class Pretraining:
             )
         self.engine.load_state_dict(state, path)
         self.corrupt_images.load_state_dict(state["corrupt"])
-        if changes:
-            self.note(changes)
+        forms = state.get("forms", {})
+        self._kept = {**forms, "names": dict(forms.get("names", {}))}
+        for line in [*notes, *([changes] if changes else [])]:
+            self.note(line)
 
     def close(self) -> None:
         """Close the pipeline."""
@@ -341,6 +358,7 @@ class Pretraining:
             finished=finished,
             throughput=throughput,
             corrupt=len(self.corrupt_images),
+            forms=self.facts["forms"],
             writes=self.env.is_main,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Summary:
     """The summary of a run; fractions are in [0, 1], None if nothing was evaluated.
 
     ``finished`` is false if the run was stopped. ``images_per_second`` counts only training steps, without the first
-    few, evaluations and checkpoints.
+    few, evaluations and checkpoints. ``forms`` names the implementation of each part of a step, and why it was chosen.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Summary:
     data_wait: float
     training_seconds: float
     corrupt_images: int
+    forms: dict[str, dict[str, str]]
     run: str
     checkpoint: str
     curves: str
@@ -67,16 +69,21 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
     return folder
 
 
-def describe_run(folder: Path, config: RunConfig) -> None:
+def describe_run(folder: Path, config: RunConfig, facts: Mapping[str, Any] | None = None) -> None:
     """Create the run folder and write the settings of the run into it, also those that a resumed run was given.
 
     ``config.yaml`` is written again if the configuration has changed, ``environment.json`` if there is none.
+
+    Args:
+        folder: The run folder.
+        config: Its configuration.
+        facts: Further entries of ``environment.json``.
     """
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     write_run_config(folder, config.to_yaml())
     if not (folder / "environment.json").exists():
-        write_json(folder / "environment.json", describe_environment())
+        write_json(folder / "environment.json", {**describe_environment(), **(facts or {})})
 
 
 def close_run(
@@ -89,6 +96,7 @@ def close_run(
     finished: bool,
     throughput: Throughput,
     corrupt: int,
+    forms: dict[str, dict[str, str]],
     writes: bool = True,
 ) -> Summary:
     """Draw the curves and write ``summary.json``.
@@ -99,6 +107,7 @@ def close_run(
         steps_per_epoch, step, finished: Its progress.
         throughput: Its throughput.
         corrupt: Number of corrupt images.
+        forms: By part of a step, ``name`` of its implementation and ``why`` it was chosen.
         writes: Whether this process writes; otherwise the summary is only returned.
     """
     lines = read_metrics(folder)
@@ -120,6 +129,7 @@ def close_run(
         data_wait=throughput.data_wait,
         training_seconds=throughput.training,
         corrupt_images=corrupt,
+        forms=forms,
         run=str(folder),
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -94,6 +94,11 @@ class Task(Protocol[SummaryT]):
     @property
     def config(self) -> RunConfig:
         """The configuration, saved in the run folder."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Entries of ``environment.json`` beside versions and device; final after `begin`."""
         ...
 
     control: HostGroup
