@@ -155,7 +155,7 @@ class MomentumContrast(Method):
         """
         if self.settings.backend == "triton":
             rows = self.queue.rows
-            reason = unserved_by_triton(rows[:0], rows, self.settings.temperature)
+            reason = unserved_by_triton(rows[:0].float(), rows, self.settings.temperature)
             if reason:
                 raise ConfigError(f"method.backend: found triton, expected auto, blockwise or reference here: {reason}")
 
