@@ -112,12 +112,13 @@ def _folded(norm: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.momentum is not None
-    running = [value.repeat(groups) for value in (norm.running_mean, norm.running_var)]
+    mean, variance = norm.running_mean.repeat(groups), norm.running_var.repeat(groups)
     # (G, b, H, W, C) to (b, H, W, G, C), and the last two as one.
     places = x.permute(0, 2, 3, 1).unflatten(0, (groups, -1)).permute(1, 2, 3, 0, 4)
     y = functional.batch_norm(
         places.flatten(3).permute(0, 3, 1, 2),
-        *running,
+        mean,
+        variance,
         norm.weight.repeat(groups),
         norm.bias.repeat(groups),
         training=True,
@@ -125,10 +126,11 @@ def _folded(norm: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
         eps=norm.eps,
     )
     with torch.no_grad():
-        for value, moved in zip((norm.running_mean, norm.running_var), running, strict=True):
+        for value, moved in ((norm.running_mean, mean), (norm.running_var, variance)):
             value.copy_(moved.unflatten(0, (groups, -1)).mean(dim=0))
     apart = y.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4)
-    return apart.flatten(0, 1).permute(0, 3, 1, 2)
+    found: Tensor = apart.flatten(0, 1).permute(0, 3, 1, 2)
+    return found
 
 
 def _apex(layer: Layer, x: Tensor, residual: Tensor | None, up: Tensor) -> Callable[[], tuple[Tensor, ...]]:
