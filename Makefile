@@ -1,41 +1,61 @@
 # Two commands do everything on a machine with Python 3.11 or later and make:
 #   make demo   install into ./.venv, draw the demo images, pretrain on them, show what was learned
 #   make test   install, then lint, types and tests
+# Both install with uv where it is on the path, else with pip.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+#: The package and what it runs on, which is all that the demo needs; and with it what tests and single commands need.
+RUN := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
 DEMO := datasets/demo
 TYPES := build/types
 
+UV := $(shell command -v uv 2>/dev/null)
+ifdef UV
+  MAKE_VENV = uv venv --quiet --python $(PYTHON) $(VENV)
+  INSTALL = uv pip install --quiet --python $(BIN)/python
+else
+  MAKE_VENV = $(PYTHON) -m venv $(VENV)
+  INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
+endif
+
 .PHONY: demo test lint types unit install format record-fashion-mnist clean
 
-demo: $(STAMP)
-	$(BIN)/synco-fast data demo $(DEMO)
-	$(BIN)/synco-fast pretrain --config demo --data $(DEMO)
+demo: $(RUN)
+	@echo "[2/3] drawing the demo images into $(DEMO)"
+	@$(BIN)/synco-fast data demo $(DEMO)
+	@echo "[3/3] pretraining: synco-fast pretrain --config demo --data $(DEMO)"
+	@$(BIN)/synco-fast pretrain --config demo --data $(DEMO)
 
 test: lint types unit
 
 install: $(STAMP)
 
-$(STAMP): setup.py constraints.txt synco_fast/version.py
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: found $$($(PYTHON) --version), expected Python 3.11 or later: make PYTHON=python3.11"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	@$(MAKE_VENV) || \
 	  { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+
+$(RUN): setup.py constraints.txt synco_fast/version.py | $(BIN)/python
+	@echo "[1/3] installing PyTorch and what synco-fast runs on into $(VENV), some 6 GB: a minute or two"
+	@$(INSTALL) --constraint constraints.txt --editable .
 	@touch $@
+
+$(STAMP): setup.py constraints.txt synco_fast/version.py | $(BIN)/python
+	@echo "installing PyTorch, synco-fast and what its tests need into $(VENV), some 7 GB: a few minutes"
+	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@touch $(RUN) $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The folders are mapped into one package by setup.py; a tree of links shows the type checker the same package.
+# setup.py maps the folders into one package; a tree of links shows the type checker the same package.
 types: $(STAMP)
-	@rm -rf $(TYPES) && mkdir -p $(TYPES)/synco_fast
-	@ln -s $(CURDIR)/synco_fast/* $(TYPES)/synco_fast/
-	@for folder in kernels data bench; do ln -s $(CURDIR)/$$folder $(TYPES)/synco_fast/$$folder; done
+	@rm -rf $(TYPES) && $(BIN)/python tests/support/layout.py $(TYPES)
 	cd $(TYPES) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p synco_fast
 
 unit: $(STAMP)

@@ -1,5 +1,6 @@
 """The build: top-level folders mapped into one package, so that no generic import name is taken."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -20,6 +21,7 @@ EMBED = ["pyarrow>=15"]
 REPORT = ["scikit-learn>=1.4"]
 DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 GENERATOR = ["torchmetrics>=1.4"]
+COMPLETION = ["argcomplete>=3"]
 
 
 def packages() -> list[str]:
@@ -37,13 +39,38 @@ def version() -> str:
     return scope["__version__"]
 
 
+def long_description() -> str:
+    """The README without links into the checkout, which lead nowhere on a package index; their text stays."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]+\)", r"\1", text)
+
+
 setup(
     name="synco-fast",
     version=version(),
     description="Fast contrastive pretraining of image encoders with synthetic hard negatives: SynCo, MoCHi, MoCo v2",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The synco-fast developers",
+    keywords=[
+        "self-supervised learning",
+        "contrastive learning",
+        "hard negatives",
+        "pretraining",
+        "SynCo",
+        "MoCHi",
+        "MoCo",
+        "Triton",
+        "PyTorch",
+    ],
+    project_urls={
+        "SynCo": "https://arxiv.org/abs/2410.02401",
+        "MoCHi": "https://arxiv.org/abs/2010.01028",
+        "MoCo v2": "https://arxiv.org/abs/2003.04297",
+        "Hard sample generation": "https://arxiv.org/abs/2202.06464",
+    },
     python_requires=">=3.11",
     packages=packages(),
     package_dir=FOLDERS,
@@ -69,12 +96,14 @@ setup(
         "report": REPORT,
         "dali": DALI,
         "generator": GENERATOR,
+        "completion": COMPLETION,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
             "pytest-benchmark>=4.0",
             "pytest-xdist>=3.5",
             "ruff>=0.6",
+            "setuptools>=77",
             "types-PyYAML",
             *EXPORT,
             *DETECTION,
@@ -82,12 +111,21 @@ setup(
             *REPORT,
             *DALI,
             *GENERATOR,
+            *COMPLETION,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},
     classifiers=[
-        "Programming Language :: Python :: 3",
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

@@ -1,1 +1,1 @@
-"""Benchmarks, and the records of what was measured where."""
+"""Benchmarks and records of measurements."""

@@ -1,4 +1,4 @@
-"""Compile what `bench/gpu.sh` launches, for a device that is elsewhere, into Triton's cache."""
+"""Compile the kernels of `bench/gpu.sh` for a remote device into Triton's cache."""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -95,7 +95,7 @@ def _call(shape: Shape, negatives: Negatives, masked: bool, step: Any) -> None:
 
 def main() -> None:
     """Fill the cache that TRITON_CACHE_DIR names."""
-    parser = argparse.ArgumentParser(description="Compile the kernels of the loss for a GPU that is elsewhere.")
+    parser = argparse.ArgumentParser(description="Compile the kernels of the loss for a remote GPU.")
     parser.add_argument("--capability", type=int, choices=CAPABILITIES, default=90, help="times ten")
     parser.add_argument("--tests", action="store_true", help="the shapes of the tests on a GPU too")
     options = parser.parse_args()

@@ -38,9 +38,8 @@ ROOT=$PWD
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo "$ROOT/.venv/bin/python" || command -v python3)}
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
-mkdir -p "$WORK/links/synco_fast" "$WORK/cache"
-ln -s "$ROOT"/synco_fast/* "$WORK/links/synco_fast/"
-for folder in kernels data bench; do ln -s "$ROOT/$folder" "$WORK/links/synco_fast/$folder"; done
+mkdir "$WORK/cache"
+"$PYTHON" tests/support/layout.py "$WORK/links"
 export PYTHONSAFEPATH=1 PYTHONPATH="$WORK/links" TRITON_CACHE_DIR="$WORK/cache"
 unset TRITON_INTERPRET
 "$PYTHON" -m synco_fast.bench.compile_cache --capability "$CAPABILITY" $TESTS

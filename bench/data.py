@@ -1,7 +1,7 @@
-"""Images and views a second, by pipeline, against the plain loader of the released code.
+"""Images and views per second, by pipeline, against the plain loader of the released code.
 
-Every pipeline reads the same JPEG files, of the size that ImageNet's have, with equally many processes, in rounds that
-alternate between the pipelines, so that whatever else the machine does meets them all.
+Every pipeline reads the same JPEG files, of the size that ImageNet's have, with the same number of processes, in rounds
+that alternate between the pipelines, so that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames
 from synco_fast.data.sources.open import ArraySplit, Source, Split, open_shards
 from synco_fast.data.sources.pack import PackSettings, pack_source
 from synco_fast.data.sources.splits import FileSplit, SubsetSplit
+from synco_fast.data.workers import available_cores
 
 __all__ = ["has_pipeline", "make_photos", "measure_pipelines"]
 
@@ -87,7 +88,7 @@ def measure_pipelines(
         tick: Called after each round of each pipeline.
 
     Returns:
-        For each: images a second of every round and their median, views a second, and the share of the machine's
+        For each: images per second of every round and their median, views per second, and the share of the machine's
         cores that it took, None where the system does not tell.
     """
     found: list[dict[str, Any]] = []
@@ -181,7 +182,7 @@ def _endless(pipe: Pipeline) -> Iterator[Batch]:
 
 
 def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
-    """Images a second and the share of the cores that was busy with them, after the batches that lay ready are gone."""
+    """Images per second and the share of busy cores, after the batches that lay ready are consumed."""
     for _ in range(settle):
         next(stream).to(device)
     _wait(device)
@@ -192,7 +193,7 @@ def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle
     _wait(device)
     spent = time.perf_counter() - start
     after = _busy_seconds()
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     return images / spent, None if busy is None or after is None else (after - busy) / (spent * cores)
 
 

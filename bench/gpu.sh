@@ -53,11 +53,9 @@ finish() { [ -z "$CLOCKS" ] || kill "$CLOCKS" 2>/dev/null; rm -rf "$WORK"; }
 trap finish EXIT
 mkdir "$WORK/gpu"
 
-# The folders linked into one package, as setup.py maps them. Python must not put the checkout itself first on its path:
-# there, synco_fast has none of the other folders.
-mkdir -p "$WORK/links/synco_fast"
-ln -s "$ROOT"/synco_fast/* "$WORK/links/synco_fast/"
-for folder in kernels data bench; do ln -s "$ROOT/$folder" "$WORK/links/synco_fast/$folder"; done
+# The package as a tree of links. Python must not put the checkout itself first on its path: there, synco_fast has none
+# of the other folders.
+"$PYTHON" tests/support/layout.py "$WORK/links" || exit 2
 export PYTHONSAFEPATH=1 PYTHONPATH="$WORK/links${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR="$WORK/triton"
 mkdir "$TRITON_CACHE_DIR"

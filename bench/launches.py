@@ -1,4 +1,4 @@
-"""The launches of the loss one by one: seen as they happen, recorded, run again alone and timed.
+"""The launches of the loss one by one: intercepted, recorded, replayed alone and timed.
 
 Nothing here knows which launches there are: whatever the launcher makes is met. ``python -m synco_fast.bench.launches``
 prints a line of JSON for each launch, and for all of them in one graph.

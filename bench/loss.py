@@ -1,7 +1,7 @@
 """Time and peak extra memory of the loss, forward and gradient, by backend and shape.
 
-What a process has once touched hides a later peak, so on a CPU each measurement has a process of its own; on a GPU,
-where the allocator counts, each backend has one.
+Memory that a process has once touched hides a later peak, so on a CPU each measurement runs in its own process. On a
+GPU, where the allocator counts, each backend has one process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from synco_fast.bench.baselines.field import linear_cross_entropy, product_loss, top_k
-from synco_fast.bench.baselines.loss import released_form
+from synco_fast.bench.baselines.loss import baseline_loss
 from synco_fast.bench.timing import capture, peak_memory, reset_peak_memory, seconds_of
 from synco_fast.kernels import FAMILIES, Negatives, reference, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
@@ -106,7 +106,7 @@ def prepare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Te
         return _operator(backend, q, k, queue, negatives, step).mean()
 
     def released(q: Tensor, step: Tensor) -> Tensor:
-        return released_form(q, k, queue, negatives, temperature=TEMPERATURE).mean()
+        return baseline_loss(q, k, queue, negatives, temperature=TEMPERATURE).mean()
 
     forms = {"released": released, "reference": plain, "blockwise": ours, "triton": ours}
     if backend == "compiled":

@@ -1,4 +1,4 @@
-"""The loss's figures as a picture: time against batch and queue, and memory."""
+"""Plots of the loss's benchmark: time against batch and queue, and memory."""
 
 from __future__ import annotations
 

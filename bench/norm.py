@@ -1,6 +1,6 @@
 """Time of norm, add and ReLU, forward and backward, by form (`bench/subjects.py`) and layer shape of a ResNet.
 
-Rounds go through all forms in turn, so that a machine that slows down slows down all, and the median counts.
+Rounds alternate between all forms, so that a slow phase of the machine affects all; the median counts.
 """
 
 from __future__ import annotations
@@ -183,13 +183,13 @@ def measure_norm(
         batch: B.
         groups: Of the batch.
         device, dtype: Of x.
-        bandwidth: Bytes a second of a large copy here.
+        bandwidth: Bytes per second of a large copy here.
         repeats: Timed runs of a subject in a round.
         rounds: How often the subjects are measured in turn.
 
     Yields:
         Subject and layer; ``seconds`` of every run and their median; ``cpu_seconds``, processor time of all threads,
-        which other programs disturb less, and their median; ``gb_s``, bytes a second that the form moves by the rules
+        which other programs disturb less, and their median; ``gb_s``, bytes per second that the form moves by the rules
         of `synco_fast.bench.norm_model`; ``floor``, the share of the time that the kernels' bytes would take at the
         bandwidth. Or ``failed``, why there is no figure.
     """

@@ -1,4 +1,4 @@
-"""The least time that the loss can take: its arithmetic and its bytes over what the device was seen to do."""
+"""Roofline of the loss: its arithmetic and its bytes over the device's measured rates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ceilings(NamedTuple):
     """What a device does at best.
 
     Attributes:
-        flops: Floating-point operations a second of a large matrix product.
+        flops: Floating-point operations per second of a large matrix product.
         bytes: Bytes read and written a second by a large copy.
     """
 
@@ -28,7 +28,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
     Args:
         device: Where.
-        dtype: Of the matrix product; float32 is multiplied as PyTorch is set to, without TF32 unless allowed.
+        dtype: Of the matrix product; float32 is multiplied as PyTorch is set to, with TF32 only if that is on.
     """
     large = device.type == "cuda"
     side, megabytes = (8192, 1024) if large else (1024, 128)

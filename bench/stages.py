@@ -1,4 +1,4 @@
-"""Each launch of the loss against PyTorch in float64, right after it was made: which one is wrong, if one is.
+"""Each launch of the loss compared with PyTorch in float64, right after it is made, to find a wrong one.
 
 ``python -m synco_fast.bench.stages --dtype bfloat16`` prints a line of JSON for each launch and ends with 1 on a miss.
 A fault ends the process; the last line then names the launch. With TRITON_INTERPRET=1 it runs on the CPU.
@@ -29,7 +29,7 @@ _SEED, _STEP = 3, 7
 #: How far the softmax weights of queue keys are rounded before the second product, relative to the largest.
 _WEIGHTS = {"float32": 1e-5, "bfloat16": 2.0**-7, "float16": 2.0**-9}
 
-#: Name of a quantity, its error, and what is allowed.
+#: Name of a quantity, its error, and its bound.
 Finding = tuple[str, float, float]
 Arguments = dict[str, Any]
 
@@ -231,10 +231,10 @@ def check_stages(
         name = kernel.fn.__name__
         check = CHECKS.get(name)
         line: dict[str, Any] = {"stage": name, **about, "compared": check is not None, "wrong": []}
-        for what, error, allowed in check(arguments, expected) if check else ():
+        for what, error, bound in check(arguments, expected) if check else ():
             line[what] = error
-            if not error <= allowed:
-                line["wrong"].append(f"{what}: found {error:.3g}, expected {allowed:.3g} or less")
+            if not error <= bound:
+                line["wrong"].append(f"{what}: found {error:.3g}, expected {bound:.3g} or less")
         right &= not line["wrong"]
         say(line)
 

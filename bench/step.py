@@ -1,7 +1,7 @@
-"""Images a second and peak memory of the whole training step, without data, by method and engine setting.
+"""Images per second and peak memory of the whole training step, without data, by method and engine setting.
 
-Each subject is measured in a process of its own; rounds go through all of them in turn, so that a machine that slows
-down slows down all. `synco-fast bench step` is the command.
+Each subject runs in its own process, and rounds alternate between all subjects, so that a slow phase of the machine
+affects all. The command is `synco-fast bench step`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["bench_step", "measure"]
 _WITHOUT_LOSS = ("encoder", "encoder-plain", "plain")
 _BLOCKS = 5
 _MIB = 1 << 20
-#: Dense bf16 operations a second that the maker states, by a part of the device's name; the first that fits counts.
+#: Dense bf16 operations per second that the maker states, by a part of the device's name; the first that fits counts.
 _STATED = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
@@ -50,7 +50,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
         steps: How many are timed, in five blocks, after those that compile and fill caches.
 
     Returns:
-        Images a second of every block with their median, peak memory in MiB above what was held before the model was
+        Images per second of every block with their median, peak memory in MiB above what was held before the model was
         built, the lines about settings that could not be had, and the loss of the last step where there is one.
     """
     values = {**values, "training": {**values["training"], **ENGINES[engine]}}
@@ -92,7 +92,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
 def _runner(
     subject: str, config: Config, device: torch.device, notes: list[str]
 ) -> tuple[Callable[[int], None], int, Callable[[], float | None]]:
-    """A function that does one step, how many steps to leave out, and a function that gives the last loss."""
+    """A function that does one step, how many steps to skip, and a function that gives the last loss."""
     size, rows = config.augment.size, config.training.batch
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randint(0, 256, (2, rows, 3, size, size), dtype=torch.uint8, generator=generator) for _ in range(2)]

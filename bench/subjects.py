@@ -1,4 +1,4 @@
-"""What the benchmarks measure, by name, without importing PyTorch: the commands parse with these."""
+"""Names of what the benchmarks measure, for parsing commands without importing PyTorch."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ VALIDATED = ("reference", "blockwise", "triton")
 
 #: Forms of the whole loss.
 BACKENDS = {
-    "released": "the cost model of the method as released",
+    "released": "the baseline: the released code's cost model",
     "reference": "plain PyTorch, vectorised over negatives",
     "compiled": "the reference under torch.compile",
     "blockwise": "in blocks, without synthetic vectors",
     "triton": "the fused kernels",
 }
-#: Parts of it as others compute them; each leaves out what its text does not name.
+#: Other implementations of parts of the loss; each omits what its text does not name.
 FIELD = {
     "topk": "one matrix product, torch.topk and cross-entropy",
     "topk-flashinfer": "one matrix product, FlashInfer's top-k and cross-entropy",

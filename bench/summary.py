@@ -1,4 +1,4 @@
-"""The short table at the end of `bench/gpu.sh`, from the lines of JSON that its stages left."""
+"""The summary of `bench/gpu.sh`, from the JSON lines of its stages."""
 
 from __future__ import annotations
 

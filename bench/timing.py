@@ -1,4 +1,4 @@
-"""Times and peak memory of something that runs on a device: warmed up, synchronised, with the cache warm or cold."""
+"""Timing and peak memory on a device: with warm-up and synchronisation, warm or cold cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def capture(run: Callable[[], object], device: torch.device, *, copies: int = 1)
         copies: How often it stands in the graph; several make a graph's own launch small beside them.
 
     Raises:
-        RuntimeError: What it does cannot be captured, a wait for the device say.
+        RuntimeError: What it does cannot be captured, such as a wait for the device.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))

@@ -1,4 +1,4 @@
-"""Other ways to launch the same kernels: tiles of the scan, shares of the synthetic negatives. Each must give the same.
+"""Variants of the launches: tiles of the scan, programs of the synthetic negatives. All must give equal results.
 
 ``python -m synco_fast.bench.variants`` prints a line of JSON for each. What is chosen stands in tables and constants of
 `synco_fast.kernels.triton`; a variant is one of these with another value, and a measurement may put it there for good.

@@ -1,4 +1,4 @@
-"""User errors: wrong input, and the errors of sources and images among them."""
+"""User errors, including those of sources and images."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ __all__ = ["CorruptImageError", "DataError", "UserError", "printable"]
 
 
 def printable(text: str) -> str:
-    """Text for one line of any UTF-8 terminal: bytes of file names that are not UTF-8, and control characters, escaped.
+    """Text printable in one line: control characters and non-UTF-8 bytes of file names are escaped.
 
-    Python reads such bytes as lone surrogates, which a strict stream refuses to print.
+    Python reads such bytes as lone surrogates, which a strict stream cannot print.
     """
     try:
         text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # a surrogate that stands for no byte
+    except UnicodeEncodeError:  # a surrogate that is not an escaped byte
         text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
 

@@ -1,4 +1,4 @@
-"""What every part of the configuration has in common."""
+"""The base class of the configuration's sections."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["Section"]
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, strict about the names of its keys, its numbers finite."""
+    """A section of the configuration: frozen, no unknown keys, finite numbers only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's ``true`` is no 1."""
+        """Refuse booleans as numbers."""
         kind = str(cls.model_fields[info.field_name or ""].annotation)
         if isinstance(value, bool) and "bool" not in kind and "Any" not in kind:
             raise PydanticCustomError("truth", "something else than true or false")

@@ -13,8 +13,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 def derive_seed(*words: int) -> int:
     """A seed in [0, 2**32) from a few integers in [0, 2**64), such as seed, epoch and image.
 
-    The finaliser of splitmix64, folded over the words. Thirty-two bits, because PyTorch's generator on the CPU ignores
-    the rest of a larger seed: shifting one number past another would lose it.
+    The finaliser of splitmix64, folded over the words. The result has 32 bits, because PyTorch's generator on the CPU
+    ignores the upper bits of a larger seed.
     """
     state = 0
     for word in words:
@@ -26,7 +26,7 @@ def derive_seed(*words: int) -> int:
 
 
 def uniforms(*words: int | NDArray[np.int64], count: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), each row a function of its words alone: splitmix64 from the state that the words fold to.
+    """Numbers in [0, 1), each row a function of its words: splitmix64 from the state that the words fold to.
 
     Args:
         words: Integers from 0, or (n,) arrays of them, such as seed, epoch and images.

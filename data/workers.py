@@ -10,26 +10,26 @@ import signal
 
 __all__ = ["available_cores", "start_worker"]
 
-#: Of mallopt(3) in glibc, and the sizes up to which a worker keeps memory that it has freed.
+#: Parameters of mallopt(3) in glibc, and the sizes up to which a worker keeps freed memory.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_IN_ALL, _KEPT_IN_ONE = 256 << 20, 32 << 20
 
 
 def available_cores() -> int:
-    """The number of cores that this process may use, which an affinity mask or a container can limit."""
+    """The number of cores that this process may use; an affinity mask or a container may limit it."""
     return len(os.sched_getaffinity(0))
 
 
 def start_worker(worker: int) -> None:
-    """Set up a worker of `torch.utils.data.DataLoader`, by number."""
-    # A worker outlives the signals that ask a job to stop: the training process still wants its step's batch.
+    """Set up a worker of `torch.utils.data.DataLoader`."""
+    # Workers ignore the signals that stop a job: the training process still needs the batch of its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:
-    """Have the allocator keep what it is given back: pages fetched anew for each image take half of a view's time."""
+    """Make the allocator keep freed memory: fresh pages for each image would take half of a view's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -40,7 +40,7 @@ def _keep_freed_memory() -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """Kill the workers that are left at exit: they ignore the SIGTERM that ends daemons."""
+    """Kill remaining workers at exit: they ignore the SIGTERM that ends daemons."""
     left = [process for process in multiprocessing.active_children() if process.daemon]
     if left:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report each as a failed worker

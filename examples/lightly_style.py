@@ -1,4 +1,4 @@
-"""SynCo in lightly's style: the criterion is the only line that changes from lightly's own MoCo example.
+"""SynCo in lightly's style: only the criterion differs from lightly's own MoCo example.
 
 The module takes lightly's batches, ``(views, targets, file names)``, and keeps lightly's order of a step: update the
 momentum networks, embed the query, embed the key, call the criterion. With lightly installed:

@@ -1,4 +1,4 @@
-"""SynCo in a training loop of one's own: `SynthContrastLoss` takes two embeddings, everything else is plain PyTorch.
+"""SynCo in your own training loop: `SynthContrastLoss` takes two embeddings, the rest is plain PyTorch.
 
     python examples/plain_pytorch.py --data /data/photos
 

@@ -1,4 +1,4 @@
-"""The contrastive loss: tensors in, tensors out; knows nothing of training."""
+"""The contrastive loss: tensors in, tensors out; independent of training."""
 
 from __future__ import annotations
 

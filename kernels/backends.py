@@ -1,4 +1,4 @@
-"""The backends of the loss by name; importing them costs nothing."""
+"""Names of the loss's backends; importing them is cheap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 __all__ = ["BACKENDS", "Backend"]
 
 Backend = Literal["auto", "reference", "blockwise", "triton"]
-"""What a configuration may name; ``auto`` chooses for the device."""
+"""Names in a configuration; ``auto`` chooses for the device."""
 
 BACKENDS: tuple[Backend, ...] = tuple(name for name in get_args(Backend) if name != "auto")
-"""What computes the loss, the plainest first."""
+"""The backends of the loss, the plainest first."""

@@ -1,4 +1,4 @@
-"""The contrastive loss without its large tensors: any device, any floating dtype, gradient included.
+"""The blockwise contrastive loss: no large tensors, any device, any floating dtype, gradient included.
 
 Three steps, as in the fused kernels. A sample of the queue gives each query a threshold that somewhat more than N
 similarities exceed; one pass over the queue, block by block, sums the softmax and its gradient and gathers the
@@ -73,7 +73,7 @@ class Outputs(NamedTuple):
 
 @dataclass
 class _Sums:
-    """A softmax under way for R rows: all sums are of exp((similarity - top) / T)."""
+    """A running softmax over R rows: all sums are of exp((similarity - top) / T)."""
 
     top: Tensor
     rest: Tensor
@@ -140,7 +140,7 @@ def _block(width: int, dtype: torch.dtype, budget: int) -> int:
 
 
 class _Rows:
-    """Up to `_ROWS` queries on their way through the three steps."""
+    """Up to `_ROWS` queries in the three steps."""
 
     def __init__(
         self,

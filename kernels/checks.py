@@ -30,7 +30,7 @@ def check_arguments(
 
     Raises:
         TypeError: An argument is not of the type it must be, or tensors lie on different devices.
-        ValueError: A shape, a count or a number is outside what is allowed.
+        ValueError: A shape, a count or a number is out of range.
     """
     # Lengths are taken from shapes, which a compiler may hold as symbols: `len` would make numbers of them.
     for name, tensor in (("q", q), ("k", k), ("queue", queue)):

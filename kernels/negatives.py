@@ -1,4 +1,4 @@
-"""Which negatives a query is contrasted with: the declarative table of the synthetic families.
+"""The negatives of a query: the declarative table of the synthetic families.
 
 Every family is a case of one general form, normalised to unit length::
 

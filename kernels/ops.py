@@ -60,9 +60,9 @@ def synthetic_contrast(
         image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
             same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
-        backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` asks for the kernels,
-            which are proved in the interpreter but have not run on a GPU yet and are nobody's default until they have;
-            what they do not serve goes to the blockwise form, with a warning once. ``"reference"`` is the plain form,
+        backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` takes the kernels
+            (experimental: tested in Triton's interpreter only, opt-in until validated on a GPU); unsupported arguments
+            go to the blockwise form, with one warning. ``"reference"`` is the plain form,
             differentiable as often as wanted.
 
     Returns:

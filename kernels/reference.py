@@ -1,6 +1,6 @@
 """The contrastive loss in plain PyTorch, every synthetic vector materialised.
 
-This is the loss to read beside the papers, and the one that every faster backend is measured against. It runs in any
+Read this loss beside the papers; every faster backend is compared with it. It runs in any
 floating dtype and leaves the gradient to autograd.
 
 Notation: q and k are B unit rows of D numbers, the queue holds K past keys, Q^N are the N queue keys most similar to a

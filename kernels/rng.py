@@ -26,7 +26,7 @@ from synco_fast.kernels.negatives import Family, Negatives
 __all__ = ["STREAM", "WORD", "Draw", "draw", "philox"]
 
 #: Version of what a call draws. 1 had picks of 32 bits, from Q^N ordered by similarity; 2 is as above. A run with
-#: synthetic negatives can only be resumed to the bit by the version that began it.
+#: synthetic negatives can only be resumed bit for bit by the version that began it.
 STREAM = 2
 
 #: Philox words, seeds, steps, rows and slots are all below this.

@@ -1,9 +1,9 @@
-"""Q^N without sorting the queue: a threshold from a sample, the keys above it, and the exact order of those.
+"""Exact top-N without sorting the queue: a threshold from a sample, then the exact order of the keys above it.
 
 The queue is read once, in blocks, and each row keeps only the keys whose similarity lies above its threshold; the N
 largest (of equal ones, those with the smallest queue index) are then chosen among these few and stay in the order of
-the queue. The estimate decides speed alone: a row that kept too few or too many is selected again from its whole row of
-similarities, so the result is exact for every input.
+the queue. The estimate affects only the speed: a row that kept too few or too many is selected again from its whole row
+of similarities, so the result is exact for every input.
 """
 
 from __future__ import annotations

@@ -111,12 +111,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a backend made of a case.
+    """The result of a backend on a case.
 
     Attributes:
         backend: Which.
         case: Of what.
-        loss_error, loss_bound, gradient_error, gradient_bound: Largest absolute errors and what is allowed.
+        loss_error, loss_bound, gradient_error, gradient_bound: Largest absolute errors and their bounds.
         misses: What is wrong, in words; empty where all is within its bound.
     """
 

@@ -1,4 +1,4 @@
-"""The command ``synco-fast``: it parses, runs a subcommand and turns errors into one line."""
+"""The command ``synco-fast``: parse, run a subcommand, print errors as one line."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``synco-fast`` and return its exit code: 0 done, 2 for input that a person can mend, 130 after Ctrl-C."""
+    """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
     from synco_fast.commands.options import check_output
     from synco_fast.runtime.errors import UserError
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # Where decoding processes share the cores with the encoder, threads that spin take the time of those that work, and
-    # threads that sleep at once wake up late for the loss's many short steps: they spin for some tens of microseconds.
-    # GNU OpenMP reads this once, when torch is first imported. Benchmarks have the cores to themselves.
+    # Decoding processes share the cores with the encoder. Threads that spin take time from those that work; those that
+    # sleep at once wake up late for the loss's many short steps. So they spin for some tens of microseconds. GNU OpenMP
+    # reads this once, when torch is first imported. Benchmarks have the cores to themselves.
     if words[:1] not in (["bench"], ["profile"]):
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        options, rest = _parser().parse_known_args(words)
+        parser = _parser()
+        _complete(parser)
+        options, rest = parser.parse_known_args(words)
         if rest and not options.overrides:
             options.parser.error(f"found the unknown argument {rest[0]}")
         with warnings.catch_warnings():
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as all other errors."""
+    """Reports a wrong argument in one line, like all other errors."""
 
     def error(self, message: str) -> NoReturn:
         """Raise what `main` prints.
@@ -71,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, and end; argcomplete's way, where it is installed."""
+    if "_ARGCOMPLETE" in os.environ:
+        try:
+            import argcomplete
+        except ImportError:
+            return
+        argcomplete.autocomplete(parser)
+
+
 def _show_note(
     message: Warning | str,
     category: type[Warning],
@@ -79,7 +91,7 @@ def _show_note(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """What this package warns of as one line, from one process of a job; Python's own form for the rest."""
+    """Print this package's warnings as one line, on one process of a job; other warnings in Python's own form."""
     if not issubclass(category, UserWarning) or ("synco_fast" not in filename and "argparse" in filename):
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
     elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":

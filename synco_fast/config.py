@@ -1,4 +1,4 @@
-"""One typed configuration: what each key means, its default, and what it may be."""
+"""The typed configuration: every key with its meaning, range and default."""
 
 from __future__ import annotations
 
@@ -30,72 +30,79 @@ __all__ = ["Config", "Section", "build_config", "read_config", "read_mapping", "
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-"""A moving average's momentum."""
+"""Momentum of a moving average."""
 Count = Annotated[int, Field(ge=0, le=65_536)]
-"""Negatives of one kind a query."""
+"""Negatives of one kind per query."""
 Epochs = Annotated[float, Field(ge=0, le=100_000)]
 
 
 class DataConfig(Section):
-    """Where images come from, and how they are loaded."""
+    """Source of the images, and data loading."""
 
     source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER, or demo")
-    fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
-    pipeline: PipelineName = Field("auto", description="What makes the views; auto: the fastest one for the device")
-    decode: Decode = Field("once", description="DALI: decode an image once, or each view's window")
-    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
+    fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
+    pipeline: PipelineName = Field("auto", description="Data pipeline; auto: the fastest for the device")
+    decode: Decode = Field("once", description="DALI: decode the image once, or the window of each view")
+    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
-    max_file_bytes: int = Field(512 << 20, ge=1, le=1 << 40, description="Larger image files count as corrupt, bytes")
+    max_file_bytes: int = Field(
+        512 << 20, ge=1, le=1 << 40, description="Bytes above which an image file counts as corrupt"
+    )
     max_pixels: int = Field(
-        178_956_970, ge=1, le=178_956_970, description="Images of more pixels count as corrupt; at most Pillow's limit"
+        178_956_970,
+        ge=1,
+        le=178_956_970,
+        description="Pixels above which an image counts as corrupt; at most Pillow's limit",
     )
 
     @property
     def limits(self) -> Limits:
-        """What an image may take."""
+        """The size limits of an image."""
         return Limits(self.max_file_bytes, self.max_pixels)
 
 
 class ModelConfig(Section):
     """The encoder (MoCo v2's by default)."""
 
-    backbone: str = Field("resnet50", description="A torchvision model, or timm/NAME")
-    backbone_args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the backbone's constructor")
+    backbone: str = Field("resnet50", description="Backbone: a torchvision model, or timm/NAME")
+    backbone_args: dict[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments of the backbone's constructor"
+    )
     small_stem: bool = Field(False, description="Stride-1 stem without max-pooling, for images of about 32 x 32")
-    dim: int = Field(128, ge=2, le=65_536, description="D, width of the embedding")
+    dim: int = Field(128, ge=2, le=65_536, description="D, dimension of the embedding")
     hidden: int | None = Field(
         None, ge=1, le=65_536, description="Width of the projection head's hidden layer; null: that of the features"
     )
     momentum: Fraction = Field(0.999, description="EMA momentum of the key encoder")
     momentum_schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="EMA momentum over the run; cosine: it rises to 1"
+        "constant", description="EMA momentum over the run; cosine: rises to 1"
     )
     norm: Literal["auto", "plain", "fused"] = Field(
         "auto",
-        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: fused, by PyTorch's kernels",
+        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: fused with PyTorch's kernels",
     )
     batch_norm_groups: int = Field(
-        8, ge=1, le=65_536, description="Groups of a batch with batch-norm statistics of their own, over all processes"
+        8, ge=1, le=65_536, description="Groups of the global batch, each with its own batch-norm statistics"
     )
-    sync_batch_norm: bool = Field(False, description="Batch-norm statistics of all processes together, on GPUs")
+    sync_batch_norm: bool = Field(False, description="SyncBN: batch-norm statistics over all processes, on GPUs")
 
 
 class _MethodChoice(Section):
     name: str = Field(
         "synco", description=f"The method: {', '.join(f'{name} ({spec.title})' for name, spec in METHODS.items())}"
     )
-    queue: int = Field(65536, ge=1, le=1 << 26, description="K, keys of past steps that serve as negatives")
-    temperature: float = Field(0.2, ge=1e-4, le=100, description="T, of the contrastive loss")
+    queue: int = Field(65536, ge=1, le=1 << 26, description="K, length of the queue of past keys")
+    temperature: float = Field(0.2, ge=1e-4, le=100, description="T, temperature of the loss")
     count_scale: float = Field(
-        1.0, ge=1e-6, le=64, description="Factor on the method's published counts, for those that are null below"
+        1.0, ge=1e-6, le=64, description="Factor on the published counts, for the counts below that are null"
     )
-    hard: Count | None = Field(None, description="N, hard negatives from which the synthetic ones are made")
+    hard: Count | None = Field(None, description="N, size of Q^N: hard negatives that the synthetic ones are made from")
 
 
 if TYPE_CHECKING:
     _MethodCounts = _MethodChoice
 else:
-    # A field for each synthetic family, so that a row of the kernels' table is all that a new one needs.
+    # A field for each synthetic family, so that a new family needs only a row of the kernels' table.
     _MethodCounts = create_model(
         "_MethodCounts",
         __base__=_MethodChoice,
@@ -110,14 +117,16 @@ else:
 
 
 class MethodConfig(_MethodCounts):
-    """Which method. A count that is null is the method's published one times count_scale."""
+    """The method and its negatives. A count of null is the published one times count_scale."""
 
-    extrapolation: Extrapolation = Field("released", description="Formula of type 2: of the released code or the paper")
+    extrapolation: Extrapolation = Field(
+        "released", description="Formula of type 2: the released code's or the paper's"
+    )
     warmup_epochs: int = Field(10, ge=0, le=100_000, description="First epochs without synthetic negatives")
     cooldown_epochs: int = Field(0, ge=0, le=100_000, description="Last epochs without synthetic negatives")
-    symmetric: bool = Field(False, description="Each view serves as query and as key")
-    mask_same_image: bool = Field(False, description="Queue keys of the query's own image are no negatives")
-    backend: Backend = Field("auto", description="What computes the loss")
+    symmetric: bool = Field(False, description="Use each view as query and as key")
+    mask_same_image: bool = Field(False, description="Exclude queue keys of the query's own image from its negatives")
+    backend: Backend = Field("auto", description="Backend of the loss")
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
@@ -152,19 +161,21 @@ class GeneratedConfig(Section):
     """Pairs of generated images as further positives, after Wu et al. (arXiv 2202.06464)."""
 
     pair: Literal["joint", "frozen", "none"] = Field(
-        "none", description="joint: generators learn with the encoder; frozen: they are fixed; none: no pairs"
+        "none", description="joint: generators learn with the encoder; frozen: fixed generators; none: no pairs"
     )
     checkpoint: str | None = Field(None, description="Run of pretrain-generator that both generators start from")
     latent: int = Field(128, ge=1, le=65_536, description="Length of a latent vector, as in that run")
     width: int = Field(32, ge=1, le=4096, description="Channels at full size, as in that run")
-    batch: int = Field(64, ge=2, le=1 << 20, description="Generated pairs a step")
+    batch: int = Field(64, ge=2, le=1 << 20, description="Generated pairs per step")
     weight: float = Field(0.5, ge=0, le=1e6, description="w_syn, weight of generated pairs in the encoder's loss")
-    hardness: float = Field(0.05, ge=0, le=1e6, description="w_hard at its end: the generators maximise that loss")
+    hardness: float = Field(
+        0.05, ge=0, le=1e6, description="Final w_hard: weight of that loss, which the generators maximise"
+    )
     ramp_epochs: Epochs = Field(10, description="Epochs over which w_hard rises from 0")
-    floor: float = Field(0.9, ge=-1, le=1, description="Cosine similarity of a pair below which it is pulled together")
-    floor_weight: float = Field(10, ge=0, le=1e6, description="Weight of that pull")
-    lr: float = Field(2e-4, gt=0, le=1e6, description="Learning rate of generators and discriminator, by Adam")
-    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Of that Adam")
+    floor: float = Field(0.9, ge=-1, le=1, description="Cosine similarity below which a pair is pulled together")
+    floor_weight: float = Field(10, ge=0, le=1e6, description="Weight of that term")
+    lr: float = Field(2e-4, gt=0, le=1e6, description="Learning rate of generators and discriminator (Adam)")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Betas of that Adam")
     r1: float = Field(0.1, ge=0, le=1e6, description="Weight of the R1 gradient penalty")
     r1_every: int = Field(16, ge=1, le=1 << 31, description="Steps between two gradient penalties")
     collapse: float = Field(
@@ -181,64 +192,69 @@ class GeneratedConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """SGD as in MoCo v2, or another optimizer by name."""
+    """The optimizer: SGD as in MoCo v2, or another by name."""
 
     name: Literal["sgd", "adamw", "lars", "lamb", "apex_sgd", "apex_lamb"] = Field(
-        "sgd", description="PyTorch's, timm's for large batches, or NVIDIA apex's where it is installed"
+        "sgd", description="Optimizer: PyTorch's, timm's LARS and LAMB, or NVIDIA apex's if installed"
     )
     lr: float = Field(0.03, gt=0, le=1e6, description="Peak learning rate at a batch of 256; scaled with the batch")
-    momentum: Beta = Field(0.9, description="Of sgd and lars")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Of adamw and lamb")
-    weight_decay: float = Field(1e-4, ge=0, le=100, description="Weight decay; adamw, lars and lamb spare vectors")
+    momentum: Beta = Field(0.9, description="Momentum of sgd and lars")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of adamw and lamb")
+    weight_decay: float = Field(
+        1e-4, ge=0, le=100, description="Weight decay; adamw, lars and lamb exempt biases and norms"
+    )
     warmup_epochs: Epochs = Field(0, description="Epochs over which the learning rate rises from 0")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up")
-    clip: float | None = Field(None, gt=0, le=1e6, description="Largest norm of the whole gradient; null: no limit")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning-rate schedule after the warm-up")
+    clip: float | None = Field(None, gt=0, le=1e6, description="Clip the gradient to this norm; null: no clipping")
 
 
 class TrainingConfig(Section):
-    """The run."""
+    """The training run."""
 
-    epochs: int = Field(200, ge=1, le=100_000, description="Length of the run")
-    batch: int = Field(256, ge=1, le=1 << 20, description="Images a step, over all processes")
-    accumulate: int = Field(1, ge=1, le=65_536, description="Micro-batches in which each process computes its part")
-    max_steps: int | None = Field(None, ge=1, lt=1 << 31, description="Stop after so many steps, whatever the epochs")
-    max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after so many minutes, with a checkpoint")
+    epochs: int = Field(200, ge=1, le=100_000, description="Length of the run in epochs")
+    batch: int = Field(256, ge=1, le=1 << 20, description="Images per step, over all processes")
+    accumulate: int = Field(1, ge=1, le=65_536, description="Micro-batches per step (gradient accumulation)")
+    max_steps: int | None = Field(None, ge=1, lt=1 << 31, description="Stop after this many steps")
+    max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after this many minutes, with a checkpoint")
     max_skipped: int = Field(
-        16, ge=0, le=1_000_000, description="Abort after more consecutive steps with non-finite gradients than this"
+        16,
+        ge=0,
+        le=1_000_000,
+        description="Abort after more than this many consecutive steps with non-finite gradients",
     )
-    device: Device = Field("auto", description="auto: a GPU where there is one")
+    device: Device = Field("auto", description="auto: a GPU if there is one")
     precision: Format = Field(
-        "auto", description="Of the encoders; auto: bf16 where the device computes in it at speed, else fp32"
+        "auto", description="Number format of the encoders; auto: bf16 where the device is fast in it, else fp32"
     )
-    channels_last: bool = Field(True, description="Memory layout of convolutions")
+    channels_last: bool = Field(True, description="Channels-last memory layout")
     compile: Literal["none", "encoders", "step"] = Field("none", description="What to torch.compile")
     cuda_graph: bool = Field(False, description="Replay the whole step as one CUDA graph")
-    timeout: float = Field(300, gt=0, le=604_800, description="Seconds that a process waits for the others")
+    timeout: float = Field(300, gt=0, le=604_800, description="Seconds to wait for the other processes")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
-    wandb: str | None = Field(None, description="Project of Weights & Biases that gets the metrics as well")
-    checkpoint_every: int | None = Field(None, ge=1, lt=1 << 31, description="Steps between checkpoints; null: epoch")
-    keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints that are kept")
+    wandb: str | None = Field(None, description="Weights & Biases project to log to")
+    checkpoint_every: int | None = Field(
+        None, ge=1, lt=1 << 31, description="Steps between checkpoints; null: one epoch"
+    )
+    keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints to keep")
 
 
 class EvaluationConfig(Section):
     """The periodic kNN on the held-out split."""
 
-    every: int = Field(10, ge=0, le=100_000, description="Epochs between evaluations; 0: none at all")
-    k: int = Field(200, ge=1, le=1 << 24, description="Neighbours that vote")
-    temperature: float = Field(0.07, ge=1e-4, le=100, description="Of the neighbours' votes")
-    train_images: int | None = Field(
-        None, ge=1, lt=1 << 31, description="Training images to choose neighbours from; null: all"
-    )
-    images: int | None = Field(None, ge=1, lt=1 << 31, description="Held-out images that are classified; null: all")
-    batch: int = Field(256, ge=1, le=65_536, description="Images at a time")
+    every: int = Field(10, ge=0, le=100_000, description="Epochs between evaluations; 0: never")
+    k: int = Field(200, ge=1, le=1 << 24, description="k, neighbours that vote")
+    temperature: float = Field(0.07, ge=1e-4, le=100, description="Temperature of the votes")
+    train_images: int | None = Field(None, ge=1, lt=1 << 31, description="Training images in the bank; null: all")
+    images: int | None = Field(None, ge=1, lt=1 << 31, description="Held-out images to classify; null: all")
+    batch: int = Field(256, ge=1, le=65_536, description="Batch size of feature extraction")
 
 
 class Config(Section):
     """Everything that decides a run."""
 
-    preset: str = Field("custom", description="The preset it began from")
-    about: str = Field("", description="What it is for")
-    seed: int = Field(0, ge=0, lt=1 << 31, description="Decides weights, order, views and draws")
+    preset: str = Field("custom", description="The preset it started from")
+    about: str = Field("", description="Purpose")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="Seed of weights, order, views and draws")
     data: DataConfig = DataConfig()
     augment: Recipe = Recipe()
     model: ModelConfig = ModelConfig()
@@ -283,11 +299,11 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
     """A configuration from nested values and dotted overrides.
 
     Args:
-        values: By section and key, as in a YAML file; names of older versions are understood.
+        values: By section and key, as in a YAML file; older names are understood.
         overrides: By dotted name, such as ``{"method.name": "mochi"}``.
 
     Raises:
-        ConfigError: An unknown key (with the nearest one), or a value that is not allowed.
+        ConfigError: An unknown key (with the nearest one), or a value outside its range.
     """
     merged = _copy(migrate_config(values))
     for dotted, value in (overrides or {}).items():
@@ -299,7 +315,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
                 raise ConfigError(f"{dotted}: found no section of that name{nearest_key(dotted, Config)}")
         inside[last] = value
     try:
-        return Config.model_validate(migrate_config(merged))
+        return Config.model_validate(migrate_config(merged, older_wins=True))
     except ValidationError as error:
         raise ConfigError(explain_error(error, Config)) from error
 
@@ -308,7 +324,7 @@ def read_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
     """A configuration from a YAML file.
 
     Raises:
-        ConfigError: The file is missing or is no mapping, or as `build_config` says.
+        ConfigError: The file is missing or not a mapping, or as `build_config` says.
     """
     return build_config(read_mapping(path), overrides)
 

@@ -1,4 +1,4 @@
-"""What a person reads of a configuration: every key with its meaning, and errors with the nearest key."""
+"""Configuration for people: every key with its meaning, and errors that name the nearest key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 __all__ = ["explain_config", "explain_error", "known_keys", "nearest_key"]
 
-#: Pydantic's names of errors that say a bound; the whole range says more.
+#: Pydantic's errors about one bound; the message gives the whole range instead.
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
@@ -24,7 +24,7 @@ _SHORT.maxlist = _SHORT.maxtuple = 8
 
 
 def explain_config(config: BaseModel) -> str:
-    """A configuration as YAML, each key with a comment: what it does, what it may be, its default where it differs.
+    """A configuration as YAML, each key with a comment: meaning, range, and default where it differs.
 
     Args:
         config: Its sections may be models too, one level deep.
@@ -52,15 +52,15 @@ def _flow(value: Any) -> str:
 
 def _comment(field: FieldInfo, value: Any) -> str:
     default = field.get_default(call_default_factory=True)
-    values = allowed(field)
+    values = range_in_words(field)
     text = (field.description or "") + (f" ({values})" if values else "")
     if value != default:
         text += f"; default {_flow(list(default) if isinstance(default, tuple) else default)}"
     return text.strip("; ")
 
 
-def allowed(field: FieldInfo) -> str:
-    """The values that a key may have, in words; empty for text and for true or false."""
+def range_in_words(field: FieldInfo) -> str:
+    """The range of a key in words; empty for text and booleans."""
     words = [words for words in _kinds(field.annotation, tuple(field.metadata)) if words]
     return " or ".join(dict.fromkeys(words)) if words != ["null"] else ""
 
@@ -89,7 +89,7 @@ def _kinds(kind: Any, limits: tuple[Any, ...]) -> Iterator[str]:
 
 
 Bound = tuple[float | None, bool]
-"""A limit, None where there is none, and whether it is a value itself."""
+"""A limit, None for no limit, and whether it is inclusive."""
 
 
 def bounds(limits: tuple[Any, ...]) -> tuple[Bound, Bound]:
@@ -132,7 +132,7 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest_key(dotted: str, model: type[BaseModel]) -> str:
-    """A key that was probably meant, as the end of a sentence; empty where none is near."""
+    """The nearest key, as the end of a sentence; empty if none is near."""
     keys = known_keys(model)
     sections = sorted({key.partition(".")[0] for key in keys if "." in key})
     last = dotted.rpartition(".")[2]
@@ -170,5 +170,5 @@ def explain_error(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "model_type":
         said = "a section with keys"
     elif first["type"] in _BOUNDS and (field := _field_of(first["loc"], model)):
-        said = allowed(field)
+        said = range_in_words(field)
     return f"{dotted}: found {_SHORT.repr(first['input'])}, expected {said}"

@@ -1,4 +1,4 @@
-"""The contrastive loss as a module, for training loops of one's own."""
+"""The contrastive loss as a module, for your own training loop."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["SynthContrastLoss"]
 class SynthContrastLoss(nn.Module):
     """InfoNCE with a queue and synthetic hard negatives: MoCo v2, MoCHi (arXiv 2010.01028), SynCo (arXiv 2410.02401).
 
-    Call it with the embeddings of two views; it holds the queue, the settings and the count of steps, all of which are
+    Call it with the embeddings of two views. It holds the queue, the settings and the step count; queue and count are
     part of ``state_dict``. Move it to the device of the embeddings. The keys of a training step enter the queue after
-    its loss is computed; in evaluation mode nothing enters and the count stands still. Where `torch.distributed` is
-    initialised, the keys of all ranks, whose batches must be equal in size, enter each rank's queue.
+    its loss is computed; in evaluation mode the queue and the count do not change. If `torch.distributed` is
+    initialised, the keys of all ranks enter each rank's queue; their batches must have the same size.
 
     Args:
         method: The name of a method with a queue, such as ``"synco"``, or a `Negatives` of your own.
         dim: D, width of the embeddings.
         queue: K, past keys; at least the batch.
         temperature: T.
-        seed: Of the queue's random first rows and of the draws. Ranks of one job share it.
-        backend: What computes the loss.
+        seed: Seed of the queue's random initial rows and of the draws; the same on all ranks.
+        backend: Backend of the loss.
 
     Attributes:
         queue: The `KeyQueue`.
-        negatives: What is contrasted beside the queue; may be exchanged at any time, such as after a warm-up.
-        statistics: Of the last call, one value a row; None before the first.
+        negatives: The synthetic negatives; may be replaced at any time, such as after a warm-up.
+        statistics: Statistics of the last call, one value per row; None before the first.
 
     Raises:
         ValueError: The method's name is unknown, or N is larger than the queue.
@@ -69,8 +69,8 @@ class SynthContrastLoss(nn.Module):
         Args:
             query: Embeddings of one view by the encoder that learns, (B, D); normalised here.
             key: Embeddings of the other view by the momentum encoder, (B, D); normalised here.
-            images: Which image each row was made from, (B,) int64. Where it is given, a queue key of the very same
-                image is no negative: for sets smaller than the queue.
+            images: The image of each row, (B,) int64. If given, queue keys of the same image are excluded from the
+                negatives: for sets smaller than the queue.
 
         Raises:
             TypeError, ValueError: As `synco_fast.kernels.synthetic_contrast` says.
@@ -78,7 +78,7 @@ class SynthContrastLoss(nn.Module):
         """
         q, k = normalize(query.float(), dim=1), normalize(key.detach().float(), dim=1)
         owners = images if images is not None else self.queue.image_ids.new_full((len(k),), -1)
-        # The reference form keeps the queue for its backward pass, and the keys enter before that.
+        # The reference keeps the queue for its backward pass, but the keys enter before that.
         rows = self.queue.rows.clone() if self.backend == "reference" and self.training else self.queue.rows
         found: Contrast = synthetic_contrast(
             q,
@@ -100,5 +100,5 @@ class SynthContrastLoss(nn.Module):
         return found.loss.mean()
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """Settings in `repr`."""
         return f"{self.negatives}, temperature={self.temperature}, seed={self.seed}"

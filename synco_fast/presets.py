@@ -1,4 +1,4 @@
-"""The presets: named starting points, every key of which can be changed on the command line."""
+"""The presets: named configurations; every key can be changed on the command line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["PRESETS", "load_config"]
 
-#: MoCo's learning-rate recipe for sets much smaller than ImageNet: a higher rate and more decay, as its CIFAR demo has.
+#: MoCo's learning-rate recipe for sets much smaller than ImageNet: a higher rate and more decay, as in its CIFAR demo.
 _SMALL_SET = {"lr": 0.06, "weight_decay": 5e-4}
 
-#: A ResNet-10 with half of ResNet-18's channels: what two CPU cores can train in minutes.
+#: A ResNet-10 with half of ResNet-18's channels, which two CPU cores train in minutes.
 _THIN_RESNET10 = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "zero_init_last": False}
 
-#: A tenth of ImageNet tells the trend; all of it would cost a quarter of an epoch each time.
+#: A tenth of ImageNet shows the trend; all of it would cost a quarter of an epoch each time.
 _IMAGENET_KNN = {"every": 10, "train_images": 128_000, "images": 10_000}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fashion-mnist": {
         "about": "SynCo on Fashion-MNIST's gzipped IDX files: a thin ResNet-10, some ten minutes on two CPU cores",
         "data": {"source": "idx:/usr/share/datasets/fashion-mnist"},
-        # The images are grey: what only moves colours is off.
+        # The images are grayscale, so colour operations are off.
         "augment": {
             "size": 32,
             "saturation": 0.0,
@@ -79,9 +79,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "model": {
             "backbone": "timm/resnet18",
-            # A last map of 2 x 2, where stride 32 would leave one pixel.
+            # A final map of 2 x 2; stride 32 would leave one pixel.
             "backbone_args": {**_THIN_RESNET10, "output_stride": 16},
-            # Slow enough for keys not to be told apart by their age.
+            # Slow enough that age does not identify keys.
             "momentum": 0.996,
             "batch_norm_groups": 2,
         },
@@ -89,7 +89,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "name": "synco",
             "queue": 4096,
             "temperature": 0.2,
-            # As in `demo`: the published proportion, and a Q^N larger than a class's tenth of the queue.
+            # As in `demo`: the published proportion, and a Q^N larger than one class's tenth of the queue.
             "count_scale": 1 / 16,
             "hard": 2048,
             "warmup_epochs": 1,
@@ -102,13 +102,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "about": "SynCo on the embedded texture images: a thin ResNet-10, less than three minutes on two CPU cores",
         "data": {"source": "demo", "pipeline": "resident"},
-        # Gray views: colour tells images apart but not classes, and so few steps learn colour alone.
+        # Grayscale views: colour tells images apart but not classes, and in so few steps only colour would be learned.
         "augment": {"size": 32, "grayscale_probability": 1.0, "blur_sigma": [0.1, 0.5]},
         "model": {
             "backbone": "timm/resnet18",
-            # A last map of 2 x 2, where stride 32 would leave one pixel.
+            # A final map of 2 x 2; stride 32 would leave one pixel.
             "backbone_args": {**_THIN_RESNET10, "output_stride": 16},
-            # Slow enough for keys not to be told apart by their age, fast enough for a run of some hundred steps.
+            # Slow enough that age does not identify keys, fast enough for a run of some hundred steps.
             "momentum": 0.996,
             "batch_norm_groups": 2,
         },
@@ -116,7 +116,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "name": "synco",
             "queue": 1024,
             "temperature": 0.2,
-            # Published: 960 of 65,536. A class has a twelfth of the queue, so that a small Q^N would hold nothing but
+            # Published: 960 of 65,536. A class has a twelfth of the queue, so a small Q^N would hold only
             # the query's own class.
             "count_scale": 1 / 64,
             "hard": 512,
@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _demos() -> dict[str, dict[str, Any]]:
-    """A preset for each method that changes the demo: ``demo-NAME``."""
+    """The presets ``demo-NAME``, one for each method that changes the demo."""
     found = {}
     for name, spec in METHODS.items():
         if spec.demo:
@@ -154,7 +154,7 @@ def load_config(name: str, overrides: dict[str, Any] | None = None) -> Config:
         overrides: By dotted name; see `build_config`.
 
     Raises:
-        ConfigError: No such preset or file, or what `build_config` says.
+        ConfigError: No such preset or file, or as `build_config` says.
     """
     if name.endswith((".yaml", ".yml")):
         return read_config(Path(name), overrides)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -181,7 +184,7 @@ def test_other_words_are_refused(run):
     assert run("presets", "--colour")[0] == 2
     assert run("dance")[0] == 2
     assert run("--help")[0] == 0
-    for verb in (
+    for command in (
         ["pretrain"],
         ["presets"],
         ["evaluate", "knn"],
@@ -190,7 +193,7 @@ def test_other_words_are_refused(run):
         ["bench", "loss"],
         ["profile", "loss"],
     ):
-        code, out, _ = run(*verb, "--help")
+        code, out, _ = run(*command, "--help")
         assert code == 0
         assert "example:" in out
 
@@ -234,3 +237,18 @@ def test_bench_data(run, tmp_path, monkeypatch):
     assert {result["pipeline"] for result in figures["results"]} >= {"pil", "torchvision", "resident-32"}
     assert all(result["images_per_second"] > 0 for result in figures["results"])
     assert 50 < figures["kilobytes"] < 200
+
+
+def test_a_shell_gets_completions(tmp_path):
+    pytest.importorskip("argcomplete")
+    found = tmp_path / "found"
+    # What argcomplete's shell function sets: the line, the cursor's place in it, and where the answer goes.
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(found), "_ARGCOMPLETE_IFS": " "}
+    line = "synco-fast bench st"
+    done = subprocess.run(
+        [sys.executable, "-m", "synco_fast"],
+        env={**os.environ, **shell, "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"},
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert found.read_text().split() == ["step"]

@@ -1,4 +1,4 @@
-"""What the verbs about finished runs say when they are given what they cannot use: one line, exit code 2."""
+"""What the subcommands about finished runs say when they are given what they cannot use: one line, exit code 2."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refused(capsys, monkeypatch, tmp_path):
     return call
 
 
-VERBS = (
+SUBCOMMANDS = (
     ["evaluate", "knn"],
     ["evaluate", "linear"],
     ["evaluate", "linear", "--fast"],
@@ -39,8 +39,8 @@ VERBS = (
 )
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_checkpoints_that_cannot_be_used(refused, make_run, tmp_path, verb):
+@pytest.mark.parametrize("words", SUBCOMMANDS, ids=" ".join)
+def test_checkpoints_that_cannot_be_used(refused, make_run, tmp_path, words):
     run = make_run()
     checkpoint = run / "checkpoints" / "step-00000008.pt"
     content = torch.load(checkpoint, weights_only=True)
@@ -54,13 +54,13 @@ def test_checkpoints_that_cannot_be_used(refused, make_run, tmp_path, verb):
         ("other.pt", "it lacks bn1.bias; it has besides wings"),
         ("bomb.pt", "found exec in its pickle, expected tensors and plain values"),
     ):
-        if verb[-1] == "voc:nowhere" and file == "other.pt":
+        if words[-1] == "voc:nowhere" and file == "other.pt":
             continue  # the images are looked for first
-        if verb[0] == "export" and file == "other.pt":
+        if words[0] == "export" and file == "other.pt":
             continue  # safetensors takes whatever the backbone is
-        assert says in refused(*verb, tmp_path / file)
+        assert says in refused(*words, tmp_path / file)
     shutil.copy(tmp_path / "bomb.pt", checkpoint)
-    assert "exec" in refused(*verb, run)
+    assert "exec" in refused(*words, run)
 
 
 def test_data_and_words_that_cannot_be_used(refused, make_run, image_folder):
@@ -101,9 +101,16 @@ def test_an_imported_checkpoint_asks_for_its_images(refused, tmp_path, capsys):
     assert "data: found none, expected --data SOURCE" in refused("embed", tmp_path / "ours.pt", "--out", "f.npz")
 
 
-def test_every_verb_has_an_example(capsys):
-    for verb in [*(verb[:2] for verb in VERBS[:5]), ["export"], ["import"], ["embed"], ["report"], ["compare"]]:
+def test_every_subcommand_has_an_example(capsys):
+    for words in [
+        *(words[:2] for words in SUBCOMMANDS[:5]),
+        ["export"],
+        ["import"],
+        ["embed"],
+        ["report"],
+        ["compare"],
+    ]:
         with pytest.raises(SystemExit) as left:
-            main([*verb, "--help"])
+            main([*words, "--help"])
         assert left.value.code == 0
         assert "example:" in capsys.readouterr().out

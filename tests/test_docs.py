@@ -11,7 +11,8 @@ import pytest
 import torch
 import torchvision
 
-from synco_fast.cli import main
+from synco_fast.cli import _parser, main
+from synco_fast.commands.overrides import overrides_of
 from tests.support.runs import STOCK, published
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -37,6 +38,33 @@ def run(line: str) -> None:
     words = shlex.split(line, comments=True)
     assert words[0] == "synco-fast"
     assert main(words[1:]) == 0, line
+
+
+def printed_commands() -> list[str]:
+    """Every line of a shell example on any page that calls ``synco-fast``, continued lines joined."""
+    found = []
+    for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
+        for block in re.findall(r"```(?:sh|text)\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            lines = re.sub(r"\\\n\s*", "", block).splitlines()
+            found += [line for line in lines if re.search(r"^(?:synco-fast|torchrun|srun) ", line)]
+    return found
+
+
+def test_every_printed_command_parses():
+    """Subcommands, options and keys of the configuration, also of examples that no test can run."""
+    from synco_fast.config import Config
+    from synco_fast.explain import known_keys
+    from synco_fast.generated.config import GeneratorConfig
+
+    commands, keys = printed_commands(), {*known_keys(Config), *known_keys(GeneratorConfig)}
+    assert len(commands) > 50
+    for line in commands:
+        words = shlex.split(
+            re.sub(r"^(?:torchrun|srun) .*?(?:-m synco_fast|synco-fast)", "synco-fast", line), comments=True
+        )
+        options, rest = _parser().parse_known_args(words[1:])
+        assert options.overrides or not rest, line
+        assert set(overrides_of(rest)) <= keys, line
 
 
 @pytest.mark.slow
@@ -81,10 +109,10 @@ def test_export(workspace, make_run):
 def test_methods(workspace):
     """Every line as it is printed, at two steps."""
     pytest.importorskip("torchmetrics")
-    game = "--generated.batch 4 --generated.width 4 --generated.latent 8"
+    pairs = "--generated.batch 4 --generated.width 4 --generated.latent 8"
     few = {
-        "pretrain-generator": "--steps 2 --batch 4 --width 4 --latent 8 --quality_images 8 --workers 0",
-        "pretrain": f"--training.batch 8 --training.max_steps 2 --method.queue 256 {game} --data.workers 0"
+        "pretrain-generator": "--steps 2 --batch 4 --width 4 --latent 8 --kid_images 8 --workers 0",
+        "pretrain": f"--training.batch 8 --training.max_steps 2 --method.queue 256 {pairs} --data.workers 0"
         " --evaluation.every 0",
     }
     lines = [line for block in blocks("methods.md", "sh") for line in block.splitlines() if line]

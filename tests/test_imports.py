@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from .support.layout import folders
+
 ROOT = Path(__file__).resolve().parents[1]
-#: What `setup.py` maps into the package.
-FOLDERS = {
-    "synco_fast": "synco_fast",
-    "kernels": "synco_fast.kernels",
-    "data": "synco_fast.data",
-    "bench": "synco_fast.bench",
-}
+#: Package by folder.
+FOLDERS = {folder: package for package, folder in folders().items()}
 
 #: From the ground up. A name stands for itself and what lies in it, unless a longer name is listed.
 FLOORS: tuple[tuple[str, ...], ...] = (
@@ -115,7 +112,7 @@ def test_every_module_has_a_room():
         ("synco_fast.methods.simclr", "synco_fast.config", False),
         ("synco_fast.methods.simclr", "synco_fast.training.engine", True),
         ("synco_fast.training.loop", "synco_fast.evaluation.knn", True),
-        ("synco_fast.training.engine", "synco_fast.generated.game", True),
+        ("synco_fast.training.engine", "synco_fast.generated.adversarial_update", True),
         ("synco_fast.generated.stage_one", "synco_fast.training.task", False),
         ("synco_fast.generated.kid", "synco_fast.export.load", True),
         ("synco_fast.report.page", "synco_fast.training.metrics", False),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -12,10 +14,12 @@ import torch
 
 from synco_fast import commands
 from synco_fast.bench import norm, subjects
+from synco_fast.cli import _parser
 from synco_fast.commands import COMMANDS
 from synco_fast.export.formats import FORMATS
 from synco_fast.kernels.backends import BACKENDS, Backend
 from synco_fast.methods import METHODS
+from synco_fast.runtime.phases import PHASES
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules of `synco_fast.commands` that are no subcommand.
@@ -47,6 +51,13 @@ def test_every_norm_runs_or_says_why_not():
             assert subject in reason or "CUDA" in reason
 
 
+def test_every_phase_of_a_step_is_one_that_a_profile_shows():
+    found = set()
+    for file in (ROOT / "synco_fast").rglob("*.py"):
+        found |= set(re.findall(r'\bphase\("([^"]+)"\)', file.read_text(encoding="utf-8")))
+    assert found == set(PHASES)
+
+
 def test_every_method_is_a_module_that_builds():
     for spec in METHODS.values():
         assert callable(importlib.import_module(f"synco_fast.methods.{spec.module}").build)
@@ -56,6 +67,44 @@ def test_every_module_of_commands_is_a_subcommand():
     found = {module.name for module in pkgutil.iter_modules(commands.__path__)} - HELPERS
     assert found == {module.__name__.rpartition(".")[2] for module in COMMANDS}
     assert len(COMMANDS) == len(set(COMMANDS))
+
+
+#: What the project once called a backend, grayscale, a subcommand, corrupt images, to skip, and what is expected.
+OLD_WORDS = re.compile(
+    r"back[- ]ends?\b|\bgrey|\bverbs?\b|\bbroken image|\b(leav\w+|left) out\b|found [^\"\n]+, allowed", re.I
+)
+
+
+def test_old_words_stay_gone():
+    files = [
+        file for folder in ("synco_fast", "kernels", "data", "bench", "docs") for file in (ROOT / folder).rglob("*")
+    ]
+    read = [*files, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile"))]
+    assert all(
+        map(OLD_WORDS.search, ("a back end", "greyscale", "broken images", "steps left out", "found 3, allowed 2"))
+    )
+    for file in read:
+        known = file.suffix in (".py", ".md", ".sh", ".html", "") and file.is_file() and "records" not in file.parts
+        if known and file.name != "migrations.py":
+            found = OLD_WORDS.search(file.read_text(encoding="utf-8"))
+            assert not found, f"{file.relative_to(ROOT)}: {found and found[0]}"
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def test_every_option_of_every_subcommand_is_explained():
+    found = list(parsers(_parser()))
+    assert len(found) > len(COMMANDS)
+    for parser in found:
+        assert "%%" not in parser.format_help(), parser.prog
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), f"{parser.prog} {action.dest}"
 
 
 def test_colours_and_shared_options_are_written_once():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from .support.layout import WITHOUT_EDITABLE, copy_package
 
 FORMAT = '''
 """Names: a line for each tensor of the backbone."""
@@ -65,13 +63,9 @@ def _run(options, rest, console):
 @pytest.fixture
 def copy(tmp_path):
     """The package as a wheel lays it out, to be changed at will; and the command in it."""
-    package, ignore = tmp_path / "copy" / "synco_fast", shutil.ignore_patterns("__pycache__", "records", "experiments")
-    shutil.copytree(ROOT / "synco_fast", package, ignore=ignore)
-    for folder in ("kernels", "data", "bench"):
-        shutil.copytree(ROOT / folder, package / folder, ignore=ignore)
-    # What an editable install adds would come before the copy.
+    package = copy_package(tmp_path / "copy")
     start = (
-        "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
+        f"{WITHOUT_EDITABLE}"
         "import synco_fast; from synco_fast.cli import main\n"
         f"assert synco_fast.__file__.startswith({str(package)!r}), synco_fast.__file__\n"
         "sys.exit(main(sys.argv[1:]))"

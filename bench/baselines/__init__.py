@@ -1,1 +1,1 @@
-"""What this package is measured against: a plain training loop, a plain data loader, other forms of the loss."""
+"""Baselines: a plain training loop, a plain data loader, other implementations of the loss."""

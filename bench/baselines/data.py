@@ -1,4 +1,4 @@
-"""The plain two-crop loader that MoCo v2's and SynCo's released code use, written anew from its description.
+"""The plain two-crop loader of MoCo v2's and SynCo's released code, written anew from its description.
 
 Pillow decodes a file once, torchvision's transforms run twice on Pillow's image, each view becomes a normalised float
 tensor in the worker.

@@ -1,6 +1,6 @@
-"""Parts of the loss as others compute them: a matrix product with a top-k, and fused linear cross-entropy.
+"""Other implementations of parts of the loss: matrix product with top-k, and fused linear cross-entropy.
 
-None of them does what this package's loss does. A product with a top-k and cross-entropy has the queue's negatives and
+None of them computes all of this package's loss. A product with a top-k and cross-entropy has the queue's negatives and
 the N hardest of them, but no synthetic ones, and its order among equal similarities is not defined. Fused linear
 cross-entropy has neither; its weight holds the batch's keys before the queue's, so each query meets the keys of the
 others as negatives too.

@@ -1,8 +1,8 @@
-"""The loss with the cost model of the method as released: what the backends are measured against.
+"""The baseline of the loss, with the cost model of the released code.
 
 Written from the published description, for its costs: similarities and logits as whole B x K tensors, one tensor of
 gathered vectors per type, types 5 and 6 in a Python loop over negatives with a call of autograd for each, and the
-gradient by autograd. Its draws are PyTorch's own, so its loss is comparable in size, not in digits.
+gradient by autograd. Its draws are PyTorch's own, so its loss agrees in size, not in digits.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy, normalize
 
 from synco_fast.kernels import Negatives
 
-__all__ = ["released_form"]
+__all__ = ["baseline_loss"]
 
 
-def released_form(q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives, *, temperature: float) -> Tensor:
+def baseline_loss(q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives, *, temperature: float) -> Tensor:
     """Loss of each row, (B,), with a graph for autograd.
 
     Args:

@@ -1,4 +1,4 @@
-"""A step with the cost model of the released single-file loops: what the engine is measured against.
+"""The baseline of the training step, with the cost model of the released single-file loops.
 
 Written from what such loops do, for its costs: float32 in PyTorch's default layout, the momentum update one parameter
 at a time, the key batch permuted on the host, the loss of whole tensors with loops over negatives, the queue's pointer
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from synco_fast.bench.baselines.loss import released_form
+from synco_fast.bench.baselines.loss import baseline_loss
 from synco_fast.config import Config
 from synco_fast.methods.build import build_encoder
 
@@ -49,7 +49,7 @@ def plain_step(config: Config, device: torch.device) -> Callable[[Tensor, Tensor
             order = torch.randperm(len(second)).to(device)
             k = normalize(key_encoder(second[order]), dim=1)[torch.argsort(order)]
         if negatives.synthetic:
-            loss = released_form(q, k, queue, negatives, temperature=config.method.temperature).mean()
+            loss = baseline_loss(q, k, queue, negatives, temperature=config.method.temperature).mean()
         else:
             logits = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.clone().T], dim=1)
             target = torch.zeros(len(q), dtype=torch.int64, device=device)

@@ -1,1 +1,1 @@
-"""What the launches of the loss cost by count: machine code times trips, bytes, a model of time. No GPU is needed."""
+"""The counted cost of the loss's launches: machine code times trips, bytes, a model of time. Needs no GPU."""

@@ -1,4 +1,4 @@
-"""The launches that the launcher makes, compiled for a device that need not be there.
+"""The launches of the loss, compiled for a device that need not be present.
 
 The launcher runs on CPU tensors with every launch replaced by a compilation, so what is counted is what would be
 launched: the same constants, grid, warps and stages.

@@ -1,4 +1,4 @@
-"""Machine code read back: instructions with their source lines, and the loops and skipped spans among them."""
+"""Parsing machine code: instructions with source lines, loops, and spans that branches skip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the counted cost cannot read from machine code and launch, since data decides it: stated here, launch by launch.
+"""Data-dependent costs, which machine code and launch do not show: stated here, launch by launch.
 
 For unit rows at random: how often branches and loops that depend on data are taken or turn, and the bytes that really
 pass through the L2 cache where the count of bytes asked for says more (masked lanes, lanes that read the same word). A

@@ -1,4 +1,4 @@
-"""How often a loop of a kernel turns and a branch is taken, from the source and what the launcher passed.
+"""Trip counts of a kernel's loops and branches, from its source and the launch's arguments.
 
 A loop's range and a branch's condition are evaluated for program numbers all over the grid, with constants and numbers
 as launched. What depends on data cannot be: `bench/cost/stated.py` says those, and the result says which they were.
@@ -60,7 +60,7 @@ def constructs_of(frames: Sequence[Frame], kernel: str) -> list[tuple[Construct,
         kernel: The name of the kernel's function.
     """
     chain = [frame for frame in reversed(frames) if not ("/triton/" in frame[0] and "/site-packages/" in frame[0])]
-    # Triton 3.6 leaves out where a function of the kernel was called.
+    # Triton 3.6 omits where a function of the kernel was called.
     while chain and (outermost := _function_at(chain[0])) is not None and outermost.name != kernel:
         call = _call_of(outermost.name, chain[0][0])
         if call is None or len(chain) > _DEEPEST:

@@ -1,1 +1,1 @@
-"""Studies over several runs, each with its record in ``bench/records``. Not part of the installed package."""
+"""Experiments of several runs, each with a record in ``bench/records``; not part of the installed package."""

@@ -1,10 +1,9 @@
-"""What the studies of several runs share: calling ``synco-fast``, and figures over seeds."""
+"""Shared by the experiments: calling ``synco-fast``, and figures over seeds."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -13,15 +12,16 @@ from typing import Any
 
 from synco_fast.methods import METHODS as _REGISTRY
 from synco_fast.methods import with_queue
+from synco_fast.report.runs import mean_and_deviation
 
-__all__ = ["FASHION_MNIST", "METHODS", "Spread", "call", "evaluate", "must", "read_json", "spread"]
+__all__ = ["FASHION_MNIST", "METHODS", "OverSeeds", "call", "evaluate", "must", "over_seeds", "read_json"]
 
 #: Where Debian puts the files.
 FASHION_MNIST = "idx:/usr/share/datasets/fashion-mnist"
 #: Titles of the methods that are compared.
 METHODS = {name: _REGISTRY[name].title for name in with_queue()}
 #: Mean, deviation and values of a figure over seeds.
-Spread = dict[str, Any]
+OverSeeds = dict[str, Any]
 
 
 def call(*words: object, threads: int = 1) -> tuple[int, str, float]:
@@ -66,7 +66,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def spread(values: list[float]) -> Spread:
+def over_seeds(values: list[float]) -> OverSeeds:
     """Mean, sample standard deviation, and the values."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.mean(values), "deviation": deviation, "values": values}
+    mean, deviation = mean_and_deviation(values) or (None, None)
+    return {"mean": mean, "deviation": deviation, "values": values}

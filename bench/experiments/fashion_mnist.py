@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, must, read_json, spread
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, must, over_seeds, read_json
+from synco_fast.data.workers import available_cores
+from synco_fast.runtime.style import COLOURS
 
 
 def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) ->
     if not (folder / "summary.json").exists():
         words: list[object] = ["--config", "fashion-mnist", "--seed", seed, "--data", options.data, "--out", folder]
         words += ["--data.workers", 0, "--method.name", method, "--training.epochs", options.epochs]
-        must("pretrain", *words, threads=max(1, len(os.sched_getaffinity(0)) // options.parallel))
+        must("pretrain", *words, threads=max(1, available_cores() // options.parallel))
     return read_json(folder / "summary.json")
 
 
@@ -50,13 +51,13 @@ def draw(record: dict[str, Any], runs: Path, path: Path) -> None:
     """The kNN accuracy of each run over its epochs, and the baselines."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    for (method, title), colour in zip(METHODS.items(), ("#0072B2", "#E69F00", "#009E73"), strict=True):
+    for (method, title), colour in zip(METHODS.items(), COLOURS, strict=False):
         for seed in record["seeds"]:
             lines = (runs / f"{method}-{seed}" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             points = [(line["epoch"], line["knn"]) for line in map(json.loads, lines) if line["kind"] == "evaluation"]
             label = title if seed == record["seeds"][0] else None
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8, label=label)
-    axes.axhline(record["raw_pixels"], color="grey", linestyle="--", label="raw pixels")
+    axes.axhline(record["raw_pixels"], color="gray", linestyle="--", label="raw pixels")
     axes.set_xlabel("epoch")
     axes.set_ylabel("kNN accuracy")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
@@ -134,9 +135,9 @@ def main() -> None:
             "count_scale": config.method.count_scale,
         },
         "raw_pixels": raw_pixels(options),
-        "before": spread([summaries["moco", seed]["knn_before"] for seed in options.seeds]),
+        "before": over_seeds([summaries["moco", seed]["knn_before"] for seed in options.seeds]),
         "after": {
-            method: spread([summaries[method, seed]["knn_after"] for seed in options.seeds]) for method in METHODS
+            method: over_seeds([summaries[method, seed]["knn_after"] for seed in options.seeds]) for method in METHODS
         },
     }
     options.record.mkdir(parents=True, exist_ok=True)

@@ -22,19 +22,20 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, Spread, evaluate, must, read_json, spread
+from synco_fast.bench.experiments.common import FASHION_MNIST, OverSeeds, evaluate, must, over_seeds, read_json
 from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.linear import FAST_RATES
 from synco_fast.presets import load_config
+from synco_fast.runtime.style import COLOURS
 from synco_fast.training.metrics import read_metrics
 
 #: By name: the title, which pair, whose negatives, and the colour in the pictures.
 ARMS = {
-    "none": ("none", "none", "moco", "#000000"),
+    "none": ("none", "none", "moco", COLOURS[7]),
     "none-synco": ("none, SynCo's negatives", "none", "synco", "#999999"),
-    "frozen": ("frozen pair", "frozen", "moco", "#E69F00"),
-    "joint": ("joint pair", "joint", "moco", "#0072B2"),
-    "joint-synco": ("joint pair, SynCo's negatives", "joint", "synco", "#009E73"),
+    "frozen": ("frozen pair", "frozen", "moco", COLOURS[1]),
+    "joint": ("joint pair", "joint", "moco", COLOURS[0]),
+    "joint-synco": ("joint pair, SynCo's negatives", "joint", "synco", COLOURS[2]),
 }
 #: Which way is compared with which, seed by seed.
 COMPARED = (("frozen", "none"), ("joint", "none"), ("joint", "frozen"), ("joint-synco", "none-synco"))
@@ -50,7 +51,7 @@ def train_generator(share: float, options: argparse.Namespace) -> Path:
     """Stage one on a share of the images; its folder."""
     folder: Path = options.runs / f"generator-{share:g}"
     if not (folder / "summary.json").exists():
-        words = ["--data", options.data, "--out", folder, "--share", share, "--size", 32, "--width", options.width]
+        words = ["--data", options.data, "--out", folder, "--fraction", share, "--size", 32, "--width", options.width]
         words += ["--steps", options.generator_steps, "--workers", 0, "--seed", 0]
         must("pretrain-generator", *words)
     return folder
@@ -86,8 +87,8 @@ def measure(folder: Path) -> dict[str, float]:
     return {"knn": knn["20"], "knn_200": knn["200"], "linear": linear["top1"]}
 
 
-def game(folder: Path) -> dict[str, float]:
-    """What the generators did in a run: from the first to the last line of its log."""
+def pairs_of(folder: Path) -> dict[str, float]:
+    """The generators' metrics of a run, from the first to the last line of its log."""
     lines = [line for line in read_metrics(folder) if "similarity/pair" in line]
     shares = [line["generators_time"] for line in read_metrics(folder) if "generators_time" in line]
     found = {"generators_time": statistics.mean(shares)}
@@ -107,9 +108,9 @@ def game(folder: Path) -> dict[str, float]:
 def gather(options: argparse.Namespace, runs: dict[tuple[str, float, int], Path]) -> dict[str, Any]:
     """The record, from runs that are there."""
 
-    def over_seeds(arm: str, share: float, of: Callable[[Path], dict[str, float]]) -> dict[str, Spread]:
+    def of_arm(arm: str, share: float, of: Callable[[Path], dict[str, float]]) -> dict[str, OverSeeds]:
         found = [of(runs[arm, share, seed]) for seed in options.seeds]
-        return {name: spread([values[name] for values in found]) for name in found[0]}
+        return {name: over_seeds([values[name] for values in found]) for name in found[0]}
 
     config = load_config(_PRESET)
     stage_one = {f"{share:g}": read_json(options.runs / f"generator-{share:g}" / "summary.json") for share in SHARES}
@@ -133,10 +134,10 @@ def gather(options: argparse.Namespace, runs: dict[tuple[str, float, int], Path]
             "probe": {"epochs": _PROBE_EPOCHS, "rates": list(FAST_RATES)},
         },
         "stage_one": {share: {name: found[name] for name in kept} for share, found in stage_one.items()},
-        "untrained": over_seeds("untrained", 1.0, measure),
-        "results": {f"{share:g}": {arm: over_seeds(arm, share, measure) for arm in ARMS} for share in SHARES},
-        "game": {
-            f"{share:g}": {arm: over_seeds(arm, share, game) for arm in ARMS if ARMS[arm][1] != "none"}
+        "untrained": of_arm("untrained", 1.0, measure),
+        "results": {f"{share:g}": {arm: of_arm(arm, share, measure) for arm in ARMS} for share in SHARES},
+        "pairs": {
+            f"{share:g}": {arm: of_arm(arm, share, pairs_of) for arm in ARMS if ARMS[arm][1] != "none"}
             for share in SHARES
         },
     }
@@ -152,7 +153,7 @@ def draw_accuracies(record: dict[str, Any], path: Path) -> None:
             axes.plot(places, [value["mean"] for value in found], color=colour, label=title, linewidth=1.5)
             for where, value in zip(places, found, strict=True):
                 axes.plot([where] * len(value["values"]), value["values"], "o", color=colour, markersize=3.5)
-        axes.axhline(record["untrained"][name]["mean"], color="grey", linestyle="--", label="before training")
+        axes.axhline(record["untrained"][name]["mean"], color="gray", linestyle="--", label="before training")
         axes.set_xticks(range(len(SHARES)), [f"{share:.0%}" for share in SHARES])
         axes.set_xlabel("share of the unlabelled images")
         axes.set_title(f"{MEASURES[name]}, all labels")
@@ -174,7 +175,7 @@ def draw_similarity(options: argparse.Namespace, runs: dict[tuple[str, float, in
             title, _, _, colour = ARMS[arm]
             label = title if seed == options.seeds[0] else None
             axes.plot(*zip(*points, strict=True), color=colour, linewidth=1, alpha=0.8, label=label)
-        axes.axhline(options.floor, color="grey", linestyle="--", label="floor")
+        axes.axhline(options.floor, color="gray", linestyle="--", label="floor")
         axes.set_title(f"{share:.0%} of the images")
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
@@ -188,7 +189,7 @@ def table(record: dict[str, Any]) -> str:
     protocol, settings, environment = record["protocol"], record["protocol"]["generated"], record["environment"]
     seeds = len(record["seeds"])
 
-    def cell(found: Spread) -> str:
+    def cell(found: OverSeeds) -> str:
         return f"{100 * found['mean']:.1f}" + (f" ± {100 * found['deviation']:.1f}" if seeds > 1 else "")
 
     def rows(name: str) -> Iterable[str]:
@@ -203,7 +204,7 @@ def table(record: dict[str, Any]) -> str:
                 for share in SHARES:
                     results = record["results"][f"{share:g}"]
                     pairs = zip(results[arm][name]["values"], results[than][name]["values"], strict=True)
-                    found = spread([one - other for one, other in pairs])
+                    found = over_seeds([one - other for one, other in pairs])
                     deviation = f" ± {100 * found['deviation']:.1f}" if seeds > 1 else ""
                     cells.append(f"{100 * found['mean']:+.1f}{deviation}")
                 yield f"| {title} | {ARMS[arm][0]} | {ARMS[than][0]} | " + " | ".join(cells) + " |"
@@ -212,7 +213,7 @@ def table(record: dict[str, Any]) -> str:
         for share, (arm, (title, pair, *_)) in product(SHARES, ARMS.items()):
             if pair == "none":
                 continue
-            found = {name: value["mean"] for name, value in record["game"][f"{share:g}"][arm].items()}
+            found = {name: value["mean"] for name, value in record["pairs"][f"{share:g}"][arm].items()}
             cells = ["", "", ""]
             if pair == "joint":
                 cells = [
@@ -260,7 +261,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         "![accuracy by share](accuracy.png)",
         "",
-        "## The game",
+        "## The pairs",
         "",
         "Similarity of a pair in the first and the last line of the log, the share of pairs below the floor and the "
         "diversity at the end, and the generators' share of a step's time (not the encoder's own pass over the pairs).",
@@ -282,7 +283,7 @@ def table(record: dict[str, Any]) -> str:
             for share, found in record["stage_one"].items()
         ),
         "",
-        "Strength of the game (w_hard, floor, learning rate) and stage one's settings were chosen by looking at "
+        "The update's strength (w_hard, floor, learning rate) and stage one's settings were chosen by looking at "
         "images, losses and KID of runs on 10 and 20 % with seed 0, not by accuracy.",
         "",
         f"Measured on {environment['device']}, {environment['cores']} cores, two runs at a time, one thread each, and "

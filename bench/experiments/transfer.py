@@ -1,4 +1,4 @@
-"""The record of a whole use: pretrain by each method, evaluate, export, report, compare, by the commands alone.
+"""The record of an end-to-end use by commands: pretrain by each method, evaluate, export, report, compare.
 
 ``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget
 for two CPU cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, read_json, spread
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, over_seeds, read_json
 
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 #: By title: the file that an evaluation leaves, and the words that make it.
@@ -161,7 +161,7 @@ def main() -> None:
         "seeds": options.seeds,
         "protocol": {"steps": options.steps, "batch": 128, "evaluations": {k: v[1] for k, v in EVALUATIONS.items()}},
         "results": {
-            method: {name: spread(values) for name, values in part.items()} for method, part in results.items()
+            method: {name: over_seeds(values) for name, values in part.items()} for method, part in results.items()
         },
         "linear": {
             method: {key: found[key] for key in ("top1", "best", "epochs", "lr", "agreement")}

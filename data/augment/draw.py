@@ -1,10 +1,10 @@
 """Augmentation parameters: a pure function of seed, epoch, image and view, and the list of operations.
 
-A pipeline only carries out what is drawn here, so all of them make the same views, whatever their workers, batches and
-ranks are, and a run that resumes in the middle of an epoch needs no state but the position.
+Pipelines only apply what is drawn here, so all of them make the same views for any number of workers and ranks and any
+batch. A run that resumes in the middle of an epoch needs no state but its position.
 
-`OPERATIONS` lists the augmentation. Every executor has a table with one entry for each of its operations; a test fails
-for an operation that an executor lacks (tests/data/test_operations.py).
+`OPERATIONS` lists the augmentation. Every executor has a table with one entry per operation; a test fails if an
+executor lacks one (tests/data/test_operations.py).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from synco_fast.data.seeding import uniforms
 
 __all__ = ["EXECUTORS", "JITTER", "OPERATIONS", "Operation", "ViewParameters", "draw_views", "operations_of"]
 
-#: The parts of the colour jitter; a number in `ViewParameters.order` and a column of `ViewParameters.factors`.
+#: The parts of the colour jitter: numbers in `ViewParameters.order` and columns of `ViewParameters.factors`.
 JITTER = ("brightness", "contrast", "saturation", "hue")
-#: The factor that changes nothing.
+#: The identity factors.
 _IDENTITY = np.array([1, 1, 1, 0], dtype=np.float32)
 _ORDERS = np.array(list(permutations(range(len(JITTER)))), dtype=np.int64)
-#: How often a crop is drawn before the central one is taken, as in torchvision.
+#: Draws of a crop before the central one is used, as in torchvision.
 _ATTEMPTS = 10
 
-#: What carries out the operations: `data.augment.ops` on the crops of the torchvision pipeline and of the resident one,
-#: DALI's graph, and the differentiable operations of generated pairs.
+#: The executors of the operations: `data.augment.ops` for the torchvision and the resident pipeline, DALI's graph, and
+#: the differentiable operations of generated pairs.
 EXECUTORS = ("torchvision", "resident", "dali", "differentiable")
 
 
@@ -45,7 +45,7 @@ class ViewParameters:
         factors: (n, 4) float32: the factors of brightness, contrast and saturation, and the hue shift in turns; the
             identity where a view has no jitter.
         grayscale: (n,) bool.
-        sigma: Of the blur in pixels, (n,) float32; 0 where there is none.
+        sigma: Sigma of the blur in pixels, (n,) float32; 0 for no blur.
         solarize: (n,) bool.
         flip: (n,) bool.
     """
@@ -65,7 +65,7 @@ class ViewParameters:
         return ViewParameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
     def steps(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """The jitter as a sequence of (part, rows), in which every row meets its parts in its own order."""
+        """The jitter as a sequence of (part, rows) that applies the parts to every row in its own order."""
         changes = self.factors != _IDENTITY
         for place in range(len(JITTER)):
             parts = self.order[:, place]
@@ -75,7 +75,7 @@ class ViewParameters:
                     yield part, rows
 
 
-#: From a recipe, the operation's columns of uniform numbers (n, k) and image sizes (n, 2): fields of `ViewParameters`.
+#: Takes a recipe, columns of uniform numbers (n, k) and image sizes (n, 2); returns fields of `ViewParameters`.
 Draw = Callable[[Recipe, NDArray[np.float64], NDArray[np.int64]], dict[str, NDArray[Any]]]
 
 
@@ -86,12 +86,12 @@ class Operation:
     Attributes:
         name: Its key in the executors' tables.
         recipe: The fields of `Recipe` that describe it.
-        uniforms: Its columns in a view's row of uniform numbers. A new operation takes columns behind all others, and
-            so leaves the views of earlier recipes as they were.
-        draw: Makes its fields of `ViewParameters` of them.
+        uniforms: Its columns in a view's row of uniform numbers. A new operation takes columns behind all others, so
+            that the views of existing recipes do not change.
+        draw: Computes its fields of `ViewParameters` from them.
         parameters: Those fields.
-        probability: The field of `Recipe` that is 0 where no view takes it; None for an operation of every view.
-        executors: Which of `EXECUTORS` carry it out.
+        probability: The field of `Recipe` with its probability; None for an operation of every view.
+        executors: The `EXECUTORS` that apply it.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Operation:
 
 
 def _draw_crop(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    """Windows as torchvision's RandomResizedCrop draws them: the first of ten that fits, else the central one."""
+    """Crops as in torchvision's RandomResizedCrop: the first of ten draws that fits, else the central crop."""
     height, width = sizes[:, 0], sizes[:, 1]
     area = (recipe.area[0] + (recipe.area[1] - recipe.area[0]) * u[:, :_ATTEMPTS]) * (height * width)[:, None]
     low, high = np.log(recipe.ratio)
@@ -153,7 +153,7 @@ def _draw_flip(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64])
 
 
 _CROP = 2 * _ATTEMPTS + 2
-#: The augmentation, in the order in which a view meets its operations.
+#: The operations in the order in which they are applied.
 OPERATIONS = (
     Operation("crop", ("size", "area", "ratio"), slice(0, _CROP), _draw_crop, ("crop",)),
     Operation(
@@ -193,7 +193,7 @@ OPERATIONS = (
 
 
 def operations_of(recipe: Recipe, executor: str) -> list[Operation]:
-    """The operations that an executor carries out for a recipe: those of probability 0 are skipped."""
+    """The operations of an executor for a recipe, without those of probability 0."""
     return [
         operation
         for operation in OPERATIONS
@@ -214,10 +214,10 @@ def draw_views(
     """Draw the parameters of n views.
 
     Args:
-        recipe: What they are drawn from.
+        recipe: The recipe.
         seed, epoch: Whole numbers from 0.
-        images: Number of each view's image, (n,).
-        views: Which view of it, 0 or 1, (n,).
+        images: Image number of each view, (n,).
+        views: View of the image, 0 or 1, (n,).
         sizes: Height and width of each image in pixels, (n, 2).
     """
     count = max(operation.uniforms.stop for operation in OPERATIONS)

@@ -1,7 +1,7 @@
-"""Augmentation on tensors: from pixels and drawn parameters to a view, for the torchvision and resident pipelines.
+"""Augmentation on tensors with drawn parameters, for the torchvision and resident pipelines.
 
-Each operation is torchvision's, to within rounding, written for whole batches in which every image has parameters of
-its own. Pixels are floats from 0 to 255; they are clamped after each operation, as torchvision does, and rounded once.
+Each operation equals torchvision's up to rounding, but takes whole batches with parameters per image. Pixels are floats
+from 0 to 255; they are clamped after each operation, as in torchvision, and rounded once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def finish_views(views: Tensor, parameters: ViewParameters) -> Tensor:
 
 
 def jitter(views: Tensor, parameters: ViewParameters) -> Tensor:
-    """The colour jitter of float views (n, 3, H, W), each in its own order; may work in place."""
+    """The colour jitter of float views (n, 3, H, W), each in its own order; may modify them in place."""
     for part, rows in parameters.steps():
         factor = _column(parameters.factors[rows, part], views)
         views = _on_rows(views, rows, _PARTS[part](_rows(views, rows), factor))
@@ -60,7 +60,7 @@ def _on_rows(views: Tensor, rows: NDArray[np.int64], changed: Tensor) -> Tensor:
 
 
 def _where(views: Tensor, drawn: NDArray[np.bool_], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The views with those that an operation was drawn for changed."""
+    """Apply an operation to the views that it was drawn for."""
     rows = np.flatnonzero(drawn)
     return _on_rows(views, rows, change(_rows(views, rows))) if rows.size else views
 
@@ -100,7 +100,7 @@ def _saturation(views: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(views: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of (n, 3, H, W) by ``shift`` turns in HSV; value and chroma are kept."""
+    """Shift the hue of (n, 3, H, W) by ``shift`` turns in HSV; value and chroma are kept."""
     red, green, blue = views.unbind(1)
     top = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -121,7 +121,7 @@ def _hue(views: Tensor, shift: Tensor) -> Tensor:
     return turned
 
 
-#: By number of the part in `JITTER`.
+#: By index in `JITTER`.
 _PARTS = (_brightness, _contrast, _saturation, _hue)
 
 
@@ -142,7 +142,7 @@ def blur(views: Tensor, sigma: NDArray[np.float32]) -> Tensor:
 
 
 def _blur_along(views: Tensor, weights: Tensor, axis: int) -> Tensor:
-    """Blur along one axis by adding shifted copies: for a few taps faster than a grouped convolution, by far."""
+    """Blur along one axis by adding shifted copies: for few taps much faster than a grouped convolution."""
     length, radius = views.shape[axis], weights.shape[1] - 1
     wide = _reflect(views, radius, axis)
     scale = weights.view(len(weights), -1, 1, 1, 1)
@@ -154,7 +154,7 @@ def _blur_along(views: Tensor, weights: Tensor, axis: int) -> Tensor:
 
 
 def _reflect(views: Tensor, radius: int, axis: int) -> Tensor:
-    """Continue the views by their mirror image, again and again where the radius is longer than a view."""
+    """Reflection padding, repeated if the radius exceeds the size of a view."""
     while radius > 0:
         step = min(radius, views.shape[axis] - 1)
         views = pad(views, (0, 0, step, step) if axis == 2 else (step, step, 0, 0), mode="reflect")
@@ -167,7 +167,7 @@ def _blur_drawn(views: Tensor, parameters: ViewParameters) -> Tensor:
     return _on_rows(views, rows, blur(_rows(views, rows), parameters.sigma[rows])) if rows.size else views
 
 
-#: By operation after the crop, what carries it out on float views (n, 3, H, W); it may work in place.
+#: The function of each operation after the crop, on float views (n, 3, H, W); may modify them in place.
 APPLY: dict[str, Callable[[Tensor, ViewParameters], Tensor]] = {
     "jitter": jitter,
     "grayscale": lambda views, parameters: _where(views, parameters.grayscale, grayscale),

@@ -1,4 +1,4 @@
-"""Augmentation settings: one typed description that every pipeline is built from."""
+"""Augmentation settings, from which every pipeline is built."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Deviation = Annotated[float, Field(gt=0, le=10)]
 
 
 class Recipe(Section):
-    """How a view is made from an image. The defaults are MoCo v2's (arXiv 2003.04297) at ImageNet's size.
+    """The augmentation of a view. The defaults are MoCo v2's (arXiv 2003.04297) at ImageNet's size.
 
-    The operations and their order are those of `synco_fast.data.augment.draw.OPERATIONS`; each view is drawn on its
-    own. Every field says what it does in its description.
+    The operations and their order are those of `synco_fast.data.augment.draw.OPERATIONS`; each view is drawn
+    independently.
     """
 
     size: int = Field(224, ge=8, le=4096, description="Side of a view in pixels")
@@ -40,10 +40,10 @@ class Recipe(Section):
     )
     flip_probability: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip")
     mean: tuple[Mean, Mean, Mean] = Field(
-        (0.485, 0.456, 0.406), description="Channel means that are subtracted, for values in [0, 1]; ImageNet's"
+        (0.485, 0.456, 0.406), description="Channel means to subtract, for values in [0, 1]; ImageNet's"
     )
     std: tuple[Deviation, Deviation, Deviation] = Field(
-        (0.229, 0.224, 0.225), description="Channel deviations that are divided by, for values in [0, 1]; ImageNet's"
+        (0.229, 0.224, 0.225), description="Channel standard deviations to divide by, for values in [0, 1]; ImageNet's"
     )
     evaluation_resize: int | None = Field(
         None, ge=8, le=16_384, description="Evaluation: short side before the central crop; size * 256 / 224 if unset"

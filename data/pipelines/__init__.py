@@ -1,1 +1,1 @@
-"""Pipelines: torchvision, DALI, or a dataset resident on the device."""
+"""Data pipelines: torchvision, DALI, or a dataset resident on the device."""

@@ -1,4 +1,4 @@
-"""The pipeline protocol: what image loading and training exchange."""
+"""The pipeline protocol between data loading and training."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Batch:
     """Two views of each image.
 
     Attributes:
-        first, second: (B, 3, size, size): pixels in uint8, or normalised values in a floating type. `normalise` makes
-            either what the encoder takes.
-        image_ids: The image that each pair was made from, (B,) int64.
-        corrupt: By number of an image that could not be decoded, the reason. Another image took its place.
+        first, second: (B, 3, size, size): uint8 pixels, or normalised values in a floating type. `normalise` converts
+            both for the encoder.
+        image_ids: The image of each pair, (B,) int64.
+        corrupt: Reason by number, for images that could not be decoded; another image replaces them.
     """
 
     first: Tensor
@@ -34,14 +34,14 @@ class Batch:
     corrupt: dict[int, str] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``; the copy is asynchronous where memory is pinned."""
+        """The same batch on ``device``; the copy is asynchronous if memory is pinned."""
         first, second, image_ids = (
             tensor.to(device, non_blocking=True) for tensor in (self.first, self.second, self.image_ids)
         )
         return Batch(first, second, image_ids, self.corrupt)
 
     def as_pixels(self, recipe: Recipe) -> Batch:
-        """The same batch as uint8 on the CPU, to look at."""
+        """The same batch as uint8 on the CPU, for plots."""
         first, second = (_pixels(view, recipe).cpu() for view in (self.first, self.second))
         return Batch(first, second, self.image_ids.cpu(), self.corrupt)
 
@@ -51,11 +51,11 @@ class Batch:
 
 
 class Pipeline(Protocol):
-    """Batches of two views: every epoch of equal length, complete but for a last batch that is not full.
+    """Batches of two views; all epochs have the same length, and an incomplete last batch is dropped.
 
-    What an epoch yields depends on seed and epoch number alone. So the whole state of a pipeline is the epoch and the
-    number of the next batch, which the training step tells, and a run that starts in the middle of an epoch
-    (``set_epoch(epoch, start)``) meets the batches that it would have met.
+    What an epoch yields depends only on seed and epoch number. So the state of a pipeline is the epoch and the number
+    of the next batch, which follow from the training step. A run that starts in the middle of an epoch
+    (``set_epoch(epoch, start)``) gets the same batches.
     """
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
 def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
     """Pixels 0 to 255, (B, 3, H, W) uint8, as float32, normalised by the recipe's mean and standard deviation.
 
-    Views in a floating type are normalised already; they are only laid out.
+    Views in a floating type are already normalised; only their memory layout is set.
     """
     if views.is_floating_point():
         return views.contiguous(memory_format=memory_format)
@@ -98,6 +98,6 @@ def _pixels(views: Tensor, recipe: Recipe) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _mean_and_scale(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Copied to the device once: a copy in each step would make the host wait."""
+    """Cached per device: a copy in each step would make the host wait."""
     mean = torch.tensor(recipe.mean, device=device).view(3, 1, 1) * 255
     return mean, 1 / (torch.tensor(recipe.std, device=device).view(3, 1, 1) * 255)

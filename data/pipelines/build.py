@@ -26,11 +26,11 @@ def has_dali() -> bool:
 def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> PipelineName:
     """The pipeline that a name stands for.
 
-    ``auto`` is resident for images that are in memory anyhow, DALI on a GPU where it is installed, and torchvision
-    everywhere else: on the CPU it makes views several times faster than DALI's CPU backend.
+    ``auto`` is resident for images already in memory, DALI on a GPU if it is installed, and torchvision elsewhere: on a
+    CPU it is several times faster than DALI's CPU backend.
 
     Raises:
-        DataError: ``dali`` is asked for and not installed.
+        DataError: ``dali`` is not installed.
     """
     if name == "dali" and not has_dali():
         raise DataError(
@@ -64,17 +64,17 @@ def build_pipeline(
         split: The images.
         recipe: How views are made.
         batch: B, images in a batch, over all ranks.
-        seed: Decides order and views together with the epoch.
-        name: Which pipeline; see `choose_pipeline`.
+        seed: Seed of order and views, together with the epoch.
+        name: The pipeline; see `choose_pipeline`.
         device: Where the encoder is; the CPU by default.
-        dtype: In which the encoder computes; DALI on a GPU normalises to it, to float16 for bfloat16, which keeps all
-            of a pixel's eight bits. The others yield uint8.
+        dtype: The encoder's dtype. DALI on a GPU normalises to it (to float16 for bfloat16, which keeps all eight bits
+            of a pixel); the others yield uint8.
         workers: Processes that read and decode, by default one for each core.
-        decode: DALI's way to decode.
-        rank, world: This process's number in a run, and how many there are.
+        decode: How DALI decodes.
+        rank, world: Rank of this process, and number of processes.
 
     Raises:
-        DataError: What the pipeline cannot work with.
+        DataError: The split or the settings do not fit the pipeline.
     """
     device = device or torch.device("cpu")
     chosen = choose_pipeline(name, split, device)
@@ -130,8 +130,8 @@ def evaluation_batches(
 
     Args:
         split: The images.
-        recipe: Gives the size and the resize before the crop.
-        batch: Images at a time; corrupt ones are skipped, so b can be smaller.
+        recipe: Gives the crop size and the resize before it.
+        batch: Batch size; corrupt images are skipped, so b can be smaller.
         pipeline: ``data.pipeline`` of the run.
         device: Where the encoder is; the CPU by default.
         workers: Processes that read and decode, by default one for each core.

@@ -1,4 +1,4 @@
-"""Order of images: the batches of an epoch for each rank, and the replacement of corrupt images."""
+"""Order of images: the batches of an epoch on each rank, and replacement of corrupt images."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ __all__ = ["EpochBatches", "Position", "replace_corrupt"]
 #: An epoch, and the number of the image that is due.
 Position = tuple[int, int]
 
-#: Corrupt images in a row after which the search for a replacement gives up.
+#: Consecutive corrupt images after which the search for a replacement fails.
 _REPLACEMENTS = 64
 
 T = TypeVar("T")
 
 
 class EpochBatches(Sampler[list[Position]]):
-    """The batches of the current epoch, for one rank of a run.
+    """The batches of the current epoch on one rank.
 
-    All ranks go through one permutation of the images together: step n takes the n-th B of them, and of these each rank
-    a block of its own. So no image comes twice in an epoch, ranks share none, a step has the same images whatever the
-    number of ranks, and a last batch that would not be full, of other images in each epoch, is skipped.
+    All ranks share one permutation of the images: step n takes the n-th B of them, and each rank its own block of
+    these. So no image comes twice in an epoch, and a step has the same images for any number of ranks. An incomplete
+    last batch, of different images in each epoch, is skipped.
 
     Args:
         length: Images in the set.
         batch: B, images in a step, over all ranks.
-        seed: Decides the order together with the epoch.
-        rank, world: This rank's number and how many there are.
+        seed: Seed of the order, together with the epoch.
+        rank, world: Rank of this process, and number of processes.
 
     Attributes:
-        share: Images in a step of one rank, B / world.
+        share: Images per step on one rank, B / world.
 
     Raises:
-        DataError: The set holds fewer images than a step takes, B is no multiple of ``world``, or no rank has that
-            number.
+        DataError: The set holds fewer images than a step takes, B is not a multiple of ``world``, or the rank is
+            out of range.
     """
 
     def __init__(self, length: int, batch: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -69,19 +69,18 @@ class EpochBatches(Sampler[list[Position]]):
 
 
 def replace_corrupt(length: int, wanted: int, read: Callable[[int], T]) -> tuple[T, int, dict[int, str]]:
-    """Read image ``wanted``, or the next one of the set that can be read.
+    """Read image ``wanted``, or the next readable one.
 
     Args:
         length: Images in the set.
         wanted: The image that is due.
-        read: Reads one by its number, or raises `CorruptImageError`.
+        read: Reads an image by number, or raises `CorruptImageError`.
 
     Returns:
-        What was read, the number of the image that it is, and by number the corrupt ones met on the way, with the
-        reason.
+        The result of ``read``, the number of that image, and the reason by number for corrupt ones on the way.
 
     Raises:
-        DataError: Very many in a row are corrupt.
+        DataError: Too many consecutive images are corrupt.
     """
     corrupt: dict[int, str] = {}
     for shift in range(min(_REPLACEMENTS, length)):

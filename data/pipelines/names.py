@@ -1,4 +1,4 @@
-"""The names of pipelines and decoders that a configuration may hold; importing them costs nothing."""
+"""Names of pipelines and decoders; importing them is cheap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 __all__ = ["Decode", "PipelineName"]
 
 PipelineName = Literal["auto", "torchvision", "dali", "resident"]
-"""What makes the views."""
+"""The data pipelines."""
 
 Decode = Literal["once", "windows"]
-"""How DALI decodes: a whole image once for both views, or each view's window."""
+"""How DALI decodes: the whole image once for both views, or the window of each view."""

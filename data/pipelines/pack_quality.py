@@ -1,4 +1,4 @@
-"""What a pack costs in quality: its views against those of the source, and crops smaller than a view."""
+"""The loss of quality of a pack: its views compared with the source's, and crops smaller than a view."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from synco_fast.data.sources.splits import Split
 
 __all__ = ["PackQuality", "measure_quality"]
 
-#: Images whose crops are drawn to count the small ones.
+#: Images whose crops are drawn to count small ones.
 _COUNTED = 20_000
 
 
 @dataclass(frozen=True)
 class PackQuality:
-    """The quality of a pack.
+    """The measured quality of a pack.
 
     Attributes:
         views: How many views were compared.
-        mean: Mean difference of a pixel between a view of the pack and the same one of the source, in levels of 255.
-        worst: The mean of the view that differs most.
-        largest: The largest difference of any pixel.
-        small: Fraction of crops with a side below a view's, which are enlarged, in the pack.
+        mean: Mean pixel difference between views of pack and source, in levels of 255.
+        worst: The mean difference of the worst view.
+        largest: The largest pixel difference.
+        small: Fraction of crops in the pack that are smaller than a view and are enlarged.
         small_source: The same in the source.
     """
 
@@ -47,9 +47,9 @@ def measure_quality(split: Split, packed: Split, index: PackIndex, recipe: Recip
     Args:
         split: The source.
         packed: The pack as it is read.
-        index: The pack's index.
-        recipe: Whose crops; those of epoch 0 and seed 0.
-        views: How many images are compared, evenly spread.
+        index: Index of the pack.
+        recipe: The recipe of the crops, drawn for epoch 0 and seed 0.
+        views: Images to compare, evenly spaced.
     """
     chosen = np.unique(np.linspace(0, len(index) - 1, min(views, len(index))).round().astype(np.int64))
     means, largest = [], 0.0
@@ -84,7 +84,7 @@ def _crops(index: PackIndex, recipe: Recipe, rows: NDArray[np.int64]) -> NDArray
 
 
 def _view(image: Image.Image, crop: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """The resized crop by Pillow, whose box may begin between two pixels."""
+    """The crop resized by Pillow, whose box may start between two pixels."""
     top, left, height, width = crop.tolist()
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box), dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Resident pipeline: a small dataset lies on the device as uint8 and is augmented there in batches."""
+"""Resident pipeline: a small dataset is kept on the device as uint8 and augmented there in batches."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"]
 
-#: Share of the device's free memory that a set may take.
+#: Fraction of the device's free memory that a dataset may take.
 _SHARE_OF_MEMORY = 0.5
 
 
 class ResidentPipeline:
-    """Batches of two views made on the device from a set that lies there; see `Pipeline` for what it promises.
+    """Batches of two views, made on the device from a dataset kept there; see `Pipeline` for the contract.
 
     Args:
         split: Images of one size.
         recipe: How views are made.
         batch: B, images in a batch, over all ranks.
-        seed: Decides order and views together with the epoch.
-        device: Where the set lies and the views are made.
+        seed: Seed of order and views, together with the epoch.
+        device: Device of dataset and views.
         workers: Processes that decode the files once, at the start; by default one for each core.
-        rank, world: This process's number in a run, and how many there are; each holds the whole set and yields its
-            share of every batch.
+        rank, world: Rank of this process, and number of processes; each holds the whole dataset and yields its part of
+            every batch.
 
     Raises:
         DataError: The images differ in size, are too many for the device, or are fewer than a step takes.
@@ -69,7 +69,7 @@ class ResidentPipeline:
         for places in self._batches:
             epoch, wanted = places[0][0], np.array([number for _, number in places], dtype=np.int64)
             images = self._replacements[wanted]
-            # A corrupt image counts where it was due, not where it was tried as a replacement.
+            # A corrupt image counts where it is due, not where it is tried as a replacement.
             corrupt = {number: self._corrupt[number] for number in wanted.tolist() if number in self._corrupt}
             rows = torch.from_numpy(images).to(self._device, non_blocking=True)
             first, second = self._views(rows, epoch, wanted).chunk(2)
@@ -99,12 +99,12 @@ class ResidentPipeline:
 def crop_and_resize_batch(images: Tensor, crops: NDArray[np.int64], size: int) -> Tensor:
     """A window of each image, resized: bilinear and antialiased as in `torch.nn.functional.interpolate`.
 
-    A resize is linear along each axis, so it is a product with a matrix an axis, which holds the window as well.
+    A resize is linear along each axis, so it is one matrix product per axis, which includes the crop.
 
     Args:
         images: (n, C, H, W) float.
         crops: Top, left, height and width in pixels, (n, 4).
-        size: Side of the result.
+        size: Size of the result.
 
     Returns:
         (n, C, size, size), rounded to whole numbers.
@@ -116,7 +116,7 @@ def crop_and_resize_batch(images: Tensor, crops: NDArray[np.int64], size: int) -
 
 
 def _resize_matrix(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
-    """Weights (n, size, length) of the pixels of an axis in the pixels of its resized window."""
+    """Weights (n, size, length) of an axis's pixels in the pixels of its resized window."""
     scale = (extent / size)[:, None, None]
     inside = torch.arange(length, device=start.device) - start[:, None, None]
     middle = (torch.arange(size, device=start.device)[:, None] + 0.5) * scale
@@ -132,7 +132,7 @@ def load_pixels(
 
     Returns:
         Pixels (n, C, H, W) uint8 with C of 1 or 3; the image that each row holds, (n,) int64: itself unless it is
-        corrupt; and the reason by number of a corrupt image.
+        corrupt; and the reason by number, for corrupt images.
 
     Raises:
         DataError: As in `ResidentPipeline`.
@@ -182,14 +182,14 @@ class _Pixels(Dataset[tuple[Tensor, int, dict[int, str]]]):
 
 
 def room_on(device: torch.device) -> float:
-    """How many bytes a set may take on a device; no limit on the CPU."""
+    """Bytes that a dataset may take on a device; no limit on the CPU."""
     return _SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
 
 
 def _check_room(size: int, device: torch.device) -> None:
-    allowed = room_on(device)
-    if size > allowed:
+    room = room_on(device)
+    if size > room:
         raise DataError(
-            f"data.pipeline: found a set of {size / 2**30:.1f} GiB, expected up to {allowed / 2**30:.1f} GiB for "
+            f"data.pipeline: found a set of {size / 2**30:.1f} GiB, expected up to {room / 2**30:.1f} GiB for "
             "resident on this device; use another pipeline"
         )

@@ -27,19 +27,19 @@ _Sample = tuple[Tensor, Tensor, int, dict[int, str]]
 
 
 def pixels_of(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 (3, H, W), channels innermost in memory: what torchvision's fastest resize takes."""
+    """An RGB image as uint8 (3, H, W), channels innermost in memory, as torchvision's fastest resize needs it."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def make_view(pixels: Tensor, parameters: ViewParameters, size: int) -> Tensor:
-    """A view (3, size, size) uint8 of an image (3, H, W) uint8 by the parameters of that one view."""
+    """A view (3, size, size) uint8 of an image (3, H, W) uint8, by the parameters of one view."""
     return finish_views(crop_and_resize(pixels, parameters.crop[0], size), parameters)[0]
 
 
 def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
-    """The central crop (3, size, size) uint8 of an image (3, H, W) uint8, whose short side becomes `Recipe.resize`.
+    """The central crop (3, size, size) uint8 of an image (3, H, W) uint8, its short side resized to `Recipe.resize`.
 
-    Of an image more than 16 times as long as wide, the middle alone is resized.
+    If an image is more than 16 times as long as wide, only its middle is resized.
     """
     part = torch.from_numpy(central_part(pixels.permute(1, 2, 0).numpy())).permute(2, 0, 1)
     small = v2.functional.resize(part, [recipe.resize], antialias=True)
@@ -48,7 +48,7 @@ def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
 
 
 class _Views(Dataset[_Sample]):
-    """Two views of an image by (epoch, number); the views depend on seed, epoch and number, not on the worker."""
+    """Two views of an image by (epoch, number); they depend on seed, epoch and number, not on the worker."""
 
     def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
         self.split, self.recipe, self.seed = split, recipe, seed
@@ -76,16 +76,16 @@ def _collate(samples: list[_Sample]) -> Batch:
 
 
 class TorchvisionPipeline:
-    """Batches of two views from worker processes; see `Pipeline` for what it promises.
+    """Batches of two views from worker processes; see `Pipeline` for the contract.
 
     Args:
         split: The images.
         recipe: How views are made.
         batch: B, images in a batch, over all ranks.
-        seed: Decides order and views together with the epoch.
+        seed: Seed of order and views, together with the epoch.
         workers: Processes that decode; 0 decodes in the training process. By default one for each core.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
-        rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
+        rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
     Raises:
         DataError: The split holds fewer images than a step takes.
@@ -113,7 +113,7 @@ class TorchvisionPipeline:
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=start_worker,
-            # The loader draws a base seed from this generator, not from the global one that a checkpoint holds.
+            # The loader draws a base seed from this generator instead of the global one.
             generator=torch.Generator().manual_seed(seed),
         )
 
@@ -161,8 +161,8 @@ def evaluation_loader(
 
     Args:
         split: The images.
-        recipe: Gives the size and the resize before the crop.
-        batch: Images read at a time.
+        recipe: Gives the crop size and the resize before it.
+        batch: Batch size.
         workers: Processes that decode, by default one for each core.
         numbers: Which images, by default all.
 

@@ -38,12 +38,12 @@ class _Tried(Dataset[tuple[int, str | None]]):
 def find_corrupt(
     split: Split, *, workers: int | None = None, tick: Callable[[int, int], None] = lambda images, corrupt: None
 ) -> dict[int, str]:
-    """Decode every image; the reason by number of each corrupt one.
+    """Decode every image; returns the reason by number of each corrupt one.
 
     Args:
         split: The images.
         workers: Processes that decode; by default one for each core.
-        tick: Called with how many images are done and how many of them are corrupt, every few images.
+        tick: Called every few images with the number of images done and of corrupt ones.
     """
     loader = DataLoader(
         _Tried(split),
@@ -63,7 +63,7 @@ def find_corrupt(
 
 
 def open_afresh(spec: str, limits: Limits = LIMITS) -> Source:
-    """Open a source without the manifests that an earlier check kept.
+    """Open a source without the manifests of earlier checks.
 
     Raises:
         DataError: As `open_source`.
@@ -78,10 +78,10 @@ def open_afresh(spec: str, limits: Limits = LIMITS) -> Source:
 
 
 def keep_list(split: Split, corrupt: dict[int, str]) -> str | None:
-    """Keep a manifest of a split without its corrupt images, for later runs.
+    """Save a manifest of a split without its corrupt images, for later runs.
 
     Returns:
-        The file, or None for a split that needs none or whose every image is corrupt.
+        The file, or None if the split needs none or all images are corrupt.
 
     Raises:
         OSError: The user's cache cannot be written.

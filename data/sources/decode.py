@@ -24,25 +24,25 @@ __all__ = [
 ]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-#: Files that are taken for images, by suffix; AVIF where Pillow was built with it.
+#: Suffixes of image files; AVIF if Pillow supports it.
 IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if features.check("avif") else set()))
-#: Sides of an image beyond this ratio are cut to their central part before they are resized for an evaluation.
+#: Images with a larger ratio of sides are cropped to their middle before the resize of an evaluation.
 LONGEST_RATIO = 16
 
 _ORIENTATION = 0x0112
 #: Orientations in which the stored rows are the upright image's columns.
 _LYING = (5, 6, 7, 8)
-#: How near its end a JPEG file that is not truncated has its end marker; some cameras pad a little.
+#: Bytes from its end within which a complete JPEG file has its end marker; some cameras pad a little.
 _TAIL = 64
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may take; beyond it, it counts as corrupt.
+    """Size limits of an image; a larger one counts as corrupt.
 
     Attributes:
-        file_bytes: The largest file, 512 MiB by default.
-        pixels: The most pixels, up to Pillow's own limit of 178,956,970, the default.
+        file_bytes: Largest file, 512 MiB by default.
+        pixels: Most pixels; default and maximum are Pillow's limit of 178,956,970.
     """
 
     file_bytes: int = 512 << 20
@@ -60,7 +60,7 @@ class Limits:
             )
 
 
-#: The limits where no others are set.
+#: The default limits.
 LIMITS = Limits()
 
 
@@ -72,7 +72,7 @@ def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Im
 
     Raises:
         CorruptImageError: The file is empty, truncated, no image, or has more pixels than ``limits`` allow; the message
-            begins with ``name``.
+            starts with ``name``.
     """
     if not content:
         raise CorruptImageError(f"{name}: the file is empty")
@@ -104,7 +104,7 @@ def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Im
 
 
 def _eight_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Single-channel pixels of 16 or 32 bits, or floats, as eight bits: whole numbers by their 16-bit scale."""
+    """Single-channel pixels of 16 or 32 bits, or floats, as eight bits; integers are scaled from 16 bits."""
     values = pixels.astype(np.float64)
     if np.issubdtype(pixels.dtype, np.floating) and values.size and values.max() <= 1:
         values = values * 65535
@@ -112,16 +112,15 @@ def _eight_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 def encode_pixels(pixels: NDArray[np.uint8]) -> bytes:
-    """RGB pixels (H, W, 3) as an uncompressed image file that every decoder knows (PPM)."""
+    """RGB pixels (H, W, 3) as an uncompressed image file that every decoder reads (PPM)."""
     height, width = pixels.shape[:2]
     return b"P6\n%d %d\n255\n" % (width, height) + pixels.tobytes()
 
 
 def central_part(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The middle of an image (H, W, 3) whose long side is more than 16 times the short one; others as they are.
+    """The middle of an image (H, W, 3) whose long side is more than 16 times the short one; others unchanged.
 
-    A central crop takes less than that of it. Resizing all of a line of 30,000 x 1 pixels to a height of 256 would take
-    6 GB.
+    A central crop needs less than that. Resizing a whole line of 30,000 x 1 pixels to a height of 256 would take 6 GB.
     """
     height, width = pixels.shape[:2]
     longest = LONGEST_RATIO * min(height, width)
@@ -134,10 +133,10 @@ def central_part(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def plain_jpeg_size(content: bytes, limits: Limits = LIMITS) -> tuple[int, int] | None:
-    """Height and width of the upright image where a file is a JPEG that needs no special care, else None.
+    """Height and width of the upright image if the file is a plain JPEG, else None.
 
-    Special are CMYK and directly stored RGB, which decoders read differently, what does not end as a JPEG file ends,
-    and what has more pixels than ``limits`` allow. Only the header is read.
+    Not plain are CMYK and directly stored RGB, which decoders read differently, files without a JPEG end marker, and
+    images above ``limits``. Only the header is read.
     """
     if not content.startswith(b"\xff\xd8\xff") or content.find(b"\xff\xd9", max(0, len(content) - _TAIL)) < 0:
         return None

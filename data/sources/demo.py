@@ -1,9 +1,9 @@
-"""The embedded image set: twelve kinds of texture, drawn on the spot and stored as JPEG files in class folders.
+"""The built-in demo images: twelve kinds of texture, generated and stored as JPEG files in class folders.
 
-A class is a pattern (upright stripes, slanted ones, checks, dots ...) and nothing else: its colours, scale, tilt and
-place, the shape of the patch that carries it, background, lighting and clutter are all drawn anew for every image. So
-neither colour nor position tells the classes apart, and a network has to learn the texture. The layout is ImageNet's,
-``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, and everything that reads ImageNet reads this set.
+A class is only a pattern (upright stripes, slanted ones, checks, dots ...). Colours, scale, tilt, position, the shape
+of the patch that carries it, background, lighting and clutter are drawn for every image. So neither colour nor position
+tells the classes apart, and a network has to learn the texture. The layout is ImageNet's: ``train/CLASS/*.jpg`` and
+``val/CLASS/*.jpg``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from PIL import Image
 __all__ = ["CLASSES", "SIDE", "demo_image", "make_demo"]
 
 Array = NDArray[np.float64]
-#: Raised with every change to what is drawn, so that an older set on disk is not taken for this one.
+#: Incremented when the images change, so that an older set on disk is not reused.
 VERSION = 2
-#: Pixels a side, the same for every image, so that the set can be held in memory and augmented in batches.
+#: Image size in pixels, the same for all images, so that the set can be kept in memory and augmented in batches.
 SIDE = 64
 _OVERSAMPLE = 2
 
@@ -38,7 +38,7 @@ def _fraction(x: Array) -> Array:
 
 
 def _rows(u: Array, v: Array, shift: float) -> tuple[Array, Array]:
-    """Cell coordinates where every other row is shifted, as bricks are."""
+    """Cell coordinates with every other row shifted, as in brickwork."""
     return _fraction(u + shift * (np.floor(v) % 2)), _fraction(v - 0.5)
 
 
@@ -99,7 +99,7 @@ def _cells(u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 Pattern = Callable[[Array, Array, np.random.Generator], Array]
 
-#: A pattern is positive where its first colour shows. Arguments: coordinates in cells, and the image's generator.
+#: A pattern is positive where its first colour shows. Arguments: cell coordinates, and the image's generator.
 PATTERNS: dict[str, Pattern] = {
     "bars": _bars,
     "bricks": _bricks,
@@ -145,7 +145,7 @@ def demo_image(name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Two random colours whose brightness differs enough for the pattern to be seen."""
+    """Two random colours of sufficiently different brightness."""
     while True:
         ink, paper = rng.uniform(0, 1, (2, 3))
         if abs(ink.mean() - paper.mean()) > 0.25:
@@ -191,27 +191,29 @@ def make_demo(
     seed: int = 0,
     tick: Callable[[int], None] = lambda images: None,
 ) -> Path:
-    """Draw the set below ``folder``, unless the very same set is there already.
+    """Write the set to ``folder``, unless the same set is there already.
 
     The same seed and counts give the same files, byte for byte, with the same versions of NumPy and Pillow. An image
-    depends on seed, split, class and its number alone, so a larger set contains the smaller one.
+    depends only on seed, split, class and its number, so a larger set contains the smaller one.
 
     Args:
-        folder: Where ``train/`` and ``val/`` go.
-        train: Images of each class in ``train/``.
-        validation: Images of each class in ``val/``.
-        seed: Chooses the set.
+        folder: The folder of ``train/`` and ``val/``.
+        train: Images per class in ``train/``.
+        validation: Images per class in ``val/``.
+        seed: Seed of the set.
         tick: Called with the number of images of each class that is drawn.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: A count is below 1, or the folder holds something that is not a demo set.
+        ValueError: A count is below 1, or the folder holds other files.
     """
     folder = Path(folder)
     if train < 1 or validation < 1:
-        raise ValueError(f"demo images: found {train} train and {validation} validation a class, expected 1 or more")
+        raise ValueError(
+            f"demo images: found {train} train and {validation} validation images per class, expected 1 or more"
+        )
     card = folder / "demo.json"
     wanted = {"version": VERSION, "seed": seed, "train": train, "val": validation, "classes": list(CLASSES)}
     if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == wanted:
@@ -247,7 +249,7 @@ def _draw_class(job: tuple[Path, int, list[int]]) -> None:
         (folder / f"{number:05d}.jpg").write_bytes(file.getvalue())
 
 
-def fingerprint(folder: str | os.PathLike[str]) -> str:
+def folder_sha256(folder: str | os.PathLike[str]) -> str:
     """SHA-256 over every file's name and bytes below ``folder``, in order of name."""
     digest = hashlib.sha256()
     root = Path(folder)

@@ -1,4 +1,4 @@
-"""Manifests: the images of a split with labels and offsets, packed into arrays and cached on disk."""
+"""Manifests: images of a split with labels and offsets, as arrays, cached on disk."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from synco_fast.data.files import atomic_write
 
 __all__ = ["Manifest", "PackedNames", "cache_folder", "manifest_path", "read_manifest", "write_manifest"]
 
-#: Raised with every change of the format, so that an older file is made anew.
+#: Incremented when the format changes, so that older files are rebuilt.
 _VERSION = 2
-#: The arrays of a `Manifest` with one row per image.
+#: Names of a `Manifest`'s arrays with one row per image.
 _ARRAYS = ("labels", "places", "checksums")
 
 
 class PackedNames(Sequence[str]):
-    """Many strings in two arrays: a worker process shares them, where a list of strings would be copied bit by bit.
+    """Many strings in two arrays, which worker processes share; a list of strings would be copied.
 
     Args:
-        text: All names, one after the other, as file names are encoded; uint8.
-        ends: Where each ends in ``text``, (n,) int64.
+        text: All names, concatenated, in the file system's encoding; uint8.
+        ends: End of each name in ``text``, (n,) int64.
     """
 
     def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
@@ -37,7 +37,7 @@ class PackedNames(Sequence[str]):
 
     @classmethod
     def pack(cls, names: Iterable[str]) -> PackedNames:
-        """From strings."""
+        """Pack strings."""
         encoded = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(encoded), np.uint8) if encoded else np.empty(0, np.uint8), ends)
@@ -63,9 +63,9 @@ class Manifest:
         classes: Class names, or None.
         places: For images in tar shards, (n, 3) int64: number of the shard, offset and size in bytes.
         checksums: For images of a pack, the CRC-32 of their bytes, (n,) uint32.
-        stamps: Folders, list files and shards that were read, with their time of change in nanoseconds.
-        excluded: Corrupt images and shards that are not in the list, with the reason by name.
-        unread: How many files there are that are not read, by kind; known after a walk, not kept.
+        stamps: Modification times in nanoseconds of the folders, list files and shards that were read.
+        excluded: Reason by name, for excluded corrupt images and shards.
+        unread: Number of files that are not read, by kind; known after a walk, not saved.
     """
 
     names: PackedNames
@@ -90,7 +90,7 @@ class Manifest:
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays with one row per image, by name, as far as they are there."""
+        """The existing arrays with one row per image, by name."""
         return {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
 
     def is_current(self) -> bool:
@@ -107,7 +107,7 @@ def cache_folder() -> Path:
 
 
 def manifest_path(key: str) -> Path:
-    """Where the manifest of a split is kept; ``key`` identifies the split."""
+    """The path of a split's manifest; ``key`` identifies the split."""
     return cache_folder() / "lists" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.npz"
 
 
@@ -125,7 +125,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest in a file; None where it is missing, damaged or out of date."""
+    """The manifest in a file; None if it is missing, damaged or out of date."""
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())

@@ -1,8 +1,8 @@
-"""Sources by name: folders, lists of files, tar shards, IDX files, and the embedded demo set.
+"""Opening sources by name: folders, lists of files, tar shards, Parquet files, IDX files, and the demo set.
 
-A source has a `train` split and, where there is one, a held-out `validation` split. A split yields images and labels by
-number and knows nothing of augmentation. A new kind of source is one function here that returns a `Source`, and its
-prefix in `open_source`.
+A source has a `train` split and, if there is one, a held-out `validation` split. A split yields images and labels by
+number, without augmentation. A new kind of source is one function here that returns a `Source`, and its prefix in
+`open_source`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, L
 
 __all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
 
-#: Names of the held-out split, beside ``train``.
+#: Names of the held-out split's folder.
 _HELD_OUT = ("val", "validation", "test")
-#: The largest array of an IDX file in bytes: it is held in memory.
+#: Largest array of an IDX file in bytes, since it is kept in memory.
 _LARGEST_IDX = 8 << 30
-#: How many bytes a compressed one can stand for at most.
+#: Upper bound of the compression ratio.
 _DEFLATE = 1032
 
 
 @dataclass(frozen=True)
 class Source:
-    """Images to train on and, where the source holds them apart, images to evaluate on."""
+    """Training images and, if any, held-out images."""
 
     spec: str
     train: Split
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings: images that an earlier check excluded, shards that are truncated."""
+        """Warnings about images excluded by an earlier check and truncated shards."""
         found = []
         for split in (self.train, self.validation):
             excluded = split.manifest.excluded if isinstance(split, FileSplit | ShardSplit) else {}
@@ -73,7 +73,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
                 raise DataError(f"{file}: found an array of {size:,} bytes, expected up to {_LARGEST_IDX:,}")
             if size > file.stat().st_size * (_DEFLATE if file.suffix == ".gz" else 1):
                 raise DataError(wrong)
-            # A few compressed bytes can stand for terabytes: no more is unpacked than the header says.
+            # A few compressed bytes can expand to terabytes: unpack only what the header says.
             content = opened.read(size + 1)
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise DataError(f"{file}: found a corrupt IDX file ({error})") from error
@@ -100,7 +100,7 @@ def open_idx(folder: str | os.PathLike[str]) -> Source:
 
 
 def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Source:
-    """A folder laid out like ImageNet's (``train/CLASS/*``, ``val/CLASS/*``), or one of images alone.
+    """A folder in ImageNet's layout (``train/CLASS/*``, ``val/CLASS/*``), or one with only images.
 
     Raises:
         DataError: There is no such folder, or no image in it.
@@ -121,7 +121,7 @@ def open_list(spec: str, limits: Limits = LIMITS) -> Source:
     """
     files = [Path(file).expanduser() for file in spec.split(",")]
     if len(files) > 2:
-        raise DataError(f"data: found {len(files)} lists in {spec!r}, expected one, or two with a comma between")
+        raise DataError(f"data: found {len(files)} lists in {spec!r}, expected one, or two separated by a comma")
     train = ListSplit(files[0], None, limits)
     return Source(f"list:{spec}", train, ListSplit(files[1], train.classes, limits) if files[1:] else None)
 
@@ -162,7 +162,7 @@ def open_parquet(spec: str, limits: Limits = LIMITS) -> Source:
 
 
 def demo_folder() -> Path:
-    """Where the demo set is kept: below the user's cache."""
+    """The folder of the demo set, in the user's cache."""
     return cache_folder() / "demo"
 
 
@@ -172,11 +172,11 @@ def open_source(spec: str, limits: Limits = LIMITS) -> Source:
     Args:
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
             ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``idx:FOLDER`` for IDX files; ``demo`` for the
-            embedded set, drawn on first use.
-        limits: What an image may take; larger ones count as corrupt.
+            demo set, generated on first use.
+        limits: Size limits; larger images count as corrupt.
 
     Raises:
-        DataError: There is nothing to read there, or the prefix is unknown.
+        DataError: There is no such source, or the prefix is unknown.
     """
     if spec == "demo":
         return open_folder(make_demo(demo_folder()))

@@ -1,4 +1,4 @@
-"""Packing a source: images shrunk once into JPEG tar shards, so that training decodes fewer pixels."""
+"""Packing a source: images shrunk once to JPEG tar shards, so that training decodes fewer pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["PackSettings", "pack_source", "shrink"]
 _VERSION = 1
 _SETTINGS = "pack.json"
 _AT_A_TIME = 16
-#: JPEG stores no longer side.
+#: The largest side of a JPEG image.
 _LONGEST = 65_500
 
 Tick = Callable[[str, int, int, int], None]
@@ -40,11 +40,11 @@ Tick = Callable[[str, int, int, int], None]
 
 @dataclass(frozen=True)
 class PackSettings:
-    """How a pack is made.
+    """The settings of a pack.
 
     Attributes:
-        short_side: Images with a longer one are shrunk to it, in pixels.
-        quality: Of the JPEG files, 1 to 100 as Pillow counts.
+        short_side: Length of the short side in pixels; smaller images are not enlarged.
+        quality: JPEG quality, 1 to 100 in Pillow's scale.
         shard_bytes: A shard ends with the image that reaches this size.
     """
 
@@ -54,13 +54,13 @@ class PackSettings:
 
 
 def shrink(content: bytes, name: str, settings: PackSettings) -> tuple[bytes, tuple[int, int], tuple[int, int]]:
-    """An image file as it is packed, with height and width before and after.
+    """The packed form of an image file, with height and width before and after.
 
-    A plain JPEG file that is small enough keeps its bytes, so that nothing is lost. Everything else is decoded, shrunk
-    by an antialiased Lanczos filter where its short side is too long, and encoded as JPEG.
+    A plain JPEG file that is small enough keeps its bytes, without loss. Everything else is decoded, shrunk by an
+    antialiased Lanczos filter if its short side is too long, and encoded as JPEG.
 
     Raises:
-        CorruptImageError: It cannot be decoded, or is longer than a JPEG file may be.
+        CorruptImageError: It cannot be decoded, or is too long for JPEG.
     """
     image = decode_image(content, name)
     before = image.height, image.width
@@ -79,7 +79,7 @@ def shrink(content: bytes, name: str, settings: PackSettings) -> tuple[bytes, tu
 
 @dataclass
 class _Shrunk:
-    """What a worker makes of one image; ``content`` is None for a corrupt one."""
+    """A worker's result for one image; ``content`` is None for a corrupt one."""
 
     number: int
     name: str
@@ -111,7 +111,7 @@ class _Shrinker(Dataset[_Shrunk]):
 
 
 def _short_name(split: Split, number: int) -> str:
-    """An image's name without the folder of its source."""
+    """An image's name relative to its source's folder."""
     if isinstance(split, FileSplit | ShardSplit):
         return str(split.manifest.names[number])
     return split.name(number)
@@ -127,15 +127,15 @@ def pack_source(
 ) -> dict[str, PackIndex]:
     """Pack both splits of a source below ``out``: ``train/00000.tar`` ..., ``val/00000.tar`` ..., an index in each.
 
-    A pack that was interrupted is resumed after its last whole shard; the result is the same to the byte. A finished
-    one is only read.
+    An interrupted pack is resumed after its last complete shard; the result is identical byte for byte. A finished
+    pack is only read.
 
     Args:
         source: The images, in files or shards.
-        out: The folder, new, empty, or of an interrupted pack of the same source and settings.
-        settings: Size and quality.
+        out: A new or empty folder, or an interrupted pack of the same source and settings.
+        settings: Settings of the pack.
         workers: Processes that decode and encode; by default one for each core.
-        tick: Called with the split, images done, images in all, and corrupt ones.
+        tick: Called with split, images done, images in total, and corrupt ones.
 
     Returns:
         The index by split, ``train`` and, where there is one, ``val``.
@@ -161,7 +161,7 @@ def pack_source(
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
-    # The lock ends with the process, however it ends.
+    # The lock ends with the process, however that ends.
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +171,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _check_settings(out: Path, source: Source, settings: PackSettings) -> None:
-    """Start a pack, or make sure that the one that is there is the same."""
+    """Start a pack, or check that the existing one has the same settings."""
     file = out / _SETTINGS
     wanted = {"version": _VERSION, "source": os.fsencode(source.spec).decode(errors="replace"), **asdict(settings)}
     wanted["images"] = [len(split) for split in (source.train, source.validation) if split is not None]
@@ -235,12 +235,12 @@ def _shrunk(split: Split, start: int, settings: PackSettings, workers: int | Non
 
 
 def _journal(shard: Path) -> Path:
-    """The index of one shard, while the pack is being made."""
+    """The index file of one shard during packing."""
     return shard.with_suffix(".npz")
 
 
 def _whole_shards(folder: Path) -> list[PackIndex]:
-    """The indices of the shards that an interrupted pack has finished; what it left unfinished is removed."""
+    """The indices of an interrupted pack's complete shards; incomplete files are removed."""
     parts: list[PackIndex] = []
     for number in range(len(list(folder.glob("*.tar")))):
         part = read_index(_journal(folder / _shard_name(number)))
@@ -268,7 +268,7 @@ class _Row(NamedTuple):
 
 
 class _ShardWriter:
-    """Writes one shard; its index first, its name last, so that a shard with a name is whole."""
+    """Writes one shard: its index first, its final name last, so that a named shard is complete."""
 
     def __init__(self, folder: Path, number: int, start: int, split: Split) -> None:
         self._number, self._split, self._end = number, split, start
@@ -282,11 +282,11 @@ class _ShardWriter:
 
     @property
     def size(self) -> int:
-        """Bytes so far."""
+        """Bytes written so far."""
         return int(self._tar.offset)
 
     def add(self, shrunk: _Shrunk) -> None:
-        """Write an image and its label, or note that it is corrupt."""
+        """Write an image and its label, or record it as corrupt."""
         self._end, self._read = shrunk.number + 1, self._read + shrunk.read
         if shrunk.content is None:
             self._excluded[os.fsencode(shrunk.name).decode(errors="replace")] = shrunk.reason
@@ -309,14 +309,14 @@ class _ShardWriter:
         self._write(member_name(shrunk.number).replace(".jpg", ".json"), json.dumps(about).encode())
 
     def _write(self, name: str, content: bytes) -> int:
-        """Append a member; the offset of its bytes."""
+        """Append a member; returns the offset of its bytes."""
         member = tarfile.TarInfo(name)
         member.size = len(content)
         self._tar.addfile(member, io.BytesIO(content))
         return self.size - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
     def close(self) -> PackIndex:
-        """Finish the shard; its index, which names no shard where no image came."""
+        """Finish the shard; returns its index, without a shard if it has no image."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -341,7 +341,7 @@ class _ShardWriter:
             self._part.unlink()
             return index
         index.shards = {self._shard.name: self._part.stat().st_size}
-        # Named before the shard is, so that a shard with a name always has its index.
+        # Named before the shard, so that a named shard always has its index.
         index.write(_journal(self._shard))
         self._part.replace(self._shard)
         return index

@@ -17,7 +17,7 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames
 
 __all__ = ["INDEX", "PackIndex", "member_name", "packed_manifest", "read_index"]
 
-#: The file beside a split's shards.
+#: The index file beside a split's shards.
 INDEX = "index.npz"
 _VERSION = 1
 _ARRAYS = ("numbers", "places", "checksums", "sizes", "source_sizes", "labels")
@@ -30,7 +30,7 @@ def member_name(number: int) -> str:
 
 @dataclass
 class PackIndex:
-    """The images of a split of a pack, or of one of its shards.
+    """Index of a pack's split, or of one of its shards.
 
     Attributes:
         numbers: Each image's number in the source, (n,) int64.
@@ -41,10 +41,10 @@ class PackIndex:
         labels: (n,) int64 numbers of ``classes``, or None.
         classes: Class names, or None.
         shards: Size in bytes of each shard, by name, in order.
-        excluded: Corrupt images of the source, with the reason by name.
-        read: Bytes of the source's images, the corrupt ones included.
-        kept: Images whose bytes were kept as they are.
-        end: The number of the first image of the source that comes after these.
+        excluded: Reason by name, for corrupt images of the source.
+        read: Bytes of the source's images, including corrupt ones.
+        kept: Images whose bytes were kept unchanged.
+        end: Number of the first image of the source after these.
     """
 
     numbers: NDArray[np.int64]
@@ -65,7 +65,7 @@ class PackIndex:
 
     @classmethod
     def join(cls, parts: Sequence[PackIndex]) -> PackIndex:
-        """One index of several that follow one another, at least one."""
+        """Join one or more consecutive indices."""
 
         def merged(name: str) -> Any:
             return np.concatenate([getattr(part, name) for part in parts])
@@ -91,7 +91,7 @@ class PackIndex:
 
 
 def read_index(path: Path) -> PackIndex | None:
-    """The index in a file; None where it is missing or damaged, or a shard is missing or of another size."""
+    """The index in a file; None if it is missing or damaged, or a shard is missing or has another size."""
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
@@ -107,7 +107,7 @@ def read_index(path: Path) -> PackIndex | None:
 
 
 def packed_manifest(shards: Sequence[Path]) -> Manifest | None:
-    """The manifest of shards that are exactly those of a pack's index beside them; None where they are not."""
+    """The manifest of a pack's shards from the index beside them; None if the shards are not exactly the index's."""
     found = read_index(shards[0].parent / INDEX)
     if found is None or [shard.name for shard in shards] != list(found.shards):
         return None

@@ -1,4 +1,4 @@
-"""Images in Parquet files, as the Hugging Face Hub stores them: a column of encoded images, and one of labels."""
+"""Images in Parquet files, as on the Hugging Face Hub: a column of encoded images, and one of labels."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _LABELS = ("label", "labels", "class", "cls", "fine_label")
 class ParquetSplit:
     """The images of some Parquet files, in order of file and row.
 
-    A row group is decompressed whole and the last one is kept, so reading in order is fast and reading at random is
-    not: pack such a source before training on it (``synco-fast data pack``).
+    A row group is decompressed as a whole and the last one is kept, so reading in order is fast and random reads are
+    slow: pack such a source before training (``synco-fast data pack``).
 
     Args:
         files: Parquet files with the same columns: images as bytes, or as a struct with the field ``bytes``, and labels
             as numbers or names where there are any.
-        classes: The class names that must be found, in label order; by default the file's own (Hugging Face's
-            ``ClassLabel``), or the labels that are there.
+        classes: The expected class names, in label order; by default the file's own (Hugging Face's ``ClassLabel``), or
+            the labels found.
         title: The set's name in messages.
-        limits: What an image may take.
+        limits: Size limits of an image.
 
     Raises:
         DataError: pyarrow is not installed, a file is not Parquet, or no column holds images.
@@ -72,7 +72,7 @@ class ParquetSplit:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def name(self, index: int) -> str:
-        """The file and the row in it."""
+        """File and row."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self._files[number]}[{index - int(self._starts[number])}]"
 
@@ -88,7 +88,7 @@ class ParquetSplit:
                 number, inside = self._groups[group]
                 self._group = group, self._open(number).read_row_group(inside, [self._column]).column(0)
             value = self._group[1][index - (int(self._ends[group - 1]) if group else 0)].as_py()
-        except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's own errors are kinds of these
+        except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
             raise CorruptImageError(f"{self.name(index)}: {error}") from error
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes):

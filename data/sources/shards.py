@@ -35,18 +35,18 @@ _Sample = tuple[str, int, int, tuple[int, int, str] | None]
 class ShardSplit:
     """The images of some tar shards, in order of shard and member.
 
-    A sample is what the members with one name less its suffix have in common: its image, and its label in ``.cls`` (a
-    class name or number) or in the key ``label`` of ``.json``; without either, the folder that the image lies in is its
-    class. Only regular members are read, only by offset and size: names in a shard reach no file system.
+    Members whose names differ only in the suffix form a sample: its image, and its label in ``.cls`` (a class name or
+    number) or in the key ``label`` of ``.json``. Without either, the image's folder is its class. Only regular members
+    are read, only by offset and size: names in a shard never reach the file system.
 
-    A pack (`synco_fast.data.sources.pack`) brings its index along, with checksums that every read is held to. Of other
-    shards the index is made once, by reading their headers, and kept in the user's cache until a shard changes.
+    A pack (`synco_fast.data.sources.pack`) has its own index, with checksums that every read is compared with. The
+    index of other shards is built once from their headers, and cached until a shard changes.
 
     Args:
         shards: Uncompressed tar files.
         classes: As in `FolderSplit`.
-        title: What a message calls the set.
-        limits: What an image may take.
+        title: The set's name in messages.
+        limits: Size limits of an image.
 
     Raises:
         DataError: No shard, one that is not a tar file, no image in them, or classes that are not ``classes``.
@@ -67,7 +67,7 @@ class ShardSplit:
         if manifest is None or manifest.places is None:
             manifest = index_shards(shards)
             if len(manifest.names):
-                with suppress(OSError):  # without a cache to write to, the next start reads the headers again
+                with suppress(OSError):  # without a writable cache, the next start reads the headers again
                     write_manifest(kept, manifest)
         if not len(manifest.names):
             raise DataError(f"data: found no image in the shards of {title}")
@@ -120,9 +120,9 @@ class ShardSplit:
 
 
 _BLOCK = 512
-#: How many shards one process holds open: the usual limit is 1,024 files.
+#: Shards that one process keeps open; the usual limit is 1,024 files.
 _OPEN_SHARDS = 256
-#: Bytes of a label member that are read, and characters that a class name may have.
+#: Bytes read of a label member, and maximum length of a class name.
 _LONGEST_LABEL, _LONGEST_CLASS = 1 << 16, 1000
 
 
@@ -130,8 +130,8 @@ def index_shards(shards: list[Path]) -> Manifest:
     """Read the headers of tar shards.
 
     Raises:
-        DataError: One is missing or is not a tar file. One that is truncated gives the images before its end and is
-            named in the list's ``excluded``.
+        DataError: One is missing or is not a tar file. A truncated one yields the images before its end and is named
+            in ``excluded``.
     """
     excluded: dict[str, str] = {}
     unread: Counter[str] = Counter()
@@ -194,7 +194,7 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
                     else:
                         unread[suffix or "without a suffix"] += 1
                     archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                # tarfile takes a truncated or corrupt header for the end, which is a block of zeros.
+                # tarfile takes a truncated or corrupt header as the end, which should be a block of zeros.
                 if archive.offset < length and _block(shard, archive.offset) != bytes(_BLOCK):
                     raise tarfile.ReadError("no end of archive")
             except (tarfile.TarError, EOFError) as error:

@@ -59,13 +59,13 @@ def read_image(file: str | os.PathLike[str], limits: Limits = LIMITS) -> Image.I
 
 
 def _read_file(file: str, limits: Limits) -> bytes:
-    """The bytes of a regular file, in memory of the size that it has when it is opened.
+    """The bytes of a regular file, up to its size when opened.
 
     Raises:
         CorruptImageError: It cannot be read, is a pipe or a device, or is too large.
     """
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for ever for a writer.
+        # Without O_NONBLOCK, opening a pipe would wait forever for a writer.
         with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), "rb") as opened:  # noqa: PTH123
             about = os.fstat(opened.fileno())
             if not stat.S_ISREG(about.st_mode):
@@ -77,14 +77,14 @@ def _read_file(file: str, limits: Limits) -> bytes:
 
 
 class FileSplit:
-    """Images in files of their own.
+    """Images in separate files.
 
     Args:
         root: The folder that the names are relative to.
         manifest: Names and labels.
-        classes: The class names that must be found, in label order; by default the manifest's.
-        key: What the manifest is kept under, see `manifest_path`.
-        limits: What an image may take.
+        classes: The expected class names, in label order; by default the manifest's.
+        key: Key of the manifest, see `manifest_path`.
+        limits: Size limits of an image.
 
     Raises:
         DataError: The manifest has a class that ``classes`` lacks.
@@ -120,7 +120,7 @@ class FileSplit:
 def relabel(
     manifest: Manifest, classes: tuple[str, ...] | None, where: object
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """A manifest's labels as numbers of ``classes``, and the classes in force.
+    """A manifest's labels as indices of ``classes``, and the resulting classes.
 
     Raises:
         DataError: The manifest has a class that ``classes`` lacks.
@@ -134,7 +134,7 @@ def map_labels(
     classes: tuple[str, ...] | None,
     where: object,
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Labels as numbers of ``classes`` instead of ``own``, and the classes in force; see `relabel`."""
+    """Labels as indices of ``classes`` instead of ``own``, and the resulting classes; see `relabel`."""
     if classes is None or own is None or labels is None:
         return labels, own
     unknown = sorted(set(own) - set(classes))
@@ -145,15 +145,15 @@ def map_labels(
 
 
 class FolderSplit(FileSplit):
-    """Image files below a folder: one sub-folder a class, or files without classes.
+    """Image files below a folder: one sub-folder per class, or files without classes.
 
     Args:
         root: The folder. Where it has sub-folders with images, each is a class, in order of name; otherwise the images
             right inside it form a split without labels.
-        classes: The class names that must be found, in label order; by default those that are there.
-        limits: What an image may take.
+        classes: The expected class names, in label order; by default those found.
+        limits: Size limits of an image.
 
-    A list of files that ``synco-fast data check`` has kept is taken instead of a walk as long as no folder changed.
+    A manifest of ``synco-fast data check`` replaces the walk as long as no folder has changed.
 
     Raises:
         DataError: There is no such folder, it holds no image, or its classes are not ``classes``.
@@ -176,7 +176,7 @@ class FolderSplit(FileSplit):
 
 
 def _instead(root: Path, unread: dict[str, int]) -> str:
-    """What a folder without images holds, and how it would be read."""
+    """What a folder without images holds instead, and how to read it."""
     if ".tar" in unread:
         return f", but tar files, expected tar:{root}"
     if any(root.glob("*-ubyte*")):
@@ -186,7 +186,7 @@ def _instead(root: Path, unread: dict[str, int]) -> str:
 
 
 class ListSplit(FileSplit):
-    """The files that a text file names, one a line: a path, and after a tab its class where there are classes.
+    """The files listed in a text file, one per line: a path, and after a tab its class if there are classes.
 
     Args:
         file: The list, UTF-8; relative paths start at its folder. Empty lines and those that begin with ``#`` are
@@ -236,7 +236,7 @@ class ArraySplit:
     Args:
         images: uint8, (n, height, width) or (n, height, width, 3).
         labels: int64, (n,), or None.
-        title: What a message calls the set.
+        title: The set's name in messages.
         classes: Class names, by default the numbers.
     """
 
@@ -298,10 +298,10 @@ class SubsetSplit:
 
 
 def share_of(split: Split, share: float) -> Split:
-    """A random subset of a split, always the same one; every smaller share is a subset of the larger ones.
+    """A fixed random subset of a split; a smaller fraction is a subset of every larger one.
 
     Args:
-        split: The images; labels decide nothing.
+        split: The images; labels are ignored.
         share: In (0, 1], rounded to at least one image.
     """
     if share == 1:

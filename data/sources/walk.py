@@ -1,4 +1,4 @@
-"""Walking a folder of images: regular files only, every folder once, and a count of what is not read."""
+"""Walking a folder of images: regular files only, every folder once; counts what is not read."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["is_image", "kind_of_file", "walk_folder"]
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name is that of an image that can be read; hidden files are not."""
+    """Whether a file name is that of a readable image; hidden files are not."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
 
 
 def kind_of_file(name: str) -> str:
-    """How a file that is not read is counted: by its suffix."""
+    """The kind of a file that is not read: its suffix."""
     return os.path.splitext(name)[1].lower() or "without a suffix"  # noqa: PTH122
 
 
 def walk_folder(root: Path) -> Manifest:
-    """The images below a folder: one sub-folder a class, in order of name, or the images right inside it.
+    """The images below a folder: one sub-folder per class, in order of name, or the images right inside it.
 
-    Links are followed. A folder is read once, wherever links lead to it, so that a loop of links ends. Pipes, devices
-    and sockets are never opened. Hidden files and folders are skipped.
+    Links are followed. A folder is read once, however many links lead to it, so that a loop of links ends. Pipes,
+    devices and sockets are never opened. Hidden files and folders are skipped.
 
     Raises:
         DataError: The folder cannot be read.
@@ -61,8 +61,8 @@ class _Walk:
     """One walk.
 
     Attributes:
-        stamps: Every folder that was read, with its time of change in nanoseconds.
-        unread: What is there and is not read, by kind.
+        stamps: Modification time in nanoseconds of every folder that was read.
+        unread: Number of files that are not read, by kind.
     """
 
     def __init__(self, root: Path) -> None:
@@ -72,7 +72,7 @@ class _Walk:
         self.unread: Counter[str] = Counter()
 
     def enter(self, folder: str) -> tuple[list[str], list[str]]:
-        """Names of the images and of the folders right inside a folder, sorted.
+        """Sorted names of the images and folders directly inside a folder.
 
         Args:
             folder: Its path below the root; "" for the root.
@@ -118,12 +118,12 @@ class _Walk:
 
 
 def _kind(entry: os.DirEntry[str]) -> str:
-    """What a link or an entry of a folder is."""
+    """The kind of a link or a folder's entry."""
     try:
         if entry.is_dir():
             return "folder"
         if entry.is_file():
             return "file"
         return "pipe or device" if os.path.exists(entry.path) else "broken link"  # noqa: PTH110
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return "broken link"

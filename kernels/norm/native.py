@@ -2,7 +2,7 @@
 
 On a CPU a group of a large x goes through all of its steps while it lies in the cache, each step in place, and the
 groups are written one after another into the whole: no copy puts them together. Rounding is that of PyTorch's modules
-one after another, to the bit. Elsewhere the modules' calls are made one after another.
+one after another, bit for bit. Elsewhere the modules' calls are made one after another.
 """
 
 from __future__ import annotations

@@ -53,9 +53,9 @@ def batch_norm(
         eps: Added to the variance.
         num_batches_tracked: int64 of no dimensions, raised by one in training; or None.
         backend: ``"auto"`` takes PyTorch's own kernels (``"native"``), or under torch.compile one formula that the
-            compiler fuses. ``"triton"`` asks for the kernels, which are proved in the interpreter but have not run on a
-            GPU yet and are nobody's default until they have; what they do not serve is computed by the formula, with a
-            warning once. ``"reference"`` is the formula, differentiable as often as wanted.
+            compiler fuses. ``"triton"`` takes the kernels (experimental: tested in Triton's interpreter only, opt-in
+            until validated on a GPU); unsupported arguments are computed by the formula, with one warning.
+            ``"reference"`` is the formula, differentiable as often as wanted.
 
     Returns:
         y, (B, C, H, W), in the dtype of x.

@@ -60,12 +60,12 @@ class NormCase:
 
 @dataclass(frozen=True)
 class NormVerdict:
-    """What a form made of a case.
+    """The result of a form on a case.
 
     Attributes:
         backend: Which.
         case: Of what.
-        errors, bounds: By quantity: largest absolute error, and what is allowed.
+        errors, bounds: By quantity: largest absolute error, and its bound.
         misses: Quantities beyond their bounds, and whether a repeat gives other bits; empty where all is well.
     """
 

@@ -1,4 +1,4 @@
-"""The subcommands of ``synco-fast``, a module each: it adds its arguments, calls the package and prints."""
+"""The subcommands of ``synco-fast``, one module each: arguments, a call of the package, printed output."""
 
 from __future__ import annotations
 

@@ -23,24 +23,24 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "bench data",
         _bench_data,
-        "Images and views a second by pipeline, on JPEG files of ImageNet's size that are drawn on the spot, against "
+        "Images and views per second by pipeline, on generated JPEG files of ImageNet's size, compared with "
         "the plain two-crop loader of the released code (pil).",
         "synco-fast bench data --workers 16 --batch 256 --json data.json",
     )
-    command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that this machine can run by default")
+    command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that run on this machine by default")
     command.add_argument(
         "--source",
         choices=tuple(PIPELINES_OF),
         default="photos",
-        help="packed: also the same photos as data pack packs them, against the unpacked pipelines",
+        help="packed: the same photos after data pack as well, compared with the unpacked ones",
     )
     add_options(command, "device")
-    command.add_argument("--workers", type=positive, help="processes for each pipeline; one a core by default")
-    command.add_argument("--batch", type=positive, default=64)
-    command.add_argument("--photos", type=positive, default=256, help="how many files to draw")
-    command.add_argument("--folder", type=Path, help="where to draw and keep them; the user's cache by default")
-    command.add_argument("--seconds", type=positive, default=6, help="of one round of one pipeline")
-    command.add_argument("--rounds", type=positive, default=3, help="of which the median counts")
+    command.add_argument("--workers", type=positive, help="processes for each pipeline; one per core by default")
+    command.add_argument("--batch", type=positive, default=64, help="images per batch, 64 by default")
+    command.add_argument("--photos", type=positive, default=256, help="number of files")
+    command.add_argument("--folder", type=Path, help="where to keep them; the user's cache by default")
+    command.add_argument("--seconds", type=positive, default=6, help="length of one round of one pipeline")
+    command.add_argument("--rounds", type=positive, default=3, help="rounds; the median counts")
     add_options(command, "json")
 
 
@@ -104,4 +104,4 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
         same = not result["pipeline"].startswith("resident") or first.startswith("resident")
         table.add_row(result["pipeline"], *figures, share, f"{speed:.2f}x" if same else "-")
     console.print(table)
-    console.print("CPU: share of all cores; resident-32: arrays of 32 x 32 pixels, the others files of 500 x 375")
+    console.print("CPU: share of all cores. resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")

@@ -30,8 +30,8 @@ def add(commands: Commands) -> None:
         "bench loss",
         _bench_loss,
         "Time and peak memory of SynCo's loss, forward and gradient, by backend. By default B = 64 and 256, K = 4,096 "
-        "and 65,536 on a CPU; B from 64 to 4,096 and K from 4,096 to 262,144 on a GPU. With --model, what the launches "
-        "of the kernels cost by count, without a GPU.",
+        "and 65,536 on a CPU; B from 64 to 4,096 and K from 4,096 to 262,144 on a GPU. With --model, instruction "
+        "and byte counts of the kernel launches; needs no GPU.",
         "synco-fast bench loss --rows 256 --length 65536 --json loss.json --plot loss.png",
     )
     names = tuple(dict.fromkeys((*LOSS_BACKENDS, *SELECTIONS)))
@@ -40,8 +40,8 @@ def add(commands: Commands) -> None:
         nargs="+",
         choices=names,
         metavar="NAME",
-        help=f"{', '.join(BACKENDS)}: all of these that this machine can run by default; and parts as others compute "
-        f"them: {', '.join(FIELD)}",
+        help=f"{', '.join(BACKENDS)} (by default all that run here), and other implementations of parts: "
+        f"{', '.join(FIELD)}",
     )
     command.add_argument(
         "--part",
@@ -51,20 +51,28 @@ def add(commands: Commands) -> None:
     )
     for name, about in (("rows", "B"), ("length", "K")):
         command.add_argument(f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured")
-    command.add_argument("--dim", type=positive, default=128, help="D")
-    command.add_argument("--hard", type=positive, default=1024, help="N; all of a queue that is shorter")
-    command.add_argument("--synthetic", type=positive, default=960, help="M, spread over the types as published")
+    command.add_argument("--dim", type=positive, default=128, help="D, 128 by default")
+    command.add_argument(
+        "--hard", type=positive, default=1024, help="N, 1024 by default; at most the length of the queue"
+    )
+    command.add_argument(
+        "--synthetic", type=positive, default=960, help="M, 960 by default, spread over the types as published"
+    )
     command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU and in the model by default")
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
     command.add_argument("--rounds", type=positive, help="fresh processes; 3 on a CPU and 1 on a GPU by default")
-    command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
+    command.add_argument("--threads", type=positive, help="threads of PyTorch on a CPU")
     add_options(command, "json")
-    command.add_argument("--lines", type=Path, metavar="FILE", help="append each figure here at once, a line of JSON")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw them here, as PNG")
-    command.add_argument("--model", action="store_true", help="count the launches' cost instead; needs Triton alone")
     command.add_argument(
-        "--capability", type=int, choices=CAPABILITIES, default=90, help="compute capability of the model, times ten"
+        "--lines", type=Path, metavar="FILE", help="append each result here at once, as a line of JSON"
+    )
+    command.add_argument("--plot", type=Path, metavar="FILE", help="plot the results here, as PNG")
+    command.add_argument(
+        "--model", action="store_true", help="count the cost of the launches instead; needs only Triton"
+    )
+    command.add_argument(
+        "--capability", type=int, choices=CAPABILITIES, default=90, help="compute capability for the model, times ten"
     )
 
 

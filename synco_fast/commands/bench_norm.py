@@ -23,29 +23,29 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "bench norm",
         _bench_norm,
-        "Time of batch norm, add and ReLU, forward and backward, by form and layer shape of a ResNet, beside the bytes "
-        "and launches of a step, counted. Or of a whole step by model.norm.",
+        "Time of batch norm, add and ReLU, forward and backward, by form and layer shape of a ResNet, and the bytes "
+        "and launches of a step by count. Or the time of a whole step by model.norm.",
         "synco-fast bench norm --backbone resnet50 --batch 256 --json norm.json",
     )
-    command.add_argument("--part", choices=("layers", "step"), default="layers", help="layers if unset")
+    command.add_argument("--part", choices=("layers", "step"), default="layers", help="layer shapes or whole steps")
     command.add_argument(
         "--norms",
         nargs="+",
         choices=NORM_SETTINGS,
         default=["plain", "auto"],
-        help="of --part step; plain auto if unset",
+        help="values of model.norm for --part step; plain and auto by default",
     )
     command.add_argument("--backbone", default="resnet50", help="a torchvision or timm ResNet")
-    command.add_argument("--size", type=positive, default=224, help="of an image, in pixels")
+    command.add_argument("--size", type=positive, default=224, help="image size in pixels")
     command.add_argument("--batch", type=positive, help="256 on a GPU and 16 on a CPU by default")
-    command.add_argument("--groups", type=positive, default=8, help="of batch norm")
-    command.add_argument("--subjects", nargs="+", choices=tuple(NORMS), help="all that this machine can run by default")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    command.add_argument("--groups", type=positive, default=8, help="groups of batch norm")
+    command.add_argument("--subjects", nargs="+", choices=tuple(NORMS), help="all that run on this machine by default")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of x, bfloat16 by default")
     add_options(command, "device")
-    command.add_argument("--repeats", type=positive, help="timed runs a round; 3 on a CPU and 20 on a GPU by default")
-    command.add_argument("--rounds", type=positive, default=5, help="how often the subjects are gone through in turn")
-    command.add_argument("--threads", type=positive, help="of PyTorch on a CPU")
-    command.add_argument("--dry", action="store_true", help="one small layer, once: whether it runs, not how fast")
+    command.add_argument("--repeats", type=positive, help="timed runs per round; 3 on a CPU and 20 on a GPU by default")
+    command.add_argument("--rounds", type=positive, default=5, help="rounds over all subjects")
+    command.add_argument("--threads", type=positive, help="threads of PyTorch on a CPU")
+    command.add_argument("--dry", action="store_true", help="one small layer, once: a test that it runs")
     add_options(command, "json")
 
 
@@ -158,7 +158,7 @@ def _bench_steps(options: argparse.Namespace, batch: int, console: Console) -> i
             ratios += [f"{middle:.3f}", f"{low:.3f} to {high:.3f}"]
         table.add_row(row["norm"], f"{1e3 * row['median_s']:,.1f}", f"{1e3 * row['cpu_median_s']:,.1f}", *ratios)
     console.print(table)
-    console.print(f"a whole step; ratios to {first} in the same round, {rounds} rounds, in turn", highlight=False)
+    console.print(f"whole steps in turn; ratios to {first} in the same round; rounds: {rounds}", highlight=False)
     return 0
 
 

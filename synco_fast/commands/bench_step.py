@@ -21,19 +21,24 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "bench step",
         _bench_step,
-        "Images a second of the whole training step, without data, beside the encoder alone and a plain loop.",
+        "Images per second of the training step without data, compared with the encoder alone and a plain loop.",
         "synco-fast bench step --config synco-r50-200 --engines eager graph --training.precision bf16 --json step.json",
         overrides=True,
     )
-    command.add_argument("--config", metavar="PRESET", default="synco-r50-200", help="encoder, batch and image size")
+    command.add_argument(
+        "--config",
+        metavar="PRESET",
+        default="synco-r50-200",
+        help="a preset or a YAML file, for encoder, batch and image size",
+    )
     command.add_argument(
         "--subjects", nargs="+", metavar="NAME", help=f"{', '.join(STEPS)}; {' '.join(STEPS_BY_DEFAULT)} if unset"
     )
     command.add_argument("--engines", nargs="+", metavar="NAME", help=f"{', '.join(ENGINES)}; eager if unset")
-    command.add_argument("--backends", nargs="+", metavar="NAME", help=f"of the loss: {', '.join(VALIDATED)}")
-    command.add_argument("--steps", type=positive, default=20, help="timed steps of each")
-    command.add_argument("--rounds", type=positive, default=1, help="how often all are gone through")
-    command.add_argument("--threads", type=positive, help="of each process")
+    command.add_argument("--backends", nargs="+", metavar="NAME", help=f"backends of the loss: {', '.join(VALIDATED)}")
+    command.add_argument("--steps", type=positive, default=20, help="timed steps of each subject")
+    command.add_argument("--rounds", type=positive, default=1, help="rounds over all subjects")
+    command.add_argument("--threads", type=positive, help="threads of each process")
     add_options(command, "json")
 
 
@@ -78,8 +83,8 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
             *((f"{row['utilisation']:.1%}",) if rated else ()),
         )
     console.print(table)
-    console.print("/encoder, /limit, /moco, /plain: share of the images a second of the best engine of that subject;")
-    console.print("limit: encoder-plain, without a batch norm over groups")
+    console.print("/encoder, /limit, /moco, /plain: ratio to the images per second of that subject's best engine;")
+    console.print("limit: encoder-plain, without grouped batch norm")
     for row in report["results"]:
         for note in row["notes"]:
             console.print(f"{row['subject']}, {row['engine']}: {note}", style="yellow", highlight=False)

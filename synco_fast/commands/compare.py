@@ -20,16 +20,19 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "compare",
         _compare,
-        "Several runs as a table and one picture; runs that differ by seed alone give mean and standard deviation.",
+        "Compare runs in a table and a picture; runs that differ only by seed give mean and standard deviation.",
         "synco-fast compare runs/moco-0 runs/moco-1 runs/synco-0 runs/synco-1 --out comparison.png",
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
-    command.add_argument("--out", type=path, default=Path("comparison.png"), metavar="FILE", help="the picture")
+    command.add_argument(
+        "--out", type=path, default=Path("comparison.png"), metavar="FILE", help="the picture to write"
+    )
     add_options(command, "json")
 
 
 def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison, spread
+    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison
+    from synco_fast.report.runs import mean_and_deviation
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
@@ -43,7 +46,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     for column in ("method", "seeds", "epochs x batch", *shown):
         table.add_column(column, overflow="fold")
     for group in groups:
-        cells = [_cell(spread(group.values(name)), name) for name in shown]
+        cells = [_cell(mean_and_deviation(group.values(name)), name) for name in shown]
         table.add_row(group.title, str(len(group.runs)), group.budget, *cells)
     console.print(table)
     console.print(f"picture: {options.out}", highlight=False, soft_wrap=True)
@@ -57,7 +60,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
                 **{
                     name: {"values": group.values(name), "mean": found[0], "deviation": found[1]}
                     for name in shown
-                    if (found := spread(group.values(name)))
+                    if (found := mean_and_deviation(group.values(name)))
                 },
             }
             for group in groups

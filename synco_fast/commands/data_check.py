@@ -27,12 +27,12 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "data check",
         _data_check,
-        "Decode every image of a source, name what is corrupt, and keep a list of the others, with which training "
-        "starts at once. Ends with code 1 where an image is corrupt.",
+        "Decode every image of a source, name the corrupt ones, and keep a manifest of the others, from which "
+        "training starts at once. Exit code 1 if an image is corrupt.",
         "synco-fast data check /data/imagenet --json corrupt.json",
     )
     command.add_argument("source", help=SOURCE)
-    add_options(command, "workers", json="write figures and all corrupt images here")
+    add_options(command, "workers", json="write the results and all corrupt images here")
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
@@ -57,7 +57,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
         try:
             kept = keep_list(split, corrupt)
         except OSError as error:
-            raise UserError(f"cache: cannot write the list of {options.source} ({error})") from error
+            raise UserError(f"cache: cannot write the manifest of {options.source} ({error})") from error
         figures["lists"] += [kept] if kept else []
     spent = time.perf_counter() - start
     figures |= {"seconds": spent, "unread": dict(unread)}
@@ -75,9 +75,9 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     share = len(figures["corrupt"]) / figures["images"]
     table.add_row("images", f"{figures['images']:,}")
     table.add_row("corrupt", f"{len(figures['corrupt']):,} ({share:.2%})")
-    table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images a second")
+    table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images per second")
     for kept in figures["lists"]:
-        table.add_row("list of the others", kept)
+        table.add_row("manifest of the others", kept)
     console.print(table)
     return 1 if wrong else 0
 

@@ -16,11 +16,11 @@ __all__ = ["add"]
 def add(commands: Commands) -> None:
     """Add ``synco-fast data demo``."""
     command = commands.add(
-        "data demo", _data_demo, "Draw the embedded image set into a folder.", "synco-fast data demo datasets/demo"
+        "data demo", _data_demo, "Write the built-in demo images to a folder.", "synco-fast data demo datasets/demo"
     )
-    command.add_argument("folder", type=path)
-    command.add_argument("--train", type=positive, default=200, metavar="N", help="training images a class")
-    command.add_argument("--validation", type=positive, default=50, metavar="N", help="held-out images a class")
+    command.add_argument("folder", type=path, help="the folder to write, new or of the same demo images")
+    command.add_argument("--train", type=positive, default=200, metavar="N", help="training images per class")
+    command.add_argument("--validation", type=positive, default=50, metavar="N", help="held-out images per class")
     add_options(command, "seed")
 
 

@@ -29,17 +29,22 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "data pack",
         _data_pack,
-        "Shrink the images of a source once into JPEG tar shards, so that training decodes fewer pixels. The same "
+        "Shrink the images of a source once and write JPEG tar shards, so that training decodes fewer pixels. The same "
         "command resumes an interrupted pack. Train with --data tar:OUT.",
         "synco-fast data pack /data/imagenet /data/imagenet-320 --short-side 320 --quality 90",
     )
     command.add_argument("source", help="a folder, tar:FOLDER, list:FILE or parquet:FOLDER")
     command.add_argument("out", type=path, help="a new or empty folder, or an interrupted pack")
-    command.add_argument("--short-side", type=positive, default=320, help="pixels; larger images are shrunk to it")
-    command.add_argument("--quality", type=_quality, default=90, help="of the JPEG files, 1 to 100")
-    command.add_argument("--shard-size", type=positive, default=256, metavar="MIB", help="a shard's size in MiB")
-    command.add_argument("--view", type=positive, default=224, help="size of a view that the quality is measured with")
-    add_options(command, "workers", json="write figures and all corrupt images here")
+    command.add_argument(
+        "--short-side",
+        type=positive,
+        default=320,
+        help="short side in pixels, 320 by default; larger images are shrunk",
+    )
+    command.add_argument("--quality", type=_quality, default=90, help="JPEG quality, 1 to 100, 90 by default")
+    command.add_argument("--shard-size", type=positive, default=256, metavar="MIB", help="size of a shard in MiB")
+    command.add_argument("--view", type=positive, default=224, help="view size for measuring the loss of quality")
+    add_options(command, "workers", json="write the results and all corrupt images here")
 
 
 def _quality(word: str) -> int:
@@ -122,7 +127,7 @@ def _print(
 
 
 def _tick_of(bar: ProgressBar) -> Callable[[str, int, int, int], None]:
-    """Shows one split after the other in the same bar."""
+    """A tick that shows one split after the other in the same bar."""
     shown = ""
 
     def tick(title: str, done: int, total: int, corrupt: int) -> None:

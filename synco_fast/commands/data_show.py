@@ -20,16 +20,16 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "data show",
         _data_show,
-        "Draw augmented pairs as a run would meet them, from the pipeline that it would choose. Any key of the "
+        "Draw augmented pairs as a run would see them, from the pipeline that it would choose. Any key of the "
         "configuration can be set as --section.key VALUE.",
         "synco-fast data show /data/imagenet --augment.size 96 --out pairs.png",
         overrides=True,
     )
     command.add_argument("source", help=SOURCE)
-    command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults without it")
-    command.add_argument("--pairs", type=positive, default=24)
-    command.add_argument("--epoch", type=int, default=0, metavar="N", help="views differ from epoch to epoch")
-    command.add_argument("--out", type=path, default=Path("pairs.png"), metavar="FILE", help="the PNG")
+    command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults if unset")
+    command.add_argument("--pairs", type=positive, default=24, help="pairs to draw, 24 by default")
+    command.add_argument("--epoch", type=int, default=0, metavar="N", help="the epoch whose views are drawn")
+    command.add_argument("--out", type=path, default=Path("pairs.png"), metavar="FILE", help="the PNG to write")
 
 
 def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
@@ -41,25 +41,17 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png")
     overrides = overrides_of(rest) | {"data.source": options.source}
     config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
-    from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline
+    from synco_fast.data.pipelines.build import choose_pipeline
     from synco_fast.data.sources.open import open_source
     from synco_fast.runtime.precision import Precision, resolve_device
+    from synco_fast.training.pipeline import open_pipeline
     from synco_fast.training.plots import draw_pairs
 
     device = resolve_device(config.training.device)
     split = open_source(config.data.source, config.data.limits).train
     chosen = choose_pipeline(config.data.pipeline, split, device)
-    pipeline = build_pipeline(
-        split,
-        config.augment,
-        batch=min(options.pairs, len(split)),
-        seed=config.seed,
-        name=chosen,
-        device=device,
-        dtype=Precision(config.training.precision, device).dtype,
-        workers=config.data.workers,
-        decode=config.data.decode,
-    )
+    dtype = Precision(config.training.precision, device).dtype
+    pipeline = open_pipeline(config, split, device=device, dtype=dtype, batch=min(options.pairs, len(split)))
     pipeline.set_epoch(options.epoch)
     batch = next(iter(pipeline)).as_pixels(config.augment)
     draw_pairs(batch, options.out, pairs=options.pairs)

@@ -24,9 +24,11 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
-    command.add_argument("--split", choices=("train", "val", "both"), default="both", help="both by default")
-    command.add_argument("--out", type=path, required=True, metavar="FILE", help="ends in .npz or .parquet")
-    add_options(command, "device", "precision", "workers", json="write what was done here as well")
+    command.add_argument(
+        "--split", choices=("train", "val", "both"), default="both", help="which split; both by default"
+    )
+    command.add_argument("--out", type=path, required=True, metavar="FILE", help="the file to write, .npz or .parquet")
+    add_options(command, "device", "precision", "workers", json="write a summary here as well")
     command.set_defaults(fresh=False)
 
 

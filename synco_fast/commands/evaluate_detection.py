@@ -19,13 +19,13 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "evaluate detection",
         _evaluate_detection,
-        "COCO metrics of torchvision's Faster R-CNN (with masks: Mask R-CNN) fine-tuned on the backbone.",
+        "Fine-tune torchvision's Faster R-CNN (with masks: Mask R-CNN) on the backbone and report COCO metrics.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate detection runs/synco-r50-200 --data voc:/data/voc",
     )
     add_eval_options(command)
-    command.add_argument("--steps", type=int, help="iterations: 24000 for VOC, 180000 for COCO by default")
-    command.add_argument("--batch", type=int, help="images a step over all processes, 16 by default")
-    command.add_argument("--lr", type=float, help="0.02 by default")
+    command.add_argument("--steps", type=int, help="iterations; 24000 for VOC, 180000 for COCO by default")
+    command.add_argument("--batch", type=int, help="images per step over all processes, 16 by default")
+    command.add_argument("--lr", type=float, help="learning rate, 0.02 by default")
     command.add_argument("--size", type=int, help="short side of every image; 800, and several in training, by default")
     command.add_argument("--freeze", action="store_true", help="freeze the backbone")
     add_options(command, "seed")

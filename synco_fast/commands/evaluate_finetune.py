@@ -20,17 +20,17 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "evaluate finetune",
         _evaluate_finetune,
-        "Accuracy after fine-tuning on a few labels: batch 1024, 60 epochs on 1 %, 30 on 10 %, rates swept.",
+        "Accuracy after fine-tuning on few labels: batch 1024, 60 epochs on 1 %, 30 on 10 %, learning rates swept.",
         "synco-fast evaluate finetune runs/synco-r50-200 --data /data/imagenet --percent 10",
     )
     add_eval_options(command)
-    command.add_argument("--percent", type=float, default=1.0, help="of each class's training images")
-    command.add_argument("--list", type=Path, metavar="FILE", help="train on the images that this file names instead")
+    command.add_argument("--percent", type=float, default=1.0, help="percentage of each class's training images")
+    command.add_argument("--list", type=Path, metavar="FILE", help="train on the images listed in this file instead")
     command.add_argument("--epochs", type=int, help="60 on 1 percent, 30 on more by default")
-    command.add_argument("--batch", type=int, help="images a step over all processes, 1024 by default")
-    command.add_argument("--lr", type=float, nargs="+", help="of the backbone; 0.005 to 0.1 by default")
-    command.add_argument("--head-lr", type=float, help="of the classifier, 0.5 by default")
-    add_options(command, seed="decides which images, order and crops")
+    command.add_argument("--batch", type=int, help="images per step over all processes, 1024 by default")
+    command.add_argument("--lr", type=float, nargs="+", help="learning rates of the backbone; 0.005 to 0.1 by default")
+    command.add_argument("--head-lr", type=float, help="learning rate of the classifier, 0.5 by default")
+    add_options(command, seed="seed of subset, order and crops")
 
 
 def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

@@ -23,9 +23,13 @@ def add(commands: Commands) -> None:
     )
     add_eval_options(command)
     command.add_argument(
-        "--k", type=int, nargs="+", metavar="K", help="20, 200 and the run's own by default, where there are so many"
+        "--k",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="by default 20, 200 and the run's own, as far as there are enough images",
     )
-    command.add_argument("--temperature", type=float, help="of the neighbours' votes; the run's own by default")
+    command.add_argument("--temperature", type=float, help="temperature of the votes; the run's own by default")
 
 
 def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

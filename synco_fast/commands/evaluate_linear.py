@@ -23,10 +23,10 @@ def add(commands: Commands) -> None:
         "torchrun --nproc-per-node 8 -m synco_fast evaluate linear runs/synco-r50-200 --data /data/imagenet",
     )
     add_eval_options(command)
-    command.add_argument("--fast", action="store_true", help="on features extracted once, all learning rates in a pass")
-    command.add_argument("--epochs", type=int, help="100 by default; the rate falls after 60 and 80 percent of them")
-    command.add_argument("--batch", type=int, help="images a step over all processes, 256 by default")
-    command.add_argument("--lr", type=float, nargs="+", help="30 by default; several with --fast")
+    command.add_argument("--fast", action="store_true", help="train on cached features, all learning rates in one pass")
+    command.add_argument("--epochs", type=int, help="100 by default; the learning rate drops after 60 and 80 percent")
+    command.add_argument("--batch", type=int, help="images per step over all processes, 256 by default")
+    command.add_argument("--lr", type=float, nargs="+", help="learning rate, 30 by default; several with --fast")
     add_options(command, "seed")
 
 
@@ -56,6 +56,6 @@ def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: 
         text = f"{agreement['other_top1']:.1%}, so this is {agreement['difference_in_points']:+.1f} points"
         rows.append((other, text))
     elif options.fast:
-        rows.append(("published protocol", "not run here: 'evaluate linear' without --fast says how far it agrees"))
+        rows.append(("published protocol", "not run: 'evaluate linear' without --fast shows the agreement"))
     print_result(result, options, console, rows)
     return 0

@@ -20,16 +20,14 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "export",
         _export,
-        "Write a checkpoint's backbone for another tool, with a model card.",
+        "Export a checkpoint's backbone for another tool, with a model card.",
         "synco-fast export runs/demo-20260101-120000 --format timm --out exported",
     )
     command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    command.add_argument(
-        "--format", required=True, choices=FORMATS, help="what the other tool loads; docs/export.md says which"
-    )
-    command.add_argument("--out", type=path, metavar="DIR", help="RUN/export/FORMAT by default")
-    command.add_argument("--licence", metavar="TEXT", help="what the model card states")
-    add_options(command, json="write what was done here as well")
+    command.add_argument("--format", required=True, choices=FORMATS, help="the format; see docs/export.md")
+    command.add_argument("--out", type=path, metavar="DIR", help="the folder; RUN/export/FORMAT by default")
+    command.add_argument("--licence", metavar="TEXT", help="licence stated in the model card")
+    add_options(command, json="write a summary here as well")
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

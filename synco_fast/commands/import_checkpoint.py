@@ -20,14 +20,14 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "import",
         _import,
-        "Turn a published checkpoint of MoCo, MoCHi or SynCo, or a bare backbone, into one of synco-fast.",
+        "Convert a published checkpoint of MoCo, MoCHi or SynCo, or a bare backbone, to a synco-fast checkpoint.",
         "synco-fast import moco_v2_800ep_pretrain.pth.tar --method moco --out moco-v2-800.pt",
     )
     command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
-    command.add_argument("--method", required=True, choices=tuple(METHODS), help="what pretrained it")
-    command.add_argument("--backbone", metavar="NAME", help="the architecture, where the file does not say")
+    command.add_argument("--method", required=True, choices=tuple(METHODS), help="the method that pretrained it")
+    command.add_argument("--backbone", metavar="NAME", help="the architecture, if the file does not name it")
     command.add_argument("--out", type=path, required=True, metavar="FILE", help="the checkpoint to write, .pt")
-    add_options(command, json="write what was done here as well")
+    add_options(command, json="write a summary here as well")
 
 
 def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

@@ -1,4 +1,4 @@
-"""Options that several subcommands have, each defined once, and how evaluations print."""
+"""Options shared by several subcommands, and the printed table of evaluations."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 
 def _json(command: argparse.ArgumentParser, about: str) -> None:
-    command.add_argument("--json", type=path, metavar="FILE", help=about or "write the figures here as well")
+    command.add_argument("--json", type=path, metavar="FILE", help=about or "write the results here as well")
 
 
 def _device(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "auto: a GPU where there is one"
+    about = about or "auto: a GPU if there is one"
     command.add_argument("--device", choices=get_args(Device), default="auto", help=about)
 
 
 def _precision(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "auto: bf16 where the device computes in it at speed, else fp32"
+    about = about or "auto: bf16 where the device is fast in it, else fp32"
     command.add_argument("--precision", choices=get_args(Format), default="auto", help=about)
 
 
 def _workers(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "decoding processes; 0 for none, one a core by default"
+    about = about or "decoding processes; 0 for none, one per core by default"
     command.add_argument("--workers", type=_count, metavar="N", help=about)
 
 
 def _seed(command: argparse.ArgumentParser, about: str) -> None:
-    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "0 by default")
+    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "random seed, 0 by default")
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser, str], None]] = {
@@ -69,21 +69,21 @@ def add_options(command: argparse.ArgumentParser, *names: str, **about: str) -> 
     Args:
         command: The subcommand's parser.
         names: Which of them, in this order.
-        about: By name, the help where another one than usual is wanted.
+        about: By name, a help text that replaces the usual one.
     """
     for name in (*names, *(name for name in about if name not in names)):
         _OPTIONS[name](command, about.get(name, ""))
 
 
 def path(word: str) -> Path:
-    """The name of a file or folder, as the type of an argument."""
+    """Argument type: the name of a file or folder."""
     if not word.strip() or not word.isprintable():
         raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
     return Path(word)
 
 
 def _count(word: str) -> int:
-    """A whole number from 0 up."""
+    """Argument type: a whole number from 0 up."""
     number = int(word)
     if number < 0:
         raise argparse.ArgumentTypeError(f"found {number}, expected 0 or more")
@@ -91,7 +91,7 @@ def _count(word: str) -> int:
 
 
 def check_output(options: argparse.Namespace) -> None:
-    """Refuse outputs that could not be written, before anything long begins.
+    """Refuse outputs that could not be written, before any long work starts.
 
     Raises:
         UserError: As `synco_fast.runtime.files.check_writable` says.
@@ -105,7 +105,7 @@ def check_output(options: argparse.Namespace) -> None:
 
 
 def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:
-    """The options that were given, each checked against what it must be above.
+    """Check that each given option is above its bound.
 
     Raises:
         ConfigError: A value is not above its bound, or is not finite.
@@ -128,10 +128,12 @@ def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:
 
 
 def add_eval_options(command: argparse.ArgumentParser) -> None:
-    """What every evaluation takes: the checkpoint, its images, where results go, how to compute."""
+    """Add the arguments of every evaluation: checkpoint, images, output folder, device."""
     command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
-    command.add_argument("--out", type=path, metavar="DIR", help="results, caches, states; RUN/evaluation by default")
+    command.add_argument(
+        "--out", type=path, metavar="DIR", help="folder of results and caches; RUN/evaluation by default"
+    )
     add_options(command, "device", "precision", "workers")
     command.add_argument("--fresh", action="store_true", help="ignore cached results and start over")
     add_options(command, "json")
@@ -152,13 +154,13 @@ def print_result(
     *,
     chance: str = "chance",
 ) -> None:
-    """The closing table, and ``--json``; by rank 0 alone.
+    """Print the closing table and write ``--json``, on rank 0 only.
 
     Args:
         result: What the evaluation returned.
-        options: Whose ``json`` names a file, or None.
+        options: ``json`` names a file, or is None.
         console: Where the table goes.
-        rows: What it says beside the headline.
+        rows: Further rows.
         chance: What the table calls the result's ``chance``.
     """
     from synco_fast.runtime.distributed import DistEnv

@@ -12,7 +12,7 @@ def overrides_of(rest: Sequence[str]) -> dict[str, Any]:
     """``--section.key value`` and ``--section.key=value`` as a mapping; values are read as YAML.
 
     Raises:
-        ConfigError: Something else, or a value that is missing or no YAML.
+        ConfigError: A word has another form, or a value is missing or not YAML.
     """
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.strict_yaml import parse_yaml

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
@@ -11,18 +13,18 @@ from rich.table import Table
 __all__ = ["GROUPS", "Commands", "Run", "positive", "two_columns"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
-"""What a subcommand does: parsed options, the words that were not parsed, where to print; the exit code."""
+"""A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
 
 GROUPS = {
     "evaluate": "Evaluate a checkpoint.",
     "data": "Work with image sources.",
-    "bench": "Measure a part on this machine.",
-    "profile": "See where a part spends its time.",
+    "bench": "Measure a component on this machine.",
+    "profile": "Profile a component.",
 }
 
 
 class Commands:
-    """Adds subcommands to a parser; ``add("data demo", ...)`` opens the group ``data`` when it is first named."""
+    """Adds subcommands to a parser; ``add("data demo", ...)`` creates the group ``data`` on first use."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._top = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -38,15 +40,15 @@ class Commands:
             run: Called with the parsed options.
             about: One sentence for the help.
             example: A whole command line for the help.
-            overrides: Whether words that no argument takes are passed on to ``run`` (``--section.key VALUE``).
-            more: What the help says after the example.
+            overrides: Whether unparsed words are passed on to ``run`` (``--section.key VALUE``).
+            more: Text after the example in the help.
         """
         group, _, last = name.rpartition(" ")
         command = (self._group(group) if group else self._top).add_parser(
             last,
             help=about.replace("%", "%%"),
-            description=about.replace("%", "%%"),
-            epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}".replace("%", "%%"),
+            description=_wrapped(about),
+            epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run, overrides=overrides, parser=command)
@@ -59,8 +61,13 @@ class Commands:
         return self._groups[name]
 
 
+def _wrapped(text: str) -> str:
+    """Text as wide as the terminal; the formatter that keeps the example's lines does not wrap it."""
+    return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
+
+
 def two_columns(title: str) -> Table:
-    """A table of names and values, in which a long path is broken, never cut."""
+    """A table of names and values; long paths wrap and are never truncated."""
     table = Table(title=title, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -68,7 +75,7 @@ def two_columns(title: str) -> Table:
 
 
 def positive(word: str) -> int:
-    """A whole number above 0, as the type of an argument."""
+    """Argument type: a whole number above 0."""
     number = int(word)
     if number < 1:
         raise ValueError

@@ -34,7 +34,7 @@ def _presets(options: argparse.Namespace, rest: Sequence[str], console: Console)
         return 0
     table = Table()
     table.add_column("preset", no_wrap=True)
-    table.add_column("what for", overflow="fold")
+    table.add_column("purpose", overflow="fold")
     for name, values in PRESETS.items():
         table.add_row(name, values["about"])
     console.print(table)

@@ -28,15 +28,17 @@ def add(commands: Commands) -> None:
         "Pretrain an encoder. Any key of the configuration can be set as --section.key VALUE.",
         "synco-fast pretrain --config demo --data demo --method.name mochi --training.epochs 10",
         overrides=True,
-        more="'synco-fast presets NAME' prints every key with its meaning, its values and its default.",
+        more="'synco-fast presets NAME' prints every key with its meaning, range and default.",
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
-    command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo; short for --data.source")
-    command.add_argument("--seed", type=int, help="decides weights, order, views and draws")
+    command.add_argument(
+        "--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo; short for --data.source"
+    )
+    command.add_argument("--seed", type=int, help="seed of weights, order, views and draws")
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
     command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")
     command.add_argument(
-        "--continue", action="store_true", dest="go_on", help="resume the run in --out where there is one"
+        "--continue", action="store_true", dest="go_on", help="resume the run in --out if there is one"
     )
     command.add_argument("--max-steps", type=int, metavar="N", help="short for --training.max_steps")
     command.add_argument("--max-time", type=float, metavar="MINUTES", help="short for --training.max_time")
@@ -53,12 +55,12 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
 
-    place = DistEnv.detect()
-    with init_distributed(place, config.training.device, timeout=config.training.timeout) as control:
+    env = DistEnv.detect()
+    with init_distributed(env, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
         task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction)
         summary = Trainer(task, folder, resume=resume, console=console).run()
-    if place.is_main:
+    if env.is_main:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
         _print_summary(summary, console)
@@ -66,7 +68,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
 
 
 def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path | None]:
-    """The configuration, and the run to resume."""
+    """The configuration, and the run to resume, if any."""
     from synco_fast.config import build_config, read_run_config
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
@@ -94,7 +96,7 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
 
 
 def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
-    """Where a new run goes: rank 0 chooses, since the name holds the time."""
+    """The folder of a new run; rank 0 chooses it, since the name holds the time."""
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.training.run_folder import choose_run_folder
 
@@ -126,13 +128,13 @@ def _print_summary(summary: Any, console: Console) -> None:
             f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",
         ),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
-        ("broken images", f"{summary.broken_images}"),
+        ("corrupt images", f"{summary.corrupt_images}"),
         ("run folder", summary.run),
         ("checkpoint", summary.checkpoint),
         ("curves", summary.curves),
         ("augmented pairs", summary.pairs),
     ]
     for name, value in rows:
-        if name != "broken images" or summary.broken_images:
+        if name != "corrupt images" or summary.corrupt_images:
             table.add_row(name, value, style="bold" if name == "kNN after" else None)
     console.print(table)

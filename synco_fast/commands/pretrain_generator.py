@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "pretrain-generator",
         _pretrain_generator,
-        "Train a generator on unlabelled images, for --generated.pair joint. Its keys are set as --key VALUE.",
+        "Train a generator on unlabelled images, for --generated.pair joint. Keys are set as --key VALUE.",
         "synco-fast pretrain-generator --data demo --out runs/generator --size 64 --steps 20000",
         overrides=True,
     )
@@ -40,6 +40,7 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
     from synco_fast.generated.stage_one import GeneratorTraining
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.migrations import migrate_generator_config
     from synco_fast.training.loop import Trainer
     from synco_fast.training.run_folder import choose_run_folder
 
@@ -53,13 +54,13 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
         saved = read_run_config(folder)
         if "latent" not in saved:
             raise ConfigError(f"resume: found a run of another command in {folder}, expected one of pretrain-generator")
-        values = {**saved, **values}
+        values = {**migrate_generator_config(saved), **migrate_generator_config(values)}
     elif "source" not in values:
         raise ConfigError("data: found none, expected --data SOURCE, or --resume RUN")
     else:
         folder = choose_run_folder(options.out, "generator")
     config = build_generator_config(values)
-    task = GeneratorTraining(config, _features(config.encoder) if config.encoder and config.quality_every else None)
+    task = GeneratorTraining(config, _features(config.encoder) if config.encoder and config.kid_every else None)
     summary = Trainer(task, folder, resume=options.resume, console=console).run()
     if options.json is not None:
         write_json(options.json, summary)
@@ -83,7 +84,7 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
 
 
 def _features(encoder: str) -> Features:
-    """What KID is measured on: the backbone of a checkpoint of pretrain."""
+    """The network of KID: the backbone of a checkpoint of pretrain."""
     from synco_fast.export.load import backbone_of, read_weights
     from synco_fast.generated.kid import Features
 

@@ -22,12 +22,10 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "profile loss",
         _profile_loss,
-        "Write a chrome trace of SynCo's loss, and a table of what each kernel achieves.",
+        "Write a Chrome trace of SynCo's loss, and a table of the throughput of each kernel.",
         "synco-fast profile loss --rows 256 --length 65536 --trace loss-trace.json",
     )
-    command.add_argument(
-        "--backend", choices=tuple(BACKENDS), help="the kernels where they run, else the blockwise form"
-    )
+    command.add_argument("--backend", choices=tuple(BACKENDS), help="triton where it runs, else blockwise")
     for name, default, about in (("rows", 256, "B"), ("length", 65536, "K"), ("dim", 128, "D"), ("hard", 1024, "N")):
         command.add_argument(f"--{name}", type=positive, default=default, help=about)
     command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default")
@@ -40,7 +38,7 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
     import os
     from dataclasses import asdict
 
-    # The profiler's own remarks would stand between the lines of the table; read when torch is imported.
+    # The profiler's log lines would mix with the table; this is read when torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 

@@ -22,14 +22,16 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "profile step",
         _profile_step,
-        "Where a training step spends its time, by phase, and a trace of it.",
+        "Show where a training step spends its time, by phase, and write a trace.",
         "synco-fast profile step --config demo --data demo --steps 10",
         overrides=True,
     )
     command.add_argument("--config", metavar="PRESET", default="demo", help="a preset or a YAML file")
     command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
     command.add_argument("--steps", type=positive, default=10, help="timed steps")
-    command.add_argument("--out", type=Path, metavar="DIR", help="for the trace; profiles/PRESET-DATE-TIME by default")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the trace; profiles/PRESET-DATE-TIME by default"
+    )
     add_options(command, "json")
 
 
@@ -53,7 +55,7 @@ def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Con
     for name, found in report["phases"].items():
         table.add_row(name, f"{found['ms']:,.2f}", f"{found['share']:.1%}")
     console.print(table)
-    console.print(f"memory held at most: {report['peak_mib']:,.0f} MiB", highlight=False)
+    console.print(f"peak memory held: {report['peak_mib']:,.0f} MiB", highlight=False)
     for line in [*report["notes"], *report["files"]]:
         console.print(line, highlight=False, soft_wrap=True)
     return 0

@@ -19,11 +19,11 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "report",
         _report,
-        "One self-contained HTML page about a run, for a browser without a network.",
+        "Write a self-contained HTML report of a run that works offline.",
         "synco-fast report runs/demo-20260101-120000",
     )
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
-    command.add_argument("--out", type=path, metavar="FILE", help="RUN/report.html by default")
+    command.add_argument("--out", type=path, metavar="FILE", help="the file; RUN/report.html by default")
     command.add_argument("--data", metavar="SOURCE", help="where the images are now; the run's own source by default")
     add_options(command, "workers")
 

@@ -23,27 +23,41 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "study",
         _study,
-        "Method x seed x setting as a folder of runs, with a table, differences paired by seed, and a picture. "
+        "Run every combination of method, seed and setting; write a table, paired differences and a plot. "
         "The same command resumes where it stopped. Any key can be set for all runs as --section.key VALUE.",
         "synco-fast study demo --methods moco synco --seeds 0 1 2 --vary training.precision=fp32,bf16 --out runs/study",
         overrides=True,
     )
     command.add_argument("configs", nargs="+", metavar="CONFIG", help="presets or YAML files")
-    command.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="the configuration's own by default")
-    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="0 1 2 by default")
+    command.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="values of method.name; the configuration's own by default",
+    )
+    command.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds, 0 1 2 by default")
     command.add_argument(
         "--vary", action="append", default=[], metavar="KEY=A,B", help="a setting and its values; may be repeated"
     )
     command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
     command.add_argument("--out", type=path, required=True, metavar="DIR", help="the study's folder")
-    command.add_argument("--record", type=Path, metavar="DIR", help="where table and picture go; --out by default")
-    command.add_argument("--baseline", metavar="NAME", help="the method that differences are taken from; the first")
+    command.add_argument("--record", type=Path, metavar="DIR", help="folder of table and plot; --out by default")
     command.add_argument(
-        "--evaluate", action="append", default=[], metavar="WORDS", help="'knn', 'linear --fast' ...; may be repeated"
+        "--baseline", metavar="NAME", help="the method that differences are taken from; the first by default"
+    )
+    command.add_argument(
+        "--evaluate",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="an evaluation such as 'knn' or 'linear --fast'; may be repeated",
     )
     command.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time")
-    command.add_argument("--threads", type=positive, metavar="N", help="of each run; the cores / --parallel by default")
-    command.add_argument("--table", action="store_true", help="run nothing: write the record of what is finished")
+    command.add_argument(
+        "--threads", type=positive, metavar="N", help="threads of each run; cores / --parallel by default"
+    )
+    command.add_argument("--table", action="store_true", help="run nothing; write the record of the finished runs")
 
 
 def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
@@ -68,7 +82,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
         raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
     failure: StudyError | None = None
     if not options.table:
-        # A scheduler asks a job to stop by SIGTERM: as with Ctrl-C, the runs then write checkpoints first.
+        # A scheduler stops a job by SIGTERM: as with Ctrl-C, the runs first write checkpoints.
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
             execute(

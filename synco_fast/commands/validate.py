@@ -37,11 +37,11 @@ def add(commands: Commands) -> None:
         "Compare the backends of the loss with the reference in float64 on this machine. Exit code 1 on a miss.",
         "synco-fast validate --rows 256 --length 65536 --dim 128 --hard 1024",
     )
-    command.add_argument("--backends", nargs="+", choices=VALIDATED, help="all that this machine can run by default")
-    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    command.add_argument("--backends", nargs="+", choices=VALIDATED, help="all that run on this machine by default")
+    command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="all by default")
     for name, about in (("rows", "B"), ("length", "K"), ("dim", "D"), ("hard", "N")):
         command.add_argument(
-            f"--{name}", nargs="+", type=positive, help=f"{about}; with any of these given, every combination is one"
+            f"--{name}", nargs="+", type=positive, help=f"{about}; every combination of the given values is a case"
         )
     add_options(command, "device")
     command.add_argument("--part", choices=("loss", "norm"), default="loss", help="norm: batch norm, add and ReLU")
@@ -100,7 +100,7 @@ def _shapes(options: argparse.Namespace, *, large: bool) -> list[tuple[int, int,
 
 def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped: str | None, console: Console) -> None:
     table = Table(
-        title=f"largest error, and its share of what is allowed, on {device}",
+        title=f"largest error, and its share of the bound, on {device}",
         caption=f"triton not run: {skipped}" if skipped else None,
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -135,6 +135,6 @@ def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped:
 
 
 def _worst(errors: list[tuple[float, float]]) -> str:
-    """The error that takes the largest share of its bound; NaN is beyond every bound."""
+    """The error with the largest share of its bound; NaN exceeds every bound."""
     share, error = max((error / bound if error == error else inf, error) for error, bound in errors)
     return f"{error:.1e} {share:3.0%}"

@@ -1,1 +1,1 @@
-"""What was learned: evaluations of a frozen or transferred backbone."""
+"""Evaluations of a frozen or fine-tuned backbone."""

@@ -1,4 +1,4 @@
-"""A linear classifier on a backbone, frozen or not: what linear evaluation and fine-tuning train."""
+"""Training a linear classifier on a frozen or trained backbone, for linear evaluation and fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import evaluation_batches
-from synco_fast.evaluation.context import EvalContext, check_unchanged, fingerprint, progress
+from synco_fast.evaluation.context import EvalContext, check_unchanged, progress, weights_sha256
 from synco_fast.evaluation.labelled import LabelledBatches
 from synco_fast.export.load import backbone_of
 from synco_fast.runtime.checkpoint import read_tensors
@@ -31,18 +31,18 @@ __all__ = ["ClassifierProtocol", "ClassifierResult", "train_classifier"]
 
 @dataclass(frozen=True)
 class ClassifierProtocol:
-    """How a classifier is trained, by SGD.
+    """The protocol of a classifier's training by SGD.
 
     Attributes:
-        epochs: Over the training images.
-        batch: Images a step, over all ranks.
-        head_lr: Of the classifier.
-        backbone_lr: Of the backbone; 0 freezes it, running statistics included.
-        weight_decay: Of what is trained.
-        momentum: Of SGD.
-        drops: Fractions of the run after which the rates are divided by 10; empty for a cosine, changed once an epoch.
-        seed: Of the classifier, the order and the crops.
-        tests: How often the held-out split is classified, the last epoch included; after every epoch if unset.
+        epochs: Passes over the training images.
+        batch: Images per step, over all ranks.
+        head_lr: Learning rate of the classifier.
+        backbone_lr: Learning rate of the backbone; 0 freezes it, running statistics included.
+        weight_decay: Weight decay.
+        momentum: Momentum of SGD.
+        drops: Fractions of the run after which the rates are divided by 10; empty for a cosine, updated every epoch.
+        seed: Seed of the classifier's weights, the order and the crops.
+        tests: How often the held-out split is classified, including after the last epoch; every epoch if unset.
     """
 
     epochs: int
@@ -56,7 +56,7 @@ class ClassifierProtocol:
     tests: int | None = None
 
     def tested(self, epoch: int) -> bool:
-        """Whether the held-out split is classified after an epoch, counted from 0."""
+        """Whether the held-out split is classified after this epoch, counted from 0."""
         every = 1 if self.tests is None else max(1, self.epochs // self.tests)
         return (self.epochs - 1 - epoch) % every == 0
 
@@ -69,7 +69,7 @@ class ClassifierProtocol:
 
 @dataclass(frozen=True)
 class ClassifierResult:
-    """Accuracies in [0, 1] on the held-out split; ``confusion[a][b]`` counts images of class a taken for b."""
+    """Accuracies in [0, 1] on the held-out split; ``confusion[a][b]`` counts images of class a predicted as b."""
 
     top1: float
     top5: float
@@ -109,13 +109,13 @@ def train_classifier(
     title: str,
     console: Console | None = None,
 ) -> ClassifierResult:
-    """Train on the given training images, test on the held-out split; resumes from ``state``.
+    """Train on the given images and test on the held-out split; resumes from ``state``.
 
     Args:
-        context: The backbone, which is copied, and the images.
+        context: The backbone (a copy is trained) and the images.
         numbers: Which training images.
-        protocol: How.
-        state: The file that is saved after each epoch; that of a finished run is only read.
+        protocol: How to train.
+        state: The file saved after each epoch; if its run is finished, it is only read.
         title: For the progress bar.
         console: Where progress is shown.
 
@@ -128,7 +128,7 @@ def train_classifier(
     with torch.no_grad():
         features = context.backbone(probe).shape[1]
     backbone = backbone_of(context.weights).to(context.device)
-    before = fingerprint(backbone)
+    before = weights_sha256(backbone)
     model = _Classifier(backbone, features, context.classes, frozen, protocol.seed).to(context.device)
     groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": protocol.head_lr}]
     if not frozen:
@@ -171,7 +171,7 @@ def train_classifier(
             loss = _epoch(context, trained, optim, batches.epoch(epoch), bar)
             if not math.isfinite(loss):
                 raise DivergedError(
-                    f"loss: found a value that is not finite in epoch {epoch + 1} of {title}, expected finite ones; "
+                    f"loss: found a non-finite value in epoch {epoch + 1} of {title}, expected finite ones; "
                     "try a lower --lr"
                 )
             history.append({"epoch": epoch + 1, "loss": loss})
@@ -195,7 +195,7 @@ def _epoch(
     batches: Iterator[tuple[Tensor, Tensor]],
     bar: ProgressBar,
 ) -> float:
-    """One pass; the mean loss over its batches."""
+    """One epoch; the mean loss over its batches."""
     model.train()
     total, count = torch.zeros((), device=context.device), 0
     for images, labels in batches:
@@ -212,7 +212,7 @@ def _epoch(
 
 @torch.no_grad()
 def _test(context: EvalContext, model: nn.Module) -> tuple[float, float, list[list[int]]]:
-    """Top-1, top-5 and the confusion over the held-out split, whose images the ranks share."""
+    """Top-1, top-5 and the confusion matrix of the held-out split, whose images are spread over the ranks."""
     model.eval()
     classes = context.classes
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=context.device)
@@ -243,7 +243,7 @@ def _test(context: EvalContext, model: nn.Module) -> tuple[float, float, list[li
 
 
 def _saved(state: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier call saved, if it had the same weights, images and protocol."""
+    """The state of an earlier call with the same weights, images and protocol, if any."""
     if not state.is_file():
         return None
     found = read_tensors(state)
@@ -260,7 +260,7 @@ def _save(
     *,
     done: bool,
 ) -> None:
-    """Save the state needed to resume; of a frozen backbone or a finished run the classifier alone."""
+    """Save the state needed to resume; for a frozen backbone or a finished run only the classifier."""
     weights = model.state_dict()
     if model.frozen or done:
         weights = {name: value for name, value in weights.items() if name.startswith("head.")}

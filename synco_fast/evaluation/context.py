@@ -1,4 +1,4 @@
-"""What every evaluation needs: its options, the backbone with the images it is evaluated on, the job it runs in."""
+"""The context of an evaluation: options, backbone, images, output folder, processes."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ __all__ = [
     "EvalOptions",
     "check_labels",
     "check_unchanged",
-    "fingerprint",
     "folder_of",
     "join_job",
     "labelled_splits",
     "open_context",
     "progress",
     "source_of",
+    "weights_sha256",
 ]
 
-#: Seconds that a rank waits for the others: one may have a chunk of features more to extract.
+#: Seconds that a rank waits for the others, which may have one more chunk of features to extract.
 _PATIENCE = 3600
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How an evaluation computes, whatever it evaluates.
+    """Options of every evaluation.
 
     Attributes:
         data: The source; the run's own by default.
-        out: Where results, cached features and states go; ``evaluation/`` in the run folder by default.
+        out: Folder of results, cached features and states; ``evaluation/`` in the run folder by default.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: As in training.
         workers: Decoding processes.
@@ -67,7 +67,7 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class EvalContext:
-    """A backbone with everything that an evaluation needs."""
+    """A backbone and everything that an evaluation needs."""
 
     weights: Weights
     backbone: nn.Module
@@ -94,7 +94,7 @@ class EvalContext:
         return 1 / self.classes
 
     def result(self, name: str, headline: dict[str, float], **figures: Any) -> dict[str, Any]:
-        """The result of an evaluation with everything that identifies it; rank 0 writes ``NAME.json``."""
+        """An evaluation's result with everything that identifies it; rank 0 writes ``NAME.json``."""
         found = {
             "evaluation": name,
             "checkpoint": str(self.weights.file),
@@ -113,13 +113,13 @@ class EvalContext:
 
 @contextmanager
 def join_job(device: str) -> Iterator[torch.device]:
-    """Join the torchrun or Slurm job that this process was started in, if any; yields this process's device.
+    """Join the torchrun or Slurm job of this process, if any; yields this process's device.
 
     Args:
-        device: ``auto``, ``cpu`` or ``cuda``; on GPUs each process takes the one of its local number.
+        device: ``auto``, ``cpu`` or ``cuda``; on GPUs each process takes the one of its local rank.
 
     Raises:
-        ConfigError: There are more processes on this machine than GPUs, or none where ``cuda`` is asked for.
+        ConfigError: More processes than GPUs on this machine, or ``cuda`` without a GPU.
     """
     kind = resolve_device(device).type
     if dist.is_available() and dist.is_initialized():
@@ -130,15 +130,15 @@ def join_job(device: str) -> Iterator[torch.device]:
 
 
 def progress(console: Console | None, title: str, total: int, done: int = 0, *, unit: str = "") -> ProgressBar:
-    """The progress bar of an evaluation, which rank 0 alone shows."""
+    """The progress bar of an evaluation, shown by rank 0 only."""
     return ProgressBar(console if rank() == 0 else None, title, total, done, unit=unit)
 
 
 def open_context(path: Path, options: EvalOptions, device: torch.device | None = None) -> EvalContext:
-    """Read the checkpoint, open the images, and check that they have what an evaluation needs.
+    """Read the checkpoint, open the images, and check that both fit an evaluation.
 
     Raises:
-        CheckpointError, ConfigError, DataError: The checkpoint, the source or its labels are not what is expected.
+        CheckpointError, ConfigError, DataError: The checkpoint, the source or its labels do not fit.
     """
     weights = read_weights(path)
     spec = source_of(weights, options)
@@ -162,18 +162,18 @@ def open_context(path: Path, options: EvalOptions, device: torch.device | None =
 
 
 def source_of(weights: Weights, options: EvalOptions) -> str:
-    """The source that is asked for, else the run's own.
+    """The source given in the options, else the run's own.
 
     Raises:
-        ConfigError: Imported weights do not know their images.
+        ConfigError: Imported weights record no source.
     """
     if options.data is None and weights.imported:
-        raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint does not know its images")
+        raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint records no images")
     return options.data or weights.config.data.source
 
 
 def folder_of(weights: Weights, options: EvalOptions) -> Path:
-    """Where an evaluation's files go: ``out``, else the run folder, else beside the checkpoint."""
+    """The folder of an evaluation's files: ``out``, else in the run folder, else beside the checkpoint."""
     beside = weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
     return options.out or beside
 
@@ -183,23 +183,23 @@ def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
 
     Args:
         source: The images.
-        hint: What else to do, at the end of the message.
+        hint: Advice at the end of the message.
 
     Raises:
         DataError: There is no held-out split, or a split has no labels.
     """
     if source.validation is None:
         raise DataError(
-            f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder a class{hint}"
+            f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder per class{hint}"
         )
     for split in (source.train, source.validation):
         if split.labels is None:
-            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class{hint}")
+            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder per class{hint}")
     return source.train, source.validation
 
 
 def check_labels(source: Source) -> tuple[Split, Split]:
-    """Both splits, labelled, with the same classes.
+    """Both splits, checked to be labelled with the same classes.
 
     Raises:
         DataError: As `labelled_splits` says, or the splits differ in classes.
@@ -215,20 +215,20 @@ def check_labels(source: Source) -> tuple[Split, Split]:
 
 
 def check_unchanged(backbone: nn.Module, before: str) -> None:
-    """Make sure that an evaluation left a frozen backbone as it was.
+    """Check that an evaluation did not change a frozen backbone.
 
     Args:
         backbone: After the evaluation.
-        before: Its `fingerprint` at the beginning.
+        before: Its `weights_sha256` before the evaluation.
 
     Raises:
-        RuntimeError: It did not.
+        RuntimeError: It changed.
     """
-    if fingerprint(backbone) != before:
+    if weights_sha256(backbone) != before:
         raise RuntimeError("a frozen backbone was changed by its evaluation")
 
 
-def fingerprint(module: nn.Module) -> str:
+def weights_sha256(module: nn.Module) -> str:
     """SHA-256 over every parameter and buffer of a module, by name."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):

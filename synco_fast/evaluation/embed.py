@@ -1,4 +1,4 @@
-"""Features of images as a file that other tools read."""
+"""Features of images as a file for other tools."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def embed(
         path: A run folder, a checkpoint, or an imported file.
         out: ``.npz`` (arrays) or ``.parquet`` (columns features, label, path, split).
         options: Source and device.
-        splits: ``train``, ``val`` or ``both``; of a source without a held-out split, all images are ``train``.
+        splits: ``train``, ``val`` or ``both``; without a held-out split, all images are ``train``.
         console: Where progress is shown.
 
     Raises:
-        ConfigError: The file's ending is another one, or pyarrow is missing.
+        ConfigError: The file has another suffix, or pyarrow is missing.
         CheckpointError, DataError: The checkpoint or the source cannot be read.
     """
     options = options or EvalOptions()
@@ -90,7 +90,7 @@ def embed(
 def _write(
     out: Path, features: NDArray[np.float32], labels: NDArray[np.int64], paths: list[str], splits: list[str]
 ) -> None:
-    """One file, atomically."""
+    """Write the file atomically."""
     with atomic_write(out) as temporary:
         if out.suffix == ".npz":
             np.savez(temporary, features=features, labels=labels, paths=np.array(paths), splits=np.array(splits))

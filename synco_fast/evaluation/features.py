@@ -1,4 +1,4 @@
-"""Features of a split under a frozen backbone, and their cache: chunks on disk, so that a killed job resumes."""
+"""Features of a split under a frozen backbone, and their cache on disk in chunks, so that a killed job resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import evaluation_batches
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Split
-from synco_fast.evaluation.context import EvalContext, fingerprint, progress
+from synco_fast.evaluation.context import EvalContext, progress, weights_sha256
 from synco_fast.runtime.distributed import barrier, rank, world
 from synco_fast.runtime.errors import DataError
 from synco_fast.runtime.files import atomic_write
@@ -37,7 +37,7 @@ class Features:
     Attributes:
         values: (n, F) float32 on the CPU.
         labels: (n,) int64.
-        corrupt: By index of an image that could not be read, why.
+        corrupt: Reason by index, for images that could not be read.
         numbers: The split's index of each row's image, (n,) int64.
     """
 
@@ -48,7 +48,7 @@ class Features:
 
 
 def evenly_spaced(length: int, limit: int | None) -> list[int]:
-    """At most ``limit`` indices below ``length``, evenly spaced: a subset with images of every class folder."""
+    """At most ``limit`` indices below ``length``, evenly spaced, so that every class folder is covered."""
     if limit is None or limit >= length:
         return list(range(length))
     return [place * length // limit for place in range(limit)]
@@ -69,26 +69,26 @@ def extract_features(
     labelled: bool = True,
     tick: Callable[[int], None] = lambda images: None,
 ) -> Features:
-    """Run a split's central crops through the backbone in evaluation mode; its mode is restored.
+    """Run a split's central crops through the backbone in evaluation mode, then restore its mode.
 
     Args:
         backbone: Images (b, 3, H, W) to features (b, F).
         split: Labelled images.
         recipe: Size and normalisation.
-        device: Where the backbone is.
-        batch: Images at a time.
+        device: Device of the backbone.
+        batch: Batch size.
         workers: Decoding processes.
-        pipeline: ``data.pipeline`` of the run, which says whether DALI decodes on a GPU.
+        pipeline: ``data.pipeline`` of the run, which decides whether DALI decodes on a GPU.
         limit: At most so many images, evenly spaced.
-        numbers: The indices of these images instead; where none of them can be read, the features are empty.
-        labelled: Whether labels are required; where they are not and there are none, they are -1.
+        numbers: Only the images with these indices; if none can be read, the features are empty.
+        labelled: Whether labels are required; otherwise a missing label is -1.
         tick: Called with the number of images of each batch.
 
     Raises:
         DataError: The split has no labels, or no image of it can be read.
     """
     if split.labels is None and labelled:
-        raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder a class for kNN")
+        raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder per class for kNN")
     wanted = evenly_spaced(len(split), limit) if numbers is None else list(numbers)
     loader = evaluation_batches(
         split, recipe, batch=batch, pipeline=pipeline, device=device, workers=workers, numbers=wanted
@@ -119,7 +119,7 @@ def extract_features(
 
 @dataclass(frozen=True)
 class CachedFeatures:
-    """The features of a split, chunk by chunk on disk.
+    """The features of a split in chunks on disk.
 
     Attributes:
         files: In order of the images.
@@ -135,7 +135,7 @@ class CachedFeatures:
             yield found
 
     def load(self) -> Features:
-        """All of them in memory.
+        """Load all of them into memory.
 
         Raises:
             DataError: No image of the split could be read.
@@ -153,9 +153,9 @@ class CachedFeatures:
 
 
 def cached_features(context: EvalContext, split: Split, title: str, console: Console | None = None) -> CachedFeatures:
-    """Features of a whole split's central crops; chunks that are on disk already are kept.
+    """Features of a whole split's central crops; chunks already on disk are reused.
 
-    The ranks of a job share the chunks among them, so the folder must be one that all of them see.
+    The ranks of a job divide the chunks, so all of them need access to the folder.
 
     Args:
         context: Backbone, recipe, device, and the folder below which ``features/`` lies.
@@ -196,9 +196,9 @@ def cached_features(context: EvalContext, split: Split, title: str, console: Con
 
 
 def _key(context: EvalContext, split: Split) -> str:
-    """What decides the features: weights, images by name and label, crop, normalisation, number format."""
+    """A hash of what the features depend on: weights, images by name and label, crop, normalisation, number format."""
     recipe = context.recipe
-    digest = hashlib.sha256(fingerprint(context.backbone).encode())
+    digest = hashlib.sha256(weights_sha256(context.backbone).encode())
     digest.update(f"{recipe.size} {recipe.resize} {recipe.mean} {recipe.std} {context.precision.name}".encode())
     digest.update(f"{len(split)} {context.source.spec}".encode())
     if context.device.type == "cuda":  # DALI's crops differ by rounding
@@ -217,7 +217,7 @@ def _write(file: Path, found: Features) -> None:
 
 
 def _read(file: Path) -> Features | None:
-    """A chunk, or None where there is none that is whole."""
+    """A chunk, or None if it is missing or damaged."""
     if not file.is_file():
         return None
     try:

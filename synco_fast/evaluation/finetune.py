@@ -1,4 +1,4 @@
-"""``evaluate finetune``: semi-supervised fine-tuning on a few labels."""
+"""``evaluate finetune``: semi-supervised fine-tuning on few labels."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from synco_fast.runtime.errors import ConfigError
 __all__ = ["RATES", "evaluate_finetune", "published_protocol"]
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)
-"""The backbone's rates that SynCo's released scripts sweep."""
+"""Learning rates of the backbone in the sweep of SynCo's released scripts."""
 
 
 def published_protocol(percent: float) -> ClassifierProtocol:
-    """SynCo's (its released scripts): 60 epochs on 1 %, 30 on more; the classifier's rate 0.5, half a cosine.
+    """The protocol of SynCo's released scripts: 60 epochs on 1 %, 30 on more; classifier rate 0.5, cosine.
 
-    The held-out split, far larger than the labelled part, is classified six times in a run, not after each epoch.
+    The held-out split is far larger than the labelled part, so it is classified six times, not after each epoch.
     """
     return ClassifierProtocol(
         epochs=60 if percent <= 1 else 30, batch=1024, head_lr=0.5, backbone_lr=RATES[0], weight_decay=1e-6, tests=6
@@ -42,21 +42,21 @@ def evaluate_finetune(
     protocol: ClassifierProtocol | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Accuracy after training backbone and classifier on a few labelled images, for each rate of the backbone.
+    """Accuracy after training backbone and classifier on few labelled images, for each learning rate of the backbone.
 
-    As in the papers, the best rate is the one that is best on the held-out split; every rate's figure is given.
+    As in the papers, the best rate is chosen on the held-out split; the accuracy of every rate is returned.
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
         options: Source, folder, device.
-        percent: Of each class's training images, in (0, 100]; the protocol's seed decides which.
-        listed: A file that names the images instead, one a line.
-        rates: The backbone's learning rates.
-        protocol: The protocol; its own backbone's rate is not used.
+        percent: Percentage of each class's training images, in (0, 100], chosen by the protocol's seed.
+        listed: A file that names the images instead, one per line.
+        rates: Learning rates of the backbone.
+        protocol: The protocol; its backbone rate is not used.
         console: Where progress is shown.
 
     Raises:
-        CheckpointError, DataError, ConfigError: As `open_context` says, or the share is not one.
+        CheckpointError, DataError, ConfigError: As `open_context` says, or the percentage is out of range.
         DivergedError: The loss became NaN or infinite.
     """
     if not 0 < percent <= 100:

@@ -1,4 +1,4 @@
-"""Label-free measures of a representation, and the signs of one that contracts."""
+"""Health of a representation: alignment, uniformity, RankMe, and the signs of contraction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROWS = 4096
 
 
 def rows_for_health(features: Tensor, rows: int = _ROWS) -> Tensor:
-    """At most ``rows`` rows of (n, F), evenly spread, so that ordered sets contribute every class."""
+    """At most ``rows`` rows of (n, F), evenly spread, so that a set sorted by class contributes every class."""
     if len(features) <= rows:
         return features
     return features[torch.arange(rows, device=features.device) * len(features) // rows]
@@ -94,12 +94,12 @@ def rankme(features: Tensor, *, epsilon: float = 1e-7) -> float:
 
 
 def class_share(query_labels: Tensor, hard_labels: Tensor) -> float:
-    """The share of hard negatives that are of their query's class: false negatives, by labels that training never sees.
+    """The share of false negatives among the hard negatives: those of the query's class, by labels unseen in training.
 
     Args:
         query_labels: (B,) int64.
-        hard_labels: Labels of each query's N hard negatives, (B, N) int64; -1 where a row has no label, which is left
-            out.
+        hard_labels: Labels of each query's N hard negatives, (B, N) int64; -1 where a row has no label, which is
+            skipped.
 
     Returns:
         In [0, 1]; NaN where no hard negative has a label.
@@ -118,17 +118,17 @@ def class_share(query_labels: Tensor, hard_labels: Tensor) -> float:
 
 
 def age_gap(queries: Tensor, queue: Tensor, pointer: int | Tensor, count: int) -> Tensor:
-    """By how much queries are nearer to the newest keys of a queue than to the oldest.
+    """How much nearer queries are to the newest keys of the queue than to the oldest.
 
-    About 0 where the key encoder moves slowly against the length of the queue. Far above 0 age alone tells the keys
-    apart: the positive, newer than every negative, is then found without looking at the image. The loss is low for that
-    reason, and it rises once the learning rate falls.
+    About 0 if the key encoder moves slowly over the length of the queue. Far above 0, age alone identifies the
+    positive, which is newer than every negative. The loss is then low for the wrong reason, and it rises once the
+    learning rate falls.
 
     Args:
         queries: Unit rows, (B, D).
         queue: Unit rows, (K, D), all of them real keys.
-        pointer: Where the next key goes, so that the oldest row lies there.
-        count: How many keys at each end, at most half of K; those of one step are a good choice.
+        pointer: The row of the next key, which holds the oldest one.
+        count: Keys at each end, at most half of K; the number of one step is a good choice.
 
     Returns:
         Mean cosine to the newest minus mean cosine to the oldest: of no dimensions, on the device.
@@ -148,30 +148,28 @@ def age_gap(queries: Tensor, queue: Tensor, pointer: int | Tensor, count: int) -
 def contraction(
     top1: Sequence[float], similarity: Sequence[float], *, window: int = 5, fall: float = 0.5, rise: float = 0.2
 ) -> str | None:
-    """Whether a run contracts: its top-1 against the queue falls for long while everything comes nearer to the query.
+    """Detect a contracting run: top-1 against the queue keeps falling while similarities rise.
 
     Compares the mean of the last ``window`` figures with the best mean of ``window`` earlier ones in a row. Both signs
-    are needed: top-1 alone falls for a while whenever harder negatives begin, similarities alone rise at the start of
+    are needed: top-1 alone falls for a while when harder negatives begin, and similarities alone rise at the start of
     a run.
 
     Args:
         top1: The run's share of queries whose key is nearer than the whole queue, in [0, 1], in order of time.
         similarity: The mean cosine of queries to their hard negatives at the same times, in [-1, 1]. MoCo v2 has none;
             there that of queries to their keys, which rises with it in a run that contracts.
-        window: Figures in a mean, of lines of the log or of epochs.
-        fall: Share of its best mean that top-1 must have lost.
-        rise: By how much the similarity must have risen since then.
+        window: Number of figures in a mean, one per log line or epoch.
+        fall: Fraction of its best mean that top-1 must have lost.
+        rise: How much the similarity must have risen since then.
 
     Returns:
-        One line for a person, or None where the run shows no such sign or is shorter than two windows.
+        A warning of one line; None if there is no such sign or the run is shorter than two windows.
 
     Raises:
         ConfigError: The two have different lengths.
     """
     if len(top1) != len(similarity):
-        raise ConfigError(
-            f"contraction: found {len(top1)} and {len(similarity)} figures, expected as many of one as of the other"
-        )
+        raise ConfigError(f"contraction: found {len(top1)} and {len(similarity)} figures, expected equal numbers")
     if len(top1) < 2 * window:
         return None
     means = [sum(top1[end - window : end]) / window for end in range(window, len(top1) + 1)]

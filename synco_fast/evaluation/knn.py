@@ -1,4 +1,4 @@
-"""Weighted kNN classification of frozen features: the vote, ``evaluate knn``, and the periodic check of a run.
+"""Weighted kNN on frozen features: the vote, ``evaluate knn``, and the periodic kNN of a run.
 
 Wu et al., arXiv 1805.01978 section 3.4: a neighbour of cosine similarity c has exp(c / temperature) votes.
 """
@@ -22,10 +22,10 @@ from synco_fast.data.sources.open import Source
 from synco_fast.evaluation.context import (
     EvalOptions,
     check_unchanged,
-    fingerprint,
     join_job,
     labelled_splits,
     open_context,
+    weights_sha256,
 )
 from synco_fast.evaluation.features import cached_features, extract_features
 from synco_fast.runtime.distributed import rank, sum_over_ranks, world
@@ -42,23 +42,23 @@ __all__ = [
     "periodic_knn",
 ]
 
-#: The k that the papers report.
+#: The values of k in the papers.
 PUBLISHED = (20, 200)
-#: Queries that are compared with the bank at a time.
+#: Queries compared with the bank at a time.
 _QUERIES = 1024
 
 
 def nearest(banks: Iterable[Tensor], queries: Tensor, k: int, *, key: str = "k") -> tuple[Tensor, Tensor]:
-    """The k nearest features of a bank that comes in parts, so that no more than one part need be in memory.
+    """The k nearest features of a bank given in parts, of which only one need be in memory.
 
     Args:
         banks: Features, (n_i, F) each; normalised here and moved to the device of the queries.
         queries: (m, F); normalised here, compared a thousand at a time.
         k: At most the sum of the n_i.
-        key: What a message calls k.
+        key: The name of k in messages.
 
     Returns:
-        Cosine similarities, (m, k), largest first, and the neighbours' indices, (m, k) int64, counted through all
+        Cosine similarities, (m, k), largest first, and the neighbours' indices, (m, k) int64, counted over all
         parts.
 
     Raises:
@@ -90,13 +90,13 @@ def vote(similarity: Tensor, labels: Tensor, *, classes: int, temperature: float
     """Predicted classes, (m,) int64, by votes of exp(similarity / temperature).
 
     Args:
-        similarity: Of each query's neighbours, (m, k).
-        labels: Of the same neighbours, (m, k) int64.
+        similarity: Similarities of each query's neighbours, (m, k).
+        labels: Labels of the same neighbours, (m, k) int64.
         classes: Number of classes.
-        temperature: Of the votes.
+        temperature: Temperature of the votes.
     """
     votes = similarity.new_zeros(len(similarity), classes)
-    # The largest similarity is subtracted, which changes no winner and keeps a small temperature from overflowing.
+    # Subtracting the largest similarity changes no winner and avoids overflow at a small temperature.
     weights = ((similarity - similarity.amax(dim=1, keepdim=True)) / temperature).exp()
     return votes.scatter_add_(1, labels, weights).argmax(dim=1)
 
@@ -112,8 +112,8 @@ def knn_predict(
         queries: Features to classify, (m, F), on the device of the bank; taken a thousand at a time.
         classes: Number of classes.
         k: At most n.
-        temperature: Of the votes.
-        key: What a message calls k.
+        temperature: Temperature of the votes.
+        key: The name of k in messages.
 
     Returns:
         Predicted classes, (m,) int64.
@@ -142,9 +142,9 @@ def evaluate_knn(
     temperature: float | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Weighted kNN accuracy of a checkpoint's backbone, on features that are extracted once and cached.
+    """Weighted kNN accuracy of a checkpoint's backbone, on features extracted once and cached.
 
-    Every training image is a neighbour to choose from, every held-out image is classified.
+    All training images form the bank; all held-out images are classified.
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
@@ -154,7 +154,7 @@ def evaluate_knn(
         console: Where progress is shown.
 
     Returns:
-        ``accuracies`` by k, ``knn`` (that of the run's own k, or of the first), ``chance``, and how it was measured.
+        ``accuracies`` by k, ``knn`` (that of the run's own k, or of the first), ``chance``, and the protocol.
 
     Raises:
         CheckpointError, DataError, ConfigError: The checkpoint cannot be read, the source has no labelled held-out
@@ -171,7 +171,7 @@ def evaluate_knn(
             raise ConfigError(
                 f"k: found {max(wanted, default=min(PUBLISHED))}, expected up to {size}, the training images"
             )
-        before = fingerprint(context.backbone)
+        before = weights_sha256(context.backbone)
         bank = cached_features(context, context.train, "training images", console)
         queries = cached_features(context, context.held_out, "held-out images", console).load()
         mine = slice(rank(), None, world())
@@ -213,7 +213,7 @@ class KnnResult:
 
 
 def check_periodic_knn(evaluation: EvaluationConfig, source: Source) -> None:
-    """Raise before the first step where a run's periodic kNN cannot work on this source.
+    """Raise before the first step if a run's periodic kNN cannot work on this source.
 
     Raises:
         DataError: There is no held-out split, or a split has no labels.
@@ -238,17 +238,17 @@ def periodic_knn(
     workers: int | None = None,
     tick: Callable[[int], None] = lambda images: None,
 ) -> KnnResult:
-    """The kNN accuracy of a backbone in training, in float32, as the configuration describes it.
+    """The kNN accuracy of a backbone during training, in float32, by the configuration.
 
     Args:
         backbone: Images (b, 3, H, W) to features (b, F), on ``device``.
         source: Both splits.
         recipe: Size and normalisation.
         evaluation: k, temperature, and how many images of each split.
-        device: Where features are made and compared.
+        device: Where features are computed and compared.
         pipeline: ``data.pipeline`` of the run.
         workers: Decoding processes.
-        tick: Called with the number of images of each batch that was embedded.
+        tick: Called with the number of images of each batch.
 
     Raises:
         DataError: The source has no held-out split or no labels.
@@ -288,7 +288,7 @@ def periodic_knn(
 
 
 class PeriodicKnn:
-    """The two of them, for a trainer that knows no evaluation of its own."""
+    """`check_periodic_knn` and `periodic_knn` as one object, which is passed to the trainer."""
 
     def check(self, evaluation: EvaluationConfig, source: Source) -> None:
         """As `check_periodic_knn`."""

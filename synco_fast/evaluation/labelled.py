@@ -1,4 +1,4 @@
-"""Labelled training images with the crops of the published protocols, and subsets of them."""
+"""Labelled batches with the crops of the published protocols, and labelled subsets."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from synco_fast.runtime.errors import DataError
 
 __all__ = ["LabelledBatches", "balanced_subset", "listed_subset"]
 
-#: How many images in a row may be corrupt before a place in a batch cannot be filled.
+#: Consecutive corrupt images after which filling a batch fails.
 _REPLACEMENTS = 64
 
 
 class _Crops(Dataset[tuple[Tensor, int]]):
-    """Random resized crop (area 0.08 to 1) and flip: what linear evaluation and fine-tuning train on since ResNet."""
+    """Random resized crop (area 0.08 to 1) and flip: the standard crops of linear evaluation and fine-tuning."""
 
     def __init__(self, split: Split, recipe: Recipe, seed: int, numbers: list[int]) -> None:
         assert split.labels is not None
@@ -50,18 +50,18 @@ class _Crops(Dataset[tuple[Tensor, int]]):
 
 
 class LabelledBatches:
-    """Batches of labelled crops; order and crops depend on seed and epoch alone.
+    """Batches of labelled crops; order and crops depend only on seed and epoch.
 
-    The ranks of a job take equal parts of each batch; the last batch of an epoch is filled up from its beginning to a
-    multiple of their number. A last batch of one image a rank, whose batch statistics would say nothing, joins the one
+    The ranks of a job take equal parts of each batch. The last batch of an epoch is filled up from its beginning to a
+    multiple of their number. A last batch of one image per rank, useless for batch statistics, is merged with the one
     before.
 
     Args:
         split: The images.
-        recipe: Gives the size.
+        recipe: Gives the crop size.
         numbers: Which images.
-        batch: Images a step, over all ranks.
-        seed: Of order and crops.
+        batch: Images per step, over all ranks.
+        seed: Seed of order and crops.
         workers: Decoding processes.
         rank, world: This process and how many there are.
     """
@@ -113,12 +113,12 @@ class LabelledBatches:
 
 
 def balanced_subset(split: Split, share: float, *, seed: int) -> list[int]:
-    """The numbers of ``share`` of each class's images, at least one of each, in order.
+    """The sorted numbers of a fraction of each class's images, at least one of each.
 
     Args:
         split: Labelled images.
         share: In (0, 1].
-        seed: Decides which.
+        seed: Chooses them.
     """
     assert split.labels is not None
     rng = np.random.default_rng(seed)
@@ -130,7 +130,7 @@ def balanced_subset(split: Split, share: float, *, seed: int) -> list[int]:
 
 
 def listed_subset(split: Split, file: Path) -> list[int]:
-    """The numbers of the images that a file lists, one name a line, as in SimCLR's ``1percent.txt``.
+    """The numbers of the images that a file lists, one name per line, as in SimCLR's ``1percent.txt``.
 
     A line is a file's name, the end of its path, or the image's number.
 
@@ -142,7 +142,7 @@ def listed_subset(split: Split, file: Path) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"list: cannot read {file} ({error})") from error
     if not wanted:
-        raise DataError(f"list: found no names in {file}, expected one image a line")
+        raise DataError(f"list: found no names in {file}, expected one image per line")
     by_name: dict[str, int] = {}
     for number in range(len(split)):
         parts = split.name(number).split("/")
@@ -152,6 +152,6 @@ def listed_subset(split: Split, file: Path) -> list[int]:
     for name in wanted:
         number = int(name) if name.isdigit() else by_name.get(name, -1)
         if not 0 <= number < len(split):
-            raise DataError(f"list: found {name!r} in {file}, which no training image is called")
+            raise DataError(f"list: found {name!r} in {file}, expected the name of a training image")
         chosen.append(number)
     return sorted(set(chosen))

@@ -1,4 +1,4 @@
-"""``evaluate linear``: MoCo's linear evaluation, and its fast variant on cached features."""
+"""``evaluate linear``: MoCo's linear evaluation, and a fast variant on cached features."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from synco_fast.evaluation.context import (
     EvalContext,
     EvalOptions,
     check_unchanged,
-    fingerprint,
     join_job,
     open_context,
     progress,
+    weights_sha256,
 )
 from synco_fast.evaluation.features import cached_features
 from synco_fast.runtime.distributed import barrier, rank
@@ -30,7 +30,7 @@ from synco_fast.runtime.progress import ProgressBar
 __all__ = ["FAST_RATES", "PUBLISHED", "evaluate_linear", "evaluate_linear_fast", "sweep_heads"]
 
 PUBLISHED = ClassifierProtocol(epochs=100, batch=256, head_lr=30.0, drops=(0.6, 0.8))
-"""MoCo's (arXiv 1911.05722 section 4.1; facebookresearch/moco, main_lincls.py): a tenth at epochs 60 and 80."""
+"""MoCo's protocol (arXiv 1911.05722 section 4.1; facebookresearch/moco, main_lincls.py): lr / 10 at epochs 60, 80."""
 
 FAST_RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -47,7 +47,7 @@ def evaluate_linear(
     Args:
         path: A run folder, a checkpoint, or an imported file.
         options: Source, folder, device.
-        protocol: The protocol; its backbone's rate must be 0.
+        protocol: The protocol; its backbone rate must be 0.
         console: Where progress is shown.
 
     Raises:
@@ -85,15 +85,15 @@ def evaluate_linear_fast(
     rates: Sequence[float] = FAST_RATES,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Linear classifiers on features of central crops, extracted once; every learning rate in the same pass.
+    """Linear classifiers on features of central crops, extracted once; all learning rates in one pass.
 
-    It differs from the published protocol in that the classifier sees each image in one crop only. Where both were
-    evaluated, ``agreement`` says how far they lie apart.
+    It differs from the published protocol in one point: the classifier sees only one crop of each image. If both were
+    evaluated, ``agreement`` gives their difference.
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
         options: Source, folder, device.
-        protocol: Epochs, batch and schedule; its own rate is not used.
+        protocol: Epochs, batch and schedule; its learning rate is not used.
         rates: The learning rates.
         console: Where progress is shown.
 
@@ -103,7 +103,7 @@ def evaluate_linear_fast(
     options = options or EvalOptions()
     with join_job(options.device) as device:
         context = open_context(path, options, device)
-        before = fingerprint(context.backbone)
+        before = weights_sha256(context.backbone)
         train = cached_features(context, context.train, "training images", console).load()
         held_out = cached_features(context, context.held_out, "held-out images", console).load()
         with progress(console, "linear probes", protocol.epochs, unit="epoch") as bar:
@@ -147,7 +147,7 @@ def sweep_heads(
     protocol: ClassifierProtocol,
     bar: ProgressBar | None = None,
 ) -> Tensor:
-    """Train a linear classifier for each rate side by side: one gather and one product a step serve all of them.
+    """Train a linear classifier for each rate, all with one gather and one matrix product per step.
 
     Args:
         values: Features, (n, F).
@@ -159,7 +159,7 @@ def sweep_heads(
         bar: Advanced by an epoch at a time.
 
     Returns:
-        Predicted classes, (R, m) int64; a rate that diverged predicts class 0 throughout.
+        Predicted classes, (R, m) int64; a diverged classifier predicts class 0 everywhere.
     """
     generator = torch.Generator().manual_seed(protocol.seed)
     first = torch.randn(classes, values.shape[1], generator=generator).mul_(0.01).to(values)
@@ -189,7 +189,7 @@ def sweep_heads(
 
 
 def _agreement(context: EvalContext, other: str, top1: float) -> dict[str, float] | None:
-    """How far the other variant's figure for the same checkpoint and source lies from this one, or None."""
+    """The difference from the other variant's result for the same checkpoint and source, or None."""
     found = read_json(context.folder / f"{other}.json") if rank() == 0 else {}
     if (found.get("checkpoint"), found.get("source")) != (str(context.weights.file), context.source.spec):
         return None

@@ -1,1 +1,1 @@
-"""Weights in and out: backbones for everyone else's tools, and checkpoints from elsewhere."""
+"""Export of backbones to other tools, and import of published checkpoints."""

@@ -1,9 +1,12 @@
-"""The model card: what the weights are, how they came to be, what was measured."""
+"""The model card: architecture, training and results of exported weights."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from synco_fast.config import Config
 from synco_fast.export.load import Weights
@@ -16,7 +19,7 @@ __all__ = ["known_results", "write_card"]
 
 
 def known_results(run: Path | None) -> dict[str, str]:
-    """The figures that a run folder holds: its own kNN, and every evaluation below ``evaluation/``."""
+    """The results in a run folder: its own kNN, and every evaluation below ``evaluation/``."""
     if run is None:
         return {}
     found: dict[str, str] = {}
@@ -32,7 +35,7 @@ def known_results(run: Path | None) -> dict[str, str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A damaged file says nothing; the weights are worth a card without it."""
+    """A JSON file; a damaged one is ignored, since the card is useful without it."""
     try:
         return read_json(file)
     except UserError:
@@ -57,8 +60,8 @@ def write_card(
         format: The export's format.
         files: Written beside the card.
         usage: Lines of code that load the weights.
-        checks: What was measured while exporting.
-        licence: Of the weights, as their owner states it.
+        checks: Measurements made during the export.
+        licence: The licence of the weights, as their owner states it.
     """
     config = weights.config
     environment = {**describe_environment(), **_json(weights.run / "environment.json" if weights.run else Path())}
@@ -68,7 +71,7 @@ def write_card(
         + (f" with {config.model.backbone_args}" if config.model.backbone_args else "")
         + (", small stem" if config.model.small_stem else ""),
         "data": config.data.source if not weights.imported else "not recorded in the imported file",
-        "epochs": f"{weights.epochs:g}" if weights.epochs is not None else "not recorded",
+        "epochs": f"{weights.epochs:.3g}" if weights.epochs is not None else "not recorded",
     }
     if weights.imported:
         rows["imported from"] = ", ".join(f"{key} {value}" for key, value in weights.imported.items() if value)
@@ -85,6 +88,7 @@ def write_card(
     )
     results = known_results(weights.run)
     lines = [
+        *_front_matter(config, format, licence),
         f"# {config.model.backbone}, pretrained by {config.method.name}",
         "",
         f"The backbone without its projection head, for {format}: {', '.join(f'`{name}`' for name in files)}.",
@@ -114,15 +118,29 @@ def write_card(
     write_text(path, "\n".join(lines))
 
 
+def _front_matter(config: Config, format: str, licence: str | None) -> list[str]:
+    """The Hugging Face Hub's YAML block: library, task, tags, licence."""
+    fields: dict[str, Any] = {
+        "library_name": "timm" if format == "timm" else "synco-fast",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["self-supervised-learning", "contrastive-learning", config.method.name],
+    }
+    if licence is not None and re.fullmatch(r"[A-Za-z0-9.-]+", licence):
+        fields["license"] = licence.lower()
+    elif licence is not None:
+        fields |= {"license": "other", "license_name": licence}
+    return ["---", *yaml.safe_dump(fields, sort_keys=False).splitlines(), "---", ""]
+
+
 def _method(config: Config) -> str:
-    """Title and paper of the method, and of an extra that it had."""
+    """Title and paper of the method, and of its extra, if any."""
     spec, extra = METHODS[config.method.name], extra_of(config)
     parts = [(spec.title, spec.arxiv), *([(extra.title, extra.arxiv)] if extra else [])]
     return " with ".join(f"{title} ([arXiv {number}](https://arxiv.org/abs/{number}))" for title, number in parts)
 
 
 def _negatives(config: Config) -> dict[str, str]:
-    """What a method with a queue contrasts with."""
+    """The negatives of a method with a queue."""
     if config.method.name not in with_queue():
         return {}
     negatives = config.method.negatives()

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere, turned into ones of synco-fast."""
+"""Conversion of published checkpoints to synco-fast's."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = ["import_checkpoint"]
 
 
 def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | None = None) -> Weights:
-    """Write a published checkpoint as one of synco-fast, which every command that takes a checkpoint reads.
+    """Convert a published checkpoint to synco-fast's format, which every command accepts.
 
     Args:
         path: In the layout of the authors' checkpoints of MoCo, MoCHi and SynCo (``state_dict`` with
             ``module.encoder_q.*``), or a backbone alone under torchvision's or timm's names (``.pth``,
             ``.safetensors``), with or without a classifier.
         out: The file to write.
-        method: ``moco``, ``mochi`` or ``synco``: what pretrained it.
-        backbone: The architecture, by default what the file says.
+        method: The method that pretrained it: ``moco``, ``mochi`` or ``synco``.
+        backbone: The architecture; by default the one named in the file.
 
     Raises:
-        CheckpointError: It cannot be read, carries code, holds no encoder, or one of another architecture.
+        CheckpointError: The file cannot be read, carries code, has no encoder, or another architecture.
         ConfigError: The architecture is not named, or unknown here.
     """
     content = _read(path)
@@ -80,7 +80,7 @@ def _is_classifier(name: str) -> bool:
 
 
 def _values(state: dict[str, Tensor], backbone: str, method: str, name: str) -> dict[str, Any]:
-    """What the tensors say about the configuration; the rest keeps its defaults."""
+    """The configuration, as far as the tensors determine it; the rest has defaults."""
     queue = len(state["queue.rows"]) if "queue.rows" in state else 65536
     head = [value for key, value in state.items() if key.startswith("encoder.head.") and value.dim() == 2]
     model: dict[str, Any] = {"backbone": backbone, "batch_norm_groups": 1}

@@ -1,4 +1,4 @@
-"""What the same tensor is called elsewhere: the authors' checkpoints, and detectron2's ResNets."""
+"""Tensor names of other layouts: the authors' checkpoints, and detectron2's ResNets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _PREFIX = re.compile(r"(?:module\.)?(encoder_q|encoder_k)\.(.+)")
 
 
 def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names to those of facebookresearch/moco's checkpoints, which MoCHi and SynCo share.
+    """Rename our tensors as in facebookresearch/moco's checkpoints, which MoCHi and SynCo share.
 
     The backbone lies right below ``module.encoder_q.``, the projection head at ``module.encoder_q.fc.``; the queue is
-    (D, K) with a pointer of one element. Which image a key was made from has no place there and is omitted.
+    (D, K) with a pointer of one element. The image ids of the keys have no place there and are omitted.
     """
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -37,16 +37,16 @@ def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_moco(state: Any) -> bool:
-    """Whether a checkpoint's content is laid out like the authors'."""
+    """Whether a checkpoint has the authors' layout."""
     inside = state.get("state_dict") if isinstance(state, dict) else None
     return isinstance(inside, dict) and any(_PREFIX.fullmatch(str(name)) for name in inside)
 
 
 def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """The inverse of `to_moco`; names without ``module.`` are taken as well, and so is MoCo v1's linear head.
+    """The inverse of `to_moco`; it also accepts names without ``module.`` and MoCo v1's linear head.
 
     Raises:
-        CheckpointError: There are names that the layout does not have.
+        CheckpointError: A name is not in the layout.
     """
     renamed: dict[str, Tensor] = {}
     unknown = []
@@ -71,9 +71,9 @@ def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
 
 
 def to_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet's names in torchvision to those of detectron2: ``layer1.0.bn2.bias`` is ``res2.0.conv2.norm.bias``.
+    """Rename a torchvision ResNet's tensors as in detectron2: ``layer1.0.bn2.bias`` is ``res2.0.conv2.norm.bias``.
 
-    The counter of seen batches has no place there and is omitted.
+    ``num_batches_tracked`` has no place there and is omitted.
     """
     return {_detectron2_name(name): value for name, value in backbone.items() if "num_batches_tracked" not in name}
 

@@ -1,4 +1,4 @@
-"""From a file on disk to weights and to a backbone, without running code."""
+"""Loading weights and backbones from files, without running code."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _BACKBONE = "encoder.backbone."
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds of a method: at least the query encoder's backbone.
+    """The weights in a file: at least the query encoder's backbone.
 
     Attributes:
-        config: What it was trained with; of imported weights, what is known.
+        config: The training configuration; for imported weights, what is known of it.
         state: Tensors by our names (``encoder.backbone.*``, ``encoder.head.*``, ``key_encoder.*``, ``queue.*``).
-        file: Where they were read.
-        run: The run folder that they lie in, if any.
+        file: The file they were read from.
+        run: The run folder of the file, if any.
         step: Training steps done, if known.
         epochs: Epochs done, if known.
-        imported: Where imported weights came from; empty for our own.
+        imported: Origin of imported weights; empty for our own.
     """
 
     config: Config
@@ -46,11 +46,11 @@ class Weights:
 
     @property
     def backbone(self) -> dict[str, Tensor]:
-        """The query encoder's backbone, by its own names."""
+        """The query encoder's backbone, by the backbone's own names."""
         return {name.removeprefix(_BACKBONE): value for name, value in self.state.items() if name.startswith(_BACKBONE)}
 
     def description(self) -> dict[str, Any]:
-        """What an exported file says of itself, for JSON; read back by `read_weights`."""
+        """The description in an exported file, as JSON; `read_weights` reads it back."""
         return {
             "config": self.config.model_dump(mode="json"),
             "step": self.step,
@@ -64,11 +64,11 @@ def load_backbone(path: str | Path) -> nn.Module:
 
     Args:
         path: A run folder, one of its checkpoints, an imported or exported file (``.pt``, ``.safetensors``, or the
-            layout of the authors' checkpoints).
+            layout of the authors' checkpoints), or the folder of an export to safetensors or timm.
 
     Raises:
-        CheckpointError: There is no such file, it carries code, it holds no encoder, or one of another architecture.
-        ConfigError: The backbone that it names is unknown here.
+        CheckpointError: The file is missing, carries code, has no encoder, or another architecture.
+        ConfigError: Its backbone is unknown.
     """
     return backbone_of(read_weights(Path(path)))
 
@@ -85,9 +85,12 @@ def read_weights(path: Path) -> Weights:
     """Read whatever `load_backbone` takes.
 
     Raises:
-        CheckpointError: There is nothing to read, it carries code, or it holds no encoder.
+        CheckpointError: The file is missing, carries code, or has no encoder.
     """
     if path.is_dir():
+        for name in ("backbone.safetensors", "model.safetensors"):
+            if (path / name).is_file():
+                return _from_safetensors(path / name)
         state, file, _ = find_checkpoint(path)
         return _own(state, file)
     if path.suffix == ".safetensors":
@@ -148,7 +151,7 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 
 def _described(described: dict[str, Any], state: dict[str, Tensor], path: Path) -> Weights:
-    """Weights with the description that our own exports carry."""
+    """Weights from a file that carries the description of our exports."""
     try:
         config = build_config(described["config"])
     except (KeyError, TypeError, ConfigError) as error:

@@ -1,4 +1,4 @@
-"""``export``: a backbone in the form that another tool loads, with a model card beside it."""
+"""``export``: a backbone in another tool's format, with a model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Exported", "export_checkpoint"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the format, the folder, its files by name, and what a check measured, if there was one."""
+    """What was written: format, folder, names of files, and measurements of the check, if any."""
 
     format: str
     folder: Path
@@ -31,10 +31,10 @@ def export_checkpoint(path: Path, format: str, out: Path | None = None, *, licen
         path: Whatever `synco_fast.export.load.read_weights` takes.
         format: A name of `FORMATS`.
         out: The folder; ``export/FORMAT`` in the run folder by default, or ``export-FORMAT`` in the working folder.
-        licence: What the card states.
+        licence: The licence stated in the card.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read, or its backbone has no place in that format.
+        CheckpointError: The checkpoint cannot be read, or the format does not support its backbone.
         ConfigError: The format is unknown, or a package that it needs is missing.
     """
     if format not in FORMATS:

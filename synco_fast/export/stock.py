@@ -1,4 +1,4 @@
-"""The models that torchvision and timm have under a backbone's name, and what exports to them share."""
+"""The torchvision or timm model of a backbone's name, shared by the exports to both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SMALL_STEM = (
     "model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)\n"
     "model.maxpool = torch.nn.Identity()\n"
 )
-"""Lines that give a library's ResNet the small stem."""
+"""Code that gives a library's ResNet the small stem."""
 
 
 def in_torchvision(name: str) -> bool:
@@ -26,10 +26,10 @@ def in_torchvision(name: str) -> bool:
 
 
 def stock_name(weights: Weights, library: str) -> str:
-    """The model of ``library`` that takes these weights by name and shape.
+    """The model of ``library`` whose tensors have the names and shapes of these weights.
 
     Raises:
-        CheckpointError: It has none of that name, or one of other names or shapes.
+        CheckpointError: There is no such model, or its names or shapes differ.
     """
     model = weights.config.model
     bare = model.backbone.rpartition("/")[2]
@@ -53,5 +53,5 @@ def stock_name(weights: Weights, library: str) -> str:
 
 
 def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous copies: channels-last strides would be stored with the tensors."""
+    """Contiguous copies; otherwise channels-last strides would be stored with the tensors."""
     return {name: value.contiguous() for name, value in state.items()}

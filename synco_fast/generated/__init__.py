@@ -1,6 +1,6 @@
-"""Pairs of generated images as further positives, after Wu et al. (arXiv 2202.06464): a wing that registers itself.
+"""Pairs of generated images as further positives, after Wu et al. (arXiv 2202.06464); registers itself as an extra.
 
-Nothing outside of this package imports it by name but its command: `synco_fast.methods.extra_of` imports it where the
+Only its command imports this package by name: `synco_fast.methods.extra_of` imports it where the
 section ``generated`` of the configuration is on.
 """
 

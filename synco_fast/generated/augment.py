@@ -1,7 +1,7 @@
-"""Augmentation on the device that lets gradients through: for a discriminator's images, and for generated views.
+"""Differentiable augmentation on the device, for the discriminator's images and for generated views.
 
-Draws are made first, apart from the images: the same draws can be applied to several batches, which is how a pair of
-generated images gets one augmentation.
+Random numbers are drawn first, apart from the images, so that several batches can share them. That is how both images
+of a generated pair get the same augmentation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from synco_fast.data.augment.recipe import Recipe
 
 __all__ = ["DiscriminatorDraws", "ViewDraws", "augment_for_discriminator", "draw_discriminator", "draw_views", "view"]
 
-#: ITU-R 601, as Pillow's grayscale has it.
+#: ITU-R 601, as in Pillow's grayscale.
 _LUMA = (0.299, 0.587, 0.114)
-#: The YIQ colour space, in which a turn of the colour circle is a rotation of the last two axes.
+#: The YIQ colour space, where a hue shift is a rotation of the last two axes.
 _YIQ = ((0.299, 0.587, 0.114), (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135))
 
 
@@ -36,7 +36,7 @@ class _Colours(NamedTuple):
 
 @cache
 def _colours(device: torch.device) -> _Colours:
-    """Made once a device: copies to a GPU and an inverse there would make every step wait."""
+    """Cached per device: a copy to a GPU and an inverse there would make every step wait."""
     luma, to_yiq = torch.tensor(_LUMA).view(1, 3, 1, 1), torch.tensor(_YIQ)
     return _Colours(*(part.to(device) for part in (luma, to_yiq, torch.linalg.inv(to_yiq))))
 
@@ -59,7 +59,7 @@ def draw_discriminator(count: int, size: int, device: torch.device) -> Discrimin
     Args:
         count: Images.
         size: Their side in pixels; images move by up to an eighth of it, and a square of half of it is cut out.
-        device: Where.
+        device: Where the draws are made.
     """
 
     def whole(low: int, high: int) -> Tensor:
@@ -81,8 +81,8 @@ def augment_for_discriminator(images: Tensor, draws: DiscriminatorDraws) -> Tens
     """Apply draws to images (B, 3, H, H) in [0, 1]; the result may leave that range, as in DiffAugment."""
     size, device = images.shape[-1], images.device
     images = images + _each(draws.brightness)
-    grey = images.mean(dim=1, keepdim=True)
-    images = grey + (images - grey) * _each(draws.saturation)
+    gray = images.mean(dim=1, keepdim=True)
+    images = gray + (images - gray) * _each(draws.saturation)
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
     images = mean + (images - mean) * _each(draws.contrast)
     reach = round(size / 8)
@@ -100,13 +100,13 @@ def augment_for_discriminator(images: Tensor, draws: DiscriminatorDraws) -> Tens
 
 
 class ViewDraws(NamedTuple):
-    """How each of B views is made.
+    """The parameters of B views.
 
     Attributes:
         crop: Affine map from the view's coordinates to the image's, with the flip in it, (B, 2, 3).
         brightness, contrast, saturation: Factors, (B,); 1 where the jitter is off.
         hue: Turn of the colour circle in radians, (B,).
-        grey: 1 where the view loses its colour, else 0, (B,).
+        grayscale: 1 for a grayscale view, else 0, (B,).
         sigma: Of the blur in pixels, (B,); near 0 where it is off.
         solarize: 1 where bright pixels are inverted, else 0, (B,).
     """
@@ -116,7 +116,7 @@ class ViewDraws(NamedTuple):
     contrast: Tensor
     saturation: Tensor
     hue: Tensor
-    grey: Tensor
+    grayscale: Tensor
     sigma: Tensor
     solarize: Tensor
 
@@ -124,12 +124,12 @@ class ViewDraws(NamedTuple):
 def draw_views(count: int, recipe: Recipe, device: torch.device) -> ViewDraws:
     """Draws of the contrastive recipe from the global generator, all on the device.
 
-    A crop that would not fit is shrunk to the image's side, where torchvision draws again.
+    A crop that does not fit is shrunk to the image's side; torchvision draws again.
 
     Args:
         count: B.
-        recipe: The same as that of the real images' views.
-        device: Where.
+        recipe: The recipe of the real images' views.
+        device: Where the draws are made.
     """
     uniform = torch.rand(14, count, device=device)
 
@@ -162,7 +162,7 @@ def draw_views(count: int, recipe: Recipe, device: torch.device) -> ViewDraws:
 
 
 def view(images: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
-    """Views (B, 3, size, size) of images (B, 3, H, H), both in [0, 1]; differentiable in the images.
+    """Views (B, 3, size, size) of images (B, 3, H, H), both in [0, 1]; differentiable with respect to the images.
 
     The recipe's operations in its order, with bilinear sampling, the parts of the colour jitter in one fixed order,
     and hue as a rotation in YIQ, where torchvision goes through HSV.
@@ -183,14 +183,14 @@ def _jitter(out: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
     out = (out * _each(draws.brightness)).clamp(0, 1)
     mean = (out * luma).sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
     out = (mean + (out - mean) * _each(draws.contrast)).clamp(0, 1)
-    grey = (out * luma).sum(dim=1, keepdim=True)
-    out = (grey + (out - grey) * _each(draws.saturation)).clamp(0, 1)
+    gray = (out * luma).sum(dim=1, keepdim=True)
+    out = (gray + (out - gray) * _each(draws.saturation)).clamp(0, 1)
     return torch.einsum("bij,bjhw->bihw", _hue_turn(draws.hue), out).clamp(0, 1) if recipe.hue else out
 
 
 def _grayscale(out: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
-    grey = (out * _colours(out.device).luma).sum(dim=1, keepdim=True)
-    return out + _each(draws.grey) * (grey - out)
+    gray = (out * _colours(out.device).luma).sum(dim=1, keepdim=True)
+    return out + _each(draws.grayscale) * (gray - out)
 
 
 def _solarize(out: Tensor, draws: ViewDraws, recipe: Recipe) -> Tensor:
@@ -211,7 +211,7 @@ def _hue_turn(angle: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
-    """A Gaussian of each image's own width, one axis after the other."""
+    """A Gaussian blur with a sigma per image, one axis after the other."""
     count, channels = images.shape[:2]
     reach = max(1, min(math.ceil(3 * largest), images.shape[-1] - 1))
     offsets = torch.arange(-reach, reach + 1, device=images.device)
@@ -223,7 +223,7 @@ def _blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     return flat.view_as(images)
 
 
-#: By operation, what carries it out; the flip is in the crop's affine map.
+#: The function of each operation; the flip is part of the crop's affine map.
 APPLY: dict[str, Callable[[Tensor, ViewDraws, Recipe], Tensor]] = {
     "crop": _crop_and_flip,
     "jitter": _jitter,

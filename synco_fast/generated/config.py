@@ -1,4 +1,4 @@
-"""The configuration of stage one, the training of a generator, and what stage two asks of a configuration."""
+"""Configuration of stage one (generator training), and the checks of stage two."""
 
 from __future__ import annotations
 
@@ -12,49 +12,55 @@ from synco_fast.explain import explain_error
 from synco_fast.generated.generator import check_size
 from synco_fast.methods import with_queue
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.migrations import migrate_generator_config
 from synco_fast.runtime.names import Device
 
 __all__ = ["GeneratorConfig", "build_generator_config", "check_pairs"]
 
 
 class GeneratorConfig(Section):
-    """Everything that decides a run of ``pretrain-generator``."""
+    """The configuration of ``pretrain-generator``."""
 
-    source: str = Field("demo", description="A folder, idx:FOLDER, or demo")
-    share: float = Field(1.0, gt=0, le=1, description="Fraction of the training images that is used")
-    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one a core, 0: none")
-    max_broken: Fraction = Field(0.01, description="Fraction of corrupt images above which nothing begins")
-    seed: int = Field(0, ge=0, lt=1 << 31, description="Decides weights, order and latent vectors")
+    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, idx:FOLDER, or demo")
+    fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
+    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
+    max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run does not start")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="Seed of weights, order and latent vectors")
     size: int = Field(32, ge=32, le=64, description="Side of the images in pixels, 32 or 64")
     latent: int = Field(128, ge=1, le=65_536, description="Length of a latent vector")
     width: int = Field(32, ge=1, le=4096, description="Channels at full size")
-    steps: int = Field(20_000, ge=1, lt=1 << 31, description="Length of the run")
-    batch: int = Field(64, ge=2, le=1 << 20, description="Real images a step, and as many generated ones")
-    lr: float = Field(1e-3, gt=0, le=1e6, description="Learning rate of generator and discriminator, by Adam")
-    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Of that Adam")
+    steps: int = Field(20_000, ge=1, lt=1 << 31, description="Length of the run in steps")
+    batch: int = Field(64, ge=2, le=1 << 20, description="Real images per step, and as many generated ones")
+    lr: float = Field(1e-3, gt=0, le=1e6, description="Learning rate of generator and discriminator (Adam)")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Betas of that Adam")
     r1: float = Field(0.1, ge=0, le=1e6, description="Weight of the R1 gradient penalty")
     r1_every: int = Field(16, ge=1, le=1 << 31, description="Steps between two gradient penalties")
-    augment: bool = Field(True, description="DiffAugment's colour, translation and cutout before the discriminator")
-    average: Fraction = Field(0.999, description="EMA momentum of the generator that is kept")
+    augment: bool = Field(True, description="DiffAugment (colour, translation, cutout) before the discriminator")
+    average: Fraction = Field(0.999, description="EMA momentum of the generator's moving average")
     collapse: float = Field(
         0.2, ge=0, le=100, description="Warn of mode collapse below this fraction of the real images' diversity"
     )
-    quality_every: int = Field(2000, ge=0, lt=1 << 31, description="Steps between KIDs; 0: none")
-    quality_images: int = Field(1000, ge=4, lt=1 << 31, description="Images of each kind that KID compares")
-    encoder: str | None = Field(None, description="Checkpoint whose features KID takes; null: a random network's")
-    device: Device = Field("auto", description="auto: a GPU where there is one")
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the device computes in it at speed, else fp32"
+    kid_every: int = Field(2000, ge=0, lt=1 << 31, description="Steps between KID measurements; 0: never")
+    kid_images: int = Field(1000, ge=4, lt=1 << 31, description="Real and generated images, each, that KID compares")
+    encoder: str | None = Field(
+        None, description="Checkpoint whose backbone gives KID's features; null: a random network"
     )
-    channels_last: bool = Field(True, description="Memory layout of convolutions")
-    max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after so many minutes, with a checkpoint")
+    device: Device = Field("auto", description="auto: a GPU if there is one")
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
+        "auto", description="Number format; auto: bf16 where the device is fast in it, else fp32"
+    )
+    channels_last: bool = Field(True, description="Channels-last memory layout")
+    max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after this many minutes, with a checkpoint")
     max_skipped: int = Field(
-        16, ge=0, le=1_000_000, description="Abort after more consecutive steps with non-finite gradients than this"
+        16,
+        ge=0,
+        le=1_000_000,
+        description="Abort after more than this many consecutive steps with non-finite gradients",
     )
     log_every: int = Field(50, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
     sample_every: int = Field(1000, ge=1, lt=1 << 31, description="Steps between sheets of samples")
     checkpoint_every: int = Field(1000, ge=1, lt=1 << 31, description="Steps between checkpoints")
-    keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints that are kept")
+    keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints to keep")
 
     @model_validator(mode="after")
     def _fits(self) -> GeneratorConfig:
@@ -70,16 +76,16 @@ def build_generator_config(values: dict[str, Any]) -> GeneratorConfig:
     """A configuration from its keys.
 
     Raises:
-        ConfigError: An unknown key (with the nearest one), or a value that is not allowed.
+        ConfigError: An unknown key (with the nearest one), or a value outside its range.
     """
     try:
-        return GeneratorConfig.model_validate(values)
+        return GeneratorConfig.model_validate(migrate_generator_config(values))
     except ValidationError as error:
         raise ConfigError(explain_error(error, GeneratorConfig)) from error
 
 
 def check_pairs(config: Config) -> None:
-    """Raise where pairs of generated images cannot be had beside the rest of a configuration.
+    """Raise if pairs of generated images do not work with the rest of a configuration.
 
     Raises:
         ConfigError: As its line says.

@@ -1,4 +1,4 @@
-"""The discriminator, the losses of the two-player game, and the penalty on its gradient."""
+"""The discriminator, the adversarial losses, and the R1 gradient penalty."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Discriminator", "discriminator_loss", "generator_loss", "gradient_pe
 
 
 class Discriminator(nn.Module):
-    """Images to one logit each, above 0 for real ones: the generator's mirror image (arXiv 1801.04406).
+    """Images to logits, above 0 for real images; mirrors the generator (arXiv 1801.04406).
 
     Args:
-        size: Side of the images, 32 or 64.
+        size: Image size, 32 or 64.
         width: Channels at full size.
 
     Raises:
-        ConfigError: Another size.
+        ConfigError: Any other size.
     """
 
     def __init__(self, size: int = 32, *, width: int = 32) -> None:
@@ -59,7 +59,7 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """R1 without its weight: E |grad_x D(x)|^2 / 2 over real images (arXiv 1801.04406 eq. 9).
 
     Args:
-        logits: D(images), (n,), with the graph that led to them.
+        logits: D(images), (n,), with their autograd graph.
         images: (n, 3, H, W), a leaf that requires a gradient.
     """
     (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)

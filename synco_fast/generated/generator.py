@@ -1,4 +1,4 @@
-"""An unconditional generator of images of 32 or 64 pixels a side."""
+"""An unconditional generator of images of 32 x 32 or 64 x 64 pixels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _MOST_CHANNELS = 512
 
 
 def check_size(size: int, name: str) -> None:
-    """Raise where no generator of this size is to be had.
+    """Raise unless there is a generator for this image size.
 
     Raises:
-        ConfigError: ``size`` is not in `SIZES`; the message calls it ``name``.
+        ConfigError: ``size`` is not in `SIZES`; ``name`` is its name in the message.
     """
     if size not in SIZES:
-        raise ConfigError(f"{name}: found {size}, expected {' or '.join(map(str, SIZES))} where images are generated")
+        raise ConfigError(f"{name}: found {size}, expected {' or '.join(map(str, SIZES))} for generated images")
 
 
 def stage_channels(size: int, width: int) -> list[int]:
@@ -44,12 +44,12 @@ class Generator(nn.Module):
     """Latent vectors to images: residual blocks with nearest-neighbour upsampling between (arXiv 1801.04406).
 
     Args:
-        size: Side of the images, 32 or 64.
+        size: Image size, 32 or 64.
         latent: Length of a latent vector.
         width: Channels at full size.
 
     Raises:
-        ConfigError: Another size.
+        ConfigError: Any other size.
     """
 
     def __init__(self, size: int = 32, *, latent: int = 128, width: int = 32) -> None:
@@ -64,7 +64,7 @@ class Generator(nn.Module):
         self.leave = nn.Conv2d(channels[-1], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, latent), brought to length sqrt(latent), to images (B, 3, size, size) in [0, 1]."""
+        """Latents (B, latent), scaled to length sqrt(latent), to images (B, 3, size, size) in [0, 1]."""
         scaled = normalize(latents, dim=1) * math.sqrt(self.latent)
         features = self.enter(scaled).view(len(latents), -1, _FIRST, _FIRST)
         for number, block in enumerate(self.blocks):
@@ -75,12 +75,12 @@ class Generator(nn.Module):
 
 
 def average_momentum(step: int, momentum: float) -> float:
-    """The momentum of the moving average of a generator's weights, small at first: min(momentum, (1 + s) / (10 + s)).
+    """Momentum of a generator's moving average, smaller at the start: min(momentum, (1 + s) / (10 + s)).
 
-    So that the average of a short run does not hold the random weights it began with.
+    So the average of a short run is not dominated by the initial random weights.
 
     Args:
-        step: Steps that are done.
+        step: Completed steps.
         momentum: Its limit, in [0, 1].
     """
     return min(momentum, (1 + step) / (10 + step))

@@ -1,4 +1,4 @@
-"""KID: kernel inception distance between real and generated images, on the features of a stated network."""
+"""KID, the kernel inception distance of real and generated images, on the features of a named network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SUBSETS = 10
 
 
 class Features(NamedTuple):
-    """What gives the features: a backbone, the recipe of its input, and its name in words."""
+    """The feature network: a backbone, the recipe of its input, and its name in words."""
 
     backbone: nn.Module
     recipe: Recipe
@@ -31,7 +31,7 @@ class Features(NamedTuple):
 
 
 class _Embed(nn.Module):
-    """Images in [0, 255] to features (n, F) of length sqrt(F), so that the kernel's scale is the same everywhere."""
+    """Images in [0, 255] to features (n, F) of length sqrt(F): the kernel then has one scale for all networks."""
 
     def __init__(self, backbone: nn.Module, recipe: Recipe) -> None:
         super().__init__()
@@ -48,16 +48,16 @@ class _Embed(nn.Module):
 
 
 class KID:
-    """KID (arXiv 1801.01401) between real and generated images, by torchmetrics; lower is better, 0 the best.
+    """KID (arXiv 1801.01401) of real and generated images, by torchmetrics; lower is better, 0 is best.
 
     Args:
-        features: Of an encoder of one's own; by default of a ResNet-18 with fixed random weights: such values compare
-            runs with one another, not with anything published.
+        features: A feature network; by default a ResNet-18 with fixed random weights, whose values compare only with
+            one another, not with published ones.
         size: Side of the images.
-        device: Where.
+        device: Where it computes.
 
     Attributes:
-        network: Which network, in words, for the figure's label.
+        network: The name of the network, for labels.
 
     Raises:
         ConfigError: torchmetrics is not installed.
@@ -65,9 +65,7 @@ class KID:
 
     def __init__(self, features: Features | None, size: int, device: torch.device) -> None:
         if importlib.util.find_spec("torchmetrics") is None:
-            raise ConfigError(
-                "quality_every: found no torchmetrics, expected 0, or pip install 'synco-fast[generator]'"
-            )
+            raise ConfigError("kid_every: found no torchmetrics, expected 0, or pip install 'synco-fast[generator]'")
         if features is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
@@ -81,7 +79,7 @@ class KID:
     def measure(self, real: Iterable[Tensor], generated: Iterable[Tensor], images: int) -> float:
         """KID over ``images`` of each kind, given in batches: real ones uint8, generated ones in [0, 1].
 
-        The generated images count as they would be saved, in eight bits.
+        Generated images are rounded to eight bits, as when saved.
         """
         from torchmetrics.image.kid import KernelInceptionDistance
 

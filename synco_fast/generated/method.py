@@ -1,6 +1,6 @@
 """Pairs of generated images as hard positives beside the real ones, after Wu et al. (arXiv 2202.06464).
 
-Built without the paper's equations: the form here is this project's reading, described in ``docs/methods.md``.
+Built without the paper's equations; ``docs/methods.md`` describes this project's reading.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.nn.functional import normalize
 from synco_fast.config import Config
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.splits import Split
+from synco_fast.generated.adversarial_update import AdversarialUpdate, Clock, GeneratedBatch
 from synco_fast.generated.augment import draw_views, view
 from synco_fast.generated.discriminator import Discriminator
-from synco_fast.generated.game import AdversarialUpdate, Clock, GeneratedBatch
 from synco_fast.generated.generator import Generator
 from synco_fast.generated.plots import draw_pair_curves, draw_samples
 from synco_fast.generated.real_images import ResidentImages
@@ -35,16 +35,16 @@ from synco_fast.training.metrics import read_metrics
 
 __all__ = ["GENERATED", "Generated", "build", "load_stage_one"]
 
-#: The image id of a generated key in the queue: no image's, and not that of a random row either.
+#: The image id of a generated key in the queue; distinct from every image and from random rows (-1).
 GENERATED = -2
-#: How far the second generator starts off the first, as a share of each tensor's standard deviation.
+#: Noise on the second generator at the start, relative to each tensor's standard deviation.
 _NOISE = 0.02
 _SHEET_PAIRS = 32
 _SHEET_SEED = 1 << 40
 
 
 def build(config: Config, processes: int) -> Generated:
-    """The method of a configuration with pairs of generated images, on the CPU."""
+    """Build the method of a configuration with pairs of generated images, on the CPU."""
     encoder = build_encoder(config, processes=processes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -54,16 +54,15 @@ def build(config: Config, processes: int) -> Generated:
 class Generated(MomentumContrast):
     """Momentum contrast on real images and on pairs of images from two generators that share a latent vector.
 
-    The encoder minimises L(real) + w_syn L(generated). Of each generated pair four views are made, two queries and two
-    keys, one from either image; the loss on generated pairs is the mean over both queries against both keys. A key of
-    each pair enters the queue beside the real ones, or being generated would tell positives from negatives. Unless the
-    pair is frozen, the generators and a discriminator learn in `extra_step`.
+    The encoder minimises L(real) + w_syn L(generated). Each generated pair gives four views, a query and a key of each
+    image; the loss on generated pairs is the mean over both queries against both keys. One key of each pair enters the
+    queue too; otherwise generated positives could be recognised as generated. Unless the pair is frozen, the generators
+    and a discriminator are trained in `extra_step`.
 
     Args:
         encoder: The query encoder.
-        settings: Of the contrast.
-        config: Its section ``generated``, the recipe of the views, of real and generated images alike, the batch, and
-            the seed.
+        settings: Settings of the contrastive loss.
+        config: Section ``generated``, the recipe of real and generated views, the batch, and the seed.
     """
 
     rates: Sequence[str] = ("optimizer.lr", "generated.lr")
@@ -87,13 +86,13 @@ class Generated(MomentumContrast):
 
     @property
     def learns(self) -> bool:
-        """Whether generators and discriminator learn."""
+        """Whether generators and discriminator are trained."""
         return self.pair.pair == "joint"
 
     # -- the run around the steps -------------------------------------------------------------------------------
 
     def prepare(self, run: RunInfo) -> None:
-        """Make the optimizers of generators and discriminator.
+        """Create the optimizers of generators and discriminator.
 
         Raises:
             ConfigError: There are several processes.
@@ -102,13 +101,13 @@ class Generated(MomentumContrast):
             raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
         self.device = run.device
         self.clock = Clock(run.device)
-        self.game = AdversarialUpdate(self.pair, self.generators, self.discriminator, run, self.clock)
+        self.adversarial_update = AdversarialUpdate(self.pair, self.generators, self.discriminator, run, self.clock)
 
     def begin_run(self, split: Split, workers: int | None, *, fresh: bool) -> list[str]:
-        """Load stage one into a run that begins, and read the real images.
+        """Load stage one into a new run, and read the real images.
 
         Raises:
-            ConfigError, CheckpointError: There is no stage one, or it is of another size or architecture.
+            ConfigError, CheckpointError: There is no stage one, or its size or architecture differs.
             DataError: No image can be read.
         """
         notes = [load_stage_one(self)] if fresh else []
@@ -117,18 +116,18 @@ class Generated(MomentumContrast):
         return notes
 
     def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
-        """Add ``generators_time``, the generators' share of a step's time; a warning where the pairs have collapsed."""
+        """Add ``generators_time``, the generators' share of a step's time; warn of mode collapse."""
         further, warnings = super().figures(values, step)
         spent, steps, self._steps = self.clock.pop(), self._steps, 0
         if steps and "images_per_second" in values:
             further["generators_time"] = min(1.0, spent / steps * values["images_per_second"] / self.batch)
         found = values.get("generator/diversity")
-        warning = None if found is None else self.game.collapse.look(found, step)
+        warning = None if found is None else self.adversarial_update.collapse.look(found, step)
         return further, [*warnings, *([warning] if warning else [])]
 
     @torch.no_grad()
     def artifacts(self, folder: Path, step: int, *, closing: bool = False) -> None:
-        """``generated-STEP.png``, pairs from the same latent vectors each time; at the end ``generated.png``."""
+        """Draw ``generated-STEP.png``, pairs of fixed latent vectors, and at the end ``generated.png``."""
         if closing:
             title = f"generated pairs, {self.pair.pair}, seed {self.settings.seed}"
             draw_pair_curves(read_metrics(folder.parent), folder / "generated.png", title=title, floor=self.pair.floor)
@@ -139,11 +138,11 @@ class Generated(MomentumContrast):
 
     def extra_state(self) -> dict[str, Any]:
         """The optimizers of generators and discriminator."""
-        return self.game.state_dict()
+        return self.adversarial_update.state_dict()
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
-        self.game.load_state_dict(state)
+        """Load from a checkpoint."""
+        self.adversarial_update.load_state_dict(state)
 
     # -- the encoder's step -------------------------------------------------------------------------------------
 
@@ -151,13 +150,13 @@ class Generated(MomentumContrast):
     def begin_step(
         self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
     ) -> None:
-        """Beside the real keys, make the pairs, two query views of each, and the keys of the other two."""
+        """Compute the real keys; generate the pairs, their query views, and their keys."""
         super().begin_step(inputs, encode, momentum=momentum, micro_batches=micro_batches)
         with self.clock():
             images = self.generate(self.latents(inputs.image_ids.device))
             self._views = self._view(images)
             with phase("key forward"), _statistics_kept(self.key_encoder):
-                # Shuffled as real keys are, so that batch norm does not tell which key belongs to which query.
+                # ShuffleBN, as for real keys.
                 order = torch.randperm(2 * self.pair.batch, device=images.device)
                 shuffled = encode.key(self._view(images)[order]).float()
                 self._generated_keys = torch.empty_like(shuffled).index_copy_(0, order, normalize(shuffled, dim=1))
@@ -185,7 +184,7 @@ class Generated(MomentumContrast):
         return StepOutput(real.loss + self.pair.weight * generated, real.metrics | metrics)
 
     def after_step(self, step_ok: Tensor | None = None) -> None:
-        """Write the keys to the queue, one of each generated pair behind the real ones."""
+        """Enqueue the real keys, then one key of each generated pair."""
         super().after_step(step_ok)
         if self._generated_keys is not None:
             keys = self._generated_keys[: self.pair.batch]
@@ -196,14 +195,14 @@ class Generated(MomentumContrast):
     def extra_step(
         self, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int, step_ok: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The generators' and the discriminator's step, unless the pair is frozen."""
+        """Train the generators and the discriminator, unless the pair is frozen."""
         self._steps += 1
         if not self.learns:
             return step_ok, {}
         images = self.images
         assert images is not None
-        return self.game.step(
-            lambda: self.play(self.latents(self.device), inputs, encode, step=step, epoch=epoch),
+        return self.adversarial_update.step(
+            lambda: self.generator_batch(self.latents(self.device), inputs, encode, step=step, epoch=epoch),
             lambda: images.take(inputs.image_ids[: 2 * self.pair.batch]),
             int(step),
             step_ok,
@@ -216,12 +215,12 @@ class Generated(MomentumContrast):
         return torch.randn(self.pair.batch, self.pair.latent, device=device)
 
     def generate(self, latents: Tensor) -> Tensor:
-        """Both images of each pair, (2, n, 3, H, W) in [0, 1], from the latent vectors that they share, (n, latent)."""
+        """Both images of each pair, (2, n, 3, H, W) in [0, 1], from shared latent vectors, (n, latent)."""
         return torch.stack([generator(latents) for generator in self.generators])
 
     @torch.no_grad()
     def break_symmetry(self, seed: int) -> None:
-        """Move the second generator a little off the first, by noise of a fiftieth of each tensor's deviation.
+        """Set the second generator to the first plus noise of 2 % of each tensor's standard deviation.
 
         Identical generators receive identical gradients; noise breaks the symmetry.
         """
@@ -231,13 +230,13 @@ class Generated(MomentumContrast):
             noise = torch.randn(start.shape, generator=draws).to(start.device)
             parameter.copy_(start + _NOISE * start.std(correction=0) * noise)
 
-    def play(
+    def generator_batch(
         self, latents: Tensor, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int
     ) -> GeneratedBatch:
-        """Pairs and how hard they are, with the graph from the generators through augmentation and query encoder.
+        """Pairs and their hardness, with the autograd graph from generators through augmentation and query encoder.
 
-        The encoders compute in evaluation mode, so that no statistic of theirs moves; both images of a pair get the
-        same augmentation on either side, so that similarity is lowered by the generators alone.
+        The encoders run in evaluation mode, so that their statistics do not change. Both images of a pair get the same
+        augmentation, so that only the generators lower the similarity.
         """
         images = self.generate(latents)
         with _evaluating(self.encoder), _evaluating(self.key_encoder):
@@ -270,14 +269,14 @@ class Generated(MomentumContrast):
                 temperature=self.settings.temperature,
                 seed=self.settings.seed,
                 step=step,
-                first_row=rows,  # behind the real rows: draws of its own
+                first_row=rows,  # behind the real rows, so that the draws differ
                 backend=self.settings.backend,
             ).loss
 
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let batch norm normalise by the batch but keep its running statistics, which are the real images'."""
+    """Normalise by the batch without updating the running statistics, which belong to the real images."""
     norms = [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
     before = [norm.momentum for norm in norms]
     try:
@@ -300,16 +299,16 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def load_stage_one(method: Generated) -> str:
-    """Start both generators from the moving average of a run of stage one, and the discriminator from that run's.
+    """Load both generators from the moving average of a run of stage one, and its discriminator.
 
-    The second starts a little off the first; see `Generated.break_symmetry`.
+    Noise is added to the second generator; see `Generated.break_symmetry`.
 
     Returns:
-        A line that says from which.
+        A line for the log.
 
     Raises:
         ConfigError: No checkpoint is named, or its images have another size.
-        CheckpointError: It cannot be read, is none of stage one, or is of another architecture.
+        CheckpointError: It cannot be read, is not of stage one, or has another architecture.
     """
     checkpoint, size = method.pair.checkpoint, method.recipe.size
     if checkpoint is None:

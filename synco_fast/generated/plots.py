@@ -1,4 +1,4 @@
-"""The pictures of generators: sheets of samples, and the curves of stage one."""
+"""Plots of generators: sheets of samples, and curves of both stages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["draw_generator_curves", "draw_pair_curves", "draw_samples"]
 
 matplotlib.use("Agg")
 _SCALE = 2
-#: Points up to which a curve shows each of them.
+#: A curve marks each point up to this many.
 _FEW = 20
 _VERDICTS = (
-    "share that the discriminator tells rightly",
+    "discriminator accuracy",
     (("discriminator/real", "real"), ("discriminator/generated", "generated")),
 )
 
@@ -33,13 +33,13 @@ def draw_samples(images: Tensor, path: Path, *, columns: int = 8) -> None:
 
 
 def draw_generator_curves(lines: list[dict[str, Any]], path: Path, *, title: str, network: str | None) -> None:
-    """Losses, the discriminator's verdicts, diversity and quality over steps, as one PNG.
+    """Losses, discriminator accuracy, diversity and KID over steps, as one PNG.
 
     Args:
         lines: From `read_metrics`.
         path: Where the PNG goes.
-        title: Above the picture.
-        network: Whose features the quality is measured on, if it is.
+        title: The title.
+        network: KID's feature network; None if KID was not measured.
     """
     _draw_panels(
         lines,
@@ -47,19 +47,19 @@ def draw_generator_curves(lines: list[dict[str, Any]], path: Path, *, title: str
         title,
         ("losses", (("generator/loss", "generator"), ("discriminator/loss", "discriminator"))),
         _VERDICTS,
-        ("diversity, as a share of the real images'", (("generator/diversity", "diversity"),)),
+        ("diversity, relative to real images", (("generator/diversity", "diversity"),)),
         (f"KID on {network}" if network else "KID: not measured", (("generator/kid", "moving average"),)),
     )
 
 
 def draw_pair_curves(lines: list[dict[str, Any]], path: Path, *, title: str, floor: float) -> None:
-    """The game of stage two over steps: the pair's similarity, losses, w_hard, verdicts, diversity and cost.
+    """Stage two over steps: similarity of the pairs, losses, w_hard, discriminator accuracy, diversity and cost.
 
     Args:
         lines: From `read_metrics`.
         path: Where the PNG goes.
-        title: Above the picture.
-        floor: Of the pair's similarity.
+        title: The title.
+        floor: The floor of the similarity.
     """
     lines = [line | {"floor": floor} if "similarity/pair" in line else line for line in lines]
     _draw_panels(
@@ -67,21 +67,21 @@ def draw_pair_curves(lines: list[dict[str, Any]], path: Path, *, title: str, flo
         path,
         title,
         (
-            "similarity of a pair: it must fall, down to the floor",
+            "similarity of a pair (should fall to the floor)",
             (("similarity/pair", "mean"), ("similarity/pair_lowest", "lowest"), ("floor", "floor")),
         ),
         (
             "contrastive losses",
-            (("loss", "real"), ("generated/loss", "generated"), ("generator/contrastive", "generators' game")),
+            (("loss", "real"), ("generated/loss", "generated"), ("generator/contrastive", "generators")),
         ),
-        ("weight of the game", (("generator/hardness", "w_hard"),)),
-        ("losses of the players", (("generator/loss", "generators"), ("discriminator/loss", "discriminator"))),
+        ("weight w_hard", (("generator/hardness", "w_hard"),)),
+        ("adversarial losses", (("generator/loss", "generators"), ("discriminator/loss", "discriminator"))),
         _VERDICTS,
         (
             "shares",
             (
-                ("generators_time", "of a step's time"),
-                ("generator/diversity", "diversity, of the real images'"),
+                ("generators_time", "share of a step's time"),
+                ("generator/diversity", "diversity, relative to real images"),
                 ("similarity/below_floor", "pairs below the floor"),
             ),
         ),
@@ -91,7 +91,7 @@ def draw_pair_curves(lines: list[dict[str, Any]], path: Path, *, title: str, flo
 def _draw_panels(
     lines: list[dict[str, Any]], path: Path, title: str, *panels: tuple[str, tuple[tuple[str, str], ...]]
 ) -> None:
-    """Panels in two rows, each a heading and its curves by name and label."""
+    """Draw panels in two rows, each with a heading and curves by name and label."""
     columns = len(panels) // 2
     figure = Figure(figsize=(5.5 * columns, 7.2), layout="constrained")
     figure.suptitle(title, fontsize=13)

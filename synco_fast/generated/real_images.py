@@ -1,4 +1,4 @@
-"""A whole set of small images in memory, as the discriminator's real ones."""
+"""The discriminator's real images: a whole set of small images in memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class ResidentImages:
     """The central crops of a split, 3 * size * size bytes each.
 
     Args:
-        split: The images; labels are not looked at.
+        split: The images; labels are ignored.
         size: Side in pixels.
-        workers: Decoding processes, by default one a core.
-        device: Where batches are wanted. The set lies there as well, so that no step waits for the host, or in the
-            host's memory where it would take more than half of what the device has left.
+        workers: Decoding processes, by default one per core.
+        device: Where batches are returned. The set is kept there too, so that no step waits for the host, or in host
+            memory if it would take more than half of the device's free memory.
 
     Attributes:
-        broken: By number of an image that could not be read, why. Another one takes its place.
+        corrupt: Reason by number, for images that could not be read; another image replaces them.
 
     Raises:
         DataError: No image can be read.
@@ -35,14 +35,14 @@ class ResidentImages:
         self._device = device
         self._images = torch.empty(len(split), 3, size, size, dtype=torch.uint8)
         self._rows = torch.zeros(len(split), dtype=torch.int64)
-        self.broken: dict[int, str] = {}
+        self.corrupt: dict[int, str] = {}
         recipe = Recipe(size=size, evaluation_resize=size)
         filled = 0
-        for images, numbers, broken in evaluation_loader(split, recipe, workers=workers):
+        for images, numbers, corrupt in evaluation_loader(split, recipe, workers=workers):
             self._images[filled : filled + len(images)] = images
             self._rows[numbers] = torch.arange(filled, filled + len(images))
             filled += len(images)
-            self.broken |= broken
+            self.corrupt |= corrupt
         if not filled:
             raise DataError(f"data: found no readable image beside {split.name(0)}")
         if self._images.nbytes <= room_on(device):

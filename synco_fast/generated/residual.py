@@ -1,4 +1,4 @@
-"""The residual block that generator and discriminator are made of."""
+"""The residual block of generator and discriminator."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def activate(features: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """(shortcut(x) + f(x)) / sqrt(2), f of two 3 x 3 convolutions behind leaky ReLUs, without normalisation.
 
-    The order of Mescheder et al. (arXiv 1801.04406, appendix on architectures), so that no sample's output depends on
-    the others of its batch; weights after He et al. (arXiv 1502.01852) and the sum brought back to unit variance, as in
-    StyleGAN2's residual networks (arXiv 1912.04958, section 4.1), which let short runs learn.
+    The order is that of Mescheder et al. (arXiv 1801.04406, appendix on architectures); no output depends on other
+    samples of the batch. Weights follow He et al. (arXiv 1502.01852), and the sum is scaled to unit variance as in
+    StyleGAN2's residual networks (arXiv 1912.04958, section 4.1), which helps short runs.
 
     Args:
         into: Channels of the input.

@@ -1,4 +1,4 @@
-"""Stage one of generated pairs: a generator learns the unlabelled images against a discriminator."""
+"""Stage one of generated pairs: a generator is trained on the unlabelled images against a discriminator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import open_source
 from synco_fast.data.sources.splits import share_of
-from synco_fast.generated.adversary import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
+from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.config import GeneratorConfig
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.generated.generator import Generator, average_momentum
@@ -30,39 +30,39 @@ from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
-from synco_fast.training.task import Notes, Plan
+from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
 
 __all__ = ["GeneratorTraining"]
 
 _SHEET = 64
-#: Apart from the numbers of steps, which seed everything else.
+#: Outside the range of step numbers, which seed everything else.
 _SHEET_SEED, _KID_SEED = 1 << 40, 1 << 41
 
 
 class GeneratorTraining:
-    """Stage one as a task of the trainer, in one process.
+    """Stage one as a task of the `Trainer`, in one process.
 
-    A step depends on seed and step number alone, so that a stopped run resumes to the bit.
+    A step depends only on seed and step number, so a stopped run resumes bit for bit.
 
     Args:
         config: What to do.
-        features: What KID is measured on; a ResNet-18 with random weights by default.
+        features: KID's feature network; a ResNet-18 with random weights by default.
 
     Raises:
-        UserError: Anything in the configuration or the images that cannot work.
+        UserError: The configuration or the images do not work.
     """
 
     def __init__(self, config: GeneratorConfig, features: Features | None = None) -> None:
         self.config, self.control, self.note = config, HostGroup(DistEnv()), Notes()
         self.device = resolve_device(config.device)
         self.precision = Precision(config.precision, self.device, key="precision")
-        self.kid = KID(features, config.size, self.device) if config.quality_every else None
-        train = share_of(open_source(config.source).train, config.share)
+        self.kid = KID(features, config.size, self.device) if config.kid_every else None
+        train = share_of(open_source(config.source).train, config.fraction)
         if len(train) < config.batch:
             raise ConfigError(f"batch: found {config.batch}, expected up to {len(train)}, the number of images")
         self.images = ResidentImages(train, config.size, workers=config.workers, device=self.device)
-        CorruptImages(len(self.images), config.max_broken, self.note).replaced(self.images.broken)
+        CorruptImages(len(self.images), config.max_corrupt, self.note, key="max_corrupt").replaced(self.images.corrupt)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.generator = Generator(config.size, latent=config.latent, width=config.width).to(self.device)
@@ -70,7 +70,7 @@ class GeneratorTraining:
         for network in (self.generator, discriminator):
             memory_format(network, config.channels_last)
         self.average = make_ema_copy(self.generator)
-        self.adversary = DiscriminatorTrainer(
+        self.discriminator_trainer = DiscriminatorTrainer(
             discriminator,
             lr=config.lr,
             betas=config.betas,
@@ -80,12 +80,12 @@ class GeneratorTraining:
             device=self.device,
             autocast=self.precision.autocast,
         )
-        self.player = AdversarialOptimizer(
+        self.generator_optimizer = AdversarialOptimizer(
             self.generator.parameters(), lr=config.lr, betas=config.betas, device=self.device
         )
         self.means, self.skipped = RunningMeans(), SkippedSteps(self.device)
         self.collapse = CollapseMonitor(config.collapse, config.steps // 5)
-        self.plan = Plan(
+        self.settings = TrainerSettings(
             steps=config.steps,
             batch=config.batch,
             log_every=config.log_every,
@@ -106,7 +106,7 @@ class GeneratorTraining:
         """The next step at which a sheet, KID or a checkpoint is due."""
         return min(
             (step // every + 1) * every
-            for every in (self.config.sample_every, self.config.quality_every, self.config.checkpoint_every)
+            for every in (self.config.sample_every, self.config.kid_every, self.config.checkpoint_every)
             if every
         )
 
@@ -117,7 +117,7 @@ class GeneratorTraining:
             step += 1
 
     def _numbers(self, step: int) -> Tensor:
-        """Which images a step takes: epochs without repetition, each without a last batch that is not full."""
+        """The images of a step: epochs without repetition, dropping an incomplete last batch."""
         epoch, place = divmod(step, len(self.images) // self.config.batch)
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self.images), seed=self.config.seed, epoch=epoch)
@@ -129,9 +129,9 @@ class GeneratorTraining:
         torch.manual_seed(derive_seed(config.seed, step))
         with self.precision.autocast():
             generated = self.generator(torch.randn(config.batch, config.latent, device=self.device))
-        learned, metrics = self.adversary.learn(batch, generated, step)
-        loss = generator_loss(self.adversary.judge(generated))
-        step_ok = self.player.learn(loss) & learned
+        learned, metrics = self.discriminator_trainer.learn(batch, generated, step)
+        loss = generator_loss(self.discriminator_trainer.judge(generated))
+        step_ok = self.generator_optimizer.learn(loss) & learned
         ema_update(self.average, self.generator, average_momentum(step, config.average))
         metrics |= {"generator/loss": loss.detach(), "generator/diversity": diversity(generated, batch)}
         self.means.add(metrics, step_ok)
@@ -139,17 +139,17 @@ class GeneratorTraining:
 
     def finite(self) -> bool:
         """Whether every weight of both networks is finite."""
-        weights = [*self.generator.parameters(), *self.adversary.discriminator.parameters()]
+        weights = [*self.generator.parameters(), *self.discriminator_trainer.discriminator.parameters()]
         return all(bool(torch.isfinite(weight).all()) for weight in weights)
 
-    def fingerprint(self) -> int:
-        """There is one process."""
+    def replica_hash(self) -> int:
+        """0: there is one process."""
         return 0
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
     def title(self, step: int) -> str:
-        """What learns."""
+        """What is trained."""
         return "generator"
 
     def figures(self, step: int, speed: dict[str, float]) -> tuple[dict[str, float], list[str]]:
@@ -176,19 +176,19 @@ class GeneratorTraining:
             draw_samples(self.samples(_SHEET, _SHEET_SEED), self._folder / "plots" / f"samples-{step:08d}.png")
 
     def evaluation_due(self, step: int) -> bool:
-        """Every ``quality_every`` steps and at the end."""
-        every = self.config.quality_every
+        """Every ``kid_every`` steps and at the end."""
+        every = self.config.kid_every
         return self.kid is not None and step > 0 and (step % every == 0 or step == self.config.steps)
 
     def evaluate(self, step: int, log: MetricLog) -> None:
-        """KID, into the log."""
+        """Measure KID and log it."""
         assert self.kid is not None
         kid = self._measure(self.kid)
         log.write("evaluation", step, {"generator/kid": kid})
         self.note(f"step {step}: KID {kid:.4f} on {self.kid.network}", None)
 
     def _measure(self, kid: KID) -> float:
-        count = min(self.config.quality_images, len(self.images))
+        count = min(self.config.kid_images, len(self.images))
         numbers = torch.arange(count) * len(self.images) // count
         parts = [min(self.config.batch, count - begin) for begin in range(0, count, self.config.batch)]
         real = (self.images.take(part) for part in numbers.split(self.config.batch))
@@ -197,7 +197,7 @@ class GeneratorTraining:
 
     @torch.no_grad()
     def samples(self, count: int, purpose: int) -> Tensor:
-        """Images (count, 3, size, size) of the moving average, from the same latent vectors every time."""
+        """Images (count, 3, size, size) of the moving average, from fixed latent vectors."""
         draws = torch.Generator().manual_seed(derive_seed(self.config.seed, purpose))
         images: Tensor = self.average(torch.randn(count, self.config.latent, generator=draws).to(self.device))
         return images
@@ -207,7 +207,7 @@ class GeneratorTraining:
         return str(step + 1)
 
     def advice(self) -> str:
-        """What to try where training diverges."""
+        """What to try if training diverges."""
         return "a lower lr or more r1"
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -223,18 +223,21 @@ class GeneratorTraining:
             "images": len(self.images),
             "generator": self.generator.state_dict(),
             "average": self.average.state_dict(),
-            "discriminator": self.adversary.discriminator.state_dict(),
-            "players": {"generator": self.player.optimizer.state_dict(), "discriminator": self.adversary.state_dict()},
+            "discriminator": self.discriminator_trainer.discriminator.state_dict(),
+            "optimizers": {
+                "generator": self.generator_optimizer.optimizer.state_dict(),
+                "discriminator": self.discriminator_trainer.state_dict(),
+            },
             "means": self.means.state_dict(),
             "skipped": self.skipped.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Take over from a checkpoint.
+        """Load from a checkpoint.
 
         Raises:
-            ConfigError: It holds no generator, or one of another set of images.
-            CheckpointError: It is of another architecture.
+            ConfigError: It has no generator, or was trained on other images.
+            CheckpointError: Its architecture differs.
         """
         if "generator_config" not in state:
             raise ConfigError(f"resume: found no generator in {path}, expected a run of pretrain-generator")
@@ -242,14 +245,14 @@ class GeneratorTraining:
             raise ConfigError(f"source: found {len(self.images)} images, expected {state['images']} to resume {path}")
         load_weights(self.generator, state["generator"], path)
         load_weights(self.average, state["average"], path)
-        load_weights(self.adversary.discriminator, state["discriminator"], path)
-        self.player.optimizer.load_state_dict(state["players"]["generator"])
-        self.adversary.load_state_dict(state["players"]["discriminator"])
+        load_weights(self.discriminator_trainer.discriminator, state["discriminator"], path)
+        self.generator_optimizer.optimizer.load_state_dict(state["optimizers"]["generator"])
+        self.discriminator_trainer.load_state_dict(state["optimizers"]["discriminator"])
         self.means.load_state_dict(state["means"], self.device)
         self.skipped.load_state_dict(state["skipped"])
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
     def summary(self, step: int, *, finished: bool, throughput: Throughput) -> dict[str, Any]:
         """Draw the curves and write ``summary.json``."""

@@ -1,9 +1,9 @@
-"""The methods by name: the one list that configuration, loss, model card, import, benchmarks and presets read.
+"""The registry of methods, read by configuration, loss, model card, import, benchmarks and presets.
 
 A method is a module of this package with a function ``build(config, processes)`` that returns a
-`synco_fast.methods.base.Method`, and a row of `METHODS`. An extra, such as pairs of generated images, changes a method
-of this list; it lies in a package named after its section of the configuration and puts itself into `EXTRAS` when that
-package is imported, which happens here, when the section is on.
+`synco_fast.methods.base.Method`, and a row of `METHODS`. An extra, such as pairs of generated images, modifies a
+method. It is a package named after its section of the configuration, and registers itself in `EXTRAS` when imported.
+`extra_of` imports it when the section is on.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["EXTRAS", "METHODS", "Extra", "MethodSpec", "extra_of", "with_queue"]
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """What the package needs to know of a method before it builds one.
+    """A method's entry in the registry.
 
     Attributes:
-        title: As a person writes it.
-        arxiv: The paper's number.
-        module: Of this package; imported when a method of this name is built.
-        negatives: The constructor of `synco_fast.kernels.Negatives` that gives the published negatives beside the
-            queue; None for a method without a queue.
-        demo: What the preset ``demo-NAME`` changes in the preset ``demo``, by section; no such preset if empty.
+        title: The name for people.
+        arxiv: The paper's arXiv number.
+        module: Its module in this package, imported when the method is built.
+        negatives: The constructor of `synco_fast.kernels.Negatives` for its published negatives; None for a method
+            without a queue.
+        demo: Changes of the preset ``demo-NAME`` to the preset ``demo``, by section; no such preset if empty.
     """
 
     title: str
@@ -56,18 +56,18 @@ METHODS: dict[str, MethodSpec] = {
 
 
 def with_queue() -> dict[str, Callable[[], Negatives]]:
-    """The methods that contrast with a queue, and their published negatives."""
+    """The methods with a queue, and their published negatives."""
     return {name: spec.published for name, spec in METHODS.items() if spec.negatives is not None}
 
 
 @dataclass(frozen=True)
 class Extra:
-    """Something that changes a method, and is off unless its section of the configuration says otherwise.
+    """A modification of a method, off unless its section of the configuration turns it on.
 
     Attributes:
-        title: As a person writes it.
-        arxiv: The paper's number.
-        check: Takes a `Config` that has it on; raises `ConfigError` where something in it does not fit.
+        title: The name for people.
+        arxiv: The paper's arXiv number.
+        check: Takes a `Config` with the extra on; raises `ConfigError` if something does not fit.
         build: Takes that `Config` and the number of processes; returns the whole `Method`.
     """
 
@@ -77,13 +77,13 @@ class Extra:
     build: Callable[..., Any]
 
 
-#: By section of the configuration; packages of these names put themselves in.
+#: By section of the configuration; the package of that name registers itself.
 EXTRAS: dict[str, Extra] = {}
 _SECTIONS = ("generated",)
 
 
 def extra_of(config: Any) -> Extra | None:
-    """The extra that a `Config` has on: a section whose ``on`` is true."""
+    """The extra that is on in a `Config`: a section whose ``on`` is true."""
     for section in _SECTIONS:
         if getattr(config, section).on:
             import_module(f"synco_fast.{section}")

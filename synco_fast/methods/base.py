@@ -1,7 +1,7 @@
 """The contract between a method and the training engine.
 
-A method says what a step computes and what it consists of. The engine owns the number format, the processes, the
-optimizer, and what is compiled or captured. A minimal method sets ``encoder`` and writes `Method.loss`.
+A method defines its networks and what a step computes. The engine owns number format, processes, optimizer, compilation
+and CUDA graphs. A minimal method sets ``encoder`` and implements `Method.loss`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Encoders", "Method", "RunInfo", "StepInputs", "StepOutput", "Views"]
 
 
 class Views(NamedTuple):
-    """Two views of each image of this process, (b, 3, H, W), and the image each pair was made from, (b,) int64."""
+    """Two views of each image of this process, (b, 3, H, W), and the image ids, (b,) int64."""
 
     first: Tensor
     second: Tensor
@@ -30,12 +30,12 @@ class Views(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """A step's input where every process holds the views that it computes on.
+    """Inputs of a step: every process holds the views that it computes on.
 
     Attributes:
-        queries: By direction, the views that go through `Encoders.query`, (b, 3, H, W), in the order of the batch.
-        keys: By direction, the views that go through `Encoders.key`, (b, 3, H, W); after ShuffleBN, this process's
-            share of the permuted global batch.
+        queries: By direction, the views for `Encoders.query`, (b, 3, H, W), in the order of the batch.
+        keys: By direction, the views for `Encoders.key`, (b, 3, H, W); with ShuffleBN, this process's share of the
+            permuted global batch.
         orders: By direction, that permutation, (B,) int64, on the device; empty without one.
         image_ids: (b,) int64.
     """
@@ -47,10 +47,10 @@ class StepInputs(NamedTuple):
 
 
 class Encoders(NamedTuple):
-    """The method's networks as the engine wraps them: from views (n, 3, H, W), pixels or normalised, to (n, D).
+    """The method's networks, wrapped by the engine: views (n, 3, H, W), pixels or normalised, to (n, D).
 
     Attributes:
-        query: `Method.trainable`, with the gradient averaged over the processes.
+        query: `Method.trainable`; its gradient is averaged over the processes.
         key: `Method.target`.
     """
 
@@ -59,7 +59,7 @@ class Encoders(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """The scalar to differentiate, and what is logged: scalars without gradient, by name, the same ones every step."""
+    """The scalar loss, and metrics: detached scalars by name, the same names every step."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -67,12 +67,12 @@ class StepOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a method may need to know of the run around it.
+    """What a method may need to know about the run.
 
     Attributes:
-        device: Where the method lies.
-        steps_per_epoch: Turns epochs into steps.
-        processes: Of the job.
+        device: Device of the method.
+        steps_per_epoch: Steps per epoch.
+        processes: Number of processes.
         autocast: The context of a forward pass whose loss is not scaled.
     """
 
@@ -83,16 +83,16 @@ class RunInfo:
 
 
 class Method(nn.Module):
-    """What a step computes, and what the method consists of. Its ``state_dict`` is all that a checkpoint keeps of it.
+    """A method: its networks, and what a step computes. A checkpoint stores its ``state_dict``.
 
-    A step calls `arrange`, `begin_step`, `loss` once for each micro-batch, `after_step` and `extra_step`. Only
-    `arrange` and `extra_step` may wait for the device or exchange what depends on values on the host; the others run
-    inside a captured graph.
+    A step calls `shard`, `begin_step`, `loss` once for each micro-batch, `after_step` and `extra_step`. Only
+    `shard` and `extra_step` may synchronise with the device or exchange data on the host; the others run inside a
+    captured graph.
 
     Attributes:
-        encoder: What is evaluated and exported: its backbone.
-        headline: The metrics that the progress bar shows, and the format of each.
-        rates: The keys of the configuration to lower where training diverges.
+        encoder: Its backbone is evaluated and exported.
+        headline: Metrics in the progress bar, each with its format.
+        rates: Configuration keys to lower if training diverges.
     """
 
     encoder: Encoder
@@ -101,41 +101,41 @@ class Method(nn.Module):
 
     @property
     def stream(self) -> int:
-        """Version of the random numbers that the steps to come depend on; another one cannot resume to the bit."""
+        """Version of the random stream; a run of another version cannot be resumed bit for bit."""
         return 1
 
     # -- what it consists of ------------------------------------------------------------------------------------
 
     @property
     def trainable(self) -> nn.Module:
-        """What learns by gradient, as one module from views to outputs: the optimizer and DDP get all of it."""
+        """Everything that learns by gradient, as one module from views to outputs; given to the optimizer and DDP."""
         return self.encoder
 
     @property
     def target(self) -> nn.Module | None:
-        """The network behind `Encoders.key`, which learns nothing by gradient; None without one."""
+        """The network behind `Encoders.key`, trained without gradient, such as an EMA; None without one."""
         return None
 
     @property
     def replicated(self) -> Mapping[str, nn.Module]:
-        """What must be bit-equal on all processes: parameters, and buffers outside of `statistics`."""
+        """Modules that must be bit-equal on all processes, apart from the buffers of `statistics`."""
         return {"trainable": self.trainable} | ({} if self.target is None else {"target": self.target})
 
     @property
     def statistics(self) -> Sequence[nn.Module]:
-        """Modules whose batch-norm buffers are restored after a skipped step, and averaged over processes when read."""
+        """Modules whose batch-norm buffers are restored after a skipped step, and averaged over processes for use."""
         return [self.trainable] + ([] if self.target is None else [self.target])
 
     # -- a step -------------------------------------------------------------------------------------------------
 
-    def arrange(self, views: Views, *, step: int) -> StepInputs:
-        """Bring every view to the process that computes on it."""
+    def shard(self, views: Views, *, step: int) -> StepInputs:
+        """Bring every view to the process that computes on it (ShuffleBN)."""
         return StepInputs((views.first,), (views.second,), (), views.image_ids)
 
     def begin_step(
         self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
     ) -> None:
-        """What needs no gradient, such as the momentum update and the keys, these in ``micro_batches`` parts."""
+        """Work without gradient before the loss, such as EMA update and keys, the latter in ``micro_batches`` parts."""
 
     def loss(
         self,
@@ -147,9 +147,9 @@ class Method(nn.Module):
         micro_batch: int = 0,
         micro_batches: int = 1,
     ) -> StepOutput:
-        """The mean loss of one of ``micro_batches`` equal parts of this process's rows.
+        """The mean loss of one micro-batch, one of ``micro_batches`` equal parts of this process's rows.
 
-        It calls ``encode.query`` once, so that DDP meets one forward pass for each backward pass.
+        It calls ``encode.query`` once: DDP needs one forward pass per backward pass.
         """
         raise NotImplementedError
 
@@ -158,29 +158,29 @@ class Method(nn.Module):
         return 0
 
     def after_step(self, step_ok: Tensor | None = None) -> None:
-        """What follows the optimizer's step, such as writing keys; nothing where ``step_ok`` holds false."""
+        """Work after the optimizer's step, such as enqueueing keys; must have no effect where ``step_ok`` is false."""
 
     def extra_step(
         self, inputs: StepInputs, encode: Encoders, *, step: int | Tensor, epoch: int, step_ok: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Further updates with optimizers of the method's own.
+        """Further updates, with the method's own optimizers.
 
         Returns:
-            Whether all updates of the step were taken, bool of no dimensions, and further metrics.
+            Whether all updates of the step were taken, a bool scalar, and further metrics.
         """
         return step_ok, {}
 
     # -- the run around the steps -------------------------------------------------------------------------------
 
     def prepare(self, run: RunInfo) -> None:
-        """Make what needs to know the run; called once, on the device.
+        """Create what depends on the run; called once, on the device.
 
         Raises:
             ConfigError: The run does not fit the method.
         """
 
     def begin_run(self, split: Split, workers: int | None, *, fresh: bool) -> list[str]:
-        """Read what the method needs beside the views.
+        """Read data that the method needs beside the views.
 
         Args:
             split: The training images.
@@ -188,25 +188,25 @@ class Method(nn.Module):
             fresh: Whether the run starts at its first step.
 
         Returns:
-            Lines to show.
+            Notes to show.
         """
         return []
 
     def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
-        """Further values for a line of the log, and warnings; waits for the device.
+        """Further values of a log line, and warnings; waits for the device.
 
         Args:
-            values: The line so far.
-            step: Steps that are done.
+            values: The log line so far.
+            step: Completed steps.
         """
         return {}, []
 
     def artifacts(self, folder: Path, step: int, *, closing: bool = False) -> None:
-        """Draw into ``folder``, the run's ``plots/``: at the start, after every epoch, and when the run closes."""
+        """Draw plots into ``folder``, the run's ``plots/``: at the start, after every epoch, and at the end."""
 
     def extra_state(self) -> dict[str, Any]:
-        """State of the method that is no tensor of a module, such as that of its own optimizers."""
+        """State beside the module's tensors, such as that of the method's own optimizers."""
         return {}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over what `extra_state` returned."""
+        """Load what `extra_state` returned."""

@@ -1,4 +1,4 @@
-"""From configuration to encoder and method."""
+"""Building encoder and method from a configuration."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["build_encoder", "build_method", "groups_of_part"]
 
 
 def groups_of_part(config: Config, processes: int) -> int:
-    """In how many groups batch norm sees the images that pass through an encoder at once.
+    """Batch-norm groups of one forward pass: of one micro-batch on one process.
 
     Raises:
-        ConfigError: The batch or its groups cannot be spread over the processes and their micro-batches.
+        ConfigError: The batch or its groups cannot be divided among the processes and micro-batches.
     """
     training, groups = config.training, config.model.batch_norm_groups
     parts = processes * training.accumulate
@@ -39,11 +39,11 @@ def groups_of_part(config: Config, processes: int) -> int:
 
 
 def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
-    """The encoder with the weights that the seed gives it.
+    """The encoder with weights drawn by the seed.
 
     Args:
-        config: What to build.
-        processes: Over how many the batch is spread; each normalises its share of the groups.
+        config: The configuration.
+        processes: Number of processes; each normalises its share of the groups.
 
     Raises:
         ConfigError: The backbone is unknown or does not take images of this size, or as `groups_of_part` says.
@@ -72,14 +72,14 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
 
 
 def build_method(config: Config, *, processes: int = 1) -> Method:
-    """The method that the configuration names, with the extra that it has on, on the CPU.
+    """The method of a configuration, with its extra if one is on, on the CPU.
 
     Args:
-        config: What to build.
-        processes: Over how many the batch is spread.
+        config: The configuration.
+        processes: Number of processes.
 
     Raises:
-        ConfigError: As `build_encoder` says, or the method cannot work like this.
+        ConfigError: As `build_encoder` says, or the method does not support the configuration.
     """
     extra = extra_of(config)
     if extra is not None:

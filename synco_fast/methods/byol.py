@@ -1,7 +1,7 @@
 """BYOL (arXiv 2006.07733): a predictor on the online network learns the EMA network's embedding of the other view.
 
 No negatives. It reads ``model.momentum`` and ``model.momentum_schedule`` (0.996 and cosine in the paper), ``model.dim``
-and ``model.hidden`` (256 and 4096 in the paper), and nothing of the section ``method`` but the name.
+and ``model.hidden`` (256 and 4096 in the paper), and only the name of the section ``method``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["BYOL", "build"]
 
 
 def build(config: Config, processes: int) -> BYOL:
-    """The method of a configuration, on the CPU."""
+    """Build the method of a configuration, on the CPU."""
     encoder = build_encoder(config, processes=processes)
     dim, hidden = config.model.dim, config.model.hidden or encoder.features
     with torch.random.fork_rng(devices=[]):
@@ -53,12 +53,12 @@ class BYOL(Method):
         super().__init__()
         self.encoder, self.predictor = encoder, predictor
         self.key_encoder = make_ema_copy(encoder)
-        #: The targets of this step's first and second views: the other view's embedding, (b, D) each.
+        #: Targets of this step's first and second views: the embedding of the other view, (b, D) each.
         self._targets: tuple[Tensor, Tensor] | None = None
 
     @property
     def trainable(self) -> nn.Module:
-        """Encoder and predictor: the predictor must learn too."""
+        """Encoder and predictor."""
         return nn.Sequential(self.encoder, self.predictor)
 
     @property
@@ -71,7 +71,7 @@ class BYOL(Method):
         self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
     ) -> None:
         """Update the EMA and compute both targets."""
-        with phase("momentum update"):
+        with phase("EMA update"):
             ema_update(self.key_encoder, self.encoder, momentum)
         (first,), (second,) = inputs.queries, inputs.keys
         with phase("key forward"):
@@ -98,7 +98,7 @@ class BYOL(Method):
         z = torch.cat([way.chunk(micro_batches)[micro_batch] for way in self._targets])
         with phase("query forward"):
             p = normalize(encode.query(torch.cat(views)).float(), dim=1)
-        with phase("head"), torch.autocast(p.device.type, enabled=False):
+        with phase("loss"), torch.autocast(p.device.type, enabled=False):
             similarity = (p * z).sum(dim=1)
             loss = 2 * (2 - 2 * similarity).mean()
         return StepOutput(
@@ -106,7 +106,7 @@ class BYOL(Method):
             {
                 "loss": loss.detach(),
                 "similarity/positive": similarity.detach().mean(),
-                # Of targets spread evenly over the sphere 1; 0 where all images have the same (arXiv 2011.10566).
+                # 1 for targets spread evenly over the sphere, 0 if all are equal (arXiv 2011.10566).
                 "embedding_std": z.std(dim=0).mean() * z.shape[1] ** 0.5,
             },
         )

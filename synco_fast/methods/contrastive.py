@@ -1,9 +1,14 @@
 """MoCo v2, MoCHi and SynCo: one method with three settings of the negatives.
 
-A step: the key encoder becomes the EMA of the query encoder (MoCo, arXiv 1911.05722 eq. 2); one view becomes queries,
-the other keys; each query is contrasted with its key, the queue and the synthetic negatives; after the optimizer's
-step the keys enter the queue, so that a key is never a negative of its own query. In a job of several processes the
-keys of all enter it, in the order of the global batch, so that every process holds the same queue.
+A step:
+
+1. Update the key encoder, the EMA of the query encoder (MoCo, arXiv 1911.05722 eq. 2).
+2. Compute queries from one view and keys from the other.
+3. Contrast each query with its key, the queue and the synthetic negatives.
+4. After the optimizer's step, enqueue the keys, so that a key is never a negative of its own query.
+
+In a job of several processes the keys of all are enqueued, in the order of the global batch, so that every process
+holds the same queue.
 """
 
 from __future__ import annotations
@@ -34,8 +39,8 @@ class NegativeSchedule:
     """The negatives by epoch: synthetic ones between warm-up and cool-down, the queue alone outside.
 
     Attributes:
-        negatives: What is on in between.
-        epochs: Length of the run.
+        negatives: The negatives in between.
+        epochs: Length of the run in epochs.
         warmup: First epochs without synthetic negatives (10 in SynCo and MoCHi on ImageNet).
         cooldown: Last epochs without them.
     """
@@ -50,25 +55,25 @@ class NegativeSchedule:
         on = self.warmup <= epoch < self.epochs - self.cooldown
         return self.negatives if on else self.negatives.without_synthetic()
 
-    def first_like(self, epoch: int) -> int:
-        """The first epoch with the negatives of ``epoch``."""
+    def graph_key(self, epoch: int) -> int:
+        """The first epoch with the same negatives as ``epoch``."""
         return next(number for number in range(epoch + 1) if self.at(number) == self.at(epoch))
 
 
 @dataclass(frozen=True)
 class ContrastSettings:
-    """What the configuration says about the contrast.
+    """The settings of the contrastive loss.
 
     Attributes:
         queue: K.
         dim: D, the encoder's output width.
-        schedule: Which negatives, when.
+        schedule: The negatives by epoch.
         temperature: T.
-        symmetric: Each view serves as query and as key; the loss is the mean of both directions, and both sets of keys
+        symmetric: Use each view as query and as key: the loss is the mean of both directions, and both sets of keys
             enter the queue.
-        mask_same_image: A queue key of the query's own image is no negative: for sets smaller than the queue.
-        seed: Of queue, shuffles and draws.
-        backend: Of the loss.
+        mask_same_image: Exclude queue keys of the query's own image; for sets smaller than the queue.
+        seed: Seed of queue, shuffles and draws.
+        backend: Backend of the loss.
     """
 
     queue: int
@@ -82,7 +87,7 @@ class ContrastSettings:
 
     @classmethod
     def of(cls, config: Config) -> ContrastSettings:
-        """Those of a configuration."""
+        """The settings of a configuration."""
         method = config.method
         return cls(
             queue=method.queue,
@@ -99,7 +104,7 @@ class ContrastSettings:
 
 
 def build(config: Config, processes: int) -> MomentumContrast:
-    """The method of a configuration, on the CPU."""
+    """Build the method of a configuration, on the CPU."""
     return MomentumContrast(build_encoder(config, processes=processes), ContrastSettings.of(config))
 
 
@@ -108,7 +113,7 @@ class MomentumContrast(Method):
 
     Args:
         encoder: The query encoder.
-        settings: Of the contrast.
+        settings: Settings of the contrastive loss.
     """
 
     headline: Mapping[str, str] = {"loss": "loss {:.3f}", "queue_top1": "acc {:.1%}"}
@@ -119,7 +124,7 @@ class MomentumContrast(Method):
         self.encoder = encoder
         self.key_encoder = make_ema_copy(encoder)
         self.queue = KeyQueue(settings.queue, settings.dim, seed=settings.seed)
-        #: By direction, this step's keys of the whole batch, (B, D), and their images, (B,).
+        #: By direction, this step's keys of the global batch, (B, D), and their image ids, (B,).
         self._keys: list[tuple[Tensor, Tensor]] = []
         self._queued = 0
         self._slow_path = SlowPathMonitor()
@@ -134,11 +139,11 @@ class MomentumContrast(Method):
         """Both encoders and the queue."""
         return {**super().replicated, "queue": self.queue}
 
-    def arrange(self, views: Views, *, step: int) -> StepInputs:
-        """Permute the views that become keys over the whole batch, across processes (ShuffleBN)."""
+    def shard(self, views: Views, *, step: int) -> StepInputs:
+        """Permute the key views over the global batch, across processes (ShuffleBN)."""
         pairs = [(views.first, views.second), (views.second, views.first)][: 1 + self.settings.symmetric]
         device, rows = views.image_ids.device, world() * len(views.image_ids)
-        # What each process sends follows from the order, so that the host must know it where there are several.
+        # With several processes the host needs the order, since the sizes of what is sent follow from it.
         host = device if world() == 1 else torch.device("cpu")
         orders = [
             key_order(rows, seed=self.settings.seed, step=step, direction=way, device=host) for way in range(len(pairs))
@@ -154,7 +159,7 @@ class MomentumContrast(Method):
     def begin_step(
         self, inputs: StepInputs, encode: Encoders, *, momentum: float | Tensor, micro_batches: int = 1
     ) -> None:
-        """Update the key encoder and compute the keys of the whole batch, (B, D), the same on every process."""
+        """Update the key encoder and compute the keys of the global batch, (B, D), the same on every process."""
         with phase("EMA update"):
             ema_update(self.key_encoder, self.encoder, momentum)
         self._keys.clear()
@@ -212,7 +217,7 @@ class MomentumContrast(Method):
             )
 
     def after_step(self, step_ok: Tensor | None = None) -> None:
-        """Write the step's keys to the queue, unless ``step_ok`` (bool, no dimensions) holds false."""
+        """Enqueue the step's keys, unless ``step_ok``, a bool scalar, is false."""
         with phase("enqueue"):
             for keys, image_ids in self._keys:
                 self.queue.enqueue(keys, image_ids, step_ok)
@@ -221,34 +226,34 @@ class MomentumContrast(Method):
 
     @property
     def stream(self) -> int:
-        """That of the kernels' draws, where synthetic negatives are drawn."""
+        """The version of the kernels' draws if synthetic negatives are drawn."""
         return STREAM if self.settings.schedule.negatives.synthetic else 1
 
     def graph_key(self, epoch: int) -> int:
         """The first epoch with the same negatives."""
-        return self.settings.schedule.first_like(epoch)
+        return self.settings.schedule.graph_key(epoch)
 
     def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
-        """``queue_age``, the age of the oldest key in steps; a warning where the slow path is taken all the time."""
+        """``queue_age``, the age of the oldest key in steps; a warning if the slow path is taken all the time."""
         warnings = self._slow_path.look(values.get("slow_path", 0.0))
         return {"queue_age": min(float(step), len(self.queue) / max(1, self._queued))}, warnings
 
 
 class SlowPathMonitor:
-    """Warns once where most queries needed all similarities to select Q^N at ``lines`` lines of the log in a row."""
+    """Warns once if most queries took the slow path of the selection at ``lines`` consecutive log lines."""
 
     def __init__(self, *, share: float = 0.5, lines: int = 5) -> None:
         self._share, self._lines, self._row, self._warned = share, lines, 0, False
 
     def look(self, share: float) -> list[str]:
-        """Take the share of queries at the next line of the log, in [0, 1]; the warning, where it is due."""
+        """Take the share of queries at the next log line, in [0, 1]; returns a warning if one is due."""
         self._row = self._row + 1 if share > self._share else 0
         if self._warned or self._row < self._lines:
             return []
         self._warned = True
         return [
             f"slow path: {share:.0%} of the queries selected their hard negatives from all similarities at "
-            f"{self._lines} lines of the log in a row, which takes longer: nearly equal or repeated keys "
+            f"{self._lines} consecutive log lines, which is slower; the keys are nearly equal or repeated "
             "(docs/curves.md)"
         ]
 
@@ -262,7 +267,7 @@ def _gather(keys: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _metrics(loss: Tensor, directions: list[Contrast]) -> dict[str, Tensor]:
-    """Means over the rows of both directions; NaN for a kind of negatives that no row met."""
+    """Means over the rows of both directions; NaN for negatives that no row has."""
     statistics = [contrast.statistics for contrast in directions]
     metrics = {
         "loss": loss.detach(),

@@ -1,7 +1,6 @@
 """SimCLR (arXiv 2002.05709): each view is contrasted with all other views of the batch.
 
-No queue, no momentum encoder, no shuffle: the loss is the whole method. It reads ``method.temperature`` of the
-section ``method``.
+There is no queue, no momentum encoder and no shuffle. Of the section ``method`` it reads only ``temperature``.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ __all__ = ["SimCLR", "build", "nt_xent"]
 
 
 def build(config: Config, processes: int) -> SimCLR:
-    """The method of a configuration, on the CPU.
+    """Build the method of a configuration, on the CPU.
 
     Raises:
-        ConfigError: The batch is computed in micro-batches, which would take negatives away.
+        ConfigError: The batch is split into micro-batches, which would remove negatives.
     """
     if config.training.accumulate > 1:
         raise ConfigError(
@@ -41,7 +40,7 @@ def build(config: Config, processes: int) -> SimCLR:
 
 
 class SimCLR(Method):
-    """Contrastive learning within the batch; in a job of several processes, within the batch of all.
+    """Contrastive learning within the global batch.
 
     Args:
         encoder: Backbone and projection head.
@@ -68,7 +67,7 @@ class SimCLR(Method):
         views = torch.cat([*inputs.queries, *inputs.keys])
         with phase("query forward"):
             z = normalize(encode.query(views).float(), dim=1)
-        with phase("head"), torch.autocast(z.device.type, enabled=False):
+        with phase("loss"), torch.autocast(z.device.type, enabled=False):
             return nt_xent(z, self.temperature)
 
 
@@ -76,13 +75,13 @@ def nt_xent(z: Tensor, temperature: float) -> StepOutput:
     """The normalised temperature-scaled cross entropy (SimCLR eq. 1), the mean over this process's 2 b views.
 
     Args:
-        z: Unit rows, (2 b, D): the first views of b images, then their second views in the same order. The negatives
-            are those of all processes, and the gradient reaches them all.
+        z: Unit rows, (2 b, D): the first views of b images, then their second views in the same order. Negatives come
+            from all processes, and the gradient reaches all of them.
         temperature: T.
 
     Returns:
-        The loss; ``top1``, the share of views whose partner is nearest, and the mean similarity to the partner and to
-        the nearest other view.
+        The loss; ``top1``, the share of views whose nearest view is their partner; and the mean similarity to the
+        partner and to the nearest other view.
     """
     rows, half = len(z), len(z) // 2
     everyone = _gather(z)
@@ -111,9 +110,9 @@ def _gather(z: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """An all-gather whose backward pass sums what every rank's loss says about these rows.
+    """An all-gather whose backward pass sums the gradients of all ranks' losses.
 
-    DDP then takes the mean of the parameters' gradients over ranks, which makes it that of the mean of the losses.
+    DDP averages the parameters' gradients over ranks, which gives the gradient of the mean loss.
     """
 
     @staticmethod
@@ -125,7 +124,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """The part of this rank of the summed gradient."""
+        """The part of this rank in the summed gradient."""
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient[rank() * ctx.rows : (rank() + 1) * ctx.rows]

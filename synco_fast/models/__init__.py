@@ -1,1 +1,1 @@
-"""Encoders, projection heads, the momentum encoder and batch norm that does not leak."""
+"""Encoders, projection heads, the EMA encoder, split batch norm, and the queue."""

@@ -1,4 +1,4 @@
-"""Batch norm whose statistics do not tell which key belongs to which query, and its fusion with add and ReLU."""
+"""Split batch norm: per-group statistics, so that BN cannot leak positives (MoCo 3.3); also fused with add and ReLU."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["FusedBatchNorm2d", "SplitBatchNorm2d", "split_batch_norm"]
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over groups of the batch, as if each group were on a device of its own.
 
-    With the key batch shuffled before its forward pass, a query and its key are normalised in different company, which
-    is what MoCo's ShuffleBN does across devices (arXiv 1911.05722 section 3.3). Running statistics are the mean over
-    the groups; evaluation is that of `torch.nn.BatchNorm2d`, whose parameters and buffers this class shares by name.
+    With a shuffled key batch, a query and its key are normalised in different groups, as in MoCo's ShuffleBN across
+    devices (arXiv 1911.05722 section 3.3). Running statistics are the mean over
+    the groups; evaluation is that of `torch.nn.BatchNorm2d`, with the same names of parameters and buffers.
 
     Args:
         features: C, channels of the input (B, C, H, W).
         groups: Number of groups; B must be a multiple of it in training.
-        backend: Of `synco_fast.kernels.norm.batch_norm`.
-        settings: As in `torch.nn.BatchNorm2d`.
+        backend: Backend of `synco_fast.kernels.norm.batch_norm`.
+        settings: Arguments of `torch.nn.BatchNorm2d`.
     """
 
     def __init__(self, features: int, groups: int, *, backend: NormBackend = "auto", **settings: Any) -> None:
@@ -33,7 +33,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     @classmethod
     def of(cls, norm: nn.BatchNorm2d, groups: int, **settings: Any) -> SplitBatchNorm2d:
-        """One with the parameters and buffers of ``norm``, the very tensors, and its other settings."""
+        """Convert ``norm``, sharing its parameters and buffers."""
         made = cls(
             norm.num_features,
             groups,
@@ -52,7 +52,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """Normalise x, (B, C, H, W).
 
         Raises:
-            ValueError: B is not a multiple of the number of groups, or a group has one value a channel.
+            ValueError: B is not a multiple of the number of groups, or a group has one value per channel.
         """
         if not self.training or self.groups == 1:
             return super().forward(x)
@@ -69,7 +69,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             groups=self.groups,
             residual=residual,
             relu=relu,
-            # Without running statistics evaluation takes those of the batch, as PyTorch's module does.
+            # Without running statistics, evaluation uses those of the batch, as PyTorch's module does.
             training=self.training or self.running_mean is None,
             momentum=self.momentum if self.running_mean is not None else 0.0,
             eps=self.eps,
@@ -78,16 +78,16 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         )
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """Settings in `repr`."""
         return f"{super().extra_repr()}, groups={self.groups}"
 
 
 class FusedBatchNorm2d(SplitBatchNorm2d):
-    """`SplitBatchNorm2d` with the residual add and the ReLU that follow it.
+    """`SplitBatchNorm2d` fused with the residual add and the ReLU that follow it.
 
     Args:
         features, groups, backend, settings: As in `SplitBatchNorm2d`.
-        relu: Whether a ReLU ends it.
+        relu: Whether a ReLU follows.
     """
 
     def __init__(self, features: int, groups: int, *, relu: bool = False, **settings: Any) -> None:
@@ -95,7 +95,7 @@ class FusedBatchNorm2d(SplitBatchNorm2d):
         self.relu = relu
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise x, (B, C, H, W), add ``residual`` of its shape, and rectify.
+        """Normalise x, (B, C, H, W), add ``residual`` of the same shape, and apply the ReLU.
 
         Raises:
             ValueError: As `SplitBatchNorm2d.forward`, or the residual has another shape.
@@ -103,15 +103,15 @@ class FusedBatchNorm2d(SplitBatchNorm2d):
         return self._normalise(x, residual, relu=self.relu)
 
     def extra_repr(self) -> str:
-        """What `repr` shows."""
+        """Settings in `repr`."""
         return f"{super().extra_repr()}, relu={self.relu}, backend={self.backend}"
 
 
 def split_batch_norm(module: nn.Module, groups: int, backend: NormBackend = "auto") -> nn.Module:
-    """Replace every `torch.nn.BatchNorm2d` in ``module`` by one over ``groups`` groups; weights are kept.
+    """Replace every `torch.nn.BatchNorm2d` in ``module`` by a `SplitBatchNorm2d`; weights are kept.
 
     Raises:
-        ConfigError: The module holds another kind of batch norm, which would still leak.
+        ConfigError: The module has another kind of batch norm, which would still leak.
     """
     if groups == 1:
         return module

@@ -12,18 +12,18 @@ __all__ = ["ema_update", "make_ema_copy"]
 
 
 def make_ema_copy(encoder: nn.Module) -> nn.Module:
-    """A copy of the query encoder that learns nothing by gradient."""
+    """A copy of the query encoder without gradients."""
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
 def ema_update(key: nn.Module, query: nn.Module, momentum: float | Tensor) -> None:
     """Parameters of ``key`` become momentum * key + (1 - momentum) * query (MoCo, arXiv 1911.05722 eq. 2).
 
-    Buffers are left alone: batch-norm statistics of the key encoder come from its own forward passes, as in MoCo.
+    Buffers are not updated: batch-norm statistics of the key encoder come from its own forward passes, as in MoCo.
 
     Args:
-        key, query: Of one architecture.
-        momentum: In [0, 1]. A tensor of no dimensions lets a captured graph follow a schedule, for one more copy of the
+        key, query: Networks of the same architecture.
+        momentum: In [0, 1]. A scalar tensor lets a captured graph follow a schedule, at the cost of another copy of the
             parameters.
     """
     momentum_update(key.parameters(), query.parameters(), momentum)

@@ -26,7 +26,7 @@ class Encoder(nn.Module):
         hidden: Width of the hidden layer, by default that of the features (2048-2048-128 for ResNet-50).
 
     Attributes:
-        remark: A line about how it was built that its user should read, or None.
+        remark: A note about how it was built, or None.
     """
 
     def __init__(self, backbone: nn.Module, features: int, dim: int, hidden: int | None = None) -> None:
@@ -51,16 +51,16 @@ def build_backbone(
     Args:
         name: A torchvision model (``resnet50``), or a timm model (``timm/convnext_tiny``; the prefix is optional
             where torchvision has no model of that name).
-        arguments: Passed to the model's constructor.
-        small_stem: For ResNets on images of about 32 x 32: a 3 x 3 convolution of stride 1 and no max-pooling, as the
-            ResNet paper (arXiv 1512.03385 section 4.2) has it for CIFAR.
-        batch_norm_groups: Batch norm in this many groups of the batch; see `SplitBatchNorm2d`.
+        arguments: Keyword arguments of the model's constructor.
+        small_stem: For ResNets on images of about 32 x 32: a 3 x 3 convolution of stride 1 and no max-pooling, as in
+            the ResNet paper for CIFAR (arXiv 1512.03385 section 4.2).
+        batch_norm_groups: Groups of batch norm; see `SplitBatchNorm2d`.
 
     Returns:
         The module and the width of its features.
 
     Raises:
-        ConfigError: No such model, arguments that it does not take, or no ResNet stem to make small.
+        ConfigError: Unknown model, unknown arguments, or no ResNet stem to make small.
     """
     prefix, _, bare = name.rpartition("/")
     if prefix not in ("", "timm", "torchvision"):
@@ -88,13 +88,13 @@ def _nearest(name: str) -> str:
 
 
 def _strip(module: nn.Module, name: str) -> tuple[nn.Module, int]:
-    """A torchvision model with its last linear layer replaced by the identity, and that layer's input width."""
+    """A torchvision model whose last linear layer is replaced by the identity, and that layer's input width."""
     for path, layer in reversed(list(module.named_modules())):
         if isinstance(layer, nn.Linear) and path.split(".")[0] in ("fc", "classifier", "head", "heads"):
             parent, _, last = path.rpartition(".")
             setattr(module.get_submodule(parent), last, nn.Identity())
             return module, layer.in_features
-    raise ConfigError(f"model.backbone: found no classifier to take off {name}; try it as timm/NAME")
+    raise ConfigError(f"model.backbone: found no classifier to remove from {name}; try timm/NAME")
 
 
 def _shrink_stem(module: nn.Module, name: str) -> None:
@@ -110,10 +110,10 @@ def _shrink_stem(module: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def check_input(module: nn.Module, size: int, name: str) -> None:
-    """Run one empty image through the backbone, so that a size it cannot take is named before training.
+    """Run one blank image through the backbone, so that an unsupported size is reported before training.
 
     Raises:
-        ConfigError: The backbone cannot take images of this size.
+        ConfigError: The backbone does not support images of this size.
     """
     was_training = module.training
     try:

@@ -1,7 +1,7 @@
-"""ResNets whose batch norm, residual add and ReLU are one call: torchvision's and timm's, recognised by class.
+"""ResNets with fused batch norm, residual add and ReLU: torchvision's and timm's, recognised by class.
 
-A block keeps its parts and their names, so that weights go in and out as before; only its forward pass is another.
-Parts that are not recognised keep the modules they have.
+A block keeps its modules and their names, so its state dict is unchanged; only its forward pass differs. Blocks that
+are not recognised keep their modules.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _TorchvisionBottleneck(torchvision_resnet.Bottleneck):
 
 
 def _timm_end(block: Any, x: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
-    """The end of a timm block: whatever stands between the last norm and the add keeps them apart."""
+    """The end of a timm block; any module between the last norm and the add prevents their fusion."""
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
     if getattr(norm, "relu", False):
@@ -54,7 +54,7 @@ def _timm_end(block: Any, x: Tensor, shortcut: Tensor, norm: nn.Module, act: nn.
 
 
 class _TimmBasicBlock(timm_resnet.BasicBlock):
-    """`timm.models.resnet.BasicBlock` with ReLUs, and the add where it can be, inside its norms."""
+    """`timm.models.resnet.BasicBlock` with ReLUs, and the add where possible, inside its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = cast(nn.Module, self.aa)(self.bn1(self.conv1(x)))
@@ -62,7 +62,7 @@ class _TimmBasicBlock(timm_resnet.BasicBlock):
 
 
 class _TimmBottleneck(timm_resnet.Bottleneck):
-    """`timm.models.resnet.Bottleneck` with ReLUs, and the add where it can be, inside its norms."""
+    """`timm.models.resnet.Bottleneck` with ReLUs, and the add where possible, inside its norms."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x))
@@ -84,7 +84,7 @@ class Fusion:
 
     Attributes:
         counts: Norms of each kind, by "norm + add + ReLU", "norm + ReLU" and "norm alone".
-        plain: `torch.nn.BatchNorm2d` (or `SplitBatchNorm2d`) modules that stayed as they were.
+        plain: `torch.nn.BatchNorm2d` (or `SplitBatchNorm2d`) modules left as they were.
     """
 
     def __init__(self) -> None:
@@ -93,11 +93,11 @@ class Fusion:
 
     @property
     def whole(self) -> bool:
-        """Whether every norm is fused with what follows it."""
+        """Whether every norm is fused."""
         return not self.plain
 
     def __str__(self) -> str:
-        """One line of what was fused and what was not."""
+        """One line about what was fused and what was not."""
         if not self.counts:
             return f"no part fused, {self.plain} norms plain: its blocks are not torchvision's or timm's ResNet blocks"
         fused = ", ".join(f"{self.counts[kind]} {kind}" for kind in _KINDS if self.counts[kind])
@@ -107,8 +107,8 @@ class Fusion:
 def fuse_batch_norm(module: nn.Module, groups: int = 1, backend: NormBackend = "auto") -> Fusion:
     """Fuse the norms of the ResNet blocks in ``module`` with the add and ReLU that follow them, in place.
 
-    Blocks and stems of torchvision's and timm's ResNets are recognised by their very class. Their names and weights
-    stay. Other norms become `SplitBatchNorm2d` where there is more than one group and are left alone else.
+    Blocks and stems of torchvision's and timm's ResNets are recognised by their exact class; names and weights stay.
+    Other norms become `SplitBatchNorm2d` if there is more than one group, and are left alone otherwise.
 
     Args:
         module: The backbone.
@@ -130,7 +130,7 @@ def fuse_batch_norm(module: nn.Module, groups: int = 1, backend: NormBackend = "
 
 
 def _replace(owner: nn.Module, name: str, kind: str, groups: int, backend: NormBackend, found: Fusion) -> bool:
-    """Put a fused norm in the place of a plain one; False where there is none."""
+    """Replace a plain norm by a fused one; False if there is none."""
     norm = owner._modules.get(name)
     if type(norm) is not nn.BatchNorm2d:
         return False
@@ -144,7 +144,7 @@ def _is_relu(module: nn.Module | None) -> bool:
 
 
 def _fuse_block(block: nn.Module, groups: int, backend: NormBackend, found: Fusion) -> None:
-    """A residual block: its norms, and that of its downsampling."""
+    """Fuse the norms of a residual block and of its downsampling."""
     norms: list[str] = [name for name in ("bn1", "bn2", "bn3") if name in block._modules]
     in_timm = isinstance(block, (timm_resnet.BasicBlock, timm_resnet.Bottleneck))
     acts = [name.replace("bn", "act") if in_timm else "relu" for name in norms]
@@ -165,7 +165,7 @@ def _fuse_block(block: nn.Module, groups: int, backend: NormBackend, found: Fusi
 
 
 def _fuse_stem(model: nn.Module, groups: int, backend: NormBackend, found: Fusion) -> None:
-    """A ResNet's first norm, and those of a stem or a pooling of several layers."""
+    """Fuse a ResNet's first norm, and those of a deep stem or a pooling of several layers."""
     act = "act1" if isinstance(model, timm_resnet.ResNet) else "relu"
     if _is_relu(model._modules.get(act)) and _replace(model, "bn1", "norm + ReLU", groups, backend, found):
         model._modules[act] = nn.Identity()

@@ -1,4 +1,4 @@
-"""The queue of past keys: first in, first out, on the device, part of the checkpoint."""
+"""The queue of past keys: first in, first out, on the device, saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["KeyQueue"]
 class KeyQueue(nn.Module):
     """K unit rows that are overwritten oldest first (MoCo's dictionary, arXiv 1911.05722 section 3.2).
 
-    Rows and pointer are buffers: they move, save and load with the module, and an enqueue never waits for the device.
+    Rows and pointer are buffers: they move, save and load with the module. Enqueueing never waits for the device.
     The queue starts with random unit rows.
 
     Args:
         length: K.
         dim: D.
-        seed: Of the random rows.
+        seed: Seed of the random rows.
 
     Attributes:
         rows: Keys, (K, D) float32, unit length.
-        image_ids: The image each key was made from, (K,) int64; -1 for a random row.
-        pointer: Where the next key goes, int64 of no dimensions.
+        image_ids: The image of each key, (K,) int64; -1 for a random row.
+        pointer: The row of the next key, an int64 scalar.
     """
 
     rows: Tensor
@@ -59,7 +59,7 @@ class KeyQueue(nn.Module):
         Args:
             keys: (n, D).
             image_ids: (n,) int64.
-            step_ok: Bool of no dimensions on the device; where it is false nothing changes, and the host never knows.
+            step_ok: A bool scalar on the device; if false nothing changes, without a host synchronisation.
 
         Raises:
             ConfigError: n is larger than K, so that a key would overwrite one of its own batch.

@@ -9,7 +9,7 @@ from synco_fast.kernels.rng import philox
 
 __all__ = ["key_order"]
 
-#: Where the families of negatives have their numbers in the counter (`synco_fast.kernels.rng`), which end far below.
+#: Used in the counter where families of negatives have their numbers (`synco_fast.kernels.rng`), which are far smaller.
 _SHUFFLE = 1 << 31
 
 
@@ -18,14 +18,14 @@ def key_order(
 ) -> Tensor:
     """A permutation of the batch, (length,) int64: the key computed at place i is that of row ``order[i]``.
 
-    A sort of Philox words with the row as counter: the same on every device and every rank, drawn where it is used,
-    with nothing to copy or to keep.
+    It sorts Philox words with the row as counter: the same on every device and rank, drawn where it is used, without
+    state.
 
     Args:
         length: B, the global batch.
         seed, step: As the loss takes them; an int64 tensor keeps the step on the device.
         direction: 0, and 1 for the second direction of a symmetric loss.
-        device: Where the order is made.
+        device: Where the order is computed.
     """
     row = torch.arange(length, dtype=torch.int64, device=device)
     words = philox((row, direction, _SHUFFLE, 0), (seed, step))

@@ -1,1 +1,1 @@
-"""Pages and pictures about finished runs."""
+"""Reports and comparisons of runs."""

@@ -1,8 +1,7 @@
-"""Several runs side by side: a table and one picture, mean and spread over seeds."""
+"""Comparing runs: a table and a plot, with mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,58 +14,59 @@ from matplotlib.patches import Patch
 
 from synco_fast.config import Config
 from synco_fast.explain import known_keys
-from synco_fast.report.runs import Run, read_run
+from synco_fast.report.runs import PROBES, Run, mean_and_deviation, read_run
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.style import colour_of
 
-__all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison", "spread"]
+__all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison"]
 
 matplotlib.use("Agg")
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN": lambda run: run.results.get("knn", {}).get("knn"),
     "kNN in training": lambda run: run.summary.get("knn_after"),
-    "linear": lambda run: run.top1("linear"),
-    "linear, cached": lambda run: run.top1("linear_fast"),
-    "1 % labels": lambda run: run.top1("finetune_1"),
-    "10 % labels": lambda run: run.top1("finetune_10"),
+    **PROBES,
     "images per second": lambda run: run.throughput,
 }
-"""What is compared, by the column's title: a column never mixes two protocols."""
+"""Compared figures by column title; a column never mixes two protocols."""
 
-#: Keys in which runs of one group may differ.
+#: Keys that may differ within a group.
 _FREE = frozenset({"seed", "preset", "about", "data.workers", "training.log_every", "training.keep"})
+
+
+#: Settings that a title names; runs that differ in more are told apart by preset and folder.
+_NAMED = 4
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by seed alone.
+    """Runs that differ only by seed.
 
     Attributes:
-        title: The method, and every setting in which this group differs from another one.
-        runs: In the order given.
+        title: The method, and the settings in which groups differ, or preset and folder if those are many.
+        runs: Runs in the order given.
     """
 
     title: str
     runs: tuple[Run, ...]
 
     def values(self, figure: str) -> list[float]:
-        """A figure of `FIGURES` for the runs that have it."""
+        """The values of a figure of `FIGURES`, for the runs that have it."""
         found = (FIGURES[figure](run) for run in self.runs)
         return [value for value in found if value is not None]
 
     @property
     def budget(self) -> str:
-        """Epochs done and images a step."""
+        """Completed epochs, and images per step."""
         epochs = {run.summary.get("epochs", 0) for run in self.runs}
         return f"{'/'.join(f'{value:.3g}' for value in sorted(epochs))} x {self.runs[0].config.training.batch}"
 
 
 def compare_runs(folders: Sequence[Path]) -> list[Group]:
-    """Read runs and put those that differ by seed alone together.
+    """Read runs, and group those that differ only by seed.
 
     Raises:
-        ConfigError: A folder is no run, or is given twice.
+        ConfigError: A folder is not a run, or is given twice.
     """
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
@@ -82,12 +82,14 @@ def compare_runs(folders: Sequence[Path]) -> list[Group]:
     for inside in grouped.values():
         settings = _settings(inside[0])
         others = [f"{key.rpartition('.')[2]} {settings[key]}" for key in differing if key != "method.name"]
+        if len(others) > _NAMED:
+            others = [f"preset {inside[0].config.preset}", f"run {inside[0].folder.name}"]
         groups.append(Group(", ".join([inside[0].config.method.name, *others]), tuple(inside)))
     return groups
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Every key of the configuration by its dotted name, without those in which seeds may differ."""
+    """Every key of the configuration by its dotted name, except those that may differ within a group."""
     dumped = run.config.model_dump(mode="json")
     found = {}
     for key in known_keys(Config):
@@ -99,19 +101,12 @@ def _settings(run: Run) -> dict[str, Any]:
     return found
 
 
-def spread(values: list[float]) -> tuple[float, float] | None:
-    """Mean and sample standard deviation (0 for one value); None for no value."""
-    if not values:
-        return None
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def draw_comparison(groups: Sequence[Group], path: Path) -> None:
-    """The kNN accuracy over epochs, every evaluation with its spread, and the throughput, as one picture.
+    """Plot kNN accuracy over epochs, every evaluation with its deviation, and throughput in one picture.
 
     Args:
         groups: From `compare_runs`.
-        path: The picture; its ending decides the format.
+        path: The picture; its suffix sets the format.
     """
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
@@ -124,15 +119,15 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     curves.set_xlabel("epoch")
     curves.set_title("kNN during pretraining")
     if not curves.get_lines():
-        curves.text(0.5, 0.5, "not evaluated", ha="center", color="grey", transform=curves.transAxes)
+        curves.text(0.5, 0.5, "not evaluated", ha="center", color="gray", transform=curves.transAxes)
     names = [name for name in FIGURES if name != "images per second" and any(group.values(name) for group in groups)]
     _bars(bars, groups, colours, names)
-    bars.set_title("evaluations, spread over seeds")
+    bars.set_title("evaluations, deviation over seeds")
     chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
     for axes in (curves, bars):
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         if chance is not None:
-            axes.axhline(chance, color="grey", linestyle=":")
+            axes.axhline(chance, color="gray", linestyle=":")
     bars.set_ylim(0, 1)
     _bars(speed, groups, colours, ["images per second"])
     speed.set_title("throughput")
@@ -149,7 +144,7 @@ def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[s
     width = 0.8 / len(groups)
     for number, (group, colour) in enumerate(zip(groups, colours, strict=True)):
         for place, name in enumerate(names):
-            found = spread(group.values(name))
+            found = mean_and_deviation(group.values(name))
             if found:
                 x = place + (number - (len(groups) - 1) / 2) * width
                 axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, color=colour, capsize=3)

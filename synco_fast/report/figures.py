@@ -1,9 +1,8 @@
-"""The drawings of a report: small enough to be read on a phone, as SVG."""
+"""The plots of a report: SVG, readable on a phone."""
 
 from __future__ import annotations
 
 import io
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -11,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from synco_fast.kernels import FAMILIES
 from synco_fast.report.runs import Run
-from synco_fast.runtime.style import COLOURS
+from synco_fast.training.plots import PANELS, draw_panel
 
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
 
 matplotlib.use("Agg")
-#: Inches: 400 pixels of a page, so that type keeps its size at a phone's width.
+#: Inches: 400 pixels of a page, so that text keeps its size at a phone's width.
 _WIDTH, _HEIGHT = 4.2, 3.0
 
 
@@ -40,59 +38,18 @@ def _svg(figure: Figure) -> str:
 
 
 def draw_run(run: Run) -> dict[str, str]:
-    """By title: loss, contrastive accuracy, kNN, hardness, throughput, data wait; what was not logged is omitted."""
+    """The panels of the run's own picture, by title; only those with something logged."""
     found = {}
-    wanted: list[tuple[str, list[dict[str, Any]], list[tuple[str, str, str]], bool]] = [
-        ("Contrastive loss", run.train, [("loss", "loss", COLOURS[0])], False),
-        (
-            "Top-1 against the queue",
-            run.train,
-            [("queue_top1", "queue alone", COLOURS[1]), ("top1", "with synthetic negatives", COLOURS[3])],
-            True,
-        ),
-        ("kNN accuracy on the held-out split", run.evaluations, [("knn", "kNN", COLOURS[2])], True),
-        (
-            "Hardness: cosine to the query",
-            run.train,
-            [
-                ("similarity/positive", "positive", COLOURS[7]),
-                ("similarity/hard", "hard (mean of Q^N)", "grey"),
-                *(
-                    (f"similarity/{family.name}", f"{family.number} {family.name}", colour)
-                    for family, colour in zip(FAMILIES, COLOURS, strict=False)
-                ),
-            ],
-            False,
-        ),
-        ("Throughput, images per second", run.train, [("images_per_second", "images/s", COLOURS[0])], False),
-        ("Time spent waiting for data", run.train, [("data_wait", "data wait", COLOURS[3])], True),
-    ]
-    for title, lines, names, share in wanted:
+    for panel in PANELS:
+        title = panel.title if panel.title.startswith("kNN") else panel.title[0].upper() + panel.title[1:]
         figure, axes = _axes(title)
-        for name, label, colour in names:
-            points = [(line["epoch"], line[name]) for line in lines if name in line]
-            if points:
-                marker = "o" if len(points) < 30 else None
-                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=3)
-        if not axes.get_lines():
-            continue
-        axes.set_xlabel("epoch", fontsize=8)
-        if share:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-            axes.set_ylim(bottom=0)
-        if title.startswith("kNN") and run.chance:
-            axes.axhline(run.chance, color="grey", linestyle=":", label="chance")
-            axes.set_ylim(0, 1)
-        if title.startswith("Throughput"):
-            axes.set_ylim(bottom=0)
-        if len(axes.get_lines()) > 1:
-            axes.legend(fontsize=7, ncol=2 if len(axes.get_lines()) > 4 else 1)
-        found[title] = _svg(figure)
+        if draw_panel(axes, panel, [*run.train, *run.evaluations], chance=run.chance):
+            found[title] = _svg(figure)
     return found
 
 
 def draw_confusion(confusion: list[list[int]], names: list[str]) -> str:
-    """Shares of each true class (rows) by predicted class (columns)."""
+    """Plot the confusion matrix, normalised by true class (rows)."""
     counts = np.array(confusion, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = _axes("rows: true class, columns: predicted", height=4.2)
@@ -111,7 +68,7 @@ def draw_confusion(confusion: list[list[int]], names: list[str]) -> str:
 
 
 def draw_map(points: Tensor, labels: Tensor, names: list[str], title: str) -> str:
-    """Points (n, 2) by class."""
+    """Plot points (n, 2), coloured by class."""
     figure, axes = _axes(title, height=4.2)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -121,7 +78,7 @@ def draw_map(points: Tensor, labels: Tensor, names: list[str], title: str) -> st
         inside = points[labels == label].numpy()
         name = names[label] if len(names) <= 20 else None
         axes.scatter(inside[:, 0], inside[:, 1], s=5, color=palette(label % palette.N), label=name, linewidths=0)
-    # Thousands of points as paths would make the page slow to scroll.
+    # As vector paths, thousands of points would make the page slow.
     for points_drawn in axes.collections:
         points_drawn.set_rasterized(True)
     if len(names) <= 20:

@@ -1,4 +1,4 @@
-"""What the backbone sees as near: sheets of nearest neighbours, and a map of the held-out images."""
+"""Nearest neighbours by the backbone's features, and a map of the held-out images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _THUMB = 72
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An image as a data URI, its class, and whether that is the query's."""
+    """A neighbour: image as a data URI, class, and whether that is the query's class."""
 
     picture: str
     label: str
@@ -35,7 +35,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A query image and its nearest training images, the nearest first."""
+    """A query image and its nearest training images, nearest first."""
 
     picture: str
     label: str
@@ -44,7 +44,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Sheets, and features (n, F) with labels (n,) of the held-out images that were looked at."""
+    """Sheets, and features (n, F) with labels (n,) of some held-out images."""
 
     sheets: list[Sheet]
     right: float
@@ -60,10 +60,10 @@ def look_around(
 
     Args:
         context: Backbone and images.
-        queries: Sheets, spread over the classes.
-        neighbours: Images a sheet shows beside its query.
-        bank: Training images to choose from, at most.
-        map: Held-out images whose features are returned, at most.
+        queries: Number of sheets, spread over the classes.
+        neighbours: Neighbours per sheet.
+        bank: At most so many training images to choose from.
+        map: At most so many held-out images whose features are returned.
     """
     train, held_out = (
         extract_features(
@@ -97,7 +97,7 @@ def look_around(
 
 
 def _spread_over_classes(labels: Tensor, count: int) -> list[int]:
-    """Rows that take turns through the classes."""
+    """Rows in turn from each class."""
     by_class = [torch.nonzero(labels == label).flatten().tolist() for label in labels.unique()]
     rows = [inside[turn] for turn in range(max(map(len, by_class))) for inside in by_class if turn < len(inside)]
     return rows[:count]
@@ -112,7 +112,7 @@ def _thumbnail(split: Split, number: int) -> str:
 
 
 def flatten(features: Tensor) -> tuple[Tensor, str]:
-    """Features (n, F) as points (n, 2), and what did it: t-SNE, or principal components without scikit-learn."""
+    """Features (n, F) as points (n, 2), and the method: t-SNE, or principal components without scikit-learn."""
     features = normalize(features, dim=1)
     if importlib.util.find_spec("sklearn") and len(features) > 10:
         from sklearn.manifold import TSNE

@@ -1,4 +1,4 @@
-"""One self-contained page about a run: works from a memory stick, asks the network for nothing."""
+"""The HTML report of a run: self-contained, works offline."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["write_report"]
 def write_report(folder: Path, out: Path | None = None, options: EvalOptions | None = None) -> Path:
     """Write the page, ``report.html`` in the run folder by default.
 
-    What the run folder does not hold, such as a linear probe, is named with the command that makes it. Where the images
-    or the checkpoint are gone, the page says so and shows the rest.
+    Missing results, such as a linear probe, are listed with the command that makes them. If the images or the
+    checkpoint are gone, the page says so and shows the rest.
 
     Args:
-        folder: The run.
-        out: The file.
+        folder: The run folder.
+        out: The file to write.
         options: Source, device and workers for the pictures of neighbours.
 
     Raises:
-        ConfigError: The folder is no run.
+        ConfigError: The folder is not a run.
     """
     run = read_run(folder)
     out = out or folder / "report.html"
@@ -60,7 +60,7 @@ def write_report(folder: Path, out: Path | None = None, options: EvalOptions | N
 
 
 def _tiles(run: Run) -> list[tuple[str, str]]:
-    """The few figures at the top."""
+    """The key figures at the top."""
 
     def percent(value: float | None) -> str:
         return "none" if value is None else f"{value:.1%}"
@@ -78,7 +78,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
 
 
 def _gallery(folder: Path, options: EvalOptions) -> dict[str, Any]:
-    """Neighbours and map, or the reason why there are none."""
+    """Neighbours and map, or the reason why they are missing."""
     try:
         context = open_context(folder, options)
         found = look_around(context)

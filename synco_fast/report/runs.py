@@ -1,7 +1,9 @@
-"""What a run folder says about itself."""
+"""Reading run folders, and figures over seeds."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import read_json
 from synco_fast.training.metrics import read_metrics
 
-__all__ = ["Run", "read_run"]
+__all__ = ["PROBES", "Run", "mean_and_deviation", "read_run"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,13 @@ class Run:
     """A run folder, read.
 
     Attributes:
-        folder: Where it is.
-        config: What was done.
-        summary: The content of ``summary.json``; empty where the run has not come to an end.
+        folder: The folder.
+        config: Its configuration.
+        summary: The content of ``summary.json``; empty for an unfinished run.
         environment: Versions, device, commit.
-        train: Lines of ``metrics.jsonl`` about training.
-        evaluations: Lines about the periodic kNN.
-        results: By name, the JSON files below ``evaluation/``.
+        train: Training lines of ``metrics.jsonl``.
+        evaluations: Lines of the periodic kNN.
+        results: The JSON files below ``evaluation/`` by name.
     """
 
     folder: Path
@@ -38,20 +40,20 @@ class Run:
 
     @property
     def knn(self) -> float | None:
-        """The kNN accuracy of ``evaluate knn``, or else the last one of the run itself."""
+        """The kNN accuracy of ``evaluate knn``, else the run's last one."""
         found = self.results.get("knn", {}).get("knn", self.summary.get("knn_after"))
         return float(found) if found is not None else None
 
     @property
     def linear(self) -> float | None:
-        """The linear probe's accuracy: of the published protocol, or else of the fast variant."""
+        """The linear probe's accuracy by the published protocol, else by the fast variant."""
         for name in ("linear", "linear_fast"):
             if name in self.results:
                 return float(self.results[name]["top1"])
         return None
 
     def top1(self, evaluation: str) -> float | None:
-        """The accuracy that ``evaluation/NAME.json`` gives."""
+        """The top-1 accuracy in ``evaluation/NAME.json``."""
         found = self.results.get(evaluation, {}).get("top1")
         return float(found) if found is not None else None
 
@@ -72,7 +74,7 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        ConfigError: It is none, or a file in it is broken.
+        ConfigError: The folder is not a run, or a file in it is damaged.
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")
@@ -88,3 +90,19 @@ def read_run(folder: Path) -> Run:
         evaluations=[line for line in lines if line["kind"] == "evaluation"],
         results=results,
     )
+
+
+PROBES: dict[str, Callable[[Run], float | None]] = {
+    "linear": lambda run: run.top1("linear"),
+    "linear, cached": lambda run: run.top1("linear_fast"),
+    "1 % labels": lambda run: run.top1("finetune_1"),
+    "10 % labels": lambda run: run.top1("finetune_10"),
+}
+"""Accuracies that comparisons and studies have a column for, by its title; a column never mixes two protocols."""
+
+
+def mean_and_deviation(values: Collection[float]) -> tuple[float, float] | None:
+    """Mean and sample standard deviation (0 for one value); None for no value."""
+    if not values:
+        return None
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

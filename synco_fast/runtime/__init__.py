@@ -1,1 +1,1 @@
-"""The floor that training, evaluation and export share; it knows no method."""
+"""What training, evaluation and export share; independent of methods."""

@@ -1,4 +1,4 @@
-"""Checkpoints: saved atomically, loaded without running code, the newest good one found, weights loaded strictly."""
+"""Checkpoints: atomic saving, loading without running code, finding the newest good one, strict weight loading."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from synco_fast.runtime.migrations import migrate_checkpoint
 
 __all__ = ["checkpoints_in", "find_checkpoint", "load_checkpoint", "load_weights", "read_tensors", "save_checkpoint"]
 
-#: Raised when the layout changes in a way that older code or newer code cannot read.
+#: Incremented when the layout changes incompatibly.
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})\.pt")
-#: How many names a message lists.
+#: Names that a message lists.
 _LISTED = 6
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write ``folder/step-XXXXXXXX.pt`` whole or not at all, then drop all but the newest ``keep``.
+    """Write ``folder/step-XXXXXXXX.pt`` atomically, then delete all but the newest ``keep``.
 
     Args:
-        folder: Made where it is missing.
-        step: How many steps are done.
-        state: Tensors and plain values only, so that `load_checkpoint` can refuse everything else.
-        keep: How many checkpoints stay.
+        folder: Created if missing.
+        step: Completed steps.
+        state: Tensors and plain values only; `load_checkpoint` refuses everything else.
+        keep: Checkpoints to keep.
     """
     target = folder / f"step-{step:08d}.pt"
     with atomic_write(target) as temporary:
@@ -49,7 +49,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def read_tensors(path: Path) -> Any:
-    """Whatever `torch.save` wrote, if it is tensors and plain values alone, on the CPU.
+    """Load a file of `torch.save` onto the CPU, if it holds only tensors and plain values.
 
     Raises:
         CheckpointError: The file is missing or damaged, or carries code.
@@ -81,13 +81,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(path: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """The checkpoint that ``path`` means: a file, or the newest good one of a run folder.
+    """Load the checkpoint at ``path``: a file, or the newest good one of a run folder.
 
     Returns:
-        Its content, its path, and a line about each newer one that was damaged.
+        Content, path, and a line about each newer one that is damaged.
 
     Raises:
-        CheckpointError: There is none that can be read.
+        CheckpointError: None can be read.
     """
     if path.is_file():
         return load_checkpoint(path), path, []
@@ -108,15 +108,15 @@ def load_weights(
     """Load a module's state strictly: the same names, shapes and dtypes.
 
     Args:
-        module: What is loaded into; unchanged where anything differs.
+        module: The module; unchanged if anything differs.
         state: Tensors by name.
-        file: Where they were read, for the message.
-        name: What the message calls the architecture.
-        cast: Accept another floating-point dtype, as published weights have; the module's own stays.
+        file: The file they were read from, for the message.
+        name: The architecture's name in the message.
+        cast: Accept another floating-point dtype, as in published weights; the module keeps its own.
 
     Raises:
-        CheckpointError: The weights are those of another architecture; missing and unexpected names and differing
-            tensors are listed.
+        CheckpointError: The weights belong to another architecture; the message lists missing, unexpected and
+            differing tensors.
     """
     own = module.state_dict()
     if not isinstance(state, Mapping):

@@ -1,6 +1,6 @@
-"""The processes of a job: where torchrun or Slurm put this one, how it joins, and what the ranks exchange.
+"""Distributed jobs: ranks from torchrun or Slurm, initialisation, and exchanges between ranks.
 
-In a job of one process every function returns what it was given. A global batch of B rows lies on W ranks in blocks of
+With one process, every function returns its input. A global batch of B rows is divided among W ranks in blocks of
 B / W: row i is on rank i // (B / W).
 """
 
@@ -35,11 +35,11 @@ __all__ = [
     "world",
 ]
 
-#: Slurm names no port: the lowest one taken, and how many above it the job's number may choose from.
+#: Slurm gives no port: it is the lowest one plus the job number modulo the range.
 _PORTS = 20000, 10000
-#: How long the other ranks wait while rank 0 evaluates or writes.
+#: Time limit of the other ranks while rank 0 evaluates or writes.
 _PATIENCE = timedelta(hours=4)
-#: Words of a message by which a lost process is recognised.
+#: Words in an error message that indicate a lost process.
 _LOST = ("gloo", "nccl", "peer", "timed out", "timeout", "connection")
 #: Renamed after PyTorch 2.11.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -47,11 +47,11 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 @dataclass(frozen=True)
 class DistEnv:
-    """Where this process stands in its job.
+    """The distributed environment of this process.
 
     Attributes:
-        rank, world: Number of this process in [0, W), and W.
-        local_rank, local_world: The same on this machine.
+        rank, world: Rank of this process in [0, W), and W.
+        local_rank, local_world: The same within this machine.
         address, port: Where rank 0 listens.
     """
 
@@ -69,7 +69,7 @@ class DistEnv:
 
     @staticmethod
     def detect(environment: Mapping[str, str] | None = None) -> DistEnv:
-        """From torchrun's variables, else from Slurm's (``srun`` with one task a GPU), else a job of one process.
+        """Read torchrun's variables, else Slurm's (``srun`` with one task per GPU), else assume one process.
 
         Raises:
             ConfigError: A variable is missing or is not a whole number.
@@ -86,7 +86,7 @@ class DistEnv:
                 variables.get("MASTER_ADDR", "127.0.0.1"),
                 _number(variables, "MASTER_PORT"),
             )
-        # An interactive shell inside an allocation has the job's variables but is no task of it.
+        # An interactive shell inside an allocation has the job's variables but is not one of its tasks.
         if variables.get("SLURM_STEP_ID", "").isdigit() and _number(variables, "SLURM_NTASKS", "1") > 1:
             nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
             tasks = "SLURM_STEP_TASKS_PER_NODE"
@@ -121,10 +121,10 @@ def _first_node(nodes: str) -> str:
 
 
 class HostGroup:
-    """What the ranks agree on over the hosts' network, without touching a GPU.
+    """Communication between ranks over the hosts' network (gloo), without a GPU.
 
     Args:
-        env: This process's place.
+        env: Environment of this process.
     """
 
     def __init__(self, env: DistEnv) -> None:
@@ -150,7 +150,7 @@ class HostGroup:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank; the others wait for it."""
+        """Rank 0's value on every rank."""
         if self._group is None:
             return value
         values = [value]
@@ -160,12 +160,12 @@ class HostGroup:
 
 @contextmanager
 def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300) -> Iterator[HostGroup]:
-    """Join the job: take this process's GPU, connect to the others, and leave at the end of the block.
+    """Join the job: set this process's GPU, connect to the others, and leave at the end of the block.
 
     Args:
         env: From `DistEnv.detect`.
         device: ``auto``, ``cpu`` or ``cuda``, as in the configuration.
-        timeout: Seconds that a collective operation waits for the other ranks before the job ends.
+        timeout: Seconds that a collective waits for the other ranks before the job ends.
 
     Raises:
         ConfigError: There are more processes on this machine than GPUs.
@@ -178,7 +178,7 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
     if cuda:
         if env.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"processes: found {env.local_world} on this machine, expected {torch.cuda.device_count()}, one a GPU"
+                f"processes: found {env.local_world} on this machine, expected {torch.cuda.device_count()}, one per GPU"
             )
         torch.cuda.set_device(env.local_rank)
     try:
@@ -202,7 +202,7 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process is gone or does not answer."""
+    """Whether an error indicates that another process is gone or does not respond."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST)
@@ -214,7 +214,7 @@ def world() -> int:
 
 
 def rank() -> int:
-    """The number of this process, in [0, W)."""
+    """The rank of this process, in [0, W)."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -245,7 +245,7 @@ def mean_over_ranks(tensors: list[Tensor]) -> None:
 
 
 def gather_lists(values: list[Any]) -> list[Any]:
-    """The lists of all ranks, one after the other in order of rank; lengths may differ."""
+    """The lists of all ranks, concatenated in order of rank; lengths may differ."""
     if world() == 1:
         return values
     parts: list[Any] = [None] * world()
@@ -267,8 +267,8 @@ def exchange_rows(rows: Tensor, order: Tensor) -> Tensor:
 
     Args:
         rows: This rank's block of the batch, (b, ...).
-        order: A permutation of the global batch, (W b,) int64, the same on every rank; on the CPU where W is above 1,
-            since the sizes of what is sent follow from it.
+        order: A permutation of the global batch, (W b,) int64, the same on every rank; on the CPU if W is above 1,
+            since message sizes follow from it.
 
     Returns:
         (b, ...).
@@ -282,7 +282,7 @@ def exchange_rows(rows: Tensor, order: Tensor) -> Tensor:
     sent = leaving.sum(dim=1).tolist()
     received = owner[rank()].bincount(minlength=world()).tolist()
     source = (wanted % block)[leaving].to(rows.device, non_blocking=True)
-    # What arrives is sorted by the rank it came from, and within one rank as it was wanted.
+    # Received rows are sorted by source rank, and within one rank in the requested order.
     place = owner[rank()].argsort(stable=True).to(rows.device, non_blocking=True)
     outgoing = rows[source].contiguous()
     incoming = torch.empty_like(outgoing[:1].expand(block, *rows.shape[1:]), memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, device, commit."""
+"""The environment of a measurement: versions, device, commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow", "nvidi
 
 
 def describe_environment() -> dict[str, str | int]:
-    """Versions of what decides results and speed, the device, and the source tree's commit where there is one."""
+    """Versions of the packages that affect results and speed, the device, and the source tree's commit, if any."""
     found: dict[str, str | int] = {"synco-fast": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -42,7 +42,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, with ``+`` where files differ from it; None for an installed copy."""
+    """The commit of the source tree, with ``+`` if files differ from it; None for an installed copy."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

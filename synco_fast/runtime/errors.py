@@ -1,4 +1,4 @@
-"""Errors that a person can mend: the command line prints their one line and exits with code 2."""
+"""User errors: the command line prints one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "Lost
 
 
 class ConfigError(UserError):
-    """A preset, a key or a value of the configuration."""
+    """Wrong preset, key or value in the configuration."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be read, or that does not fit the model."""
+    """A checkpoint cannot be read, or does not fit the model."""
 
 
 class DivergedError(UserError):
-    """The loss stopped being a number."""
+    """Training diverged: non-finite loss or gradients."""
 
 
 class LostProcessError(UserError):
-    """Another process of the job is gone, or no longer answers."""
+    """Another process of the job is gone, or does not respond."""

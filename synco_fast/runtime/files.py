@@ -1,4 +1,4 @@
-"""Files of a run: written whole or not at all, JSON read with one clear line where it is damaged."""
+"""Files of a run: atomic writes, JSON, and checks of output paths."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["atomic_write", "check_writable", "read_json", "write_json", "write_t
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8, whole or not at all."""
+    """Write text as UTF-8, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write readable JSON, whole or not at all."""
+    """Write indented JSON, atomically."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file.
+    """The object in a JSON file; empty if there is no file.
 
     Raises:
-        UserError: The file cannot be read, is not JSON, or holds something else than an object.
+        UserError: The file cannot be read, is not JSON, or does not hold an object.
     """
     if not path.is_file():
         return {}
@@ -42,15 +42,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_writable(path: Path, name: str, *, file: bool = False) -> None:
-    """Refuse, before anything long begins, a file or folder that could not be written. Makes nothing.
+    """Refuse a file or folder that could not be written, before any long work starts; creates nothing.
 
     Args:
-        path: A file or folder, there already or to be made.
-        name: What the message calls it.
-        file: Whether it must not be a folder.
+        path: A file or folder, existing or new.
+        name: Its name in the message.
+        file: Whether it must be a file.
 
     Raises:
-        UserError: It lies below a file or where this user cannot write, or is a folder where a file is wanted.
+        UserError: It is below a file, is not writable, or is a folder instead of a file.
     """
     if file and path.is_dir():
         raise UserError(f"{name}: found a folder {path}, expected a file")
@@ -64,5 +64,5 @@ def check_writable(path: Path, name: str, *, file: bool = False) -> None:
 
 
 def _is_virtual(path: Path) -> bool:
-    """The kernel's own file systems take no files, whatever their permissions say."""
+    """Whether a path is on a virtual file system, which takes no files whatever its permissions."""
     return path.resolve().parts[:2] in (("/", "proc"), ("/", "sys"))

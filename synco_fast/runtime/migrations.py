@@ -1,7 +1,7 @@
-"""Names of older configurations and checkpoints, and what they are called now: the one table of such changes.
+"""Migrations: names in older configurations and checkpoints, and their names now.
 
-A change of a name or value is a row here. `build_config` and `load_checkpoint` apply the tables; nothing else in the
-package knows an older name.
+A renamed key or value is a row here. `build_config`, `build_generator_config` and `load_checkpoint` apply the tables;
+no other module knows older names.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-__all__ = ["OldLayoutWarning", "migrate_checkpoint", "migrate_config"]
+__all__ = ["OldLayoutWarning", "migrate_checkpoint", "migrate_config", "migrate_generator_config"]
 
 #: Keys of the configuration by dotted name.
 KEYS: dict[str, str] = {
@@ -18,51 +18,70 @@ KEYS: dict[str, str] = {
     "data.share": "data.fraction",
     "evaluation.neighbours": "evaluation.k",
 }
+#: Keys of the configuration of ``pretrain-generator``.
+GENERATOR_KEYS: dict[str, str] = {
+    "max_broken": "max_corrupt",
+    "quality_every": "kid_every",
+    "quality_images": "kid_images",
+    "share": "fraction",
+}
 #: Values of a key.
 VALUES: dict[str, dict[Any, Any]] = {"method.backend": {"closed_form": "blockwise"}}
 #: Parts of a checkpoint.
-PARTS: dict[str, str] = {"game": "extra"}
+PARTS: dict[str, str] = {"broken": "corrupt", "game": "extra", "players": "optimizers"}
 #: Tensors below a checkpoint's ``method``.
 TENSORS: dict[str, str] = {"queue.images": "queue.image_ids"}
 
-#: Once the name of a method of its own, with its negatives under ``method.base``.
+#: Formerly a method of its own, with its negatives under ``method.base``.
 _PAIRS = "generated"
 
 
 class OldLayoutWarning(UserWarning):
-    """A configuration in an older layout was read; the message says how it was understood."""
+    """A configuration in an older layout was read; the message says how."""
 
 
-def migrate_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's nested values under the names of today; warns in one line where anything changed.
+def migrate_config(values: dict[str, Any], *, older_wins: bool = False) -> dict[str, Any]:
+    """A configuration's nested values under today's names; one warning if anything changed.
 
     Args:
         values: By section and key; not changed.
+        older_wins: Whether an older name overrides the newer one, as if given on the command line.
     """
     values = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in values.items()}
-    notes = [*_rename_keys(values), *_rename_values(values), *_part_method_from_pairs(values)]
+    notes = [*_rename_keys(values, KEYS, older_wins), *_rename_values(values), *_part_method_from_pairs(values)]
+    if notes:
+        warnings.warn(f"configuration in an older layout: read {'; '.join(notes)}", OldLayoutWarning, stacklevel=3)
+    return values
+
+
+def migrate_generator_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The same for the configuration of ``pretrain-generator``, which has no sections."""
+    values = dict(values)
+    notes = _rename_keys(values, GENERATOR_KEYS)
     if notes:
         warnings.warn(f"configuration in an older layout: read {'; '.join(notes)}", OldLayoutWarning, stacklevel=3)
     return values
 
 
 def migrate_checkpoint(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's content under the names of today; tensors are shared with ``state``."""
+    """A checkpoint's content under today's names; tensors are shared with ``state``."""
     state = {PARTS.get(name, name): value for name, value in state.items()}
     if isinstance(state.get("method"), dict):
         state["method"] = {TENSORS.get(name, name): value for name, value in state["method"].items()}
     return state
 
 
-def _rename_keys(values: dict[str, Any]) -> list[str]:
+def _rename_keys(values: dict[str, Any], names: dict[str, str], older_wins: bool = False) -> list[str]:
     notes = []
-    for old, new in KEYS.items():
+    for old, new in names.items():
         section, _, key = old.rpartition(".")
         inside = values.get(section) if section else values
         if isinstance(inside, dict) and key in inside:
             to_section, _, to_key = new.rpartition(".")
             target = values.setdefault(to_section, {}) if to_section else values
-            target.setdefault(to_key, inside.pop(key))
+            found = inside.pop(key)
+            if older_wins or to_key not in target:
+                target[to_key] = found
             notes.append(f"{old} as {new}")
     return notes
 
@@ -88,7 +107,7 @@ def _part_method_from_pairs(values: dict[str, Any]) -> list[str]:
         method["name"], values["generated"] = name, {**pairs, "pair": pair}
         return [f"method.name {_PAIRS} as method.name {name} with generated.pair {pair}"]
     if "base" in method:
-        # A run folder of that time lists every key, and this one meant nothing beside another method.
+        # Run folders of that time list every key; with another method this one had no effect.
         del method["base"]
         values["generated"] = {**pairs, "pair": "none"}
         return [f"method.base as unused beside method.name {method.get('name', 'synco')}"]

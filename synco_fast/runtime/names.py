@@ -1,4 +1,4 @@
-"""The devices and number formats that a person may name; importing them costs nothing."""
+"""Names of devices and number formats; importing them is cheap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 __all__ = ["Device", "Format"]
 
 Device = Literal["auto", "cpu", "cuda"]
-"""``auto`` is a GPU where there is one."""
+"""``auto`` is a GPU if there is one."""
 
 Format = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-"""``auto`` is bf16 where the device computes in it at speed, else fp32."""
+"""``auto`` is bf16 where the device is fast in it, else fp32."""

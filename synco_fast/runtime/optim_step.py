@@ -30,10 +30,10 @@ def build_sgd(
     """SGD, fused on a GPU, whose very first step can be skipped.
 
     Args:
-        parameters: Parameters, or groups of them with rates of their own.
-        lr: The rate of groups that have none.
+        parameters: Parameters, or groups with their own learning rates.
+        lr: Learning rate of groups without one.
         momentum, weight_decay: As PyTorch defines them.
-        device: Where the parameters are.
+        device: Device of the parameters.
     """
     cuda = device.type == "cuda"
     sgd = torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=cuda)
@@ -46,14 +46,14 @@ def build_sgd(
 
 
 class OptimStep:
-    """One optimizer step from gradients that may be scaled or not finite; nothing here waits for a GPU.
+    """An optimizer step on gradients that may be scaled or non-finite; never waits for a GPU.
 
     Args:
-        optimizer: What moves the weights. Where it cannot skip a step by a tensor on the device, the host waits for the
-            gradient's norm.
+        optimizer: The optimizer. If it cannot skip a step by a tensor on the device, the host waits for the gradient
+            norm.
         scaled: Whether losses are scaled, for fp16.
-        clip: The largest norm of the gradient over all parameters; None for no limit.
-        device: Where the parameters are.
+        clip: Clip the total gradient norm to this value; None for no clipping.
+        device: Device of the parameters.
     """
 
     def __init__(
@@ -66,22 +66,22 @@ class OptimStep:
 
     @property
     def waits(self) -> bool:
-        """Whether the host must wait for the gradient's norm in each step."""
+        """Whether the host waits for the gradient norm in each step."""
         return not self._on_device
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss, scaled where losses are."""
+        """Backward pass of a loss, with loss scaling if it is on."""
         (loss if self.scale is None else loss * self.scale).backward()
 
     @torch.no_grad()
     def step(self) -> tuple[Tensor, Tensor]:
-        """Move the weights by the accumulated gradients, unless their norm is not finite.
+        """Apply the accumulated gradients, unless their norm is non-finite.
 
-        With several ranks the gradients are those of the whole batch, so that all ranks decide alike.
+        With several ranks the gradients are already averaged, so all ranks decide alike.
 
         Returns:
-            Whether the step was taken, bool, and the norm of the whole gradient before clipping, float32; both of no
-            dimensions, on the device.
+            Whether the step was taken, bool, and the total gradient norm before clipping, float32; both scalars on the
+            device.
         """
         gradients = [
             parameter.grad
@@ -92,21 +92,21 @@ class OptimStep:
         if self.scale is not None:
             torch._foreach_mul_(gradients, 1 / self.scale)
         norm = torch.nn.utils.get_total_norm(gradients).float()
-        accept = torch.isfinite(norm)
+        step_ok = torch.isfinite(norm)
         if self.scale is not None:
-            torch._amp_update_scale_(self.scale, self._growth, (~accept).float(), _GROWTH, _BACKOFF, _INTERVAL)
+            torch._amp_update_scale_(self.scale, self._growth, (~step_ok).float(), _GROWTH, _BACKOFF, _INTERVAL)
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         if self._on_device:
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (~accept).float()  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~step_ok).float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif bool(accept):
+        elif bool(step_ok):
             self.optimizer.step()
-        return accept, norm
+        return step_ok, norm
 
     def descend(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """A whole step from one loss: clear the gradients, backward, step; returns what `step` returns."""
+        """A whole step on one loss: zero the gradients, backward, `step`; returns what `step` returns."""
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(loss)
         return self.step()
@@ -128,24 +128,24 @@ class SkippedSteps:
     """Counts the skipped steps, on the device.
 
     Args:
-        device: Where.
+        device: Device of the counts.
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: All, the consecutive ones up to now, and the first of those (-1 for none).
+        #: Total, consecutive up to now, and the first of the consecutive ones (-1 for none).
         self._counts = torch.tensor([0, 0, -1], dtype=torch.int64, device=device)
 
-    def add(self, accept: Tensor, step: int | Tensor) -> None:
+    def add(self, step_ok: Tensor, step: int | Tensor) -> None:
         """Count one step."""
-        skipped = (~accept).to(torch.int64)
+        skipped = (~step_ok).to(torch.int64)
         total, row, first = self._counts.unbind()
         began = torch.where(row > 0, first, step if isinstance(step, Tensor) else torch.full_like(first, step))
         self._counts.copy_(
-            torch.stack([total + skipped, (row + 1) * skipped, torch.where(accept, torch.full_like(first, -1), began)])
+            torch.stack([total + skipped, (row + 1) * skipped, torch.where(step_ok, torch.full_like(first, -1), began)])
         )
 
     def read(self) -> tuple[int, int, int]:
-        """All, the consecutive ones up to now, and the first of those; waits for the device."""
+        """Total, consecutive up to now, and the first of the consecutive ones; waits for the device."""
         total, row, first = self._counts.tolist()
         return total, row, first
 

@@ -1,14 +1,15 @@
-"""Named ranges of a training step: a profile measures them, without one they cost nothing."""
+"""Named phases of a training step: measured by a profile, free without one."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
 
-__all__ = ["PHASES", "Recorder", "phase", "recorded_by"]
+__all__ = ["PHASES", "Mark", "Recorder", "mark", "phase", "recorded_by", "seconds_between"]
 
 PHASES = (
     "data wait",
@@ -20,6 +21,28 @@ PHASES = (
     "optimizer",
     "enqueue",
 )
+
+
+Mark = torch.cuda.Event | float
+"""A moment: an event on the device's stream, or the host's clock."""
+
+
+def mark(*, cuda: bool) -> Mark:
+    """Mark now: on a GPU by an event, so that nothing waits for the device."""
+    if not cuda:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: Mark, end: Mark) -> float:
+    """The seconds between two marks of one kind; the device must have passed both."""
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return float(begin.elapsed_time(end)) / 1000
+    assert isinstance(begin, float)
+    assert isinstance(end, float)
+    return end - begin
 
 
 class Recorder(Protocol):

@@ -1,4 +1,4 @@
-"""Number formats: where the encoders compute in fewer bits; normalised embeddings, head and loss stay in float32."""
+"""Number formats of the encoders; projection head, embeddings and loss stay in float32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` is the first CUDA device, or the CPU where there is none.
 
     Raises:
-        ConfigError: ``cuda`` is asked for and there is none.
+        ConfigError: ``cuda`` without a GPU.
     """
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
@@ -35,14 +35,14 @@ def _has_fast_bf16(device: torch.device) -> bool:
 
 
 class Precision:
-    """In which format the encoders compute.
+    """The number format of the encoders.
 
     Args:
-        name: ``auto`` (bf16 where the device computes in it at speed, else fp32), ``fp32``, ``tf32``, ``bf16`` or
+        name: ``auto`` (bf16 where the device is fast in it, else fp32), ``fp32``, ``tf32``, ``bf16`` or
             ``fp16``. tf32 is float32 with a GPU's convolutions multiplied in ten bits of mantissa; matrix products, the
             head's among them, stay in float32.
-        device: Where the encoders run.
-        key: What a message calls the setting.
+        device: Device of the encoders.
+        key: The setting's name in messages.
 
     Raises:
         ConfigError: fp16 or tf32 on a CPU.
@@ -63,21 +63,21 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the encoders' products are computed."""
+        """The dtype of the encoders' matrix products."""
         return _DTYPES.get(self.name, torch.float32)
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass. Weight copies are not cached: the momentum encoder changes in between."""
+        """The context of a forward pass. Casts of weights are not cached, since the EMA encoder changes in between."""
         dtype = _DTYPES.get(self.name, torch.bfloat16)
         return torch.autocast(self.device.type, dtype, enabled=self.name in _DTYPES, cache_enabled=False)
 
     def autocast_unscaled(self) -> AbstractContextManager[None]:
-        """The context of a forward pass whose loss is not scaled: float32 where the format would need it."""
+        """The context of a forward pass whose loss is not scaled: float32 if the format needs scaling."""
         return nullcontext() if self.scaled else self.autocast()
 
 
 def memory_format(module: nn.Module, channels_last: bool) -> torch.memory_format:
-    """Lay the module's convolutions out as asked, and say which layout its input should have."""
+    """Set the memory layout of the module's convolutions, and return the layout for its input."""
     form = torch.channels_last if channels_last else torch.contiguous_format
     module.to(memory_format=form)
     return form

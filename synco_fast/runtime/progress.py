@@ -1,4 +1,4 @@
-"""The progress bar of everything that takes long: a bar on a terminal, plain lines anywhere else."""
+"""The progress bar: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from rich.text import Text
 
 __all__ = ["LINE_EVERY", "ProgressBar"]
 
-#: Seconds between the plain lines that stand for the bar where there is no terminal.
+#: Seconds between plain lines where there is no terminal.
 LINE_EVERY = 15.0
-#: Columns of the terminal from which the elapsed time is shown too.
+#: Terminal width from which the elapsed time is shown too.
 _WIDE = 100
 
 
 class ProgressBar:
-    """Progress through ``total`` units of work, as a context.
+    """Progress through ``total`` units of work, as a context manager.
 
-    On a terminal it is one line that fits the width: title, bar, percentage, as many figures as there is room for, and
-    the time left. Elsewhere, a dumb terminal included, it is a plain line at the beginning and one every 15 s.
+    On a terminal it is one line that fits the width: title, bar, percentage, as many figures as fit, and the time left.
+    Elsewhere, including a dumb terminal, it prints a plain line at the start and one every 15 s.
 
     Args:
         console: Where to write; None for silence.
         title: The work in a few words.
-        total: Units in all; None where nobody knows.
-        done: Units that are done already.
-        unit: What a plain line calls a unit, such as ``step``.
+        total: Total units; None if unknown.
+        done: Units already done.
+        unit: Name of a unit in plain lines, such as ``step``.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class ProgressBar:
             self._task = self._bar.add_task(title, total=total, completed=done, figures=())
 
     def __enter__(self) -> ProgressBar:
-        """Show it."""
+        """Show the bar."""
         return self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take it down."""
+        """Remove the bar."""
         self.close()
 
     def start(self) -> ProgressBar:
-        """Show it, for work that no block surrounds."""
+        """Show the bar outside of a ``with`` block."""
         if self._bar is not None:
             self._bar.start()
         else:
@@ -72,23 +72,23 @@ class ProgressBar:
         return self
 
     def close(self) -> None:
-        """Take it down; a plain line says where it ended."""
+        """Remove the bar; a plain line says where it ended."""
         if self._bar is not None:
             self._bar.stop()
         elif self._told != self.done:
             self._line()
 
     def advance(self, units: int = 1, *figures: str) -> None:
-        """So many units more are done.
+        """Advance by so many units.
 
         Args:
-            units: 0 to change the figures alone.
-            figures: The latest ones in words, the most important first; the former ones stay where none are given.
+            units: 0 to change only the figures.
+            figures: The latest figures as text, most important first; if none are given, the former ones stay.
         """
         self.update(self.done + units, *figures)
 
     def update(self, done: int, *figures: str, title: str | None = None) -> None:
-        """So many units are done in all; see `advance`."""
+        """Set the number of done units; see `advance`."""
         self.done, self.title = done, title or self.title
         self._figures = figures or self._figures
         if self._bar is not None:
@@ -97,7 +97,7 @@ class ProgressBar:
             self._line()
 
     def restart(self, title: str, total: int) -> None:
-        """Show other work in the same place."""
+        """Restart the bar for other work."""
         self.title, self.total, self.done, self._figures = title, total, 0, ()
         self._began, self._first = time.monotonic(), 0
         if self._bar is not None:
@@ -106,7 +106,7 @@ class ProgressBar:
             self._line()
 
     def note(self, text: str, style: str | None = None) -> None:
-        """A line that stays, above the bar."""
+        """Print a line above the bar."""
         if self.console is not None:
             self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -124,7 +124,7 @@ class ProgressBar:
 
 
 class _Figures(ProgressColumn):
-    """As many of a task's figures as the line has room for."""
+    """As many of a task's figures as fit in the line."""
 
     def __init__(self, width: int, *, elapsed: bool) -> None:
         super().__init__()

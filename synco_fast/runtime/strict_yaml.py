@@ -1,4 +1,4 @@
-"""YAML that a person wrote or a run left: plain data, bounded, no key twice; errors give line and column."""
+"""Strict YAML: plain data of bounded size, no repeated keys; errors give line and column."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["parse_yaml", "read_yaml"]
 
-#: Far above any configuration of ours, far below what would take seconds.
+#: Far above any valid configuration, far below what would take seconds.
 _BYTES, _DEPTH, _NODES = 1 << 20, 32, 10_000
 
 
@@ -22,10 +22,10 @@ def read_yaml(path: Path, name: str = "config") -> Any:
 
     Args:
         path: The file.
-        name: What the message calls it.
+        name: Its name in the message.
 
     Raises:
-        ConfigError: The file cannot be read, is no UTF-8, or as `parse_yaml` says.
+        ConfigError: The file cannot be read, is not UTF-8, or as `parse_yaml` says.
     """
     try:
         with path.open("rb") as file:
@@ -40,11 +40,11 @@ def parse_yaml(text: str, name: str) -> Any:
     """Plain data from YAML: mappings, lists, text, numbers, booleans and null.
 
     Args:
-        text: At most a mebibyte, nested at most 32 deep, at most 10,000 values with every alias counted in full.
-        name: What the message begins with.
+        text: At most 1 MiB, 32 levels and 10,000 values, with every alias counted in full.
+        name: Start of the message.
 
     Raises:
-        ConfigError: It is no YAML, is larger or deeper, repeats a key, refers to itself, or asks for other types.
+        ConfigError: It is not YAML, exceeds a limit, repeats a key, refers to itself, or uses other types.
     """
     if len(text) > _BYTES:
         raise ConfigError(f"{name}: found more than {_BYTES:,} bytes of YAML, expected a configuration")
@@ -63,11 +63,11 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _one_line(text: str | None) -> str:
-    return " ".join((text or "found something that is no YAML").split())
+    return " ".join((text or "found something that is not YAML").split())
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with bounds."""
+    """PyYAML's safe loader with limits."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
-        """Count depth and values on the way, an alias as all that it stands for."""
+        """Count depth and values; an alias counts as all that it stands for."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
@@ -96,7 +96,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node: MappingNode) -> None:
-        """Refuse a key that is there twice, before merge keys are written out."""
+        """Refuse a repeated key, before merge keys are expanded."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -114,7 +114,7 @@ class _Loader(yaml.SafeLoader):
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 
-#: YAML 1.1 as PyYAML reads it takes 1e-3 for text, since it has no dot.
+#: YAML 1.1 as PyYAML reads it reads 1e-3 as text, since it has no dot.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),

@@ -1,4 +1,4 @@
-"""The colours of every plot."""
+"""Colours of all plots."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B
 
 
 def colour_of(place: int) -> str:
-    """The colour of the line at a place, counted from 0; it repeats after eight."""
+    """The colour of line number ``place``, counted from 0; repeats after eight."""
     return COLOURS[place % len(COLOURS)]

@@ -1,1 +1,1 @@
-"""Studies: method x seed x setting as a folder of runs, with a table, paired differences and a picture."""
+"""Studies: runs of every method, seed and setting in one folder, with a table, paired differences and a plot."""

@@ -1,4 +1,4 @@
-"""Running a study's trials in processes of their own; what is finished is not run again."""
+"""Running a study's trials in subprocesses; finished trials are not repeated."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from synco_fast.data.workers import available_cores
 from synco_fast.report.runs import read_run
 from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.study.plan import Trial
@@ -18,11 +19,11 @@ __all__ = ["StudyError", "execute", "run_folder", "state_of"]
 
 
 class StudyError(UserError):
-    """A trial that failed; the others have run."""
+    """A trial failed; the others have run."""
 
 
 def run_folder(folder: Path, trial: Trial) -> Path:
-    """Where a trial's run lies in a study's folder."""
+    """The run folder of a trial."""
     return folder / "runs" / trial.name
 
 
@@ -30,7 +31,7 @@ def state_of(folder: Path, trial: Trial) -> str:
     """``"new"``, ``"begun"`` or ``"finished"``.
 
     Raises:
-        ConfigError: The run that is there was made with another configuration.
+        ConfigError: The existing run has another configuration.
     """
     run = run_folder(folder, trial)
     if not (run / "config.yaml").is_file():
@@ -59,16 +60,16 @@ def execute(
 ) -> None:
     """Train and evaluate every trial that is not finished.
 
-    A trial is ``synco-fast pretrain`` and ``synco-fast evaluate`` in processes of their own; what they print goes to
-    ``FOLDER/logs``. A run that was begun resumes from its newest checkpoint. A failing trial does not stop the others.
+    A trial is ``synco-fast pretrain`` and ``synco-fast evaluate`` in subprocesses, with output in ``FOLDER/logs``. A
+    started run resumes from its newest checkpoint. A failing trial does not stop the others.
 
     Args:
-        folder: The study's.
+        folder: The study's folder.
         trials: From `plan`.
         evaluations: The words after ``evaluate`` of each evaluation, such as ``["linear", "--fast"]``.
         parallel: Trials at a time.
         threads: Threads of each process; the cores divided by ``parallel`` by default.
-        note: Takes a line about each trial as it starts and ends.
+        note: Called with a line when a trial starts or ends.
 
     Raises:
         ConfigError: As `state_of` says, before anything runs.
@@ -76,7 +77,7 @@ def execute(
     """
     states = [state_of(folder, trial) for trial in trials]
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // parallel)
+    threads = threads or max(1, available_cores() // parallel)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
     failed: list[str] = []
     children = _Children(environment)
@@ -112,16 +113,16 @@ def execute(
         pool.shutdown(cancel_futures=True)
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise StudyError(f"study: {failed[0]}{more}; the same command tries again what is missing")
+        raise StudyError(f"study: {failed[0]}{more}; run the same command again to retry")
 
 
 def evaluated(run: Path, words: Sequence[str]) -> bool:
-    """Whether an evaluation's result is there already."""
+    """Whether an evaluation's result exists."""
     return (run / "evaluation" / f"{result_name(words)}.json").is_file()
 
 
 def result_name(words: Sequence[str]) -> str:
-    """The name under which ``synco-fast evaluate`` keeps a result."""
+    """The name of an evaluation's result file."""
     if words[0] == "linear" and "--fast" in words:
         return "linear_fast"
     if words[0] == "finetune":
@@ -131,7 +132,7 @@ def result_name(words: Sequence[str]) -> str:
 
 
 class _Children:
-    """Programs that end when the study is interrupted: a run writes a checkpoint when it is asked to stop."""
+    """Subprocesses that are stopped when the study is interrupted; a run then writes a checkpoint."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
@@ -140,7 +141,7 @@ class _Children:
         self._stopped = False
 
     def run(self, words: list[str], log: Path) -> int | None:
-        """Run ``synco-fast``; its exit code, or None once the study was interrupted."""
+        """Run ``synco-fast``; returns its exit code, or None if the study was interrupted."""
         with log.open("ab") as said:
             with self._lock:
                 if self._stopped:
@@ -159,7 +160,7 @@ class _Children:
             return None if self._stopped else code
 
     def stop(self) -> None:
-        """Ask every program to stop."""
+        """Send every subprocess a request to stop."""
         with self._lock:
             self._stopped = True
             for child in self._running:

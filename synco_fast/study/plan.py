@@ -1,4 +1,4 @@
-"""What a study runs: every combination of configuration, setting, method and seed."""
+"""The trials of a study: every combination of configuration, setting, method and seed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Trial:
 
     Attributes:
         config: A preset, or the path of a YAML file.
-        setting: By dotted key, the values that the study varies.
+        setting: The varied values by dotted key.
         method: The value of ``method.name``.
         seed: The run's seed.
-        overrides: By dotted key, everything that differs from ``config``: the above and what all trials share.
+        overrides: Everything that differs from ``config``, by dotted key, including what all trials share.
     """
 
     config: str
@@ -37,13 +37,13 @@ class Trial:
 
     @property
     def group(self) -> tuple[str, str]:
-        """What runs share whose methods are compared: the configuration and the setting, as text."""
+        """Configuration and setting as text, shared by the runs whose methods are compared."""
         described = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in self.setting.items())
         return self.config, described
 
     @property
     def name(self) -> str:
-        """The run's folder: the same for the same trial, so that a study resumes where it stopped."""
+        """The name of the run folder; fixed for a trial, so that a study resumes where it stopped."""
         parts = [self.config, *(f"{key.rpartition('.')[2]}={_text(value)}" for key, value in self.setting.items())]
         parts += [self.method, f"seed{self.seed}"]
         return "-".join(re.sub(r"[^\w.=+]+", "_", part).strip("_") for part in parts)
@@ -57,7 +57,7 @@ class Trial:
         return load_config(self.config, dict(self.overrides))
 
     def words(self) -> list[str]:
-        """The arguments of ``synco-fast pretrain``, without the folder."""
+        """The arguments of ``synco-fast pretrain`` without the folder."""
         found = ["--config", self.config]
         for key, value in self.overrides.items():
             found += [f"--{key}", json.dumps(value)]
@@ -72,17 +72,17 @@ def plan(
     vary: Mapping[str, Sequence[Any]] | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[Trial]:
-    """Every trial of a study, seed by seed, so that a study cut short holds whole comparisons.
+    """Every trial of a study, seed by seed, so that an interrupted study holds complete comparisons.
 
     Args:
         configs: Presets or YAML files.
         methods: Values of ``method.name``; each configuration's own by default.
         seeds: The same for every method, so that differences can be paired.
-        vary: By dotted key, the values of a setting; several keys give every combination.
-        overrides: By dotted key, what all trials share.
+        vary: Values of a setting by dotted key; several keys give every combination.
+        overrides: Settings of all trials, by dotted key.
 
     Raises:
-        ConfigError: A list is empty or repeats itself, a key is unknown or given twice, or a trial's configuration is
+        ConfigError: A list is empty or has repeats, a key is unknown or given twice, or a trial's configuration is
             not valid.
     """
     vary, overrides = dict(vary or {}), dict(overrides or {})

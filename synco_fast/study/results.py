@@ -1,4 +1,4 @@
-"""A study's figures: means and spread over seeds, and differences paired by seed."""
+"""A study's results: means and deviations over seeds, and differences paired by seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synco_fast.report.runs import Run, read_run
+from synco_fast.report.runs import PROBES, Run, mean_and_deviation, read_run
 from synco_fast.study.execute import run_folder
 from synco_fast.study.plan import Trial
 
@@ -19,12 +19,9 @@ FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN in training": lambda run: run.summary.get("knn_after"),
     "kNN, k 20": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("20"),
     "kNN, k 200": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("200"),
-    "linear": lambda run: run.top1("linear"),
-    "linear, cached": lambda run: run.top1("linear_fast"),
-    "1 % labels": lambda run: run.top1("finetune_1"),
-    "10 % labels": lambda run: run.top1("finetune_10"),
+    **PROBES,
 }
-"""What is compared, in [0, 1], by the column's title: a column never mixes two protocols."""
+"""Compared accuracies in [0, 1] by column title; a column never mixes two protocols."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,10 @@ class Row:
     """The runs of one method in one setting.
 
     Attributes:
-        config, setting, method: What they share.
-        seeds: Of the runs that are finished, in order.
+        config, setting, method: Shared by the runs.
+        seeds: Seeds of the finished runs, in order.
         values: By figure and seed.
-        untrained: By seed, the kNN in training before the first step.
+        untrained: kNN before the first step, by seed.
     """
 
     config: str
@@ -47,7 +44,7 @@ class Row:
 
     def summary(self, figure: str) -> tuple[float, float] | None:
         """Mean and sample standard deviation over seeds (0 for one seed); None where nothing was measured."""
-        return _spread(list(self.values.get(figure, {}).values()))
+        return mean_and_deviation(self.values.get(figure, {}).values())
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Difference:
     """A method minus the baseline at the same seeds.
 
     Attributes:
-        config, setting, method, baseline, figure: What is compared.
+        config, setting, method, baseline, figure: The comparison.
         values: By seed, in [-1, 1].
     """
 
@@ -68,7 +65,7 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """The mean over seeds."""
         return statistics.mean(self.values.values())
 
     @property
@@ -84,12 +81,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Study:
-    """What the finished runs of a study came to.
+    """The results of a study's finished runs.
 
     Attributes:
-        rows: In the order of the plan.
-        differences: Of every method from the baseline, where seeds are shared.
-        runs: By trial, those that are finished.
+        rows: Rows in the order of the trials.
+        differences: Every method minus the baseline, over shared seeds.
+        runs: Finished runs by trial.
         missing: Trials without a finished run.
     """
 
@@ -100,7 +97,7 @@ class Study:
 
     @property
     def figures(self) -> list[str]:
-        """Those of `FIGURES` that any run has."""
+        """The names of `FIGURES` that any run has."""
         return [name for name in FIGURES if any(row.values.get(name) for row in self.rows)]
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,9 +134,9 @@ def collect(folder: Path, trials: Sequence[Trial], *, baseline: str | None = Non
     """Read the finished runs of a study.
 
     Args:
-        folder: The study's.
+        folder: The study's folder.
         trials: From `plan`.
-        baseline: The method that the others are compared with; the plan's first by default.
+        baseline: The method that the others are compared with; the first by default.
 
     Raises:
         ConfigError: A run cannot be read.
@@ -188,13 +185,7 @@ def _differences(rows: list[Row], baseline: str | None) -> list[Difference]:
     return found
 
 
-def _spread(values: list[float]) -> tuple[float, float] | None:
-    if not values:
-        return None
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def _described(values: dict[int, float]) -> dict[str, Any]:
-    found = _spread(list(values.values()))
+    found = mean_and_deviation(values.values())
     mean, deviation = found or (None, None)
     return {"mean": mean, "deviation": deviation, "by_seed": {str(seed): value for seed, value in values.items()}}

@@ -1,4 +1,4 @@
-"""A study's record: ``study.json``, a page with tables, and the learning curves."""
+"""A study's record: ``study.json``, tables in ``README.md``, and learning curves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
+from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json, write_text
 from synco_fast.runtime.style import COLOURS
@@ -23,10 +24,10 @@ def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: s
     """Write ``study.json``, ``README.md`` and ``curves.png`` into a folder.
 
     Args:
-        folder: Where they go.
-        trials: What was asked for.
-        study: What was found.
-        command: The command line that makes the record again.
+        folder: The folder.
+        trials: All trials.
+        study: Their results.
+        command: The command line that reproduces the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
     environments = [run.environment for run in study.runs.values() if run.environment]
@@ -120,17 +121,14 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _mean(values: list[float]) -> str:
-    if not values:
+    found = mean_and_deviation(values)
+    if found is None:
         return ""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1%}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.1%} ± {100 * deviation:.1f}"
+    return f"{found[0]:.1%}" + (f" ± {100 * found[1]:.1f}" if len(values) > 1 else "")
 
 
 def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> None:
-    """The kNN accuracy over epochs, a panel for each configuration and setting, a colour for each method."""
+    """Plot kNN accuracy over epochs: one panel per configuration and setting, one colour per method."""
     groups = list(dict.fromkeys(trial.group for trial in trials))
     methods = list(dict.fromkeys(trial.method for trial in trials))
     columns = min(3, len(groups))
@@ -153,7 +151,7 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
                     label = None
         chance = next((run.chance for run in study.runs.values() if run.chance), None)
         if chance is not None:
-            axes.axhline(chance, color="grey", linestyle=":", label="chance")
+            axes.axhline(chance, color="gray", linestyle=":", label="chance")
         axes.set_title(", ".join(part for part in group if part), fontsize=10)
         axes.set_xlabel("epoch")
         axes.set_ylabel("kNN accuracy")

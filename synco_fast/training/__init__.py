@@ -1,1 +1,1 @@
-"""The loop and what it rests on: optimiser, schedule, precision, checkpoints, logs."""
+"""Training: the trainer, the engine of a step, optimizers, metrics, run folders."""

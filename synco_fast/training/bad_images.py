@@ -1,4 +1,4 @@
-"""Images that cannot be read: counted, named once, and a reason to stop beyond a set share."""
+"""Corrupt images of a run: counted, named once, and an error above a limit."""
 
 from __future__ import annotations
 
@@ -12,41 +12,44 @@ __all__ = ["CorruptImages"]
 
 
 class CorruptImages:
-    """The broken training images of a run, and the images excluded from its evaluations.
+    """The corrupt training images of a run, and the images excluded from its evaluations.
 
     Args:
         images: How many training images there are.
-        allowed: Share of them above which the run stops; a single broken one never stops it.
-        note: Called with a line for each broken image, once.
+        limit: Fraction of them above which the run stops; a single corrupt one never stops it.
+        note: Called with a line for each corrupt image, once.
+        key: What the configuration calls the limit.
     """
 
-    def __init__(self, images: int, allowed: float, note: Callable[[str], None]) -> None:
-        self._images, self._allowed, self._note = images, allowed, note
+    def __init__(
+        self, images: int, limit: float, note: Callable[[str], None], *, key: str = "data.max_corrupt"
+    ) -> None:
+        self._images, self._limit, self._note, self._key = images, limit, note, key
         self._found: dict[int, str] = {}
         self._named: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._found)
 
-    def replaced(self, broken: dict[int, str]) -> None:
-        """Take in a batch's broken images, by number, with the reason.
+    def replaced(self, corrupt: dict[int, str]) -> None:
+        """Add a batch's corrupt images, by number, with the reason.
 
         Raises:
-            DataError: More are broken than allowed.
+            DataError: More are corrupt than the limit allows.
         """
-        for index, reason in broken.items():
+        for index, reason in corrupt.items():
             if index not in self._found:
                 self._found[index] = reason
-                self._name(f"broken image {len(self._found)}, replaced by another", reason)
-        if len(self._found) > max(1, self._allowed * self._images):
+                self._name(f"corrupt image {len(self._found)}, replaced by another", reason)
+        if len(self._found) > max(1, self._limit * self._images):
             raise DataError(
-                f"data: found {len(self._found)} broken images, {len(self._found) / self._images:.1%} of "
-                f"{self._images}, expected {self._allowed:.1%} (data.max_corrupt); the last: "
+                f"data: found {len(self._found)} corrupt images, {len(self._found) / self._images:.1%} of "
+                f"{self._images}, expected at most {self._limit:.1%} ({self._key}); the last: "
                 f"{next(reversed(self._found.values()))}"
             )
 
     def excluded(self, reasons: Iterable[str]) -> None:
-        """Take in what an evaluation could not read."""
+        """Name images that an evaluation could not read."""
         for reason in reasons:
             self._name("corrupt image, excluded from the evaluation", reason)
 
@@ -56,10 +59,10 @@ class CorruptImages:
             self._note(f"{what}: {reason}")
 
     def share(self, control: HostGroup) -> None:
-        """Let every process know what the others found; called by all of them at the same step.
+        """Exchange corrupt images between processes; called by all at the same step.
 
         Raises:
-            DataError: More are broken than allowed.
+            DataError: More are corrupt than the limit allows.
         """
         if not control.max(len(self._found))[0]:
             return
@@ -71,5 +74,5 @@ class CorruptImages:
         return {"found": self._found, "named": sorted(self._named)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
+        """Load from a checkpoint."""
         self._found, self._named = dict(state["found"]), set(state["named"])

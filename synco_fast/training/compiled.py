@@ -1,4 +1,4 @@
-"""torch.compile and CUDA graphs where they work, and the same code in eager mode where they do not."""
+"""torch.compile and CUDA graphs, with a fall-back to eager mode."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from synco_fast.methods.base import StepInputs
 
 __all__ = ["GRAPH_WARMUP", "Compiled", "GraphedStep", "keep_compile_cache"]
 
-#: torch.compile's backend; the tests take one that needs no C++ compiler.
+#: torch.compile's backend; the tests use one that needs no C++ compiler.
 BACKEND = "inductor"
-#: Eager steps before one is captured: optimizer state, cuDNN plans and workspaces come into being.
+#: Eager steps before the capture, which create optimizer state, cuDNN plans and workspaces.
 GRAPH_WARMUP = 3
 
 Compute = Callable[[StepInputs, Tensor, int, Tensor], None]
 
 
 class Compiled:
-    """A function that torch.compile compiles when it is first called.
+    """A function compiled by torch.compile on its first call.
 
-    Where that fails, for want of a compiler or because something cannot be compiled, the function runs eagerly, and one
-    line says so.
+    If that fails, such as without a compiler, the function runs eagerly, and one note says so.
 
     Args:
-        function: Called with tensors of the same shapes every time.
-        title: What the line calls it.
-        note: Takes the line.
+        function: Called with tensors of fixed shapes.
+        title: Its name in the note.
+        note: Called with the note.
     """
 
     def __init__(self, function: Callable[..., Any], title: str, note: Callable[[str], None]) -> None:
@@ -56,27 +55,27 @@ class Compiled:
 
 
 def _is_of_the_compiler(error: Exception) -> bool:
-    """Whether torch.compile raised it, not the function."""
+    """Whether torch.compile raised the error, not the function."""
     kinds = {kind.__module__.split(".")[1] for kind in type(error).__mro__ if kind.__module__.startswith("torch.")}
     return bool(kinds & {"_dynamo", "_inductor", "_functorch"})
 
 
 def keep_compile_cache() -> None:
-    """Keep compiled code in the user's cache, unless PyTorch has been told another place."""
+    """Keep compiled code in the user's cache, unless PyTorch's own setting names another place."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "synco-fast" / "inductor"))
 
 
 class GraphedStep:
-    """Runs steps; from the fourth with the same graph key on, each is the replay of one CUDA graph.
+    """Runs steps; from the fourth with the same graph key on, by replaying one CUDA graph.
 
-    Input is copied into buffers of its own, step and momentum are tensors on the device, so that a replay computes the
-    step at hand. Where the capture fails, the steps run eagerly, and one line says so.
+    Inputs are copied into fixed buffers; step and momentum are tensors on the device. If the capture fails, the steps
+    run eagerly, and one note says so.
 
     Args:
-        compute: The step from views on the device to moved weights: launches alone, without a wait for the device.
+        compute: The step from views on the device to updated weights, without a synchronisation.
         device: The GPU.
-        note: Takes the line.
+        note: Called with the note.
     """
 
     def __init__(self, compute: Compute, device: torch.device, note: Callable[[str], None]) -> None:
@@ -91,7 +90,7 @@ class GraphedStep:
         self._works = True
 
     def __call__(self, inputs: StepInputs, step: int, key: int, momentum: float) -> None:
-        """Do one step; ``key`` is `Method.graph_key`."""
+        """Run one step; ``key`` is `Method.graph_key`."""
         held = self._hold(inputs)
         self._step.fill_(step)
         self._momentum.fill_(momentum)
@@ -107,7 +106,7 @@ class GraphedStep:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def _hold(self, inputs: StepInputs) -> StepInputs:
-        """Copy the input to where the graph reads it."""
+        """Copy the inputs to the graph's buffers."""
         if self._input is None:
             queries, keys, orders = (tuple(tensor.clone() for tensor in part) for part in inputs[:3])
             self._input = StepInputs(queries, keys, orders, inputs.image_ids.clone())
@@ -119,7 +118,7 @@ class GraphedStep:
     def _capture(self, held: StepInputs, key: int) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads pin memory meanwhile, which the default mode forbids.
+            # Other threads pin memory meanwhile, which the default capture mode forbids.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._compute(held, self._step, key, self._momentum)
         except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""One training step: wrapped encoders, gradients, optimizer, batch-norm statistics, and what the method adds."""
+"""The engine of a training step: wrapped encoders, gradients, optimizer, batch-norm statistics, extra step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from synco_fast.training.statistics import RunningStatistics
 __all__ = ["Engine"]
 
 
-#: `RunningStatistics.average` averages them where they are read. The argument was renamed after PyTorch 2.11.
+#: `RunningStatistics.average` averages buffers before use. The argument was renamed after PyTorch 2.11.
 _LEAVE_BUFFERS = {
     next(
         name
@@ -44,41 +44,41 @@ _MIB = 1 << 20
 
 
 class Engine:
-    """Everything that moves in a step, built from a configuration.
+    """Everything that a training step updates, built from a configuration.
 
     Args:
-        config: What to do.
-        steps_per_epoch: Turns the configuration's epochs into steps.
-        place: Where this process stands in its job, whose process group must be initialized already.
-        note: Takes a line about each setting that is not available here.
+        config: The configuration.
+        steps_per_epoch: Steps per epoch.
+        env: Rank of this process; its process group must be initialised.
+        note: Called with a line about each setting that is not available here.
 
     Attributes:
-        device: Where it computes.
+        device: The device.
         method: All networks, and the queue where there is one.
-        encode: The method's networks as they are wrapped.
-        means: The metrics of the steps since they were last popped.
+        encode: The method's wrapped networks.
+        means: Metrics averaged since the last `RunningMeans.pop`.
         skipped: Counts the steps that were skipped.
 
     Raises:
-        ConfigError: Anything in the configuration that cannot work here.
+        ConfigError: The configuration does not work here.
     """
 
     def __init__(
         self,
         config: Config,
         steps_per_epoch: int,
-        place: DistEnv = DistEnv(),  # noqa: B008 - frozen
+        env: DistEnv = DistEnv(),  # noqa: B008 - frozen
         *,
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         training, optimizer = config.training, config.optimizer
-        self.config, self.place = config, place
+        self.config, self.env = config, env
         self.device = resolve_device(training.device)
         self.precision = Precision(training.precision, self.device)
-        self.method: Method = build_method(config, processes=place.world).to(self.device)
+        self.method: Method = build_method(config, processes=env.world).to(self.device)
         self.layout = memory_format(self.method, training.channels_last)
         self.method.prepare(
-            RunInfo(self.device, steps_per_epoch, processes=place.world, autocast=self.precision.autocast_unscaled)
+            RunInfo(self.device, steps_per_epoch, processes=env.world, autocast=self.precision.autocast_unscaled)
         )
         self.trainable = self.method.trainable
         for part in self.trainable.modules():
@@ -114,23 +114,23 @@ class Engine:
                 self._rates_on_device()
 
     def _uncapturable(self) -> str | None:
-        """Why no step can be captured as a CUDA graph, if so."""
+        """Why the step cannot be captured as a CUDA graph; None if it can."""
         if self.device.type != "cuda":
             return "no GPU"
-        if self.place.world > 1:
+        if self.env.world > 1:
             return "the step exchanges gradients between processes"
         if self.update.waits:
             return f"{self.config.optimizer.name} decides on the host whether to skip a step"
         return None
 
     def _rates_on_device(self) -> None:
-        """Keep the learning rate where a captured step can read it."""
+        """Keep the learning rate on the device, where a captured step reads it."""
         for group in self.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
 
     def _on_all_processes(self, trainable: nn.Module) -> nn.Module:
-        """The module in DDP where there are several processes."""
-        if self.place.world == 1:
+        """The module, in DDP if there are several processes."""
+        if self.env.world == 1:
             return trainable
         return DistributedDataParallel(
             trainable,
@@ -148,7 +148,7 @@ class Engine:
 
     @property
     def settling(self) -> int:
-        """Steps that compile, capture and fill caches, and count in no measure of speed."""
+        """First steps that compile, capture and fill caches; excluded from throughput."""
         return _SETTLING_STEPS + (GRAPH_WARMUP + 1 if self.graphed else 0)
 
     # -- a step -------------------------------------------------------------------------------------------------
@@ -164,15 +164,15 @@ class Engine:
         )
 
     def momentum(self, step: int) -> float:
-        """The momentum of the EMA at a step."""
+        """The EMA momentum at a step."""
         model = self.config.model
         return key_momentum(step, base=model.momentum, steps=self.steps, schedule=model.momentum_schedule)
 
     def step(self, batch: Batch, step: int, epoch: int) -> None:
-        """Train on this process's share of a batch; nothing here waits for a GPU.
+        """Train on this process's part of a batch; never waits for a GPU.
 
         Args:
-            batch: Its views, uint8 or normalised.
+            batch: Views, uint8 or normalised.
             step, epoch: Counted from 0.
         """
         rate = self.rate(step)
@@ -181,20 +181,20 @@ class Engine:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        # Dropout and stochastic depth draw by step and rank: there is no state of theirs to keep.
-        torch.manual_seed(derive_seed(self.config.seed, step, self.place.rank))
+        # Seeding by step and rank: dropout and stochastic depth then have no state to save.
+        torch.manual_seed(derive_seed(self.config.seed, step, self.env.rank))
         batch = batch.to(self.device)
-        inputs = self.method.arrange(Views(batch.first, batch.second, batch.image_ids), step=step)
+        inputs = self.method.shard(Views(batch.first, batch.second, batch.image_ids), step=step)
         self._run(inputs, step, self.method.graph_key(epoch), self.momentum(step))
 
     def _compute(self, inputs: StepInputs, step: int | Tensor, epoch: int, momentum: float | Tensor) -> None:
-        """The step from views on the device to updated weights: launches alone, the same ones every time."""
+        """The step from views on the device to updated weights; always the same launches."""
         micro_batches = self.config.training.accumulate
         before = self.statistics.copy()
         if self.config.model.momentum_schedule == "constant":
             momentum = self.config.model.momentum
         if self.config.training.compile == "step" and not isinstance(step, Tensor):
-            # A Python number would be compiled anew in every step.
+            # A Python number would trigger a recompilation in every step.
             step = torch.full((), step, dtype=torch.int64, device=self.device)
         with self.precision.autocast():
             self.method.begin_step(inputs, self.encode, momentum=momentum, micro_batches=micro_batches)
@@ -222,7 +222,7 @@ class Engine:
         self.skipped.add(step_ok, step)
 
     def encoders_alone(self, first: Tensor, second: Tensor) -> None:
-        """The limit that a step is measured against: queries forward and backward, keys forward, and nothing else.
+        """The lower bound of a step: queries forward and backward, keys forward, nothing else.
 
         Args:
             first, second: Normalised views, (b, 3, H, W).
@@ -247,15 +247,15 @@ class Engine:
         return all(bool(torch.isfinite(parameter).all()) for parameter in self.method.parameters())
 
     def figures(self, step: int) -> dict[str, float]:
-        """Values of the moment for a line of the log; waits for the device.
+        """Further values of a log line; waits for the device.
 
         Args:
-            step: Steps that are done.
+            step: Completed steps.
 
         Returns:
-            ``parameter_norm`` of what learns; ``key_momentum``, where there is an EMA; ``skipped`` steps since the run
-            began; where losses are scaled ``loss_scale``; on a GPU ``memory_mib``, the peak of allocated memory since
-            the last call, and ``memory_reserved_mib``; on a CPU ``memory_mib``, the peak of the process.
+            ``parameter_norm`` of the trainable parameters; ``key_momentum`` with an EMA; ``skipped`` steps since the
+            start; ``loss_scale`` with loss scaling; on a GPU ``memory_mib``, the peak of allocated memory since the
+            last call, and ``memory_reserved_mib``; on a CPU ``memory_mib``, the peak of the process.
         """
         values = {"parameter_norm": float(torch.nn.utils.get_total_norm(list(self.trainable.parameters())))}
         if self.method.target is not None:
@@ -273,8 +273,8 @@ class Engine:
 
     # -- state --------------------------------------------------------------------------------------------------
 
-    def fingerprint(self) -> int:
-        """A hash that two processes share only if everything that `Method.replicated` names agrees to the bit."""
+    def replica_hash(self) -> int:
+        """A hash of everything in `Method.replicated`, equal on two processes only if all bits agree."""
         local = {id(buffer) for module in self.method.statistics for buffer in module.buffers()}
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for module in self.method.replicated.values():
@@ -285,7 +285,7 @@ class Engine:
         return int(total)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the steps to come, whatever the number of processes; called by all of them at the same step."""
+        """The state of training, independent of the number of processes; called by all at the same step."""
         self.statistics.average()
         extra = self.method.extra_state()
         return {
@@ -298,7 +298,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a checkpoint, without the method's weights, which the caller has loaded."""
+        """Load a checkpoint, except the method's weights, which the caller loads."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.graphed:
             self._rates_on_device()

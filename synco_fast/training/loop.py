@@ -1,4 +1,4 @@
-"""The trainer: steps, logs, checkpoints, evaluations and stops of a run, whatever it trains."""
+"""The trainer: steps, logs, checkpoints, evaluations and stops of any task's run."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ SummaryT = TypeVar("SummaryT")
 
 
 class Trainer(Generic[SummaryT]):
-    """One run of a task: trains, evaluates, leaves a self-describing folder.
+    """One run of a task: trains, evaluates, and writes a self-describing run folder.
 
-    In a job of several processes each has a trainer. All of them train; rank 0 alone evaluates, writes and speaks.
+    In a job of several processes each has a trainer. All of them train; only rank 0 evaluates, writes and prints.
 
     Args:
-        task: What is trained.
-        folder: The run folder; made when the run begins.
-        resume: A checkpoint or a run folder to resume, also one that another number of processes wrote.
+        task: The task.
+        folder: The run folder; created when the run starts.
+        resume: A checkpoint or run folder to resume, also from another number of processes.
         console: Where progress is shown.
         before_step, after_step: Called with the trainer around every step. Before a step `step` is the number of the
             step to come, counted from 0; after it, the number of steps done.
 
     Attributes:
-        step: Steps done.
-        steps: Length of the run.
+        step: Completed steps.
+        steps: Length of the run in steps.
 
     Raises:
-        UserError: Anything in the checkpoint that cannot work.
+        UserError: The checkpoint does not fit.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Trainer(Generic[SummaryT]):
         after_step: Callable[[Trainer[SummaryT]], None] | None = None,
     ) -> None:
         self.task, self.folder, self.control = task, folder, task.control
-        self.place = self.control.env
-        self.console = (console or Console()) if self.place.is_main else Console(quiet=True)
-        self.step, self.steps = 0, task.plan.steps
+        self.env = self.control.env
+        self.console = (console or Console()) if self.env.is_main else Console(quiet=True)
+        self.step, self.steps = 0, task.settings.steps
         self.evaluated_at = -1
         self._before_step, self._after_step = before_step, after_step
         self._save_due = False
-        self.throughput = Throughput(task.plan.batch, task.plan.settling)
-        self.stopping = StopSignals(self.control, task.plan.max_time)
+        self.throughput = Throughput(task.settings.batch, task.settings.settling)
+        self.stopping = StopSignals(self.control, task.settings.max_time)
         if resume is not None:
             self._load(resume)
         task.begin(folder, fresh=self.step == 0)
@@ -78,11 +78,11 @@ class Trainer(Generic[SummaryT]):
             DataError: More images are corrupt than the configuration allows.
             LostProcessError: Another process of the job is gone.
         """
-        task, plan = self.task, self.task.plan
-        if self.place.is_main:
+        task, settings = self.task, self.task.settings
+        if self.env.is_main:
             describe_run(self.folder, task.config)
         config = task.config.model_dump(mode="json")
-        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=plan.wandb, writes=self.place.is_main)
+        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=settings.wandb, writes=self.env.is_main)
         self.reporter = Reporter(self.console, self.steps, self.step)
         task.note.show_by(self.reporter.note)
         try:
@@ -90,13 +90,13 @@ class Trainer(Generic[SummaryT]):
                 self._evaluate_if_due()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()
-                    # A run that stops right at the end of a round is evaluated there when it is resumed.
+                    # A run that stops at the end of a round is evaluated there when it resumes.
                     if not self.stopping.agree():
                         self._evaluate_if_due()
                     if self._save_due or self.stopping.agreed or self._checkpoint_due():
                         self._save()
         except RuntimeError as error:
-            if self.place.world > 1 and lost_process(error):
+            if self.env.world > 1 and lost_process(error):
                 raise self._lost(error) from error
             raise
         finally:
@@ -108,7 +108,7 @@ class Trainer(Generic[SummaryT]):
         return summary
 
     def _train_round(self) -> None:
-        """Train from the current step to the end of its round, the end of the run, or a stop."""
+        """Train to the end of the round, the end of the run, or a stop."""
         task, title = self.task, self.task.title(self.step)
         end = min(self.steps, task.round_end(self.step))
         batches = iter(task.batches(self.step))
@@ -120,7 +120,7 @@ class Trainer(Generic[SummaryT]):
             self._train_step(batch)
             self.throughput.step(waited)
             self.reporter.step(self.step, title)
-            log_due = self.step % task.plan.log_every == 0 or self.step == self.steps
+            log_due = self.step % task.settings.log_every == 0 or self.step == self.steps
             if log_due or task.device.type == "cpu":
                 self._check_skipped()
             if log_due:
@@ -148,7 +148,7 @@ class Trainer(Generic[SummaryT]):
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at the start, at the end of rounds, and at the end; never twice at one step."""
-        if self.place.is_main:
+        if self.env.is_main:
             self.task.artifacts(self.step)
         if self.task.evaluation_due(self.step) and self.evaluated_at != self.step:
             self.evaluated_at = self.step
@@ -158,21 +158,21 @@ class Trainer(Generic[SummaryT]):
     # -- steps that were skipped --------------------------------------------------------------------------------
 
     def _check_skipped(self) -> int:
-        """How many consecutive steps were skipped up to now.
+        """The number of consecutive skipped steps up to now.
 
         Raises:
-            DivergedError: Skipping no longer helps: there were more than allowed, a parameter is not finite, or the run
-                ends with them.
+            DivergedError: More steps were skipped than the limit, a parameter is non-finite, or the run ends with a
+                skipped step.
         """
-        plan = self.task.plan
+        settings = self.task.settings
         _, row, first = self.task.skipped.read()
-        within = row <= plan.max_skipped and self.step < self.steps
+        within = row <= settings.max_skipped and self.step < self.steps
         if not row or (within and self.task.finite()):
             return row
         newest = checkpoints_in(self.folder / "checkpoints")
         raise DivergedError(
             f"training diverged: non-finite gradients from step {self.task.describe_step(first)}, {row} "
-            f"step{'s' if row > 1 else ''} skipped (limit {plan.max_skipped_key}={plan.max_skipped}); "
+            f"step{'s' if row > 1 else ''} skipped (limit {settings.max_skipped_key}={settings.max_skipped}); "
             + (f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written")
             + f"; try {self.task.advice()}"
         )
@@ -183,7 +183,7 @@ class Trainer(Generic[SummaryT]):
         return self.step == self.steps or self.task.checkpoint_due(self.step)
 
     def _save(self) -> None:
-        """Write everything that decides the future of the run; after a skipped step, wait for a good one."""
+        """Write a checkpoint; after a skipped step, wait for a good one."""
         self._save_due = self._check_skipped() > 0
         self._check_agreement()
         if self._save_due:
@@ -193,15 +193,15 @@ class Trainer(Generic[SummaryT]):
             **self.throughput.state_dict(),
             "evaluated_at": self.evaluated_at,
         }
-        if self.place.is_main:
-            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.plan.keep)
+        if self.env.is_main:
+            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.settings.keep)
         self.control.broadcast(None)
 
     def _check_agreement(self) -> None:
-        """What is replicated must be the same on every process."""
-        if self.place.world == 1:
+        """Check that replicated modules are equal on all processes."""
+        if self.env.world == 1:
             return
-        found = self.control.gather(self.task.fingerprint())
+        found = self.control.gather(self.task.replica_hash())
         other = [rank for rank, value in enumerate(found) if value != found[0]]
         if other:
             raise LostProcessError(
@@ -231,6 +231,6 @@ class Trainer(Generic[SummaryT]):
     def _lost(self, error: RuntimeError) -> LostProcessError:
         reason = str(error).strip().splitlines()[0][:160]
         return LostProcessError(
-            f"rank {self.place.rank} lost the connection to the other processes at step {self.step + 1} ({reason}), "
-            f"expected all {self.place.world} to the end; {self._how_to_resume()}"
+            f"rank {self.env.rank} lost the connection to the other processes at step {self.step + 1} ({reason}), "
+            f"expected all {self.env.world} to the end; {self._how_to_resume()}"
         )

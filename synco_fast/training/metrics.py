@@ -1,4 +1,4 @@
-"""Metrics of a run: averaged on the device, logged as JSON lines, to TensorBoard, and to Weights & Biases."""
+"""Metrics: averaged on the device, logged as JSON lines, to TensorBoard, and to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = [
 
 
 class RunningMeans:
-    """Means over steps, kept on the device so that no step waits for a value; all values are added together."""
+    """Means over steps, kept on the device so that no step waits for a value."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
 
     def add(self, metrics: dict[str, Tensor], step_ok: Tensor | None = None) -> None:
-        """Take in one step's scalars, the same names every time.
+        """Add one step's scalars, the same names every time.
 
         Args:
-            metrics: By name.
-            step_ok: Bool of no dimensions; where it is false the step is not counted.
+            metrics: Scalars by name.
+            step_ok: A bool scalar; if false, the step is not counted.
         """
         if self._sums is None:
             self._names = list(metrics)
@@ -50,9 +50,9 @@ class RunningMeans:
         self._sums.add_(step if step_ok is None else torch.where(step_ok, step, 0.0))
 
     def pop(self) -> dict[str, float]:
-        """The means since the last call, over all processes, without those that are NaN (nothing was measured).
+        """The means since the last call, over all processes; NaN (nothing measured) is omitted.
 
-        Every process of a job must call this at the same step.
+        All processes must call this at the same step.
         """
         if self._sums is None:
             return {}
@@ -65,7 +65,7 @@ class RunningMeans:
         return {name: mean for name, mean in means if not math.isnan(mean)}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was added since the last `pop`, as its mean over processes; called by all of them at the same step."""
+        """The sums since the last `pop`, averaged over processes; called by all at the same step."""
         if self._sums is None:
             return {"sums": {}, "steps": 0.0}
         sums = self._sums.clone()
@@ -74,7 +74,7 @@ class RunningMeans:
         return {"sums": dict(zip(self._names, values, strict=True)), "steps": steps}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-        """Take over from a checkpoint."""
+        """Load from a checkpoint."""
         self._names = list(state["sums"])
         if self._names:
             values = [float(value) for value in state["sums"].values()]
@@ -82,35 +82,35 @@ class RunningMeans:
 
 
 class MetricLog:
-    """The metrics of one run, to every logger.
+    """Writes the metrics of a run to all loggers.
 
     Args:
-        loggers: Each gets every line; none on a process that does not write.
+        loggers: Each gets every line; none on processes that do not write.
     """
 
     def __init__(self, *loggers: Logger) -> None:
         self._loggers = loggers
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Add one line of ``kind`` train or evaluation."""
+        """Write one line of ``kind`` train or evaluation."""
         for logger in self._loggers:
             logger.write(kind, step, values)
 
     def close(self) -> None:
-        """Finish all."""
+        """Close all loggers."""
         for logger in self._loggers:
             logger.close()
 
 
 class Logger(Protocol):
-    """Keeps metrics."""
+    """A destination of metrics."""
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Take one line."""
+        """Write one line."""
         ...
 
     def close(self) -> None:
-        """No more lines come."""
+        """Close the logger."""
         ...
 
 
@@ -119,8 +119,7 @@ class JsonlLogger:
 
     Args:
         folder: The run folder.
-        step: Steps that are done already; lines of later steps, from a run that was killed after its checkpoint, are
-            dropped.
+        step: Completed steps; later lines, from a run that was killed after its checkpoint, are dropped.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
@@ -140,7 +139,7 @@ class JsonlLogger:
 
 
 class TensorBoardLogger:
-    """``tensorboard/`` in the run folder, ``KIND/NAME`` by step; arguments as of `JsonlLogger`."""
+    """``tensorboard/`` in the run folder, ``KIND/NAME`` by step; arguments of `JsonlLogger`."""
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
@@ -151,17 +150,17 @@ class TensorBoardLogger:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Flush and close."""
         self._board.close()
 
 
 class WandBLogger:
-    """A run of Weights & Biases, the same one when the run is resumed.
+    """A run on Weights & Biases, continued when the run resumes.
 
     Args:
-        folder: The run folder, whose name the run gets.
-        project: Where it is listed.
-        config: What is shown beside it.
+        folder: The run folder; its name becomes the run's name.
+        project: The project.
+        config: The configuration to log.
 
     Raises:
         ConfigError: The package is not installed.
@@ -180,20 +179,20 @@ class WandBLogger:
         self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
 
     def close(self) -> None:
-        """Finish the run there."""
+        """Finish the run."""
         self._run.finish()
 
 
 def open_log(
     folder: Path, step: int, config: dict[str, Any], *, wandb: str | None = None, writes: bool = True
 ) -> MetricLog:
-    """Where a run's metrics go.
+    """Open the loggers of a run.
 
     Args:
         folder: The run folder, which exists.
-        step: Steps that are done already.
-        config: Shown beside the run in Weights & Biases.
-        wandb: A project of Weights & Biases, or none.
+        step: Completed steps.
+        config: The configuration to log to Weights & Biases.
+        wandb: A project of Weights & Biases, or None.
         writes: False on the processes that do not write.
 
     Raises:
@@ -208,7 +207,7 @@ def open_log(
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; without a last line that was cut short."""
+    """The lines of a run's ``metrics.jsonl``; an incomplete last line is omitted."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []

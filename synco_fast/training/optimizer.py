@@ -1,4 +1,4 @@
-"""Optimizers by name, and the learning rate and EMA momentum over a run."""
+"""Optimizers by name, and schedules of learning rate and EMA momentum."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer: PyTorch's, timm's for large batches, or NVIDIA apex's where it is installed.
 
-    SGD decays every parameter, as MoCo does. The others exempt vectors (biases and the affine parameters of
-    normalisation), which LARS (arXiv 1708.03888) and LAMB (arXiv 1904.00962) then do not adapt either.
+    SGD decays every parameter, as in MoCo. The others exempt vectors (biases and the affine parameters of
+    normalisation); LARS (arXiv 1708.03888) and LAMB (arXiv 1904.00962) do not adapt these either.
 
     Args:
-        module: Whose parameters learn.
+        module: The module to train.
         config: Name, momentum, betas, weight decay.
-        lr: The peak rate.
-        device: Where the parameters are.
+        lr: Peak learning rate.
+        device: Device of the parameters.
 
     Raises:
-        ConfigError: apex is asked for and is not there, is another package of that name, or there is no GPU.
+        ConfigError: apex is missing, is another package of that name, or there is no GPU.
     """
     name, decay = config.name, config.weight_decay
     cuda = device.type == "cuda"
@@ -85,12 +85,12 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int = 0, schedu
     """The learning rate of a step.
 
     Rises linearly over ``warmup`` steps, then follows half a cosine from ``peak`` to 0 (or stays at ``peak``). MoCo v2
-    changes its rate once an epoch; here it changes every step, on the same curve.
+    changes its rate once per epoch; here it changes in every step, on the same curve.
 
     Args:
         step: Counted from 0.
         peak: The highest rate.
-        steps: Length of the run.
+        steps: Length of the run in steps.
         warmup: Steps until ``peak`` is reached.
         schedule: ``"cosine"`` or ``"constant"``.
     """
@@ -103,14 +103,14 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup: int = 0, schedu
 
 
 def key_momentum(step: int, *, base: float, steps: int, schedule: str = "constant") -> float:
-    """The momentum of the key encoder at a step: ``base``, or from ``base`` up to 1 along half a cosine.
+    """EMA momentum of the key encoder at a step: ``base``, or from ``base`` to 1 along half a cosine.
 
-    The cosine is that of BYOL (arXiv 2006.07733 section 3.2), which MoCo v3 kept.
+    The cosine is that of BYOL (arXiv 2006.07733 section 3.2) and MoCo v3.
 
     Args:
         step: Counted from 0.
         base: The momentum at the first step.
-        steps: Length of the run.
+        steps: Length of the run in steps.
         schedule: ``"constant"`` or ``"cosine"``.
     """
     if schedule == "constant":

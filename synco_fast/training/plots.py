@@ -1,7 +1,8 @@
-"""The pictures of a run: its curves, and the pairs of views that the model saw."""
+"""Plots of a run: its curves, and the augmented pairs that the model saw."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,69 +13,134 @@ from matplotlib.figure import Figure
 
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.kernels import FAMILIES
-from synco_fast.runtime.style import COLOURS
+from synco_fast.runtime.style import COLOURS, colour_of
 
-__all__ = ["draw_curves", "draw_pairs"]
+__all__ = ["PANELS", "Panel", "draw_curves", "draw_pairs", "draw_panel", "synthetic_start"]
 
 matplotlib.use("Agg")
 
 
-def draw_curves(
-    lines: list[dict[str, Any]], path: Path, *, title: str, steps_per_epoch: int, chance: float | None
-) -> None:
-    """Loss, kNN, hardness and throughput over epochs, as one PNG.
+@dataclass(frozen=True)
+class Panel:
+    """One plot over epochs, in a run's own picture and in its report.
+
+    Attributes:
+        title: What is drawn, with its unit.
+        curves: Name in ``metrics.jsonl``, label and colour of each curve.
+        kind: The kind of lines in ``metrics.jsonl``.
+        top: The upper end of the axis, where it is fixed.
+        from_zero: Whether the axis begins at 0.
+        percent: Whether values are shares.
+        marks: Whether the start of the synthetic negatives is marked.
+    """
+
+    title: str
+    curves: tuple[tuple[str, str, str], ...]
+    kind: str = "train"
+    top: float | None = None
+    from_zero: bool = False
+    percent: bool = False
+    marks: bool = False
+
+
+PANELS = (
+    Panel("contrastive loss", (("loss", "loss", COLOURS[0]),), marks=True),
+    Panel(
+        "top-1 against the queue",
+        (("queue_top1", "queue alone", COLOURS[1]), ("top1", "with synthetic negatives", COLOURS[3])),
+        from_zero=True,
+        percent=True,
+        marks=True,
+    ),
+    Panel(
+        "kNN accuracy on the held-out split",
+        (("knn", "kNN", COLOURS[2]),),
+        kind="evaluation",
+        top=1.0,
+        from_zero=True,
+        percent=True,
+    ),
+    Panel(
+        "hardness: cosine to the query",
+        (
+            ("similarity/positive", "positive", COLOURS[7]),
+            ("similarity/hard", "hard (mean of Q^N)", "gray"),
+            *(
+                (f"similarity/{family.name}", f"{family.number} {family.name}", colour_of(place))
+                for place, family in enumerate(FAMILIES)
+            ),
+        ),
+        marks=True,
+    ),
+    Panel("throughput, images per second", (("images_per_second", "images/s", COLOURS[0]),), from_zero=True),
+    Panel("time spent waiting for data", (("data_wait", "data wait", COLOURS[3]),), from_zero=True, percent=True),
+)
+
+
+def draw_panel(
+    axes: Axes, panel: Panel, lines: list[dict[str, Any]], *, chance: float | None = None, size: int = 8
+) -> bool:
+    """Draw one panel; whether there was anything to draw.
+
+    Args:
+        axes: Where.
+        panel: What.
+        lines: From `read_metrics`, each with its ``epoch``.
+        chance: Chance level of kNN, drawn as a line.
+        size: Points of the small text.
+    """
+    rows = [line for line in lines if line["kind"] == panel.kind]
+    for name, label, colour in panel.curves:
+        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        if points:
+            style = "--" if colour == "gray" else "-"
+            marker = "o" if len(points) < 30 else None
+            axes.plot(
+                *zip(*points, strict=True), label=label, color=colour, linestyle=style, marker=marker, markersize=3
+            )
+    if not axes.get_lines():
+        return False
+    if panel.marks and (start := synthetic_start(lines)) is not None:
+        axes.axvline(start, color="gray", linestyle=":", linewidth=1.2, label="synthetic negatives begin")
+    if panel.kind == "evaluation" and chance:
+        axes.axhline(chance, color="gray", linestyle=":", label="chance")
+    if panel.percent:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    if panel.top is not None:
+        axes.set_ylim(top=panel.top)
+    axes.set_xlabel("epoch", fontsize=size)
+    if len(axes.get_lines()) > 1:
+        axes.legend(fontsize=size - 1, ncol=2 if len(axes.get_lines()) > 4 else 1)
+    return True
+
+
+def synthetic_start(lines: list[dict[str, Any]]) -> float | None:
+    """The epoch of the first logged step with synthetic negatives; None if there are none, or from the first on."""
+    names = {f"similarity/{family.name}" for family in FAMILIES}
+    train = [line for line in lines if line["kind"] == "train"]
+    first = next((place for place, line in enumerate(train) if names & line.keys()), 0)
+    return float(train[first]["epoch"]) if first else None
+
+
+def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, chance: float | None) -> None:
+    """All panels of `PANELS` over epochs, as one PNG.
 
     Args:
         lines: From `read_metrics`.
         path: Where the PNG goes.
-        title: Above the picture.
-        steps_per_epoch: Turns steps into epochs.
-        chance: kNN accuracy of guessing, drawn as a line.
+        title: The title.
+        chance: Chance level of kNN, drawn as a line.
     """
-    train = [line for line in lines if line["kind"] == "train"]
-    evaluations = [line for line in lines if line["kind"] == "evaluation"]
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
-    (loss, knn), (hardness, speed) = figure.subplots(2, 2)
+    figure = Figure(figsize=(14, 7.2), layout="constrained")
     figure.suptitle(title, fontsize=13)
-
-    def curve(axes: Axes, rows: list[dict[str, Any]], name: str, label: str, colour: str, **style: Any) -> None:
-        points = [(row["step"] / steps_per_epoch, row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=1.6, **style)
-
-    curve(loss, train, "loss", "loss", COLOURS[0])
-    loss.set_title("contrastive loss")
-    accuracy = loss.twinx()
-    curve(accuracy, train, "queue_top1", "top-1 against the queue", COLOURS[1])
-    accuracy.set_ylim(0, 1)
-    accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    handles = [line for axes in (loss, accuracy) for line in axes.get_lines()]
-    loss.legend(handles, [str(line.get_label()) for line in handles], fontsize=8, loc="center right")
-
-    curve(knn, evaluations, "knn", "kNN", COLOURS[2], marker="o", markersize=4)
-    if chance is not None:
-        knn.axhline(chance, color="grey", linestyle=":", label="chance")
-    knn.set_ylim(0, 1)
-    knn.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    knn.set_title("kNN accuracy on the held-out split" if evaluations else "kNN: not evaluated")
-    if evaluations:
-        knn.legend(fontsize=8)
-
-    curve(hardness, train, "similarity/positive", "positive", COLOURS[7])
-    curve(hardness, train, "similarity/hard", "hard (mean of Q^N)", "grey", linestyle="--")
-    for colour, family in zip(COLOURS, FAMILIES, strict=False):
-        curve(hardness, train, f"similarity/{family.name}", f"{family.number} {family.name}", colour)
-    hardness.set_title("hardness: cosine to the query")
-    if hardness.get_lines():
-        hardness.legend(fontsize=7, ncol=2)
-
-    curve(speed, train, "images_per_second", "images per second", COLOURS[0])
-    speed.set_ylim(bottom=0)
-    speed.set_title("throughput, images per second")
-    for axes in (loss, knn, hardness, speed):
-        axes.set_xlabel("epoch")
+    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+        if not draw_panel(axes, panel, lines, chance=chance):
+            axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="gray", transform=axes.transAxes)
+        axes.set_title(panel.title)
         axes.grid(alpha=0.25)
-        axes.spines["top"].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

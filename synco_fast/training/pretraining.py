@@ -1,4 +1,4 @@
-"""Pretraining as a task: a source of images, a pipeline of views, an engine, and the kNN that is given to it."""
+"""Pretraining as a task: source, pipeline, engine, and periodic evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch import nn
 from synco_fast.config import Config, EvaluationConfig
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.build import build_pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
@@ -25,28 +24,29 @@ from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import MetricLog
+from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.plots import draw_pairs
 from synco_fast.training.run_folder import Summary, close_run
-from synco_fast.training.task import Notes, Plan
+from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
 
 __all__ = ["Curves", "Evaluate", "Evaluation", "Pretraining", "Watch"]
 
 Watch = Callable[[Sequence[float], Sequence[float]], str | None]
-"""From `Curves.top1` and `Curves.similarity` to a line of warning, or None."""
+"""Takes `Curves.top1` and `Curves.similarity`; returns a warning or None."""
 
 
 class Evaluation(Protocol):
-    """What a periodic evaluation comes to: accuracy in [0, 1], images classified, and why others were not read."""
+    """The result of a periodic evaluation: accuracy in [0, 1], number of images, and corrupt images."""
 
     @property
     def accuracy(self) -> float:
-        """Share of the held-out images."""
+        """Accuracy on the held-out images."""
         ...
 
     @property
     def queries(self) -> int:
-        """Held-out images."""
+        """Number of held-out images."""
         ...
 
     @property
@@ -59,7 +59,7 @@ class Evaluate(Protocol):
     """A periodic evaluation."""
 
     def check(self, evaluation: EvaluationConfig, source: Source) -> None:
-        """Raise before the first step where it cannot work on this source."""
+        """Raise before the first step if it cannot work on this source."""
         ...
 
     def __call__(
@@ -73,16 +73,16 @@ class Evaluate(Protocol):
         pipeline: PipelineName,
         workers: int | None,
     ) -> Evaluation:
-        """Evaluate the backbone as it is."""
+        """Evaluate the backbone."""
         ...
 
 
 @dataclass
 class Curves:
-    """What tells a run that learns from one that contracts, a value for each line of the log since it was started.
+    """Curves that distinguish a learning from a contracting run, one value per log line since the start.
 
     Attributes:
-        top1: Share of queries whose key is nearer than every key of the queue.
+        top1: Share of queries nearer to their key than to every key of the queue.
         similarity: Mean cosine of queries to their hard negatives, or to their keys where there are none.
     """
 
@@ -90,7 +90,7 @@ class Curves:
     similarity: list[float] = field(default_factory=list)
 
     def add(self, values: dict[str, float]) -> bool:
-        """Take a line of the log; false where the method has no queue."""
+        """Add a log line; false if the method has no queue."""
         near = [values.get(f"similarity/{name}", math.nan) for name in ("hard", "positive")]
         known = [value for value in near if math.isfinite(value)]
         if "queue_top1" not in values or not known:
@@ -104,21 +104,20 @@ class Pretraining:
     """Pretraining of an encoder by the method of a configuration.
 
     Args:
-        config: What to do.
-        control: What the processes of the job agree by; by default there is one.
+        config: The configuration.
+        control: Communication between the processes; one process by default.
         evaluate: The periodic evaluation, such as `synco_fast.evaluation.knn.PeriodicKnn`; without one,
-            nothing is evaluated whatever ``evaluation.every`` says.
-        watch: Reads the curves at every line of the log, such as `synco_fast.evaluation.health.contraction`; the first
-            line that it returns is shown as a warning.
+            nothing is evaluated, regardless of ``evaluation.every``.
+        watch: Called with the curves at every log line, such as `synco_fast.evaluation.health.contraction`; the first
+            text that it returns is shown as a warning.
 
     Attributes:
-        source: The images, all of them.
-        engine: The steps.
-        pipeline: The batches.
+        source: All images.
+        engine: The engine of the steps.
+        pipeline: The pipeline of the batches.
 
     Raises:
-        UserError: Anything in the configuration or the data that cannot work; before the first step wherever it can be
-            known by then.
+        UserError: The configuration or the data does not work; raised before the first step wherever possible.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Pretraining:
     ) -> None:
         training = config.training
         self.config, self.control = config, control or HostGroup(DistEnv())
-        self.place = self.control.env
+        self.env = self.control.env
         self.note = Notes()
         resolve_device(training.device)  # before a source is read, which can take long
         self.source: Source = open_source(config.data.source, config.data.limits)
@@ -142,24 +141,14 @@ class Pretraining:
         for line in self.source.notes:
             self.note(line)
         self._train = share_of(self.source.train, config.data.fraction)
-        self.engine = Engine(config, len(self._train) // training.batch, self.place, note=self.note)
+        self.engine = Engine(config, len(self._train) // training.batch, self.env, note=self.note)
         self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
-        self.pipeline = build_pipeline(
-            self._train,
-            config.augment,
-            batch=training.batch,
-            seed=config.seed,
-            name=config.data.pipeline,
-            device=self.device,
-            dtype=self.engine.precision.dtype,
-            workers=config.data.workers,
-            decode=config.data.decode,
-            rank=self.place.rank,
-            world=self.place.world,
+        self.pipeline = open_pipeline(
+            config, self._train, device=self.device, dtype=self.engine.precision.dtype, env=self.env
         )
         self.steps_per_epoch = len(self.pipeline)
         steps = self.steps_per_epoch * training.epochs
-        self.plan = Plan(
+        self.settings = TrainerSettings(
             steps=steps if training.max_steps is None else min(steps, training.max_steps),
             batch=training.batch,
             log_every=training.log_every,
@@ -170,12 +159,12 @@ class Pretraining:
             settling=self.engine.settling,
             wandb=training.wandb,
         )
-        self.broken = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
+        self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
-        """Let the method read what it needs."""
+        """Let the method read its data."""
         self._folder = folder
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
@@ -185,14 +174,14 @@ class Pretraining:
         return (step // self.steps_per_epoch + 1) * self.steps_per_epoch
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """The batches from a step to the end of its epoch; draws the first pairs of the run."""
+        """The batches from a step to the end of its epoch; plots the run's first pairs."""
         epoch, done = divmod(step, self.steps_per_epoch)
         self.pipeline.set_epoch(epoch, done)
         self.method.train()
         pairs = self._folder / "plots" / "pairs.png"
-        undrawn = self.place.is_main and not pairs.exists()
+        undrawn = self.env.is_main and not pairs.exists()
         for batch in self.pipeline:
-            self.broken.replaced(batch.corrupt)
+            self.corrupt_images.replaced(batch.corrupt)
             if undrawn:
                 draw_pairs(batch.as_pixels(self.config.augment), pairs)
                 undrawn = False
@@ -206,9 +195,9 @@ class Pretraining:
         """Whether every parameter is finite."""
         return self.engine.finite()
 
-    def fingerprint(self) -> int:
+    def replica_hash(self) -> int:
         """That of the engine."""
-        return self.engine.fingerprint()
+        return self.engine.replica_hash()
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
@@ -217,7 +206,7 @@ class Pretraining:
         return f"epoch {step // self.steps_per_epoch + 1}/{self.config.training.epochs}"
 
     def figures(self, step: int, speed: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-        """Means of the method's metrics, learning rate, speed, and the values of the moment."""
+        """Means of the method's metrics, learning rate, throughput, and current values."""
         values = self.engine.means.pop()
         values |= {"epoch": step / self.steps_per_epoch, "lr": self.engine.rate(step - 1), **speed}
         values |= self.engine.figures(step)
@@ -232,7 +221,7 @@ class Pretraining:
         return values, words
 
     def _look_at_curves(self, values: dict[str, float]) -> list[str]:
-        """The first warning about curves that show no learning."""
+        """The first warning about a contracting run."""
         if self._watch is None or not self._curves.add(values):
             return []
         warning = self._watch(self._curves.top1, self._curves.similarity)
@@ -246,15 +235,15 @@ class Pretraining:
         self.method.artifacts(self._folder / "plots", step)
 
     def evaluation_due(self, step: int) -> bool:
-        """Before the first step, every so many epochs, and at the end."""
+        """Before the first step, every ``evaluation.every`` epochs, and at the end."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         every = self.config.evaluation.every
-        return self._evaluate is not None and (step == self.plan.steps or (rest == 0 and epoch % every == 0))
+        return self._evaluate is not None and (step == self.settings.steps or (rest == 0 and epoch % every == 0))
 
     def evaluate(self, step: int, log: MetricLog) -> None:
-        """The accuracy of the encoder's backbone on the held-out split, into the log."""
+        """Log the accuracy of the encoder's backbone on the held-out split."""
         self.engine.statistics.average()
-        if self._evaluate is None or not self.place.is_main:
+        if self._evaluate is None or not self.env.is_main:
             return
         config, epochs = self.config, step / self.steps_per_epoch
         result = self._evaluate(
@@ -266,7 +255,7 @@ class Pretraining:
             pipeline=config.data.pipeline,
             workers=config.data.workers,
         )
-        self.broken.excluded(result.corrupt)
+        self.corrupt_images.excluded(result.corrupt)
         log.write("evaluation", step, {"epoch": epochs, "knn": result.accuracy})
         self.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
 
@@ -275,7 +264,7 @@ class Pretraining:
         return f"{step + 1} (epoch {step // self.steps_per_epoch + 1})"
 
     def advice(self) -> str:
-        """What to try where training diverges."""
+        """What to try if training diverges."""
         return f"a lower {' or '.join(self.method.rates)}, or optimizer.clip"
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -287,21 +276,21 @@ class Pretraining:
 
     def state_dict(self) -> dict[str, Any]:
         """Configuration, engine, position in the epoch, and the corrupt images."""
-        self.broken.share(self.control)
+        self.corrupt_images.share(self.control)
         return {
             "config": self.config.model_dump(mode="json"),
             **self.engine.state_dict(),
             "steps_per_epoch": self.steps_per_epoch,
             "stream": self.method.stream,
-            "broken": self.broken.state_dict(),
+            "corrupt": self.corrupt_images.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Take over from a checkpoint.
+        """Load from a checkpoint.
 
         Raises:
-            CheckpointError: It is of another architecture, its epochs have another length, or its steps drew their
-                synthetic negatives by an older version.
+            CheckpointError: Its architecture or the length of its epochs differs, or its synthetic negatives were drawn
+                by an older version.
         """
         if "method" not in state:
             raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of pretrain")
@@ -309,7 +298,7 @@ class Pretraining:
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
                 f"{path}: found {state['steps_per_epoch']} steps an epoch, expected {self.steps_per_epoch}: resume "
-                "with the batch and the number of images that the run began with"
+                "with the batch and the number of images that the run started with"
             )
         if state.get("stream", 1) != self.method.stream:
             raise CheckpointError(
@@ -317,15 +306,15 @@ class Pretraining:
                 f"{self.method.stream}: start a new run; this one can be evaluated and exported"
             )
         self.engine.load_state_dict(state)
-        self.broken.load_state_dict(state["broken"])
+        self.corrupt_images.load_state_dict(state["corrupt"])
 
     def close(self) -> None:
-        """Free the pipeline's processes."""
+        """Close the pipeline."""
         self.pipeline.close()
 
     def summary(self, step: int, *, finished: bool, throughput: Throughput) -> Summary:
         """Draw the curves and write ``summary.json``."""
-        if self.place.is_main:
+        if self.env.is_main:
             self.method.artifacts(self._folder / "plots", step, closing=True)
         return close_run(
             self._folder,
@@ -335,6 +324,6 @@ class Pretraining:
             step=step,
             finished=finished,
             throughput=throughput,
-            broken=len(self.broken),
-            writes=self.place.is_main,
+            corrupt=len(self.corrupt_images),
+            writes=self.env.is_main,
         )

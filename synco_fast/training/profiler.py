@@ -1,4 +1,4 @@
-"""Where a step spends its time and memory: by phase, without making the device wait, and as a trace."""
+"""Profiling a step: time and memory by phase, without synchronising, and a trace."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from synco_fast.config import Config
-from synco_fast.data.pipelines.build import build_pipeline
 from synco_fast.data.sources.open import open_source
 from synco_fast.runtime.environment import describe_environment
-from synco_fast.runtime.phases import PHASES, phase, recorded_by
+from synco_fast.runtime.phases import PHASES, Mark, mark, phase, recorded_by, seconds_between
 from synco_fast.training.engine import Engine
+from synco_fast.training.pipeline import open_pipeline
 
 __all__ = ["PhaseClock", "profile_step"]
 
 _MIB = 1 << 20
-#: On the host's clock even beside a GPU, which does not know what the host waits for.
+#: Phases timed on the host even with a GPU, which cannot time the host's waits.
 _OF_THE_HOST = ("data wait",)
 
 
@@ -37,7 +37,7 @@ class PhaseClock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda, self._device = device.type == "cuda", device
-        self._times: list[tuple[str, Any, Any]] = []
+        self._times: list[tuple[str, Mark, Mark]] = []
         self.memory: list[dict[str, Any]] = []
         self._begun = time.perf_counter()
 
@@ -47,76 +47,56 @@ class PhaseClock:
         on_device = self._cuda and name not in _OF_THE_HOST
         nvtx: AbstractContextManager[None] = torch.cuda.nvtx.range(name) if self._cuda else nullcontext()
         with nvtx, record_function(name):
-            begin = self._mark(on_device)
+            begin = mark(cuda=on_device)
             try:
                 yield
             finally:
-                self._times.append((name, begin, self._mark(on_device)))
+                self._times.append((name, begin, mark(cuda=on_device)))
                 seconds = time.perf_counter() - self._begun
                 self.memory.append({"seconds": seconds, "phase": name, "mib": self._held() / _MIB})
 
-    def take(self) -> list[tuple[str, float]]:
+    def pop(self) -> list[tuple[str, float]]:
         """The phases since the last call and their seconds; waits for the device."""
         if self._cuda:
             torch.cuda.synchronize(self._device)
-        taken = [
-            (name, end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000)
-            for name, begin, end in self._times
-        ]
+        taken = [(name, seconds_between(begin, end)) for name, begin, end in self._times]
         self._times.clear()
         return taken
-
-    def _mark(self, on_device: bool) -> Any:
-        if not on_device:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _held(self) -> int:
         if self._cuda:
             return torch.cuda.memory_allocated(self._device)
-        # Pages that are resident; on a system without this file the timeline is flat.
+        # Resident pages; on a system without this file the timeline is flat.
         statm = Path("/proc/self/statm")
         return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
 
 
 def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int = 3) -> dict[str, Any]:
-    """Train a few steps on the configured images and say where they spend their time.
+    """Train a few steps on the configured images and measure where they spend their time.
 
     Writes ``trace.json`` (for Perfetto or chrome://tracing) and, on a GPU, ``memory.pickle``
     (for pytorch.org/memory_viz) into the folder.
 
     Args:
-        config: What to run. Synthetic negatives are on from the first step; a CUDA graph hides its phases, so none is
-            captured.
-        folder: Made where it is missing.
-        steps: Timed ones, after those that compile and fill caches.
-        traced: Further ones, under the profiler, which slows them down.
+        config: The configuration. Synthetic negatives are on from the first step; CUDA graphs are off, since they hide
+            phases.
+        folder: Created if missing.
+        steps: Timed steps, after those that compile and fill caches.
+        traced: Further steps under PyTorch's profiler, which slows them down.
 
     Returns:
-        The environment, the configuration, by phase the milliseconds a step (median) and their share of the step, the
-        step's own milliseconds, images a second, the timeline of memory held at the end of every phase, and the files.
+        Environment, configuration, files; by phase the median milliseconds per step and their share of the step; the
+        milliseconds of the step, images per second, and a timeline of the memory held at the end of every phase.
     """
     values = config.model_dump(mode="json")
     values["method"]["warmup_epochs"] = 0
     values["training"]["cuda_graph"] = False
     config = Config.model_validate(values)
     folder.mkdir(parents=True, exist_ok=True)
-    split = open_source(config.data.source).train
+    split = open_source(config.data.source, config.data.limits).train
     notes: list[str] = []
     engine = Engine(config, len(split) // config.training.batch, note=notes.append)
-    pipeline = build_pipeline(
-        split,
-        config.augment,
-        batch=config.training.batch,
-        seed=config.seed,
-        name=config.data.pipeline,
-        device=engine.device,
-        dtype=engine.precision.dtype,
-        workers=config.data.workers,
-        decode=config.data.decode,
-    )
+    pipeline = open_pipeline(config, split, device=engine.device, dtype=engine.precision.dtype)
     clock = PhaseClock(engine.device)
     number, epoch, batches = 0, 0, iter(pipeline)
 
@@ -140,7 +120,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
             for _ in range(steps):
                 begun = time.perf_counter()
                 step()
-                taken = clock.take()
+                taken = clock.pop()
                 whole: dict[str, float] = {"step": time.perf_counter() - begun}
                 for name, seconds in taken:
                     whole[name] = whole.get(name, 0.0) + seconds
@@ -166,7 +146,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
 
 
 def _trace(step: Any, folder: Path, traced: int, device: torch.device) -> list[str]:
-    """Run further steps under PyTorch's profiler; the files that were written."""
+    """Run further steps under PyTorch's profiler; returns the files written."""
     activities, cuda = [ProfilerActivity.CPU], device.type == "cuda"
     if cuda:
         activities.append(ProfilerActivity.CUDA)

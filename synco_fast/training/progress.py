@@ -1,4 +1,4 @@
-"""The progress of a run: the epoch, the latest figures, and notes beside them."""
+"""The progress of a run: epoch, latest figures, notes."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ __all__ = ["Reporter"]
 
 
 class Reporter:
-    """Progress through ``steps`` steps, and notes beside it.
+    """The progress bar of a run, and its notes.
 
     Args:
-        console: Where to write.
-        steps: Length of the run.
-        done: Steps that are done already.
+        console: The console.
+        steps: Length of the run in steps.
+        done: Completed steps.
     """
 
     def __init__(self, console: Console, steps: int, done: int = 0) -> None:
         self._bar = ProgressBar(console, "starting", steps, done, unit="step").start()
 
     def step(self, step: int, title: str) -> None:
-        """One more step is done."""
+        """Advance by one step."""
         self._bar.update(step, title=title)
 
     def line(self, step: int, title: str, *figures: str) -> None:
-        """Show the latest figures in words, the most important first."""
+        """Show the latest figures as text, most important first."""
         self._bar.update(step, *figures, title=title)
 
     def stage(self, text: str) -> None:
-        """Say at once that something else than training has begun, such as an evaluation."""
+        """Show at once that another stage, such as an evaluation, has started."""
         self._bar.update(self._bar.done, title=text)
 
     def note(self, text: str, style: str | None = None) -> None:
-        """A line that stays, above the bar."""
+        """Print a line above the bar."""
         self._bar.note(text, style)
 
     def close(self) -> None:
-        """Take the bar down."""
+        """Remove the bar."""
         self._bar.close()

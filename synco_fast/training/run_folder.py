@@ -1,4 +1,4 @@
-"""The run folder: self-describing, made once, found again on resume."""
+"""The run folder: configuration, environment, summary and plots of a run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ __all__ = ["Summary", "choose_run_folder", "close_run", "describe_run"]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to; shares are in [0, 1], None where nothing was evaluated.
+    """The summary of a run; fractions are in [0, 1], None if nothing was evaluated.
 
-    ``finished`` is false where the run was asked to stop. ``images_per_second`` counts training steps alone, without
-    the first few, evaluation and checkpoints.
+    ``finished`` is false if the run was stopped. ``images_per_second`` counts only training steps, without the first
+    few, evaluations and checkpoints.
     """
 
     method: str
@@ -40,7 +40,7 @@ class Summary:
     images_per_second: float
     data_wait: float
     training_seconds: float
-    broken_images: int
+    corrupt_images: int
     run: str
     checkpoint: str
     curves: str
@@ -52,10 +52,10 @@ class Summary:
 
 
 def choose_run_folder(folder: Path | None, name: str) -> Path:
-    """Where a new run goes: ``folder``, or ``runs/NAME-DATE-TIME`` below the working folder. Makes nothing yet.
+    """The folder of a new run: ``folder``, or ``runs/NAME-DATE-TIME`` in the working folder; not created yet.
 
     Raises:
-        ConfigError: There is a run in the folder already, or something else in its place.
+        ConfigError: The folder already holds a run, or is a file.
     """
     folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (folder / "config.yaml").exists():
@@ -66,7 +66,7 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
 
 
 def describe_run(folder: Path, config: RunConfig) -> None:
-    """Make the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
+    """Create the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     if not (folder / "config.yaml").exists():
@@ -83,18 +83,18 @@ def close_run(
     step: int,
     finished: bool,
     throughput: Throughput,
-    broken: int,
+    corrupt: int,
     writes: bool = True,
 ) -> Summary:
     """Draw the curves and write ``summary.json``.
 
     Args:
-        folder: The run's.
-        config, source: What the run was.
-        steps_per_epoch, step, finished: How far it came.
-        throughput: How fast it was.
-        broken: How many images could not be read.
-        writes: Whether this process writes; another one only returns the summary.
+        folder: The run folder.
+        config, source: Configuration and images of the run.
+        steps_per_epoch, step, finished: Its progress.
+        throughput: Its throughput.
+        corrupt: Number of corrupt images.
+        writes: Whether this process writes; otherwise the summary is only returned.
     """
     lines = read_metrics(folder)
     knn = [line["knn"] for line in lines if line["kind"] == "evaluation"]
@@ -114,7 +114,7 @@ def close_run(
         images_per_second=throughput.images_per_second,
         data_wait=throughput.data_wait,
         training_seconds=throughput.training,
-        broken_images=broken,
+        corrupt_images=corrupt,
         run=str(folder),
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),
@@ -122,6 +122,6 @@ def close_run(
     )
     if writes:
         title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"
-        draw_curves(lines, curves, title=title, steps_per_epoch=steps_per_epoch, chance=chance)
+        draw_curves(lines, curves, title=title, chance=chance)
         write_json(folder / "summary.json", summary.as_dict())
     return summary

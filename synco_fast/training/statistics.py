@@ -1,4 +1,4 @@
-"""Batch-norm statistics around a step: restored when the step is skipped, averaged where processes differ."""
+"""Batch-norm statistics: restored when a step is skipped, averaged over processes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["RunningStatistics"]
 
 
 class RunningStatistics:
-    """The floating-point buffers of some modules, such as running means and variances.
+    """The floating-point buffers of modules: running means and variances.
 
     Args:
-        modules: Whose buffers.
+        modules: The modules.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -25,7 +25,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def copy(self) -> list[Tensor]:
-        """What they hold now, in tensors that the next call writes over."""
+        """Copies of the buffers, overwritten by the next call."""
         if not self._copies:
             self._copies = [torch.empty_like(bits) for bits in self._bits]
         if self._copies:
@@ -34,7 +34,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def restore(self, copies: list[Tensor], step_ok: Tensor) -> None:
-        """Undo what happened since `copy` unless ``step_ok``, bool of no dimensions; the host never waits for it."""
+        """Restore the copies unless ``step_ok``, a bool scalar; the host never waits."""
         if not copies or (step_ok.device.type == "cpu" and bool(step_ok)):
             return
         keep = step_ok.to(torch.int32)
@@ -44,9 +44,8 @@ class RunningStatistics:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace them by their mean over the processes.
+        """Replace the buffers by their mean over processes.
 
-        A running statistic is a weighted sum of those of the steps, so the mean taken now is what a mean in every step
-        would have led to.
+        A running statistic is a weighted sum over steps, so averaging now equals averaging in every step.
         """
         mean_over_ranks(self._buffers)

@@ -1,4 +1,4 @@
-"""When a run ends early: a signal, a budget of time; the same step on every process."""
+"""Early stops by a signal or a time limit, at the same step on every process."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["StopSignals"]
 
-#: Steps between two times at which the processes of a job ask one another whether to stop.
+#: Steps between two agreements of the processes on whether to stop.
 _ASK_EVERY = 10
 
 
 class StopSignals:
-    """Collects the wish to stop and lets all processes act on it at the same step.
+    """Handles stop signals and the time limit; all processes stop at the same step.
 
     Args:
-        control: What the processes agree by.
-        minutes: Budget of this start of the run; None for no limit.
+        control: Communication between the processes.
+        minutes: Time limit of this call of the run; None for no limit.
     """
 
     def __init__(self, control: HostGroup, minutes: float | None) -> None:
@@ -32,7 +32,7 @@ class StopSignals:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask to stop after the current step; a second one ends the process at once."""
+        """SIGTERM and SIGINT request a stop after the current step; a second one ends the process at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self._asked:
@@ -47,13 +47,13 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def after_step(self, step: int) -> bool:
-        """Whether the run ends after this step, the same on every process."""
+        """Whether the run stops after this step; the same on all processes."""
         if self._control.env.world == 1 or step % _ASK_EVERY == 0:
             self.agree()
         return self.agreed
 
     def agree(self) -> bool:
-        """Ask every process; called by all of them at the same step."""
-        wish = self._asked or (self._deadline is not None and time.monotonic() >= self._deadline)
-        self.agreed = self.agreed or bool(self._control.max(int(wish))[0])
+        """Agree on whether to stop; called by all processes at the same step."""
+        stop = self._asked or (self._deadline is not None and time.monotonic() >= self._deadline)
+        self.agreed = self.agreed or bool(self._control.max(int(stop))[0])
         return self.agreed

@@ -1,4 +1,4 @@
-"""What a `Trainer` trains: the contract between the run around the steps and what a step does."""
+"""The contract of a task, which a `Trainer` runs."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.throughput import Throughput
 
-__all__ = ["Notes", "Plan", "RunConfig", "Task"]
+__all__ = ["Notes", "RunConfig", "Task", "TrainerSettings"]
 
 SummaryT = TypeVar("SummaryT", covariant=True)
 
 
 class RunConfig(Protocol):
-    """A configuration that a run folder keeps."""
+    """The configuration in a run folder."""
 
     def to_yaml(self) -> str:
-        """As a file that reads back to the same configuration."""
+        """The configuration as YAML, which reads back to the same."""
         ...
 
     def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """As plain values where ``mode`` is ``json``."""
+        """The configuration as plain values, with ``mode`` ``json``."""
         ...
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the trainer needs to know of a run.
+class TrainerSettings:
+    """The trainer's settings of a run.
 
     Attributes:
-        steps: Its length.
-        batch: Images a step, over all processes.
-        log_every: Steps between lines of the log.
-        keep: How many checkpoints are kept.
-        max_skipped: The run is aborted after more consecutive skipped steps.
-        max_skipped_key: What the configuration calls that.
-        max_time: Minutes after which it stops; None for no limit.
-        settling: First steps that count in no measure of speed.
+        steps: Length of the run in steps.
+        batch: Images per step, over all processes.
+        log_every: Steps between log lines.
+        keep: Checkpoints to keep.
+        max_skipped: Consecutive skipped steps above which the run is aborted.
+        max_skipped_key: Its key in the configuration.
+        max_time: Minutes after which the run stops; None for no limit.
+        settling: First steps that are excluded from throughput.
         wandb: A project of Weights & Biases, if any.
     """
 
@@ -59,21 +59,21 @@ class Plan:
 
 
 class Notes:
-    """Lines for the person at the terminal; those of a run that has not begun wait for it."""
+    """Notes to print; kept until the run starts."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[str, str | None]] = []
         self._show: Callable[[str, str | None], None] | None = None
 
     def __call__(self, line: str, style: str | None = "yellow") -> None:
-        """Show a line."""
+        """Print a note, or keep it until the run starts."""
         if self._show is None:
             self._waiting.append((line, style))
         else:
             self._show(line, style)
 
     def show_by(self, show: Callable[[str, str | None], None]) -> None:
-        """Show the lines that wait, and every later one at once."""
+        """Print the kept notes, and later ones at once."""
         self._show = show
         for line, style in self._waiting:
             show(line, style)
@@ -81,23 +81,23 @@ class Notes:
 
 
 class Task(Protocol[SummaryT]):
-    """A step, its batches, and what is due when. A round is what lies between two evaluations, such as an epoch.
+    """What a `Trainer` runs. A round is the time between two evaluations, such as an epoch.
 
     Attributes:
-        control: What the processes of the job agree by.
-        plan: What the trainer needs to know.
-        device: Where it computes.
-        skipped: Counts the steps that were skipped.
-        note: Takes lines to show; made by the task, shown by the trainer.
+        control: Communication between the processes.
+        settings: The trainer's settings.
+        device: The device.
+        skipped: Counter of skipped steps.
+        note: Takes notes; created by the task, printed by the trainer.
     """
 
     @property
     def config(self) -> RunConfig:
-        """Kept in the run folder."""
+        """The configuration, saved in the run folder."""
         ...
 
     control: HostGroup
-    plan: Plan
+    settings: TrainerSettings
     device: torch.device
     skipped: SkippedSteps
     note: Notes
@@ -105,7 +105,7 @@ class Task(Protocol[SummaryT]):
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
-        """Get ready for ``folder``, which may not exist yet; ``fresh`` where no checkpoint was loaded."""
+        """Prepare a run in ``folder``, which may not exist yet; ``fresh`` without a loaded checkpoint."""
         ...
 
     def round_end(self, step: int) -> int:
@@ -124,59 +124,59 @@ class Task(Protocol[SummaryT]):
         """Whether every parameter is finite; waits for the device."""
         ...
 
-    def fingerprint(self) -> int:
-        """A hash of what must be the same on all processes."""
+    def replica_hash(self) -> int:
+        """A hash of what must be equal on all processes."""
         ...
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
     def title(self, step: int) -> str:
-        """What the progress bar calls the round of a step."""
+        """The round of a step, for the progress bar."""
         ...
 
     def figures(self, step: int, speed: dict[str, float]) -> tuple[dict[str, float], list[str]]:
-        """A line of the log after ``step`` steps, and in words what the progress bar shows of it."""
+        """The log line after ``step`` steps, and text for the progress bar."""
         ...
 
     def artifacts(self, step: int) -> None:
-        """Draw what the end of a round, or the start of the run, leaves in the run folder."""
+        """Draw plots at the start of the run and at the end of a round."""
         ...
 
     def evaluation_due(self, step: int) -> bool:
-        """Whether the run is evaluated after ``step`` steps, which end a round."""
+        """Whether to evaluate after ``step`` steps, at the end of a round."""
         ...
 
     def evaluate(self, step: int, log: MetricLog) -> None:
-        """Evaluate, into the log; called by all processes at the same step."""
+        """Evaluate and log; called by all processes at the same step."""
         ...
 
     def describe_step(self, step: int) -> str:
-        """A step, counted from 0, in the words of a message."""
+        """A step, counted from 0, as text for messages."""
         ...
 
     def advice(self) -> str:
-        """What to try where training diverges."""
+        """What to try if training diverges."""
         ...
 
     # -- state --------------------------------------------------------------------------------------------------
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint is written after ``step`` steps, beside those at a stop and at the end."""
+        """Whether to write a checkpoint after ``step`` steps, besides those at a stop and at the end."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the steps to come; called by all processes at the same step.
+        """The state of training; called by all processes at the same step.
 
         Raises:
-            DataError: The processes together have met too many corrupt images.
+            DataError: All processes together found too many corrupt images.
         """
         ...
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
-        """Take over from the checkpoint at ``path``.
+        """Load from the checkpoint at ``path``.
 
         Raises:
-            UserError: It is of another kind of run, architecture or set of images.
+            UserError: It belongs to another kind of run, architecture or set of images.
         """
         ...
 

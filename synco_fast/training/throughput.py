@@ -1,4 +1,4 @@
-"""How fast a run is, and how much of its time it waits for images."""
+"""Throughput of a run, and its data wait."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["Throughput"]
 
 
 class Throughput:
-    """Counts steps and time, without the first few steps, evaluations and checkpoints.
+    """Counts steps and time, excluding the first few steps, evaluations and checkpoints.
 
     Args:
-        batch: Images a step, over all processes.
-        settle: How many steps compile kernels and fill caches and are not counted.
+        batch: Images per step, over all processes.
+        settle: First steps, which compile kernels and fill caches, to exclude.
     """
 
     def __init__(self, batch: int, settle: int) -> None:
@@ -23,11 +23,11 @@ class Throughput:
         self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def begin(self) -> None:
-        """Count from now on."""
+        """Start counting now."""
         self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def step(self, waited: float) -> None:
-        """One more step is done, which waited so many seconds for its batch."""
+        """Count a step that waited so many seconds for its batch."""
         if self._settle:
             self._settle -= 1
             self.begin()
@@ -36,11 +36,11 @@ class Throughput:
         self._steps += 1
 
     def pause(self, seconds: float) -> None:
-        """Leave out the last so many seconds."""
+        """Exclude the last so many seconds."""
         self._from += seconds
 
     def pop(self) -> dict[str, float]:
-        """Since the last call: ``data_wait``, a share, and ``images_per_second`` where steps were counted."""
+        """Since the last call: ``data_wait``, a fraction, and ``images_per_second`` if steps were counted."""
         spent = max(time.perf_counter() - self._from, 1e-9)
         waited, steps = self._waited, self._steps
         self.begin()
@@ -54,12 +54,12 @@ class Throughput:
 
     @property
     def images_per_second(self) -> float:
-        """Over the whole run."""
+        """Images per second over the whole run."""
         return self.images / max(self.training, 1e-9)
 
     @property
     def data_wait(self) -> float:
-        """Over the whole run, a share."""
+        """Fraction of time waiting for data over the whole run."""
         return self.data / max(self.training, 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,6 +67,6 @@ class Throughput:
         return {"seconds": {"training": self.training, "data": self.data}, "images_timed": self.images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
+        """Load from a checkpoint."""
         self.training, self.data = state["seconds"]["training"], state["seconds"]["data"]
         self.images = state["images_timed"]

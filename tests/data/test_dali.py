@@ -154,7 +154,7 @@ def test_sixteen_bit_and_palette_pixels_reach_dali_as_pillow_reads_them(tmp_path
         name for name, file in zip(names, batch.files(), strict=True) if np.asarray(file[:2]).tobytes() == b"\xff\xd8"
     }
     assert plain == {
-        "grey.jpg",
+        "gray.jpg",
         "turned3.jpg",
         "turned6.jpg",
         "pixel.jpg",

@@ -173,7 +173,7 @@ def test_an_operation_is_torchvisions(views, number, backend):
     assert difference.max() <= largest
 
 
-def test_an_operation_that_is_left_out_would_be_noticed():
+def test_an_operation_that_is_missing_would_be_noticed():
     """Each case differs from the plain crop by more than its tolerance, so that the test above can fail."""
     for name, case in CASES:
         plain = by_torchvision(parameters(crop=tuple(case.crop[0].tolist())), pixels_of(IMAGE))

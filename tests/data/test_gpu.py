@@ -9,7 +9,7 @@ from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
 from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
-from tests.data.test_pipelines import BROKEN, damage, special
+from tests.data.test_pipelines import CORRUPT, damage, special
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,7 +63,7 @@ def test_dali_gets_over_broken_and_special_files(split, tmp_path):
         pipe.set_epoch(number)
         (batch,) = pipe
         assert torch.isfinite(batch.first.float()).all()
-        assert sorted(split.name(index).rpartition("/")[2] for index in batch.corrupt) == list(BROKEN)
+        assert sorted(split.name(index).rpartition("/")[2] for index in batch.corrupt) == list(CORRUPT)
     pipe.close()
 
 

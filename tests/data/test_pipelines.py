@@ -55,7 +55,7 @@ def test_every_epoch_is_complete_and_of_equal_length(split, name):
     assert orders[0] != orders[1] != orders[2]
 
 
-def test_a_last_batch_that_is_not_full_is_left_out_another_in_each_epoch(split, name):
+def test_a_last_batch_that_is_not_full_is_skipped_another_in_each_epoch(split, name):
     pipe = pipeline(split, name, batch=10)
     left = []
     for number in range(4):
@@ -115,8 +115,8 @@ def test_too_few_images_for_a_step(split, name):
 
 def test_arrays(name):
     colours = ArraySplit(np.random.default_rng(0).integers(0, 256, (9, 20, 24, 3), dtype=np.uint8), None, "noise")
-    grey = ArraySplit(colours.images[..., 0].copy(), None, "grey")
-    for split in (colours, grey):
+    gray = ArraySplit(colours.images[..., 0].copy(), None, "gray")
+    for split in (colours, gray):
         ours, theirs = (epoch(pipeline(split, chosen, batch=4), 0) for chosen in (name, "torchvision"))
         for a, b in zip(ours, theirs, strict=True):
             assert torch.equal(a.image_ids, b.image_ids)
@@ -125,7 +125,7 @@ def test_arrays(name):
 
 # -- what real folders hold -------------------------------------------------------------------------------------------
 
-BROKEN = (
+CORRUPT = (
     "bent.jpg",
     "empty.jpg",
     "headless.jpg",
@@ -161,7 +161,7 @@ def special(folder):
     """Files that are sound and out of the ordinary."""
     image = photo(80, 60)
     image.convert("CMYK").save(folder / "cmyk.jpg")
-    image.convert("L").save(folder / "grey.jpg")
+    image.convert("L").save(folder / "gray.jpg")
     image.convert("P").save(folder / "palette.png")
     image.convert("RGBA").save(folder / "transparent.png")
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
@@ -191,7 +191,7 @@ def test_broken_files_are_replaced_and_named_and_never_end_a_run(tmp_path, name,
         batches = epoch(pipe, number)
         assert [len(batch.image_ids) for batch in batches] == [6] * 4
         corrupt = {index: reason for batch in batches for index, reason in batch.corrupt.items()}
-        assert sorted(split.name(index).rpartition("/")[2] for index in corrupt) == list(BROKEN)
+        assert sorted(split.name(index).rpartition("/")[2] for index in corrupt) == list(CORRUPT)
         for index, reason in corrupt.items():
             assert split.name(index) in reason
             assert "\n" not in reason
@@ -214,11 +214,14 @@ def test_special_files_are_read_alike_by_every_pipeline(tmp_path, name):
     found = {
         split.name(i).rpartition("/")[2]: view for i, view in zip(batch.image_ids.tolist(), batch.first, strict=True)
     }
-    assert found["grey.jpg"][0].equal(found["grey.jpg"][2])
+    assert found["gray.jpg"][0].equal(found["gray.jpg"][2])
     assert (found["pixel.png"].float().mean((1, 2)) - torch.tensor([10.0, 200, 30])).abs().max() <= 1
     upright = np.asarray(photo(80, 60).resize((16, 16), Image.Resampling.BILINEAR)).astype(float).transpose(2, 0, 1)
     for file in ("cmyk.jpg", "palette.png", "transparent.png", "progressive.jpg", "picture.webp", "wrong-suffix.png"):
-        assert np.abs(found[file].numpy() - upright).mean() < 40, file
+        decoded = Image.open(tmp_path / file).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
+        # Against Pillow's decoding of the same file, and against the picture before it was compressed.
+        assert np.abs(found[file].numpy() - np.asarray(decoded).astype(float).transpose(2, 0, 1)).mean() < 1, file
+        assert np.abs(found[file].numpy() - upright).mean() < 3, file
     for file, turns in (("turned3.jpg", 2), ("turned6.jpg", 3)):
         with Image.open(tmp_path / file) as stored:
             turned = np.rot90(np.asarray(stored), turns)
@@ -246,7 +249,7 @@ def test_a_resident_set_has_images_of_one_size(tmp_path):
         pipeline(open_source(str(tmp_path)).train, "resident", batch=2)
 
 
-def test_nothing_but_broken_images_is_an_error(tmp_path, name):
+def test_nothing_but_corrupt_images_is_an_error(tmp_path, name):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     split = open_source(str(tmp_path)).train

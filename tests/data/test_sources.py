@@ -100,11 +100,11 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     colour = Image.fromarray(pixels())
     grey16 = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
     files = {
-        "grey.jpg": colour.convert("L"),
+        "gray.jpg": colour.convert("L"),
         "cmyk.jpg": colour.convert("CMYK"),
         "palette.png": colour.convert("P"),
         "transparent.png": colour.convert("RGBA"),
-        "grey-alpha.png": colour.convert("LA"),
+        "gray-alpha.png": colour.convert("LA"),
         "sixteen.png": Image.fromarray(grey16),
         "one-bit.png": colour.convert("1"),
     }

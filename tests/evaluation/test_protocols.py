@@ -17,7 +17,7 @@ from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation import classifier
 from synco_fast.evaluation import features as cache
 from synco_fast.evaluation.classifier import ClassifierProtocol
-from synco_fast.evaluation.context import EvalOptions, fingerprint, open_context
+from synco_fast.evaluation.context import EvalOptions, open_context, weights_sha256
 from synco_fast.evaluation.features import cached_features, extract_features
 from synco_fast.evaluation.finetune import evaluate_finetune, published_protocol
 from synco_fast.evaluation.knn import evaluate_knn, knn_accuracy, nearest
@@ -167,7 +167,7 @@ def test_a_backbone_that_changes_is_noticed(make_run, monkeypatch):
 
 
 def test_divergence_is_one_line(make_run):
-    with pytest.raises(DivergedError, match="not finite in epoch"):
+    with pytest.raises(DivergedError, match="non-finite value in epoch"):
         evaluate_finetune(
             make_run(),
             EvalOptions(workers=0),
@@ -179,7 +179,7 @@ def test_divergence_is_one_line(make_run):
 
 def test_fine_tuning_sweeps_and_learns(make_run):
     run = make_run()
-    before = fingerprint(open_context(run, EvalOptions()).backbone)
+    before = weights_sha256(open_context(run, EvalOptions()).backbone)
     protocol = replace(published_protocol(10), epochs=2, batch=8)
     found = evaluate_finetune(run, EvalOptions(workers=0), percent=50, rates=(0.01, 0.05), protocol=protocol)
     assert found["images_per_class"] == [6, 6, 6]
@@ -188,7 +188,7 @@ def test_fine_tuning_sweeps_and_learns(make_run):
     assert found["chance"] == pytest.approx(1 / 3)
     state = torch.load(run / "evaluation" / "finetune_50-lr0.01.pt", weights_only=True)
     assert set(state["model"]) == {"head.weight", "head.bias"}, "a finished run keeps its head alone"
-    assert fingerprint(open_context(run, EvalOptions()).backbone) == before
+    assert weights_sha256(open_context(run, EvalOptions()).backbone) == before
     with pytest.raises(ConfigError, match="percent: found 0, expected above 0"):
         evaluate_finetune(run, percent=0)
 

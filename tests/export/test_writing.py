@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 
 import pytest
@@ -63,12 +64,24 @@ def test_the_libraries_load_what_is_theirs(make_run, tmp_path):
     file = tmp_path / "timm" / "model.safetensors"
     model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(file))
     assert torch.allclose(model.eval()(images), expected, atol=1e-6)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    assert torch.allclose(model.eval()(images), expected, atol=1e-6)
     card = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert (card["architecture"], card["num_features"]) == ("resnet18", 512)
+    assert torch.equal(synco_fast.load_backbone(tmp_path / "timm")(images), expected)
+    # safetensors writes private files by itself; what is exported is for others.
+    assert file.stat().st_mode & 0o077 == 0o066 & ~current_umask()
 
     export_checkpoint(run, "safetensors", tmp_path / "safetensors")
     file = tmp_path / "safetensors" / "backbone.safetensors"
     assert torch.equal(synco_fast.load_backbone(file)(images), expected)
+    assert torch.equal(synco_fast.load_backbone(tmp_path / "safetensors")(images), expected)
+
+
+def current_umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def test_a_thin_timm_model_keeps_its_arguments(make_run, tmp_path):
@@ -78,6 +91,8 @@ def test_a_thin_timm_model_keeps_its_arguments(make_run, tmp_path):
     model = timm.create_model(card["architecture"], num_classes=0, **card["model_args"])
     model.load_state_dict(load_file(tmp_path / "timm" / "model.safetensors"))
     images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), synco_fast.load_backbone(run)(images))
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert torch.equal(model.eval()(images), synco_fast.load_backbone(run)(images))
     for format in ("torchvision", "detectron2"):
         with pytest.raises(CheckpointError, match="--format timm takes it"):
@@ -181,8 +196,8 @@ def test_onnx_agrees_with_pytorch(make_run, tmp_path):
     assert len(list((tmp_path / "onnx").iterdir())) == 2
     assert 0 <= next(iter(done.checks.values())) < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "backbone.onnx"))
-    for batch in (1, 5):
-        images = torch.randn(batch, 3, 32, 32)
+    for batch, height, width in ((1, 32, 32), (5, 32, 32), (2, 96, 80)):
+        images = torch.randn(batch, 3, height, width)
         found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
         assert torch.allclose(found, synco_fast.load_backbone(run)(images), atol=1e-4)
 
@@ -194,6 +209,10 @@ def test_the_card_says_what_the_weights_are(make_run, tmp_path):
     done = export_checkpoint(run, "safetensors", licence="CC-BY-4.0")
     assert done.folder == run / "export" / "safetensors"
     card = (done.folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["license"] == "cc-by-4.0"
+    assert head["pipeline_tag"] == "image-feature-extraction"
+    assert "synco" in head["tags"]
     for words in ("SynCo", "timm/resnet18", "| epochs | 2 |", "kNN, k 20: 50.0% (chance 33.3%)", "75.0%", "CC-BY-4.0"):
         assert words in card
     assert str(torch.__version__).split("+")[0] in card

@@ -21,7 +21,7 @@ SMALL = {
     "r1_every": 2,
     "log_every": 1,
     "sample_every": 3,
-    "quality_every": 0,
+    "kid_every": 0,
     "checkpoint_every": 3,
     "device": "cpu",
 }

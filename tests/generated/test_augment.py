@@ -36,7 +36,7 @@ def test_nothing_switched_on_is_the_identity():
     assert torch.allclose(views(images()), images(), atol=1e-6)
 
 
-def test_flip_and_grey():
+def test_flip_and_gray():
     assert torch.allclose(views(images(), flip_probability=1.0), images().flip(3), atol=1e-6)
     expected = reference.rgb_to_grayscale(images(), num_output_channels=3)
     assert torch.allclose(views(images(), grayscale_probability=1.0), expected, atol=2e-3)
@@ -65,16 +65,16 @@ def test_jitter_by_its_parts():
 
 def test_hue_leaves_the_luma_and_a_whole_turn_leaves_all():
     recipe = Recipe(**{**PLAIN, "jitter_probability": 1.0, "hue": 0.5})
-    grey_free = 0.4 + 0.2 * images()
+    gray_free = 0.4 + 0.2 * images()
     neutral = draw_views(4, Recipe(**PLAIN), CPU)
-    out = view(grey_free, neutral._replace(hue=torch.full((4,), 1.0)), recipe)
+    out = view(gray_free, neutral._replace(hue=torch.full((4,), 1.0)), recipe)
     luma = torch.tensor([0.299, 0.587, 0.114])
     assert torch.allclose(
-        torch.einsum("c,bchw->bhw", luma, out), torch.einsum("c,bchw->bhw", luma, grey_free), atol=1e-4
+        torch.einsum("c,bchw->bhw", luma, out), torch.einsum("c,bchw->bhw", luma, gray_free), atol=1e-4
     )
-    assert not torch.allclose(out, grey_free, atol=1e-2)
-    whole = view(grey_free, neutral._replace(hue=torch.full((4,), 2 * torch.pi)), recipe)
-    assert torch.allclose(whole, grey_free, atol=1e-4)
+    assert not torch.allclose(out, gray_free, atol=1e-2)
+    whole = view(gray_free, neutral._replace(hue=torch.full((4,), 2 * torch.pi)), recipe)
+    assert torch.allclose(whole, gray_free, atol=1e-4)
 
 
 def test_crops_are_of_the_area_drawn_and_inside():

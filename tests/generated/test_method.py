@@ -1,4 +1,4 @@
-"""The game: signs, floor, what learns and what does not."""
+"""The adversarial update: signs, floor, what learns and what does not."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import normalize
 
 from synco_fast.config import build_config
-from synco_fast.generated.adversary import AdversarialOptimizer
-from synco_fast.generated.game import pairs_objective
+from synco_fast.generated.adversarial import AdversarialOptimizer
+from synco_fast.generated.adversarial_update import pairs_objective
 from synco_fast.generated.method import GENERATED, Generated
 from synco_fast.kernels.reference import contrast
 from synco_fast.methods.base import Encoders, RunInfo, Views
@@ -58,14 +58,14 @@ def views(seed=0, batch=8):
 
 def begin(model, seed=0, step=0):
     torch.manual_seed(seed)
-    inputs = model.arrange(views(), step=step)
+    inputs = model.shard(views(), step=step)
     model.begin_step(inputs, encoders(model), momentum=0.999)
     return inputs
 
 
-def played(model, inputs, epoch=1):
+def generator_batch(model, inputs, epoch=1):
     torch.manual_seed(11)
-    return model.play(model.latents(CPU), inputs, encoders(model), step=0, epoch=epoch)
+    return model.generator_batch(model.latents(CPU), inputs, encoders(model), step=0, epoch=epoch)
 
 
 def state(module):
@@ -80,11 +80,11 @@ def same(before, module):
 def test_a_generators_step_raises_the_loss_on_fixed_noise_and_an_encoders_step_lowers_it(base):
     model = method(**{"method.name": base})
     inputs = begin(model)
-    before = played(model, inputs)
-    player = AdversarialOptimizer(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
+    before = generator_batch(model, inputs)
+    optimizer = AdversarialOptimizer(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
     objective = pairs_objective(before.loss, before.similarity, hardness=1.0, floor=-1.0, floor_weight=0.0)
-    player.learn(objective)
-    assert played(model, inputs).loss.mean() > before.loss.mean() + 1e-3
+    optimizer.learn(objective)
+    assert generator_batch(model, inputs).loss.mean() > before.loss.mean() + 1e-3
 
     output = model.loss(inputs, encoders(model), step=0, epoch=1)
     output.loss.backward()
@@ -107,14 +107,14 @@ def seeing():
 
 def similarities(model, encode, *, floor, floor_weight, steps=60):
     inputs = begin(model)
-    player = AdversarialOptimizer(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
+    optimizer = AdversarialOptimizer(model.generators.parameters(), lr=1e-3, betas=(0.0, 0.99), device=CPU)
     found = []
     for step in range(steps):
         torch.manual_seed(step)
-        pair = model.play(model.latents(CPU), inputs, encode, step=step, epoch=0)
+        pair = model.generator_batch(model.latents(CPU), inputs, encode, step=step, epoch=0)
         found.append(float(pair.similarity.detach().mean()))
         added = pairs_objective(pair.loss, pair.similarity, hardness=1.0, floor=floor, floor_weight=floor_weight)
-        player.learn(added)
+        optimizer.learn(added)
     return found
 
 
@@ -139,7 +139,7 @@ def test_the_objective_below_the_floor():
     assert on_similarity.tolist() == [0.0, -1.0], "and pushed together"
 
 
-def test_the_game_parts_the_pair_and_the_floor_holds():
+def test_the_update_parts_the_pair_and_the_floor_holds():
     """From the same start: without a floor the pair comes apart, with one it stays near it."""
     free, held = seeing(), seeing()
     for model, _ in (free, held):
@@ -193,14 +193,16 @@ def test_the_generators_step_moves_nothing_of_the_encoder():
 def test_the_discriminators_loss_does_not_reach_the_generators():
     model = with_images()
     old = state(model.generators)
-    model.game.adversary.learn(Real().take(torch.arange(6)), model.generate(model.latents(CPU))[0], 0)
+    model.adversarial_update.discriminator_trainer.learn(
+        Real().take(torch.arange(6)), model.generate(model.latents(CPU))[0], 0
+    )
     assert same(old, model.generators)
     assert all(parameter.grad is None for parameter in model.generators.parameters())
 
 
 def test_hardness_rises_from_nothing():
-    game = with_images(**{"generated.ramp_epochs": 2, "generated.hardness": 0.4}).game
-    assert [round(game.hardness(step), 3) for step in (0, 4, 8, 100)] == [0.0, 0.2, 0.4, 0.4]
+    update = with_images(**{"generated.ramp_epochs": 2, "generated.hardness": 0.4}).adversarial_update
+    assert [round(update.hardness(step), 3) for step in (0, 4, 8, 100)] == [0.0, 0.2, 0.4, 0.4]
 
 
 def test_frozen_generators_stay_as_they_are():

@@ -72,19 +72,19 @@ def test_the_average_follows_fast_at_first():
     assert all(not parameter.requires_grad for parameter in average.parameters())
 
 
-def test_the_pair_of_players_learns_one_colour():
-    """A few steps of the game bring the generator from grey to the one colour that is real."""
+def test_generator_and_discriminator_learn_one_colour():
+    """A few adversarial steps bring the generator from gray to the one colour that is real."""
     torch.manual_seed(0)
     generator, discriminator = Generator(latent=4, width=4), Discriminator(width=4)
-    players = [torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.0, 0.99)) for net in (generator, discriminator)]
+    optimizers = [torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.0, 0.99)) for net in (generator, discriminator)]
     real = torch.tensor([0.9, 0.1, 0.2]).view(1, 3, 1, 1).expand(8, 3, 32, 32)
     for _ in range(40):
-        players[1].zero_grad()
+        optimizers[1].zero_grad()
         discriminator_loss(discriminator(real), discriminator(generator(torch.randn(8, 4)).detach())).backward()
-        players[1].step()
-        players[0].zero_grad()
+        optimizers[1].step()
+        optimizers[0].zero_grad()
         generator_loss(discriminator(generator(torch.randn(8, 4)))).backward()
-        players[0].step()
+        optimizers[0].step()
     mean = generator(torch.randn(8, 4)).mean(dim=(0, 2, 3))
     assert mean[0] > mean[2] + 0.2
     assert mean[0] > mean[1] + 0.2

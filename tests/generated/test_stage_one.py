@@ -10,7 +10,7 @@ from PIL import Image
 
 from synco_fast.cli import main
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.generated.adversary import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
+from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.config import build_generator_config
 from synco_fast.generated.discriminator import Discriminator
 from synco_fast.generated.kid import KID, Features
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def test_a_run_describes_itself(small, tmp_path):
     pytest.importorskip("torchmetrics")
     console, text = screen()
-    summary = trainer(small(quality_every=3, quality_images=16), tmp_path / "run", console=console).run()
+    summary = trainer(small(kid_every=3, kid_images=16), tmp_path / "run", console=console).run()
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert {"generator/loss", "generator/diversity", "discriminator/loss", "discriminator/real"} <= lines[0].keys()
@@ -43,17 +43,17 @@ def test_a_run_describes_itself(small, tmp_path):
     assert "random weights" in text.getvalue()
 
 
-def test_the_quality_tells_real_images_from_noise(small, tmp_path):
+def test_the_kid_tells_real_images_from_noise(small, tmp_path):
     pytest.importorskip("torchmetrics")
     found = trainer(small(), tmp_path / "run")
     real = found.task.images.take(torch.arange(32))
-    quality = KID(None, 32, CPU)
+    kid = KID(None, 32, CPU)
     torch.manual_seed(0)
-    noise = quality.measure([real], [torch.rand(32, 3, 32, 32)], 32)
-    same = quality.measure([real], [real / 255], 32)
+    noise = kid.measure([real], [torch.rand(32, 3, 32, 32)], 32)
+    same = kid.measure([real], [real / 255], 32)
     assert noise > same + 0.01
     before = torch.get_rng_state()
-    quality.measure([real], [real / 255], 32)
+    kid.measure([real], [real / 255], 32)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -91,7 +91,7 @@ def test_kid_gives_the_network_normalised_images():
 def test_the_command_takes_an_encoder(small, tiny, tmp_path):
     pytest.importorskip("torchmetrics")
     pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "encoder")
-    values = small(quality_every=3, quality_images=16, encoder=str(tmp_path / "encoder")).model_dump(mode="json")
+    values = small(kid_every=3, kid_images=16, encoder=str(tmp_path / "encoder")).model_dump(mode="json")
     words = [word for key, value in values.items() if value is not None for word in (f"--{key}", json.dumps(value))]
     assert main(["pretrain-generator", "--out", str(tmp_path / "run"), *words]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -115,7 +115,7 @@ def test_what_is_not_finite_stops_with_the_last_good_checkpoint(small, tmp_path)
     def poison(run):
         if run.step == 4:
             with torch.no_grad():
-                run.task.adversary.discriminator.leave.weight.fill_(torch.nan)
+                run.task.discriminator_trainer.discriminator.leave.weight.fill_(torch.nan)
 
     with pytest.raises(DivergedError) as caught:
         trainer(small(steps=9, max_skipped=1), tmp_path / "run", before_step=poison).run()
@@ -163,7 +163,7 @@ def test_the_command(image_folder, tmp_path, capsys, monkeypatch):
     assert "expected --data SOURCE" in capsys.readouterr().err
 
 
-def adversary(**changes):
+def discriminator_trainer(**changes):
     torch.manual_seed(0)
     settings = {"lr": 1e-3, "betas": (0.0, 0.99), "penalty": 0.0, "penalty_every": 1, "augmented": True}
     return DiscriminatorTrainer(Discriminator(width=4), **{**settings, **changes}, device=CPU)
@@ -171,7 +171,7 @@ def adversary(**changes):
 
 def test_real_and_generated_images_meet_the_same_augmentation():
     """The discriminator must not be able to tell them by what was done to them."""
-    found, seen = adversary(), []
+    found, seen = discriminator_trainer(), []
     found.discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     real = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     torch.manual_seed(5)
@@ -190,18 +190,18 @@ def test_real_and_generated_images_meet_the_same_augmentation():
 def test_fewer_bits_are_for_the_networks_alone(small, tmp_path):
     """Images, logits and losses come out in float32, and the gradient of R1 is computed in it."""
     run = trainer(
-        small(precision="bf16", share=0.5, steps=2, sample_every=9, checkpoint_every=9), tmp_path / "run"
+        small(precision="bf16", fraction=0.5, steps=2, sample_every=9, checkpoint_every=9), tmp_path / "run"
     ).task
     assert len(run.images) == 16
     formats = []
-    discriminator = run.adversary.discriminator
+    discriminator = run.discriminator_trainer.discriminator
     discriminator.blocks[0].register_forward_hook(lambda module, inputs, out: formats.append(out.dtype))
     run.generator.register_forward_hook(lambda module, inputs, out: formats.append(out.dtype))
     for step, batch in zip(range(2), run.batches(0), strict=False):
         run.train_step(batch, step)
     real_and_generated, judged = [torch.float32] * 2, [torch.bfloat16]
     assert formats == [torch.float32, *real_and_generated, *judged, torch.float32, *[torch.bfloat16] * 2, *judged]
-    assert run.adversary.judge(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+    assert run.discriminator_trainer.judge(torch.rand(2, 3, 32, 32)).dtype == torch.float32
     assert all(weight.dtype == torch.float32 for weight in [*run.generator.parameters(), *discriminator.parameters()])
     with pytest.raises(ConfigError, match=r"^precision: found tf32, expected auto, fp32 or bf16 without a GPU"):
         trainer(small(precision="tf32"), tmp_path / "other")
@@ -212,23 +212,23 @@ def test_the_discriminator_learns_and_the_penalty_holds_it_back():
     generated = torch.full((16, 3, 32, 32), 0.1)
     losses = {}
     for penalty in (0.0, 1000.0):
-        found = adversary(penalty=penalty, augmented=False)
+        found = discriminator_trainer(penalty=penalty, augmented=False)
         losses[penalty] = [float(found.learn(real, generated, step)[1]["discriminator/loss"]) for step in range(15)]
     assert losses[0.0][-1] < losses[0.0][0] - 0.1
     assert losses[1000.0][-1] > losses[0.0][-1] + 0.05
 
 
-def test_a_player_moves_its_own_parameters_alone():
+def test_an_optimizer_moves_its_own_parameters_alone():
     one, other = torch.nn.Linear(2, 1), torch.nn.Linear(1, 1)
     before = [other.weight.clone(), one.weight.clone()]
-    player = AdversarialOptimizer(one.parameters(), lr=0.1, betas=(0.0, 0.99), device=CPU)
-    assert player.learn(other(one(torch.ones(3, 2))).sum())
+    optimizer = AdversarialOptimizer(one.parameters(), lr=0.1, betas=(0.0, 0.99), device=CPU)
+    assert optimizer.learn(other(one(torch.ones(3, 2))).sum())
     assert other.weight.grad is None
     assert one.weight.grad is None
     assert torch.equal(before[0], other.weight)
     assert not torch.equal(before[1], one.weight)
     moved = one.weight.clone()
-    assert not player.learn(one(torch.full((1, 2), torch.inf)).sum())
+    assert not optimizer.learn(one(torch.full((1, 2), torch.inf)).sum())
     assert torch.equal(moved, one.weight), "what is not finite moves nothing"
 
 

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_named(paired, tiny, small, tmp_path):
     assert not folder.exists()
 
 
-def test_a_game_that_is_not_finite_stops_with_the_last_good_checkpoint(paired, tmp_path):
+def test_an_update_that_is_not_finite_stops_with_the_last_good_checkpoint(paired, tmp_path):
     def poison(run):
         if run.step == 5:
             with torch.no_grad():

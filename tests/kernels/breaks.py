@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["BREAKS", "CLOSED", "LOSS", "SELECTION", "Break"]
+__all__ = ["BLOCKWISE", "BREAKS", "LOSS", "SELECTION", "Break"]
 
-CLOSED = ("tests/kernels/test_blockwise.py",)
+BLOCKWISE = ("tests/kernels/test_blockwise.py",)
 EDGES = ("tests/kernels/test_edges.py",)
 OPS = ("tests/kernels/test_ops.py",)
 INTERPRETED = ("-o", "python_files=check_*.py")
@@ -35,7 +35,7 @@ BREAKS = (
         "        kept = packed <= last\n",
         "last = torch.from_numpy(np.partition((packed ^ 0xFFFFFFFF).numpy(), hard - 1, axis=1)[:, hard - 1 : hard])\n"
         "        kept = packed ^ 0xFFFFFFFF <= last\n",
-        CLOSED,
+        BLOCKWISE,
         "selection",
     ),
     Break(
@@ -43,7 +43,7 @@ BREAKS = (
         "kernels/topk.py",
         "(self._count < needed) | (self._count > self._limit)",
         "self._count < needed",
-        CLOSED,
+        BLOCKWISE,
         "selection",
     ),
     Break(
@@ -51,7 +51,7 @@ BREAKS = (
         "kernels/mixing.py",
         "squared.clamp(min=0).sqrt().clamp(min=_SMALLEST).reciprocal()",
         "torch.ones_like(squared)",
-        CLOSED,
+        BLOCKWISE,
         "family",
     ),
     Break(
@@ -59,7 +59,7 @@ BREAKS = (
         "kernels/mixing.py",
         "Along(self._index[name], part)",
         'Along(self._index["first"], part)',
-        CLOSED,
+        BLOCKWISE,
         "family",
     ),
     Break(
@@ -67,7 +67,7 @@ BREAKS = (
         "kernels/blockwise.py",
         "        self.total *= shrink\n",
         "",
-        CLOSED,
+        BLOCKWISE,
         "dtypes",
     ),
     Break(
@@ -219,7 +219,7 @@ BREAKS = (
         "kernels/blockwise.py",
         "self.fallback[again] = 1",
         "self.fallback[again] = 0",
-        CLOSED,
+        BLOCKWISE,
         "reported",
     ),
     Break(
@@ -227,7 +227,7 @@ BREAKS = (
         "kernels/blockwise.py",
         'budget = CPU if q.device.type == "cpu" else GPU',
         "budget = CPU",
-        CLOSED,
+        BLOCKWISE,
         "few_calls",
     ),
     Break(

@@ -22,8 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from breaks import BREAKS, CLOSED, LOSS, SELECTION, Break
+from breaks import BLOCKWISE, BREAKS, LOSS, SELECTION, Break
+
+from tests.support.layout import WITHOUT_EDITABLE, copy_package
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,13 +35,11 @@ def noticed(broken: Break) -> bool:
     """Whether the tests fail on a copy with this break."""
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
-        package = copy / "synco_fast"
+        package = copy_package(copy)
         ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "synco_fast", package, ignore=ignore)
-        shutil.copytree(ROOT / "kernels", package / "kernels", ignore=ignore)
         shutil.copytree(ROOT / "tests" / "kernels", copy / "tests" / "kernels", ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
-        file = copy / "synco_fast" / broken.file
+        file = package / broken.file
         text = file.read_text()
         if text.count(broken.old) != 1:
             raise LookupError(f"{broken.file}: found {text.count(broken.old)} places to break, expected 1")
@@ -46,10 +47,19 @@ def noticed(broken: Break) -> bool:
         environment = os.environ | {"PYTHONPATH": name, "OMP_NUM_THREADS": "1"}
         if "-o" in broken.tests:
             environment["TRITON_INTERPRET"] = "1"
-        # What an editable install adds would come before PYTHONPATH's copy; taking it out keeps the copy first.
-        start = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]; "
-        start += "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
-        command = [sys.executable, "-c", start, "-q", "-x", "-p", "no:cacheprovider", *broken.tests, "-k", broken.only]
+        start = "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+        command = [
+            sys.executable,
+            "-c",
+            WITHOUT_EDITABLE + start,
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            *broken.tests,
+            "-k",
+            broken.only,
+        ]
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
         if done.returncode not in (0, 1):
             raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
@@ -66,7 +76,7 @@ def chosen(sample: int | None, seed: int | None) -> list[Break]:
 
 def unbroken() -> bool:
     """Whether the tests pass where nothing is broken: else what they notice says nothing."""
-    for tests, only in ((CLOSED, "selection or family"), (SELECTION, "boundary"), (LOSS, "mask")):
+    for tests, only in ((BLOCKWISE, "selection or family"), (SELECTION, "boundary"), (LOSS, "mask")):
         if noticed(Break("nothing", "kernels/reference.py", "class Contrast", "class Contrast", tests, only)):
             print(f"the tests fail on unbroken code: {' '.join(tests)} -k {only!r}")
             return False

@@ -31,7 +31,7 @@ def method(**changes):
 
 def step(model, micro_batches=1):
     first, second = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    inputs = model.arrange(Views(first, second, torch.arange(8)), step=0)
+    inputs = model.shard(Views(first, second, torch.arange(8)), step=0)
     encode = Encoders(model.trainable, model.target)
     model.begin_step(inputs, encode, momentum=0.5, micro_batches=micro_batches)
     outputs = [

@@ -27,7 +27,7 @@ def encoders(model):
 
 
 def begin(model, batch, step=0, *, momentum=0.999, micro_batches=1):
-    inputs = model.arrange(batch, step=step)
+    inputs = model.shard(batch, step=step)
     model.begin_step(inputs, encoders(model), momentum=momentum, micro_batches=micro_batches)
     return inputs
 

@@ -74,16 +74,16 @@ def test_its_headline_is_among_its_metrics(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_difference_on_one_process_would_be_found(name):
     run = engine(name)
-    before = run.fingerprint()
+    before = run.replica_hash()
     for module in run.method.replicated.values():
         for parameter in [*module.parameters(), *(b for b in module.buffers() if b.dtype == torch.float32)][:1]:
             first = (0,) * parameter.dim()
             with torch.no_grad():
                 value = parameter[first].item()
                 parameter[first] += 1
-                assert run.fingerprint() != before
+                assert run.replica_hash() != before
                 parameter[first] = value
-    assert run.fingerprint() == before
+    assert run.replica_hash() == before
 
 
 def test_negatives_are_the_published_ones():

@@ -312,4 +312,4 @@ def test_every_setting_starts_from_the_same_weights_and_trains_alike(tiny):
         y.square().sum().backward()
         results.append([y, *(value.grad for value in encoder.parameters())])
     for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other), "on a CPU to the bit"
+        assert torch.equal(one, other), "on a CPU bit for bit"

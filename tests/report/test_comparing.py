@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from synco_fast.report.compare import compare_runs, draw_comparison, spread
+from synco_fast.report.compare import compare_runs, draw_comparison
+from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.errors import ConfigError, UserError
 
 
@@ -33,10 +34,16 @@ def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def test_spread():
-    assert spread([]) is None
-    assert spread([0.5]) == (0.5, 0.0)
-    assert spread([0.4, 0.6]) == (pytest.approx(0.5), pytest.approx(0.1414, abs=1e-3))
+def test_runs_that_differ_in_many_settings_keep_short_titles(told_run):
+    other = {"optimizer.lr": 0.5, "optimizer.weight_decay": 0.1, "method.temperature": 0.1, "model.momentum": 0.5}
+    groups = compare_runs([told_run(name="a"), told_run({**other, "training.epochs": 3}, "b")])
+    assert [group.title for group in groups] == ["synco, preset tiny, run a", "synco, preset tiny, run b"]
+
+
+def test_mean_and_deviation():
+    assert mean_and_deviation([]) is None
+    assert mean_and_deviation([0.5]) == (0.5, 0.0)
+    assert mean_and_deviation([0.4, 0.6]) == (pytest.approx(0.5), pytest.approx(0.1414, abs=1e-3))
 
 
 def test_what_is_no_run(told_run, tmp_path):

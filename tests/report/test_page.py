@@ -28,7 +28,7 @@ def page(told_run):
     return write_report(folder, options=EvalOptions(workers=0))
 
 
-#: One grey pixel.
+#: One gray pixel.
 PIXEL = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
     "3a7e9b550000000a49444154789c63680000008200814fd342250000000049454e44ae426082"

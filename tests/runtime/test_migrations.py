@@ -14,6 +14,7 @@ import torch
 from synco_fast.cli import main
 from synco_fast.config import build_config
 from synco_fast.export.load import read_weights
+from synco_fast.generated.config import build_generator_config
 from synco_fast.runtime.checkpoint import save_checkpoint
 from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.migrations import OldLayoutWarning, migrate_checkpoint
@@ -71,6 +72,29 @@ def test_an_older_name_of_a_backend():
     assert said == ["configuration in an older layout: read method.backend closed_form as blockwise"]
 
 
+def test_an_older_name_on_the_command_line_goes_over_the_newer_one_of_a_run():
+    for values, overrides, expected in (
+        ({"fraction": 0.5}, {"data.share": 0.25}, 0.25),
+        ({"share": 0.5}, {"data.fraction": 0.25}, 0.25),
+        ({"fraction": 0.5, "share": 0.75}, None, 0.5),
+    ):
+        config, said = read({"data": values}, overrides)
+        assert config.data.fraction == expected
+        assert len(said) == 1
+
+
+def test_older_names_of_stage_one():
+    with pytest.warns(OldLayoutWarning, match="read max_broken as max_corrupt; quality_every as kid_every; quality_im"):
+        older = build_generator_config({"share": 0.5, "max_broken": 0.2, "quality_every": 7, "quality_images": 9})
+    assert (older.fraction, older.max_corrupt, older.kid_every, older.kid_images) == (0.5, 0.2, 7, 9)
+
+
+def test_older_parts_of_checkpoints():
+    older = {"broken": 1, "game": 2, "players": 3, "method": {"queue.images": 4}, "step": 5}
+    newer = {"corrupt": 1, "extra": 2, "optimizers": 3, "method": {"queue.image_ids": 4}, "step": 5}
+    assert migrate_checkpoint(older) == migrate_checkpoint(newer) == newer
+
+
 def test_what_is_given_is_not_changed():
     values = {"method": {"name": "generated", "base": "synco"}, "generated": {"pair": "none"}}
     before = repr(values)
@@ -92,7 +116,7 @@ def as_run(state, folder, source):
 def test_an_older_run_resumes_where_it_was(older, image_folder, tmp_path, recwarn):
     """Against what the older code came to: the same up to rounding, for convolutions differ between machines.
 
-    And against the same checkpoint rewritten by the tables: the same to the bit.
+    And against the same checkpoint rewritten by the tables: the same bit for bit.
     """
     warnings.simplefilter("always")
     for name, state in (("older", dict(older["state"])), ("newer", migrate_checkpoint(older["state"]))):

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def scene(number: int) -> tuple[Image.Image, list[int], int]:
-    """A grey image with one rectangle: its x, y, width and height, and whether it is dark (0) or bright (1)."""
+    """A gray image with one rectangle: its x, y, width and height, and whether it is dark (0) or bright (1)."""
     rng = np.random.default_rng(number)
     x, y = rng.integers(2, 24, 2).tolist()
     width, height = rng.integers(24, 38, 2).tolist()

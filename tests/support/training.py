@@ -76,9 +76,9 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def assert_identical(one: dict[str, Any], other: dict[str, Any], *, without: tuple[str, ...] = ()) -> None:
     """Bit for bit, but for how long things took and the parts named ``without``."""
-    left_out = ("/seconds", "/images_timed", "/config/data/workers", *without)
+    excluded = ("/seconds", "/images_timed", "/config/data/workers", *without)
     one, other = (
-        {name: value for name, value in flat(state).items() if not name.startswith(left_out)} for state in (one, other)
+        {name: value for name, value in flat(state).items() if not name.startswith(excluded)} for state in (one, other)
     )
     assert one.keys() == other.keys()
     for name, value in one.items():

@@ -44,10 +44,10 @@ ACTS = {"": lambda run, rank: None, "leave": leave, "ask to stop": ask_to_stop, 
 
 os.environ.update(VARIABLES)
 torch.set_num_threads(1)
-place = DistEnv.detect()
-words = (FOLDER / f"rank{place.rank}.txt").open("w")
+env = DistEnv.detect()
+words = (FOLDER / f"rank{env.rank}.txt").open("w")
 try:
-    with init_distributed(place, "cpu", timeout=15) as control:
+    with init_distributed(env, "cpu", timeout=15) as control:
         config = read_config(FOLDER / "job.yaml")
         console = Console(file=words, width=200)
         trainer = Trainer(
@@ -55,10 +55,10 @@ try:
             FOLDER,
             resume=FOLDER if RESUME else None,
             console=console,
-            before_step=lambda run: ACTS[ACT](run, place.rank),
+            before_step=lambda run: ACTS[ACT](run, env.rank),
         )
         trainer.run()
-        torch.save({"step": trainer.step, **trainer.task.method.state_dict()}, FOLDER / f"rank{place.rank}.pt")
+        torch.save({"step": trainer.step, **trainer.task.method.state_dict()}, FOLDER / f"rank{env.rank}.pt")
 except (UserError, DataError) as error:
     words.write(f"error: {error}\n")
     words.close()

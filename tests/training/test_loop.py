@@ -297,19 +297,19 @@ def test_other_engines_resume_to_the_bit(tiny, tmp_path, changes):
     assert_identical({**one, "config": None}, {**other, "config": None})
 
 
-def test_broken_images_are_counted_and_too_many_stop_the_run(tiny, image_folder, tmp_path):
+def test_corrupt_images_are_counted_and_too_many_stop_the_run(tiny, image_folder, tmp_path):
     (image_folder / "train" / "class0" / "0.jpg").write_text("text named .jpg")
     (image_folder / "val" / "class1" / "2.jpg").write_bytes(b"")
     summary = pretrain(tiny(), tmp_path / "one")
-    assert summary.broken_images <= 1
+    assert summary.corrupt_images <= 1
     screen = (tmp_path / "one" / "screen.txt").read_text()
     assert screen.count("class0/0.jpg") == screen.count("class1/2.jpg") == 1, "each is named once"
     assert "on 11 held-out images" in screen
     for number in range(1, 6):
         (image_folder / "train" / "class0" / f"{number}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"broken images, .* expected 1\.0% \(data\.max_corrupt\)"):
+    with pytest.raises(DataError, match=r"corrupt images, .* expected at most 1\.0% \(data\.max_corrupt\)"):
         pretrain(tiny(), tmp_path / "many")
-    assert pretrain(tiny({"data.max_corrupt": 0.5}), tmp_path / "allowed").broken_images == 6
+    assert pretrain(tiny({"data.max_corrupt": 0.5}), tmp_path / "allowed").corrupt_images == 6
 
 
 def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_path):

@@ -29,8 +29,8 @@ def test_means_over_steps_without_what_was_not_measured():
 
 def test_a_skipped_step_does_not_count():
     means = RunningMeans()
-    for loss, accept in ((1.0, True), (math.nan, False), (3.0, True)):
-        means.add({"loss": torch.tensor(loss)}, torch.tensor(accept))
+    for loss, step_ok in ((1.0, True), (math.nan, False), (3.0, True)):
+        means.add({"loss": torch.tensor(loss)}, torch.tensor(step_ok))
     assert means.pop() == {"loss": 2.0}
     means.add({"loss": torch.tensor(1.0)}, torch.tensor(False))
     assert means.pop() == {}

@@ -22,8 +22,8 @@ def test_the_norm_is_that_of_the_whole_gradient_and_clipping_keeps_the_direction
     for clip, expected in ((None, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
         weight, update = one_weight(clip=clip)
         update.backward(weight.square().sum() / 2)
-        accept, norm = update.step()
-        assert bool(accept)
+        step_ok, norm = update.step()
+        assert bool(step_ok)
         assert float(norm) == pytest.approx(5)
         assert torch.allclose(torch.tensor([3.0, 4.0]) - weight.detach(), torch.tensor(expected), atol=1e-5)
 
@@ -38,8 +38,8 @@ def test_scaling_changes_no_step_and_backs_off_where_the_gradient_overflows():
     before, scale = scaled.detach().clone(), float(other.scale)
     scaled.grad = None
     other.backward(scaled.sum() * 1e38)
-    accept, norm = other.step()
-    assert not bool(accept)
+    step_ok, norm = other.step()
+    assert not bool(step_ok)
     assert not torch.isfinite(norm)
     assert torch.equal(scaled.detach(), before)
     assert float(other.scale) == scale / 2
@@ -79,8 +79,8 @@ def test_a_gpus_optimizer_skips_steps_by_a_tensor_also_the_first():
 
 def test_skipped_steps_are_counted_and_their_row_begins_at_its_first():
     skipped = SkippedSteps(CPU)
-    for step, accept in enumerate((True, False, True, False, False)):
-        skipped.add(torch.tensor(accept), step)
+    for step, step_ok in enumerate((True, False, True, False, False)):
+        skipped.add(torch.tensor(step_ok), step)
     assert skipped.read() == (3, 2, 3)
     other = SkippedSteps(CPU)
     other.load_state_dict(skipped.state_dict())

@@ -13,13 +13,13 @@ def test_phases_are_timed_only_where_a_recorder_is_active():
     clock = PhaseClock(torch.device("cpu"))
     with phase("loss"):
         pass
-    assert clock.take() == []
+    assert clock.pop() == []
     with recorded_by(clock):
         for name in ("loss", "backward"):
             with phase(name):
                 torch.ones(10).sum()
-    assert [name for name, seconds in clock.take() if seconds > 0] == ["loss", "backward"]
-    assert clock.take() == []
+    assert [name for name, seconds in clock.pop() if seconds > 0] == ["loss", "backward"]
+    assert clock.pop() == []
     assert [point["phase"] for point in clock.memory] == ["loss", "backward"]
     assert all(point["mib"] > 1 for point in clock.memory)
 

@@ -86,7 +86,7 @@ def test_corrupt_images_are_named_once_and_too_many_end_the_run():
     again.load_state_dict(found.state_dict())
     again.replaced({3: "a.jpg: cut short"})
     assert len(said) == 3
-    with pytest.raises(DataError, match="found 3 broken images"):
+    with pytest.raises(DataError, match="found 3 corrupt images"):
         again.replaced({7: "d.jpg: no image"})
 
 

@@ -1,8 +1,8 @@
 """DALI graphs: encoded images and drawn parameters in, views out, on a GPU or on the CPU.
 
-Nothing in it is random: every operation takes its parameters as inputs. Conditions send an image through those
-operations alone that it was drawn for, so that images without jitter or blur cost nothing there. Operations that the
-recipe gives probability 0 are not in the graph at all.
+Nothing in the graph is random: every operation takes its parameters as inputs. Conditions send an image only through
+the operations drawn for it, so that images without jitter or blur cost nothing there. Operations of probability 0 are
+not in the graph at all.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["APPLY", "INPUTS", "build_evaluation", "build_views", "evaluation_inp
 _HUE = JITTER.index("hue")
 _CONTRAST = JITTER.index("contrast")
 _SATURATION = JITTER.index("saturation")
-#: Steps before the hue and after it: the three other parts of the jitter may all come on one side.
+#: Steps before and after the hue: the three other parts of the jitter may all be on one side.
 _STEPS = len(JITTER) - 1
 _TYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.float32: types.FLOAT}
 _LUMA_ROWS = [*LUMA, *LUMA, *LUMA]
-#: Gives a view's own input by name.
+#: Returns a view's input by name.
 Take = Callable[[str], Any]
 
 
@@ -40,7 +40,7 @@ Inputs = dict[str, NDArray[Any]]
 
 
 def view_inputs(views: list[ViewParameters], recipe: Recipe) -> Inputs:
-    """What the graph of `build_views` takes beside ``encoded``, by name, each with B rows."""
+    """The inputs of `build_views` beside ``encoded``, by name, with B rows each."""
     found: Inputs = {}
     for number, view in enumerate(views):
         for operation in operations_of(recipe, "dali"):
@@ -54,7 +54,7 @@ def _crop_inputs(view: ViewParameters) -> Inputs:
 
 
 def _jitter_inputs(view: ViewParameters) -> Inputs:
-    """A view's own order of the jitter as up to three affine steps before its hue shift and three after.
+    """Each view's order of the jitter, as up to three affine steps before its hue shift and three after.
 
     Brightness, contrast and saturation all have the form M x + offset * luma(mean of the view), with a matrix M over
     the channels.
@@ -68,11 +68,11 @@ def _jitter_inputs(view: ViewParameters) -> Inputs:
 
 
 def _blur_inputs(view: ViewParameters) -> Inputs:
-    # The operator checks every sigma, also those of views that are not sent through it.
+    # The operator checks every sigma, also of views that are not sent through it.
     return {"blurred": view.sigma > 0, "sigma": np.where(view.sigma > 0, view.sigma, 1).astype(np.float32)}
 
 
-#: By operation, what the graph is fed for it.
+#: The graph's inputs by operation.
 INPUTS: dict[str, Callable[[ViewParameters], Inputs]] = {
     "crop": _crop_inputs,
     "jitter": _jitter_inputs,
@@ -91,7 +91,7 @@ def _affine_steps(view: ViewParameters) -> tuple[NDArray[np.bool_], NDArray[np.f
     offset = np.zeros((rows, 2 * _STEPS), dtype=np.float32)
     after = np.zeros(rows, dtype=np.int64)
     taken = np.zeros((rows, 2), dtype=np.int64)
-    identity, grey = np.eye(3, dtype=np.float32), np.tile(np.array(LUMA, dtype=np.float32), (3, 1))
+    identity, gray = np.eye(3, dtype=np.float32), np.tile(np.array(LUMA, dtype=np.float32), (3, 1))
     for part, chosen in view.steps():
         if part == _HUE:
             after[chosen] = 1
@@ -102,14 +102,14 @@ def _affine_steps(view: ViewParameters) -> tuple[NDArray[np.bool_], NDArray[np.f
         used[chosen, step] = True
         matrix[chosen, step] = factor[:, None, None] * identity
         if part == _SATURATION:
-            matrix[chosen, step] += (1 - factor)[:, None, None] * grey
+            matrix[chosen, step] += (1 - factor)[:, None, None] * gray
         elif part == _CONTRAST:
             offset[chosen, step] = 1 - factor
     return used, matrix, offset
 
 
 def evaluation_inputs(recipe: Recipe, sizes: NDArray[np.int64]) -> Inputs:
-    """What the graph of `build_evaluation` takes beside ``encoded``: sizes and places as torchvision rounds them."""
+    """The inputs of `build_evaluation` beside ``encoded``: sizes and positions, rounded as in torchvision."""
     short = sizes.min(axis=1, keepdims=True)
     resized = np.where(sizes == short, recipe.resize, recipe.resize * sizes // short)
     start = np.rint((resized - recipe.size) / 2)
@@ -125,10 +125,10 @@ def build_views(
     """A graph from ``encoded`` and the inputs of `view_inputs` to two batches of views (B, size, size, 3).
 
     Args:
-        recipe: Size, normalisation, and which parts of the jitter there are.
+        recipe: Size, normalisation and operations.
         batch: B.
         device: Number of the GPU, or None for the CPU backend.
-        threads: Of DALI's own pool.
+        threads: Threads of DALI's pool.
         decode: Whether to decode once or by window.
         dtype: torch.uint8 for pixels; torch.float32 or torch.float16 for normalised values.
         depth: Batches in flight.
@@ -181,7 +181,7 @@ def _constant(values: list[float]) -> Any:
 
 
 def _decoder_options() -> dict[str, Any]:
-    mixed = {} if _backend() == "cpu" else {"jpeg_fancy_upsampling": True}  # the chroma upsampling that Pillow has
+    mixed = {} if _backend() == "cpu" else {"jpeg_fancy_upsampling": True}  # chroma upsampling as in Pillow
     return {"device": "cpu" if _backend() == "cpu" else "mixed", "output_type": types.RGB, **mixed}
 
 
@@ -244,7 +244,7 @@ def _affine_if(view: Any, used: Any, matrix: Any, offset: Any) -> Any:
 
 
 def _turn_hue(view: Any, shift: Any) -> Any:
-    """Turn the hue in HSV; see `synco_fast.data.augment.ops` for the same formula."""
+    """Shift the hue in HSV; the formula is that of `synco_fast.data.augment.ops`."""
     pixels = fn.cast(view, dtype=types.FLOAT)
     red, green, blue = pixels[:, :, 0:1], pixels[:, :, 1:2], pixels[:, :, 2:3]
     top = math.max(math.max(red, green), blue)
@@ -275,7 +275,7 @@ def _solarize(view: Any, take: Take) -> Any:
     return view
 
 
-#: By operation, the operators of the graph; the crop needs the encoded image, and the normalisation flips on its way.
+#: The graph's operators by operation; the crop needs the encoded image, and the normalisation also flips.
 APPLY: dict[str, Callable[[Any, Take], Any]] = {
     "jitter": _jitter,
     "grayscale": _grayscale,

@@ -45,13 +45,13 @@ class DaliPipeline:
         split: The images.
         recipe: How views are made.
         batch: B, images in a batch, over all ranks.
-        seed: Decides order and views together with the epoch.
+        seed: Seed of order and views, together with the epoch.
         workers: Processes that read files; 0 reads in the training process. By default one for each core.
-        device: Where the graph runs and the views are.
+        device: Device of graph and views.
         dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
         decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
-        threads: Of DALI's own; by default one for each core.
-        rank, world: This process's number in a run, and how many there are; each yields its share of every batch.
+        threads: Threads of DALI; by default one per core.
+        rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
     The views are channels-last. Corrupt images are replaced as in every pipeline.
 
@@ -104,7 +104,7 @@ class DaliPipeline:
             yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
 
     def close(self) -> None:
-        """End the workers and give back DALI's memory; the pipeline yields nothing afterwards."""
+        """End the workers and free DALI's memory; the pipeline yields nothing afterwards."""
         self._runner.close()
         del self._loader
 
@@ -137,16 +137,16 @@ def dali_evaluation(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
-    """What `evaluation_loader` yields, made by DALI, with the images on ``device``.
+    """Like `evaluation_loader`, but made by DALI, with the images on ``device``.
 
     Args:
         split: The images.
-        recipe: Gives the size and the resize before the crop.
-        batch: Images at a time.
+        recipe: Gives the crop size and the resize before it.
+        batch: Batch size.
         workers: Processes that read files, by default one for each core.
         numbers: Which images, by default all.
-        device: Where the graph runs and the images are.
-        threads: Of DALI's own; by default one for each core.
+        device: Device of graph and images.
+        threads: Threads of DALI; by default one per core.
     """
     number = _gpu_number(device)
     reader = Reader(split, replace=False)

@@ -20,7 +20,7 @@ from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["EncodedBatch", "Reader"]
 
-#: What comes of one place in a batch: bytes, height and width, the image's number, and the corrupt ones met on the way.
+#: One row of a batch: bytes, height and width, image number, and corrupt images met on the way.
 _Sample = tuple[bytes, tuple[int, int], int, dict[int, str]]
 
 
@@ -29,13 +29,13 @@ class EncodedBatch:
     """The files of one batch.
 
     Attributes:
-        epoch: Of the batch.
+        epoch: Epoch of the batch.
         wanted: The images that are due, (b,) int64.
-        images: The images that they are: another where the one due is corrupt, (b,) int64.
+        images: The images that were read, another where the due one is corrupt, (b,) int64.
         sizes: Height and width, (b, 2) int64.
-        content: The bytes of all files, one after the other, uint8.
-        ends: Where each ends in ``content``, (b,) int64.
-        corrupt: By number of a corrupt image, why.
+        content: The bytes of all files, concatenated, uint8.
+        ends: End of each file in ``content``, (b,) int64.
+        corrupt: Reason by number, for corrupt images.
     """
 
     epoch: int
@@ -68,11 +68,11 @@ def _collate(epoch: int, wanted: Sequence[int], samples: Sequence[_Sample]) -> E
 
 
 class Reader(Dataset[EncodedBatch]):
-    """Reads files for DALI, a whole batch of places at once.
+    """Reads files for DALI, a whole batch at once.
 
-    A JPEG file whose header is sound is passed on as it is. Everything else - PNG, CMYK, 16 bits, truncated files - is
-    decoded here, by Pillow, and passed on as plain pixels: so every pipeline reads special files alike, and what Pillow
-    cannot read is found here, before it reaches DALI, which gives up a whole batch for one corrupt file.
+    A JPEG file with a valid header is passed on unchanged. Everything else (PNG, CMYK, 16 bits, truncated files) is
+    decoded here by Pillow and passed on as plain pixels. So all pipelines read special files alike, and corrupt files
+    are found before they reach DALI, which fails the whole batch for one corrupt file.
 
     Args:
         split: The images.
@@ -86,12 +86,12 @@ class Reader(Dataset[EncodedBatch]):
         """A batch, without the images that are skipped.
 
         Raises:
-            DataError: Very many images in a row are corrupt.
+            DataError: Too many consecutive images are corrupt.
         """
         return self._gather(places[0][0], [self._sample(wanted, by_pillow=False) for _, wanted in places])
 
     def again_by_pillow(self, batch: EncodedBatch, rows: Iterable[int]) -> EncodedBatch:
-        """The same batch with these rows decoded by Pillow, or replaced where it cannot."""
+        """The same batch with these rows decoded by Pillow, or replaced if it cannot decode them."""
         chosen = set(rows)
         files = batch.files()
         gathered = []
@@ -140,7 +140,7 @@ class Reader(Dataset[EncodedBatch]):
         return encode_pixels(pixels), (pixels.shape[0], pixels.shape[1])
 
     def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:
-        """Batches of the sampler's places, read by ``workers`` processes (default: one a core; 0: this one)."""
+        """The sampler's batches, read by ``workers`` processes (default: one per core; 0: this one)."""
         workers = available_cores() if workers is None else workers
         options: dict[str, Any] = {
             "sampler": batches,

@@ -24,29 +24,29 @@ __all__ = ["GraphRunner"]
 _PIXEL = np.frombuffer(encode_pixels(np.zeros((1, 1, 3), np.uint8)), np.uint8)
 
 Inputs = Callable[[EncodedBatch], dict[str, NDArray[Any]]]
-#: A batch with what was fed beside its files: DALI reads these arrays in place, so they live as long as it may. Of a
-#: batch that nothing is left of, nothing was fed.
+#: A batch with the arrays fed beside its files, kept alive because DALI reads them in place. An empty batch has no
+#: arrays.
 _Fed = tuple[EncodedBatch, dict[str, NDArray[Any]]]
 
 
 def _spare_inherited(runner: type[GraphRunner]) -> None:
-    """In a forked worker: never collect a graph that the training process left: its threads are not here."""
+    """In a forked worker: never free a graph of the training process, whose threads do not exist here."""
     gc.freeze()
 
 
 class GraphRunner:
     """Feeds a graph and yields its outputs, a few batches ahead.
 
-    A file that DALI cannot decode makes it give up the batch and the graph with it. Then the graph is built anew, the
-    batches that were under way are run one by one, and the one that fails again is decoded by Pillow, which names what
-    is corrupt. The images concerned are remembered and never reach DALI's decoder again.
+    A file that DALI cannot decode fails the batch and the graph. Then the graph is rebuilt, the batches in flight are
+    run one by one, and the one that fails again is decoded by Pillow, which names the corrupt images. The failed images
+    are remembered and never reach DALI's decoder again.
 
     Args:
-        build: Makes the graph.
-        inputs: What it takes beside ``encoded``, from a batch.
-        reader: Reads images anew.
-        device: Number of the GPU, or None.
-        depth: Batches under way.
+        build: Builds the graph.
+        inputs: Computes its inputs beside ``encoded`` from a batch.
+        reader: Reads images again.
+        device: Index of the GPU, or None.
+        depth: Batches in flight.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GraphRunner:
     ) -> None:
         self._build, self._inputs, self._reader, self._device, self._depth = build, inputs, reader, device, depth
         self._graph: Pipeline | None = None
-        #: The arrays of batches that are done, for a while: a copy to the GPU may still be under way.
+        #: The arrays of finished batches, kept for a while: a copy to the GPU may still be in flight.
         self._done: deque[_Fed] = deque(maxlen=depth)
         self._failed: set[int] = set()
         self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
@@ -121,7 +121,7 @@ class GraphRunner:
         return batch, inputs
 
     def _start(self) -> Pipeline:
-        """Build the graph and run pixels through it: its first run takes several batches at once, the others one."""
+        """Build the graph and run blank pixels through it, since its first run takes several batches at once."""
         graph = self._build()
         pixel = EncodedBatch(
             0,
@@ -148,14 +148,14 @@ class GraphRunner:
         if not fed[1]:
             return []
         assert self._graph is not None
-        # The host waits until the views are there, so that the time that it waits tells whether DALI keeps up; the
-        # encoder's own work continues meanwhile.
+        # The host waits for the views, so that its waiting time shows whether DALI keeps up; the encoder's work on the
+        # device continues meanwhile.
         found = self._graph.outputs()
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
             return [from_dlpack(views.as_tensor()) for views in found]
 
     def _hold(self, outputs: list[Tensor]) -> None:
-        """Keep views until the kernels that read them are done: their memory is DALI's, which knows no such kernels."""
+        """Keep views until the kernels that read them are done: their memory is DALI's, which does not track them."""
         if self._device is None:
             return
         event = torch.cuda.Event()
@@ -173,7 +173,7 @@ class GraphRunner:
         again = self._reader.again_by_pillow(batch, range(len(batch)))
         found = set(again.corrupt) - set(batch.corrupt)
         self._failed |= found or set(batch.images.tolist())
-        # What fails now is no matter of the files.
+        # A failure now is not caused by the files.
         self._done.append(self._schedule(again))
         return again, self._outputs(self._done[-1])
 

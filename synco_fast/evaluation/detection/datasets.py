@@ -1,4 +1,4 @@
-"""Images with boxes, and masks where there are any, in the layouts of PASCAL VOC and COCO."""
+"""Detection datasets in the layouts of PASCAL VOC and COCO: images with boxes, and masks where there are any."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class _Raw(Protocol):
 
 @dataclass(frozen=True)
 class DetectionSource:
-    """Both splits and the classes, which are counted from 1: 0 is the background.
+    """Both splits and the classes, counted from 1; 0 is the background.
 
     Attributes:
-        spec: What a person writes.
+        spec: The source as given.
         layout: ``voc`` or ``coco``.
         train, test: Images with targets.
-        classes: Names, in order of label.
+        classes: Class names in order of label.
         masks: Whether objects have masks.
     """
 
@@ -64,10 +64,10 @@ class Detections(Dataset[tuple[Tensor, Target]]):
     objects of VOC are marked the same way), and with masks ``masks`` (n, H, W) bool.
 
     Args:
-        parts: Datasets that yield images and raw annotations, one after the other.
-        convert: Makes a target of a raw annotation, given the dataset, number and image.
+        parts: Datasets of images and raw annotations, concatenated.
+        convert: Converts a raw annotation to a target, given the dataset, number and image.
         augment: Whether images are flipped at random and crowds excluded, for training.
-        seed: Of the flips.
+        seed: Seed of the flips.
     """
 
     def __init__(
@@ -101,17 +101,17 @@ class Detections(Dataset[tuple[Tensor, Target]]):
 
 
 def _rows(value: Tensor, keep: Tensor) -> Tensor:
-    """The chosen rows; boxes and masks stay what they are, so that a flip moves them."""
+    """The chosen rows; boxes and masks keep their types, so that a flip moves them."""
     return tv_tensors.wrap(value[keep], like=value) if isinstance(value, tv_tensors.TVTensor) else value[keep]
 
 
 class Steps:
-    """The batch sampler: which images make which step, forever; the ranks take equal parts of each.
+    """Endless batch sampler: the images of each step; ranks take equal parts.
 
     Args:
-        length: Images in all.
-        batch: Images a step, over all ranks.
-        seed: Decides the order of each epoch.
+        length: Number of images.
+        batch: Images per step, over all ranks.
+        seed: Seed of the order of each epoch.
         start, end: Steps to yield.
         rank, world: This process and how many there are.
     """
@@ -136,7 +136,7 @@ class Steps:
 
 
 def _newest(orders: dict[int, list[int]]) -> dict[int, list[int]]:
-    """The epoch before: a step may lie on the border."""
+    """Keep the epoch before: a step may cross the border."""
     return dict(list(orders.items())[:1])
 
 
@@ -148,7 +148,7 @@ def open_detection(spec: str, *, seed: int = 0) -> DetectionSource:
     instances_train2017.json``, ``instances_val2017.json`` and the folders ``train2017`` and ``val2017``.
 
     Raises:
-        DataError: Something of the layout is missing, or an object has an unknown class.
+        DataError: Part of the layout is missing, or an object has an unknown class.
         ConfigError: pycocotools, which reads COCO, is missing.
     """
     layout, colon, rest = spec.partition(":")
@@ -191,7 +191,7 @@ def _voc_target(part: _Raw, annotation: Any, picture: Any) -> Target:
             raise DataError(f"data: found an object {one['name']!r}, expected the twenty classes of VOC")
         corners = (float(one["bndbox"][key]) for key in ("xmin", "ymin", "xmax", "ymax"))
         left, top, right, bottom = corners
-        # VOC counts pixels from 1 and names the last one inside.
+        # VOC counts pixels from 1, and its last pixel is inclusive.
         boxes.append([left - 1, top - 1, right, bottom])
         labels.append(VOC_CLASSES.index(one["name"]) + 1)
         difficult.append(int(one.get("difficult", 0)))
@@ -207,7 +207,7 @@ def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
         if not annotations.is_file() or not (folder / name).is_dir():
             raise DataError(f"data: found no {annotations} with a folder {folder / name}")
         try:
-            # pycocotools reports to standard output, where a command's table goes.
+            # pycocotools prints to standard output, where a command's table goes.
             with contextlib.redirect_stdout(io.StringIO()):
                 splits.append(torchvision.datasets.CocoDetection(str(folder / name), str(annotations)))
         except (AssertionError, KeyError, TypeError, ValueError) as error:
@@ -228,7 +228,7 @@ def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
 
 @dataclass(frozen=True)
 class _CocoTarget:
-    """From annotations to a target; ``order`` gives the label of a category's number."""
+    """Annotations to a target; ``order`` maps category numbers to labels."""
 
     order: dict[int, int]
     masks: bool

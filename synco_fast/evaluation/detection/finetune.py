@@ -1,4 +1,4 @@
-"""``evaluate detection``: fine-tune a detector on the backbone, measure average precision."""
+"""``evaluate detection``: fine-tune a detector on the backbone and measure average precision."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from synco_fast.data.workers import available_cores
 from synco_fast.evaluation.context import (
     EvalOptions,
     check_unchanged,
-    fingerprint,
     folder_of,
     join_job,
     progress,
+    weights_sha256,
 )
 from synco_fast.evaluation.detection.datasets import Detections, DetectionSource, Steps, open_detection
 from synco_fast.export.load import Weights, backbone_of, read_weights
@@ -38,29 +38,29 @@ from synco_fast.runtime.progress import ProgressBar
 
 __all__ = ["DetectionProtocol", "build_detector", "evaluate_detection", "published_protocol"]
 
-#: Images on which the detector is measured before its first step.
+#: Test images for the AP before the first step.
 _BEFORE = 200
 
 
 @dataclass(frozen=True)
 class DetectionProtocol:
-    """How a detector is fine-tuned, by SGD.
+    """The protocol of a detector's fine-tuning by SGD.
 
     Attributes:
         steps: Iterations.
         drops: Iterations after which the rate is divided by 10.
-        warmup: Iterations over which the rate rises from a thousandth.
-        batch: Images a step, over all ranks.
+        warmup: Iterations over which the rate rises from a thousandth of it.
+        batch: Images per step, over all ranks.
         lr, momentum, weight_decay: Of SGD.
         sizes: Short sides of training images, one drawn for each batch, in pixels.
         size: Short side of test images.
         longest: Upper bound of the long side.
-        freeze: Whether the backbone stays as it is.
-        seed: Of heads, order and flips.
+        freeze: Whether the backbone is frozen.
+        seed: Seed of heads, order and flips.
         keep_every: Iterations between saved states.
-        regions: Proposals of an image that the heads are trained on.
-        proposals: Of a test image, that the heads look at.
-        detections: Of a test image, at most.
+        regions: Proposals per training image for the heads.
+        proposals: Proposals per test image for the heads.
+        detections: At most so many per test image.
     """
 
     steps: int
@@ -96,13 +96,13 @@ def published_protocol(layout: str) -> DetectionProtocol:
 def build_detector(weights: Weights, classes: int, *, masks: bool, protocol: DetectionProtocol) -> nn.Module:
     """Faster R-CNN of torchvision, or Mask R-CNN, with a feature pyramid on the pretrained backbone.
 
-    Every layer of the backbone learns, batch norm included, and the pyramid has batch norm too, as in MoCo's options.
+    All layers of the backbone are trained, including batch norm, and the pyramid has batch norm too, as in MoCo.
 
     Args:
-        weights: Of the backbone.
-        classes: Without the background.
+        weights: The backbone's weights.
+        classes: Number of classes without the background.
         masks: Whether it predicts masks.
-        protocol: Sizes of images, and whether the backbone is frozen.
+        protocol: Image sizes, and whether the backbone is frozen.
 
     Raises:
         ConfigError: The backbone has no four stages ``layer1`` to ``layer4``.
@@ -168,7 +168,7 @@ def evaluate_detection(
         ``box`` and, with masks, ``mask``: AP, AP50 and AP75 in [0, 1]; ``chance``: AP of the detector before training.
 
     Raises:
-        CheckpointError, DataError, ConfigError: The checkpoint or the images are not what they must be.
+        CheckpointError, DataError, ConfigError: The checkpoint or the images do not fit.
         DivergedError: The loss became NaN or infinite.
     """
     missing = [name for name in ("torchmetrics", "pycocotools") if importlib.util.find_spec(name) is None]
@@ -189,8 +189,12 @@ def evaluate_detection(
         job = _Job(
             detector, source, protocol, options, Precision(options.precision, device, key="precision"), device, console
         )
-        frozen = fingerprint(_body(detector)) if protocol.freeze else None
-        made_by = {"plan": repr(asdict(protocol)), "weights": fingerprint(backbone_of(weights)), "source": source.spec}
+        frozen = weights_sha256(_body(detector)) if protocol.freeze else None
+        made_by = {
+            "plan": repr(asdict(protocol)),
+            "weights": weights_sha256(backbone_of(weights)),
+            "source": source.spec,
+        }
         state = folder / f"detection_{source.layout}.pt"
         before = job.train(state, made_by, fresh=options.fresh)
         found = job.measure(len(source.test))
@@ -238,7 +242,7 @@ def _result(
 
 @dataclass
 class _Job:
-    """A detector on its way."""
+    """A detector in training."""
 
     detector: nn.Module
     source: DetectionSource
@@ -249,7 +253,7 @@ class _Job:
     console: Console | None
 
     def train(self, state: Path, made_by: dict[str, Any], *, fresh: bool) -> float:
-        """Train from the state that is there, or from the beginning; returns the box AP before the first step."""
+        """Train from the saved state, if any, or from the start; returns the box AP before the first step."""
         protocol = self.protocol
         optimizer = build_sgd(
             [value for value in self.detector.parameters() if value.requires_grad],
@@ -299,7 +303,7 @@ class _Job:
     def _check_loss(self, loss: float, step: int, bar: ProgressBar) -> None:
         if not math.isfinite(loss):
             raise DivergedError(
-                f"loss: found a value that is not finite near iteration {step}, expected finite ones; try a lower --lr"
+                f"loss: found a non-finite value near iteration {step}, expected finite ones; try a lower --lr"
             )
         bar.advance(0, f"loss {loss:.3f}")
 
@@ -308,7 +312,7 @@ class _Job:
 
     @torch.no_grad()
     def measure(self, images: int) -> dict[str, dict[str, float]]:
-        """COCO's average precision over the first so many test images, by ``box`` and ``mask``."""
+        """COCO's average precision over the first test images, by ``box`` and ``mask``."""
         from torchmetrics.detection import MeanAveragePrecision
 
         kinds: Any = ("bbox", "segm") if self.source.masks else ("bbox",)
@@ -324,7 +328,7 @@ class _Job:
                 metric.update([self._prediction(one) for one in outputs], targets)
                 bar.advance(len(pictures))
         transform.min_size = sizes
-        # torchmetrics would gather image by image, which needs as many on each rank.
+        # torchmetrics would gather image by image, which needs equal counts on all ranks.
         gathered: Any
         for name, gathered in metric.metric_state.items():
             setattr(metric, name, gather_lists(gathered))

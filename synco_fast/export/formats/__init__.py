@@ -1,7 +1,7 @@
-"""The export formats, a module each: the names of the modules are the list that everything else reads.
+"""The export formats, one module each; the module names are the list of formats.
 
-A module has a function ``write(weights, folder)`` that writes its files into a folder that may not be there yet, and
-returns their names, what a check measured, and the lines of code that load them (`Written`).
+A module has a function ``write(weights, folder)``. It creates the folder if needed, writes the files, and returns their
+names, the results of a check, and the code that loads them (`Written`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pkgutil
 __all__ = ["FORMATS", "Written"]
 
 FORMATS: tuple[str, ...] = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-"""By name; nothing of them is imported yet."""
+"""Names of the formats; none of the modules is imported yet."""
 
 Written = tuple[tuple[str, ...], dict[str, float], str]
-"""The files, what was measured by name, and the lines that load them."""
+"""The files, measurements by name, and the code that loads the files."""

@@ -19,7 +19,7 @@ from synco_fast.runtime.files import atomic_write, write_text
 __all__ = ["DEPTHS", "write", "write_configurations"]
 
 DEPTHS = {"resnet50": 50, "resnet101": 101, "resnet152": 152}
-"""The ResNets of bottlenecks that detectron2 builds by depth."""
+"""The bottleneck ResNets that detectron2 builds, by depth."""
 
 _VOC: dict[str, Any] = {
     "MODEL": {"MASK_ON": False, "ROI_HEADS": {"NUM_CLASSES": 20}},
@@ -43,7 +43,7 @@ def write(weights: Weights, folder: Path) -> Written:
     """Write the backbone for the C4 detectors of facebookresearch/moco.
 
     Raises:
-        CheckpointError: It is no ResNet-50, 101 or 152 with its own stem.
+        CheckpointError: The backbone is not a ResNet-50, 101 or 152 with the standard stem.
     """
     name = stock_name(weights, "torchvision")
     if name not in DEPTHS or weights.config.model.small_stem:
@@ -66,9 +66,9 @@ def write_configurations(folder: Path, config: Config, depth: int) -> tuple[str,
     """Write the two configurations and return their names.
 
     Args:
-        folder: Where ``backbone.pkl`` lies.
-        config: Gives mean and deviation of the channels.
-        depth: Of the ResNet.
+        folder: Folder of ``backbone.pkl``.
+        config: Gives mean and standard deviation of the channels.
+        depth: Depth of the ResNet.
     """
     written = []
     for name, part, what in (
@@ -83,7 +83,7 @@ def write_configurations(folder: Path, config: Config, depth: int) -> tuple[str,
 
 
 def _common(config: Config, depth: int) -> dict[str, Any]:
-    """facebookresearch/moco, detection/configs: the values, with weights and pixel statistics of this run."""
+    """The values of facebookresearch/moco, detection/configs, with this run's weights and pixel statistics."""
     return {
         "MODEL": {
             "META_ARCHITECTURE": "GeneralizedRCNN",

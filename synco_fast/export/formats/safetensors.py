@@ -1,4 +1,4 @@
-"""``backbone.safetensors``: the format that `synco_fast.load_backbone` reads, with its own description."""
+"""``backbone.safetensors``: self-describing; read by `synco_fast.load_backbone`."""
 
 from __future__ import annotations
 

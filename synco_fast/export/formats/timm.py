@@ -1,7 +1,8 @@
-"""``model.safetensors`` and ``config.json``, as timm keeps a model."""
+"""``model.safetensors`` and ``config.json``, timm's model format, which is also the layout of the Hugging Face Hub."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,7 +17,9 @@ __all__ = ["write"]
 
 
 def write(weights: Weights, folder: Path) -> Written:
-    """Write the backbone for ``timm.create_model(NAME, num_classes=0, checkpoint_path=...)``.
+    """Write the backbone for ``timm.create_model("local-dir:FOLDER")``, or ``hf-hub:`` once it is uploaded.
+
+    The weights carry our own description too, so that `synco_fast.load_backbone` reads the folder.
 
     Raises:
         CheckpointError: timm has no such backbone.
@@ -40,7 +43,7 @@ def write(weights: Weights, folder: Path) -> Written:
         },
     }
     with atomic_write(folder / "model.safetensors") as file:
-        save_file(contiguous(weights.backbone), file)
+        save_file(contiguous(weights.backbone), file, metadata={"synco_fast": json.dumps(weights.description())})
     write_json(folder / "config.json", card)
     files = "model.safetensors", "config.json"
     if model.small_stem:
@@ -50,6 +53,8 @@ def write(weights: Weights, folder: Path) -> Written:
             'model.load_state_dict(load_file("model.safetensors"))'
         )
         return files, {}, usage
-    words = "".join(f", {key}={value!r}" for key, value in arguments.items())
-    usage = f'model = timm.create_model({name!r}, num_classes=0, checkpoint_path="model.safetensors"{words})'
+    usage = (
+        'model = timm.create_model("local-dir:FOLDER", pretrained=True)    # this folder\n'
+        'model = timm.create_model("hf-hub:USER/NAME", pretrained=True)    # the same folder on the Hugging Face Hub'
+    )
     return files, {}, f"import timm\n\n{usage}"

@@ -28,6 +28,6 @@ def write(weights: Weights, folder: Path) -> Written:
         f"model = torchvision.models.{name}()\n"
         + (SMALL_STEM if weights.config.model.small_stem else "")
         + 'missing = model.load_state_dict(torch.load("backbone.pth", weights_only=True), strict=False)\n'
-        "assert not missing.unexpected_keys    # what is missing is the classifier alone"
+        "assert not missing.unexpected_keys    # only the classifier is missing"
     )
     return ("backbone.pth",), {}, usage

@@ -1,4 +1,4 @@
-"""PyTorch's own kernels, group by group: to the bit what the modules one after another give."""
+"""PyTorch's own kernels, group by group: bit for bit what the modules one after another give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One side of the two-player game, and how a player learns: shared by both stages of the generated method."""
+"""Adversarial training, shared by both stages: optimizer, discriminator trainer, diversity and its monitor."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["AdversarialOptimizer", "CollapseMonitor", "DiscriminatorTrainer", "d
 
 
 class AdversarialOptimizer:
-    """Parameters that learn by Adam, each step skipped where its gradient is not finite.
+    """Adam over one network's parameters; a step with a non-finite gradient is skipped.
 
     Args:
-        parameters: What learns.
-        lr: Constant over the run.
-        betas: Of Adam.
+        parameters: The parameters to train.
+        lr: Learning rate, constant over the run.
+        betas: Betas of Adam.
         device: Where the parameters are.
     """
 
@@ -34,7 +34,7 @@ class AdversarialOptimizer:
         self._update = OptimStep(self.optimizer, scaled=False, clip=None, device=device)
 
     def learn(self, loss: Tensor) -> Tensor:
-        """Take one step down ``loss``; no other parameter gets a gradient.
+        """Take one step on ``loss``; no other parameter gets a gradient.
 
         Returns:
             Whether the step was taken, bool of no dimensions on the device.
@@ -42,20 +42,20 @@ class AdversarialOptimizer:
         gradients = torch.autograd.grad(loss, self._parameters)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             parameter.grad = gradient
-        accept, _ = self._update.step()
+        step_ok, _ = self._update.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return accept
+        return step_ok
 
 
 class DiscriminatorTrainer:
-    """The discriminator as it learns and as it judges, which is always behind the same augmentation.
+    """Trains and applies the discriminator, always behind the same augmentation.
 
     Args:
-        discriminator: On ``device``.
-        lr, betas: Of Adam.
-        penalty: Weight of R1.
-        penalty_every: R1 is computed every so many steps and weighted by as much (arXiv 1912.04958 section 3.1).
-        augmented: Whether images are augmented before they are judged, real and generated ones alike.
+        discriminator: The network, on ``device``.
+        lr, betas: Settings of Adam.
+        penalty: Weight of the R1 penalty.
+        penalty_every: R1 is computed every so many steps, with as many times the weight (arXiv 1912.04958 section 3.1).
+        augmented: Whether real and generated images are augmented first.
         device: Where it computes.
         autocast: The context of a forward pass; R1, a gradient of a gradient, is computed in float32.
     """
@@ -74,10 +74,10 @@ class DiscriminatorTrainer:
     ) -> None:
         self.discriminator, self._penalty, self._every = discriminator, penalty, penalty_every
         self._augmented, self._autocast = augmented, autocast
-        self.player = AdversarialOptimizer(discriminator.parameters(), lr=lr, betas=betas, device=device)
+        self.optimizer = AdversarialOptimizer(discriminator.parameters(), lr=lr, betas=betas, device=device)
 
     def judge(self, images: Tensor, *, in_float32: bool = False) -> Tensor:
-        """Float32 logits (n,) of images (n, 3, H, W) in [0, 1]: the only way by which they reach the discriminator."""
+        """Float32 logits (n,) of images (n, 3, H, W) in [0, 1]; the only path of images to the discriminator."""
         if self._augmented:
             draws = draw_discriminator(len(images), images.shape[-1], images.device)
             images = augment_for_discriminator(images, draws)
@@ -86,10 +86,10 @@ class DiscriminatorTrainer:
         return logits.float()
 
     def learn(self, real: Tensor, generated: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take one step towards telling ``real``, uint8 (n, 3, H, W), from ``generated``, (m, 3, H, W) in [0, 1].
+        """Take one step on ``real``, uint8 (n, 3, H, W), against ``generated``, (m, 3, H, W) in [0, 1].
 
         Returns:
-            Whether the step was taken, and the loss without R1 and the share of either kind that is told rightly.
+            Whether the step was taken; the loss without R1, and the accuracy on real and on generated images.
         """
         images = real.float() / 255
         penalised = bool(self._penalty) and step % self._every == 0
@@ -99,31 +99,31 @@ class DiscriminatorTrainer:
         whole = loss
         if penalised:
             whole = loss + self._penalty * self._every * gradient_penalty(on_real, images)
-        accept = self.player.learn(whole)
-        return accept, {
+        step_ok = self.optimizer.learn(whole)
+        return step_ok, {
             "discriminator/loss": loss.detach(),
             "discriminator/real": (on_real > 0).float().mean(),
             "discriminator/generated": (on_generated < 0).float().mean(),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state; weights are kept with the modules."""
-        return self.player.optimizer.state_dict()
+        """The optimizer's state; the weights are in the modules' state."""
+        return self.optimizer.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
-        self.player.optimizer.load_state_dict(state)
+        """Load from a checkpoint."""
+        self.optimizer.optimizer.load_state_dict(state)
 
 
 def diversity(generated: Tensor, real: Tensor) -> Tensor:
-    """How far generated images are from one another, as a share of how far real ones are.
+    """Diversity of generated images, relative to that of real ones.
 
     Args:
         generated: (n, 3, H, W) in [0, 1].
         real: uint8, (m, 3, H, W).
 
     Returns:
-        The mean absolute difference between neighbours in the batch, generated over real; no dimensions.
+        The mean absolute difference of neighbours in the batch, generated divided by real; a scalar.
     """
     real = real.float() / 255
     between = [(images - images.roll(1, 0)).abs().mean() for images in (generated.detach(), real)]
@@ -131,11 +131,11 @@ def diversity(generated: Tensor, real: Tensor) -> Tensor:
 
 
 class CollapseMonitor:
-    """Warns once when generated images become alike, and again only after they have recovered.
+    """Warns once of mode collapse, and again only after the diversity has recovered.
 
     Args:
-        threshold: The diversity below which they are.
-        grace: Steps in which a generator that has never been above it may still be learning.
+        threshold: The diversity below which it warns.
+        grace: Steps without a warning for a generator that has never been above the threshold.
     """
 
     def __init__(self, threshold: float, grace: int) -> None:
@@ -143,7 +143,7 @@ class CollapseMonitor:
         self._was_above = self._warned = False
 
     def look(self, value: float, step: int) -> str | None:
-        """A line where it is time for one."""
+        """A warning, if one is due."""
         if value >= self._threshold:
             self._was_above, self._warned = True, False
             return None

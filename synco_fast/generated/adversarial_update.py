@@ -1,8 +1,7 @@
-"""The adversarial update of stage two: both generators and the discriminator learn beside the encoder."""
+"""The adversarial update of stage two: both generators and the discriminator are trained beside the encoder."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -12,19 +11,20 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from synco_fast.config import GeneratedConfig
-from synco_fast.generated.adversary import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
+from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.methods.base import RunInfo
+from synco_fast.runtime.phases import Mark, mark, seconds_between
 
 __all__ = ["AdversarialUpdate", "Clock", "GeneratedBatch", "pairs_objective"]
 
 
 class GeneratedBatch(NamedTuple):
-    """What the generators' loss is computed from.
+    """The inputs of the generators' loss.
 
     Attributes:
         images: Both images of each pair, (2, n, 3, H, W) in [0, 1].
-        loss: The contrastive loss of each pair across it, (n,): the mean of each image's query against the other's key.
+        loss: The contrastive loss across each pair, (n,): the mean over each image's query against the other's key.
         similarity: Cosine of the embeddings of both images of a pair under the same augmentation, (n,).
     """
 
@@ -34,52 +34,44 @@ class GeneratedBatch(NamedTuple):
 
 
 def pairs_objective(loss: Tensor, similarity: Tensor, *, hardness: float, floor: float, floor_weight: float) -> Tensor:
-    """What generators add to their adversarial loss: hardness down to a floor, and a push back below it.
+    """The generators' term beside the adversarial loss: harder pairs above a floor of similarity, easier ones below it.
 
-    mean of -hardness * L_i over pairs at or above the floor, plus floor_weight * mean of max(0, floor - s_i).
+    The mean of -hardness * L_i over pairs at or above the floor, plus floor_weight * mean of max(0, floor - s_i).
 
     Args:
         loss: L, (n,).
         similarity: s, (n,).
         hardness: w_hard at this step.
-        floor, floor_weight: A pair below the floor is no positive any more: nothing makes it harder.
+        floor, floor_weight: Below the floor a pair no longer counts as a positive, so it is not made harder.
     """
     harder = torch.where(similarity >= floor, loss, 0.0).mean()
     return floor_weight * relu(floor - similarity).mean() - hardness * harder
 
 
 class Clock:
-    """Adds up the time of some parts of the steps, on a GPU by events, so that no step waits.
+    """Adds up the time of parts of the steps; on a GPU by events, so that no step waits.
 
     Args:
-        device: Whose time.
+        device: The device to time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._spent = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._times: list[tuple[Mark, Mark]] = []
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Count what happens inside."""
-        if self._cuda:
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            yield
-            events[1].record()
-            self._events.append(events)
-            return
-        began = time.perf_counter()
+        """Time the block."""
+        begin = mark(cuda=self._cuda)
         yield
-        self._spent += time.perf_counter() - began
+        self._times.append((begin, mark(cuda=self._cuda)))
 
     def pop(self) -> float:
         """Seconds since the last call; waits for the device."""
-        if self._events:
+        if self._times and self._cuda:
             torch.cuda.synchronize()
-            self._spent += sum(first.elapsed_time(last) for first, last in self._events) / 1000
-        spent, self._spent, self._events = self._spent, 0.0, []
+        spent = sum(seconds_between(begin, end) for begin, end in self._times)
+        self._times.clear()
         return spent
 
 
@@ -87,7 +79,7 @@ class AdversarialUpdate:
     """The optimizers of the generators and the discriminator, and their step.
 
     Args:
-        settings: The section ``generated``.
+        settings: The section ``generated`` of the configuration.
         generators, discriminator: On the run's device.
         run: Device, length of an epoch, number format.
         clock: Counts the time of the step.
@@ -102,7 +94,7 @@ class AdversarialUpdate:
         clock: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.settings, self._run, self._clock = settings, run, clock
-        self.adversary = DiscriminatorTrainer(
+        self.discriminator_trainer = DiscriminatorTrainer(
             discriminator,
             lr=settings.lr,
             betas=settings.betas,
@@ -112,7 +104,7 @@ class AdversarialUpdate:
             device=run.device,
             autocast=run.autocast,
         )
-        self.player = AdversarialOptimizer(
+        self.generator_optimizer = AdversarialOptimizer(
             generators.parameters(), lr=settings.lr, betas=settings.betas, device=run.device
         )
         self.collapse = CollapseMonitor(settings.collapse, grace=0)
@@ -123,51 +115,54 @@ class AdversarialUpdate:
         return self.settings.hardness * min(1.0, step / ramp if ramp else 1.0)
 
     def step(
-        self, play: Callable[[], GeneratedBatch], real_images: Callable[[], Tensor], step: int, step_ok: Tensor
+        self, make_batch: Callable[[], GeneratedBatch], real_images: Callable[[], Tensor], step: int, step_ok: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Let the generators make their pairs harder, and the discriminator judge them.
+        """Train the generators towards harder pairs, and the discriminator.
 
         Args:
-            play: Makes the pairs of the step.
-            real_images: Gives the discriminator's real images, uint8 (n, 3, H, W).
+            make_batch: Generates the pairs of the step.
+            real_images: Returns the discriminator's real images, uint8 (n, 3, H, W).
             step: Counted from 0.
             step_ok: Whether the encoder's step was taken.
 
         Returns:
-            Whether all steps were taken, and what is logged.
+            Whether all steps were taken, and metrics.
         """
         settings = self.settings
         with self._clock():
             real = real_images()
             with self._run.autocast():
-                played = play()
-            generated = played.images.flatten(0, 1)
-            adversarial = generator_loss(self.adversary.judge(generated))
+                batch = make_batch()
+            generated = batch.images.flatten(0, 1)
+            adversarial = generator_loss(self.discriminator_trainer.judge(generated))
             added = pairs_objective(
-                played.loss,
-                played.similarity,
+                batch.loss,
+                batch.similarity,
                 hardness=self.hardness(step),
                 floor=settings.floor,
                 floor_weight=settings.floor_weight,
             )
-            moved = self.player.learn(adversarial + added)
-            judged, metrics = self.adversary.learn(real, generated, step)
+            moved = self.generator_optimizer.learn(adversarial + added)
+            judged, metrics = self.discriminator_trainer.learn(real, generated, step)
         metrics |= {
             "generator/loss": adversarial.detach(),
-            "generator/contrastive": played.loss.detach().mean(),
+            "generator/contrastive": batch.loss.detach().mean(),
             "generator/hardness": torch.full((), self.hardness(step), device=self._run.device),
-            "generator/diversity": diversity(played.images[0], real),
-            "similarity/pair": played.similarity.detach().mean(),
-            "similarity/pair_lowest": played.similarity.detach().min(),
-            "similarity/below_floor": (played.similarity < settings.floor).float().mean(),
+            "generator/diversity": diversity(batch.images[0], real),
+            "similarity/pair": batch.similarity.detach().mean(),
+            "similarity/pair_lowest": batch.similarity.detach().min(),
+            "similarity/below_floor": (batch.similarity < settings.floor).float().mean(),
         }
         return step_ok & moved & judged, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizers' state; weights are kept with the method."""
-        return {"generators": self.player.optimizer.state_dict(), "discriminator": self.adversary.state_dict()}
+        """The optimizers' state; the weights are in the method's state."""
+        return {
+            "generators": self.generator_optimizer.optimizer.state_dict(),
+            "discriminator": self.discriminator_trainer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over from a checkpoint."""
-        self.player.optimizer.load_state_dict(state["generators"])
-        self.adversary.load_state_dict(state["discriminator"])
+        """Load from a checkpoint."""
+        self.generator_optimizer.optimizer.load_state_dict(state["generators"])
+        self.discriminator_trainer.load_state_dict(state["discriminator"])

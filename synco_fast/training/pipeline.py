@@ -1,0 +1,50 @@
+"""From a configuration to the pipeline that makes its views."""
+
+from __future__ import annotations
+
+import torch
+
+from synco_fast.config import Config
+from synco_fast.data.pipelines.base import Pipeline
+from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.sources.splits import Split
+from synco_fast.runtime.distributed import DistEnv
+
+__all__ = ["open_pipeline"]
+
+
+def open_pipeline(
+    config: Config,
+    split: Split,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int | None = None,
+    env: DistEnv = DistEnv(),  # noqa: B008 - frozen
+) -> Pipeline:
+    """The pipeline that a configuration describes.
+
+    Args:
+        config: Augmentation, batch, seed, and the section ``data``.
+        split: The images.
+        device: Where the encoder is.
+        dtype: The dtype that the encoder computes in.
+        batch: Images in a batch, over all ranks; ``training.batch`` by default.
+        env: This process's rank, and the number of ranks.
+
+    Raises:
+        DataError: What the pipeline cannot work with.
+    """
+    return build_pipeline(
+        split,
+        config.augment,
+        batch=config.training.batch if batch is None else batch,
+        seed=config.seed,
+        name=config.data.pipeline,
+        device=device,
+        dtype=dtype,
+        workers=config.data.workers,
+        decode=config.data.decode,
+        rank=env.rank,
+        world=env.world,
+    )

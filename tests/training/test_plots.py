@@ -1,0 +1,40 @@
+"""The panels of a run's picture and of its report are the same, and mark where synthetic negatives begin."""
+
+from matplotlib.figure import Figure
+
+from synco_fast.training.plots import PANELS, draw_curves, draw_panel, synthetic_start
+
+
+def train(step: int, **values: float) -> dict:
+    return {"kind": "train", "step": step, "epoch": step / 10, "loss": 5.0, "similarity/positive": 0.4, **values}
+
+
+BEFORE = [train(step) for step in (10, 20)]
+AFTER = [train(step, **{"similarity/mixed": 0.5, "similarity/hard": 0.4}) for step in (30, 40)]
+
+
+def test_the_start_of_synthetic_negatives_is_found_where_there_is_one():
+    assert synthetic_start([*BEFORE, *AFTER]) == 3.0
+    assert synthetic_start(BEFORE) is None
+    assert synthetic_start(AFTER) is None, "from the first step on"
+    assert synthetic_start([]) is None
+
+
+def drawn(number: int, lines: list[dict]) -> list[str]:
+    axes = Figure().subplots()
+    return [str(line.get_label()) for line in axes.get_lines()] if draw_panel(axes, PANELS[number], lines) else []
+
+
+def test_it_is_marked_in_loss_and_hardness():
+    assert drawn(0, [*BEFORE, *AFTER]) == ["loss", "synthetic negatives begin"]
+    assert "synthetic negatives begin" in drawn(3, [*BEFORE, *AFTER])
+    assert drawn(0, BEFORE) == ["loss"]
+    assert drawn(2, BEFORE) == [], "no evaluation, no panel"
+
+
+def test_a_picture_of_everything_and_of_nothing(tmp_path):
+    evaluation = {"kind": "evaluation", "step": 40, "epoch": 4.0, "knn": 0.5}
+    draw_curves([*BEFORE, *AFTER, evaluation], tmp_path / "curves.png", title="run", chance=0.1)
+    draw_curves([], tmp_path / "empty.png", title="run", chance=None)
+    for name in ("curves.png", "empty.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
