@@ -149,16 +149,16 @@ def _bench_steps(options: argparse.Namespace, batch: int, console: Console) -> i
         title=f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups", box=SIMPLE_HEAD
     )
     first = options.norms[0]
-    for name in ("model.norm", "ms", "CPU ms", f"/{first}", "quartiles", f"CPU /{first}", "quartiles"):
+    for name in ("model.norm", "ms", "CPU ms", "ratio (quartiles)", "CPU ratio (quartiles)"):
         table.add_column(name, justify="left" if name == "model.norm" else "right", no_wrap=True)
     for row in results:
-        ratios = []
+        figures = [f"{1e3 * row['median_s']:,.0f}", f"{1e3 * row['cpu_median_s']:,.0f}"]
         for name in ("of_first", "cpu_of_first"):
             low, middle, high = row[name]
-            ratios += [f"{middle:.3f}", f"{low:.3f} to {high:.3f}"]
-        table.add_row(row["norm"], f"{1e3 * row['median_s']:,.1f}", f"{1e3 * row['cpu_median_s']:,.1f}", *ratios)
+            figures.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+        table.add_row(row["norm"], *figures)
     console.print(table)
-    console.print(f"whole steps in turn; ratios to {first} in the same round; rounds: {rounds}", highlight=False)
+    console.print(f"whole steps in turn; ratio to {first} in the same round; rounds: {rounds}", highlight=False)
     return 0
 
 

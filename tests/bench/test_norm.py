@@ -163,6 +163,6 @@ def test_the_command(tmp_path, capsys):
     report = json.loads((tmp_path / "step.json").read_text())
     assert [row["norm"] for row in report["steps"]] == ["plain", "auto"]
     assert len(report["load"]) == 3
-    assert "whole steps in turn; ratios to plain in the same round; rounds: 1" in capsys.readouterr().out
+    assert "whole steps in turn; ratio to plain in the same round; rounds: 1" in capsys.readouterr().out
     assert main(["bench", "norm", "--batch", "7", "--device", "cpu"]) == 2
     assert "batch: found 7, expected a multiple of 8 (groups)" in capsys.readouterr().err
