@@ -55,11 +55,11 @@ def prepare_norm(
         device, dtype: Of x; parameters and statistics are float32.
     """
     shape = (batch, layer.channels, layer.height, layer.width)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def make() -> Tensor:
-        values = torch.randn(shape, generator=generator)
-        return values.to(device, dtype, memory_format=torch.channels_last)
+        values = torch.randn(shape, generator=generator, device=device)
+        return values.to(dtype, memory_format=torch.channels_last)
 
     x, r, up = make().requires_grad_(), make().requires_grad_(), make()
     residual = r if layer.residual else None

@@ -143,15 +143,15 @@ def validate_norm(
 
 
 def _inputs(case: NormCase, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     channels = case.shape[1]
 
     def data(mean: float) -> Tensor:
-        values = torch.randn(case.shape, generator=generator) + mean
-        return values.to(device, case.dtype, memory_format=torch.channels_last)
+        values = torch.randn(case.shape, generator=generator, device=device) + mean
+        return values.to(case.dtype, memory_format=torch.channels_last)
 
     def numbers() -> Tensor:
-        return torch.randn(channels, generator=generator).to(device)
+        return torch.randn(channels, generator=generator, device=device)
 
     leaves = {"x": data(case.mean), "weight": numbers(), "bias": numbers(), "residual": data(0.0)}
     # In evaluation the running statistics normalise: near those of x.
@@ -170,7 +170,8 @@ def _incoming(case: NormCase, leaves: dict[str, Tensor], state: dict[str, Tensor
         training=case.training,
         backend="reference",
     )
-    up = torch.randn(case.shape, generator=torch.Generator().manual_seed(1)).to(before.device)
+    generator = torch.Generator(before.device).manual_seed(1)
+    up = torch.randn(case.shape, generator=generator, device=before.device)
     if case.relu:
         up = up.masked_fill(before.abs() < _NEAR, 0)
     return up.to(case.dtype, memory_format=torch.channels_last)

@@ -84,6 +84,14 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
         subjects = [subject for subject in subjects if subject != "compiled"]
         layers, rounds, repeats = [layers[-1]], 1, 1
     ceilings = measure_ceilings(device, dtype)
+    shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
+    shape["groups"] = options.groups
+    counted = {form: step_work(form, **shape)._asdict() for form in FORMS}
+    environment = describe_environment()
+    if options.threads:
+        environment["threads"] = options.threads
+    about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype, **shape}
+    about |= {"ceilings": ceilings._asdict(), "counted": counted}
     results: list[dict[str, Any]] = []
     with ProgressBar(console, "measuring", len(layers), unit="layer") as bar:
         for layer in layers:
@@ -98,18 +106,11 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
                 repeats=repeats,
                 rounds=rounds,
             )
+            if options.json is not None:
+                # After each layer, so that nothing is lost where the time ends early.
+                sums = {"totals_s": totals(results), "cpu_totals_s": totals(results, "cpu_median_s")}
+                write_json(options.json, {**about, **sums, "results": results})
             bar.advance()
-    shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
-    shape["groups"] = options.groups
-    counted = {form: step_work(form, **shape)._asdict() for form in FORMS}
-    environment = describe_environment()
-    if options.threads:
-        environment["threads"] = options.threads
-    if options.json is not None:
-        about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype, **shape}
-        sums = {"totals_s": totals(results), "cpu_totals_s": totals(results, "cpu_median_s")}
-        figures = {"ceilings": ceilings._asdict(), "results": results, **sums, "counted": counted}
-        write_json(options.json, about | figures)
     title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"
     _print(results, title, console)
     _print_counted(counted, options.backbone, console)
