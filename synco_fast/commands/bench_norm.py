@@ -156,7 +156,7 @@ def _bench_steps(options: argparse.Namespace, batch: int, console: Console) -> i
         figures = [f"{1e3 * row['median_s']:,.0f}", f"{1e3 * row['cpu_median_s']:,.0f}"]
         for name in ("of_first", "cpu_of_first"):
             low, middle, high = row[name]
-            figures.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
+            figures.append(f"{middle:.3f} ({low:.2f} to {high:.2f})")
         table.add_row(row["norm"], *figures)
     console.print(table)
     console.print(f"whole steps in turn; ratio to {first} in the same round; rounds: {rounds}", highlight=False)
