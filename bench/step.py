@@ -25,10 +25,12 @@ from synco_fast.bench.timing import peak_memory, reset_peak_memory
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.methods import METHODS
+from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.compiled import GRAPH_WARMUP
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import choose_forms
 
 __all__ = ["bench_step", "measure"]
 
@@ -104,6 +106,7 @@ def _runner(
         losses: list[float] = []
         return lambda number: losses.append(step(*plain[number % 2])), 3, lambda: losses[-1]
     engine = Engine(config, steps_per_epoch=1 << 20, note=notes.append)
+    choose_forms(engine, HostGroup(DistEnv()))
     if subject == "encoder-plain":
         use_plain_batch_norm(engine.method)
     if subject.startswith("encoder"):

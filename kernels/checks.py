@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.negatives import Negatives
 from synco_fast.kernels.rng import WORD
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_backend"]
 
 
 def check_arguments(
@@ -75,6 +77,12 @@ def check_arguments(
             raise TypeError(f"{name}: found {ids.dtype} on {ids.device}, expected int64 on {q.device}")
         if ids.dim() != 1 or ids.shape[0] != count:
             raise ValueError(f"{name}: found shape {tuple(ids.shape)}, expected ({count},)")
+
+
+def check_backend(backend: object) -> None:
+    """Raise ValueError for what no backend is called."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(Backend))}")
 
 
 def _check_word(name: str, value: int, limit: int) -> None:

@@ -42,7 +42,8 @@ def momentum_update(
         backend: ``"foreach"`` takes a few launches of PyTorch's, with a number one pass over the parameters, with a
             tensor three and a copy of them. ``"triton"`` takes one pass in one or two launches in both cases; it runs
             on CUDA, has not been timed on a GPU yet, and keeps tables of addresses, which a graph's warm-up has to make
-            before the capture. What it does not serve goes to foreach, with a warning once. ``"auto"`` is foreach.
+            before the capture. What it does not serve goes to foreach, with a warning once. ``"auto"`` is foreach; a
+            training run validates the kernel on its own device and then uses it.
 
     Raises:
         ValueError: m is out of range, or the lists differ in length, or a pair in shape, or the backend is unknown.

@@ -6,20 +6,24 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from synco_fast.kernels import blockwise, reference
 from synco_fast.kernels.backends import Backend
-from synco_fast.kernels.checks import check_arguments
+from synco_fast.kernels.checks import check_arguments, check_backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
+#: Takes the place of a query's -1, so that it meets no queue key's.
+_NO_IMAGE = torch.iinfo(torch.int64).min
+_NO_FORWARD = "backend: this one has no derivative in forward mode; expected for that: 'reference'"
+_OPERANDS = (torch.bfloat16, torch.float16)
 _FIRST_ONLY = "backend: this one has a first derivative only; expected for higher ones: 'reference'"
 
 
@@ -36,6 +40,7 @@ def synthetic_contrast(
     image_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     backend: Backend = "auto",
+    operand_dtype: torch.dtype | None = None,
 ) -> Contrast:
     """InfoNCE of each query against its key, the queue and synthetic hard negatives (MoCo v2, MoCHi and SynCo alike).
 
@@ -57,13 +62,16 @@ def synthetic_contrast(
         seed: The run's seed, in [0, 2**32).
         step: The training step, in [0, 2**32), or an int64 tensor of no dimensions (which a CUDA graph can advance).
         first_row: Global index of the first query; draws depend on it, not on how a batch is spread over ranks.
-        image_ids: The image each query was made from, (B,) int64. With ``queue_ids`` it masks a queue key of the very
-            same image: it is no negative of that query and no candidate for Q^N.
+        image_ids: The image each query was made from, (B,) int64, -1 where there is none. With ``queue_ids`` it masks
+            a queue key of the very same image: it is no negative of that query and no candidate for Q^N.
         queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
         backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` takes the kernels
-            (experimental: tested in Triton's interpreter only, opt-in until validated on a GPU); unsupported arguments
-            go to the blockwise form, with one warning. ``"reference"`` is the plain form,
-            differentiable as often as wanted.
+            (experimental: tested in Triton's interpreter only; opt-in, or in a training run that validated them on its
+            GPU); unsupported arguments go to the blockwise form, with one warning.
+            ``"reference"`` is the plain form, differentiable as often as wanted.
+        operand_dtype: ``torch.bfloat16`` or ``torch.float16``: round q and k, given in float32, to it; loss and
+            gradient stay in float32. With a queue in the same dtype the kernels use it in all products. None: no
+            rounding.
 
     Returns:
         The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.
@@ -84,13 +92,17 @@ def synthetic_contrast(
         image_ids=image_ids,
         queue_ids=queue_ids,
     )
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(Backend))}")
+    check_backend(backend)
+    if image_ids is not None:
+        # Of a query and a key whose images are not known, nobody says that they are the same.
+        image_ids = image_ids.masked_fill(image_ids == -1, _NO_IMAGE)
+    if operand_dtype is not None:
+        _check_operand_dtype(operand_dtype, q)
     if backend == "reference":
         with _without_autocast(q.device):
             result = reference.contrast(
-                q,
-                k,
+                q if operand_dtype is None else _rounded(q, operand_dtype),
+                k if operand_dtype is None else _rounded(k, operand_dtype),
                 queue,
                 negatives,
                 temperature=temperature,
@@ -101,12 +113,11 @@ def synthetic_contrast(
                 queue_ids=queue_ids,
             )
         return Contrast(_wide(result.loss), Statistics(*(_wide(value) for value in result.statistics)))
-    if not torch.compiler.is_compiling() and unpack_dual(q).tangent is not None:
-        raise RuntimeError(
-            f"backend: found {backend} in forward mode, expected 'reference': others have no such derivative"
-        )
+    # An operator's own formula serves neither transforms nor forward mode, and says so in neither or without a line.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     on_device = isinstance(step, Tensor)
-    loss, _, *statistics = (_Transformed.apply if torch._C._are_functorch_transforms_active() else _contrast)(
+    # Compilers get derivatives of `_Transformed` wrong or not at all: it is hidden from them.
+    loss, _, *statistics = (torch.compiler.disable(_Transformed.apply) if transformed else _contrast)(
         q,
         k.detach(),
         queue.detach(),
@@ -121,8 +132,21 @@ def synthetic_contrast(
         image_ids,
         queue_ids,
         backend,
+        operand_dtype,
     )
     return Contrast(loss, Statistics(*(value.detach() for value in statistics)))
+
+
+def _check_operand_dtype(dtype: torch.dtype, q: Tensor) -> None:
+    if dtype not in _OPERANDS:
+        raise ValueError(f"operand_dtype: found {dtype}, expected {' or '.join(map(str, _OPERANDS))}, or None")
+    if q.dtype != torch.float32:
+        raise TypeError(f"q: found {q.dtype}, expected torch.float32 beside operand_dtype")
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values rounded to ``dtype`` and back; the gradient passes unrounded."""
+    return x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -207,8 +231,11 @@ def _contrast(
     image_ids: Tensor | None,
     queue_ids: Tensor | None,
     backend: str,
+    operand_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`blockwise.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
+    if operand_dtype is not None:
+        q, k = q.to(operand_dtype), k.to(operand_dtype)
     compute = _choose(backend, q, queue, temperature)
     with _without_autocast(q.device):
         outputs = compute(
@@ -256,14 +283,14 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, loss: Tensor | None, *_:
         raise RuntimeError(_FIRST_ONLY)
     (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
     of_q = None if loss is None else (gradient * loss[:, None]).to(ctx.dtype)  # type: ignore[attr-defined]
-    return (of_q, *(None,) * 13)
+    return (of_q, *(None,) * 14)
 
 
 _contrast.register_autograd(_backward, setup_context=_keep)
 
 
 class _Transformed(torch.autograd.Function):
-    """The operator for `torch.func`, whose transforms do not take an operator's own formula."""
+    """The operator where `torch.func` or forward mode is on."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -283,7 +310,12 @@ class _Transformed(torch.autograd.Function):
         """As `_backward`; transforms always record, so that a second derivative is refused where it is taken."""
         gradient, q = ctx.saved_tensors
         of_q = None if loss is None else (_Once.apply(gradient, q) * loss[:, None]).to(q.dtype)
-        return (of_q, *(None,) * 13)
+        return (of_q, *(None,) * 14)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        """Refuse."""
+        raise RuntimeError(_NO_FORWARD)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -48,8 +48,12 @@ _WEIGHT_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 #: Similarity means may differ by this much, in absolute terms: they are sums of a few float32 numbers up to 1.
 _STATISTICS = 1e-5
 _SEED, _STEP = 3, 7
+_EXACT_AND_PLAIN = (torch.float64, torch.float32)
 #: Rows of NaN before and behind an input; any row begins at a multiple of 16 bytes where the first does.
 _GUARD = 128
+
+#: Rows of the reference at a time, which makes every similarity and every synthetic vector.
+_BLOCK = 128
 
 Ids = tuple[Tensor | None, Tensor | None]
 
@@ -148,20 +152,29 @@ class Verdict:
 
 
 def exact_inputs(
-    rows: int, length: int, dim: int, dtype: torch.dtype = torch.float32, *, peaked: bool = False, seed: int = 0
+    rows: int,
+    length: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    peaked: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
 ) -> Inputs:
-    """Rows of length about 1 whose similarities are exact in every dtype, on the CPU.
+    """Rows of length about 1 whose similarities are exact in every dtype.
 
     Args:
         rows, length, dim: B, K, D.
         dtype: Of all three; any floating dtype holds the same numbers.
         peaked: See `Case`.
         seed: Of the numbers.
+        device: Where they are made, the CPU by default; another one makes other numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device or "cpu").manual_seed(seed)
 
     def unit(*shape: int) -> Tensor:
-        return normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
+        return normalize(numbers, dim=-1)
 
     q, queue = unit(rows, dim), unit(length, dim)
     k = normalize(q + 0.7 * unit(rows, dim), dim=1)
@@ -178,6 +191,7 @@ def reference_answer(
     temperature: float = 0.2,
     seed: int = _SEED,
     step: int = _STEP,
+    first_row: int = 0,
     image_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
 ) -> Answer:
@@ -185,7 +199,7 @@ def reference_answer(
 
     Args:
         inputs: In any dtype.
-        negatives, temperature, seed, step, image_ids, queue_ids: As `synthetic_contrast` describes them.
+        negatives, temperature, seed, step, first_row, image_ids, queue_ids: As `synthetic_contrast` describes them.
         dtype: Of the computation.
     """
     q, k, queue = inputs.to(dtype)
@@ -198,6 +212,7 @@ def reference_answer(
         temperature=temperature,
         seed=seed,
         step=step,
+        first_row=first_row,
         image_ids=image_ids,
         queue_ids=queue_ids,
     )
@@ -296,24 +311,49 @@ def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.
         able = [backend for backend in backends if backend != "reference" or case.dtype.itemsize >= 4]
         if not able:
             continue
-        inputs = exact_inputs(case.rows, case.length, case.dim, case.dtype, peaked=case.peaked)
-        inputs = inputs.to(device=device).guarded()
+        inputs = exact_inputs(case.rows, case.length, case.dim, case.dtype, peaked=case.peaked, device=device)
+        inputs = inputs.guarded()
         image_ids = torch.arange(case.rows, device=device) % 10 if case.masked else None
         queue_ids = torch.arange(case.length, device=device) * 7 % 10 if case.masked else None
-        exact, plain = (
-            reference_answer(
-                inputs, case.negatives, dtype, temperature=case.temperature, image_ids=image_ids, queue_ids=queue_ids
-            )
-            for dtype in (torch.float64, torch.float32)
-        )
+        exact, plain = (_in_blocks(case, inputs, (image_ids, queue_ids), dtype) for dtype in _EXACT_AND_PLAIN)
         for backend in able:
             if backend == "triton" and (reason := unserved_by_triton(inputs.q, inputs.queue, case.temperature)):
                 raise ValueError(f"backend: found triton, expected others here: {reason}")
             yield _judge(backend, case, inputs, (image_ids, queue_ids), exact, plain)
 
 
+def _blocks(inputs: Inputs, ids: Ids) -> Iterator[tuple[int, Inputs, Ids]]:
+    """The first row of each block, and its rows."""
+    for first in range(0, len(inputs.q), _BLOCK):
+        part = slice(first, first + _BLOCK)
+        images = None if ids[0] is None else ids[0][part]
+        yield first, Inputs(inputs.q[part], inputs.k[part], inputs.queue), (images, ids[1])
+
+
+def _in_blocks(case: Case, inputs: Inputs, ids: Ids, dtype: torch.dtype) -> Answer:
+    """`reference_answer`, whose rows do not depend on one another, in blocks that bound its memory."""
+    parts = [
+        reference_answer(
+            block,
+            case.negatives,
+            dtype,
+            temperature=case.temperature,
+            first_row=first,
+            image_ids=images,
+            queue_ids=queue_ids,
+        )
+        for first, block, (images, queue_ids) in _blocks(inputs, ids)
+    ]
+    columns = zip(*(part.contrast.statistics for part in parts), strict=True)
+    statistics = Statistics(*map(torch.cat, columns))
+    loss = torch.cat([part.contrast.loss for part in parts])
+    return Answer(Contrast(loss, statistics), torch.cat([part.gradient for part in parts]))
+
+
 def _judge(backend: Backend, case: Case, inputs: Inputs, ids: Ids, exact: Answer, plain: Answer) -> Verdict:
-    found, again = (_run(backend, case, inputs, ids) for _ in range(2))
+    # The repeat has the step on the device, as a captured graph does: it decides no bit.
+    found = _run(backend, case, inputs, ids, _STEP)
+    again = _run(backend, case, inputs, ids, torch.tensor(_STEP, device=inputs.q.device))
     misses = []
     loss_error, loss_bound = _error_and_bound(
         found.contrast.loss, plain.contrast.loss, exact.contrast.loss, _UNITS["loss"]
@@ -336,7 +376,7 @@ def _judge(backend: Backend, case: Case, inputs: Inputs, ids: Ids, exact: Answer
     return Verdict(backend, case, loss_error, loss_bound, gradient_error, gradient_bound, tuple(misses))
 
 
-def _run(backend: Backend, case: Case, inputs: Inputs, ids: Ids) -> Answer:
+def _run(backend: Backend, case: Case, inputs: Inputs, ids: Ids, step: int | Tensor) -> Answer:
     q = inputs.q.detach().requires_grad_()
     result = synthetic_contrast(
         q,
@@ -345,7 +385,7 @@ def _run(backend: Backend, case: Case, inputs: Inputs, ids: Ids) -> Answer:
         case.negatives,
         temperature=case.temperature,
         seed=_SEED,
-        step=_STEP,
+        step=step,
         image_ids=ids[0],
         queue_ids=ids[1],
         backend=backend,
@@ -362,14 +402,16 @@ def _error_and_bound(found: Tensor, plain: Tensor, exact: Tensor, units: int) ->
 
 def _weighted_lengths(case: Case, inputs: Inputs, ids: Ids) -> float:
     """The largest number in sum_j p_j |n_j| / T, with p the softmax over positive and queue."""
-    q, k, queue = inputs.to(torch.float64)
-    similarity = q @ queue.T
-    image_ids, queue_ids = ids
-    if image_ids is not None and queue_ids is not None:
-        similarity.masked_fill_(image_ids[:, None] == queue_ids, -torch.inf)
-    positive = (q * k).sum(dim=1, keepdim=True)
-    p = torch.cat((positive, similarity), dim=1).div_(case.temperature).softmax(dim=1)[:, 1:]
-    return (p @ queue.abs()).max().item() / case.temperature
+    found = 0.0
+    for _, block, (image_ids, queue_ids) in _blocks(inputs, ids):
+        q, k, queue = block.to(torch.float64)
+        similarity = q @ queue.T
+        if image_ids is not None and queue_ids is not None:
+            similarity.masked_fill_(image_ids[:, None] == queue_ids, -torch.inf)
+        positive = (q * k).sum(dim=1, keepdim=True)
+        p = torch.cat((positive, similarity), dim=1).div_(case.temperature).softmax(dim=1)[:, 1:]
+        found = max(found, (p @ queue.abs()).max().item())
+    return found / case.temperature
 
 
 def _compare_statistics(found: Statistics, exact: Statistics) -> list[str]:

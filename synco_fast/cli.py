@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
     from synco_fast.commands.options import check_output
     from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import UNWRITABLE
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     # Decoding processes share the cores with the encoder. Threads that spin take time from those that work; those that
@@ -40,6 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code: int = options.run(options, rest, Console())
     except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        said = f"{error.filename or 'a file'}: found no way to read or write it ({error.strerror})"
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         return 130

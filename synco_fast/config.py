@@ -23,10 +23,10 @@ from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import migrate_config
-from synco_fast.runtime.names import Device, Format
+from synco_fast.runtime.names import Device, Format, QueueDtype
 from synco_fast.runtime.strict_yaml import read_yaml
 
-__all__ = ["Config", "Section", "build_config", "read_config", "read_mapping", "read_run_config"]
+__all__ = ["Config", "Section", "build_config", "read_config", "read_mapping"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -79,7 +79,7 @@ class ModelConfig(Section):
     )
     norm: Literal["auto", "plain", "fused"] = Field(
         "auto",
-        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: fused with PyTorch's kernels",
+        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: PyTorch's or validated ones",
     )
     batch_norm_groups: int = Field(
         8, ge=1, le=65_536, description="Groups of the global batch, each with its own batch-norm statistics"
@@ -91,7 +91,7 @@ class _MethodChoice(Section):
     name: str = Field(
         "synco", description=f"The method: {', '.join(f'{name} ({spec.title})' for name, spec in METHODS.items())}"
     )
-    queue: int = Field(65536, ge=1, le=1 << 26, description="K, length of the queue of past keys")
+    queue: int = Field(65536, ge=1, le=1 << 22, description="K, length of the queue of past keys")
     temperature: float = Field(0.2, ge=1e-4, le=100, description="T, temperature of the loss")
     count_scale: float = Field(
         1.0, ge=1e-6, le=64, description="Factor on the published counts, for the counts below that are null"
@@ -126,7 +126,10 @@ class MethodConfig(_MethodCounts):
     cooldown_epochs: int = Field(0, ge=0, le=100_000, description="Last epochs without synthetic negatives")
     symmetric: bool = Field(False, description="Use each view as query and as key")
     mask_same_image: bool = Field(False, description="Exclude queue keys of the query's own image from its negatives")
-    backend: Backend = Field("auto", description="Backend of the loss")
+    backend: Backend = Field("auto", description="Backend of the loss; auto: the kernels where they are validated")
+    queue_dtype: QueueDtype = Field(
+        "auto", description="Dtype of the queue, and of q and k in the loss; auto: bfloat16 on a GPU, else float32"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> MethodConfig:
@@ -228,6 +231,10 @@ class TrainingConfig(Section):
     )
     channels_last: bool = Field(True, description="Channels-last memory layout")
     compile: Literal["none", "encoders", "step"] = Field("none", description="What to torch.compile")
+    fused: Literal["auto", "none"] = Field(
+        "auto",
+        description="Fused kernels on a GPU whose own key is auto: those that pass validation there, or none",
+    )
     cuda_graph: bool = Field(False, description="Replay the whole step as one CUDA graph")
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds to wait for the other processes")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
@@ -339,18 +346,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config: found {type(values).__name__} in {path}, expected sections and keys")
     return values
-
-
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """The values of a run's ``config.yaml``.
-
-    Raises:
-        ConfigError: The folder holds no run, or the file is damaged.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"resume: found no run in {folder}, expected a folder with a config.yaml")
-    return read_mapping(path)
 
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:

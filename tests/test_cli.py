@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from synco_fast.cli import main
 from synco_fast.presets import PRESETS
@@ -36,7 +37,7 @@ def config_file(tiny, tmp_path):
 
 
 def test_pretrain_evaluate_and_resume(run, config_file, tmp_path):
-    folder, summary = tmp_path / "run", tmp_path / "summary.json"
+    folder, summary = tmp_path / "run", tmp_path / "not" / "there" / "summary.json"
     code, out, _ = run("pretrain", "--config", config_file, "--out", folder, "--json", summary, "--method.name=mochi")
     assert code == 0
     for words in ("kNN before", "kNN after", "images per second", "run folder", "checkpoint", "curves.png"):
@@ -59,6 +60,62 @@ def test_pretrain_evaluate_and_resume(run, config_file, tmp_path):
     code, _, err = run("pretrain", "--config", config_file, "--out", folder)
     assert code == 2
     assert f"--resume {folder}" in err
+
+
+def test_what_a_resumed_run_is_given_is_kept_and_said(run, config_file, tmp_path):
+    """But for the limits of one start; and what may not change in the middle is refused."""
+    folder = tmp_path / "run"
+
+    def kept(key: str):
+        section, name = key.split(".")
+        return yaml.safe_load((folder / "config.yaml").read_text())[section][name]
+
+    words = ["--training.checkpoint_every", "1", "--evaluation.every", "0"]
+    assert run("pretrain", "--config", config_file, "--out", folder, "--max-steps", "1", *words)[0] == 0
+    assert (kept("training.max_steps"), kept("training.epochs"), kept("training.checkpoint_every")) == (None, 2, 1)
+    code, out, _ = run("pretrain", "--resume", folder, "--training.epochs", "3", "--max-steps", "2")
+    assert code == 0
+    assert "changed since step-00000001.pt: training.epochs 2 -> 3" in out
+    assert "resumed from" in out
+    assert (kept("training.max_steps"), kept("training.epochs")) == (None, 3)
+    for words, says in (
+        (["--seed", "9"], "seed: found 9, expected 0 as in "),
+        (["--method.name", "mochi"], "method.name: found 'mochi', expected 'synco' as in "),
+        (["--method.temperature", "0.1"], "method.temperature: found 0.1, expected 0.2 as in "),
+        (["--model.dim", "8"], "model.dim: found 8, expected 16 as in "),
+        (["--optimizer.name", "adamw"], "optimizer.name: found 'adamw', expected 'sgd' as in "),
+        (["--max-steps", "1"], "of step 2, beyond the 1 steps that are asked for"),
+    ):
+        code, _, err = run("pretrain", "--resume", folder, *words)
+        assert code == 2
+        assert says in err
+        assert err.count("\n") == 1
+    assert kept("training.epochs") == 3, "what was refused is not kept"
+    (folder / "config.yaml").unlink()
+    code, out, _ = run("pretrain", "--resume", folder, "--method.backend", "reference")
+    assert code == 0
+    assert "changed since step-00000002.pt: method.backend auto -> reference" in out
+    assert "12 steps" in out
+    assert kept("method.backend") == "reference"
+
+
+def test_continue_starts_anew_where_a_kill_left_no_whole_config(run, config_file, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config_file.read_text()[:300])
+    code, _, err = run("pretrain", "--resume", folder)
+    assert code == 2
+    assert "start the run anew, by --config with --continue or another --out" in err
+    words = ["--config", config_file, "--out", folder, "--continue", "--max-steps", "1"]
+    code, out, err = run("pretrain", *words, "--evaluation.every", "0")
+    assert code == 0
+    assert "; --continue starts it anew" in err
+    assert "holds no checkpoint yet: starting at the first step" in out
+    (folder / "config.yaml").write_text(config_file.read_text()[:300])
+    code, _, err = run("pretrain", *words)
+    assert code == 2
+    assert ": remove it, and its settings are taken from the newest checkpoint" in err
+    assert "found no run in" in run("pretrain", "--out", tmp_path / "none", "--continue")[2]
 
 
 def test_presets(run, monkeypatch):
@@ -152,6 +209,14 @@ def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
         (["--config", "demo", "--training.device", "cuda"], "found cuda, expected cpu"),
         (["--resume", "/no/run"], "found no run in /no/run"),
         ([], "found none, expected --config PRESET"),
+        (["--config", "demo", "--out", ""], "out: found '', expected the name of a file or folder"),
+        (["--config", "demo", "--out", "a\nb"], "out: found 'a\\nb', expected the name of a file or folder"),
+        (["--config", "demo", "--resume", " "], "resume: found ' ', expected the name of a file or folder"),
+        (["--config", "demo", "--out", "/etc/hostname/run"], "below /etc/hostname, which is a file"),
+        (["--config", "demo", "--out", "/proc/run"], "expected a place where this user can write (/proc is not)"),
+        (["--config", "demo", "--json", "/proc/a.json"], "expected a place where this user can write (/proc is not)"),
+        (["--config", "demo", "--json", "/etc/hostname/a.json"], "below /etc/hostname, which is a file"),
+        (["--config", "demo", "--json", "/tmp"], "json: found a folder /tmp, expected a file"),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(run, words, says, tmp_path, monkeypatch):
@@ -165,6 +230,14 @@ def test_bad_input_is_one_line_and_code_2(run, words, says, tmp_path, monkeypatc
     assert says in err
     assert err.strip().count("\n") == 0
     assert "Traceback" not in err
+
+
+def test_the_folder_of_a_run_without_a_name_is_checked_too(run, config_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("")
+    code, _, err = run("pretrain", "--config", config_file)
+    assert code == 2
+    assert f"below {tmp_path / 'runs'}, which is a file, expected a folder" in err
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(run, config_file, tmp_path):

@@ -67,6 +67,8 @@ def test_one_line_changes_the_method():
         ({"method.name": "synco", "method.hard": 0}, "method.hard: found 0, expected 1 or more"),
         ({"training.batch": 252}, "training.batch: found 252, expected a multiple of 8 (model.batch_norm_groups)"),
         ({"augment.area": [0.5, 0.1]}, "augment.area: found (0.5, 0.1)"),
+        ({"augment.evaluation_resize": 223}, "augment.evaluation_resize: found 223, expected 224 (size) to 1792"),
+        ({"augment.evaluation_resize": 1793}, "augment.evaluation_resize: found 1793, expected 224 (size) to 1792"),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(overrides, says):

@@ -108,9 +108,13 @@ def test_every_option_of_every_subcommand_is_explained():
 
 
 def test_colours_and_shared_options_are_written_once():
-    for pattern, home in ((r"#0072B2", "runtime/style.py"), (r"\"--(json|precision|device)\"", "commands/options.py")):
-        files = [file for file in (ROOT / "synco_fast").rglob("*.py") if re.search(pattern, file.read_text())]
-        assert [file.relative_to(ROOT / "synco_fast").as_posix() for file in files] == [home]
+    for pattern, folders, home in (
+        (r"#0072B2", ("synco_fast", "bench"), "synco_fast/runtime/style.py"),
+        (r"\"--(json|precision|device)\"", ("synco_fast",), "synco_fast/commands/options.py"),
+    ):
+        read = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+        files = [file for file in read if re.search(pattern, file.read_text(encoding="utf-8"))]
+        assert [file.relative_to(ROOT).as_posix() for file in files] == [home]
 
 
 def test_files_and_bars_are_made_in_one_place():

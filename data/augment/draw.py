@@ -119,8 +119,9 @@ def _draw_crop(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64])
     unfit = ~fits.any(axis=1)
     if unfit.any():
         narrow, wide = width < recipe.ratio[0] * height, width > recipe.ratio[1] * height
-        h = np.where(unfit, np.where(narrow, np.rint(width / recipe.ratio[0]), height), h).astype(np.int64)
-        w = np.where(unfit, np.where(wide, np.rint(height * recipe.ratio[1]), width), w).astype(np.int64)
+        # Of a few pixels at least one: torchvision's own draw fails on ratios that leave none.
+        h = np.where(unfit, np.where(narrow, np.rint(width / recipe.ratio[0]).clip(1), height), h).astype(np.int64)
+        w = np.where(unfit, np.where(wide, np.rint(height * recipe.ratio[1]).clip(1), width), w).astype(np.int64)
         top, left = np.where(unfit, (height - h) // 2, top), np.where(unfit, (width - w) // 2, left)
     return {"crop": np.stack([top, left, h, w], axis=1)}
 

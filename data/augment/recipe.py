@@ -10,6 +10,9 @@ from synco_fast.data.section import Section
 
 __all__ = ["Recipe"]
 
+#: Times the view's side; beyond it an evaluation enlarges images by gigabytes to see a few of their pixels.
+_LARGEST_RESIZE = 8
+
 Area = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(ge=0.01, le=100)]
 Sigma = Annotated[float, Field(gt=0, le=100)]
@@ -59,8 +62,9 @@ class Recipe(Section):
             raise ValueError(f"area: found up to {self.area[1]}, expected up to 1")
         if min(self.std) <= 0:
             raise ValueError(f"std: found {self.std}, expected numbers above 0")
-        if self.evaluation_resize is not None and self.evaluation_resize < self.size:
-            raise ValueError(f"evaluation_resize: found {self.evaluation_resize}, expected {self.size} (size) or more")
+        resize, most = self.evaluation_resize, _LARGEST_RESIZE * self.size
+        if resize is not None and not self.size <= resize <= most:
+            raise ValueError(f"evaluation_resize: found {resize}, expected {self.size} (size) to {most}")
         return self
 
     @property

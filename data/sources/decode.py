@@ -23,9 +23,12 @@ __all__ = [
     "plain_jpeg_size",
 ]
 
+_AVIF = bool(features.check("avif"))
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 #: Suffixes of image files; AVIF if Pillow supports it.
-IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if features.check("avif") else set()))
+IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if _AVIF else set()))
+#: Formats that are decoded, whatever the suffix. Pillow knows more, even PostScript, for which it runs an interpreter.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF", *(("AVIF",) if _AVIF else ()))
 #: Images with a larger ratio of sides are cropped to their middle before the resize of an evaluation.
 LONGEST_RATIO = 16
 
@@ -79,7 +82,7 @@ def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Im
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(io.BytesIO(content))
+            image: Image.Image = Image.open(io.BytesIO(content), formats=_FORMATS)
             if image.width * image.height > limits.pixels:
                 raise CorruptImageError(
                     f"{name}: found {image.width} x {image.height} pixels, expected up to {limits.pixels:,} in all "
@@ -143,7 +146,7 @@ def plain_jpeg_size(content: bytes, limits: Limits = LIMITS) -> tuple[int, int] 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            header = Image.open(io.BytesIO(content))
+            header = Image.open(io.BytesIO(content), formats=("JPEG",))
             orientation = header.getexif().get(_ORIENTATION, 1)
     except Exception:  # the decoder will report it
         return None

@@ -107,6 +107,8 @@ class ParquetSplit:
             except ImportError as error:
                 message = "data: found no pyarrow, which parquet: needs; pip install 'synco-fast[embed]'"
                 raise DataError(message) from error
+            if not Path(self._files[number]).is_file():  # a pipe would be waited for, and a device has no end
+                raise DataError(f"data: found no regular file at {self._files[number]}, expected a Parquet file")
             try:
                 self._opened[number] = parquet.ParquetFile(self._files[number])
             except (OSError, ValueError, NotImplementedError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, path
 from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
@@ -38,7 +37,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--workers", type=positive, help="processes for each pipeline; one per core by default")
     command.add_argument("--batch", type=positive, default=64, help="images per batch, 64 by default")
     command.add_argument("--photos", type=positive, default=256, help="number of files")
-    command.add_argument("--folder", type=Path, help="where to keep them; the user's cache by default")
+    command.add_argument("--folder", type=path, help="where to keep them; the user's cache by default")
     command.add_argument("--seconds", type=positive, default=6, help="length of one round of one pipeline")
     command.add_argument("--rounds", type=positive, default=3, help="rounds; the median counts")
     add_options(command, "json")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, path
 from synco_fast.commands.parser import Commands, positive
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def add(commands: Commands) -> None:
     command.add_argument("--threads", type=positive, help="threads of PyTorch on a CPU")
     add_options(command, "json")
     command.add_argument(
-        "--lines", type=Path, metavar="FILE", help="append each result here at once, as a line of JSON"
+        "--lines", type=path, metavar="FILE", help="append each result here at once, as a line of JSON"
     )
-    command.add_argument("--plot", type=Path, metavar="FILE", help="plot the results here, as PNG")
+    command.add_argument("--plot", type=path, metavar="FILE", help="plot the results here, as PNG")
     command.add_argument(
         "--model", action="store_true", help="count the cost of the launches instead; needs only Triton"
     )

@@ -98,10 +98,10 @@ def check_output(options: argparse.Namespace) -> None:
     """
     from synco_fast.runtime.files import check_writable
 
-    for name in ("json", "out", "plot"):
+    for name in ("json", "out", "plot", "lines", "trace", "record"):
         found = getattr(options, name, None)
         if isinstance(found, Path):
-            check_writable(found, name, file=name != "out")
+            check_writable(found, name, file=name not in ("out", "record"))
 
 
 def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
-    from synco_fast.config import Config
+    from synco_fast.config import Config, TrainingConfig
     from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["add"]
@@ -40,13 +41,15 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--continue", action="store_true", dest="go_on", help="resume the run in --out if there is one"
     )
-    command.add_argument("--max-steps", type=int, metavar="N", help="short for --training.max_steps")
-    command.add_argument("--max-time", type=float, metavar="MINUTES", help="short for --training.max_time")
+    command.add_argument("--max-steps", type=int, metavar="N", help="stop there this time; the run does not keep it")
+    command.add_argument(
+        "--max-time", type=float, metavar="MINUTES", help="stop then this time; the run does not keep it"
+    )
     add_options(command, json="write the summary here as well")
 
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    config, resume = _what_to_do(options, overrides_of(rest))
+    config, limits, resume = _what_to_do(options, overrides_of(rest))
 
     from synco_fast.evaluation.health import contraction
     from synco_fast.evaluation.knn import PeriodicKnn
@@ -58,7 +61,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     env = DistEnv.detect()
     with init_distributed(env, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction)
+        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction, limits=limits)
         summary = Trainer(task, folder, resume=resume, console=console).run()
     if env.is_main:
         if options.json is not None:
@@ -67,47 +70,69 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     return 0
 
 
-def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, Path | None]:
-    """The configuration, and the run to resume, if any."""
-    from synco_fast.config import build_config, read_run_config
+def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, TrainingConfig, Path | None]:
+    """The configuration, which the run keeps; the limits of this start; and the run to resume."""
+    from synco_fast.config import build_config
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.run_config import read_run_config
 
-    for key, value in (
-        ("data.source", options.data),
-        ("seed", options.seed),
-        ("training.max_steps", options.max_steps),
-        ("training.max_time", options.max_time),
-    ):
+    for key, value in (("data.source", options.data), ("seed", options.seed)):
         if value is not None:
             overrides[key] = value
+    values, resume = None, None
     if options.go_on:
         if options.out is None or options.resume is not None:
             raise ConfigError("continue: found without --out or beside --resume, expected --config PRESET --out RUN")
-        if (options.out / "config.yaml").exists():
-            return build_config(read_run_config(options.out), overrides), options.out
-    if options.resume is not None:
+        values, resume = _begun(options)
+    elif options.resume is not None:
         if options.config is not None or options.out is not None:
             raise ConfigError("resume: found --config or --out beside it, expected --section.key VALUE alone")
-        return build_config(read_run_config(options.resume), overrides), options.resume
-    if options.config is None:
+        values, resume = read_run_config(options.resume), options.resume
+    elif options.config is None:
         raise ConfigError("config: found none, expected --config PRESET, or --resume RUN; see 'synco-fast presets'")
-    return load_config(options.config, overrides), None
+
+    def build(overrides: dict[str, Any]) -> Config:
+        return load_config(options.config, overrides) if values is None else build_config(values, overrides)
+
+    limits = {"training.max_steps": options.max_steps, "training.max_time": options.max_time}
+    given = {key: value for key, value in limits.items() if value is not None}
+    config = build(overrides)
+    return config, (build({**overrides, **given}) if given else config).training, resume
+
+
+def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | None]:
+    """What ``--continue`` finds in ``--out``: the settings of the run there, and its folder."""
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.run_config import has_checkpoints, holds_run, read_run_config
+
+    if not holds_run(options.out):
+        if options.config is None:
+            raise ConfigError(f"continue: found no run in {options.out}, expected --config PRESET to start one")
+        return None, None
+    try:
+        return read_run_config(options.out), options.out
+    except ConfigError as error:
+        if options.config is None or has_checkpoints(options.out):
+            raise
+        # Nothing is lost where nothing was trained.
+        warnings.warn(f"{error}; --continue starts it anew", stacklevel=1)
+        return None, options.out
 
 
 def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
     """The folder of a new run; rank 0 chooses it, since the name holds the time."""
-    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.runtime.errors import UserError
     from synco_fast.training.run_folder import choose_run_folder
 
-    chosen: Path | ConfigError | None = None
+    chosen: Path | UserError | None = None
     if control.env.is_main:
         try:
             chosen = choose_run_folder(out, config.preset)
-        except ConfigError as error:
+        except UserError as error:
             chosen = error
     chosen = control.broadcast(chosen)
-    if isinstance(chosen, ConfigError):
+    if isinstance(chosen, UserError):
         raise chosen
     assert chosen is not None
     return chosen
@@ -129,6 +154,7 @@ def _print_summary(summary: Any, console: Console) -> None:
         ),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
         ("corrupt images", f"{summary.corrupt_images}"),
+        ("implementation", ", ".join(f"{part} {form['name']}" for part, form in summary.forms.items())),
         ("run folder", summary.run),
         ("checkpoint", summary.checkpoint),
         ("curves", summary.curves),

@@ -35,12 +35,12 @@ def add(commands: Commands) -> None:
 
 
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.config import read_run_config
     from synco_fast.generated.config import build_generator_config
     from synco_fast.generated.stage_one import GeneratorTraining
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.files import write_json
     from synco_fast.runtime.migrations import migrate_generator_config
+    from synco_fast.runtime.run_config import read_run_config
     from synco_fast.training.loop import Trainer
     from synco_fast.training.run_folder import choose_run_folder
 
@@ -51,9 +51,7 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
         if options.out is not None:
             raise ConfigError("resume: found --out beside it, expected --key VALUE alone")
         folder = options.resume
-        saved = read_run_config(folder)
-        if "latent" not in saved:
-            raise ConfigError(f"resume: found a run of another command in {folder}, expected one of pretrain-generator")
+        saved = read_run_config(folder, "pretrain-generator")
         values = {**migrate_generator_config(saved), **migrate_generator_config(values)}
     elif "source" not in values:
         raise ConfigError("data: found none, expected --data SOURCE, or --resume RUN")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, DTYPES
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, path
 from synco_fast.commands.parser import Commands, positive
 
 __all__ = ["add"]
@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
         command.add_argument(f"--{name}", type=positive, default=default, help=about)
     command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default")
     add_options(command, "device")
-    command.add_argument("--trace", type=Path, metavar="FILE", default=Path("loss-trace.json"), help="JSON or JSON.gz")
+    command.add_argument("--trace", type=path, metavar="FILE", default=Path("loss-trace.json"), help="JSON or JSON.gz")
     add_options(command, json="write the table here as well")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 
@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
     command.add_argument("--steps", type=positive, default=10, help="timed steps")
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the trace; profiles/PRESET-DATE-TIME by default"
+        "--out", type=path, metavar="DIR", help="folder of the trace; profiles/PRESET-DATE-TIME by default"
     )
     add_options(command, "json")
 

@@ -6,7 +6,6 @@ import argparse
 import shlex
 import signal
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -42,7 +41,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
     command.add_argument("--out", type=path, required=True, metavar="DIR", help="the study's folder")
-    command.add_argument("--record", type=Path, metavar="DIR", help="folder of table and plot; --out by default")
+    command.add_argument("--record", type=path, metavar="DIR", help="folder of table and plot; --out by default")
     command.add_argument(
         "--baseline", metavar="NAME", help="the method that differences are taken from; the first by default"
     )

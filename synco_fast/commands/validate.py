@@ -46,9 +46,12 @@ def add(commands: Commands) -> None:
     add_options(command, "device")
     command.add_argument("--part", choices=("loss", "norm"), default="loss", help="norm: batch norm, add and ReLU")
     add_options(command, json="write every case here")
+    command.add_argument("--forget", action="store_true", help="empty the cache of first-use validations and exit")
 
 
 def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    if options.forget:
+        return _forget(console)
     import torch
 
     from synco_fast.kernels.ops import unserved_by_triton
@@ -82,6 +85,16 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
     missed = [verdict for verdict in verdicts if verdict.misses]
     _print(verdicts, missed, device.type, reason if "triton" not in backends else None, console)
     return int(bool(missed))
+
+
+def _forget(console: Console) -> int:
+    from synco_fast.runtime.first_use import forget, proofs_folder
+
+    count = forget()
+    console.print(
+        f"removed {count} cached results from {proofs_folder()}", highlight=False, soft_wrap=True, markup=False
+    )
+    return 0
 
 
 def _shapes(options: argparse.Namespace, *, large: bool) -> list[tuple[int, int, int, int]]:

@@ -20,7 +20,7 @@ def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename our tensors as in facebookresearch/moco's checkpoints, which MoCHi and SynCo share.
 
     The backbone lies right below ``module.encoder_q.``, the projection head at ``module.encoder_q.fc.``; the queue is
-    (D, K) with a pointer of one element. The image ids of the keys have no place there and are omitted.
+    (D, K) float32 with a pointer of one element. The image ids of the keys have no place there and are omitted.
     """
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -30,7 +30,7 @@ def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
             inside = last if part == "backbone" else f"fc.{last}"
             renamed[f"{_MOCO_ENCODERS[encoder]}.{inside}"] = value.contiguous()
         elif name == "queue.rows":
-            renamed["module.queue"] = value.T.contiguous()
+            renamed["module.queue"] = value.T.float().contiguous()
         elif name == "queue.pointer":
             renamed["module.queue_ptr"] = value.reshape(1)
     return renamed

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from synco_fast.config import Config, build_config
 from synco_fast.export.layouts import from_moco, is_moco
 from synco_fast.models.encoder import build_backbone
-from synco_fast.runtime.checkpoint import FORMAT, find_checkpoint, load_weights, read_tensors
+from synco_fast.runtime.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    is_checkpoint,
+    load_weights,
+    read_tensors,
+)
 from synco_fast.runtime.errors import CheckpointError, ConfigError
-from synco_fast.runtime.migrations import migrate_checkpoint
 
 __all__ = ["Weights", "backbone_of", "load_backbone", "read_weights"]
 
@@ -91,13 +96,14 @@ def read_weights(path: Path) -> Weights:
         for name in ("backbone.safetensors", "model.safetensors"):
             if (path / name).is_file():
                 return _from_safetensors(path / name)
-        state, file, _ = find_checkpoint(path)
-        return _own(state, file)
+        found: list[Weights] = []
+        find_checkpoint(path, lambda state, file: found.append(_own(state, file)))
+        return found[0]
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     content = read_tensors(path)
-    if isinstance(content, dict) and content.get("format") == FORMAT and "method" in content:
-        return _own(migrate_checkpoint(content), path)
+    if is_checkpoint(content) and "method" in content:
+        return _own(check_checkpoint(content, path), path)
     if is_moco(content) and isinstance(content.get("synco_fast"), dict):
         return _described(content["synco_fast"], from_moco(content["state_dict"], str(path)), path)
     if is_moco(content):
@@ -109,18 +115,24 @@ def read_weights(path: Path) -> Weights:
 
 
 def _own(content: dict[str, Any], file: Path) -> Weights:
-    if "config" not in content or not any(name.startswith(_BACKBONE) for name in content.get("method", {})):
+    state = content.get("method")
+    state = {name: value for name, value in state.items() if isinstance(name, str)} if isinstance(state, dict) else {}
+    if not isinstance(content.get("config"), dict) or not any(name.startswith(_BACKBONE) for name in state):
         raise CheckpointError(f"{file}: found no encoder in it, expected a checkpoint of synco-fast")
     run = file.resolve().parent.parent
-    steps_per_epoch = content.get("steps_per_epoch")
-    imported = content.get("imported", {})
+    length, imported = content.get("steps_per_epoch"), content.get("imported")
+    imported = imported if isinstance(imported, dict) else {}
+    try:
+        config = build_config(content["config"])
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: found settings in it that cannot be read ({error})") from error
     return Weights(
-        config=build_config(content["config"]),
+        config=config,
         state=content["method"],
         file=file,
         run=run if (run / "config.yaml").is_file() else None,
         step=content.get("step"),
-        epochs=content["step"] / steps_per_epoch if steps_per_epoch else imported.get("epoch"),
+        epochs=content["step"] / length if isinstance(length, int) and length > 0 else imported.get("epoch"),
         imported=imported,
     )
 

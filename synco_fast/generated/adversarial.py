@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,36 @@ from torch import Tensor, nn
 
 from synco_fast.generated.augment import augment_for_discriminator, draw_discriminator
 from synco_fast.generated.discriminator import Discriminator, discriminator_loss, gradient_penalty
+from synco_fast.generated.generator import Generator
+from synco_fast.runtime.checkpoint import load_optimizer
+from synco_fast.runtime.memory import check_memory
 from synco_fast.runtime.optim_step import OptimStep
 
-__all__ = ["AdversarialOptimizer", "CollapseMonitor", "DiscriminatorTrainer", "diversity"]
+__all__ = ["AdversarialOptimizer", "CollapseMonitor", "DiscriminatorTrainer", "check_networks", "diversity"]
+
+
+#: What Adam needs of each weight: itself, its gradient and two moments.
+_COPIES = 4
+
+
+def check_networks(size: int, latent: int, width: int, device: torch.device, section: str = "") -> None:
+    """Refuse a generator and a discriminator that cannot fit, before they are made.
+
+    Args:
+        size: Side of the images in pixels.
+        latent: Length of a latent vector.
+        width: Channels at full size.
+        device: Where they learn.
+        section: What the keys begin with in the message.
+
+    Raises:
+        ConfigError: They need more memory than the device has.
+    """
+    with torch.device("meta"):
+        networks = (Generator(size, latent=latent, width=width), Discriminator(size, width=width))
+    weights = sum(weight.numel() for network in networks for weight in network.parameters())
+    found = f"{section}width: found {width} with {section}latent {latent} for a generator and a discriminator"
+    check_memory(_COPIES * 4 * weights, device, found)
 
 
 class AdversarialOptimizer:
@@ -110,9 +138,9 @@ class DiscriminatorTrainer:
         """The optimizer's state; the weights are in the modules' state."""
         return self.optimizer.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load from a checkpoint."""
-        self.optimizer.optimizer.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], file: Path) -> None:
+        """Load from the checkpoint ``file``."""
+        load_optimizer(self.optimizer.optimizer, state, file)
 
 
 def diversity(generated: Tensor, real: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from synco_fast.config import GeneratedConfig
 from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.methods.base import RunInfo
+from synco_fast.runtime.checkpoint import load_optimizer
 from synco_fast.runtime.phases import Mark, mark, seconds_between
 
 __all__ = ["AdversarialUpdate", "Clock", "GeneratedBatch", "pairs_objective"]
@@ -162,7 +164,7 @@ class AdversarialUpdate:
             "discriminator": self.discriminator_trainer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load from a checkpoint."""
-        self.generator_optimizer.optimizer.load_state_dict(state["generators"])
-        self.discriminator_trainer.load_state_dict(state["discriminator"])
+    def load_state_dict(self, state: dict[str, Any], file: Path) -> None:
+        """Load from the checkpoint ``file``."""
+        load_optimizer(self.generator_optimizer.optimizer, state["generators"], file)
+        self.discriminator_trainer.load_state_dict(state["discriminator"], file)

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from synco_fast.config import Config
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.splits import Split
+from synco_fast.generated.adversarial import check_networks
 from synco_fast.generated.adversarial_update import AdversarialUpdate, Clock, GeneratedBatch
 from synco_fast.generated.augment import draw_views, view
 from synco_fast.generated.discriminator import Discriminator
@@ -31,6 +32,7 @@ from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.checkpoint import find_checkpoint, load_weights
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.phases import phase
+from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.metrics import read_metrics
 
 __all__ = ["GENERATED", "Generated", "build", "load_stage_one"]
@@ -46,6 +48,8 @@ _SHEET_SEED = 1 << 40
 def build(config: Config, processes: int) -> Generated:
     """Build the method of a configuration with pairs of generated images, on the CPU."""
     encoder = build_encoder(config, processes=processes)
+    pair, device = config.generated, resolve_device(config.training.device)
+    check_networks(config.augment.size, pair.latent, pair.width, device, "generated.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Generated(encoder, ContrastSettings.of(config), config)
@@ -77,7 +81,7 @@ class Generated(MomentumContrast):
         self._views: Tensor | None = None
         self._generated_keys: Tensor | None = None
         self._steps = 0
-        self.prepare(RunInfo(torch.device("cpu"), steps_per_epoch=1))
+        self._make_optimizers(RunInfo(torch.device("cpu"), steps_per_epoch=1))
 
     @property
     def replicated(self) -> Mapping[str, nn.Module]:
@@ -89,14 +93,22 @@ class Generated(MomentumContrast):
         """Whether generators and discriminator are trained."""
         return self.pair.pair == "joint"
 
+    def calls_of_step(self, rows: int) -> list[tuple[int, bool]]:
+        """The real images, and both queries of each pair against both keys."""
+        return [*super().calls_of_step(rows), (4 * self.pair.batch, False)]
+
     # -- the run around the steps -------------------------------------------------------------------------------
 
     def prepare(self, run: RunInfo) -> None:
         """Create the optimizers of generators and discriminator.
 
         Raises:
-            ConfigError: There are several processes.
+            ConfigError: There are several processes, or as in `MomentumContrast`.
         """
+        super().prepare(run)
+        self._make_optimizers(run)
+
+    def _make_optimizers(self, run: RunInfo) -> None:
         if run.processes > 1:
             raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
         self.device = run.device
@@ -140,9 +152,9 @@ class Generated(MomentumContrast):
         """The optimizers of generators and discriminator."""
         return self.adversarial_update.state_dict()
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Load from a checkpoint."""
-        self.adversarial_update.load_state_dict(state)
+    def load_extra_state(self, state: dict[str, Any], file: Path) -> None:
+        """Load from the checkpoint ``file``."""
+        self.adversarial_update.load_state_dict(state, file)
 
     # -- the encoder's step -------------------------------------------------------------------------------------
 
@@ -271,6 +283,7 @@ class Generated(MomentumContrast):
                 step=step,
                 first_row=rows,  # behind the real rows, so that the draws differ
                 backend=self.settings.backend,
+                operand_dtype=self.operand_dtype,
             ).loss
 
 
@@ -298,6 +311,13 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+def _check_stage_one(state: dict[str, Any], path: Path) -> None:
+    """Raise where a checkpoint lacks what stage two begins with."""
+    parts = {"generator_config": dict, "average": dict, "discriminator": dict, "images": int}
+    if not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
+        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
+
+
 def load_stage_one(method: Generated) -> str:
     """Load both generators from the moving average of a run of stage one, and its discriminator.
 
@@ -316,10 +336,8 @@ def load_stage_one(method: Generated) -> str:
             "generated.checkpoint: found none, expected a run of 'synco-fast pretrain-generator', or "
             "generated.pair none"
         )
-    state, path, _ = find_checkpoint(Path(checkpoint))
-    if "generator_config" not in state:
-        raise CheckpointError(f"{path}: found no generator in it, expected a checkpoint of pretrain-generator")
-    found = state["generator_config"]["size"]
+    state, path, _ = find_checkpoint(Path(checkpoint), _check_stage_one)
+    found = state["generator_config"].get("size")
     if found != size:
         raise ConfigError(f"generated.checkpoint: found a generator of {found} pixels, expected {size} (augment.size)")
     for generator in method.generators:

@@ -13,7 +13,13 @@ from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import open_source
 from synco_fast.data.sources.splits import share_of
-from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonitor, DiscriminatorTrainer, diversity
+from synco_fast.generated.adversarial import (
+    AdversarialOptimizer,
+    CollapseMonitor,
+    DiscriminatorTrainer,
+    check_networks,
+    diversity,
+)
 from synco_fast.generated.config import GeneratorConfig
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.generated.generator import Generator, average_momentum
@@ -21,14 +27,16 @@ from synco_fast.generated.kid import KID, Features
 from synco_fast.generated.plots import draw_generator_curves, draw_samples
 from synco_fast.generated.real_images import ResidentImages
 from synco_fast.models.ema import ema_update, make_ema_copy
-from synco_fast.runtime.checkpoint import checkpoints_in, load_weights
+from synco_fast.runtime.checkpoint import checkpoints_in, load_optimizer, load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json
+from synco_fast.runtime.finite import not_finite
 from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.bad_images import CorruptImages
+from synco_fast.training.changes import explain_changes
 from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
 from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
@@ -65,6 +73,7 @@ class GeneratorTraining:
         CorruptImages(len(self.images), config.max_corrupt, self.note, key="max_corrupt").replaced(self.images.corrupt)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
+            check_networks(config.size, config.latent, config.width, self.device)
             self.generator = Generator(config.size, latent=config.latent, width=config.width).to(self.device)
             discriminator = Discriminator(config.size, width=config.width).to(self.device)
         for network in (self.generator, discriminator):
@@ -95,6 +104,11 @@ class GeneratorTraining:
             max_time=config.max_time,
         )
         self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """No further entries."""
+        return {}
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
@@ -137,10 +151,18 @@ class GeneratorTraining:
         self.means.add(metrics, step_ok)
         self.skipped.add(step_ok, step)
 
-    def finite(self) -> bool:
-        """Whether every weight of both networks is finite."""
-        weights = [*self.generator.parameters(), *self.discriminator_trainer.discriminator.parameters()]
-        return all(bool(torch.isfinite(weight).all()) for weight in weights)
+    def not_finite(self) -> str | None:
+        """The first weight that holds NaN or infinity."""
+        networks = {
+            "generator": self.generator,
+            "average": self.average,
+            "discriminator": self.discriminator_trainer.discriminator,
+        }
+        return not_finite(
+            (f"{name}.{key}", value)
+            for name, network in networks.items()
+            for key, value in network.state_dict().items()
+        )
 
     def replica_hash(self) -> int:
         """0: there is one process."""
@@ -236,20 +258,24 @@ class GeneratorTraining:
         """Load from a checkpoint.
 
         Raises:
-            ConfigError: It has no generator, or was trained on other images.
-            CheckpointError: Its architecture differs.
+            ConfigError: It has no generator, or was trained on other images or with settings that cannot change.
+            CheckpointError: It is damaged, or its architecture differs.
         """
         if "generator_config" not in state:
             raise ConfigError(f"resume: found no generator in {path}, expected a run of pretrain-generator")
+        own = self.config.model_dump(mode="json")
+        changes = explain_changes(state["generator_config"], own, path, fixed=("seed", "size", "latent", "width"))
         if state["images"] != len(self.images):
             raise ConfigError(f"source: found {len(self.images)} images, expected {state['images']} to resume {path}")
         load_weights(self.generator, state["generator"], path)
         load_weights(self.average, state["average"], path)
         load_weights(self.discriminator_trainer.discriminator, state["discriminator"], path)
-        self.generator_optimizer.optimizer.load_state_dict(state["optimizers"]["generator"])
-        self.discriminator_trainer.load_state_dict(state["optimizers"]["discriminator"])
+        load_optimizer(self.generator_optimizer.optimizer, state["optimizers"]["generator"], path)
+        self.discriminator_trainer.load_state_dict(state["optimizers"]["discriminator"], path)
         self.means.load_state_dict(state["means"], self.device)
         self.skipped.load_state_dict(state["skipped"])
+        if changes:
+            self.note(changes)
 
     def close(self) -> None:
         """Nothing to close."""

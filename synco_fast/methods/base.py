@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from synco_fast.data.sources.splits import Split
+from synco_fast.kernels.momentum import MomentumBackend
 from synco_fast.models.encoder import Encoder
 
 __all__ = ["Encoders", "Method", "RunInfo", "StepInputs", "StepOutput", "Views"]
@@ -91,11 +92,15 @@ class Method(nn.Module):
 
     Attributes:
         encoder: Its backbone is evaluated and exported.
+        momentum_backend: Backend of the EMA update.
+        views_at_once: Views of an image in one forward pass.
         headline: Metrics in the progress bar, each with its format.
         rates: Configuration keys to lower if training diverges.
     """
 
     encoder: Encoder
+    momentum_backend: MomentumBackend = "auto"
+    views_at_once: int = 1
     headline: Mapping[str, str] = {"loss": "loss {:.3f}"}
     rates: Sequence[str] = ("optimizer.lr",)
 
@@ -204,9 +209,34 @@ class Method(nn.Module):
     def artifacts(self, folder: Path, step: int, *, closing: bool = False) -> None:
         """Draw plots into ``folder``, the run's ``plots/``: at the start, after every epoch, and at the end."""
 
+    def kernel_shapes(self, rows: int) -> dict[str, dict[str, Any]]:
+        """Shapes of the fused kernels in `loss`, by name in `synco_fast.kernels.proof.KERNELS`.
+
+        Args:
+            rows: Images of this process in a micro-batch.
+        """
+        return {}
+
+    def use_backend(self, kernel: str, backend: str) -> None:
+        """Set the backend of a kernel in `kernel_shapes`, or of ``momentum``; called before the first step."""
+        if kernel == "momentum":
+            self.momentum_backend = cast(MomentumBackend, backend)
+
+    def adapt_state(self, state: dict[str, Any], *, keep: bool) -> list[str]:
+        """Match the dtypes of a checkpoint and of the method before loading.
+
+        Args:
+            state: The checkpoint's `state_dict`; modified in place.
+            keep: Whether the method takes over the checkpoint's dtypes where it can, rather than convert the state.
+
+        Returns:
+            Lines to show about the changes.
+        """
+        return []
+
     def extra_state(self) -> dict[str, Any]:
         """State beside the module's tensors, such as that of the method's own optimizers."""
         return {}
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Load what `extra_state` returned."""
+    def load_extra_state(self, state: dict[str, Any], file: Path) -> None:
+        """Load what `extra_state` returned, which was read from the checkpoint ``file``."""

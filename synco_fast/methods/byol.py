@@ -47,6 +47,7 @@ class BYOL(Method):
         predictor: From the online projection to the prediction, (n, D) to (n, D).
     """
 
+    views_at_once = 2
     headline: Mapping[str, str] = {"loss": "loss {:.3f}", "embedding_std": "std {:.2f}"}
 
     def __init__(self, encoder: Encoder, predictor: nn.Module) -> None:
@@ -72,7 +73,7 @@ class BYOL(Method):
     ) -> None:
         """Update the EMA and compute both targets."""
         with phase("EMA update"):
-            ema_update(self.key_encoder, self.encoder, momentum)
+            ema_update(self.key_encoder, self.encoder, momentum, backend=self.momentum_backend)
         (first,), (second,) = inputs.queries, inputs.keys
         with phase("key forward"):
             parts = [

@@ -14,7 +14,8 @@ holds the same queue.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,18 @@ from torch.nn.functional import normalize
 
 from synco_fast.config import Config
 from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, Negatives, synthetic_contrast
-from synco_fast.methods.base import Encoders, Method, StepInputs, StepOutput, Views
+from synco_fast.kernels.ops import unserved_by_triton
+from synco_fast.kernels.proof import loss_shapes
+from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.models.encoder import Encoder
 from synco_fast.models.queue import KeyQueue
 from synco_fast.models.shuffle import key_order
 from synco_fast.runtime.distributed import exchange_rows, gather_rows, rank, world
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.phases import phase
+from synco_fast.runtime.precision import QUEUE_DTYPES, resolve_device, resolve_queue_dtype
 
 __all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
 
@@ -74,6 +79,7 @@ class ContrastSettings:
         mask_same_image: Exclude queue keys of the query's own image; for sets smaller than the queue.
         seed: Seed of queue, shuffles and draws.
         backend: Backend of the loss.
+        queue_dtype: Dtype of the queue, and of q and k in the loss; loss and gradient are float32.
     """
 
     queue: int
@@ -84,6 +90,7 @@ class ContrastSettings:
     mask_same_image: bool = False
     seed: int = 0
     backend: Backend = "auto"
+    queue_dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, config: Config) -> ContrastSettings:
@@ -100,6 +107,7 @@ class ContrastSettings:
             mask_same_image=method.mask_same_image,
             seed=config.seed,
             backend=method.backend,
+            queue_dtype=resolve_queue_dtype(method.queue_dtype, resolve_device(config.training.device)),
         )
 
 
@@ -123,7 +131,7 @@ class MomentumContrast(Method):
         self.settings = settings
         self.encoder = encoder
         self.key_encoder = make_ema_copy(encoder)
-        self.queue = KeyQueue(settings.queue, settings.dim, seed=settings.seed)
+        self.queue = KeyQueue(settings.queue, settings.dim, seed=settings.seed, dtype=settings.queue_dtype)
         #: By direction, this step's keys of the global batch, (B, D), and their image ids, (B,).
         self._keys: list[tuple[Tensor, Tensor]] = []
         self._queued = 0
@@ -138,6 +146,18 @@ class MomentumContrast(Method):
     def replicated(self) -> Mapping[str, nn.Module]:
         """Both encoders and the queue."""
         return {**super().replicated, "queue": self.queue}
+
+    def prepare(self, run: RunInfo) -> None:
+        """Check that what computes the loss is there.
+
+        Raises:
+            ConfigError: ``method.backend`` is triton, and the kernels do not serve this device or these shapes.
+        """
+        if self.settings.backend == "triton":
+            rows = self.queue.rows
+            reason = unserved_by_triton(rows[:0], rows, self.settings.temperature)
+            if reason:
+                raise ConfigError(f"method.backend: found triton, expected auto, blockwise or reference here: {reason}")
 
     def shard(self, views: Views, *, step: int) -> StepInputs:
         """Permute the key views over the global batch, across processes (ShuffleBN)."""
@@ -161,7 +181,7 @@ class MomentumContrast(Method):
     ) -> None:
         """Update the key encoder and compute the keys of the global batch, (B, D), the same on every process."""
         with phase("EMA update"):
-            ema_update(self.key_encoder, self.encoder, momentum)
+            ema_update(self.key_encoder, self.encoder, momentum, backend=self.momentum_backend)
         self._keys.clear()
         with phase("key forward"):
             for views, order in zip(inputs.keys, inputs.orders, strict=True):
@@ -214,7 +234,14 @@ class MomentumContrast(Method):
                 image_ids=image_ids if settings.mask_same_image else None,
                 queue_ids=self.queue.image_ids if settings.mask_same_image else None,
                 backend=settings.backend,
+                operand_dtype=self.operand_dtype,
             )
+
+    @property
+    def operand_dtype(self) -> torch.dtype | None:
+        """Dtype to which the loss rounds queries and keys, that of the queue; None for float32."""
+        dtype = self.settings.queue_dtype
+        return None if dtype == torch.float32 else dtype
 
     def after_step(self, step_ok: Tensor | None = None) -> None:
         """Enqueue the step's keys, unless ``step_ok``, a bool scalar, is false."""
@@ -228,6 +255,47 @@ class MomentumContrast(Method):
     def stream(self) -> int:
         """The version of the kernels' draws if synthetic negatives are drawn."""
         return STREAM if self.settings.schedule.negatives.synthetic else 1
+
+    def kernel_shapes(self, rows: int) -> dict[str, dict[str, Any]]:
+        """Shapes of the loss."""
+        settings, schedule = self.settings, self.settings.schedule
+        last = schedule.epochs - 1
+        return {
+            "loss": loss_shapes(
+                calls=self.calls_of_step(rows),
+                length=settings.queue,
+                dim=settings.dim,
+                negatives=[schedule.at(epoch) for epoch in sorted({0, min(schedule.warmup, last), last})],
+                temperature=settings.temperature,
+                dtype=settings.queue_dtype,
+            )
+        }
+
+    def calls_of_step(self, rows: int) -> list[tuple[int, bool]]:
+        """For each call of the loss in a step of ``rows`` images: B, and whether the same image is masked."""
+        return [(rows, self.settings.mask_same_image)]
+
+    def use_backend(self, kernel: str, backend: str) -> None:
+        """As in `Method.use_backend`."""
+        super().use_backend(kernel, backend)
+        if kernel == "loss":
+            self.settings = replace(self.settings, backend=cast(Backend, backend))
+
+    def adapt_state(self, state: dict[str, Any], *, keep: bool) -> list[str]:
+        """Take over the dtype of the checkpoint's queue, or convert that queue."""
+        rows, wanted = state.get("queue.rows"), self.settings.queue_dtype
+        if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.dtype == wanted:
+            return []
+        found, now = (str(dtype).removeprefix("torch.") for dtype in (rows.dtype, wanted))
+        if keep and rows.dtype in QUEUE_DTYPES:
+            self.settings = replace(self.settings, queue_dtype=rows.dtype)
+            self.queue.rows = self.queue.rows.to(rows.dtype)
+            return [f"method.queue_dtype: the run keeps {found}; a new run would use {now} here"]
+        state["queue.rows"] = rows.to(wanted)
+        return [
+            f"method.queue_dtype: converting the checkpoint's queue from {found} to {now}; "
+            "the run is no longer equal bit for bit"
+        ]
 
     def graph_key(self, epoch: int) -> int:
         """The first epoch with the same negatives."""

@@ -47,6 +47,7 @@ class SimCLR(Method):
         temperature: T.
     """
 
+    views_at_once = 2
     headline: Mapping[str, str] = {"loss": "loss {:.3f}", "top1": "acc {:.1%}"}
 
     def __init__(self, encoder: Encoder, temperature: float) -> None:

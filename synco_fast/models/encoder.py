@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import weakref
 from typing import Any
 
 import timm
@@ -74,8 +75,15 @@ def build_backbone(
             features = int(module.num_features)  # type: ignore[arg-type]
         else:
             raise ConfigError(f"model.backbone: found {name!r}, expected a torchvision or timm model{_nearest(bare)}")
-    except TypeError as error:
-        raise ConfigError(f"model.backbone_args: {name} does not take them ({error})") from error
+    except (ConfigError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # constructors raise what their arguments lead to, such as ZeroDivisionError
+        if not (arguments or isinstance(error, TypeError)):
+            raise
+        reason = (str(error).strip() or "nothing said").splitlines()[0][:160]
+        raise ConfigError(
+            f"model.backbone_args: {name} does not take them ({type(error).__name__}: {reason})"
+        ) from error
     if small_stem:
         _shrink_stem(module, name)
     return split_batch_norm(module, batch_norm_groups), features
@@ -108,22 +116,55 @@ def _shrink_stem(module: nn.Module, name: str) -> None:
     module.maxpool = nn.Identity()
 
 
+def parameters_of(name: str, arguments: dict[str, Any]) -> int:
+    """How many numbers a backbone's weights are, without making them; 0 where nobody knows."""
+    try:
+        with torch.device("meta"):
+            module, _ = build_backbone(name, arguments=arguments)
+    except Exception:  # some constructors compute with their weights; what is wrong is said where they are made
+        return 0
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 @torch.no_grad()
-def check_input(module: nn.Module, size: int, name: str) -> None:
+def check_input(module: nn.Module, size: int, name: str, width: int) -> int:
     """Run one blank image through the backbone, so that an unsupported size is reported before training.
+
+    Args:
+        module: The backbone.
+        size: Side of the image.
+        name: What the message calls the backbone.
+        width: How many features it should give.
+
+    Returns:
+        How many numbers a training step must keep of one image at least: the inputs of convolutions and linear layers.
 
     Raises:
         ConfigError: The backbone does not support images of this size.
     """
+    kept = 0
+    seen: weakref.WeakSet[Tensor] = weakref.WeakSet()  # layers side by side keep one input
+
+    def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal kept
+        if inputs and isinstance(inputs[0], Tensor) and not any(inputs[0] is one for one in seen):
+            kept += inputs[0].numel()
+            seen.add(inputs[0])
+
     was_training = module.training
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     try:
         features = module.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever a model's own checks raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ConfigError(f"augment.size: found {size}, which {name} cannot take ({reason})") from error
     finally:
         module.train(was_training)
-    if features.dim() != 2:
+        for hook in hooks:
+            hook.remove()
+    if features.dim() != 2 or features.shape[1] != width:
         raise ConfigError(
-            f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, expected (B, C)"
+            f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, expected (B, {width})"
         )
+    return kept

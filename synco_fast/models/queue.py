@@ -24,9 +24,10 @@ class KeyQueue(nn.Module):
         length: K.
         dim: D.
         seed: Seed of the random rows.
+        dtype: Dtype of the rows.
 
     Attributes:
-        rows: Keys, (K, D) float32, unit length.
+        rows: Keys, (K, D), unit length before rounding to ``dtype``.
         image_ids: The image of each key, (K,) int64; -1 for a random row.
         pointer: The row of the next key, an int64 scalar.
     """
@@ -35,10 +36,10 @@ class KeyQueue(nn.Module):
     image_ids: Tensor
     pointer: Tensor
 
-    def __init__(self, length: int, dim: int, *, seed: int = 0) -> None:
+    def __init__(self, length: int, dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("rows", normalize(torch.randn(length, dim, generator=generator), dim=1))
+        self.register_buffer("rows", normalize(torch.randn(length, dim, generator=generator), dim=1).to(dtype))
         self.register_buffer("image_ids", torch.full((length,), -1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
@@ -50,6 +51,10 @@ class KeyQueue(nn.Module):
             name = prefix + old.removeprefix("queue.")
             if name in state_dict:
                 state_dict[prefix + new.removeprefix("queue.")] = state_dict.pop(name)
+        pointer = state_dict.get(f"{prefix}pointer", self.pointer)
+        if not 0 <= int(pointer) < len(self):
+            errors = rest[-1]
+            errors.append(f"found {int(pointer)} as {prefix}pointer, expected 0 to {len(self) - 1}")
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()

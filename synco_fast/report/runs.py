@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synco_fast.config import Config, build_config, read_run_config
+from synco_fast.config import Config, build_config
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import read_json
+from synco_fast.runtime.run_config import read_run_config
 from synco_fast.training.metrics import read_metrics
 
 __all__ = ["PROBES", "Run", "mean_and_deviation", "read_run"]
@@ -86,8 +87,8 @@ def read_run(folder: Path) -> Run:
         config=config,
         summary=read_json(folder / "summary.json"),
         environment=read_json(folder / "environment.json"),
-        train=[line for line in lines if line["kind"] == "train"],
-        evaluations=[line for line in lines if line["kind"] == "evaluation"],
+        train=[line for line in lines if line["kind"] == "train" and "epoch" in line],
+        evaluations=[line for line in lines if line["kind"] == "evaluation" and {"epoch", "knn"} <= line.keys()],
         results=results,
     )
 

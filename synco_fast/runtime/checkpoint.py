@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from synco_fast.runtime.errors import CheckpointError
 from synco_fast.runtime.files import atomic_write
+from synco_fast.runtime.finite import not_finite
 from synco_fast.runtime.migrations import migrate_checkpoint
 
-__all__ = ["checkpoints_in", "find_checkpoint", "load_checkpoint", "load_weights", "read_tensors", "save_checkpoint"]
+__all__ = [
+    "check_checkpoint",
+    "checkpoints_in",
+    "find_checkpoint",
+    "is_checkpoint",
+    "load_checkpoint",
+    "load_optimizer",
+    "load_weights",
+    "read_tensors",
+    "save_checkpoint",
+]
 
 #: Incremented when the layout changes incompatibly.
 FORMAT = 1
+#: Words by which `torch.save` says that a file could not be written.
+_UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream", "file write")
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 #: Names that a message lists.
 _LISTED = 6
@@ -31,15 +47,37 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         step: Completed steps.
         state: Tensors and plain values only; `load_checkpoint` refuses everything else.
         keep: Checkpoints to keep.
+
+    Raises:
+        CheckpointError: It cannot be written, such as on a full disk; the room that it needs is named, and the older
+            ones stay.
     """
     target = folder / f"step-{step:08d}.pt"
-    with atomic_write(target) as temporary:
-        torch.save({"format": FORMAT, "step": step, **state}, temporary)
+    for leftover in folder.glob(".step-*"):  # of a killed process; a full disk needs their room
+        leftover.unlink()
+    try:
+        with atomic_write(target) as temporary:
+            torch.save({"format": FORMAT, "step": step, **state}, temporary)
+    except (OSError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not any(word in str(error) for word in _UNWRITTEN):
+            raise
+        raise CheckpointError(f"{target}: {_unwritten(error, folder, state)}") from error
     for old in checkpoints_in(folder)[keep:]:
         old.unlink()
-    for leftover in folder.glob(".step-*"):
-        leftover.unlink()
     return target
+
+
+def _unwritten(error: Exception, folder: Path, state: dict[str, Any]) -> str:
+    """Why a checkpoint could not be written, and what to do."""
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in _tensors(state)}
+    needed, free = sum(storages.values()) / 2**20, shutil.disk_usage(folder).free / 2**20
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:80]
+    kept = checkpoints_in(folder)
+    return (
+        f"found no way to write it ({reason}), expected room for {needed:,.1f} MiB, of which {free:,.1f} MiB are free; "
+        + (f"the newest good checkpoint is {kept[0].name}" if kept else "there is no older one")
+        + f": make room, then --resume {folder.parent}"
+    )
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -57,6 +95,7 @@ def read_tensors(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"checkpoint: found no file {path}")
     try:
+        _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
@@ -67,21 +106,69 @@ def read_tensors(path: Path) -> Any:
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error
 
 
+def _check_sums(path: Path) -> None:
+    """Compare every record of a zip archive with its checksum, which `torch.load` does not.
+
+    Raises:
+        BadZipFile: They differ, or a record is compressed, as `torch.save` never does.
+    """
+    if not zipfile.is_zipfile(path):
+        return  # the format before PyTorch 1.6, or damaged so that torch.load says it
+    with zipfile.ZipFile(path) as archive:
+        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            raise zipfile.BadZipFile("compressed records")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether what `read_tensors` returned is a checkpoint of this program."""
+    return isinstance(content, dict) and type(content.get("format")) is int and content["format"] == FORMAT
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read one checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: The file is missing, cut short, holds more than tensors and plain values, or is no checkpoint
-            of this program.
+        CheckpointError: The file is missing, cut short, holds more than tensors and plain values, is no checkpoint of
+            this program, has no sensible step, or holds NaN.
     """
-    state = read_tensors(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    return check_checkpoint(read_tensors(path), path)
+
+
+def check_checkpoint(state: Any, path: Path) -> dict[str, Any]:
+    """What `read_tensors` returned, in the layout of today; raises as `load_checkpoint`."""
+    if not is_checkpoint(state):
         raise CheckpointError(f"{path}: found no synco-fast checkpoint of format {FORMAT}")
+    step, named = state.get("step"), _NAME.fullmatch(path.name)
+    if type(step) is not int or step < 0 or (named and step != int(named[1])):
+        expected = str(int(named[1])) if named else "a whole number from 0 up"
+        raise CheckpointError(f"{path}: found {str(step)[:40]!r} as its step, expected {expected}")
+    bad = not_finite(_tensors(state), infinite=True)
+    if bad is not None:
+        raise CheckpointError(f"{path}: found NaN in {bad}, expected numbers")
     return migrate_checkpoint(state)
 
 
-def find_checkpoint(path: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """Load the checkpoint at ``path``: a file, or the newest good one of a run folder.
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dictionaries and lists, by its path."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(inner, f"{name}.{key}" if name else str(key))
+
+
+def find_checkpoint(
+    path: Path, accept: Callable[[dict[str, Any], Path], object] = lambda state, path: None
+) -> tuple[dict[str, Any], Path, list[str]]:
+    """The checkpoint that ``path`` means: a file, or the newest good one of a run folder.
+
+    Args:
+        path: A file or folder.
+        accept: Called with content and path of each that can be read; one for which it raises `CheckpointError` gives
+            way to an older one too.
 
     Returns:
         Content, path, and a line about each newer one that is damaged.
@@ -90,16 +177,23 @@ def find_checkpoint(path: Path) -> tuple[dict[str, Any], Path, list[str]]:
         CheckpointError: None can be read.
     """
     if path.is_file():
-        return load_checkpoint(path), path, []
+        state = load_checkpoint(path)
+        accept(state, path)
+        return state, path, []
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: found no file or run folder {path}")
     problems: list[str] = []
     for candidate in checkpoints_in(path / "checkpoints") or checkpoints_in(path):
         try:
-            return load_checkpoint(candidate), candidate, problems
+            state = load_checkpoint(candidate)
+            accept(state, candidate)
+            return state, candidate, problems
         except CheckpointError as error:
             problems.append(str(error))
-    raise CheckpointError(problems[0] if problems else f"checkpoint: found none in {path}")
+    if not problems:
+        raise CheckpointError(f"checkpoint: found none in {path}")
+    older = f", and {len(problems) - 1} older no better" if problems[1:] else ""
+    raise CheckpointError(f"{problems[0]}{older}: restore it from a copy, or start a new run")
 
 
 def load_weights(
@@ -145,7 +239,56 @@ def load_weights(
         )
     if problems:
         raise CheckpointError(f"{file}: found weights of another architecture than {name}: it {'; it '.join(problems)}")
-    module.load_state_dict(dict(state))
+    # What a network holds beside finite numbers from the start, such as a mask of -inf, is no damage.
+    bad = [key for key in own if not torch.isfinite(state[key]).all() and torch.isfinite(own[key]).all()]
+    if bad:
+        raise CheckpointError(f"{file}: found NaN or infinity in {_listed(bad)}, expected numbers")
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:  # a value that a module refuses
+        raise CheckpointError(f"{file}: {str(error).splitlines()[-1].strip()}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, file: Path | str) -> None:
+    """Load what an optimizer remembers, strictly; its settings, such as weight decay, stay its own.
+
+    Args:
+        optimizer: What is loaded into; unchanged where anything differs.
+        state: Its ``state_dict`` of then.
+        file: Where it was read, for the message.
+
+    Raises:
+        CheckpointError: It is that of another optimizer or of other parameters, or holds what is not finite.
+    """
+    parameters = [[*group["params"]] for group in optimizer.param_groups]
+    try:
+        numbers = [[*group["params"]] for group in state["param_groups"]]
+        kept = [(state["state"].get(number, {}), own) for number, own in _pairs(numbers, parameters)]
+        for values, own in kept:
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and (value.shape, value.dtype) != (own.shape, own.dtype):
+                    raise ValueError(
+                        f"{name} of shape {tuple(value.shape)} in {value.dtype}, expected {tuple(own.shape)} in "
+                        f"{own.dtype}"
+                    )
+                if isinstance(value, Tensor) and not torch.isfinite(value).all():
+                    raise ValueError(f"NaN or infinity in {name}, expected numbers")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"none that can be read ({error!r})"
+        raise CheckpointError(f"{file}: optimizer: found {reason}") from error
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own_settings in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own_settings)
+
+
+def _pairs(numbers: list[list[Any]], parameters: list[list[Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """What each parameter is called in the state, and the parameter."""
+    if [len(group) for group in numbers] != [len(group) for group in parameters]:
+        found, expected = (sum(map(len, groups)) for groups in (numbers, parameters))
+        raise ValueError(f"the state of {found} parameters, expected {expected} in as many groups")
+    for names, group in zip(numbers, parameters, strict=True):
+        yield from zip(names, group, strict=True)
 
 
 def _fits(found: torch.dtype, own: torch.dtype, *, cast: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from synco_fast.data.files import atomic_write
 from synco_fast.runtime.errors import UserError
 
-__all__ = ["atomic_write", "check_writable", "read_json", "write_json", "write_text"]
+__all__ = ["UNWRITABLE", "atomic_write", "check_writable", "read_json", "write_json", "write_text"]
+
+#: What a system says that has no room left, or lets this user write no longer.
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Number formats of the encoders; projection head, embeddings and loss stay in float32."""
+"""Number formats of the encoders; projection head, embeddings, loss and its gradient stay in float32."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import nn
 
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["Precision", "resolve_device"]
+__all__ = ["QUEUE_DTYPES", "Precision", "memory_format", "resolve_device", "resolve_queue_dtype"]
 
+#: Dtypes of a queue.
+QUEUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,6 +34,14 @@ def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def resolve_queue_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a CUDA device that computes in it at speed, else float32; other names are dtypes."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" and _has_fast_bf16(device) else "float32"
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 class Precision:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from yaml.nodes import MappingNode, Node
@@ -58,8 +58,6 @@ def parse_yaml(text: str, name: str) -> Any:
         line = text.count("\n", 0, error.position) + 1
         column = error.position - text.rfind("\n", 0, error.position)
         raise ConfigError(f"{name}, line {line}, column {column}: {error.reason}, expected text") from error
-    except (ValueError, OverflowError) as error:  # a date or a number that Python cannot hold
-        raise ConfigError(f"{name}: {_one_line(str(error))}") from error
 
 
 def _one_line(text: str | None) -> str:
@@ -95,6 +93,15 @@ class _Loader(yaml.SafeLoader):
             self._refuse(event, f"found more than {_NODES:,} values (aliases counted in full), expected fewer")
         return node
 
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        """Say where a value is that its tag or its digits do not fit, such as ``!!bool maybe`` or a 13th month."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, OverflowError) as error:
+            self._refuse(node, str(error))
+        except (KeyError, IndexError, AttributeError, TypeError):  # of PyYAML's own constructors
+            self._refuse(node, f"found no {node.tag.rpartition(':')[2]} behind its tag")
+
     def flatten_mapping(self, node: MappingNode) -> None:
         """Refuse a repeated key, before merge keys are expanded."""
         seen: set[Any] = set()
@@ -110,7 +117,7 @@ class _Loader(yaml.SafeLoader):
         super().flatten_mapping(node)
 
     @staticmethod
-    def _refuse(where: Any, problem: str) -> None:
+    def _refuse(where: Any, problem: str) -> NoReturn:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 

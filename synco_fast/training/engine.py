@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,14 @@ from synco_fast.data.seeding import derive_seed
 from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_method
 from synco_fast.models.encoder import Encoder
+from synco_fast.runtime.checkpoint import load_optimizer
 from synco_fast.runtime.distributed import DistEnv
+from synco_fast.runtime.finite import not_finite
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, keep_compile_cache
+from synco_fast.training.forms import Form
 from synco_fast.training.metrics import RunningMeans
 from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
 from synco_fast.training.statistics import RunningStatistics
@@ -58,6 +62,7 @@ class Engine:
         encode: The method's wrapped networks.
         means: Metrics averaged since the last `RunningMeans.pop`.
         skipped: Counts the steps that were skipped.
+        forms: Implementations of loss, batch norm and EMA update, set by `choose_forms`.
 
     Raises:
         ConfigError: The configuration does not work here.
@@ -72,7 +77,8 @@ class Engine:
         note: Callable[[str], None] = lambda line: None,
     ) -> None:
         training, optimizer = config.training, config.optimizer
-        self.config, self.env = config, env
+        self.config, self.env, self.note = config, env, note
+        self.forms: dict[str, Form] = {}
         self.device = resolve_device(training.device)
         self.precision = Precision(training.precision, self.device)
         self.method: Method = build_method(config, processes=env.world).to(self.device)
@@ -89,6 +95,8 @@ class Engine:
         self.statistics = RunningStatistics(*self.method.statistics)
         self.skipped = SkippedSteps(self.device)
         self.means = RunningMeans()
+        #: What is infinite from the start, such as a mask, is no sign of divergence.
+        self._unbounded = {name for name, value in self._named() if not_finite([(name, value)])}
         self.steps = steps_per_epoch * training.epochs
         self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
         self._query = self._on_all_processes(self.trainable)
@@ -242,9 +250,18 @@ class Engine:
 
     # -- figures ------------------------------------------------------------------------------------------------
 
-    def finite(self) -> bool:
-        """Whether every parameter is finite; waits for the device."""
-        return all(bool(torch.isfinite(parameter).all()) for parameter in self.method.parameters())
+    def not_finite(self) -> str | None:
+        """The first parameter, buffer or optimizer state that holds NaN or infinity; waits for the device."""
+        return not_finite(pair for pair in self._named() if pair[0] not in self._unbounded)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that the steps move, by name."""
+        yield from self.method.state_dict().items()
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.trainable.named_parameters()}
+        for parameter, kept in self.optimizer.state.items():
+            for what, value in kept.items():
+                if isinstance(value, Tensor):
+                    yield f"{what} of {names.get(parameter, 'a parameter')}", value.to(self.device)
 
     def figures(self, step: int) -> dict[str, float]:
         """Further values of a log line; waits for the device.
@@ -279,7 +296,8 @@ class Engine:
         total = torch.zeros((), dtype=torch.int64, device=self.device)
         for module in self.method.replicated.values():
             for tensor in [*module.parameters(), *(buffer for buffer in module.buffers() if id(buffer) not in local)]:
-                words = tensor.detach().contiguous().reshape(-1).view(torch.int32).to(torch.int64)
+                kind = torch.int16 if tensor.element_size() == 2 else torch.int32
+                words = tensor.detach().contiguous().reshape(-1).view(kind).to(torch.int64)
                 places = torch.arange(1, 2 * len(words), 2, device=self.device)
                 total = total * 31 + (words * places).sum()
         return int(total)
@@ -297,15 +315,19 @@ class Engine:
             **({"extra": extra} if extra else {}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a checkpoint, except the method's weights, which the caller loads."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
+        """Load the checkpoint at ``path``, except the method's weights, which the caller loads.
+
+        Raises:
+            CheckpointError: The optimizer's state is that of another optimizer or of other parameters.
+        """
+        load_optimizer(self.optimizer, state["optimizer"], path)
         if self.graphed:
             self._rates_on_device()
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
         if "extra" in state:
-            self.method.load_extra_state(state["extra"])
+            self.method.load_extra_state(state["extra"], path)
         if "skipped" in state:
             self.skipped.load_state_dict(state["skipped"])
 

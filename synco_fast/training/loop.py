@@ -11,7 +11,8 @@ from rich.console import Console
 
 from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, save_checkpoint
 from synco_fast.runtime.distributed import lost_process
-from synco_fast.runtime.errors import DivergedError, LostProcessError
+from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError, LostProcessError, UserError
+from synco_fast.runtime.files import UNWRITABLE
 from synco_fast.training.metrics import MetricLog, open_log
 from synco_fast.training.progress import Reporter
 from synco_fast.training.run_folder import describe_run
@@ -22,6 +23,9 @@ from synco_fast.training.throughput import Throughput
 __all__ = ["Trainer"]
 
 SummaryT = TypeVar("SummaryT")
+
+#: What a part of a checkpoint that is missing or of another type leads to.
+_DAMAGE = (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError)
 
 
 class Trainer(Generic[SummaryT]):
@@ -64,9 +68,14 @@ class Trainer(Generic[SummaryT]):
         self._save_due = False
         self.throughput = Throughput(task.settings.batch, task.settings.settling)
         self.stopping = StopSignals(self.control, task.settings.max_time)
+        # Printed at once until the progress bar takes over: the first use of a GPU takes a while.
+        task.note.show_by(self._print)
         if resume is not None:
             self._load(resume)
         task.begin(folder, fresh=self.step == 0)
+
+    def _print(self, line: str, style: str | None) -> None:
+        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -74,13 +83,14 @@ class Trainer(Generic[SummaryT]):
         """Train to the end, or until SIGTERM, SIGINT or the time limit; then write a checkpoint and the summary.
 
         Raises:
-            DivergedError: Too many consecutive steps had non-finite gradients; the last good checkpoint is kept.
+            DivergedError: Too many consecutive steps had non-finite gradients, or what they led to is not finite; the
+                last good checkpoint is kept.
             DataError: More images are corrupt than the configuration allows.
             LostProcessError: Another process of the job is gone.
         """
         task, settings = self.task, self.task.settings
         if self.env.is_main:
-            describe_run(self.folder, task.config)
+            describe_run(self.folder, task.config, task.facts)
         config = task.config.model_dump(mode="json")
         self.log: MetricLog = open_log(self.folder, self.step, config, wandb=settings.wandb, writes=self.env.is_main)
         self.reporter = Reporter(self.console, self.steps, self.step)
@@ -98,6 +108,10 @@ class Trainer(Generic[SummaryT]):
         except RuntimeError as error:
             if self.env.world > 1 and lost_process(error):
                 raise self._lost(error) from error
+            raise
+        except OSError as error:
+            if error.errno in UNWRITABLE:
+                raise self._unwritten(error) from error
             raise
         finally:
             task.close()
@@ -161,21 +175,28 @@ class Trainer(Generic[SummaryT]):
         """The number of consecutive skipped steps up to now.
 
         Raises:
-            DivergedError: More steps were skipped than the limit, a parameter is non-finite, or the run ends with a
-                skipped step.
+            DivergedError: More steps were skipped than the limit, a parameter is non-finite, or the run ends with many
+                skipped steps.
         """
         settings = self.task.settings
         _, row, first = self.task.skipped.read()
-        within = row <= settings.max_skipped and self.step < self.steps
-        if not row or (within and self.task.finite()):
+        limit, name = settings.max_skipped, settings.max_skipped_key
+        allowed = f"{name}={limit}"
+        if self.step == self.steps and limit > max(1, self.step // 4):
+            # A skipped step changes nothing: one at the very end costs nothing. A last quarter of them is divergence.
+            limit = max(1, self.step // 4)
+            allowed = f"{limit} at the end of the run"
+        if not row or (row <= limit and self.task.not_finite() is None):
             return row
-        newest = checkpoints_in(self.folder / "checkpoints")
-        raise DivergedError(
-            f"training diverged: non-finite gradients from step {self.task.describe_step(first)}, {row} "
-            f"step{'s' if row > 1 else ''} skipped (limit {settings.max_skipped_key}={settings.max_skipped}); "
-            + (f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written")
-            + f"; try {self.task.advice()}"
+        raise self._diverged(
+            f"non-finite gradients from step {self.task.describe_step(first)}, {row} "
+            f"step{'s' if row > 1 else ''} skipped (limit {allowed})"
         )
+
+    def _diverged(self, how: str) -> DivergedError:
+        newest = checkpoints_in(self.folder / "checkpoints")
+        last = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written"
+        return DivergedError(f"training diverged: {how}; {last}; try {self.task.advice()}")
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -183,8 +204,16 @@ class Trainer(Generic[SummaryT]):
         return self.step == self.steps or self.task.checkpoint_due(self.step)
 
     def _save(self) -> None:
-        """Write a checkpoint; after a skipped step, wait for a good one."""
-        self._save_due = self._check_skipped() > 0
+        """Write a checkpoint; after a skipped step, wait for a good one, except at the end of the run and at a stop.
+
+        Raises:
+            DivergedError: As `_check_skipped`, or a weight or statistic is not finite.
+            CheckpointError: The checkpoint cannot be written, such as on a full disk.
+        """
+        row = self._check_skipped()
+        self._save_due = row > 0 and self.step < self.steps and not self.stopping.agreed
+        if row and self.step == self.steps:
+            self.task.note(f"the last {row} steps were skipped: their gradients were not finite")
         self._check_agreement()
         if self._save_due:
             return
@@ -193,6 +222,9 @@ class Trainer(Generic[SummaryT]):
             **self.throughput.state_dict(),
             "evaluated_at": self.evaluated_at,
         }
+        bad = self.task.not_finite()  # after the statistics were averaged, so that all processes find the same
+        if bad is not None:
+            raise self._diverged(f"found NaN or infinity in {bad} after step {self.task.describe_step(self.step - 1)}")
         if self.env.is_main:
             save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.settings.keep)
         self.control.broadcast(None)
@@ -213,20 +245,47 @@ class Trainer(Generic[SummaryT]):
         if resume.is_dir() and (resume / "config.yaml").exists() and not checkpoints_in(resume / "checkpoints"):
             self.task.note(f"{resume} holds no checkpoint yet: starting at the first step")
             return
-        state, path, problems = find_checkpoint(resume)
+        state, path, problems = find_checkpoint(resume, self._take_over)
         for problem in problems:
             self.task.note(f"{problem}; resuming from an older one")
-        self.task.load_state_dict(state, path)
-        self.throughput.load_state_dict(state)
         self.step = state["step"]
         self.evaluated_at = state.get("evaluated_at", self.step)
-        self.task.note(f"resumed from {path} at step {self.step} of {self.steps}")
+        if self.step > self.steps:
+            raise ConfigError(
+                f"resume: found {path} of step {self.step}, beyond the {self.steps} steps that are asked for, expected "
+                "at least as many; give the run more epochs or steps"
+            )
+        left = "" if self.step < self.steps else ": nothing is left to train"
+        self.task.note(f"resumed from {path} at step {self.step} of {self.steps}{left}")
+
+    def _take_over(self, state: dict[str, Any], path: Path) -> None:
+        """Load what decides the steps to come.
+
+        Raises:
+            CheckpointError: A part is missing or is not what it should be.
+            ConfigError: The run that wrote it had settings that cannot change.
+        """
+        try:
+            self.task.load_state_dict(state, path)
+            self.throughput.load_state_dict(state)
+        except _DAMAGE as error:
+            reason = (str(error).strip() or "nothing said").splitlines()[0][:120]
+            raise CheckpointError(f"{path}: found a damaged part ({type(error).__name__}: {reason})") from error
 
     def _how_to_resume(self) -> str:
         newest = checkpoints_in(self.folder / "checkpoints")
         if not newest:
             return "no checkpoint was written"
         return f"the newest checkpoint is {newest[0]}: resume with --resume {self.folder}"
+
+    def _unwritten(self, error: OSError) -> UserError:
+        """What to do where a file of the run cannot be written."""
+        newest = checkpoints_in(self.folder / "checkpoints")
+        needed = f"; a checkpoint takes {newest[0].stat().st_size / 2**20:,.1f} MiB" if newest else ""
+        where = error.filename or self.folder
+        return UserError(
+            f"{where}: found no way to write it at step {self.step} ({error.strerror}){needed}; {self._how_to_resume()}"
+        )
 
     def _lost(self, error: RuntimeError) -> LostProcessError:
         reason = str(error).strip().splitlines()[0][:160]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from synco_fast.runtime.distributed import mean_over_ranks
-from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.runtime.files import write_text
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "open_log",
     "read_metrics",
 ]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 40
 
 
 class RunningMeans:
@@ -207,14 +211,39 @@ def open_log(
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.jsonl``; an incomplete last line is omitted."""
+    """The lines of a run's ``metrics.jsonl``; an incomplete last line is omitted.
+
+    Raises:
+        UserError: A line is not what `JsonlLogger` writes; its number and the reason are named.
+    """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         return []
+    *whole, rest = path.read_bytes().split(b"\n")
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, raw in enumerate((*whole, rest), start=1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            if raw.strip():
+                lines.append(_metrics_line(raw))
+        except ValueError as error:
+            if number <= len(whole):
+                raise UserError(f"{path}, line {number}: {error}; delete that line, or the file") from error
     return lines
+
+
+def _metrics_line(raw: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError("found no JSON, expected an object") from error
+    if not isinstance(line, dict):
+        raise ValueError(f"found {type(line).__name__}, expected an object")
+    step = line.get("step")
+    if type(step) is not int or step < 0:
+        raise ValueError(f"found {_SHORT.repr(step)} as its step, expected a whole number from 0 up")
+    if not isinstance(line.get("kind"), str):
+        raise ValueError(f"found {_SHORT.repr(line.get('kind'))} as its kind, expected train or evaluation")
+    for name, value in line.items():
+        if name != "kind" and not (isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 63)):
+            raise ValueError(f"found {_SHORT.repr(value)} as its {_SHORT.repr(name)}, expected a number")
+    return line

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from synco_fast.config import Config, EvaluationConfig
+from synco_fast.config import Config, EvaluationConfig, TrainingConfig, build_config
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch
+from synco_fast.data.pipelines.build import choose_pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
+from synco_fast.data.workers import available_cores
 from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
-from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.migrations import OldLayoutWarning
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.bad_images import CorruptImages
+from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
 from synco_fast.training.metrics import MetricLog
 from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.plots import draw_pairs
@@ -31,6 +37,9 @@ from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
 
 __all__ = ["Curves", "Evaluate", "Evaluation", "Pretraining", "Watch"]
+
+#: More would hang a machine before the first batch; a network disk that is slow is read well by fewer.
+_WORKERS_A_CORE = 32
 
 Watch = Callable[[Sequence[float], Sequence[float]], str | None]
 """Takes `Curves.top1` and `Curves.similarity`; returns a warning or None."""
@@ -110,6 +119,7 @@ class Pretraining:
             nothing is evaluated, regardless of ``evaluation.every``.
         watch: Called with the curves at every log line, such as `synco_fast.evaluation.health.contraction`; the first
             text that it returns is shown as a warning.
+        limits: Its ``max_steps`` and ``max_time`` apply to this start of the run alone; the configuration's by default.
 
     Attributes:
         source: All images.
@@ -127,6 +137,7 @@ class Pretraining:
         control: HostGroup | None = None,
         evaluate: Evaluate | None = None,
         watch: Watch | None = None,
+        limits: TrainingConfig | None = None,
     ) -> None:
         training = config.training
         self.config, self.control = config, control or HostGroup(DistEnv())
@@ -143,29 +154,36 @@ class Pretraining:
         self._train = share_of(self.source.train, config.data.fraction)
         self.engine = Engine(config, len(self._train) // training.batch, self.env, note=self.note)
         self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
+        most = _WORKERS_A_CORE * available_cores()
+        if (config.data.workers or 0) > most:
+            raise ConfigError(f"data.workers: found {config.data.workers}, expected up to {most} on this machine")
         self.pipeline = open_pipeline(
             config, self._train, device=self.device, dtype=self.engine.precision.dtype, env=self.env
         )
         self.steps_per_epoch = len(self.pipeline)
-        steps = self.steps_per_epoch * training.epochs
+        steps, limits = self.steps_per_epoch * training.epochs, limits or training
         self.settings = TrainerSettings(
-            steps=steps if training.max_steps is None else min(steps, training.max_steps),
+            steps=steps if limits.max_steps is None else min(steps, limits.max_steps),
             batch=training.batch,
             log_every=training.log_every,
             keep=training.keep,
             max_skipped=training.max_skipped,
             max_skipped_key="training.max_skipped",
-            max_time=training.max_time,
+            max_time=limits.max_time,
             settling=self.engine.settling,
             wandb=training.wandb,
         )
         self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
+        self._kept: dict[str, Any] | None = None
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
-        """Let the method read its data."""
+        """Choose the implementation of each part of a step, and let the method read its data."""
         self._folder = folder
+        choose_forms(self.engine, self.control, kept=self._kept)
+        views = choose_pipeline(self.config.data.pipeline, self._train, self.device)
+        self.engine.forms["views"] = Form(views, f"data.pipeline={self.config.data.pipeline}")
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
 
@@ -191,13 +209,18 @@ class Pretraining:
         """One step of the engine."""
         self.engine.step(batch, step, step // self.steps_per_epoch)
 
-    def finite(self) -> bool:
-        """Whether every parameter is finite."""
-        return self.engine.finite()
+    def not_finite(self) -> str | None:
+        """The first parameter or buffer that holds NaN or infinity."""
+        return self.engine.not_finite()
 
     def replica_hash(self) -> int:
         """That of the engine."""
         return self.engine.replica_hash()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """``forms``: the implementation of each part of a step, and why."""
+        return {"forms": {part: asdict(form) for part, form in self.engine.forms.items()}}
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
@@ -283,30 +306,40 @@ class Pretraining:
             "steps_per_epoch": self.steps_per_epoch,
             "stream": self.method.stream,
             "corrupt": self.corrupt_images.state_dict(),
+            "forms": forms_state(self.engine),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
         """Load from a checkpoint.
 
         Raises:
-            CheckpointError: Its architecture or the length of its epochs differs, or its synthetic negatives were drawn
-                by an older version.
+            CheckpointError: It is damaged, or its architecture differs.
+            ConfigError: A setting that cannot change during a run differs, the length of its epochs differs, or its
+                synthetic negatives were drawn by an older version.
         """
         if "method" not in state:
             raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of pretrain")
+        changes = explain_changes(_settings(state, path), self.config.model_dump(mode="json"), path)
+        # `auto` is for new runs; on the same device a resumed run keeps its dtype.
+        keep = self.config.method.queue_dtype == "auto" and chosen_here(state.get("forms", {}), self.device)
+        notes = self.method.adapt_state(state["method"], keep=keep) if isinstance(state["method"], dict) else []
         load_weights(self.method, state["method"], path)
         if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{path}: found {state['steps_per_epoch']} steps an epoch, expected {self.steps_per_epoch}: resume "
                 "with the batch and the number of images that the run started with"
             )
         if state.get("stream", 1) != self.method.stream:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{path}: found synthetic negatives drawn by version {state.get('stream', 1)}, expected version "
                 f"{self.method.stream}: start a new run; this one can be evaluated and exported"
             )
-        self.engine.load_state_dict(state)
+        self.engine.load_state_dict(state, path)
         self.corrupt_images.load_state_dict(state["corrupt"])
+        forms = state.get("forms", {})
+        self._kept = {**forms, "names": dict(forms.get("names", {}))}
+        for line in [*notes, *([changes] if changes else [])]:
+            self.note(line)
 
     def close(self) -> None:
         """Close the pipeline."""
@@ -325,5 +358,16 @@ class Pretraining:
             finished=finished,
             throughput=throughput,
             corrupt=len(self.corrupt_images),
+            forms=self.facts["forms"],
             writes=self.env.is_main,
         )
+
+
+def _settings(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint, with every key of today."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OldLayoutWarning)  # said already of config.yaml
+            return build_config(state["config"]).model_dump(mode="json")
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: found settings in it that cannot be read ({error})") from error

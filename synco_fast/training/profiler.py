@@ -14,9 +14,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from synco_fast.config import Config
 from synco_fast.data.sources.open import open_source
+from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.phases import PHASES, Mark, mark, phase, recorded_by, seconds_between
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import choose_forms
 from synco_fast.training.pipeline import open_pipeline
 
 __all__ = ["PhaseClock", "profile_step"]
@@ -96,6 +98,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     split = open_source(config.data.source, config.data.limits).train
     notes: list[str] = []
     engine = Engine(config, len(split) // config.training.batch, note=notes.append)
+    choose_forms(engine, HostGroup(DistEnv()))
     pipeline = open_pipeline(config, split, device=engine.device, dtype=engine.precision.dtype)
     clock = PhaseClock(engine.device)
     number, epoch, batches = 0, 0, iter(pipeline)

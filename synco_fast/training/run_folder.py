@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from synco_fast.data.sources.open import Source
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.runtime.files import write_json, write_text
+from synco_fast.runtime.files import check_writable, write_json
+from synco_fast.runtime.run_config import holds_run, write_run_config
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_curves
 from synco_fast.training.task import RunConfig
@@ -26,7 +28,7 @@ class Summary:
     """The summary of a run; fractions are in [0, 1], None if nothing was evaluated.
 
     ``finished`` is false if the run was stopped. ``images_per_second`` counts only training steps, without the first
-    few, evaluations and checkpoints.
+    few, evaluations and checkpoints. ``forms`` names the implementation of each part of a step, and why it was chosen.
     """
 
     method: str
@@ -41,6 +43,7 @@ class Summary:
     data_wait: float
     training_seconds: float
     corrupt_images: int
+    forms: dict[str, dict[str, str]]
     run: str
     checkpoint: str
     curves: str
@@ -58,20 +61,29 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
         ConfigError: The folder already holds a run, or is a file.
     """
     folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (folder / "config.yaml").exists():
+    if holds_run(folder):
         raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to resume it")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
+    check_writable(folder, "out")
     return folder
 
 
-def describe_run(folder: Path, config: RunConfig) -> None:
-    """Create the run folder and write ``config.yaml`` and ``environment.json`` into it; a resumed run keeps its own."""
+def describe_run(folder: Path, config: RunConfig, facts: Mapping[str, Any] | None = None) -> None:
+    """Create the run folder and write the settings of the run into it, also those that a resumed run was given.
+
+    ``config.yaml`` is written again if the configuration has changed, ``environment.json`` if there is none.
+
+    Args:
+        folder: The run folder.
+        config: Its configuration.
+        facts: Further entries of ``environment.json``.
+    """
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        write_text(folder / "config.yaml", config.to_yaml())
-        write_json(folder / "environment.json", describe_environment())
+    write_run_config(folder, config.to_yaml())
+    if not (folder / "environment.json").exists():
+        write_json(folder / "environment.json", {**describe_environment(), **(facts or {})})
 
 
 def close_run(
@@ -84,6 +96,7 @@ def close_run(
     finished: bool,
     throughput: Throughput,
     corrupt: int,
+    forms: dict[str, dict[str, str]],
     writes: bool = True,
 ) -> Summary:
     """Draw the curves and write ``summary.json``.
@@ -94,10 +107,11 @@ def close_run(
         steps_per_epoch, step, finished: Its progress.
         throughput: Its throughput.
         corrupt: Number of corrupt images.
+        forms: By part of a step, ``name`` of its implementation and ``why`` it was chosen.
         writes: Whether this process writes; otherwise the summary is only returned.
     """
     lines = read_metrics(folder)
-    knn = [line["knn"] for line in lines if line["kind"] == "evaluation"]
+    knn = [line["knn"] for line in lines if line["kind"] == "evaluation" and "knn" in line]
     classes = source.validation.classes if source.validation else None
     chance = 1 / len(classes) if classes and knn else None
     curves = folder / "plots" / "curves.png"
@@ -115,6 +129,7 @@ def close_run(
         data_wait=throughput.data_wait,
         training_seconds=throughput.training,
         corrupt_images=corrupt,
+        forms=forms,
         run=str(folder),
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -96,6 +96,11 @@ class Task(Protocol[SummaryT]):
         """The configuration, saved in the run folder."""
         ...
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Entries of ``environment.json`` beside versions and device; final after `begin`."""
+        ...
+
     control: HostGroup
     settings: TrainerSettings
     device: torch.device
@@ -120,8 +125,8 @@ class Task(Protocol[SummaryT]):
         """One step, counted from 0."""
         ...
 
-    def finite(self) -> bool:
-        """Whether every parameter is finite; waits for the device."""
+    def not_finite(self) -> str | None:
+        """The first parameter or buffer that holds NaN or infinity; waits for the device."""
         ...
 
     def replica_hash(self) -> int:

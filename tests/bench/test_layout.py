@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from synco_fast.bench import subjects
+from tests.support.layout import folders
 
 ROOT = Path(__file__).resolve().parents[2]
 #: A finder that knows of no pydantic, and of no configuration, which rests on it.
@@ -65,5 +66,6 @@ def test_studies_are_not_installed(monkeypatch):
     found = {}
     monkeypatch.setattr(setuptools, "setup", lambda **named: found.update(named))
     runpy.run_path(str(ROOT / "setup.py"))
+    assert found["package_dir"] == folders(), "what links and copies are made by is what is installed"
     packages = [name for name in found["packages"] if name.startswith("synco_fast.bench")]
     assert packages == ["synco_fast.bench", "synco_fast.bench.baselines", "synco_fast.bench.cost"]

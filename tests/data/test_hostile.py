@@ -131,11 +131,13 @@ def test_a_list_may_name_anything_and_every_read_ends(tmp_path, kind):
     assert list(batch.corrupt) == [1]
 
 
-@pytest.mark.parametrize("prefix", ["list:", "tar:", ""])
+@pytest.mark.parametrize("prefix", ["list:", "tar:", "parquet:", ""])
 def test_a_source_that_is_a_pipe_is_an_error_and_stalls_nothing(tmp_path, prefix):
-    if prefix == "tar:":
-        os.mkfifo(tmp_path / "a.tar")
-        spec = f"tar:{tmp_path}"
+    if prefix in ("tar:", "parquet:"):
+        if prefix == "parquet:":
+            pytest.importorskip("pyarrow")
+        os.mkfifo(tmp_path / f"a.{prefix[:-1]}")
+        spec = f"{prefix}{tmp_path}"
     else:
         os.mkfifo(tmp_path / "pipe")
         spec = f"{prefix}{tmp_path / 'pipe'}"
@@ -259,6 +261,15 @@ def test_dali_evaluates_lines_of_pixels_as_pillow_does(tmp_path):
     ((ours, *_),) = dali_evaluation(split, Recipe(size=24), batch=2, workers=0)
     ((theirs, *_),) = evaluation_loader(split, Recipe(size=24), batch=2, workers=0)
     assert (ours.int() - theirs.int()).abs().float().mean() < 1
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "JPEG2000"])
+def test_a_name_does_not_make_another_format_an_image(kind):
+    """PostScript is a program, and Pillow would have it run."""
+    file = io.BytesIO()
+    photo(20, 20).save(file, kind)
+    with pytest.raises(CorruptImageError, match=r"^a\.png: not an image in a format that can be read$"):
+        decode_image(file.getvalue(), "a.png")
 
 
 # -- what is not read -------------------------------------------------------------------------------------------------

@@ -143,6 +143,13 @@ def test_crops_of_tiny_and_extreme_images_fit(size):
     assert (left + width <= size[1]).all()
 
 
+@pytest.mark.parametrize("ratio", [(0.01, 0.01), (100, 100), (0.01, 100)])
+def test_every_crop_holds_a_pixel_whatever_the_ratio(ratio):
+    _, _, height, width = draw(Recipe(ratio=ratio), size=(40, 44)).crop.T
+    assert height.min() >= 1
+    assert width.min() >= 1
+
+
 def test_parts_that_the_recipe_leaves_out_change_nothing():
     still = Recipe(brightness=0, contrast=0, saturation=0, hue=0, grayscale_probability=0, blur_probability=0)
     views = draw(still)

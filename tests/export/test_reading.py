@@ -67,7 +67,7 @@ def test_differing_names_are_listed(make_run, tmp_path):
     del method["encoder.backbone.bn1.weight"], method["encoder.backbone.bn1.bias"]
     method["encoder.backbone.wings"] = torch.ones(1)
     method["encoder.backbone.conv1.weight"] = torch.ones(2, 2)
-    file = save_checkpoint(tmp_path / "other", 1, state, keep=1)
+    file = save_checkpoint(tmp_path / "other", 8, state, keep=1)
     with pytest.raises(CheckpointError) as caught:
         synco_fast.load_backbone(file)
     assert "another architecture than timm/resnet18: it lacks bn1.bias, bn1.weight" in str(caught.value)

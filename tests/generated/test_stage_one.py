@@ -14,8 +14,9 @@ from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonit
 from synco_fast.generated.config import build_generator_config
 from synco_fast.generated.discriminator import Discriminator
 from synco_fast.generated.kid import KID, Features
+from synco_fast.runtime import memory
 from synco_fast.runtime.checkpoint import find_checkpoint
-from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError
+from synco_fast.runtime.errors import ConfigError, DivergedError
 from synco_fast.training.metrics import read_metrics
 
 from ..support.training import assert_identical, figures, pretrain, screen, stop_after
@@ -126,12 +127,23 @@ def test_what_is_not_finite_stops_with_the_last_good_checkpoint(small, tmp_path)
     assert all(torch.isfinite(value).all() for value in state["discriminator"].values())
 
 
-def test_another_architecture_is_named(small, tmp_path):
+def test_another_architecture_is_named_and_other_changes_are_said(small, tmp_path):
     trainer(small(), tmp_path / "run").run()
-    with pytest.raises(CheckpointError, match="another architecture"):
+    with pytest.raises(ConfigError, match="width: found 8, expected 4 as in "):
         trainer(small(width=8), tmp_path / "run", resume=tmp_path / "run")
+    console, text = screen()
+    run = trainer(small(r1=0.5), tmp_path / "run", resume=tmp_path / "run", console=console)
+    run.task.note.show_by(lambda line, style: text.write(line))
+    assert "changed since step-00000006.pt: r1 0.1 -> 0.5" in text.getvalue()
     with pytest.raises(ConfigError, match="batch: found 99, expected up to 33"):
         trainer(small(batch=99), tmp_path / "other")
+
+
+def test_networks_beyond_memory_are_refused_with_the_figure(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 28)
+    says = r"^width: found 256 with latent 16 for a generator and a discriminator, which takes [\d.]+ GiB or more, "
+    with pytest.raises(ConfigError, match=says):
+        trainer(small(width=256, latent=16), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

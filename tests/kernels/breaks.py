@@ -281,10 +281,26 @@ BREAKS = (
     Break(
         "operator: forward-mode derivatives are 0",
         "kernels/ops.py",
-        "unpack_dual(q).tangent is not None",
-        "False",
+        " or forward_ad._current_level >= 0",
+        "",
         ("tests/kernels/test_transforms.py",),
         "forward_mode",
+    ),
+    Break(
+        "operator: keys of unknown images are masked for queries of unknown images",
+        "kernels/ops.py",
+        "image_ids.masked_fill(image_ids == -1, _NO_IMAGE)",
+        "image_ids",
+        OPS,
+        "without_an_image",
+    ),
+    Break(
+        "operator: compilers see what transforms call",
+        "kernels/ops.py",
+        "torch.compiler.disable(_Transformed.apply)",
+        "_Transformed.apply",
+        ("tests/kernels/test_transforms.py",),
+        "what_is_compiled",
     ),
     Break(
         "kernels: a key as similar as the positive counts for the ranks",
@@ -309,6 +325,14 @@ BREAKS = (
         "other_inverse = tl.rsqrt(tl.maximum(_inner(sums, sums, PIECES), 1e-6))",
         KERNEL_EDGES,
         "length_1",
+    ),
+    Break(
+        "kernels: coefficients reach the end of their range",
+        "kernels/triton/mix.py",
+        "tl.minimum(low + span * uniform(w0), most)",
+        "low + span * uniform(w0)",
+        KERNEL_EDGES,
+        "end_of_their_range",
     ),
     Break(
         "kernels: NaN is no candidate",

@@ -15,6 +15,7 @@ import datetime
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,9 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from breaks import BLOCKWISE, BREAKS, LOSS, SELECTION, Break
 
 from tests.support.layout import WITHOUT_EDITABLE, copy_package
+
+#: A broken kernel that writes beyond its buffers may take the interpreter with it.
+_CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT}
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,6 +65,8 @@ def noticed(broken: Break) -> bool:
             broken.only,
         ]
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+        if done.returncode in _CRASHES:
+            return True
         if done.returncode not in (0, 1):
             raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
         return done.returncode == 1 and "failed" in done.stdout
@@ -97,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = "caught" if noticed(broken) else "NOT CAUGHT"
         except LookupError as error:
             result = f"CANNOT BE MADE: {error}"
+        except RuntimeError as error:
+            result = f"PROVES NOTHING: {str(error).strip().splitlines()[-1]}"
         missed += result != "caught"
         print(f"{result:10} {broken.what}", flush=True)
     return int(missed > 0)

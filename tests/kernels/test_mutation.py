@@ -42,3 +42,29 @@ def test_what_cannot_be_made_is_said(monkeypatch, capsys):
     monkeypatch.setattr(mutation, "BREAKS", (broken,))
     assert mutation.main(["--sample", "1"]) == 1
     assert "CANNOT BE MADE: kernels/topk.py: found 0 places to break, expected 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "noticed"), [(0, False), (1, True), (-11, True), (-9, None), (5, None)])
+def test_a_crash_is_noticed_and_a_run_that_proves_nothing_is_an_error(monkeypatch, code, noticed):
+    done = mutation.subprocess.CompletedProcess([], code, "1 failed" if code else "1 passed", "")
+    monkeypatch.setattr(mutation.subprocess, "run", lambda *_, **__: done)
+    if noticed is None:
+        with pytest.raises(RuntimeError, match="1 failed"):
+            mutation.noticed(mutation.BREAKS[0])
+    else:
+        assert mutation.noticed(mutation.BREAKS[0]) is noticed
+
+
+def test_a_run_that_proves_nothing_is_said_and_the_others_go_on(monkeypatch, capsys):
+    def noticed(broken):
+        if broken is mutation.BREAKS[0]:
+            raise RuntimeError("some lines\nthe last one")
+        return True
+
+    monkeypatch.setattr(mutation, "noticed", noticed)
+    monkeypatch.setattr(mutation, "unbroken", lambda: True)
+    assert mutation.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("PROVES NOTHING: the last one")
+    assert len(lines) == len(mutation.BREAKS)
+    assert all(line.startswith("caught") for line in lines[1:])

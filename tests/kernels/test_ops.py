@@ -53,6 +53,19 @@ def test_back_ends_agree(make, answer, within, backend, ids):
 
 
 @BACKENDS
+def test_queries_without_an_image_are_masked_by_nothing(make, backend):
+    inputs, queue_ids = make(5, 200, 16), torch.arange(200) % 9 - 1
+    ids = {"image_ids": torch.tensor([-1, 3, -1, 5, 0]), "queue_ids": queue_ids}
+    found = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS, **ids, backend=backend)
+    # Ids that no queue key has mask nothing either.
+    expected = synthetic_contrast(
+        *inputs, NEGATIVES, **SETTINGS, image_ids=ids["image_ids"] % 99, queue_ids=queue_ids, backend=backend
+    )
+    assert torch.equal(found.loss, expected.loss)
+    assert ids["image_ids"].tolist() == [-1, 3, -1, 5, 0], "what was given is not changed"
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes_of_results(make, backend, dtype):
     inputs = make(5, 200, 16, dtype)

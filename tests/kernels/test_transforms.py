@@ -89,6 +89,19 @@ def test_reverse_mode(inputs, loss, backend, name):
     torch.testing.assert_close(REVERSE[name](loss(backend), inputs.q), expected)
 
 
+NO_FORWARD = r"^backend: this one has no derivative in forward mode; expected for that: 'reference'$"
+
+
+def _compiled(function):
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager")
+
+
+def _called(function, q):
+    function(q)
+    return function
+
+
 def _forward_ad(function, q):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(q, torch.ones_like(q)))).tangent
@@ -106,8 +119,34 @@ FORWARD = {
 def test_forward_mode(inputs, loss, name):
     _, gradient = plain(loss("reference"), inputs.q)
     torch.testing.assert_close(FORWARD[name](loss("reference"), inputs.q), gradient.sum(dim=1))
-    with pytest.raises(RuntimeError, match=r"^backend: found blockwise in forward mode, expected 'reference'"):
+    with pytest.raises(RuntimeError, match=NO_FORWARD):
         FORWARD[name](loss("blockwise"), inputs.q)
+
+
+BELOW_OTHERS = {
+    "func.hessian": lambda f, q: torch.func.hessian(lambda q: f(q).sum())(q),
+    "func.jvp of func.grad": lambda f, q: FORWARD["func.jvp"](torch.func.grad(lambda q: f(q).sum()), q),
+    "func.grad of func.jvp": lambda f, q: torch.func.grad(lambda q: FORWARD["func.jvp"](f, q).sum())(q),
+    "func.jvp of vmap": lambda f, q: FORWARD["func.jvp"](torch.func.vmap(f), torch.stack((q, q))),
+    "func.linearize": lambda f, q: torch.func.linearize(f, q)[1](q),
+    "func.jvp, compiled": lambda f, q: _compiled(lambda q: FORWARD["func.jvp"](f, q))(q),
+    "a dual tensor in what was compiled without": lambda f, q: _forward_ad(_called(_compiled(f), q), q),
+}
+
+
+@pytest.mark.parametrize("name", BELOW_OTHERS)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_forward_mode_is_refused_below_other_transforms_too(inputs, loss, name):
+    with pytest.raises(RuntimeError, match=NO_FORWARD):
+        BELOW_OTHERS[name](loss("blockwise"), inputs.q)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap], ids=["grad", "vmap"])
+def test_transforms_inside_what_is_compiled(inputs, loss, transform):
+    f = loss("blockwise")
+    function = transform(lambda q: f(q).sum())
+    q = inputs.q if transform is torch.func.grad else inputs.q.expand(2, -1, -1)
+    torch.testing.assert_close(_compiled(function)(q), function(q))
 
 
 SECOND = {

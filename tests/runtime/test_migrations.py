@@ -16,7 +16,7 @@ from synco_fast.config import build_config
 from synco_fast.export.load import read_weights
 from synco_fast.generated.config import build_generator_config
 from synco_fast.runtime.checkpoint import save_checkpoint
-from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import OldLayoutWarning, migrate_checkpoint
 from synco_fast.training.metrics import read_metrics
 
@@ -147,7 +147,7 @@ def test_an_older_run_with_synthetic_negatives_is_refused(older, image_folder, t
     as_run(state, tmp_path, image_folder)
     with (
         pytest.warns(OldLayoutWarning),
-        pytest.raises(CheckpointError, match=r"drawn by version 1, expected version 2: start a new run"),
+        pytest.raises(ConfigError, match=r"drawn by version 1, expected version 2: start a new run"),
     ):
         trainer(build_config(state["config"]), tmp_path, resume=tmp_path)
 

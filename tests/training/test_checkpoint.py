@@ -1,3 +1,8 @@
+import errno
+import resource
+import zipfile
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -22,18 +27,69 @@ def test_the_newest_are_kept(tmp_path):
     assert (state["step"], path.name, problems) == (100_000_000_000, "step-100000000000.pt", [])
 
 
-def test_a_write_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, {"x": torch.ones(3)}, keep=1)
+@contextmanager
+def full_disk(room: int):
+    """No file of this process may grow beyond ``room`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("how", ["full", "error"])
+def test_a_write_that_fails_leaves_the_older_one_and_says_what_room_it_needs(tmp_path, monkeypatch, how):
+    folder = tmp_path / "run" / "checkpoints"
+    save_checkpoint(folder, 1, {"x": torch.ones(3)}, keep=1)
+    (folder / ".step-00000002.99-aa.pt").write_bytes(b"of a process that was killed")
 
     def fail(state, file):
         file.write_bytes(b"half")
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, 2, {"x": torch.ones(3)}, keep=1)
-    state, _, problems = find_checkpoint(tmp_path)
+    if how == "error":
+        monkeypatch.setattr(torch, "save", fail)
+    with full_disk(1 << 16), pytest.raises(CheckpointError) as caught:
+        save_checkpoint(folder, 2, {"x": torch.ones(1 << 20), "again": [torch.ones(1 << 19)]}, keep=1)
+    said = str(caught.value)
+    assert "step-00000002.pt: found no way to write it (" in said
+    assert "expected room for 6.0 MiB, of which " in said
+    assert said.endswith(f"the newest good checkpoint is step-00000001.pt: make room, then --resume {tmp_path / 'run'}")
+    state, _, problems = find_checkpoint(folder)
     assert (state["step"], problems) == (1, [])
+    assert [path.name for path in folder.iterdir()] == ["step-00000001.pt"]
+    monkeypatch.setattr(torch, "save", lambda *_: torch.ones(2) + torch.ones(3))
+    with pytest.raises(RuntimeError, match="must match the size"):  # what is no matter of room stays what it is
+        save_checkpoint(folder, 3, {}, keep=1)
+
+
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path, where):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"x": torch.ones(1000), "y": torch.zeros(1000)}, keep=2)
+    newest = tmp_path / "step-00000002.pt"
+    content = bytearray(newest.read_bytes())
+    first = content.index(b"\x00\x00\x80\x3f" * 100)
+    place = first + int(where * 4000) // 4 * 4
+    content[place] ^= 1
+    newest.write_bytes(content)
+    assert torch.load(newest)["x"].ne(1).sum() == 1, "PyTorch reads it"
+    state, path, problems = find_checkpoint(tmp_path)
+    assert (state["step"], path.name) == (1, "step-00000001.pt")
+    assert "found a file that is cut short or damaged (the checksum of " in problems[0]
+
+
+def test_compressed_records_are_refused(tmp_path):
+    save_checkpoint(tmp_path, 1, {"x": torch.ones(1000)}, keep=2)
+    file = tmp_path / "step-00000001.pt"
+    with zipfile.ZipFile(file) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    with pytest.raises(CheckpointError, match="compressed records"):
+        load_checkpoint(file)
 
 
 def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path):

@@ -2,6 +2,7 @@ import json
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,25 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 9.0)]
     assert read_metrics(tmp_path) == lines
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
+    log = JsonlLogger(tmp_path)
+    for step in (1, 2, 3):
+        log.write("train", step, {"loss": 1.0})
+    log.close()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    seen = []
+
+    def killed(*_):
+        seen.append((tmp_path / "metrics.jsonl").read_bytes())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        JsonlLogger(tmp_path, step=2)
+    assert seen == [before], "the old file is whole until the new one is"
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_weights_and_biases_get_the_same_lines(tiny, tmp_path, monkeypatch):

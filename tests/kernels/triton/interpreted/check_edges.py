@@ -35,3 +35,13 @@ def test_short_vectors_have_length_1_too():
     assert expected.statistics.synthetic[0, 0].item() == 1
     assert found.synthetic[0, 0].item() == 1
     torch.testing.assert_close(found.loss, expected.loss)
+
+
+def test_coefficients_stay_below_the_end_of_their_range():
+    # x = (2 t - 1) q, and a quarter of the draws would round up to t = 1/2, where nothing is left of x.
+    q = torch.zeros(1, 16)
+    q[0, 3] = 1
+    negatives = Negatives(hard=1, interpolated=64, interpolated_range=(0.5 - 2.0**-24, 0.5))
+    found = contrast_and_gradient(q, q, -q, negatives, **SETTINGS)
+    assert contrast(q, q, -q, negatives, **SETTINGS).statistics.synthetic[0, 0].item() == -1
+    assert found.synthetic[0, 0].item() == -1
