@@ -12,6 +12,7 @@ __all__ = [
     "FIELD",
     "LOSS_BACKENDS",
     "NORMS",
+    "NORM_SETTINGS",
     "OPTIMIZERS",
     "PIPELINES",
     "PIPELINES_OF",
@@ -59,10 +60,14 @@ NORMS = {
     "split": "`SplitBatchNorm2d`, which on a CPU copies nothing, then add and ReLU: a step with model.norm plain",
     "plain": "torch.nn.BatchNorm2d of the whole batch, then add and ReLU",
     "compiled": "the formula in groups under torch.compile",
+    "folded": "one call of PyTorch's batch norm, groups folded into channels by a copy each way, then add and ReLU",
     "native": "PyTorch's kernels, on a CPU group by group in the cache",
     "triton": "the kernels of synco_fast.kernels.norm",
     "apex": "NVIDIA apex's contrib.groupbn, float16, one group",
 }
+
+#: Values of ``model.norm``.
+NORM_SETTINGS = ("plain", "auto", "fused")
 
 #: Steps: two limits, a plain loop and the methods.
 STEPS = ("encoder", "encoder-plain", "plain", *METHODS)
