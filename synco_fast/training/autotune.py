@@ -36,6 +36,8 @@ FILE = "engines.json"
 MIN_STEPS = 5_000
 #: Another engine must be faster than eager by this share of its time: less is noise.
 GAIN = 0.03
+#: Seconds of a whole run in eager below which compiling on a CPU, which takes minutes, is not tried.
+COMPILE_PAYS = 3600.0
 #: A pipeline serves a step when training from it reaches this share of the step's own rate.
 SERVES = 0.97
 _BATCHES = 4
@@ -92,7 +94,7 @@ class Auto:
         if any(self._open.values()) and steps >= MIN_STEPS and not engine.method.extra_state():
             names = pipelines_for(self._split, engine.device) if self._open["pipeline"] else [self.name]
             if self._open["engine"] or len(names) > 1:
-                self._measure(names, folder)
+                self._measure(names, steps, folder)
                 measured = True
         found = {"engine": engine.form, "pipeline": self.name}
         self._chosen = {key: found[key] for key, is_open in self._open.items() if is_open}
@@ -117,12 +119,19 @@ class Auto:
 
     # -- measuring ----------------------------------------------------------------------------------------------
 
-    def _measure(self, pipelines: list[PipelineName], folder: Path) -> None:
+    def _measure(self, pipelines: list[PipelineName], steps: int, folder: Path) -> None:
         engine, measured = self._engine, self._open["engine"]
         place = {"step": engine.steps // 2, "epoch": engine.config.training.epochs // 2}
         batches = [each.to(engine.device) for each in islice(feed(self.pipeline), _BATCHES)]
         names, without = engines_for(engine) if measured else ([engine.form], {})
-        tried = try_engines(engine, names, batches, self._control, say=lambda line: self._note(line, "dim"), **place)
+
+        def unless(name: EngineName, seconds: float) -> str | None:
+            short = engine.device.type == "cpu" and name == "compile" and steps * seconds < COMPILE_PAYS
+            return "the run is too short to compile for" if short else None
+
+        tried = try_engines(
+            engine, names, batches, self._control, unless=unless, say=lambda line: self._note(line, "dim"), **place
+        )
         chosen = fastest(tried)
         del batches
         if engine.device.type == "cuda":

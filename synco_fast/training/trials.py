@@ -95,6 +95,7 @@ def try_engines(
     *,
     step: int,
     epoch: int,
+    unless: Callable[[EngineName, float], str | None] = lambda name, seconds: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[EngineTrial]:
     """Try engines one after the other from the same state; called by all processes of a job.
@@ -105,12 +106,18 @@ def try_engines(
         batches: This process's share of two batches or more, on the device.
         control: What the processes agree by.
         step, epoch: What the steps believe to be at; they decide the rate and the negatives.
+        unless: From an engine and the seconds of eager's step to why that engine is not worth a try, if so.
         say: Takes a line of progress.
     """
-    found, reference, steps = [], None, 0
+    found: list[EngineTrial] = []
+    reference, steps = None, 0
     compared = max(engine.settling_of(name) for name in names)
     start = [parameter.detach().clone() for parameter in engine.trainable.parameters()]
     for name in names:
+        needless = unless(name, found[0].seconds or 0.0) if found else None
+        if needless:
+            found.append(EngineTrial(name, reason=needless))
+            continue
         say(f"engine auto: measuring {name}")
         notes: list[str] = []
         with trial(engine, notes.append):

@@ -52,6 +52,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(Fake, "wrong", "")
     monkeypatch.setattr(autotune, "_cpp_compiler", lambda: "g++")
     monkeypatch.setattr(autotune, "MIN_STEPS", 1)
+    monkeypatch.setattr(autotune, "COMPILE_PAYS", 0.0)
 
     def timed(engine, batches, steps, step, epoch):
         for number in range(3):
@@ -130,6 +131,18 @@ def test_a_short_run_measures_nothing(tiny, tmp_path, monkeypatch):
     auto.settle(autotune.MIN_STEPS - 1, tmp_path)
     assert auto.state_dict() == {"chosen": {"engine": "eager", "pipeline": "torchvision"}}
     assert list(tmp_path.glob("*.json")) == []
+
+
+def test_compiling_on_a_cpu_must_pay(tiny, tmp_path, fake, monkeypatch):
+    """Eager takes a second a step by the fake clock: 59 minutes are too few, 61 are not."""
+    monkeypatch.setattr(autotune, "COMPILE_PAYS", 3600.0)
+    for steps, chosen in ((59 * 60, "eager"), (61 * 60, "compile")):
+        task = Pretraining(tiny(ENGINE_ALONE))
+        task._auto.settle(steps, tmp_path)
+        rows = {row["engine"]: row["reason"] for row in table(tmp_path)["engines"]}
+        assert rows["compile"] == ("the run is too short to compile for" if chosen == "eager" else None)
+        assert task.engine.form == chosen
+        task.close()
 
 
 def test_less_than_noise_changes_nothing():
@@ -271,6 +284,7 @@ def test_a_real_clock_measures_both_engines(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_module, "Compiled", Fake)
     monkeypatch.setattr(autotune, "_cpp_compiler", lambda: "g++")
     monkeypatch.setattr(autotune, "MIN_STEPS", 1)
+    monkeypatch.setattr(autotune, "COMPILE_PAYS", 0.0)
     monkeypatch.setattr(trials, "SECONDS", 0.0)
     task = Pretraining(tiny(ENGINE_ALONE))
     assert isinstance(task._auto, Auto)
