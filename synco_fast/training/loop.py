@@ -213,7 +213,7 @@ class Trainer(Generic[SummaryT]):
         row = self._check_skipped()
         self._save_due = row > 0 and self.step < self.steps and not self.stopping.agreed
         if row and self.step == self.steps:
-            self.task.note(f"the last {row} steps were skipped: their gradients were not finite")
+            self.task.note(f"skipped steps at the end of the run: {row}, with non-finite gradients")
         self._check_agreement()
         if self._save_due:
             return

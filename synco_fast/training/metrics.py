@@ -38,6 +38,8 @@ class RunningMeans:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        #: 0 and 1 on the device.
+        self._bounds: tuple[Tensor, Tensor] | None = None
 
     def add(self, metrics: dict[str, Tensor], step_ok: Tensor | None = None) -> None:
         """Add one step's scalars, the same names every time.
@@ -49,9 +51,11 @@ class RunningMeans:
         if self._sums is None:
             self._names = list(metrics)
             self._sums = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=metrics[self._names[0]].device)
-        values = torch.stack([metrics[name].detach() for name in self._names]).double()
-        step = torch.cat([values, values.new_ones(1)])
-        self._sums.add_(step if step_ok is None else torch.where(step_ok, step, 0.0))
+        if self._bounds is None:
+            self._bounds = self._sums.new_zeros((), dtype=torch.float32), self._sums.new_ones((), dtype=torch.float32)
+        nothing, one = self._bounds
+        step = torch.stack([*(metrics[name].detach() for name in self._names), one])
+        self._sums.add_(step if step_ok is None else torch.where(step_ok, step, nothing))
 
     def pop(self) -> dict[str, float]:
         """The means since the last call, over all processes; NaN (nothing measured) is omitted.

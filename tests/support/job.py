@@ -16,8 +16,8 @@ from synco_fast.config import Config
 from synco_fast.training.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("worker.py")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["synco_fast.training.loop", "synco_fast.training.pretraining"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["synco_fast.training.loop", "synco_fast.training.pretraining"])
 
 
 @dataclass
@@ -53,7 +53,7 @@ def run_job(
             "MASTER_PORT": str(port),
         }
         given = {"VARIABLES": variables, "FOLDER": folder, "RESUME": resume, "ACT": act}
-        process = _CONTEXT.Process(target=runpy.run_path, args=(str(WORKER), given))
+        process = CONTEXT.Process(target=runpy.run_path, args=(str(WORKER), given))
         process.start()
         processes.append(process)
     begun = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -39,10 +40,16 @@ def differ(run, rank):
         run.task.method.queue.rows[3, 2] += 1e-3
 
 
-#: By name, what a process does before a step.
-ACTS = {"": lambda run, rank: None, "leave": leave, "ask to stop": ask_to_stop, "differ": differ}
+def nothing(run, rank):
+    pass
+
+
+#: By name, what a process does before a step; "graph" replaces CUDA graphs before the first one.
+ACTS = {"": nothing, "graph": nothing, "leave": leave, "ask to stop": ask_to_stop, "differ": differ}
 
 os.environ.update(VARIABLES)
+if ACT == "graph":
+    runpy.run_path(str(Path(__file__).with_name("graphs.py")))["install"]()
 torch.set_num_threads(1)
 env = DistEnv.detect()
 words = (FOLDER / f"rank{env.rank}.txt").open("w")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -54,6 +56,24 @@ def test_losses_and_queue_are_those_of_one_process(tiny, tmp_path, world, change
     mean = find_checkpoint(tmp_path / "job")[0]["method"]["encoder.backbone.bn1.running_mean"]
     expected = find_checkpoint(tmp_path / "alone")[0]["method"]["encoder.backbone.bn1.running_mean"]
     assert torch.allclose(mean, expected, atol=1e-5), "the statistics of all ranks"
+
+
+@pytest.mark.slow
+def test_captured_steps_exchange_what_eager_ones_do(tiny, tmp_path):
+    """By a stand-in for CUDA graphs: after eager steps of DDP the whole step is replayed, its exchange included.
+
+    Both processes measure, agree on the graph, and go on as if they had not measured.
+    """
+    changes = {**BASE, "training.max_steps": 6, "method.name": "moco", "data.pipeline": "torchvision"}
+    alone = run_job(1, tiny({**changes, "training.engine": "eager"}), tmp_path / "alone")
+    job = run_job(2, tiny(changes), tmp_path / "job", act="graph")
+    assert_same_state(job, alone.states[0])
+    assert "engine graph: graph 32, eager 16, compile out (no C++ compiler)" in job.words[0]
+    assert "CUDA graph disabled" not in job.words[0]
+    rows = {row["engine"]: row for row in json.loads((tmp_path / "job" / "engines.json").read_text())["engines"]}
+    assert rows["graph"]["reason"] is None
+    assert rows["graph"]["weight_error"] < 1e-3, "rounding alone"
+    assert torch.allclose(losses(tmp_path / "job"), losses(tmp_path / "alone"), atol=1e-5)
 
 
 def config_values(config):
