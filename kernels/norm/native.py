@@ -20,6 +20,8 @@ __all__ = ["batch_norm"]
 
 #: Bytes of x that stay in a CPU's caches anyway, where the fewer calls for all groups together are faster.
 CACHED = 4 << 20
+#: Bytes of x from which add and ReLU gain by running while a group is in the cache; below, fewer calls are faster.
+APART = 16 << 20
 
 
 def batch_norm(given: Arguments) -> Tensor:
@@ -82,7 +84,7 @@ class _GroupByGroup(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         """Normalise x, (G b, C, H, W); ``running``, mean and variance, are moved in place, with G ``momenta``."""
-        groups = len(momenta)
+        groups, apart = len(momenta), x.nbytes > APART
         y = torch.empty_like(x)
         saved = torch.empty(2, groups, x.shape[1], dtype=weight.dtype)
         added = None if residual is None else residual.chunk(groups)
@@ -99,7 +101,10 @@ class _GroupByGroup(torch.autograd.Function):
                 save_mean=saved[0, group],
                 save_invstd=saved[1, group],
             )
-            _in_place(target, None if added is None else added[group], relu)
+            if apart:
+                _in_place(target, None if added is None else added[group], relu)
+        if not apart:
+            _in_place(y, residual, relu)
         ctx.save_for_backward(x, weight, saved, y if relu else None)
         ctx.eps = eps
         return y
@@ -111,17 +116,20 @@ class _GroupByGroup(torch.autograd.Function):
         x, weight, saved, y = ctx.saved_tensors
         groups = saved.shape[1]
         of_x, of_both = torch.empty_like(x), torch.empty_like(saved)
-        of_residual = None
-        if ctx.needs_input_grad[3]:
-            of_residual = gradient if y is None else torch.empty_like(gradient)
-        outputs = None if y is None else y.chunk(groups)
-        targets = None if of_residual is None or y is None else of_residual.chunk(groups)
-        parts = zip(gradient.chunk(groups), x.chunk(groups), of_x.chunk(groups), strict=True)
-        for group, (part, values, target) in enumerate(parts):
+        apart = y is not None and x.nbytes > APART
+        # Where y is positive, which is all that goes on to the residual; the room of a group is used again by the next.
+        masked = gradient
+        if y is not None:
+            keep = ctx.needs_input_grad[3] or not apart
+            masked = torch.empty_like(gradient if keep else gradient.chunk(groups)[0])
+            if not apart:
+                torch.ops.aten.threshold_backward.grad_input(gradient, y, 0, grad_input=masked)
+        targets = masked.chunk(groups) if len(masked) == len(gradient) else (masked,) * groups
+        outputs = y.chunk(groups) if apart else None
+        parts = zip(gradient.chunk(groups), targets, x.chunk(groups), of_x.chunk(groups), strict=True)
+        for group, (incoming, part, values, target) in enumerate(parts):
             if outputs is not None:
-                masked = torch.empty_like(part) if targets is None else targets[group]
-                torch.ops.aten.threshold_backward.grad_input(part, outputs[group], 0, grad_input=masked)
-                part = masked
+                torch.ops.aten.threshold_backward.grad_input(incoming, outputs[group], 0, grad_input=part)
             torch.ops.aten.native_batch_norm_backward.out(
                 part,
                 values,
@@ -138,4 +146,5 @@ class _GroupByGroup(torch.autograd.Function):
                 out2=of_both[1, group],
             )
         of_weight, of_bias = of_both.sum(dim=1)
+        of_residual = masked if ctx.needs_input_grad[3] else None
         return of_x, of_weight, of_bias, of_residual, None, None, None, None

@@ -53,6 +53,7 @@ SETTINGS = (
 def _quiet(monkeypatch):
     # Large maps here go group by group, small ones all together, as they do at full size.
     monkeypatch.setattr(native, "CACHED", 1 << 16)
+    monkeypatch.setattr(native, "APART", 1 << 18)
     ops._note.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the formula computes the batch norm")

@@ -15,11 +15,13 @@ LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.chan
 KINDS = pytest.mark.parametrize(("relu", "added"), list(itertools.product((False, True), repeat=2)))
 
 
-@pytest.fixture(params=["large", "small"])
+@pytest.fixture(params=["large", "middle", "small"])
 def _size(request, monkeypatch):
-    """The path of x that is larger than the caches, and that of others."""
-    if request.param == "large":
+    """The paths of x by its size."""
+    if request.param != "small":
         monkeypatch.setattr(native, "CACHED", 0)
+    if request.param == "large":
+        monkeypatch.setattr(native, "APART", 0)
 
 
 @DTYPES
@@ -65,6 +67,7 @@ def test_groups_one_after_another_move_the_running_statistics_as_their_mean_does
 
 def test_only_x_and_y_of_their_size_are_kept(monkeypatch):
     monkeypatch.setattr(native, "CACHED", 0)
+    monkeypatch.setattr(native, "APART", 0)
     x = torch.randn(12, 5, 8, 8, requires_grad=True)
     weight, bias = torch.ones(5, requires_grad=True), torch.zeros(5, requires_grad=True)
     kept = []
