@@ -201,6 +201,14 @@ class Engine:
         model = self.config.model
         return key_momentum(step, base=model.momentum, steps=self.steps, schedule=model.momentum_schedule)
 
+    def _set_rate(self, step: int) -> None:
+        rate = self.rate(step)
+        for group in self.optimizer.param_groups:
+            if self._rates_are_tensors:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
     def step(self, batch: Batch, step: int, epoch: int) -> None:
         """Train on this process's part of a batch; never waits for a GPU.
 
@@ -208,12 +216,7 @@ class Engine:
             batch: Views, uint8 or normalised.
             step, epoch: Counted from 0.
         """
-        rate = self.rate(step)
-        for group in self.optimizer.param_groups:
-            if self._rates_are_tensors:
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        self._set_rate(step)
         # Seeding by step and rank: dropout and stochastic depth then have no state to save.
         torch.manual_seed(derive_seed(self.config.seed, step, self.env.rank))
         batch = batch.to(self.device)
@@ -346,6 +349,7 @@ class Engine:
         load_optimizer(self.optimizer, state["optimizer"], path)
         if self._rates_are_tensors:
             self._rates_on_device()
+        self._set_rate(state["step"] - 1)  # a checkpoint that is written before the next step holds it
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
         if "extra" in state:

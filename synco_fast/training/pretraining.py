@@ -21,7 +21,7 @@ from synco_fast.data.sources.splits import share_of
 from synco_fast.data.workers import available_cores
 from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
-from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError
 from synco_fast.runtime.files import read_json, write_json
 from synco_fast.runtime.migrations import OldLayoutWarning
 from synco_fast.runtime.precision import resolve_device
@@ -31,7 +31,7 @@ from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
 from synco_fast.training.metrics import MetricLog
-from synco_fast.training.plots import draw_pairs
+from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
@@ -203,7 +203,7 @@ class Pretraining:
         epoch, done = divmod(step, self.steps_per_epoch)
         self.pipeline.set_epoch(epoch, done)
         pairs = self._folder / "plots" / "pairs.png"
-        undrawn = self.env.is_main and not pairs.exists()
+        undrawn = self.env.is_main and not is_whole(pairs)
         for batch in self.pipeline:
             self.corrupt_images.replaced(batch.corrupt)
             if undrawn:
@@ -212,7 +212,17 @@ class Pretraining:
             yield batch
 
     def train_step(self, batch: Batch, step: int) -> None:
-        """One step of the engine."""
+        """One step of the engine.
+
+        Raises:
+            DataError: The batch has another size than this rank's share; collectives would abort.
+        """
+        share = self.settings.batch // self.env.world
+        if len(batch.image_ids) != share:
+            raise DataError(
+                f"batch: found {len(batch.image_ids)} images on rank {self.env.rank} at step {step + 1}, expected "
+                f"{share}, as on every rank"
+            )
         self.engine.step(batch, step, step // self.steps_per_epoch)
 
     def not_finite(self) -> str | None:
