@@ -148,7 +148,8 @@ do_variants() {
 }
 
 do_norm() {
-  local size=(--repeats 10 --rounds 2) cases=() plain=()
+  # Compiling the formula for each layer would take longer than all the rest.
+  local size=(--repeats 10 --rounds 2 --subjects grouped plain native triton) cases=() plain=()
   if [ "$DRY" = 1 ]; then
     size=(--device cpu --backbone resnet18 --size 64 --batch 8 --repeats 1 --rounds 1 --dtype float32 --groups 2 --subjects split plain)
     # Interpreted, the cases take minutes: a dry run compares the forms that run on a CPU.

@@ -6,12 +6,16 @@ Rounds alternate between all forms, so that a slow phase of the machine affects 
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from synco_fast.bench.norm_model import Layer, passes
 from synco_fast.bench.timing import seconds_of
@@ -25,6 +29,9 @@ def unavailable(subject: str, device: torch.device, dtype: torch.dtype) -> str |
     """Why a subject cannot be measured here; None where it can."""
     if subject == "triton":
         return unserved_by_triton(torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
+    if subject == "compiled" and device.type == "cpu":
+        compiler = os.environ.get("CXX", "g++")
+        return None if shutil.which(compiler) else f"torch.compile needs a C++ compiler, found no {compiler}"
     if subject == "apex":
         if device.type != "cuda" or dtype != torch.float16:
             return f"apex's kernels take float16 on a GPU, found {dtype} on {device.type}"
@@ -48,11 +55,11 @@ def prepare_norm(
         device, dtype: Of x; parameters and statistics are float32.
     """
     shape = (batch, layer.channels, layer.height, layer.width)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def make() -> Tensor:
-        values = torch.randn(shape, generator=generator)
-        return values.to(device, dtype, memory_format=torch.channels_last)
+        values = torch.randn(shape, generator=generator, device=device)
+        return values.to(dtype, memory_format=torch.channels_last)
 
     x, r, up = make().requires_grad_(), make().requires_grad_(), make()
     residual = r if layer.residual else None
@@ -84,8 +91,12 @@ def prepare_norm(
         forward = lambda: follow(split(x))  # noqa: E731
     elif subject == "plain":
         forward = lambda: modules([x])  # noqa: E731
+    elif subject == "folded":
+        forward = lambda: follow(_folded(norm, x, groups))  # noqa: E731
     elif subject == "compiled":
-        forward = torch.compile(lambda: call("reference", groups))
+        # Each layer is compiled for its own shape, and none counts towards the limit of recompilations.
+        torch.compiler.reset()
+        forward = torch.compile(lambda: call("reference", groups), dynamic=False)
     else:
         backend: NormBackend = "triton" if subject == "triton" else "native"
         forward = lambda: call(backend, groups)  # noqa: E731
@@ -94,6 +105,32 @@ def prepare_norm(
         return torch.autograd.grad(forward(), leaves, up)[: len(wanted)]
 
     return run
+
+
+def _folded(norm: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
+    """One call for all groups: channel c of group g becomes channel g C + c, by a copy there and one back."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.momentum is not None
+    mean, variance = norm.running_mean.repeat(groups), norm.running_var.repeat(groups)
+    # (G, b, H, W, C) to (b, H, W, G, C), and the last two as one.
+    places = x.permute(0, 2, 3, 1).unflatten(0, (groups, -1)).permute(1, 2, 3, 0, 4)
+    y = functional.batch_norm(
+        places.flatten(3).permute(0, 3, 1, 2),
+        mean,
+        variance,
+        norm.weight.repeat(groups),
+        norm.bias.repeat(groups),
+        training=True,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
+    with torch.no_grad():
+        for value, moved in ((norm.running_mean, mean), (norm.running_var, variance)):
+            value.copy_(moved.unflatten(0, (groups, -1)).mean(dim=0))
+    apart = y.permute(0, 2, 3, 1).unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4)
+    found: Tensor = apart.flatten(0, 1).permute(0, 3, 1, 2)
+    return found
 
 
 def _apex(layer: Layer, x: Tensor, residual: Tensor | None, up: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -111,6 +148,19 @@ def _apex(layer: Layer, x: Tensor, residual: Tensor | None, up: Tensor) -> Calla
         return tuple(value.permute(0, 3, 1, 2) for value in found[: len(wanted)])
 
     return run
+
+
+class _Clocked:
+    """A function that notes the processor time of each of its calls."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.run = run
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        begun = time.process_time()
+        self.run()
+        self.seconds.append(time.process_time() - begun)
 
 
 def measure_norm(
@@ -138,13 +188,16 @@ def measure_norm(
         rounds: How often the subjects are measured in turn.
 
     Yields:
-        Subject and layer; ``seconds`` of every run and their median; ``gb_s``, bytes per second that the form moves by
-        the rules of `synco_fast.bench.norm_model`; ``floor``, the share of the time that the kernels' bytes
-        would take at the bandwidth. Or ``failed``, why there is no figure.
+        Subject and layer; ``seconds`` of every run and their median; ``cpu_seconds``, processor time of all threads,
+        which other programs disturb less, and their median; ``gb_s``, bytes per second that the form moves by the rules
+        of `synco_fast.bench.norm_model`; ``floor``, the share of the time that the kernels' bytes would take at the
+        bandwidth. Or ``failed``, why there is no figure.
     """
     for layer in layers:
         size = batch * layer.channels * layer.height * layer.width * dtype.itemsize
-        runs, seconds = {}, {subject: [] for subject in subjects}  # type: dict[str, Any], dict[str, list[float]]
+        runs: dict[str, Callable[[], object]] = {}
+        seconds: dict[str, list[float]] = {subject: [] for subject in subjects}
+        busy: dict[str, list[float]] = {subject: [] for subject in subjects}
         for subject in subjects:
             reason = unavailable(subject, device, dtype)
             if reason is None:
@@ -153,8 +206,9 @@ def measure_norm(
                 yield {"subject": subject, **layer._asdict(), "failed": reason}
         for number in range(rounds):
             for subject, run in runs.items():
-                found = seconds_of(run, device, repeats=repeats, warmup=1 + (number == 0))
-                seconds[subject] += found
+                clocked = _Clocked(run)
+                seconds[subject] += seconds_of(clocked, device, repeats=repeats, warmup=1 + (number == 0))
+                busy[subject] += clocked.seconds[-repeats:]
         for subject in runs:
             form = {"grouped": "grouped", "split": "plain", "plain": "plain"}.get(subject, "triton")
             median = statistics.median(seconds[subject])
@@ -163,15 +217,22 @@ def measure_norm(
                 **layer._asdict(),
                 "seconds": seconds[subject],
                 "median_s": median,
+                "cpu_seconds": busy[subject],
+                "cpu_median_s": statistics.median(busy[subject]),
                 "gb_s": sum(passes(layer, form)) * size / median / 1e9,
                 "floor": sum(passes(layer, "triton")) * size / bandwidth / median,
             }
 
 
-def totals(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Seconds of all layers of the backbone together, by subject: medians times how often a layer occurs."""
+def totals(results: Sequence[dict[str, Any]], figure: str = "median_s") -> dict[str, float]:
+    """Seconds of all layers of the backbone together, by subject: medians times how often a layer occurs.
+
+    Args:
+        results: Of `measure_norm`.
+        figure: ``median_s`` or ``cpu_median_s``.
+    """
     found: dict[str, float] = {}
     for result in results:
         if "failed" not in result:
-            found[result["subject"]] = found.get(result["subject"], 0.0) + result["times"] * result["median_s"]
+            found[result["subject"]] = found.get(result["subject"], 0.0) + result["times"] * result[figure]
     return found

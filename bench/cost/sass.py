@@ -71,7 +71,7 @@ def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions in the text of ``nvdisasm -gi -c``, and the number that each label stands at.
 
     Where threads of a warp have parted, they exchange numbers in code out of line, to which BRA.DIV goes. Warps of
-    these kernels stay together, so this branch is not taken, and what only it leads to is left out.
+    these kernels stay together, so this branch is not taken, and what only it leads to is omitted.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}

@@ -1,8 +1,8 @@
 """Grouped batch norm with add and ReLU by PyTorch's own kernels: the default until another form is proved faster.
 
-On a CPU a group goes through all of its steps while it lies in the cache, each step in place, and the groups are
-written one after another into the whole: no copy puts them together. Rounding is that of PyTorch's modules one after
-another, bit for bit. Elsewhere the modules' calls are made one after another.
+On a CPU a group of a large x goes through all of its steps while it lies in the cache, each step in place, and the
+groups are written one after another into the whole: no copy puts them together. Rounding is that of PyTorch's modules
+one after another, bit for bit. Elsewhere the modules' calls are made one after another.
 """
 
 from __future__ import annotations
@@ -14,65 +14,52 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from synco_fast.kernels.norm.arguments import Arguments
+
 __all__ = ["batch_norm"]
 
+#: Bytes of x that stay in a CPU's caches anyway, where the fewer calls for all groups together are faster.
+CACHED = 4 << 20
+#: Bytes of x from which add and ReLU gain by running while a group is in the cache; below, fewer calls are faster.
+APART = 16 << 20
 
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    groups: int,
-    residual: Tensor | None,
-    relu: bool,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    """Compute y, (B, C, H, W); arguments are those of `synco_fast.kernels.norm.batch_norm`, checked."""
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+
+def batch_norm(given: Arguments) -> Tensor:
+    """Compute y, (B, C, H, W)."""
+    x, weight, bias, momentum, tracked = given.x, given.weight, given.bias, given.momentum, given.num_batches_tracked
+    groups, eps = given.groups, given.eps
+    if given.training and tracked is not None:
+        tracked.add_(1)
     if momentum is None:
         # Only a cumulative mean reads the counter, and PyTorch's own module waits for it there as well.
-        momentum = 1.0 / float(num_batches_tracked) if training and num_batches_tracked is not None else 0.0
-    running = None if running_mean is None or running_var is None else (running_mean, running_var)
-    if not training:
-        y = functional.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
-        return _in_place(y, residual, relu)
-    each = None if running is None or groups == 1 else [value.repeat(groups, 1) for value in running]
-    if each is None and running is not None:
-        each = [value[None] for value in running]
-    if _in_cache(x, weight, bias):
-        y = _GroupByGroup.apply(x, weight, bias, residual, each, groups, relu, momentum, eps)
-    else:
-        parts = [
-            functional.batch_norm(
-                part,
-                None if each is None else each[0][group],
-                None if each is None else each[1][group],
-                weight,
-                bias,
-                True,
-                momentum,
-                eps,
-            )
-            for group, part in enumerate(x.chunk(groups))
-        ]
-        y = _in_place(parts[0] if groups == 1 else torch.cat(parts), residual, relu)
-    if each is not None and running is not None and groups > 1:
-        for value, moved in zip(running, each, strict=True):
-            value.copy_(moved.mean(dim=0))
-    return y
+        momentum = 1.0 / float(tracked) if given.training and tracked is not None else 0.0
+    running = given.running_mean, given.running_var
+    if not given.training:
+        y = functional.batch_norm(x, *running, weight, bias, False, momentum, eps)
+        return _in_place(y, given.residual, given.relu)
+    momenta = _momenta(momentum, groups)
+    if _group_by_group(x, weight, bias):
+        return _GroupByGroup.apply(x, weight, bias, given.residual, running, given.relu, momenta, eps)  # type: ignore[no-any-return]
+    parts = [
+        functional.batch_norm(part, *running, weight, bias, True, share, eps)
+        for part, share in zip(x.chunk(groups), momenta, strict=True)
+    ]
+    return _in_place(parts[0] if groups == 1 else torch.cat(parts), given.residual, given.relu)
 
 
-def _in_cache(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether PyTorch's kernels that write into given memory serve these arguments."""
+def _momenta(momentum: float, groups: int) -> list[float]:
+    """With which the groups, one after another, move the running statistics as their mean does at once.
+
+    After the last of G groups each has moved them by m / G, if group g = 1..G does with m / (G - (G - g) m).
+    """
+    return [momentum / (groups - (groups - number) * momentum) for number in range(1, groups + 1)]
+
+
+def _group_by_group(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether that gains anything, and PyTorch's kernels that write into given memory serve these arguments."""
     wide = (torch.float32, torch.float64)
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return eager and all(value is not None and value.dtype in wide for value in (weight, bias))
+    return eager and x.nbytes > CACHED and all(value is not None and value.dtype in wide for value in (weight, bias))
 
 
 def _in_place(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -91,13 +78,13 @@ class _GroupByGroup(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         residual: Tensor | None,
-        running: list[Tensor] | None,
-        groups: int,
+        running: tuple[Tensor | None, Tensor | None],
         relu: bool,
-        momentum: float,
+        momenta: list[float],
         eps: float,
     ) -> Tensor:
-        """Normalise x, (G b, C, H, W); ``running``, mean and variance of (G, C), are moved in place."""
+        """Normalise x, (G b, C, H, W); ``running``, mean and variance, are moved in place, with G ``momenta``."""
+        groups, apart = len(momenta), x.nbytes > APART
         y = torch.empty_like(x)
         saved = torch.empty(2, groups, x.shape[1], dtype=weight.dtype)
         added = None if residual is None else residual.chunk(groups)
@@ -106,16 +93,18 @@ class _GroupByGroup(torch.autograd.Function):
                 part,
                 weight,
                 bias,
-                None if running is None else running[0][group],
-                None if running is None else running[1][group],
+                *running,
                 True,
-                momentum,
+                momenta[group],
                 eps,
                 out=target,
                 save_mean=saved[0, group],
                 save_invstd=saved[1, group],
             )
-            _in_place(target, None if added is None else added[group], relu)
+            if apart:
+                _in_place(target, None if added is None else added[group], relu)
+        if not apart:
+            _in_place(y, residual, relu)
         ctx.save_for_backward(x, weight, saved, y if relu else None)
         ctx.eps = eps
         return y
@@ -127,17 +116,20 @@ class _GroupByGroup(torch.autograd.Function):
         x, weight, saved, y = ctx.saved_tensors
         groups = saved.shape[1]
         of_x, of_both = torch.empty_like(x), torch.empty_like(saved)
-        of_residual = None
-        if ctx.needs_input_grad[3]:
-            of_residual = gradient if y is None else torch.empty_like(gradient)
-        outputs = None if y is None else y.chunk(groups)
-        targets = None if of_residual is None or y is None else of_residual.chunk(groups)
-        parts = zip(gradient.chunk(groups), x.chunk(groups), of_x.chunk(groups), strict=True)
-        for group, (part, values, target) in enumerate(parts):
+        apart = y is not None and x.nbytes > APART
+        # Where y is positive, which is all that goes on to the residual; the room of a group is used again by the next.
+        masked = gradient
+        if y is not None:
+            keep = ctx.needs_input_grad[3] or not apart
+            masked = torch.empty_like(gradient if keep else gradient.chunk(groups)[0])
+            if not apart:
+                torch.ops.aten.threshold_backward.grad_input(gradient, y, 0, grad_input=masked)
+        targets = masked.chunk(groups) if len(masked) == len(gradient) else (masked,) * groups
+        outputs = y.chunk(groups) if apart else None
+        parts = zip(gradient.chunk(groups), targets, x.chunk(groups), of_x.chunk(groups), strict=True)
+        for group, (incoming, part, values, target) in enumerate(parts):
             if outputs is not None:
-                masked = torch.empty_like(part) if targets is None else targets[group]
-                torch.ops.aten.threshold_backward.grad_input(part, outputs[group], 0, grad_input=masked)
-                part = masked
+                torch.ops.aten.threshold_backward.grad_input(incoming, outputs[group], 0, grad_input=part)
             torch.ops.aten.native_batch_norm_backward.out(
                 part,
                 values,
@@ -154,4 +146,5 @@ class _GroupByGroup(torch.autograd.Function):
                 out2=of_both[1, group],
             )
         of_weight, of_bias = of_both.sum(dim=1)
-        return of_x, of_weight, of_bias, of_residual, None, None, None, None, None
+        of_residual = masked if ctx.needs_input_grad[3] else None
+        return of_x, of_weight, of_bias, of_residual, None, None, None, None

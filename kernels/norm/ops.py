@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from synco_fast.kernels.norm import native, reference
-from synco_fast.kernels.norm.checks import check_arguments
+from synco_fast.kernels.norm.arguments import Arguments, check_arguments
 
 __all__ = ["NormBackend", "batch_norm", "unserved_by_triton"]
 
@@ -64,7 +64,7 @@ def batch_norm(
         TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is expected.
         RuntimeError: A second derivative was asked of another form than the reference.
     """
-    check_arguments(
+    given = Arguments(
         x,
         weight,
         bias,
@@ -72,32 +72,27 @@ def batch_norm(
         running_var,
         groups=groups,
         residual=residual,
+        relu=relu,
         training=training,
         momentum=momentum,
         eps=eps,
         num_batches_tracked=num_batches_tracked,
     )
+    check_arguments(given)
     if backend not in get_args(NormBackend):
         raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(NormBackend))}")
-    if residual is not None:
-        residual = residual.to(x.dtype)
-    groups = groups if training else 1
-    arguments: dict[str, Any] = {
-        "groups": groups,
-        "residual": residual,
-        "relu": relu,
-        "training": training,
-        "momentum": momentum,
-        "eps": float(eps),
-        "num_batches_tracked": num_batches_tracked,
-    }
+    given = given._replace(
+        groups=groups if training else 1,
+        residual=None if residual is None else residual.to(x.dtype),
+        eps=float(eps),
+    )
     with _without_autocast(x.device.type):
         if backend == "triton":
-            return _by_operators(x, weight, bias, running_mean, running_var, **arguments)
+            return _by_operators(given)
         # A compiler makes two kernels of the formula; the loop over groups would stay one.
-        if backend == "reference" or (training and groups > 1 and torch.compiler.is_compiling()):
-            return reference.batch_norm(x, weight, bias, running_mean, running_var, **arguments)
-        return native.batch_norm(x, weight, bias, running_mean, running_var, **arguments)
+        if backend == "reference" or (given.groups > 1 and torch.compiler.is_compiling()):
+            return reference.batch_norm(given)
+        return native.batch_norm(given)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
@@ -105,34 +100,22 @@ def _without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
-def _by_operators(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    groups: int,
-    residual: Tensor | None,
-    relu: bool,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
+def _by_operators(given: Arguments) -> Tensor:
+    x, residual, running = given.x, given.residual, (given.running_mean, given.running_var)
     if not x.is_contiguous(memory_format=torch.channels_last):
         if not torch.compiler.is_compiling():
             _note("x is not channels-last and is copied in every call; a model in that layout needs no copy")
         x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    if training:
-        mean, variance = _statistics(x.detach(), running_mean, running_var, num_batches_tracked, groups, momentum)
+    if given.training:
+        mean, variance = _statistics(x.detach(), *running, given.num_batches_tracked, given.groups, given.momentum)
     else:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, variance = running_mean[None], running_var[None]
-    y: Tensor = _normalise(x, mean, variance, weight, bias, residual, relu, training, eps)
+        assert given.running_mean is not None
+        assert given.running_var is not None
+        mean, variance = given.running_mean[None], given.running_var[None]
+    settings = given.relu, given.training, given.eps
+    y: Tensor = _normalise(x, mean, variance, given.weight, given.bias, residual, *settings)
     return y
 
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from synco_fast.kernels.norm.arguments import Arguments
+
 __all__ = ["Gradients", "batch_norm", "gradients", "normalise", "statistics", "update_running", "wide"]
 
 _PLACES = (1, 3, 4)
@@ -71,7 +73,7 @@ def normalise(
     relu: bool,
     eps: float,
 ) -> Tensor:
-    """Compute y from statistics, (G, C); arguments as in `batch_norm`."""
+    """Compute y from statistics, (G, C); arguments as in `synco_fast.kernels.norm.batch_norm`."""
     dtype = wide(x.dtype)
     groups = len(mean)
     scale = (variance.to(dtype) + eps).rsqrt()
@@ -118,31 +120,19 @@ def update_running(
                 running.lerp_(target, num_batches_tracked.to(running.dtype).reciprocal())
 
 
-def batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    *,
-    groups: int = 1,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    training: bool = True,
-    momentum: float | None = 0.1,
-    eps: float = 1e-5,
-    num_batches_tracked: Tensor | None = None,
-) -> Tensor:
-    """Compute y, with a graph for autograd; arguments are those of `synco_fast.kernels.norm.batch_norm`."""
-    if training:
-        mean, variance = statistics(x, groups)
-        count = x.numel() // (groups * x.shape[1])
-        update_running(running_mean, running_var, num_batches_tracked, mean, variance, count, momentum)
+def batch_norm(given: Arguments) -> Tensor:
+    """Compute y, (B, C, H, W), with a graph for autograd."""
+    x = given.x
+    if given.training:
+        mean, variance = statistics(x, given.groups)
+        count = x.numel() // (given.groups * x.shape[1])
+        running = given.running_mean, given.running_var, given.num_batches_tracked
+        update_running(*running, mean, variance, count, given.momentum)
     else:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, variance = running_mean[None], running_var[None]
-    return normalise(x, mean, variance, weight, bias, residual, relu=relu, eps=eps)
+        assert given.running_mean is not None
+        assert given.running_var is not None
+        mean, variance = given.running_mean[None], given.running_var[None]
+    return normalise(x, mean, variance, given.weight, given.bias, given.residual, relu=given.relu, eps=given.eps)
 
 
 def gradients(

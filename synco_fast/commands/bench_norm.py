@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.bench.subjects import DTYPES, NORMS
+from synco_fast.bench.subjects import DTYPES, NORM_SETTINGS, NORMS
 from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
 
@@ -23,8 +24,16 @@ def add(commands: Commands) -> None:
         "bench norm",
         _bench_norm,
         "Time of batch norm, add and ReLU, forward and backward, by form and layer shape of a ResNet, and the bytes "
-        "and launches of a step by count.",
+        "and launches of a step by count. Or the time of a whole step by model.norm.",
         "synco-fast bench norm --backbone resnet50 --batch 256 --json norm.json",
+    )
+    command.add_argument("--part", choices=("layers", "step"), default="layers", help="layer shapes or whole steps")
+    command.add_argument(
+        "--norms",
+        nargs="+",
+        choices=NORM_SETTINGS,
+        default=["plain", "auto"],
+        help="values of model.norm for --part step; plain and auto by default",
     )
     command.add_argument("--backbone", default="resnet50", help="a torchvision or timm ResNet")
     command.add_argument("--size", type=positive, default=224, help="image size in pixels")
@@ -59,6 +68,9 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
         raise UserError(f"batch: found {batch}, expected a multiple of {options.groups} (groups)")
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.part == "step":
+        return _bench_steps(options, batch, console)
+    load = os.getloadavg()
     reasons = {subject: unavailable(subject, device, dtype) for subject in NORMS}
     subjects = options.subjects or [subject for subject in NORMS if not reasons[subject]]
     for subject in subjects:
@@ -72,6 +84,14 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
         subjects = [subject for subject in subjects if subject != "compiled"]
         layers, rounds, repeats = [layers[-1]], 1, 1
     ceilings = measure_ceilings(device, dtype)
+    shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
+    shape["groups"] = options.groups
+    counted = {form: step_work(form, **shape)._asdict() for form in FORMS}
+    environment = describe_environment()
+    if options.threads:
+        environment["threads"] = options.threads
+    about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype, **shape}
+    about |= {"ceilings": ceilings._asdict(), "counted": counted}
     results: list[dict[str, Any]] = []
     with ProgressBar(console, "measuring", len(layers), unit="layer") as bar:
         for layer in layers:
@@ -86,38 +106,88 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
                 repeats=repeats,
                 rounds=rounds,
             )
+            if options.json is not None:
+                # After each layer, so that nothing is lost where the time ends early.
+                sums = {"totals_s": totals(results), "cpu_totals_s": totals(results, "cpu_median_s")}
+                write_json(options.json, {**about, **sums, "results": results})
             bar.advance()
-    shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
-    shape["groups"] = options.groups
-    counted = {form: step_work(form, **shape)._asdict() for form in FORMS}
-    environment = describe_environment()
-    if options.threads:
-        environment["threads"] = options.threads
-    if options.json is not None:
-        about = {"environment": environment, "device": device.type, "dtype": options.dtype, **shape}
-        figures = {"ceilings": ceilings._asdict(), "results": results, "totals_s": totals(results), "counted": counted}
-        write_json(options.json, about | figures)
     title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"
-    _print(results, totals(results), title, console)
+    _print(results, title, console)
     _print_counted(counted, options.backbone, console)
     return 0
 
 
-def _print(results: list[dict[str, Any]], together: dict[str, float], title: str, console: Console) -> None:
+def _bench_steps(options: argparse.Namespace, batch: int, console: Console) -> int:
+    from synco_fast.bench.norm_step import measure_norm_steps
+    from synco_fast.presets import load_config
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.files import write_json
+    from synco_fast.runtime.progress import ProgressBar
+
+    shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
+    shape["groups"] = options.groups
+    config = load_config(
+        "synco-r50-200",
+        {
+            "model.backbone": options.backbone,
+            "model.batch_norm_groups": options.groups,
+            "augment.size": options.size,
+            "training.batch": batch,
+            "training.precision": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[options.dtype],
+            "training.device": options.device,
+            "method.warmup_epochs": 0,
+            "evaluation.every": 0,
+        },
+    )
+    load, rounds = os.getloadavg(), 1 if options.dry else options.rounds
+    with ProgressBar(console, "measuring", rounds, unit="round") as bar:
+        results = measure_norm_steps(config.model_dump(mode="json"), options.norms, rounds=rounds, advance=bar.advance)
+    environment = describe_environment()
+    if options.json is not None:
+        about = {"environment": environment, "load": load, "device": options.device, "dtype": options.dtype}
+        write_json(options.json, {**about, **shape, "steps": results})
+    table = Table(
+        title=f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups", box=SIMPLE_HEAD
+    )
+    first = options.norms[0]
+    for name in ("model.norm", "ms", "CPU ms", "ratio (quartiles)", "CPU ratio (quartiles)"):
+        table.add_column(name, justify="left" if name == "model.norm" else "right", no_wrap=True)
+    for row in results:
+        figures = [f"{1e3 * row['median_s']:,.0f}", f"{1e3 * row['cpu_median_s']:,.0f}"]
+        for name in ("of_first", "cpu_of_first"):
+            low, middle, high = row[name]
+            figures.append(f"{middle:.3f} ({low:.2f} to {high:.2f})")
+        table.add_row(row["norm"], *figures)
+    console.print(table)
+    console.print(f"whole steps in turn; ratio to {first} in the same round; rounds: {rounds}", highlight=False)
+    return 0
+
+
+def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
+    from synco_fast.bench.norm import totals
+
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("layer", "form"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "GB/s", "floor"):
+    for name in ("ms", "CPU ms", "GB/s", "floor"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         follows = "+add" * result["residual"] + "+relu" * result["relu"]
         layer = f"{result['times']}x {result['channels']}, {result['height']}x{result['width']} {follows}"
-        figures = f"{1e3 * result['median_s']:,.3f}", f"{result['gb_s']:,.1f}", f"{result['floor']:.0%}"
-        table.add_row(layer, result["subject"], *figures)
+        table.add_row(
+            layer,
+            result["subject"],
+            f"{1e3 * result['median_s']:,.3f}",
+            f"{1e3 * result['cpu_median_s']:,.3f}",
+            f"{result['gb_s']:,.1f}",
+            f"{result['floor']:.0%}",
+        )
     console.print(table)
-    first = next(iter(together.values()))
-    for subject, seconds in together.items():
-        console.print(f"all layers, {subject}: {1e3 * seconds:,.1f} ms, {first / seconds:.2f}x", highlight=False)
+    for about, together in (("", totals(results)), (" (processor time)", totals(results, "cpu_median_s"))):
+        first = next(iter(together.values()))
+        for subject, seconds in together.items():
+            line = f"all layers, {subject}: {1e3 * seconds:,.1f} ms{about}, {seconds / first:.2f} of the first"
+            console.print(line, highlight=False)
     console.print("floor: share of the time that the kernels' bytes would take at the bandwidth of a copy, as measured")
 
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
+from torch import nn
 
 from synco_fast.bench.norm import measure_norm, prepare_norm, totals, unavailable
 from synco_fast.bench.norm_model import FORMS, Layer, layers_of, passes, step_work
-from synco_fast.bench.subjects import NORMS
+from synco_fast.bench.norm_step import measure_norm_steps
+from synco_fast.bench.subjects import NORM_SETTINGS, NORMS
 from synco_fast.cli import main
+from synco_fast.config import ModelConfig
 
 CPU = torch.device("cpu")
 SMALL = Layer(8, 5, 4, True, True, 2)
@@ -55,12 +61,56 @@ def test_launches_do_not_grow_with_the_groups():
 def test_every_form_computes_the_same(layer):
     expected = prepare_norm("grouped", layer, 6, 3, CPU, torch.float32)()
     assert len(expected) == 1 + layer.residual
-    for subject in ("native", "split"):
+    for subject in ("native", "split", "folded"):
         found = prepare_norm(subject, layer, 6, 3, CPU, torch.float32)()
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     whole = prepare_norm("plain", layer, 6, 1, CPU, torch.float32)()
     torch.testing.assert_close(whole, prepare_norm("native", layer, 6, 1, CPU, torch.float32)())
+
+
+class ApexNorm(nn.BatchNorm2d):
+    """What apex's `BatchNorm2d_NHWC` takes and gives, by PyTorch's own calls."""
+
+    def __init__(self, num_features, fuse_relu=False, bn_group=1):
+        super().__init__(num_features)
+        self.fuse_relu = fuse_relu
+
+    def forward(self, x, z=None):
+        assert x.is_contiguous()
+        assert x.shape[3] == self.num_features, "(B, H, W, C)"
+        assert z is None or (self.fuse_relu and z.is_contiguous())
+        y = super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        y = y if z is None else y + z
+        return y.relu() if self.fuse_relu else y
+
+
+@pytest.mark.parametrize("layer", [SMALL, SMALL._replace(residual=False), SMALL._replace(relu=False, residual=False)])
+def test_apex_where_it_is_installed(monkeypatch, layer):
+    """Its module is called as it is to be, and computes what the plain form does."""
+    gpu, half = torch.device("cuda"), torch.float16
+    assert "apex's contrib.groupbn cannot be imported" in unavailable("apex", gpu, half)
+    stand_in = SimpleNamespace(BatchNorm2d_NHWC=ApexNorm)
+    monkeypatch.setitem(sys.modules, "apex.contrib.groupbn.batch_norm", stand_in)
+    assert unavailable("apex", gpu, half) is None
+    assert "found torch.bfloat16 on cuda" in unavailable("apex", gpu, torch.bfloat16)
+    found, expected = (prepare_norm(name, layer, 6, 3, CPU, torch.float32)() for name in ("apex", "plain"))
+    torch.testing.assert_close(found, expected)
+
+
+def test_steps_take_turns(tiny):
+    values = tiny({"training.batch": 8, "training.device": "cpu", "method.warmup_epochs": 0}).model_dump(mode="json")
+    done = []
+    plain, auto = measure_norm_steps(values, ["plain", "auto"], rounds=3, advance=lambda: done.append(1))
+    assert len(done) == 3
+    assert (plain["norm"], auto["norm"]) == ("plain", "auto")
+    assert plain["of_first"] == plain["cpu_of_first"] == [1, 1, 1]
+    assert plain["loss"] == auto["loss"], "on a CPU the bits of the plain form, after six steps as well"
+    for name in ("seconds", "cpu_seconds"):
+        ratios = sorted(one / other for one, other in zip(auto[name], plain[name], strict=True))
+        assert auto[f"{name.removesuffix('seconds')}of_first"][1] == pytest.approx(ratios[1])
+        assert len(auto[name]) == 3
+    assert set(get_args(ModelConfig.model_fields["norm"].annotation)) == set(NORM_SETTINGS)
 
 
 def test_figures():
@@ -80,9 +130,19 @@ def test_figures():
 
 
 def test_what_cannot_be_measured_says_why():
-    assert set(NORMS) == {"grouped", "split", "plain", "compiled", "native", "triton", "apex"}
+    assert set(NORMS) == {"grouped", "split", "plain", "compiled", "folded", "native", "triton", "apex"}
     assert unavailable("native", CPU, torch.bfloat16) is None
     assert "the kernels run on CUDA devices" in unavailable("triton", CPU, torch.bfloat16)
+
+
+def test_compiled_on_a_cpu_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert (
+        unavailable("compiled", CPU, torch.float32) == "torch.compile needs a C++ compiler, found no no-such-compiler"
+    )
+    assert unavailable("compiled", torch.device("cuda"), torch.float32) is None
+    monkeypatch.setenv("CXX", sys.executable)
+    assert unavailable("compiled", CPU, torch.float32) is None
 
 
 @pytest.mark.slow
@@ -94,6 +154,15 @@ def test_the_command(tmp_path, capsys):
     assert {result["subject"] for result in report["results"]} == {"grouped", "native"}
     assert report["counted"]["triton"]["launches"] < report["counted"]["grouped"]["launches"]
     assert "counted, not measured" in capsys.readouterr().out
-    assert main(["bench", "norm", "--dry", "--device", "cpu"]) == 0
+    words = ["bench", "norm", "--dry", "--backbone", "resnet18", "--size", "32", "--batch", "8", "--groups", "2"]
+    assert main([*words, "--device", "cpu"]) == 0
+    assert (
+        main([*words, "--part", "step", "--dtype", "float32", "--device", "cpu", "--json", str(tmp_path / "step.json")])
+        == 0
+    )
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert [row["norm"] for row in report["steps"]] == ["plain", "auto"]
+    assert len(report["load"]) == 3
+    assert "whole steps in turn; ratio to plain in the same round; rounds: 1" in capsys.readouterr().out
     assert main(["bench", "norm", "--batch", "7", "--device", "cpu"]) == 2
     assert "batch: found 7, expected a multiple of 8 (groups)" in capsys.readouterr().err

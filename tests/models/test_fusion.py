@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from synco_fast.kernels.norm import ops
+from synco_fast.kernels.norm import native, ops
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.batch_norm import FusedBatchNorm2d, SplitBatchNorm2d, split_batch_norm
 from synco_fast.models.encoder import build_backbone
 from synco_fast.models.fusion import fuse_batch_norm
 from synco_fast.runtime.errors import ConfigError
+
+from ..support.job import CONTEXT
+from ..support.rotation import todays
 
 MODELS = ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "timm/resnet50"]
 #: By model: norm + add + ReLU, norm + ReLU, norm alone.
@@ -26,10 +33,27 @@ COUNTS = {
     "resnext50_32x4d": (16, 33, 4),
     "timm/resnet50": (16, 33, 4),
 }
+#: What torchvision builds them from.
+BUILT_FROM = {
+    "resnet18": (BasicBlock, {}),
+    "resnet50": (Bottleneck, {}),
+    "wide_resnet50_2": (Bottleneck, {"width_per_group": 128}),
+    "resnext50_32x4d": (Bottleneck, {"groups": 32, "width_per_group": 4}),
+}
+SETTINGS = (
+    {},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+    {"momentum": None},
+)
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _quiet(monkeypatch):
+    # Large maps here go group by group, small ones all together, as they do at full size.
+    monkeypatch.setattr(native, "CACHED", 1 << 16)
+    monkeypatch.setattr(native, "APART", 1 << 18)
     ops._note.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the formula computes the batch norm")
@@ -37,10 +61,24 @@ def _quiet():
     ops._note.cache_clear()
 
 
+def build(name, **arguments):
+    """A backbone; with ``layers`` given, without the last two stages, whose blocks are of no other kind."""
+    if "layers" not in arguments or "channels" in arguments:
+        return build_backbone(name, arguments=arguments)[0]
+    if name in BUILT_FROM:
+        block, others = BUILT_FROM[name]
+        made = ResNet(block, **others, **arguments)
+        made.fc = nn.Identity()
+    else:
+        made, _ = build_backbone(name, arguments=arguments)
+    made.layer3 = made.layer4 = nn.Identity()
+    return made
+
+
 def pair(name, groups, backend="auto", dtype=torch.float64, **arguments):
     """The plain and the fused backbone with the same weights."""
     torch.manual_seed(0)
-    plain, _ = build_backbone(name, arguments=arguments)
+    plain = build(name, **arguments)
     for part in plain.modules():
         # Zero weights (timm's last norms) and the usual 1 and 0 would hide much.
         if isinstance(part, nn.BatchNorm2d):
@@ -70,43 +108,90 @@ def images(batch, height, width, dtype):
     return torch.randn(batch, 3, height, width).to(dtype, memory_format=torch.channels_last)
 
 
-CASES = [
-    *(pytest.param(name, 2, (4, 33, 47), id=f"{name}-2") for name in MODELS),
-    pytest.param("resnet18", 1, (3, 40, 32), id="resnet18-1"),
-    pytest.param("resnet18", 8, (16, 64, 64), id="resnet18-8"),
-    pytest.param("timm/resnet50", 8, (16, 33, 39), id="timm/resnet50-8", marks=pytest.mark.slow),
-    pytest.param("resnet50", 1, (2, 65, 33), id="resnet50-1", marks=pytest.mark.slow),
-]
+GROUPS = (1, 2, 8)
+BACKENDS = ("auto", "triton")
+#: All models with one number of groups after the other.
+CASES = [(name, groups) for groups in GROUPS for name in MODELS]
 
 
-@pytest.mark.parametrize(("name", "groups", "shape"), CASES)
+def compare(name, groups, size, backends=BACKENDS, **arguments):
+    """Both forms against the plain modules: in float64 to 1e-12, in bfloat16 within twice the modules' own error.
+
+    On a CPU "triton" is the operators with the formula: the wiring of the kernels, not the kernels.
+    """
+    torch.manual_seed(1)
+    batch = max(4, 2 * groups)
+    x, up = images(batch, *size, torch.float64).bfloat16(), torch.randn(batch, 1)
+    found = {}
+    for backend, dtype in itertools.product(backends, (torch.float64, torch.float32)):
+        plain, fused, _ = pair(name, groups, backend, dtype, **arguments)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            if backend == backends[0]:
+                found["plain", dtype] = step(plain, x.to(dtype), up)
+            found[backend, dtype] = step(fused, x.to(dtype), up)
+    exact, modules = found["plain", torch.float64], found["plain", torch.float32]
+    for backend in backends:
+        same, rounded = found[backend, torch.float64], found[backend, torch.float32]
+        assert same.keys() == rounded.keys() == exact.keys()
+        for key, value in exact.items():
+            size = value.double().norm().item()
+            error = (same[key] - value).double().norm().item()
+            assert error <= 1e-12 * max(1.0, size), (backend, key, error)
+            own, theirs = ((other[key].double() - value).norm().item() for other in (rounded, modules))
+            assert own <= 2 * theirs + 1e-6 * size, (backend, key, own, theirs)
+
+
+@pytest.mark.parametrize(("name", "groups"), todays(CASES, 5))
+def test_each_kind_of_block_computes_what_the_plain_one_does(name, groups):
+    """Stem and two stages, with every kind of block: a number of groups each day."""
+    compare(name, groups, (17, 23), layers=[1, 2, 1, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "groups", "backend"), todays([(*case, form) for form in BACKENDS for case in CASES]))
+def test_a_whole_model_computes_what_the_plain_one_does(name, groups, backend):
+    """One a day. The last maps are 2 x 2, so that a group has no fewer than eight values a channel."""
+    compare(name, groups, (33, 39), (backend,))
+
+
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_equal_in_float64(name, groups, shape, backend):
-    """On a CPU "triton" is the operators with the formula: the wiring of the kernels, not the kernels."""
-    plain, fused, _ = pair(name, groups, backend)
-    x, up = images(*shape, torch.float64), torch.randn(shape[0], 1).double()
-    expected, found = step(plain, x, up), step(fused, x, up)
-    assert expected.keys() == found.keys()
-    for key, value in expected.items():
-        difference = (found[key] - value).double().norm().item()
-        assert difference <= 1e-12 * max(1.0, value.double().norm().item()), key
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_norm_is_pytorchs_module(backend, settings):
+    """Without parameters, without running statistics, with a cumulative mean: training, then evaluation."""
+    plain = nn.BatchNorm2d(5, **settings).double()
+    fused = FusedBatchNorm2d.of(copy.deepcopy(plain), 1, backend=backend)
+    for _ in range(3):
+        x = torch.randn(4, 5, 3, 2).double().to(memory_format=torch.channels_last)
+        torch.testing.assert_close(fused(x), plain(x), rtol=1e-12, atol=1e-12)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused.eval()(x), plain.eval()(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize(("name", "groups", "shape"), [("resnet18", 2, (8, 48, 48)), ("timm/resnet50", 1, (4, 40, 40))])
-def test_within_twice_the_modules_own_error_in_bfloat16(name, groups, shape, backend):
-    x = images(*shape, torch.float64).bfloat16()
-    up = torch.randn(shape[0], 1)
-    results = []
-    for kind in ("exact", "plain", "fused"):
-        plain, fused, _ = pair(name, groups, backend, torch.float64 if kind == "exact" else torch.float32)
-        model = fused if kind == "fused" else plain
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind != "exact"):
-            results.append(step(model, x.double() if kind == "exact" else x.float(), up))
-    exact, plain, fused = results
-    for key in exact:
-        own, theirs = ((value[key].double() - exact[key]).norm().item() for value in (fused, plain))
-        assert own <= 2 * theirs + 1e-6 * exact[key].double().norm().item(), key
+@pytest.mark.slow
+def test_gradients_of_two_processes_and_parts_are_those_of_one(tmp_path):
+    """In `DistributedDataParallel` over gloo with accumulation; the worker compares evaluation as well."""
+    worker = str(Path(__file__).with_name("ddp_worker.py"))
+    runpy.run_path(worker, {"RANK": 0, "WORLD": 1, "PARTS": 1, "FOLDER": tmp_path})
+    expected = torch.load(tmp_path / "gradients-1-0.pt")
+    processes = []
+    for rank in range(2):
+        given = {"RANK": rank, "WORLD": 2, "PARTS": 2, "FOLDER": tmp_path}
+        processes.append(CONTEXT.Process(target=runpy.run_path, args=(worker, given)))
+        processes[-1].start()
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"gradients-2-{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -178,8 +263,6 @@ def test_unknown_models_keep_plain_modules():
 
 
 def test_a_block_of_another_class_is_left_alone():
-    from torchvision.models.resnet import BasicBlock, ResNet
-
     class Own(BasicBlock):
         def forward(self, x):
             return super().forward(x) * 2

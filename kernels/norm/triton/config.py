@@ -37,6 +37,8 @@ def unserved(x: Tensor) -> str | None:
     """Why the kernels do not serve x, (B, C, H, W); None where they do."""
     if x.dtype not in _DTYPES:
         return f"x has dtype {x.dtype}; the kernels take float32, bfloat16 and float16"
+    if not x.numel():
+        return f"x is empty, {tuple(x.shape)}"
     if x.shape[0] * x.shape[2] * x.shape[3] >= 1 << 30:
         return f"x has {x.shape[0] * x.shape[2] * x.shape[3]} values a channel; the kernels take fewer than {1 << 30}"
     if max(PROGRAMS, x.shape[0]) * x.shape[1] >= 1 << 31:

@@ -8,17 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from synco_fast.kernels.norm import batch_norm
+from synco_fast.kernels.norm import batch_norm, native
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 KINDS = pytest.mark.parametrize(("relu", "added"), list(itertools.product((False, True), repeat=2)))
 
 
+@pytest.fixture(params=["large", "middle", "small"])
+def _size(request, monkeypatch):
+    """The paths of x by its size."""
+    if request.param != "small":
+        monkeypatch.setattr(native, "CACHED", 0)
+    if request.param == "large":
+        monkeypatch.setattr(native, "APART", 0)
+
+
 @DTYPES
 @LAYOUTS
 @KINDS
 @pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.usefixtures("_size")
 def test_the_modules_bits(dtype, layout, relu, added, groups):
     x, r = ((torch.randn(12, 5, 4, 6) * 3 + 1).to(dtype, memory_format=layout) for _ in range(2))
     norms = [nn.BatchNorm2d(5) for _ in range(groups)]
@@ -39,12 +49,25 @@ def test_the_modules_bits(dtype, layout, relu, added, groups):
         assert y.is_contiguous(memory_format=layout)
     for plain, found in zip(*results, strict=True):
         assert plain is found is None or torch.equal(plain, found)
-    torch.testing.assert_close(mean, torch.stack([norm.running_mean for norm in norms]).mean(0), rtol=1e-6, atol=1e-7)
+    for found, name in ((mean, "running_mean"), (variance, "running_var")):
+        expected = torch.stack([getattr(norm, name) for norm in norms]).mean(0)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     summed = torch.stack([norm.weight.grad for norm in norms]).sum(0)
     torch.testing.assert_close(weight.grad, summed, rtol=1e-5, atol=1e-5)
 
 
-def test_only_x_and_y_of_their_size_are_kept():
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.5, 1.0])
+def test_groups_one_after_another_move_the_running_statistics_as_their_mean_does(momentum):
+    moved = 3.0
+    values = [5.0, -1.0, 0.5, 7.0]
+    for value, share in zip(values, native._momenta(momentum, 4), strict=True):
+        moved += share * (value - moved)
+    assert moved == pytest.approx(3.0 + momentum * (sum(values) / 4 - 3.0), rel=1e-15)
+
+
+def test_only_x_and_y_of_their_size_are_kept(monkeypatch):
+    monkeypatch.setattr(native, "CACHED", 0)
+    monkeypatch.setattr(native, "APART", 0)
     x = torch.randn(12, 5, 8, 8, requires_grad=True)
     weight, bias = torch.ones(5, requires_grad=True), torch.zeros(5, requires_grad=True)
     kept = []

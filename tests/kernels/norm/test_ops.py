@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from synco_fast.kernels.norm import batch_norm, ops
+from synco_fast.kernels.norm import batch_norm, native, ops
+from tests.support.rotation import todays
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "native", "triton", "reference"])
 KINDS = pytest.mark.parametrize(("relu", "added"), list(itertools.product((False, True), repeat=2)))
@@ -18,7 +21,10 @@ SHAPE = (6, 5, 3, 4)
 
 
 @pytest.fixture(autouse=True)
-def _notes():
+def _notes(monkeypatch):
+    # Group by group, as large tensors go.
+    monkeypatch.setattr(native, "CACHED", 0)
+    monkeypatch.setattr(native, "APART", 0)
     ops._note.cache_clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the formula computes the batch norm")
@@ -110,22 +116,14 @@ def test_compiles_whole(relu, added, training, backend):
 
 
 @pytest.mark.slow
-def test_compiles_whole_with_inductor():
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("backend", todays(["triton", "auto"]))
+def test_compiles_whole_with_inductor(backend):
     leaves, before = inputs(), state()
 
     def step(x, weight, bias, r, mean, variance, tracked):
-        y = batch_norm(
-            x * 2,
-            weight,
-            bias,
-            mean,
-            variance,
-            groups=2,
-            residual=r,
-            relu=True,
-            num_batches_tracked=tracked,
-            backend="triton",
-        )
+        settings = {"groups": 2, "residual": r, "relu": True, "num_batches_tracked": tracked, "backend": backend}
+        y = batch_norm(x * 2, weight, bias, mean, variance, **settings)
         return y.square().mean()
 
     compiled, results = torch.compile(step, fullgraph=True), []
@@ -136,6 +134,83 @@ def test_compiles_whole_with_inductor():
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert results[1][-1] == 7
+
+
+class Calls(TorchDispatchMode):
+    """The calls that read or write a tensor of x's size."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.names = size, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(value, torch.Tensor) and value.numel() == self.size for value in args):
+            self.names.append(func._schema.name)
+        return result
+
+
+def test_evaluation_is_one_elementwise_pass():
+    x, weight, bias, r = (value.detach() for value in inputs())
+    with Calls(x.numel()) as calls:
+        batch_norm(x, weight, bias, *state()[:2], residual=r, relu=True, training=False, backend="triton")
+    assert calls.names == ["synco_fast::norm_apply"]
+    with Calls(x.numel()) as calls:
+        batch_norm(x, weight, bias, *state()[:2], groups=2, residual=r, relu=True, backend="triton")
+    assert {"synco_fast::norm_statistics", "synco_fast::norm_apply"} <= set(calls.names)
+
+
+@BACKENDS
+@pytest.mark.parametrize(
+    ("channels", "side"), [(3, 1), (3, 7), (3, 56), (64, 1), (64, 7), (64, 56), (513, 7), (2048, 1), (2048, 7)]
+)
+def test_sizes(backend, channels, side):
+    """Against PyTorch's modules of each group, in float64."""
+    shape = (6, channels, side, side)
+    x, weight, bias, r = inputs(shape, torch.float64)
+    norms = [nn.BatchNorm2d(channels).double() for _ in range(2)]
+    parts = [
+        torch.nn.functional.batch_norm(part, norm.running_mean, norm.running_var, weight, bias, True, 0.1)
+        for norm, part in zip(norms, x.chunk(2), strict=True)
+    ]
+    expected = (torch.cat(parts) + r).relu()
+    running = torch.zeros(channels).double(), torch.ones(channels).double()
+    y = batch_norm(x, weight, bias, *running, groups=2, residual=r, relu=True, backend=backend)
+    up, leaves = torch.randn(shape).double(), (x, weight, bias, r)
+    pairs = zip(
+        [y, *torch.autograd.grad(y, leaves, up), *running],
+        [
+            expected,
+            *torch.autograd.grad(expected, leaves, up),
+            *(torch.stack([getattr(norm, name) for norm in norms]).mean(0) for name in ("running_mean", "running_var")),
+        ],
+        strict=True,
+    )
+    for found, wanted in pairs:
+        assert (found - wanted).norm() <= 1e-12 * max(1, wanted.norm())
+
+
+@BACKENDS
+def test_one_image_a_group_is_refused_where_pytorch_does(backend):
+    norm = nn.BatchNorm2d(5)
+    x = torch.randn(2, 5, 1, 1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        norm(x[:1])
+    with pytest.raises(ValueError, match=r"found shape \(2, 5, 1, 1\) in 2 groups, one value a channel in each"):
+        batch_norm(x, None, None, None, None, groups=2, backend=backend)
+    x = torch.randn(2, 5, 2, 1).to(memory_format=torch.channels_last)
+    found = batch_norm(x, None, None, None, None, groups=2, backend=backend)
+    torch.testing.assert_close(found, torch.cat([norm(part) for part in x.chunk(2)]), rtol=1e-5, atol=1e-6)
+
+
+@BACKENDS
+def test_no_image_at_all(backend):
+    """Nothing to normalise in evaluation, as PyTorch has it; in training there are no statistics."""
+    x = torch.empty(0, 5, 3, 4).to(memory_format=torch.channels_last)
+    y = batch_norm(x, None, None, *state()[:2], training=False, relu=True, backend=backend)
+    assert y.shape == x.shape
+    with pytest.raises(ValueError, match=r"x: found shape \(0, 5, 3, 4\), expected at least two values a channel"):
+        batch_norm(x, None, None, None, None, backend=backend)
 
 
 @BACKENDS

@@ -102,13 +102,25 @@ def test_no_digits_are_lost_beside_a_large_mean(monkeypatch, mean):
         check((4, 24, 9, 8), 2, torch.float32, relu, added, mean=mean)
 
 
-def test_an_outlier_in_the_first_row_costs_no_digits(monkeypatch):
+def test_an_outlier_in_the_first_row_costs_few_digits(monkeypatch):
+    """The hardest case of counting from a place's first value: T values, all but one of them as far away as it.
+
+    With u = eps / 2 and the distance D, the mean's error after t values is at most u D t / 2, the difference's in the
+    next one u D (t / 2 + 1), and it enters M, which is D^2, by 2 D / t times that. With the additions to M themselves,
+    u each, the relative error is below u (2 T + 2 ln T + 5), in the first order: 57 eps for T = 50, were all roundings
+    on one side. As they fall, 3 eps is usual and 12 the most of 192 channels; sums of squared distances alone have
+    lost a factor of D^2 / variance = 3,200 and more.
+    """
     few_programs(monkeypatch, 4)
+    torch.manual_seed(0)
     x = torch.randn(2, 16, 40, 40).contiguous(memory_format=torch.channels_last)
     x[0, :, 0, 0] = 1e4
+    assert shape_of(x, 1).tiles == 50
     _, found = launch.statistics(x, None, None, None, groups=1, momentum=0.1)
     variance = x.double().var(dim=(0, 2, 3), correction=0)
-    assert (found[0] / variance - 1).abs().max() <= 32 * torch.finfo(torch.float32).eps
+    error = (found[0] / variance - 1).abs() / torch.finfo(torch.float32).eps
+    assert error.max() <= 16
+    assert error.mean() <= 4
 
 
 def test_constant_channels():
