@@ -323,7 +323,7 @@ def mix_of(itemsize: int, wide: int) -> Mix:
         return Mix(2, max(1, wide // 64), 16, 1)
     parts, pieces, warps = MIXES[itemsize]
     pieces = min(pieces, wide // 32)
-    return Mix(parts, pieces, max(1, 512 * warps * pieces // (wide * itemsize)), warps)
+    return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * itemsize)), warps)
 
 
 def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:

@@ -325,5 +325,5 @@ def _launch(
         HARD=hard > 0,
         BLOCK=256,
         **overlap,
-        num_warps=4,
+        num_warps=8 if wide > 256 else 4,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from synco_fast.kernels import Negatives
@@ -12,13 +13,15 @@ from synco_fast.kernels.validation import exact_inputs
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
 
 
-def test_ties_with_the_positive_are_not_above_it():
+# Without a threshold, and with one.
+@pytest.mark.parametrize("length", [30, 600])
+def test_ties_with_the_positive_are_not_above_it(length):
     q = exact_inputs(2, 1, 16).q
     q[0, 0], q[1, 0] = 0.5, -0.25
     unit = torch.zeros(1, 16)
     unit[0, 0] = 1
-    k, queue = unit.expand(2, -1).contiguous(), unit.expand(30, -1).contiguous()
-    queue[20:] *= -1
+    k, queue = unit.expand(2, -1).contiguous(), unit.expand(length, -1).contiguous()
+    queue[-10:] *= -1
     found = contrast_and_gradient(q, k, queue, Negatives(hard=10, perturbed=8, delta=0.0), **SETTINGS)
     assert found.queue_rank.tolist() == [0, 10]
     assert found.rank.tolist() == [0, 18]
