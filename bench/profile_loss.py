@@ -17,7 +17,6 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from synco_fast.bench.loss import Shape
-from synco_fast.kernels.topk import SAMPLE
 
 __all__ = ["Line", "profile_loss"]
 
@@ -107,15 +106,15 @@ def _kernel_counts(shape: Shape) -> dict[str, tuple[float, float]]:
     """Operations and bytes of the Triton kernels of one run, by name: what each needs, read and written once."""
     rows, length, dim, size = shape.rows, shape.length, shape.dim, shape.itemsize
     hard, negatives = min(shape.hard, length), shape.negatives
-    sample = min(length, SAMPLE)
-    marks = rows * length / 8
+    from synco_fast.kernels.triton.config import sampling_of
+
+    stride, rank, _ = sampling_of(length, hard) or (1, 0, 0)
+    sample, candidates = math.ceil(length / stride), stride * rank
     return {
         "sample": (2 * rows * sample * dim, (rows + sample) * dim * size + 4 * rows * sample),
         "rank": (2 * rows * dim, 2 * rows * dim * size + 4 * rows * sample),
-        "scan": (4 * rows * length * dim, (length + 2 * rows) * dim * size + marks),
-        "collect": (0, marks + 4 * rows * hard),
-        "score": (2 * rows * hard * dim, rows * hard * (dim * size + 8)),
-        "order": (0, 16 * rows * hard),
+        "scan": (4 * rows * length * dim, (length + 2 * rows) * dim * size + 8 * rows * candidates),
+        "select": (0, 8 * rows * (candidates + hard)),
         "mix": (4 * rows * negatives.synthetic * dim, 2 * rows * negatives.synthetic * dim * size),
         "reduce": (0, 8 * rows * dim + 4 * rows * hard),
     }

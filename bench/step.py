@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from synco_fast.bench.baselines.step import plain_step
-from synco_fast.bench.subjects import ENGINES, STEPS_BY_DEFAULT
+from synco_fast.bench.subjects import STEPS_BY_DEFAULT
 from synco_fast.bench.timing import peak_memory, reset_peak_memory
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipelines.base import Batch, normalise
@@ -55,7 +55,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
         Images per second of every block with their median, peak memory in MiB above what was held before the model was
         built, the lines about settings that could not be had, and the loss of the last step where there is one.
     """
-    values = {**values, "training": {**values["training"], **ENGINES[engine]}}
+    values = {**values, "training": {**values["training"], "engine": engine}}
     if subject in METHODS:
         values["method"] = {**values["method"], "name": subject}
     if subject == "encoder-plain":
@@ -110,7 +110,10 @@ def _runner(
     if subject == "encoder-plain":
         use_plain_batch_norm(engine.method)
     if subject.startswith("encoder"):
-        ready = [tuple(normalise(view, config.augment, engine.layout) for view in pair) for pair in views]
+        ready = [
+            tuple(normalise(view, config.augment, engine.layout, engine.precision.dtype) for view in pair)
+            for pair in views
+        ]
         return _captured(lambda: engine.encoders_alone(*ready[0]), engine), engine.settling, lambda: None
 
     def train(number: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from synco_fast.methods import METHODS, with_queue
 
 __all__ = [
@@ -15,6 +13,7 @@ __all__ = [
     "LOSS_BACKENDS",
     "NORMS",
     "NORM_SETTINGS",
+    "OPTIMIZERS",
     "PIPELINES",
     "PIPELINES_OF",
     "SELECTIONS",
@@ -74,13 +73,23 @@ NORM_SETTINGS = ("plain", "auto", "fused")
 STEPS = ("encoder", "encoder-plain", "plain", *METHODS)
 #: What is measured unless asked otherwise, what says most first, in case the time ends early.
 STEPS_BY_DEFAULT = ("encoder", "encoder-plain", "synco", "plain", *(name for name in with_queue() if name != "synco"))
-#: Engine settings by name.
-ENGINES: dict[str, dict[str, Any]] = {
-    "eager": {},
-    "compile": {"compile": "encoders"},
-    "compile-step": {"compile": "step"},
-    "graph": {"cuda_graph": True},
-    "compile+graph": {"compile": "encoders", "cuda_graph": True},
+#: Engines of a step, as `training.engine` names them.
+ENGINES = ("eager", "graph", "compile", "compile+graph")
+
+#: Optimizer steps: those of `optimizer.name`, and other forms of the same.
+OPTIMIZERS = {
+    "sgd": "PyTorch's, fused on a GPU: what training takes",
+    "sgd-foreach": "PyTorch's, over lists of tensors",
+    "adamw": "PyTorch's, fused on a GPU: what training takes",
+    "adamw-foreach": "PyTorch's, over lists of tensors",
+    "lars": "over lists of tensors, skipped on the device: what training takes",
+    "lars-timm": "timm's",
+    "lamb": "over lists of tensors, skipped on the device: what training takes",
+    "lamb-timm": "timm's",
+    "apex_sgd": "NVIDIA apex's FusedSGD",
+    "apex_adam": "NVIDIA apex's FusedAdam, capturable",
+    "apex_lamb": "NVIDIA apex's FusedLAMB",
+    "apex_mixed_lamb": "NVIDIA apex's FusedMixedPrecisionLamb",
 }
 
 #: Data pipelines; the first is the one that the others are held against.

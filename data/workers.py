@@ -7,9 +7,12 @@ import ctypes
 import multiprocessing
 import os
 import signal
+from contextlib import suppress
 
 __all__ = ["available_cores", "start_worker"]
 
+#: PR_SET_PDEATHSIG of prctl(2) in Linux: the signal that a process receives when its parent dies.
+_SET_DEATH_SIGNAL = 1
 #: Parameters of mallopt(3) in glibc, and the sizes up to which a worker keeps freed memory.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT_IN_ALL, _KEPT_IN_ONE = 256 << 20, 32 << 20
@@ -23,9 +26,20 @@ def available_cores() -> int:
 def start_worker(worker: int) -> None:
     """Set up a worker of `torch.utils.data.DataLoader`."""
     # Workers ignore the signals that stop a job: the training process still needs the batch of its step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _die_with_parent()
     _keep_freed_memory()
+
+
+def _die_with_parent() -> None:
+    """Make the kernel kill this process when its parent dies; exit now if the parent is dead already."""
+    with suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    # With a fork server, the parent is the server, which exits with the main process.
+    if parent is not None and multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 def _keep_freed_memory() -> None:

@@ -31,7 +31,7 @@ _TOGETHER = 8
 Similarities = Callable[[Tensor, int, int], Tensor]
 
 
-def stride_and_rank(length: int, hard: int) -> tuple[int, int] | None:
+def stride_and_rank(length: int, hard: int, size: int | None = None) -> tuple[int, int] | None:
     """At what stride to sample the queue, and which rank in the sample is the threshold.
 
     Of the N largest of K similarities, a sample of S holds about mu = N S / K, spread by sqrt(mu). Six spreads above
@@ -41,11 +41,12 @@ def stride_and_rank(length: int, hard: int) -> tuple[int, int] | None:
     Args:
         length: K.
         hard: N.
+        size: Keys of the sample, at most; `SAMPLE` where it is None.
 
     Returns:
         Stride and rank (counted from 1), or None where the sample could not exclude at least a quarter of the queue.
     """
-    stride = math.ceil(length / SAMPLE)
+    stride = math.ceil(length / (size or SAMPLE))
     sample = math.ceil(length / stride)
     expected = hard * sample / length
     rank = math.ceil(expected + 6 * math.sqrt(expected) + 4)

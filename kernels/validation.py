@@ -7,9 +7,9 @@ what remains is rounding, and rounding has a bound:
     |found - exact|  <=  2 |reference in float32 - exact|  +  c eps max|exact|  +  rounding of the softmax weights
 
 with c = 16 for the loss and 64 for the gradient, a sum over the whole queue that some libraries make one term after
-another. The last term is there for the kernels on halves alone, which round the weights of the queue keys to the format
-of the tensor cores before the second product: by at most u = 2^-8 (bfloat16) or 2^-10 (TF32) of each, and so the
-gradient by u / T times the same weighted sum of |n|.
+another. The last term is there for the kernels on halves, and on float32 where TF32 is allowed. They round the weights
+of the queue keys to the format of the tensor cores before the second product: by at most u = 2^-8 (bfloat16) or 2^-10
+(TF32) of each, and so the gradient by u / T times the same weighted sum of |n|.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 #: Units in the last place of float32 that an error may have beside that of the reference: c above.
 _UNITS = {"loss": 16, "gradient": 64}
-#: By how much the kernels round a softmax weight, by the dtype of the queue; float32 weights stay as they are.
+#: By how much the kernels round a softmax weight, by the dtype of the queue; for float32 see `_weight_rounding`.
 _WEIGHT_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 #: Similarity means may differ by this much, in absolute terms: they are sums of a few float32 numbers up to 1.
 _STATISTICS = 1e-5
@@ -364,7 +364,7 @@ def _judge(backend: Backend, case: Case, inputs: Inputs, ids: Ids, exact: Answer
     # Autograd hands the gradient down in the dtype of q.
     gradient_bound += torch.finfo(case.dtype).eps / 2 * exact.gradient.abs().max().item()
     if backend == "triton":
-        gradient_bound += _WEIGHT_ROUNDING.get(case.dtype, 0.0) * _weighted_lengths(case, inputs, ids)
+        gradient_bound += _weight_rounding(case.dtype, inputs.q.device) * _weighted_lengths(case, inputs, ids)
     # Written so that NaN misses.
     if not loss_error <= loss_bound:
         misses.append("loss")
@@ -398,6 +398,13 @@ def _error_and_bound(found: Tensor, plain: Tensor, exact: Tensor, units: int) ->
     error = (found.double() - exact).abs().max().item()
     bound = 2 * (plain.double() - exact).abs().max().item()
     return error, bound + units * torch.finfo(torch.float32).eps * exact.abs().max().item()
+
+
+def _weight_rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """By how much the kernels round a softmax weight: float32's too, where PyTorch may multiply in TF32."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return _WEIGHT_ROUNDING[torch.float16]
+    return _WEIGHT_ROUNDING.get(dtype, 0.0)
 
 
 def _weighted_lengths(case: Case, inputs: Inputs, ids: Ids) -> float:

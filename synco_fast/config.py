@@ -23,7 +23,7 @@ from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import migrate_config
-from synco_fast.runtime.names import Device, Format, QueueDtype
+from synco_fast.runtime.names import Device, EngineName, Format, OptimizerName, QueueDtype
 from synco_fast.runtime.strict_yaml import read_yaml
 
 __all__ = ["Config", "Section", "build_config", "read_config", "read_mapping"]
@@ -41,7 +41,10 @@ class DataConfig(Section):
 
     source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER, or demo")
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
-    pipeline: PipelineName = Field("auto", description="Data pipeline; auto: the fastest for the device")
+    pipeline: PipelineName = Field(
+        "auto",
+        description="Data pipeline; auto: by the device, in a long run the one that is measured to serve the step",
+    )
     decode: Decode = Field("once", description="DALI: decode the image once, or the window of each view")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
@@ -197,15 +200,13 @@ class GeneratedConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer: SGD as in MoCo v2, or another by name."""
 
-    name: Literal["sgd", "adamw", "lars", "lamb", "apex_sgd", "apex_lamb"] = Field(
-        "sgd", description="Optimizer: PyTorch's, timm's LARS and LAMB, or NVIDIA apex's if installed"
+    name: OptimizerName = Field(
+        "sgd", description="Optimizer: PyTorch's, LARS and LAMB for large batches, or NVIDIA apex's if installed"
     )
     lr: float = Field(0.03, gt=0, le=1e6, description="Peak learning rate at a batch of 256; scaled with the batch")
     momentum: Beta = Field(0.9, description="Momentum of sgd and lars")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of adamw and lamb")
-    weight_decay: float = Field(
-        1e-4, ge=0, le=100, description="Weight decay; adamw, lars and lamb exempt biases and norms"
-    )
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of adamw, lamb and apex's")
+    weight_decay: float = Field(1e-4, ge=0, le=100, description="Weight decay; all but SGD exempt biases and norms")
     warmup_epochs: Epochs = Field(0, description="Epochs over which the learning rate rises from 0")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning-rate schedule after the warm-up")
     clip: float | None = Field(None, gt=0, le=1e6, description="Clip the gradient to this norm; null: no clipping")
@@ -230,12 +231,16 @@ class TrainingConfig(Section):
         "auto", description="Number format of the encoders; auto: bf16 where the device is fast in it, else fp32"
     )
     channels_last: bool = Field(True, description="Channels-last memory layout")
-    compile: Literal["none", "encoders", "step"] = Field("none", description="What to torch.compile")
     fused: Literal["auto", "none"] = Field(
         "auto",
         description="Fused kernels on a GPU whose own key is auto: those that pass validation there, or none",
     )
-    cuda_graph: bool = Field(False, description="Replay the whole step as one CUDA graph")
+    engine: EngineName = Field(
+        "auto",
+        description="How a step runs: eager, as one CUDA graph, under torch.compile, or both; auto: the fastest as "
+        "measured in a long run, else eager",
+    )
+    cudnn_benchmark: bool = Field(True, description="cuDNN chooses convolution algorithms by trial, on a GPU")
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds to wait for the other processes")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
     wandb: str | None = Field(None, description="Weights & Biases project to log to")

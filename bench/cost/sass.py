@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 __all__ = ["Frame", "Instruction", "Span", "read", "spans"]
 
@@ -68,7 +68,11 @@ class Span:
 
 
 def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions in the text of ``nvdisasm -gi -c``, and the number that each label stands at."""
+    """The instructions in the text of ``nvdisasm -gi -c``, and the number that each label stands at.
+
+    Where threads of a warp have parted, they exchange numbers in code out of line, to which BRA.DIV goes. Warps of
+    these kernels stay together, so this branch is not taken, and what only it leads to is omitted.
+    """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     frames: list[Frame] = []
@@ -91,8 +95,36 @@ def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
     # Behind the code stand a branch to itself and padding.
     for number, one in enumerate(instructions):
         if one.target is not None and labels.get(one.target) == number:
-            return instructions[:number], labels
-    return instructions, labels
+            return _together(instructions[:number], labels)
+    return _together(instructions, labels)
+
+
+def _together(instructions: list[Instruction], labels: dict[str, int]) -> tuple[list[Instruction], dict[str, int]]:
+    """Code and labels without what only warps come to whose threads have parted."""
+    parted = _reached(instructions, labels, parted=True) - _reached(instructions, labels, parted=False)
+    kept = [number for number in range(len(instructions)) if number not in parted]
+    moved = {label: bisect.bisect_left(kept, number) for label, number in labels.items() if number not in parted}
+    straight = (instructions[number] for number in kept)
+    return [replace(one, target=None) if one.opcode == "BRA.DIV" else one for one in straight], moved
+
+
+def _reached(instructions: list[Instruction], labels: dict[str, int], *, parted: bool) -> set[int]:
+    """Numbers of the instructions that the entry leads to, with or without the branches of warps that have parted."""
+    reached: set[int] = set()
+    ahead = [0]
+    while ahead:
+        number = ahead.pop()
+        while number < len(instructions) and number not in reached:
+            reached.add(number)
+            one = instructions[number]
+            divergent = one.opcode == "BRA.DIV"
+            if one.target in labels and (parted or not divergent):
+                ahead.append(labels[one.target])
+            leaves = one.target in labels or one.base in ("EXIT", "RET")
+            if leaves and not one.predicated and not divergent:
+                break
+            number += 1
+    return reached
 
 
 def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:

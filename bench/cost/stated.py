@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from synco_fast.bench.cost.launches import Launch
 from synco_fast.bench.loss import Shape
-from synco_fast.kernels.topk import stride_and_rank
+from synco_fast.kernels.triton.config import sampling_of
 
 __all__ = ["STATED", "Stated", "candidates"]
 
@@ -37,8 +37,9 @@ class Stated:
 def candidates(shape: Shape) -> float:
     """Keys of a row above the sampled threshold, on average."""
     hard = shape.negatives.hard
-    sampling = stride_and_rank(shape.length, hard) if hard else None
-    return float(sampling[0] * sampling[1]) if sampling else 0.0
+    sampling = sampling_of(shape.length, hard) if hard else None
+    # The threshold lies anywhere up to a sixteenth behind the rank wanted.
+    return sampling[0] * sampling[1] * 33 / 32 if sampling else 0.0
 
 
 def _row(shape: Shape) -> int:
@@ -59,11 +60,16 @@ def _select(launch: Launch, shape: Shape) -> float:
 
 def _mix(launch: Launch, shape: Shape) -> float:
     negatives, values = shape.negatives, launch.arguments
-    picks = negatives.synthetic + negatives.mixed
-    # Where draws are written first, each is written and read once, as four numbers.
-    drawn = 32 * values["WIDTH"] if "WIDTH" in values else 0
-    shared: int = values["PARTS"] * (4 * shape.dim + 72 + drawn)
-    return float(shape.rows * (picks * (_row(shape) + 4) + shared))
+    picks = drawn = 0
+    for _, count, *numbers in values["TABLE"]:
+        _, _, _, a_slope, _, first_slope, second, second_slope, sigma, eta, _, _ = numbers
+        paired, sloped = bool(second or second_slope), bool(a_slope or first_slope or second_slope)
+        known = not (paired or sigma or eta)
+        picks += count * (1 + paired)
+        # What is drawn is written and read once, and what it picks read once: t, keys, and q.n_i where no x is made.
+        drawn += 4 * count * (2 * (1 + paired + sloped + known) + 1 + paired + known)
+    shared = values["PARTS"] * (4 * shape.dim + _row(shape) + 16) + 4 * negatives.synthetic
+    return float(shape.rows * (picks * _row(shape) + drawn + shared))
 
 
 def _reduce(launch: Launch, shape: Shape) -> float:
@@ -78,17 +84,15 @@ _ALWAYS: Callable[[Shape], float] = lambda shape: 1.0  # noqa: E731
 
 STATED: dict[str, Stated] = {
     # Between the bounds of a sample's similarities to a rank that may be off by a sixteenth.
-    "rank": Stated({"while (low < high) & (reached > wanted": lambda shape: 12.0}),
+    "rank": Stated({"while (low < high) & (reached > wanted": lambda shape: 8.0}),
     "scan": Stated(moved=_scan),
     "select": Stated(
         {
             "if flag == 0": _ALWAYS,
-            # Candidates spread over the splits evenly enough for one rectangle, and no two similarities are equal.
-            "if longest > WIDE": _NEVER,
-            "for start in range(0, longest, WIDE)": _NEVER,
+            # No two similarities are equal.
             "if reached != needed": _NEVER,
             # From some 2^23 numbers between threshold and maximum to some 2^10 between two similarities.
-            "while (low < high) & (reached != needed)": lambda shape: 13.0,
+            "while (low < high) & (reached != needed)": lambda shape: 12.2,
         },
         _select,
     ),

@@ -78,26 +78,43 @@ def epoch_order(length: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=torch.Generator().manual_seed(derive_seed(seed, epoch)))
 
 
-def normalise(views: Tensor, recipe: Recipe, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """Pixels 0 to 255, (B, 3, H, W) uint8, as float32, normalised by the recipe's mean and standard deviation.
+def normalise(
+    views: Tensor,
+    recipe: Recipe,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Pixels 0 to 255, (B, 3, H, W) uint8, normalised by the recipe's mean and standard deviation.
 
-    Views in a floating type are already normalised; only their memory layout is set.
+    The arithmetic is float32; on a GPU one launch writes the result in ``dtype``. Views in a floating type are already
+    normalised; only their memory layout is set.
     """
     if views.is_floating_point():
         return views.contiguous(memory_format=memory_format)
-    mean, scale = _mean_and_scale(recipe, views.device)
-    return views.to(torch.float32, memory_format=memory_format).sub_(mean).mul_(scale)
+    if views.device.type == "cpu":
+        # Mixed dtypes in one operation cost more here than a pass for each; and runs of before resume to the bit.
+        mean, scale = _mean_and_scale(recipe)
+        return views.to(torch.float32, memory_format=memory_format).sub_(mean).mul_(scale).to(dtype)
+    scale, shift = _scale_and_shift(recipe, views.device)
+    out = torch.empty(views.shape, dtype=dtype, device=views.device, memory_format=memory_format)
+    return torch.addcmul(shift, views, scale, out=out)
 
 
 def _pixels(views: Tensor, recipe: Recipe) -> Tensor:
     if not views.is_floating_point():
         return views
-    mean, scale = _mean_and_scale(recipe, views.device)
-    return views.float().div(scale).add_(mean).round_().clamp_(0, 255).to(torch.uint8)
+    scale, shift = _scale_and_shift(recipe, views.device)
+    return views.float().sub(shift).div_(scale).round_().clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=8)
-def _mean_and_scale(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
+def _mean_and_scale(recipe: Recipe) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(recipe.mean).view(3, 1, 1) * 255
+    return mean, 1 / (torch.tensor(recipe.std).view(3, 1, 1) * 255)
+
+
+@lru_cache(maxsize=8)
+def _scale_and_shift(recipe: Recipe, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cached per device: a copy in each step would make the host wait."""
-    mean = torch.tensor(recipe.mean, device=device).view(3, 1, 1) * 255
-    return mean, 1 / (torch.tensor(recipe.std, device=device).view(3, 1, 1) * 255)
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) * 255 for values in (recipe.mean, recipe.std))
+    return (1 / std).float().to(device), (-mean / std).float().to(device)

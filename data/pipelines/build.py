@@ -11,11 +11,15 @@ from torch import Tensor
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Decode, Pipeline, PipelineName
-from synco_fast.data.pipelines.resident import ResidentPipeline
+from synco_fast.data.pipelines.epochs import replace_corrupt
+from synco_fast.data.pipelines.resident import ResidentPipeline, room_on
 from synco_fast.data.pipelines.torchvision import TorchvisionPipeline, evaluation_loader
 from synco_fast.data.sources.splits import ArraySplit, Split
 
-__all__ = ["build_pipeline", "choose_pipeline", "evaluation_batches", "has_dali"]
+__all__ = ["build_pipeline", "choose_pipeline", "evaluation_batches", "has_dali", "pipelines_for"]
+
+#: Larger sets are not tried as resident ones: decoding them would take longer than the measurement is worth.
+_SMALL_SET = 4 << 30
 
 
 def has_dali() -> bool:
@@ -42,6 +46,24 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
     if isinstance(split, ArraySplit):
         return "resident"
     return "dali" if device.type == "cuda" and has_dali() else "torchvision"
+
+
+def pipelines_for(split: Split, device: torch.device) -> list[PipelineName]:
+    """The pipelines worth a measurement, what ``auto`` takes without one first.
+
+    DALI's CPU backend is none of them, being several times slower than torchvision. Resident is, for images of one size
+    that fit: arrays, or files whose first few are alike and that take up to 4 GiB decoded.
+    """
+    names = [choose_pipeline("auto", split, device), "torchvision"]
+    names += ["dali"] if device.type == "cuda" and has_dali() else []
+    names += ["resident"] if isinstance(split, ArraySplit) or _is_small(split, device) else []
+    return list(dict.fromkeys(names))
+
+
+def _is_small(split: Split, device: torch.device) -> bool:
+    shapes = {replace_corrupt(len(split), number, split.read)[0].size for number in range(min(8, len(split)))}
+    width, height = shapes.pop()
+    return not shapes and 3 * width * height * len(split) <= min(_SMALL_SET, room_on(device))
 
 
 def build_pipeline(

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from synco_fast.kernels.negatives import FAMILIES, Negatives
 from synco_fast.kernels.rng import largest_below
+from synco_fast.kernels.topk import stride_and_rank
 
 __all__ = [
     "CAPACITY",
     "FORMATS",
     "MIXES",
     "OVERLAP",
+    "SAMPLES",
     "TILE",
     "TILES",
     "TILES_OF",
@@ -37,6 +39,7 @@ __all__ = [
     "interpreted",
     "mix_of",
     "overlap_of",
+    "sampling_of",
     "segments_of",
     "splits_of",
     "table",
@@ -50,6 +53,8 @@ CAPACITY = 16384
 TILE = 64
 #: Columns of V that a program of the scan holds.
 CHUNK = 128
+#: How many queue keys the threshold is estimated from, at most. More give a closer threshold, fewer are sooner read.
+SAMPLES = (2048, 4096)
 #: Whether launches overlap where the device can (see `overlap.py`): to be turned on by a measurement.
 OVERLAP = False
 _SMALLEST_TEMPERATURE = 0.03
@@ -113,6 +118,19 @@ def capacity_of(stride: int, wanted: int) -> int | None:
     # `rank` may take a threshold that a sixteenth more of the sample reach.
     room = max(TILE, triton.next_power_of_2(math.ceil((wanted + wanted // 16 + spread) * stride)))
     return room if room <= CAPACITY else None
+
+
+def sampling_of(length: int, hard: int) -> tuple[int, int, int] | None:
+    """How to estimate the threshold: stride and rank of `stride_and_rank`, and the capacity for what exceeds it.
+
+    The smallest sample that needs no more room than the largest; None where no threshold can be estimated, or where
+    the candidates would take more than `CAPACITY`.
+    """
+    found = []
+    for size in SAMPLES:
+        if (sampling := stride_and_rank(length, hard, size)) and (capacity := capacity_of(*sampling)):
+            found.append((*sampling, capacity))
+    return next((one for one in found if one[2] <= found[-1][2]), None)
 
 
 def compact_ids(image_ids: Tensor, queue_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,11 +222,11 @@ FORMATS = {
 #: device. To be changed by a measurement.
 TILES = {
     ("bfloat16", True): Tile(128, 64, 128, 128, 8, 2),
-    ("bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
+    ("bfloat16", False): Tile(64, 64, 128, 64, 8, 1),
     ("float16", True): Tile(64, 64, 128, 128, 8, 1),
     ("float16", False): Tile(64, 64, 128, 64, 8, 1),
     ("three", True): Tile(128, 64, 128, 128, 8, 1),
-    ("three", False): Tile(128, 64, 64, 64, 8, 1),
+    ("three", False): Tile(128, 64, 64, 32, 8, 1),
     ("tf32", True): Tile(64, 64, 128, 128, 8, 1),
     ("tf32", False): Tile(64, 64, 64, 64, 8, 1),
     ("ieee", True): Tile(64, 32, 64, 32, 8, 1),
@@ -217,9 +235,11 @@ TILES = {
 #: Larger ones by the compute capability's major number too.
 TILES_OF = {
     (9, "bfloat16", True): Tile(128, 128, 128, 128, 8, 2),
+    (9, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),
     (9, "tf32", False): Tile(64, 64, 128, 64, 8, 1),
+    (10, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (10, "float16", False): Tile(128, 64, 128, 64, 8, 1),
 }
 
@@ -294,7 +314,7 @@ class Mix:
 
 #: By bytes of a number of the queue: parts, pieces and warps; a program takes as many slots as its threads hold with 16
 #: bytes of each piece in each. To be changed by a measurement.
-MIXES = {2: (8, 4, 1), 4: (8, 4, 1)}
+MIXES = {2: (4, 4, 1), 4: (8, 4, 1)}
 
 
 def mix_of(itemsize: int, wide: int) -> Mix:
@@ -306,17 +326,17 @@ def mix_of(itemsize: int, wide: int) -> Mix:
     return Mix(parts, pieces, max(1, 512 * warps * pieces // (wide * itemsize)), warps)
 
 
-def segments_of(capacity: int, splits: int, share: int) -> tuple[int, int]:
-    """How the candidates of a row are shared out among the splits.
+def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:
+    """How the candidates of a row are shared out among its lists.
 
     Args:
         capacity: Candidates that a row may have, a power of two.
-        splits: Into how many the queue is split.
-        share: Keys of a split.
+        lists: Into how many the queue is split.
+        share: Keys of a list.
 
     Returns:
-        Splits up to a power of two, and the places of a segment: twice what an even spread would fill to capacity, and
-        64 at least, since few candidates spread less evenly.
+        Lists up to a power of two, and the places of a segment: twice what an even spread would fill to capacity, and
+        32 at least, since few candidates spread less evenly.
     """
-    many = triton.next_power_of_2(splits)
-    return many, min(triton.next_power_of_2(share), max(2 * capacity // many, 64))
+    many = triton.next_power_of_2(lists)
+    return many, min(triton.next_power_of_2(share), max(2 * capacity // many, 32))

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.negatives import FAMILIES, Negatives
-from synco_fast.kernels.topk import SAMPLE, stride_and_rank
 from synco_fast.kernels.triton.config import (
+    SAMPLES,
     TILE,
-    capacity_of,
     compact_ids,
     form_of,
     generation_of,
     interpreted,
     mix_of,
     overlap_of,
+    sampling_of,
     segments_of,
     splits_of,
     table,
@@ -35,7 +35,7 @@ from synco_fast.kernels.triton.full_select import full_select, rows_at_once
 from synco_fast.kernels.triton.mix import mix
 from synco_fast.kernels.triton.reduce import reduce
 from synco_fast.kernels.triton.sample import rank, sample
-from synco_fast.kernels.triton.scan import OVERHANG, scan
+from synco_fast.kernels.triton.scan import LANES, OVERHANG, scan
 from synco_fast.kernels.triton.select import select
 
 __all__ = ["contrast_and_gradient", "unserved"]
@@ -127,12 +127,10 @@ def _launch(
     common |= {"THREE": form.three, **overlap}
 
     # Step one. Without an estimate the sample still gives the shift.
-    sampling = stride_and_rank(length, hard) if hard else None
-    capacity = capacity_of(*sampling) if sampling else None
-    estimate = capacity is not None
-    stride, wanted = sampling or (triton.cdiv(length, SAMPLE), 0)
+    sampling = sampling_of(length, hard) if hard else None
+    stride, wanted, capacity = sampling or (triton.cdiv(length, SAMPLES[0]), 0, 0)
     size = triton.cdiv(length, stride)
-    similarities = empty(rows, max(size, capacity or 0), device=device)
+    similarities = empty(rows, max(size, capacity), device=device)
     threshold, shift = empty(rows, device=device), empty(rows, device=device)
     keys = min(form.keys, TILE)
     grid = (triton.cdiv(rows, form.rows), triton.cdiv(size, keys))
@@ -163,7 +161,7 @@ def _launch(
         wanted,
         **dims,
         WIDTH=width,
-        ESTIMATE=estimate,
+        ESTIMATE=capacity > 0,
         **overlap,
         num_warps=max(1, min(width // 512, 8)),
     )
@@ -172,10 +170,14 @@ def _launch(
     splits = splits_of(rows, length, form, device)
     tiles = triton.cdiv(triton.cdiv(length, form.keys), splits)
     splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
-    many, segment = segments_of(capacity, splits, tiles * form.keys) if capacity else (0, 0)
-    room = splits * segment + form.keys + OVERHANG
-    found = empty(rows, room, dtype=torch.int64, device=device) if capacity else None
-    count = empty(rows, splits, dtype=torch.int32, device=device) if capacity else None
+    lists = splits * LANES
+    many, segment = segments_of(capacity, lists, tiles * form.keys // LANES) if capacity else (0, 0)
+    room = lists * segment + form.keys + OVERHANG if capacity else 0
+    # When the slow path begins, the candidates are needed no more: one piece of memory serves both.
+    at_once = rows_at_once(rows, length) if hard else 0
+    both = empty(max(rows * room, -(-at_once * length // 2)), dtype=torch.int64, device=device)
+    found = both[: rows * room].view(rows, room) if capacity else None
+    count = empty(rows, lists, dtype=torch.int32, device=device) if capacity else None
     scan_sum = empty(splits, rows, device=device)
     scan_total = empty(splits, rows, dim, device=device)
     scan_rank = empty(splits, rows, dtype=torch.int32, device=device)
@@ -207,6 +209,7 @@ def _launch(
         EVEN=rows % form.rows == 0 and length == splits * tiles * form.keys,
         SEGMENT=segment,
         DEVICE=not interpreted(),
+        LANES=LANES,
         num_warps=form.warps,
         num_stages=form.stages,
     )
@@ -214,7 +217,7 @@ def _launch(
     # Step three. The similarities of the sample are no longer needed: their room serves again.
     hard_index = empty(rows, hard, dtype=torch.int32, device=device)
     hard_similarity = empty(rows, hard, device=device)
-    if not estimate:
+    if not capacity:
         outputs.fallback.zero_()
     if hard:
         if capacity:
@@ -233,9 +236,9 @@ def _launch(
                 flag,
                 length,
                 hard,
-                splits,
+                lists,
                 room,
-                SPLITS=many,
+                LISTS=many,
                 SEGMENT=segment,
                 CAPACITY=capacity,
                 MASKED=masked,
@@ -248,7 +251,7 @@ def _launch(
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
-        room = empty(rows_at_once(rows, length), length, dtype=torch.int32, device=device)
+        room = both.view(torch.int32)[: at_once * length].view(at_once, length)
         full_select(q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form)
 
     # Step four.

@@ -57,12 +57,14 @@ def _draw(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Write the part's draws, (4, WIDTH) float32: t, the two keys as bits, q.n_i."""
+    """Write the part's draws, (4, WIDTH) float32: t, the two keys as bits, q.n_i, each where its family needs it."""
     o_mine = tl.arange(0, WIDTH)
     number = o_mine * 0
     slot = o_mine * 0
     count = o_mine * 0
     pairs = o_mine * 0
+    ranged = o_mine * 0
+    scalar = o_mine * 0
     low = tl.zeros([WIDTH], tl.float32)
     span = tl.zeros([WIDTH], tl.float32)
     most = tl.zeros([WIDTH], tl.float32)
@@ -73,7 +75,11 @@ def _draw(
         slot = tl.where(here, o_own * PARTS + part, slot)
         count = tl.where(here, TABLE[family][1], count)
         paired = TABLE[family][8] != 0 or TABLE[family][9] != 0
+        affine = not paired and TABLE[family][10] == 0 and TABLE[family][11] == 0
+        sloped = TABLE[family][5] != 0 or TABLE[family][7] != 0 or TABLE[family][9] != 0
         pairs = tl.where(here, TABLE[family][1] if paired else 0, pairs)
+        ranged = tl.where(here, TABLE[family][1] if sloped else 0, ranged)
+        scalar = tl.where(here, TABLE[family][1] if affine else 0, scalar)
         low = tl.where(here, TABLE[family][2], low)
         span = tl.where(here, TABLE[family][3] - TABLE[family][2], span)
         most = tl.where(here, TABLE[family][12], most)
@@ -83,12 +89,15 @@ def _draw(
     w0, w1, w2, w3 = philox(c0 + zero, c1, number.to(tl.uint32), zero, k0, k1)
     first = pick(w1, w3 >> 16, size + zero)
     second = pick(w2, w3 & 0xFFFF, size + zero)
-    tl.store(p_drawn + o_mine, tl.minimum(low + span * uniform(w0), most))
+    tl.store(p_drawn + o_mine, tl.minimum(low + span * uniform(w0), most), slot < ranged)
     key = tl.load(p_hard_index + first, m_slot, 0)
     tl.store(p_drawn + WIDTH + o_mine, key.to(tl.float32, bitcast=True))
     key = tl.load(p_hard_index + second, slot < pairs, 0)
-    tl.store(p_drawn + 2 * WIDTH + o_mine, key.to(tl.float32, bitcast=True))
-    tl.store(p_drawn + 3 * WIDTH + o_mine, tl.load(p_hard + first, m_slot, 0))
+    # Also where nothing is drawn: a whole block of slots is read, and a key must lie in the queue.
+    m_block = pairs > 0
+    tl.store(p_drawn + 2 * WIDTH + o_mine, key.to(tl.float32, bitcast=True), m_block)
+    m_known = slot < scalar
+    tl.store(p_drawn + 3 * WIDTH + o_mine, tl.load(p_hard + first, m_known, 0), m_known)
 
 
 @triton.jit
@@ -103,13 +112,27 @@ def _keys(p_queue, p_key, o_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: 
 
 
 @triton.jit
-def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr):
-    """The normal numbers of a block of slots for the dimensions from FIRST on, (SLOTS, PIECE)."""
-    lane = (1 + FIRST // 4 + tl.arange(0, PIECE // 4)).to(tl.uint32)
+def _four_normal(c0, c1, k0, k1, lane, NUMBER: tl.constexpr):
+    """The four normal numbers of each slot and lane of the counter, (SLOTS, lanes, 4)."""
     many = (c1 * 0)[:, None] + lane[None, :] * 0
     w0, w1, w2, w3 = philox(many + c0, many + c1[:, None], many + NUMBER, many + lane[None, :], k0, k1)
     e0, e1, e2, e3 = normal(w0, w1, w2, w3)
-    return tl.interleave(tl.interleave(e0, e2), tl.interleave(e1, e3))
+    four = tl.join(tl.join(e0, e2), tl.join(e1, e3))
+    return tl.reshape(four, [c1.shape[0], lane.shape[0], 4])
+
+
+@triton.jit
+def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr, RUN: tl.constexpr):
+    """The normal numbers of a block of slots for the dimensions from FIRST on, (SLOTS, PIECE).
+
+    RUN of a vector's numbers lie in a thread, 4 or 8: so many are made in one, and none has to move.
+    """
+    SLOTS: tl.constexpr = c1.shape[0]
+    lane = 1 + FIRST // 4 + tl.arange(0, PIECE // RUN).to(tl.uint32) * (RUN // 4)
+    e = _four_normal(c0, c1, k0, k1, lane, NUMBER)
+    if RUN == 8:
+        e = tl.permute(tl.join(e, _four_normal(c0, c1, k0, k1, lane + 1, NUMBER)), (0, 1, 3, 2))
+    return tl.reshape(e, [SLOTS, PIECE])
 
 
 @triton.jit
@@ -157,12 +180,14 @@ def _family(
     SIGMA: tl.constexpr = TABLE[FAMILY][10]
     ETA: tl.constexpr = TABLE[FAMILY][11]
     PAIRED: tl.constexpr = SECOND != 0 or SECOND_SLOPE != 0
+    SLOPED: tl.constexpr = A_SLOPE != 0 or FIRST_SLOPE != 0 or SECOND_SLOPE != 0
+    RUN: tl.constexpr = 128 // p_queue.dtype.element_ty.primitive_bitwidth
     p_drawn += share(TABLE, PARTS, SLOTS, FAMILY)
     for start in range(0, (COUNT + PARTS - 1) // PARTS, SLOTS):
         o_mine = start + tl.arange(0, SLOTS)
         o_slot = o_mine * PARTS + part
         m_slot = o_slot < COUNT
-        t = tl.load(p_drawn + o_mine)
+        t = tl.load(p_drawn + o_mine, m_slot, 0) if SLOPED else tl.zeros([SLOTS], tl.float32)
         a = A + A_SLOPE * t
         b = FIRST + FIRST_SLOPE * t
         n = _keys(p_queue, p_drawn + WIDTH, o_mine, D, PIECE, PIECES)
@@ -178,16 +203,18 @@ def _family(
                 if PAIRED:
                     x_piece += c[:, None] * other[piece]
                 if ETA != 0:
-                    x_piece += tl.where(q[piece] > 0, ETA, tl.where(q[piece] < 0, -ETA, 0.0))
+                    sign = q[piece].to(tl.int32, bitcast=True) & -0x80000000
+                    strength = (sign ^ (q[piece] * 0 + ETA).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+                    x_piece += tl.where(q[piece] == 0, 0.0, strength)
                 if SIGMA != 0:
-                    e = _noise(c0, o_slot.to(tl.uint32), k0, k1, NUMBER, piece * PIECE, PIECE)
+                    e = _noise(c0, o_slot.to(tl.uint32), k0, k1, NUMBER, piece * PIECE, PIECE, RUN)
                     x_piece += tl.where((piece * PIECE + tl.arange(0, PIECE) < D)[None, :], SIGMA * e, 0)
                 x += (x_piece,)
             inverse = tl.rsqrt(tl.maximum(_inner(x, x, PIECES), 1e-24))
             similarity = _inner(x, q, PIECES) * inverse
             weight = tl.where(m_slot, tl.exp2(similarity * scale - shift) * inverse, 0)
         else:
-            known = tl.load(p_drawn + 3 * WIDTH + o_mine)
+            known = tl.load(p_drawn + 3 * WIDTH + o_mine, m_slot, 0)
             own = a * a * squared + b * b * _inner(n, n, PIECES)
             length = own + 2 * a * b * known
             cancelled = m_slot & (length < own * _CANCELLED)

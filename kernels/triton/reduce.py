@@ -25,23 +25,65 @@ def _four(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def _some(p_similarity, count, positive, shift, scale, BLOCK: tl.constexpr):
-    """Of some similarities: the sum of exp((s - m) / T), how many exceed the positive, and the mean of the finite."""
+def _two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def _finite(b_similarity):
+    """Finite similarities, else 0, and how many they are; NaN and -inf stay out of means, as in `mean_of_finite`."""
+    finite = b_similarity > float("-inf")
+    return tl.where(finite, b_similarity, 0), finite.to(tl.int32)
+
+
+@triton.jit
+def _mean(p_similarity, count, BLOCK: tl.constexpr):
+    """The mean of the finite similarities; 0 / 0 is the NaN where there are none."""
     b_sum = tl.zeros([BLOCK], tl.float32)
-    b_rank = tl.zeros([BLOCK], tl.int32)
-    b_finite = tl.zeros([BLOCK], tl.float32)
     b_count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
         o_slot = start + tl.arange(0, BLOCK)
-        b_similarity = tl.load(p_similarity + o_slot, o_slot < count, float("-inf"))
+        finite, one = _finite(tl.load(p_similarity + o_slot, o_slot < count, float("-inf")))
+        b_sum += finite
+        b_count += one
+    total, many = tl.reduce((b_sum, b_count), 0, _two)
+    return total / many.to(tl.float32)
+
+
+@triton.constexpr_function
+def largest(COUNTS):
+    """The largest count of a family."""
+    return max(row[1] for row in COUNTS)
+
+
+@triton.jit
+def _families(p_similarity, positive, shift, scale, COUNTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Of all synthetic negatives: the sum of exp((s - m) / T), how many exceed the positive, means by column, (WIDTH,).
+
+    A row of a tensor is a family: all are summed in one go, and threads exchange a few numbers once.
+    """
+    o_column = tl.arange(0, WIDTH)
+    first = o_column * 0
+    count = o_column * 0
+    for family in tl.static_range(0, len(COUNTS)):
+        here = o_column == COUNTS[family][0]
+        first = tl.where(here, before(COUNTS, family), first)
+        count = tl.where(here, COUNTS[family][1], count)
+    b_sum = tl.zeros([WIDTH, BLOCK], tl.float32)
+    b_rank = tl.zeros([WIDTH, BLOCK], tl.int32)
+    b_finite = tl.zeros([WIDTH, BLOCK], tl.float32)
+    b_count = tl.zeros([WIDTH, BLOCK], tl.int32)
+    for start in range(0, largest(COUNTS), BLOCK):
+        o_slot = start + tl.arange(0, BLOCK)[None, :]
+        m_slot = o_slot < count[:, None]
+        b_similarity = tl.load(p_similarity + first[:, None] + o_slot, m_slot, float("-inf"))
+        finite, one = _finite(b_similarity)
         b_sum += tl.exp2((b_similarity - shift) * scale)
         b_rank += (b_similarity > positive).to(tl.int32)
-        # NaN and -inf stay out of the mean, as in `mean_of_finite`; 0 / 0 is the NaN where nothing is left.
-        finite = b_similarity > float("-inf")
-        b_finite += tl.where(finite, b_similarity, 0)
-        b_count += finite.to(tl.int32)
-    total, rank, finite, count = tl.reduce((b_sum, b_rank, b_finite, b_count), 0, _four)
-    return total, rank, finite / count.to(tl.float32)
+        b_finite += finite
+        b_count += one
+    own_sum, own_rank, finite, many = tl.reduce((b_sum, b_rank, b_finite, b_count), 1, _four)
+    return tl.sum(own_sum), tl.sum(own_rank), finite / many.to(tl.float32)
 
 
 @triton.jit
@@ -106,17 +148,14 @@ def reduce(
         b_total += tl.sum(tl.load(p_mix_total + o_total, m_dim[None, :], 0), axis=0)
     o_family = tl.arange(0, WIDTH)
     b_mean = tl.full([WIDTH], float("nan"), tl.float32)
-    p_similarity += row * before(COUNTS, len(COUNTS))
-    for family in tl.static_range(0, len(COUNTS)):
-        p_own = p_similarity + before(COUNTS, family)
-        own_sum, own_rank, mean = _some(p_own, COUNTS[family][1], positive, shift, scale, BLOCK)
+    if PARTS:
+        p_similarity += row * before(COUNTS, len(COUNTS))
+        own_sum, own_rank, b_mean = _families(p_similarity, positive, shift, scale, COUNTS, WIDTH, BLOCK)
         total_sum += own_sum
         rank += own_rank
-        b_mean = tl.where(o_family == COUNTS[family][0], mean, b_mean)
     tl.store(p_synthetic + row * COLUMNS + o_family, b_mean, o_family < COLUMNS)
     if HARD:
-        _, _, mean = _some(p_hard + row * N, N, positive, shift, scale, BLOCK)
-        tl.store(p_hard_mean + row, mean)
+        tl.store(p_hard_mean + row, _mean(p_hard + row * N, N, WIDTH * BLOCK // 2))
     else:
         tl.store(p_hard_mean + row, float("nan"))
 

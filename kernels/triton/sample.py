@@ -136,13 +136,17 @@ def rank(
         # threshold decides speed alone. int64, so that the middle cannot overflow.
         low, high = tl.min(b_order, axis=0).to(tl.int64), tl.max(b_order, axis=0).to(tl.int64)
         reached = tl.full([], WIDTH, tl.int32)
+        # Halves of the integers are halves of exponents: an eighth of the largest is nearer than the first of them.
+        largest = (high.to(tl.int32) ^ ((high.to(tl.int32) >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        eighth = (largest * 0.125).to(tl.int32, bitcast=True).to(tl.int64)
+        middle = tl.where(largest > 0, tl.maximum(eighth, low + 1), (low + high + 1) >> 1)
         while (low < high) & (reached > wanted + wanted // 16):
-            middle = (low + high + 1) >> 1
             count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
             enough = count >= wanted
             low = tl.where(enough, middle, low)
             reached = tl.where(enough, count, reached)
             high = tl.where(enough, high, middle - 1)
+            middle = (low + high + 1) >> 1
         found = low.to(tl.int32)
         threshold = (found ^ ((found >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         # Nothing would be known to exceed NaN; all that is not masked exceeds this.

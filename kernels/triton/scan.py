@@ -8,11 +8,12 @@ and stores each similarity that exceeds t (or is NaN) with its index. The shift 
 different programs simply add. Where D is above CHUNK the third grid dimension spreads the columns of V, and the
 similarities are computed once for each.
 
-Every row has a segment of memory in every split, filled in the order of the queue: the place of a similarity is the
-number of those found before, and in its tile the number of bits set below its own in words of 32 marks. Words and
-counts come from sums over numbers that a thread, or four of a warp, hold; there is no atomic and no scan over the tile.
-More than a segment holds are counted to one beyond it, and what they overwrite is another segment of the same row,
-which is selected on the slow path in that case.
+In the layout of a product four lanes of a warp share a row, each with every fourth pair of columns. The columns are
+therefore given keys so that each lane has a run of the split's keys, in order: a row has a segment of memory for every
+lane of every split, each filled in the order of the queue, and all together hold it in that order. A lane counts its
+own candidates, so there is no atomic, no scan over a tile and nothing to exchange. More than a segment holds are
+counted to one beyond it, and what they overwrite is another segment of the same row, which is selected on the slow path
+in that case.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -30,59 +31,71 @@ __all__ = ["OVERHANG", "scan"]
 #: Places behind a row's last segment that a tile may overwrite, beside its own number of keys.
 OVERHANG = 16
 
+#: Lists of candidates that a row has in a split: as many as lanes of a warp share a row of a product.
+LANES = 4
+
+
+@triton.jit
+def _columns(x, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """The WIDTH columns (ROWS, LANES) of the last dimension; none of them has to move between threads."""
+    if WIDTH == 1:
+        return (tl.reshape(x, [ROWS, LANES]),)
+    else:
+        first, second = tl.split(tl.permute(tl.reshape(x, [ROWS, LANES, 2, WIDTH // 2]), (0, 1, 3, 2)))
+        return _columns(first, ROWS, LANES, WIDTH // 2) + _columns(second, ROWS, LANES, WIDTH // 2)
+
+
 # As an elementwise instruction the store stays in the layout of the product; tl.store would first exchange the whole
 # tile between threads, with several times the instructions and more registers than there are.
 _KEEP = tl.constexpr(
-    "{ .reg .pred kept; .reg .b64 address; .reg .b32 place;"
-    " and.b32 place, $6, $7; popc.b32 place, place; add.u32 place, place, $2; mad.wide.u32 address, place, 8, $1;"
-    " setp.gtu.f32 kept, $3, $4; @kept st.global.v2.b32 [address], {$5, $3}; mov.b32 $0, 0; }"
+    "{ .reg .pred kept; .reg .pred above; .reg .b64 address; mov.b32 $0, $3; mov.b32 $1, $4;"
+    " mad.wide.u32 address, $3, 8, $2; setp.gtu.f32 kept, $5, $6; @kept st.global.v2.b32 [address], {$8, $5};"
+    " @kept add.u32 $0, $0, 1; setp.gt.f32 above, $5, $7; @above add.u32 $1, $1, 1; }"
 )
 
 
 @triton.jit
-def popcount(word):
-    """How many bits of int32 words are set; the compiler knows this form and makes one instruction of it."""
-    x = word.to(tl.uint32)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
 def keep(
-    p_found, b_similarity, threshold, o_key, b_place, ROWS: tl.constexpr, KEYS: tl.constexpr, DEVICE: tl.constexpr
+    p_found,
+    b_similarity,
+    threshold,
+    positive,
+    key,
+    b_place,
+    b_rank,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    LANES: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):
-    """Store what exceeds the threshold from place (ROWS,) on, in the order of the keys; how many that are, (ROWS,)."""
-    WORDS: tl.constexpr = KEYS // 32
-    o_word = tl.arange(0, WORDS)
-    # Not "above": NaN must be kept too, since it comes first in Q^N.
-    kept = ~(b_similarity <= threshold[:, None])
-    b_bits = tl.where(kept, (1 << (tl.arange(0, KEYS) % 32))[None, :], 0)
-    b_word = tl.sum(tl.reshape(b_bits, [ROWS, WORDS, 32]), axis=2)
-    # The counts of up to four words as bytes of one: a product adds up those before each.
-    b_counts = tl.sum(popcount(b_word) << (8 * o_word)[None, :], axis=1).to(tl.uint32)
-    b_before = ((b_counts * 0x01010100)[:, None] >> (8 * o_word)[None, :].to(tl.uint32)) & 0xFF
-    b_begin = b_place[:, None] + b_before.to(tl.int32)
-    # Broadcast in the three dimensions that the words have, so that nothing has to move between threads.
-    none = tl.zeros([1, 1, 32], tl.int32)
-    b_begin = tl.reshape(b_begin[:, :, None] + none, [ROWS, KEYS])
-    b_word = tl.reshape(b_word[:, :, None] + none, [ROWS, KEYS])
-    below = ((1 << (tl.arange(0, KEYS) % 32)) - 1)[None, :]
-    if DEVICE:
-        tl.inline_asm_elementwise(
-            _KEEP,
-            "=r,l,r,f,f,r,r,r",
-            [p_found.to(tl.int64), b_begin, b_similarity, threshold[:, None], o_key[None, :], b_word, below],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        bits = b_similarity.to(tl.int32, bitcast=True)
-        value = (bits.to(tl.int64) << 32) | o_key[None, :].to(tl.int64)
-        tl.store(p_found + b_begin + popcount(b_word & below), value, kept)
-    return ((b_counts * 0x01010101) >> 24).to(tl.int32)
+    """Store what exceeds the threshold from place (ROWS, LANES) on; the places behind, and ranks plus those above q.k.
+
+    The tile's columns are pairs of neighbours, one for each lane in turn, and ``key``, (LANES,), the key of each lane's
+    first column. A lane's columns stand in the order of its keys.
+    """
+    GROUPS: tl.constexpr = KEYS // (2 * LANES)
+    b_columns = tl.permute(tl.reshape(b_similarity, [ROWS, GROUPS, LANES, 2]), (0, 2, 1, 3))
+    columns = _columns(tl.reshape(b_columns, [ROWS, LANES, KEYS // LANES]), ROWS, LANES, KEYS // LANES)
+    for column in tl.static_range(0, KEYS // LANES):
+        b_own = columns[column]
+        o_key = (key + column)[None, :]
+        if DEVICE:
+            b_place, b_rank = tl.inline_asm_elementwise(
+                _KEEP,
+                "=r,=r,l,r,r,f,f,f,r",
+                [p_found.to(tl.int64), b_place, b_rank, b_own, threshold[:, None], positive[:, None], o_key],
+                dtype=(tl.int32, tl.int32),
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            # Not "above": NaN must be kept too, since it comes first in Q^N.
+            kept = ~(b_own <= threshold[:, None])
+            value = (b_own.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_key.to(tl.int64)
+            tl.store(p_found + b_place, value, kept)
+            b_place += kept.to(tl.int32)
+            b_rank += (b_own > positive[:, None]).to(tl.int32)
+    return b_place, b_rank
 
 
 @triton.jit
@@ -119,14 +132,21 @@ def scan(
     KEYS: tl.constexpr,
     SEGMENT: tl.constexpr,
     DEVICE: tl.constexpr,
+    LANES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (row blocks, splits, chunks of D); ``tiles`` key tiles a split; scale is log2(e) / T.
 
-    Writes found (B, room) int64, similarity above index, SEGMENT places for each split (none where SEGMENT is 0);
-    count (B, splits); sum and rank (splits, B); and total (splits, B, D). EVEN promises whole tiles throughout.
+    Writes found (B, room) int64, similarity above index, SEGMENT places for each lane of each split (none where SEGMENT
+    is 0); count (B, splits, LANES); sum and rank (splits, B); and total (splits, B, D). EVEN promises whole tiles
+    throughout.
     """
     begin(OVERLAP)
+    # Neighbours go to one lane in pairs, as in the layout of a product: a lane has a run of the split's keys.
+    SHARE: tl.constexpr = KEYS // LANES
+    o_column = tl.arange(0, KEYS)
+    o_lane = tl.arange(0, LANES)
+    o_first = (o_column // 2 % LANES) * (tiles * SHARE) + o_column // (2 * LANES) * 2 + o_column % 2
     split, chunk = tl.program_id(1), tl.program_id(2)
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < B
@@ -143,13 +163,15 @@ def scan(
     if SEGMENT:
         # One chunk of columns keeps for all.
         threshold = tl.load(p_threshold + o_row, m_row & (chunk == 0), float("inf"))
-        b_first = o_row * room + split * SEGMENT
+        p_row = (p_found + o_row.to(tl.int64) * room)[:, None]
+        b_first = (o_row * 0)[:, None] + (split * LANES + o_lane)[None, :] * SEGMENT
         b_place = b_first
+        b_ranks = tl.zeros([ROWS, LANES], tl.int32)
     b_sum = tl.zeros([ROWS], tl.float32)
     b_total = tl.zeros([ROWS, CHUNK], tl.float32)
     b_rank = tl.zeros([ROWS], tl.int32)
     for tile in range(tiles):
-        o_key = (split * tiles + tile) * KEYS + tl.arange(0, KEYS)
+        o_key = split * tiles * KEYS + tile * SHARE + o_first
         m_key = o_key < K
         p_n = p_queue + o_key[:, None].to(tl.int64) * D + o_out[None, :]
         m_n = None if EVEN and D % CHUNK == 0 else m_key[:, None] & m_out[None, :]
@@ -165,16 +187,23 @@ def scan(
         if not EVEN:
             b_similarity = tl.where(m_row[:, None] & m_key[None, :], b_similarity, float("-inf"))
         if SEGMENT:
-            b_place += keep(p_found, b_similarity, threshold, o_key, b_place, ROWS, KEYS, DEVICE)
+            key = (split * LANES + o_lane) * (tiles * SHARE) + tile * SHARE
+            b_place, b_ranks = keep(
+                p_row, b_similarity, threshold, positive, key, b_place, b_ranks, ROWS, KEYS, LANES, DEVICE
+            )
             b_place = tl.minimum(b_place, b_first + (SEGMENT + 1))
-        b_rank += tl.sum((b_similarity > positive[:, None]).to(tl.int32), axis=1)
+        else:
+            b_rank += tl.sum((b_similarity > positive[:, None]).to(tl.int32), axis=1)
         b_p = tl.exp2(b_similarity * scale - shift[:, None])
         b_sum += tl.sum(b_p, axis=1)
         b_total = multiply(b_p, b_n, b_total, WEIGHT, WEIGHT_PRECISION, THREE)
+    if SEGMENT:
+        b_rank = tl.sum(b_ranks, axis=1)
     o_part = split.to(tl.int64) * B + o_row
     m_first = m_row & (chunk == 0)
     tl.store(p_sum + o_part, b_sum, m_first)
     tl.store(p_rank + o_part, b_rank, m_first)
     if SEGMENT:
-        tl.store(p_count + o_row * splits + split, b_place - b_first, m_first)
+        o_count = (o_row * (splits * LANES) + split * LANES)[:, None] + o_lane[None, :]
+        tl.store(p_count + o_count, b_place - b_first, m_first[:, None])
     tl.store(p_total + o_part[:, None] * D + o_out[None, :], b_total, m_row[:, None] & m_out[None, :])

@@ -1,9 +1,9 @@
 """Step three: from what the scan found of a row to its N hardest keys, in the order of the queue.
 
-The scan has left a row's candidates in segments, one for each split, every segment in the order of the queue. `select`
-bisects the order-preserving integers of their similarities until exactly N reach the middle, or until the N-th largest
-is known and ties with it are left to settle (the smallest indices are taken), and stores the chosen ones side by side.
-No sort is needed, since Q^N is ordered by queue index.
+The scan has left a row's candidates in segments, one for each lane of a split, every segment in the order of the
+queue. `select` brings them side by side and bisects the order-preserving integers of their similarities until exactly N
+reach the middle, or until the N-th largest is known and ties with it are left to settle (the smallest indices are
+taken), and stores the chosen ones side by side. No sort is needed, since Q^N is ordered by queue index.
 
 Where the scan multiplied in fewer bits than float32, its similarities leave open which keys near the N-th belong to
 Q^N. Those within a margin of it (twice what the scan may be off), or all down to it, are multiplied again in float32,
@@ -48,6 +48,25 @@ def _cut(b_order, needed, low, high, reached):
     return low.to(tl.int32), reached
 
 
+@triton.jit
+def _running(b_number, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """`tl.cumsum` of SIZE numbers, 32 of which add up to less than 2^BITS: several are exchanged as one in a warp."""
+    if SIZE < 512:
+        return tl.cumsum(b_number, 0)
+    else:
+        WARPS: tl.constexpr = SIZE // 512
+        FIELDS: tl.constexpr = 32 // BITS
+        GROUPS: tl.constexpr = 16 // FIELDS
+        LEAST: tl.constexpr = 2**BITS - 1
+        o_shift = (BITS * tl.arange(0, FIELDS))[None, :, None]
+        b_packed = tl.sum(tl.reshape(b_number, [GROUPS, FIELDS, WARPS, 32]) << o_shift[:, :, :, None], axis=1)
+        b_count = (tl.sum(b_packed, axis=2)[:, None, :] >> o_shift) & LEAST
+        b_count = tl.reshape(b_count, [16 * WARPS])
+        b_before = tl.reshape(tl.cumsum(b_count, 0) - b_count, [GROUPS, FIELDS, WARPS])
+        b_within = (tl.cumsum(b_packed, 2)[:, None, :, :] >> o_shift[:, :, :, None]) & LEAST
+        return tl.reshape(b_within + b_before[:, :, :, None], [SIZE])
+
+
 @triton.jit(do_not_specialize=["K", "N"])
 def select(
     p_q,
@@ -63,9 +82,9 @@ def select(
     p_flag,
     K,
     N,
-    splits,
+    lists,
     room,
-    SPLITS: tl.constexpr,
+    LISTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     CAPACITY: tl.constexpr,
     MASKED: tl.constexpr,
@@ -78,7 +97,7 @@ def select(
 ):
     """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag where it does not count.
 
-    found is (B, room) int64, similarity above index, SEGMENT places for each split; count is (B, splits); place,
+    found is (B, room) int64, similarity above index, SEGMENT places for each list; count is (B, lists); place,
     (B, CAPACITY) int32, is room to work in. Places of Q^N beyond the keys that a row may use get -inf and index 0.
     MARGIN is twice the error of the similarities of unit rows, 0 where they count as they are; EVERY multiplies all
     down to the margin again, KEYS at a time.
@@ -89,30 +108,19 @@ def select(
     if MASKED:
         available = tl.load(p_available + row)
     needed = tl.minimum(available, N)
-    o_split = tl.arange(0, SPLITS)
-    b_count = tl.load(p_count + row * splits + o_split, o_split < splits, 0)
+    o_list = tl.arange(0, LISTS)
+    b_count = tl.load(p_count + row * lists + o_list, o_list < lists, 0)
     total = tl.sum(b_count)
     longest = tl.max(b_count)
     flag = (total < needed) | (total > CAPACITY) | (longest > SEGMENT)
     tl.store(p_flag + row, flag.to(tl.int32))
     if flag == 0:
-        WIDE: tl.constexpr = CAPACITY // SPLITS
+        # Where each list begins when all stand side by side; the last that begins at or before a place has it.
+        b_before = tl.cumsum(b_count, 0) - b_count
         o_all = tl.arange(0, CAPACITY)
-        o_slot = tl.arange(0, WIDE)
-        o_from = (o_all // WIDE) * SEGMENT + o_all % WIDE
-        m_all = tl.reshape(o_slot[None, :] < b_count[:, None], [CAPACITY])
-        if longest > WIDE:
-            # Too uneven for one rectangle: the places that are taken, side by side.
-            p_mine = p_place + row * CAPACITY
-            b_before = tl.cumsum(b_count, 0) - b_count
-            for start in range(0, longest, WIDE):
-                o_here = start + o_slot
-                o_to = b_before[:, None] + o_here[None, :]
-                b_from = o_split[:, None] * SEGMENT + o_here[None, :]
-                tl.store(p_mine + o_to, b_from, o_here[None, :] < b_count[:, None])
-            tl.debug_barrier()
-            m_all = o_all < total
-            o_from = tl.load(p_mine + o_all, m_all, 0)
+        m_all = o_all < total
+        b_list = _running(tl.histogram(b_before, CAPACITY, b_before < total), CAPACITY, 16) - 1
+        o_from = o_all + tl.gather(o_list * SEGMENT - b_before, tl.where(m_all, b_list, 0), 0)
         b_found = tl.load(p_found + row * room + o_from, m_all, 0)
         b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
         b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -129,10 +137,8 @@ def select(
             b_near = m_all & ~(b_similarity < border - margin)
             if not EVERY:
                 b_near = b_near & ~(b_similarity >= border + margin)
-            b_place = tl.cumsum(b_near.to(tl.int32), 0) - 1
+            b_place = _running(b_near.to(tl.int32), CAPACITY, 8) - 1
             near = tl.max(b_place) + 1
-            # Also what has been read from there is needed no more.
-            tl.debug_barrier()
             tl.store(p_place + row * CAPACITY + b_place, b_index, b_near)
             tl.debug_barrier()
             o_dim = tl.arange(0, DIM)
@@ -160,11 +166,13 @@ def select(
             b_tie = (b_order == last).to(tl.int32)
             spare = reached - needed
             tied = tl.sum(b_tie)
-            b_chosen = tl.where((b_tie == 1) & (tl.cumsum(b_tie, 0) > tied - spare), 0, b_chosen)
-        o_to = row * N + tl.cumsum(b_chosen, 0) - 1
+            b_chosen = tl.where((b_tie == 1) & (_running(b_tie, CAPACITY, 8) > tied - spare), 0, b_chosen)
+        p_hard_index += row * N
+        p_hard += row * N
+        o_to = _running(b_chosen, CAPACITY, 8) - 1
         tl.store(p_hard_index + o_to, b_index, b_chosen == 1)
         tl.store(p_hard + o_to, b_similarity, b_chosen == 1)
         if MASKED:
             m_beyond = (o_all >= needed) & (o_all < N)
-            tl.store(p_hard_index + row * N + o_all, 0, m_beyond)
-            tl.store(p_hard + row * N + o_all, float("-inf"), m_beyond)
+            tl.store(p_hard_index + o_all, 0, m_beyond)
+            tl.store(p_hard + o_all, float("-inf"), m_beyond)

@@ -6,6 +6,7 @@ from synco_fast.commands import (
     bench_data,
     bench_loss,
     bench_norm,
+    bench_optimizer,
     bench_step,
     compare,
     data_check,
@@ -55,6 +56,7 @@ COMMANDS = (
     bench_norm,
     bench_data,
     bench_step,
+    bench_optimizer,
     profile_loss,
     profile_step,
 )

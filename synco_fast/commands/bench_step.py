@@ -49,7 +49,7 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.files import write_json
 
     subjects, engines = tuple(options.subjects or STEPS_BY_DEFAULT), tuple(options.engines or ("eager",))
-    for name, found, expected in (("subjects", subjects, STEPS), ("engines", engines, tuple(ENGINES))):
+    for name, found, expected in (("subjects", subjects, STEPS), ("engines", engines, ENGINES)):
         for word in found:
             if word not in expected:
                 raise ConfigError(f"{name}: found {word!r}, expected {', '.join(expected)}")

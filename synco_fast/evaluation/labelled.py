@@ -17,7 +17,7 @@ from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import Split
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import available_cores, start_worker
 from synco_fast.runtime.errors import DataError
 
 __all__ = ["LabelledBatches", "balanced_subset", "listed_subset"]
@@ -86,6 +86,7 @@ class LabelledBatches:
             batch_sampler=self,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=start_worker,
             generator=torch.Generator().manual_seed(seed),
         )
 

@@ -97,13 +97,10 @@ def check_pairs(config: Config) -> None:
             f"since pairs need the queue of {', '.join(known)}"
         )
     check_size(config.augment.size, "augment.size")
-    for name, found, expected in (
-        ("training.accumulate", training.accumulate, 1),
-        ("training.cuda_graph", training.cuda_graph, False),
-        ("training.compile", training.compile, "none"),
-    ):
-        if found != expected:
-            raise ConfigError(f"{name}: found {found}, expected {expected} beside generated pairs")
+    if training.accumulate != 1:
+        raise ConfigError(f"training.accumulate: found {training.accumulate}, expected 1 beside generated pairs")
+    if training.engine not in ("auto", "eager"):
+        raise ConfigError(f"training.engine: found {training.engine}, expected auto or eager beside generated pairs")
     keys = training.batch * (1 + config.method.symmetric) + config.generated.batch
     if config.method.queue < keys:
         raise ConfigError(f"method.queue: found {config.method.queue}, expected {keys} or more, the keys of one step")

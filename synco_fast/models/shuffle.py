@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ __all__ = ["key_order"]
 
 #: Used in the counter where families of negatives have their numbers (`synco_fast.kernels.rng`), which are far smaller.
 _SHUFFLE = 1 << 31
+#: Steps whose orders are drawn at once: a draw is a hundred small launches, whatever it is of.
+_AT_ONCE = 64
 
 
 def key_order(
@@ -27,6 +31,20 @@ def key_order(
         direction: 0, and 1 for the second direction of a symmetric loss.
         device: Where the order is computed.
     """
+    if isinstance(step, Tensor):
+        return _draw(length, seed, step, direction, device)
+    block, place = divmod(step, _AT_ONCE)
+    return _block(length, seed, block, direction, device)[place]
+
+
+@lru_cache(maxsize=4)
+def _block(length: int, seed: int, block: int, direction: int, device: torch.device | str | None) -> tuple[Tensor, ...]:
+    """The orders of the steps from ``block * _AT_ONCE`` on; nobody writes to them."""
+    steps = torch.arange(block * _AT_ONCE, (block + 1) * _AT_ONCE, dtype=torch.int64, device=device)
+    return _draw(length, seed, steps[:, None], direction, device).unbind()
+
+
+def _draw(length: int, seed: int, step: Tensor, direction: int, device: torch.device | str | None) -> Tensor:
     row = torch.arange(length, dtype=torch.int64, device=device)
-    words = philox((row, direction, _SHUFFLE, 0), (seed, step))
-    return torch.argsort(words[0], stable=True)
+    words = philox((row.expand(torch.broadcast_shapes(step.shape, row.shape)), direction, _SHUFFLE, 0), (seed, step))
+    return torch.argsort(words[0], dim=-1, stable=True)

@@ -276,7 +276,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, file: Path | st
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"none that can be read ({error!r})"
         raise CheckpointError(f"{file}: optimizer: found {reason}") from error
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    # LAMB counts its steps in the group.
+    remembered = ("params", "step")
+    settings = [
+        {key: value for key, value in group.items() if key not in remembered} for group in optimizer.param_groups
+    ]
     optimizer.load_state_dict(state)
     for group, own_settings in zip(optimizer.param_groups, settings, strict=True):
         group.update(own_settings)

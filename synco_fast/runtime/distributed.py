@@ -1,4 +1,4 @@
-"""Distributed jobs: ranks from torchrun or Slurm, initialisation, and exchanges between ranks.
+"""Distributed jobs: initialisation, and exchanges between ranks.
 
 With one process, every function returns its input. A global batch of B rows is divided among W ranks in blocks of
 B / W: row i is on rank i // (B / W).
@@ -6,19 +6,24 @@ B / W: row i is on rank i // (B / W).
 
 from __future__ import annotations
 
+import atexit
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
+from synco_fast.runtime.dist_env import DistEnv
 from synco_fast.runtime.errors import ConfigError, LostProcessError
+from synco_fast.runtime.heartbeat import Heartbeat
+from synco_fast.runtime.rendezvous import agree_on_prefix
 
 __all__ = [
     "DistEnv",
@@ -35,8 +40,6 @@ __all__ = [
     "world",
 ]
 
-#: Slurm gives no port: it is the lowest one plus the job number modulo the range.
-_PORTS = 20000, 10000
 #: Time limit of the other ranks while rank 0 evaluates or writes.
 _PATIENCE = timedelta(hours=4)
 #: Words in an error message that indicate a lost process.
@@ -45,90 +48,19 @@ _LOST = ("gloo", "nccl", "peer", "timed out", "timeout", "connection")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@dataclass(frozen=True)
-class DistEnv:
-    """The distributed environment of this process.
-
-    Attributes:
-        rank, world: Rank of this process in [0, W), and W.
-        local_rank, local_world: The same within this machine.
-        address, port: Where rank 0 listens.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
-    address: str = "127.0.0.1"
-    port: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which writes files and prints."""
-        return self.rank == 0
-
-    @staticmethod
-    def detect(environment: Mapping[str, str] | None = None) -> DistEnv:
-        """Read torchrun's variables, else Slurm's (``srun`` with one task per GPU), else assume one process.
-
-        Raises:
-            ConfigError: A variable is missing or is not a whole number.
-        """
-        variables = os.environ if environment is None else environment
-        if "RANK" in variables and "WORLD_SIZE" in variables:
-            if _number(variables, "WORLD_SIZE") == 1:
-                return DistEnv()
-            return DistEnv(
-                _number(variables, "RANK"),
-                _number(variables, "WORLD_SIZE"),
-                _number(variables, "LOCAL_RANK", "0"),
-                _number(variables, "LOCAL_WORLD_SIZE", "1"),
-                variables.get("MASTER_ADDR", "127.0.0.1"),
-                _number(variables, "MASTER_PORT"),
-            )
-        # An interactive shell inside an allocation has the job's variables but is not one of its tasks.
-        if variables.get("SLURM_STEP_ID", "").isdigit() and _number(variables, "SLURM_NTASKS", "1") > 1:
-            nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
-            tasks = "SLURM_STEP_TASKS_PER_NODE"
-            tasks = tasks if variables.get(tasks) else "SLURM_TASKS_PER_NODE"
-            first, span = _PORTS
-            return DistEnv(
-                _number(variables, "SLURM_PROCID"),
-                _number(variables, "SLURM_NTASKS"),
-                _number(variables, "SLURM_LOCALID"),
-                _number({tasks: re.split(r"[(,]", variables.get(tasks) or "1")[0]}, tasks),
-                variables.get("MASTER_ADDR") or _first_node(nodes),
-                _number(variables, "MASTER_PORT")
-                if variables.get("MASTER_PORT")
-                else first + _number(variables, "SLURM_JOB_ID") % span,
-            )
-        return DistEnv()
-
-
-def _number(variables: Mapping[str, str], name: str, default: str = "") -> int:
-    value = variables.get(name) or default
-    if not (value.isascii() and value.isdigit()):
-        raise ConfigError(f"{name}: found {value!r} in the environment, expected a whole number")
-    return int(value)
-
-
-def _first_node(nodes: str) -> str:
-    """The first name of Slurm's list: ``gpu[03-05,9]`` is ``gpu03``, ``a1,b[2-3]`` is ``a1``."""
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
-    if found is None:
-        raise ConfigError(f"SLURM_JOB_NODELIST: found {nodes!r}, expected the names of the job's machines")
-    return found[1] + (found[2] or "") + (found[3] or "")
-
-
 class HostGroup:
     """Communication between ranks over the hosts' network (gloo), without a GPU.
 
     Args:
         env: Environment of this process.
+
+    Attributes:
+        last_words: The end of the message when this process gives up on another one: its step and checkpoint.
     """
 
     def __init__(self, env: DistEnv) -> None:
         self.env = env
+        self.last_words: Callable[[], str] = str
         self._group: dist.ProcessGroup | None = None
         if env.world > 1:
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
@@ -162,6 +94,9 @@ class HostGroup:
 def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300) -> Iterator[HostGroup]:
     """Join the job: set this process's GPU, connect to the others, and leave at the end of the block.
 
+    Within the block, a rank that is silent for 1.25 timeouts ends this process with one line on standard error and exit
+    code 2, also during a blocking operation.
+
     Args:
         env: From `DistEnv.detect`.
         device: ``auto``, ``cpu`` or ``cuda``, as in the configuration.
@@ -169,7 +104,8 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
 
     Raises:
         ConfigError: There are more processes on this machine than GPUs.
-        LostProcessError: The other processes do not connect.
+        LostProcessError: The other processes do not connect, or a collective failed. At its exit this process then
+            does not wait for connections, and its exit code is 2.
     """
     if env.world == 1:
         yield HostGroup(env)
@@ -181,24 +117,78 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
                 f"processes: found {env.local_world} on this machine, expected {torch.cuda.device_count()}, one per GPU"
             )
         torch.cuda.set_device(env.local_rank)
+    control: HostGroup | None = None
+
+    def give_up(silent: list[int], seconds: float) -> None:
+        ranks = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent))}"
+        line = f"rank {env.rank} heard nothing from {ranks} for {seconds:g} s"
+        words = control.last_words() if control else ""
+        sys.stderr.write(f"error: {line}{words or f', expected all {env.world} to the end'}\n")
+        sys.stderr.flush()
+        os._exit(2)
+
+    wait = timedelta(seconds=timeout)
+    heartbeat: Heartbeat | None = None
+    finished = False
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            init_method=f"tcp://{env.address}:{env.port}" if "RANK" not in os.environ else None,
-            rank=env.rank,
-            world_size=env.world,
-            timeout=timedelta(seconds=timeout),
-            device_id=torch.device("cuda", env.local_rank) if cuda else None,
-        )
-    except (RuntimeError, ValueError) as error:
+        try:
+            store = _open_store(env, wait)
+            prefix = agree_on_prefix(store, env.rank, env.world, timeout)
+            beats = TCPStore(env.address, env.port, is_master=False, timeout=wait)
+            heartbeat = Heartbeat(PrefixStore(f"{prefix}/beats", beats), env.rank, env.world, timeout, give_up)
+            heartbeat.start()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=PrefixStore(prefix, store),
+                rank=env.rank,
+                world_size=env.world,
+                timeout=wait,
+                device_id=torch.device("cuda", env.local_rank) if cuda else None,
+            )
+            control = HostGroup(env)
+        except (RuntimeError, ValueError) as error:
+            raise LostProcessError(
+                f"could not connect {env.world} processes at {env.address}:{env.port} within {timeout:g} s "
+                f"({_first_line(error)})"
+            ) from error
+        yield control
+        finished = True
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        atexit.register(_leave)
         raise LostProcessError(
-            f"could not connect {env.world} processes at {env.address}:{env.port} within {timeout:g} s "
-            f"({str(error).splitlines()[0]})"
+            f"rank {env.rank} lost the connection to the other processes ({_first_line(error)}), expected all "
+            f"{env.world} to the end"
         ) from error
-    try:
-        yield HostGroup(env)
+    except LostProcessError:
+        atexit.register(_leave)
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            with nullcontext() if finished else suppress(RuntimeError):
+                dist.destroy_process_group()
+        if heartbeat is not None:
+            heartbeat.stop(finished=finished)
+
+
+def _leave() -> None:
+    """Exit at once: closing connections to a stopped process can block for half a minute over gloo."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(2)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def _open_store(env: DistEnv, timeout: timedelta) -> Store:
+    """Connect to the store that all ranks share: torchrun's, or one that rank 0 hosts."""
+    method = "env://" if "RANK" in os.environ else f"tcp://{env.address}:{env.port}"
+    store, _, _ = next(rendezvous(method, env.rank, env.world, timeout=timeout))
+    return cast(Store, store)
 
 
 def lost_process(error: BaseException) -> bool:

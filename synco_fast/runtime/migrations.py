@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from synco_fast.runtime.errors import ConfigError
+
 __all__ = ["OldLayoutWarning", "migrate_checkpoint", "migrate_config", "migrate_generator_config"]
 
 #: Keys of the configuration by dotted name.
@@ -32,6 +34,12 @@ PARTS: dict[str, str] = {"broken": "corrupt", "game": "extra", "players": "optim
 #: Tensors below a checkpoint's ``method``.
 TENSORS: dict[str, str] = {"queue.images": "queue.image_ids"}
 
+#: Formerly two keys of ``training``, now ``training.engine``: their values, and what each adds to the engine's name.
+ENGINE_KEYS: dict[str, dict[Any, str]] = {
+    "compile": {"none": "", "encoders": "compile", "step": "compile"},
+    "cuda_graph": {False: "", True: "graph"},
+}
+
 #: Formerly a method of its own, with its negatives under ``method.base``.
 _PAIRS = "generated"
 
@@ -46,9 +54,17 @@ def migrate_config(values: dict[str, Any], *, older_wins: bool = False) -> dict[
     Args:
         values: By section and key; not changed.
         older_wins: Whether an older name overrides the newer one, as if given on the command line.
+
+    Raises:
+        ConfigError: An older name has a value that it never had.
     """
     values = {name: dict(inner) if isinstance(inner, dict) else inner for name, inner in values.items()}
-    notes = [*_rename_keys(values, KEYS, older_wins), *_rename_values(values), *_part_method_from_pairs(values)]
+    notes = [
+        *_rename_keys(values, KEYS, older_wins),
+        *_rename_values(values),
+        *_join_engine_keys(values, older_wins),
+        *_part_method_from_pairs(values),
+    ]
     if notes:
         warnings.warn(f"configuration in an older layout: read {'; '.join(notes)}", OldLayoutWarning, stacklevel=3)
     return values
@@ -95,6 +111,31 @@ def _rename_values(values: dict[str, Any]) -> list[str]:
             notes.append(f"{dotted} {inside[key]} as {known[inside[key]]}")
             inside[key] = known[inside[key]]
     return notes
+
+
+def _join_engine_keys(values: dict[str, Any], older_wins: bool) -> list[str]:
+    """``training.compile`` and ``training.cuda_graph`` are now ``training.engine``."""
+    training = values.get("training")
+    if not isinstance(training, dict):
+        return []
+    found = {key: training.pop(key) for key in ENGINE_KEYS if key in training}
+    if not found:
+        return []
+    words, engine = [], []
+    for key, value in found.items():
+        text = str(value).lower()
+        known = {str(name).lower(): part for name, part in ENGINE_KEYS[key].items()}
+        if text not in known:
+            raise ConfigError(
+                f"training.{key}: found {value!r}, an older name with the values {', '.join(known)}; "
+                "expected training.engine, which replaces it"
+            )
+        words.append(f"training.{key} {text}")
+        engine += [known[text]] if known[text] else []
+    name = "+".join(engine) or "eager"
+    if older_wins or "engine" not in training:
+        training["engine"] = name
+    return [f"{' and '.join(words)} as training.engine {name}"]
 
 
 def _part_method_from_pairs(values: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -45,6 +46,20 @@ def build_sgd(
     return sgd
 
 
+class _Found:
+    """What apex's capturable optimizers ask of a gradient scaler: whether a gradient is not finite, and the scale."""
+
+    def __init__(self, found_inf: Tensor) -> None:
+        self._found, self._scale = found_inf.reshape(1), torch.ones_like(found_inf.reshape(1))
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+        return {self._found.device: self._found}
+
+    def _get_scale_async(self) -> Tensor:
+        """Gradients are not scaled any more."""
+        return self._scale
+
+
 class OptimStep:
     """An optimizer step on gradients that may be scaled or non-finite; never waits for a GPU.
 
@@ -61,6 +76,7 @@ class OptimStep:
     ) -> None:
         self.optimizer, self.clip = optimizer, clip
         self._on_device = device.type == "cuda" and skips_on_device(optimizer)
+        self._asks_a_scaler = "grad_scaler" in signature(optimizer.step).parameters
         self.scale: Tensor | None = torch.full((), _FIRST_SCALE, device=device) if scaled else None
         self._growth = torch.zeros((), dtype=torch.int32, device=device)
 
@@ -98,9 +114,13 @@ class OptimStep:
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
         if self._on_device:
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = (~step_ok).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
+            optimizer: Any = self.optimizer
+            found_inf = (~step_ok).float()
+            if self._asks_a_scaler:
+                optimizer.step(grad_scaler=_Found(found_inf))
+            else:
+                optimizer.grad_scale, optimizer.found_inf = None, found_inf
+                optimizer.step()
         elif bool(step_ok):
             self.optimizer.step()
         return step_ok, norm
@@ -132,27 +152,27 @@ class SkippedSteps:
     """
 
     def __init__(self, device: torch.device) -> None:
-        #: Total, consecutive up to now, and the first of the consecutive ones (-1 for none).
+        #: Total, consecutive up to now, and the last step that was counted.
         self._counts = torch.tensor([0, 0, -1], dtype=torch.int64, device=device)
+        self._zero, self._one = (torch.tensor(number, device=device) for number in (0, 1))
 
     def add(self, step_ok: Tensor, step: int | Tensor) -> None:
         """Count one step."""
-        skipped = (~step_ok).to(torch.int64)
-        total, row, first = self._counts.unbind()
-        began = torch.where(row > 0, first, step if isinstance(step, Tensor) else torch.full_like(first, step))
-        self._counts.copy_(
-            torch.stack([total + skipped, (row + 1) * skipped, torch.where(step_ok, torch.full_like(first, -1), began)])
-        )
+        skipped = torch.where(step_ok, self._zero, self._one)
+        self._counts[:2].add_(skipped)
+        self._counts[1].mul_(skipped)
+        self._counts[2].copy_(step) if isinstance(step, Tensor) else self._counts[2].fill_(step)
 
     def read(self) -> tuple[int, int, int]:
-        """Total, consecutive up to now, and the first of the consecutive ones; waits for the device."""
-        total, row, first = self._counts.tolist()
-        return total, row, first
+        """Total, consecutive up to now, and the first of the consecutive ones (-1 for none); waits for the device."""
+        total, row, last = self._counts.tolist()
+        return total, row, last - row + 1 if row else -1
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"counts": self._counts.tolist()}
+        return {"counts": list(self.read())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore from a checkpoint."""
-        self._counts.copy_(torch.tensor(state["counts"]))
+        total, row, first = state["counts"]
+        self._counts.copy_(torch.tensor([total, row, first + row - 1]))

@@ -31,10 +31,14 @@ class Compiled:
         function: Called with tensors of fixed shapes.
         title: Its name in the note.
         note: Called with the note.
+
+    Attributes:
+        works: Whether nothing has failed so far.
     """
 
     def __init__(self, function: Callable[..., Any], title: str, note: Callable[[str], None]) -> None:
         self._plain, self._title, self._note = function, title, note
+        self.works = True
         self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, backend=BACKEND)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -50,7 +54,7 @@ class Compiled:
                     f"torch.compile failed for {self._title}; running it eagerly: "
                     f"{reason[:200] or type(error).__name__}"
                 )
-                self._compiled = None
+                self._compiled, self.works = None, False
         return self._plain(*arguments, **named)
 
 
@@ -67,7 +71,7 @@ def keep_compile_cache() -> None:
 
 
 class GraphedStep:
-    """Runs steps; from the fourth with the same graph key on, by replaying one CUDA graph.
+    """Runs steps; after ``warmup`` of them with the same graph key, by replaying one CUDA graph.
 
     Inputs are copied into fixed buffers; step and momentum are tensors on the device. If the capture fails, the steps
     run eagerly, and one note says so.
@@ -76,10 +80,23 @@ class GraphedStep:
         compute: The step from views on the device to updated weights, without a synchronisation.
         device: The GPU.
         note: Called with the note.
+        warmup: Eager steps before a capture.
+        agree: From whether the capture worked here to whether it worked on all processes: they replay together or not
+            at all.
+
+    Attributes:
+        works: Whether no capture has failed so far.
     """
 
-    def __init__(self, compute: Compute, device: torch.device, note: Callable[[str], None]) -> None:
-        self._compute, self._note = compute, note
+    def __init__(
+        self,
+        compute: Compute,
+        device: torch.device,
+        note: Callable[[str], None],
+        warmup: int = GRAPH_WARMUP,
+        agree: Callable[[bool], bool] = lambda works: works,
+    ) -> None:
+        self._compute, self._note, self._warmup, self._agree = compute, note, warmup, agree
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._momentum = torch.zeros((), device=device)
         self._input: StepInputs | None = None
@@ -87,14 +104,14 @@ class GraphedStep:
         self._warm: dict[int, int] = {}
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._works = True
+        self.works = True
 
     def __call__(self, inputs: StepInputs, step: int, key: int, momentum: float) -> None:
         """Run one step; ``key`` is `Method.graph_key`."""
         held = self._hold(inputs)
         self._step.fill_(step)
         self._momentum.fill_(momentum)
-        if key not in self._graphs and self._works and self._warm.get(key, 0) >= GRAPH_WARMUP:
+        if key not in self._graphs and self.works and self._warm.get(key, 0) >= self._warmup:
             self._capture(held, key)
         if key in self._graphs:
             self._graphs[key].replay()
@@ -116,17 +133,19 @@ class GraphedStep:
         return self._input
 
     def _capture(self, held: StepInputs, key: int) -> None:
-        graph = torch.cuda.CUDAGraph()
+        graph, reason = torch.cuda.CUDAGraph(), ""
         try:
             # Other threads pin memory meanwhile, which the default capture mode forbids.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._compute(held, self._step, key, self._momentum)
         except RuntimeError as error:
-            self._works = False
             reason = str(error).strip().splitlines()[0]
-            self._note(f"CUDA graph disabled: a step cannot be captured: {reason}")
+        self.works = self._agree(not reason)
+        if self.works:
+            self._graphs[key] = graph
             return
-        self._graphs[key] = graph
+        self._graphs.clear()
+        self._note(f"CUDA graph disabled: a step cannot be captured: {reason or 'so says another process'}")
 
 
 def _tensors(inputs: StepInputs) -> list[Tensor]:

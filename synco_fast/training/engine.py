@@ -5,23 +5,23 @@ from __future__ import annotations
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.data.seeding import derive_seed
-from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
+from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, Views
 from synco_fast.methods.build import build_method
 from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.checkpoint import load_optimizer
 from synco_fast.runtime.distributed import DistEnv
 from synco_fast.runtime.finite import not_finite
+from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
@@ -29,19 +29,10 @@ from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, ke
 from synco_fast.training.forms import Form
 from synco_fast.training.metrics import RunningMeans
 from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
+from synco_fast.training.parallel import DDP_GRAPH_WARMUP, on_all_processes, works_on_all
 from synco_fast.training.statistics import RunningStatistics
 
 __all__ = ["Engine"]
-
-
-#: `RunningStatistics.average` averages buffers before use. The argument was renamed after PyTorch 2.11.
-_LEAVE_BUFFERS = {
-    next(
-        name
-        for name in ("forward_sync_buffers", "broadcast_buffers")
-        if name in signature(DistributedDataParallel.__init__).parameters
-    ): False
-}
 
 _SETTLING_STEPS = 3
 _MIB = 1 << 20
@@ -61,6 +52,7 @@ class Engine:
         method: All networks, and the queue where there is one.
         encode: The method's wrapped networks.
         means: Metrics averaged since the last `RunningMeans.pop`.
+        note: Called with a line about each setting that is not available here.
         skipped: Counts the steps that were skipped.
         forms: Implementations of loss, batch norm and EMA update, set by `choose_forms`.
 
@@ -81,6 +73,8 @@ class Engine:
         self.forms: dict[str, Form] = {}
         self.device = resolve_device(training.device)
         self.precision = Precision(training.precision, self.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = training.cudnn_benchmark
         self.method: Method = build_method(config, processes=env.world).to(self.device)
         self.layout = memory_format(self.method, training.channels_last)
         self.method.prepare(
@@ -99,65 +93,96 @@ class Engine:
         self._unbounded = {name for name, value in self._named() if not_finite([(name, value)])}
         self.steps = steps_per_epoch * training.epochs
         self.warmup = round(optimizer.warmup_epochs * steps_per_epoch)
-        self._query = self._on_all_processes(self.trainable)
+        self._query = on_all_processes(
+            self.trainable, self.device, processes=env.world, micro_batches=training.accumulate
+        )
+        self.note = note
+        self._compiled: tuple[Compiled, Compiled] | None = None
+        self._run: Callable[[StepInputs, int, int, float], None] = self._compute
+        self.use(training.engine)
+
+    # -- how a step runs ----------------------------------------------------------------------------------------
+
+    def use(self, name: EngineName) -> None:
+        """Take another engine from the next step on; ``auto`` is eager until something else is chosen.
+
+        What does not work here is named in one line, and the step runs without it. A CUDA graph is captured anew.
+        """
+        compiled, graph = name.startswith("compile"), name.endswith("graph")
         query: Callable[..., Tensor] = self._query
         key: Callable[..., Tensor] = _no_target if self.method.target is None else self.method.target
-        self._loss: Callable[..., StepOutput] = self.method.loss
-        if training.compile != "none":
-            keep_compile_cache()
-            query, key = Compiled(query, "the query encoder", note), Compiled(key, "the key encoder", note)
-        if training.compile == "step":
-            self._loss = Compiled(self._loss, "the loss", note)
+        if compiled:
+            if self._compiled is None:
+                keep_compile_cache()
+                self._compiled = (
+                    Compiled(query, "the query encoder", lambda line: self.note(line)),
+                    Compiled(key, "the key encoder", lambda line: self.note(line)),
+                )
+            query, key = self._compiled
         self._bare = query, key
         self.encode = Encoders(query=self._from_pixels(query), key=self._from_pixels(key))
-        self._run: Callable[[StepInputs, int, int, float], None] = self._compute
-        self.graphed = False
-        if training.cuda_graph:
-            reason = self._uncapturable()
+        self._run, self.graphed = self._compute, False
+        if graph:
+            reason = self.uncapturable()
             if reason:
-                note(f"CUDA graph disabled: {reason}")
-            else:
-                self.graphed = True
-                self._run = GraphedStep(self._compute, self.device, note)
-                self._rates_on_device()
+                self.note(f"CUDA graph disabled: {reason}")
+                return
+            self.graphed = True
+            self._run = GraphedStep(
+                self._compute,
+                self.device,
+                self.note,
+                warmup=self._graph_warmup,
+                agree=lambda works: works_on_all(works, self.device),
+            )
+            self._rates_on_device()
 
-    def _uncapturable(self) -> str | None:
-        """Why the step cannot be captured as a CUDA graph; None if it can."""
+    @property
+    def form(self) -> EngineName:
+        """The engine that runs in truth: without what failed, or could not be had."""
+        compiled = self._bare[0] is not self._query and all(part.works for part in self._compiled or ())
+        graphed = isinstance(self._run, GraphedStep) and self._run.works
+        if compiled:
+            return "compile+graph" if graphed else "compile"
+        return "graph" if graphed else "eager"
+
+    @property
+    def _graph_warmup(self) -> int:
+        return GRAPH_WARMUP if self.env.world == 1 else DDP_GRAPH_WARMUP
+
+    def uncapturable(self) -> str | None:
+        """Why no step can be captured as a CUDA graph, if so."""
         if self.device.type != "cuda":
             return "no GPU"
-        if self.env.world > 1:
-            return "the step exchanges gradients between processes"
         if self.update.waits:
             return f"{self.config.optimizer.name} decides on the host whether to skip a step"
         return None
+
+    @property
+    def _rates_are_tensors(self) -> bool:
+        """Whether the optimizer reads its rate on the device: in a captured step, or always."""
+        return self.graphed or isinstance(self.optimizer.defaults["lr"], Tensor)
 
     def _rates_on_device(self) -> None:
         """Keep the learning rate on the device, where a captured step reads it."""
         for group in self.optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32).to(self.device)
 
-    def _on_all_processes(self, trainable: nn.Module) -> nn.Module:
-        """The module, in DDP if there are several processes."""
-        if self.env.world == 1:
-            return trainable
-        return DistributedDataParallel(
-            trainable,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            **_LEAVE_BUFFERS,  # type: ignore[arg-type]
-            gradient_as_bucket_view=True,
-            static_graph=self.config.training.accumulate == 1,
-        )
-
     def _from_pixels(self, network: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         def embed(views: Tensor) -> Tensor:
-            return network(normalise(views, self.config.augment, self.layout))
+            return network(normalise(views, self.config.augment, self.layout, self.precision.dtype))
 
         return embed
 
     @property
     def settling(self) -> int:
         """First steps that compile, capture and fill caches; excluded from throughput."""
-        return _SETTLING_STEPS + (GRAPH_WARMUP + 1 if self.graphed else 0)
+        may = self.config.training.engine == "auto" and self.device.type == "cuda"
+        return self.settling_of("graph" if self.graphed or may else "eager")
+
+    def settling_of(self, name: EngineName) -> int:
+        """Those of an engine."""
+        return _SETTLING_STEPS + (self._graph_warmup + 1 if name.endswith("graph") else 0)
 
     # -- a step -------------------------------------------------------------------------------------------------
 
@@ -176,6 +201,14 @@ class Engine:
         model = self.config.model
         return key_momentum(step, base=model.momentum, steps=self.steps, schedule=model.momentum_schedule)
 
+    def _set_rate(self, step: int) -> None:
+        rate = self.rate(step)
+        for group in self.optimizer.param_groups:
+            if self._rates_are_tensors:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
     def step(self, batch: Batch, step: int, epoch: int) -> None:
         """Train on this process's part of a batch; never waits for a GPU.
 
@@ -183,12 +216,7 @@ class Engine:
             batch: Views, uint8 or normalised.
             step, epoch: Counted from 0.
         """
-        rate = self.rate(step)
-        for group in self.optimizer.param_groups:
-            if self.graphed:
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        self._set_rate(step)
         # Seeding by step and rank: dropout and stochastic depth then have no state to save.
         torch.manual_seed(derive_seed(self.config.seed, step, self.env.rank))
         batch = batch.to(self.device)
@@ -201,9 +229,6 @@ class Engine:
         before = self.statistics.copy()
         if self.config.model.momentum_schedule == "constant":
             momentum = self.config.model.momentum
-        if self.config.training.compile == "step" and not isinstance(step, Tensor):
-            # A Python number would trigger a recompilation in every step.
-            step = torch.full((), step, dtype=torch.int64, device=self.device)
         with self.precision.autocast():
             self.method.begin_step(inputs, self.encode, momentum=momentum, micro_batches=micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,7 +236,7 @@ class Engine:
         for number in range(micro_batches):
             with self._without_exchange(number < micro_batches - 1):
                 with self.precision.autocast():
-                    output = self._loss(
+                    output = self.method.loss(
                         inputs, self.encode, step=step, epoch=epoch, micro_batch=number, micro_batches=micro_batches
                     )
                 with phase("backward"):
@@ -322,8 +347,9 @@ class Engine:
             CheckpointError: The optimizer's state is that of another optimizer or of other parameters.
         """
         load_optimizer(self.optimizer, state["optimizer"], path)
-        if self.graphed:
+        if self._rates_are_tensors:
             self._rates_on_device()
+        self._set_rate(state["step"] - 1)  # a checkpoint that is written before the next step holds it
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
         if "extra" in state:

@@ -15,7 +15,8 @@ from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedErro
 from synco_fast.runtime.files import UNWRITABLE
 from synco_fast.training.metrics import MetricLog, open_log
 from synco_fast.training.progress import Reporter
-from synco_fast.training.run_folder import describe_run
+from synco_fast.training.run_folder import describe_run, refuse_run
+from synco_fast.training.run_lock import RunLock
 from synco_fast.training.stopping import StopSignals
 from synco_fast.training.task import Task
 from synco_fast.training.throughput import Throughput
@@ -46,7 +47,7 @@ class Trainer(Generic[SummaryT]):
         steps: Length of the run in steps.
 
     Raises:
-        UserError: The checkpoint does not fit.
+        UserError: The checkpoint does not fit, or another trainer uses the folder.
     """
 
     def __init__(
@@ -70,9 +71,15 @@ class Trainer(Generic[SummaryT]):
         self.stopping = StopSignals(self.control, task.settings.max_time)
         # Printed at once until the progress bar takes over: the first use of a GPU takes a while.
         task.note.show_by(self._print)
-        if resume is not None:
-            self._load(resume)
-        task.begin(folder, fresh=self.step == 0)
+        self._lock, self._fresh = RunLock(folder, task.note), resume is None
+        try:
+            if resume is not None:
+                self._take_folder()
+                self._load(resume)
+            task.begin(folder, fresh=self.step == 0)
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _print(self, line: str, style: str | None) -> None:
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -87,17 +94,45 @@ class Trainer(Generic[SummaryT]):
                 last good checkpoint is kept.
             DataError: More images are corrupt than the configuration allows.
             LostProcessError: Another process of the job is gone.
+            ConfigError: Another trainer uses the folder.
         """
+        try:
+            self._take_folder()
+            return self._run()
+        finally:
+            self._lock.release()
+
+    def _take_folder(self) -> None:
+        """Lock the run folder on rank 0; every rank raises if that fails."""
+        refusal: ConfigError | None = None
+        if self.env.is_main:
+            try:
+                self._lock.take()
+                if self._fresh:
+                    refuse_run(self.folder)
+            except ConfigError as error:
+                refusal = error
+        refusal = self.control.broadcast(refusal)
+        if refusal is not None:
+            raise refusal
+
+    def _run(self) -> SummaryT:
         task, settings = self.task, self.task.settings
         if self.env.is_main:
             describe_run(self.folder, task.config, task.facts)
         config = task.config.model_dump(mode="json")
-        self.log: MetricLog = open_log(self.folder, self.step, config, wandb=settings.wandb, writes=self.env.is_main)
+        evaluated = self.evaluated_at == self.step
+        self.log: MetricLog = open_log(
+            self.folder, self.step, config, evaluated=evaluated, wandb=settings.wandb, writes=self.env.is_main
+        )
         self.reporter = Reporter(self.console, self.steps, self.step)
         task.note.show_by(self.reporter.note)
+        self.control.last_words = self._last_words
         try:
             with self.stopping.on_signals():
-                self._evaluate_if_due()
+                # Without this save, every later resume from the same checkpoint would repeat the evaluation.
+                if self._evaluate_if_due() and self.step:
+                    self._save()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()
                     # A run that stops at the end of a round is evaluated there when it resumes.
@@ -160,14 +195,16 @@ class Trainer(Generic[SummaryT]):
             self.reporter.line(self.step, title, *words)
         self.log.write("train", self.step, values)
 
-    def _evaluate_if_due(self) -> None:
+    def _evaluate_if_due(self) -> bool:
         """Evaluate at the start, at the end of rounds, and at the end; never twice at one step."""
         if self.env.is_main:
             self.task.artifacts(self.step)
-        if self.task.evaluation_due(self.step) and self.evaluated_at != self.step:
+        due = self.task.evaluation_due(self.step) and self.evaluated_at != self.step
+        if due:
             self.evaluated_at = self.step
             self.task.evaluate(self.step, self.log)
             self.control.broadcast(None)
+        return due
 
     # -- steps that were skipped --------------------------------------------------------------------------------
 
@@ -213,7 +250,7 @@ class Trainer(Generic[SummaryT]):
         row = self._check_skipped()
         self._save_due = row > 0 and self.step < self.steps and not self.stopping.agreed
         if row and self.step == self.steps:
-            self.task.note(f"the last {row} steps were skipped: their gradients were not finite")
+            self.task.note(f"skipped steps at the end of the run: {row}, with non-finite gradients")
         self._check_agreement()
         if self._save_due:
             return
@@ -277,6 +314,9 @@ class Trainer(Generic[SummaryT]):
         if not newest:
             return "no checkpoint was written"
         return f"the newest checkpoint is {newest[0]}: resume with --resume {self.folder}"
+
+    def _last_words(self) -> str:
+        return f" at step {self.step + 1}, expected all {self.env.world} to the end; {self._how_to_resume()}"
 
     def _unwritten(self, error: OSError) -> UserError:
         """What to do where a file of the run cannot be written."""

@@ -38,6 +38,8 @@ class RunningMeans:
     def __init__(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        #: 0 and 1 on the device.
+        self._bounds: tuple[Tensor, Tensor] | None = None
 
     def add(self, metrics: dict[str, Tensor], step_ok: Tensor | None = None) -> None:
         """Add one step's scalars, the same names every time.
@@ -49,9 +51,11 @@ class RunningMeans:
         if self._sums is None:
             self._names = list(metrics)
             self._sums = torch.zeros(len(metrics) + 1, dtype=torch.float64, device=metrics[self._names[0]].device)
-        values = torch.stack([metrics[name].detach() for name in self._names]).double()
-        step = torch.cat([values, values.new_ones(1)])
-        self._sums.add_(step if step_ok is None else torch.where(step_ok, step, 0.0))
+        if self._bounds is None:
+            self._bounds = self._sums.new_zeros((), dtype=torch.float32), self._sums.new_ones((), dtype=torch.float32)
+        nothing, one = self._bounds
+        step = torch.stack([*(metrics[name].detach() for name in self._names), one])
+        self._sums.add_(step if step_ok is None else torch.where(step_ok, step, nothing))
 
     def pop(self) -> dict[str, float]:
         """The means since the last call, over all processes; NaN (nothing measured) is omitted.
@@ -124,11 +128,16 @@ class JsonlLogger:
     Args:
         folder: The run folder.
         step: Completed steps; later lines, from a run that was killed after its checkpoint, are dropped.
+        evaluated: Whether the evaluation at that step is complete. If not, its line is dropped, since it is repeated.
     """
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
+    def __init__(self, folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
         path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(folder) if line["step"] <= step]
+        kept = [
+            line
+            for line in read_metrics(folder)
+            if line["step"] < step or (line["step"] == step and (evaluated or line["kind"] != "evaluation"))
+        ]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file: TextIO = path.open("a", encoding="utf-8")
 
@@ -145,8 +154,15 @@ class JsonlLogger:
 class TensorBoardLogger:
     """``tensorboard/`` in the run folder, ``KIND/NAME`` by step; arguments of `JsonlLogger`."""
 
-    def __init__(self, folder: Path, step: int = 0) -> None:
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    def __init__(self, folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
+        board = folder / "tensorboard"
+        first = step + 1 if evaluated else step
+        self._board = SummaryWriter(str(board), purge_step=first if board.exists() else None)
+        # TensorBoard drops all lines of a step, so those that stay are written again.
+        for line in [] if evaluated else read_metrics(folder):
+            if line["step"] == step and line["kind"] != "evaluation":
+                values = {name: value for name, value in line.items() if name not in ("kind", "step")}
+                self.write(line["kind"], step, values)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Add scalars."""
@@ -188,13 +204,20 @@ class WandBLogger:
 
 
 def open_log(
-    folder: Path, step: int, config: dict[str, Any], *, wandb: str | None = None, writes: bool = True
+    folder: Path,
+    step: int,
+    config: dict[str, Any],
+    *,
+    evaluated: bool = True,
+    wandb: str | None = None,
+    writes: bool = True,
 ) -> MetricLog:
     """Open the loggers of a run.
 
     Args:
         folder: The run folder, which exists.
         step: Completed steps.
+        evaluated: Whether the evaluation at that step is complete; if not, it is repeated.
         config: The configuration to log to Weights & Biases.
         wandb: A project of Weights & Biases, or None.
         writes: False on the processes that do not write.
@@ -204,7 +227,10 @@ def open_log(
     """
     if not writes:
         return MetricLog()
-    loggers: list[Logger] = [JsonlLogger(folder, step), TensorBoardLogger(folder, step)]
+    loggers: list[Logger] = [
+        JsonlLogger(folder, step, evaluated=evaluated),
+        TensorBoardLogger(folder, step, evaluated=evaluated),
+    ]
     if wandb is not None:
         loggers.append(WandBLogger(folder, wandb, config))
     return MetricLog(*loggers)

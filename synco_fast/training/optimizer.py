@@ -9,23 +9,30 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.optim.lamb import Lamb
-from timm.optim.lars import Lars
 from torch import nn
 
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.optim_step import build_sgd
+from synco_fast.training.large_batch import Lamb, Lars
 
-__all__ = ["build_optimizer", "key_momentum", "learning_rate"]
+__all__ = ["build_optimizer", "decayed_apart", "key_momentum", "learning_rate"]
 
+_APEX = {
+    "apex_sgd": "FusedSGD",
+    "apex_adam": "FusedAdam",
+    "apex_lamb": "FusedLAMB",
+    "apex_mixed_lamb": "FusedMixedPrecisionLamb",
+}
+#: What does the same without apex.
+_PLAIN = {"apex_sgd": "sgd", "apex_adam": "adamw", "apex_lamb": "lamb", "apex_mixed_lamb": "lamb"}
 _NVIDIA = "git clone https://github.com/NVIDIA/apex and build it with its CUDA extensions, or take optimizer.name"
 
 
 def build_optimizer(
     module: nn.Module, config: OptimizerConfig, *, lr: float, device: torch.device
 ) -> torch.optim.Optimizer:
-    """An optimizer: PyTorch's, timm's for large batches, or NVIDIA apex's where it is installed.
+    """An optimizer: PyTorch's, LARS or LAMB for large batches, or NVIDIA apex's where it is installed.
 
     SGD decays every parameter, as in MoCo. The others exempt vectors (biases and the affine parameters of
     normalisation); LARS (arXiv 1708.03888) and LAMB (arXiv 1904.00962) do not adapt these either.
@@ -44,19 +51,23 @@ def build_optimizer(
     if name == "sgd":
         return build_sgd(module.parameters(), lr=lr, momentum=config.momentum, weight_decay=decay, device=device)
     if name == "apex_sgd":
-        fused = _from_apex("FusedSGD", name, device)
+        fused = _from_apex(_APEX[name], name, device)
         return fused(list(module.parameters()), lr=lr, momentum=config.momentum, weight_decay=decay)
-    groups = _decayed_apart(module, decay)
+    groups = decayed_apart(module, decay)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=cuda, capturable=cuda)
     if name == "lars":
         return Lars(groups, lr=lr, momentum=config.momentum)
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=config.betas)
-    return _from_apex("FusedLAMB", name, device)(groups, lr=lr, betas=config.betas)
+    apex = _from_apex(_APEX[name], name, device)
+    if name == "apex_adam":
+        return apex(groups, lr=lr, betas=config.betas, capturable=True)
+    return apex(groups, lr=lr, betas=config.betas)
 
 
-def _decayed_apart(module: nn.Module, decay: float) -> list[dict[str, Any]]:
+def decayed_apart(module: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """Groups of what learns: tensors of two dimensions or more with weight decay, vectors without."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.dim() > 1], "weight_decay": decay},
@@ -66,7 +77,7 @@ def _decayed_apart(module: nn.Module, decay: float) -> list[dict[str, Any]]:
 
 
 def _from_apex(kind: str, name: str, device: torch.device) -> Callable[..., torch.optim.Optimizer]:
-    plain = name.removeprefix("apex_")
+    plain = _PLAIN[name]
     if importlib.util.find_spec("apex") is None:
         raise ConfigError(f"optimizer.name: found {name} and no NVIDIA apex here, expected: {_NVIDIA} {plain}")
     try:

@@ -7,6 +7,7 @@ import torch
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import Pipeline
 from synco_fast.data.pipelines.build import build_pipeline
+from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.splits import Split
 from synco_fast.runtime.distributed import DistEnv
 
@@ -19,6 +20,7 @@ def open_pipeline(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    name: PipelineName | None = None,
     batch: int | None = None,
     env: DistEnv = DistEnv(),  # noqa: B008 - frozen
 ) -> Pipeline:
@@ -29,6 +31,7 @@ def open_pipeline(
         split: The images.
         device: Where the encoder is.
         dtype: The dtype that the encoder computes in.
+        name: Which pipeline; ``data.pipeline`` by default.
         batch: Images in a batch, over all ranks; ``training.batch`` by default.
         env: This process's rank, and the number of ranks.
 
@@ -40,7 +43,7 @@ def open_pipeline(
         config.augment,
         batch=config.training.batch if batch is None else batch,
         seed=config.seed,
-        name=config.data.pipeline,
+        name=config.data.pipeline if name is None else name,
         device=device,
         dtype=dtype,
         workers=config.data.workers,

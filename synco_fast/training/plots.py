@@ -13,11 +13,15 @@ from matplotlib.figure import Figure
 
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.kernels import FAMILIES
+from synco_fast.runtime.files import atomic_write
 from synco_fast.runtime.style import COLOURS, colour_of
 
-__all__ = ["PANELS", "Panel", "draw_curves", "draw_pairs", "draw_panel", "synthetic_start"]
+__all__ = ["PANELS", "Panel", "draw_curves", "draw_pairs", "draw_panel", "is_whole", "synthetic_start"]
 
 matplotlib.use("Agg")
+
+#: The last chunk of every PNG file.
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,13 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, chance: 
         axes.set_title(panel.title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a PNG file that is not cut short."""
+    return path.is_file() and path.read_bytes().endswith(_PNG_END)
 
 
 def draw_pairs(batch: Batch, path: Path, *, pairs: int = 24) -> None:
@@ -159,5 +168,5 @@ def draw_pairs(batch: Batch, path: Path, *, pairs: int = 24) -> None:
             views = [part[place].permute(1, 2, 0).numpy() for part in (batch.first, batch.second)]
             gap = np.full((views[0].shape[0], max(1, views[0].shape[1] // 16), 3), 255, np.uint8)
             axes.imshow(np.concatenate([views[0], gap, views[1]], axis=1), interpolation="nearest")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -14,24 +14,24 @@ from torch import nn
 
 from synco_fast.config import Config, EvaluationConfig, TrainingConfig, build_config
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.build import choose_pipeline
+from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
 from synco_fast.data.workers import available_cores
 from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
-from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError
+from synco_fast.runtime.files import read_json, write_json
 from synco_fast.runtime.migrations import OldLayoutWarning
 from synco_fast.runtime.precision import resolve_device
+from synco_fast.training.autotune import Auto
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
 from synco_fast.training.metrics import MetricLog
-from synco_fast.training.pipeline import open_pipeline
-from synco_fast.training.plots import draw_pairs
+from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
@@ -124,7 +124,6 @@ class Pretraining:
     Attributes:
         source: All images.
         engine: The engine of the steps.
-        pipeline: The pipeline of the batches.
 
     Raises:
         UserError: The configuration or the data does not work; raised before the first step wherever possible.
@@ -157,9 +156,7 @@ class Pretraining:
         most = _WORKERS_A_CORE * available_cores()
         if (config.data.workers or 0) > most:
             raise ConfigError(f"data.workers: found {config.data.workers}, expected up to {most} on this machine")
-        self.pipeline = open_pipeline(
-            config, self._train, device=self.device, dtype=self.engine.precision.dtype, env=self.env
-        )
+        self._auto = Auto(self.engine, self._train, self.control, self.note)
         self.steps_per_epoch = len(self.pipeline)
         steps, limits = self.steps_per_epoch * training.epochs, limits or training
         self.settings = TrainerSettings(
@@ -176,14 +173,17 @@ class Pretraining:
         self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
         self._kept: dict[str, Any] | None = None
 
+    @property
+    def pipeline(self) -> Pipeline:
+        """The batches."""
+        return self._auto.pipeline
+
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
         """Choose the implementation of each part of a step, and let the method read its data."""
         self._folder = folder
         choose_forms(self.engine, self.control, kept=self._kept)
-        views = choose_pipeline(self.config.data.pipeline, self._train, self.device)
-        self.engine.forms["views"] = Form(views, f"data.pipeline={self.config.data.pipeline}")
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
 
@@ -192,12 +192,18 @@ class Pretraining:
         return (step // self.steps_per_epoch + 1) * self.steps_per_epoch
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """The batches from a step to the end of its epoch; plots the run's first pairs."""
+        """The batches from a step to the end of its epoch; plots the run's first pairs.
+
+        Before the first ones of a long run, what its configuration leaves to ``auto`` is measured.
+        """
+        self.method.train()
+        if self._auto.settle(self.settings.steps - step, self._folder) and self.env.is_main:
+            environment = self._folder / "environment.json"
+            write_json(environment, {**read_json(environment), **self.facts})
         epoch, done = divmod(step, self.steps_per_epoch)
         self.pipeline.set_epoch(epoch, done)
-        self.method.train()
         pairs = self._folder / "plots" / "pairs.png"
-        undrawn = self.env.is_main and not pairs.exists()
+        undrawn = self.env.is_main and not is_whole(pairs)
         for batch in self.pipeline:
             self.corrupt_images.replaced(batch.corrupt)
             if undrawn:
@@ -206,7 +212,17 @@ class Pretraining:
             yield batch
 
     def train_step(self, batch: Batch, step: int) -> None:
-        """One step of the engine."""
+        """One step of the engine.
+
+        Raises:
+            DataError: The batch has another size than this rank's share; collectives would abort.
+        """
+        share = self.settings.batch // self.env.world
+        if len(batch.image_ids) != share:
+            raise DataError(
+                f"batch: found {len(batch.image_ids)} images on rank {self.env.rank} at step {step + 1}, expected "
+                f"{share}, as on every rank"
+            )
         self.engine.step(batch, step, step // self.steps_per_epoch)
 
     def not_finite(self) -> str | None:
@@ -220,7 +236,13 @@ class Pretraining:
     @property
     def facts(self) -> dict[str, Any]:
         """``forms``: the implementation of each part of a step, and why."""
-        return {"forms": {part: asdict(form) for part, form in self.engine.forms.items()}}
+        config = self.config
+        forms = {
+            **self.engine.forms,
+            "views": Form(self._auto.name, f"data.pipeline={config.data.pipeline}"),
+            "engine": Form(self.engine.form, f"training.engine={config.training.engine}"),
+        }
+        return {"forms": {part: asdict(form) for part, form in forms.items()}}
 
     # -- what is shown and logged -------------------------------------------------------------------------------
 
@@ -307,6 +329,7 @@ class Pretraining:
             "stream": self.method.stream,
             "corrupt": self.corrupt_images.state_dict(),
             "forms": forms_state(self.engine),
+            **self._auto.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], path: Path) -> None:
@@ -338,6 +361,7 @@ class Pretraining:
         self.corrupt_images.load_state_dict(state["corrupt"])
         forms = state.get("forms", {})
         self._kept = {**forms, "names": dict(forms.get("names", {}))}
+        self._auto.load_state_dict(state)
         for line in [*notes, *([changes] if changes else [])]:
             self.note(line)
 

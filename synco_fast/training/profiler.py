@@ -26,6 +26,7 @@ __all__ = ["PhaseClock", "profile_step"]
 _MIB = 1 << 20
 #: Phases timed on the host even with a GPU, which cannot time the host's waits.
 _OF_THE_HOST = ("data wait",)
+_WITHOUT_GRAPH = {"graph": "eager", "compile+graph": "compile"}
 
 
 class PhaseClock:
@@ -92,7 +93,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     """
     values = config.model_dump(mode="json")
     values["method"]["warmup_epochs"] = 0
-    values["training"]["cuda_graph"] = False
+    values["training"]["engine"] = _WITHOUT_GRAPH.get(config.training.engine, config.training.engine)
     config = Config.model_validate(values)
     folder.mkdir(parents=True, exist_ok=True)
     split = open_source(config.data.source, config.data.limits).train

@@ -20,7 +20,7 @@ from synco_fast.training.plots import draw_curves
 from synco_fast.training.task import RunConfig
 from synco_fast.training.throughput import Throughput
 
-__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run"]
+__all__ = ["Summary", "choose_run_folder", "close_run", "describe_run", "refuse_run"]
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,21 @@ def choose_run_folder(folder: Path | None, name: str) -> Path:
         ConfigError: The folder already holds a run, or is a file.
     """
     folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if holds_run(folder):
-        raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to resume it")
+    refuse_run(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
     check_writable(folder, "out")
     return folder
+
+
+def refuse_run(folder: Path) -> None:
+    """Check that the folder of a new run holds no run.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if holds_run(folder):
+        raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to resume it")
 
 
 def describe_run(folder: Path, config: RunConfig, facts: Mapping[str, Any] | None = None) -> None:

@@ -13,34 +13,43 @@ __all__ = ["RunningStatistics"]
 class RunningStatistics:
     """The floating-point buffers of modules: running means and variances.
 
+    They are laid out one behind the other in one tensor, of which each module's buffer becomes a part, so that a copy,
+    a restoration and a mean over processes are one launch each, however many layers there are.
+
     Args:
-        modules: The modules.
+        modules: The modules, on the device where they stay.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
-        self._buffers = [buffer for module in modules for buffer in module.buffers() if buffer.dtype == torch.float32]
-        # Bit-cast to int32 so that multiplying by 0 also clears NaNs.
-        self._bits = [buffer.view(torch.int32) for buffer in self._buffers]
-        self._copies: list[Tensor] = []
-
-    @torch.no_grad()
-    def copy(self) -> list[Tensor]:
-        """Copies of the buffers, overwritten by the next call."""
-        if not self._copies:
-            self._copies = [torch.empty_like(bits) for bits in self._bits]
-        if self._copies:
-            torch._foreach_copy_(self._copies, self._bits)
-        return self._copies
-
-    @torch.no_grad()
-    def restore(self, copies: list[Tensor], step_ok: Tensor) -> None:
-        """Restore the copies unless ``step_ok``, a bool scalar; the host never waits."""
-        if not copies or (step_ok.device.type == "cpu" and bool(step_ok)):
+        found: dict[int, Tensor] = {
+            id(buffer): buffer for module in modules for buffer in module.buffers() if buffer.dtype == torch.float32
+        }
+        self._all: Tensor | None = None
+        self._copy: Tensor | None = None
+        if not found:
             return
-        keep = step_ok.to(torch.int32)
-        torch._foreach_mul_(self._bits, keep)
-        torch._foreach_mul_(copies, 1 - keep)
-        torch._foreach_add_(self._bits, copies)
+        self._all = torch.cat([buffer.detach().reshape(-1) for buffer in found.values()])
+        self._copy = torch.empty_like(self._all)
+        sizes = [buffer.numel() for buffer in found.values()]
+        parts = dict(zip(found, self._all.split(sizes), strict=True))
+        for module in modules:
+            for inner in module.modules():
+                for name, buffer in inner._buffers.items():
+                    if buffer is not None and id(buffer) in parts:
+                        inner._buffers[name] = parts[id(buffer)].view(buffer.shape)
+
+    @torch.no_grad()
+    def copy(self) -> Tensor | None:
+        """What they hold now, in a tensor that the next call writes over; None without any."""
+        if self._all is not None and self._copy is not None:
+            self._copy.copy_(self._all)
+        return self._copy
+
+    @torch.no_grad()
+    def restore(self, copy: Tensor | None, step_ok: Tensor) -> None:
+        """Undo what happened since `copy` unless ``step_ok``, bool of no dimensions; the host never waits for it."""
+        if self._all is not None and copy is not None:
+            torch.where(step_ok, self._all, copy, out=self._all)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -48,4 +57,5 @@ class RunningStatistics:
 
         A running statistic is a weighted sum over steps, so averaging now equals averaging in every step.
         """
-        mean_over_ranks(self._buffers)
+        if self._all is not None:
+            mean_over_ranks([self._all])

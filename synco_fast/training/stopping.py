@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from synco_fast.runtime.distributed import HostGroup
+if TYPE_CHECKING:
+    from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["StopSignals"]
 
@@ -27,19 +30,29 @@ class StopSignals:
     def __init__(self, control: HostGroup, minutes: float | None) -> None:
         self._control = control
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._asked = False
+        self._asked = self._hung_up = False
         self.agreed = False
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT request a stop after the current step; a second one ends the process at once."""
+        """SIGTERM, SIGINT and SIGHUP request a stop after the current step.
+
+        A second SIGTERM or SIGINT ends the process at once. A lost terminal can cause several SIGHUPs. SIGHUP stays
+        ignored where it is, as under ``nohup``.
+        """
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self._asked:
+            if number == signal.SIGHUP:
+                self._hung_up = True
+                _leave_lost_terminal()
+            elif self._asked:
                 raise KeyboardInterrupt
             self._asked = True
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, ask) for number in numbers}
         try:
             yield
         finally:
@@ -54,6 +67,19 @@ class StopSignals:
 
     def agree(self) -> bool:
         """Agree on whether to stop; called by all processes at the same step."""
+        if self._hung_up:
+            _leave_lost_terminal()
         stop = self._asked or (self._deadline is not None and time.monotonic() >= self._deadline)
         self.agreed = self.agreed or bool(self._control.max(int(stop))[0])
         return self.agreed
+
+
+def _leave_lost_terminal() -> None:
+    """Redirect output to /dev/null if its terminal is lost: writing to it would raise an error and end the run."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from synco_fast.kernels import blockwise, ops
+from synco_fast.kernels import blockwise, ops, validation
 from synco_fast.kernels.validation import cases, validate
 
 CPU = torch.device("cpu")
@@ -67,3 +68,15 @@ def test_repeats_that_differ(monkeypatch):
     calls = iter(range(10**6))
     damaged(monkeypatch, lambda outputs: outputs._replace(loss=outputs.loss + next(calls) % 2 * 2e-7))
     assert misses(cases([SHAPE], [torch.float32])[:1]) == {"a repeat gives other bits"}
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("none", 0), ("ieee", 0), ("tf32", 2.0**-10)])
+def test_the_bound_of_float32_allows_for_tf32_where_pytorch_does(setting, expected):
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = setting
+        assert validation._weight_rounding(torch.float32, torch.device("cuda")) == expected
+        assert validation._weight_rounding(torch.float32, torch.device("cpu")) == 0
+        assert validation._weight_rounding(torch.bfloat16, torch.device("cuda")) == 2.0**-8
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

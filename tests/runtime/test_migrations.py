@@ -72,6 +72,35 @@ def test_an_older_name_of_a_backend():
     assert said == ["configuration in an older layout: read method.backend closed_form as blockwise"]
 
 
+@pytest.mark.parametrize(
+    ("training", "overrides", "engine", "said"),
+    [
+        # A run folder of that time lists both keys.
+        ({"compile": "none", "cuda_graph": False}, {}, "eager", "training.compile none and training.cuda_graph false"),
+        ({"compile": "encoders", "cuda_graph": True}, {}, "compile+graph", "training.compile encoders and training"),
+        ({"compile": "step"}, {}, "compile", "training.compile step"),
+        ({}, {"training.cuda_graph": True}, "graph", "training.cuda_graph true"),
+        ({"cuda_graph": True}, {"training.engine": "eager"}, "eager", "training.cuda_graph true as training.engine gr"),
+        ({"engine": "auto"}, {"training.cuda_graph": True}, "graph", "training.cuda_graph true as training.engine gr"),
+    ],
+)
+def test_two_keys_that_became_the_engine(training, overrides, engine, said):
+    config, lines = read({"training": training}, overrides)
+    assert config.training.engine == engine
+    assert len(lines) == 1
+    assert said in lines[0]
+    assert "\n" not in lines[0]
+
+
+def test_an_older_engine_key_that_cannot_be_read():
+    with pytest.raises(ConfigError) as caught:
+        build_config({"training": {"compile": "all"}})
+    assert str(caught.value) == (
+        "training.compile: found 'all', an older name with the values none, encoders, step; expected training.engine, "
+        "which replaces it"
+    )
+
+
 def test_an_older_name_on_the_command_line_goes_over_the_newer_one_of_a_run():
     for values, overrides, expected in (
         ({"fraction": 0.5}, {"data.share": 0.25}, 0.25),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -22,6 +23,7 @@ VARIABLES: dict[str, str] = given["VARIABLES"]
 FOLDER: Path = given["FOLDER"]
 RESUME: bool = given["RESUME"]
 ACT: str = given["ACT"]
+TIMEOUT: float = given.get("TIMEOUT", 15)
 
 
 def leave(run, rank):
@@ -39,15 +41,40 @@ def differ(run, rank):
         run.task.method.queue.rows[3, 2] += 1e-3
 
 
-#: By name, what a process does before a step.
-ACTS = {"": lambda run, rank: None, "leave": leave, "ask to stop": ask_to_stop, "differ": differ}
+def hang(run, rank):
+    if rank == 1 and run.step == 5:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def hang_while_the_others_wait(run, rank):
+    """As in an evaluation: the other rank is in no collective that ends after the timeout."""
+    if rank == 0 and run.step == 5:
+        run.control.broadcast = lambda value: os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def nothing(run, rank):
+    pass
+
+
+#: By name, what a process does before a step; "graph" replaces CUDA graphs before the first one.
+ACTS = {
+    "": nothing,
+    "graph": nothing,
+    "leave": leave,
+    "ask to stop": ask_to_stop,
+    "differ": differ,
+    "hang": hang,
+    "hang while the others wait": hang_while_the_others_wait,
+}
 
 os.environ.update(VARIABLES)
+if ACT == "graph":
+    runpy.run_path(str(Path(__file__).with_name("graphs.py")))["install"]()
 torch.set_num_threads(1)
 env = DistEnv.detect()
-words = (FOLDER / f"rank{env.rank}.txt").open("w")
+words = sys.stderr = (FOLDER / f"rank{env.rank}.txt").open("w")
 try:
-    with init_distributed(env, "cpu", timeout=15) as control:
+    with init_distributed(env, "cpu", timeout=TIMEOUT) as control:
         config = read_config(FOLDER / "job.yaml")
         console = Console(file=words, width=200)
         trainer = Trainer(

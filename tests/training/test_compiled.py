@@ -44,10 +44,9 @@ def without_a_compiler(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["encoders", "step"])
-def test_losses_are_the_same_compiled_or_not(tiny, without_a_compiler, what):
+def test_losses_are_the_same_compiled_or_not(tiny, without_a_compiler):
     plain, _ = train(tiny(MILD))
-    found, notes = train(tiny({**MILD, "training.compile": what}))
+    found, notes = train(tiny({**MILD, "training.engine": "compile"}))
     assert notes == []
     assert torch.allclose(plain, found, rtol=1e-5)
 
@@ -96,9 +95,9 @@ def test_an_error_of_the_function_is_not_hidden(without_a_compiler):
 
 def test_a_graph_that_cannot_be_had_is_named(tiny):
     notes: list[str] = []
-    engine = Engine(tiny({"training.cuda_graph": True}), 4, note=notes.append)
+    engine = Engine(tiny({"training.engine": "graph"}), 4, note=notes.append)
     assert notes == ["CUDA graph disabled: no GPU"]
-    assert not engine.graphed
+    assert (engine.graphed, engine.form) == (False, "eager")
 
 
 def test_what_a_graph_reads_from_the_device_changes_nothing(tiny):

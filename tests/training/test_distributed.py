@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
+import socket
+from pathlib import Path
+
 import pytest
 import torch
 
+from synco_fast.runtime import distributed
 from synco_fast.runtime.checkpoint import find_checkpoint
-from synco_fast.runtime.distributed import DistEnv
-from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.distributed import DistEnv, init_distributed
+from synco_fast.runtime.errors import ConfigError, LostProcessError
 
-from ..support.job import Job, losses, run_job
+from ..support.job import Job, losses, run_job, under_torchrun
 
 BASE = {
     "evaluation.every": 0,
@@ -56,6 +62,24 @@ def test_losses_and_queue_are_those_of_one_process(tiny, tmp_path, world, change
     assert torch.allclose(mean, expected, atol=1e-5), "the statistics of all ranks"
 
 
+@pytest.mark.slow
+def test_captured_steps_exchange_what_eager_ones_do(tiny, tmp_path):
+    """By a stand-in for CUDA graphs: after eager steps of DDP the whole step is replayed, its exchange included.
+
+    Both processes measure, agree on the graph, and go on as if they had not measured.
+    """
+    changes = {**BASE, "training.max_steps": 6, "method.name": "moco", "data.pipeline": "torchvision"}
+    alone = run_job(1, tiny({**changes, "training.engine": "eager"}), tmp_path / "alone")
+    job = run_job(2, tiny(changes), tmp_path / "job", act="graph")
+    assert_same_state(job, alone.states[0])
+    assert "engine graph: graph 32, eager 16, compile out (no C++ compiler)" in job.words[0]
+    assert "CUDA graph disabled" not in job.words[0]
+    rows = {row["engine"]: row for row in json.loads((tmp_path / "job" / "engines.json").read_text())["engines"]}
+    assert rows["graph"]["reason"] is None
+    assert rows["graph"]["weight_error"] < 1e-3, "rounding alone"
+    assert torch.allclose(losses(tmp_path / "job"), losses(tmp_path / "alone"), atol=1e-5)
+
+
 def config_values(config):
     return {
         f"{section}.{key}": value
@@ -90,6 +114,33 @@ def test_a_killed_process_ends_the_job_and_the_job_resumes(tiny, tmp_path):
     assert "resumed from" in resumed.words[0]
     whole = run_job(2, config, tmp_path / "whole")
     assert_same_state(resumed, whole.states[0], atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("act", "hangs"), [("hang", 1), ("hang while the others wait", 0)])
+def test_a_process_that_hangs_ends_the_others(tiny, tmp_path, act, hangs):
+    """Stopped as by SIGSTOP, in a step and where the others wait without a timeout, as for an evaluation."""
+    config = tiny({**BASE, "training.checkpoint_every": 2})
+    job = run_job(2, config, tmp_path / "run", act=act, timeout=4, within=40)
+    assert job.codes[1 - hangs] == 2, job.words
+    assert job.codes[hangs] is None
+    said = job.words[1 - hangs].strip().splitlines()[-1]
+    assert said.startswith(f"error: rank {1 - hangs} "), said
+    assert re.search(rf"step-0000000[46]\.pt: resume with --resume {tmp_path / 'run'}$", said), said
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_after_a_kill(tiny, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+    config = tiny({**BASE, "training.checkpoint_every": 2, "training.epochs": 8})
+    (tmp_path / "job.yaml").write_text(config.to_yaml())
+    run = tmp_path / "run"
+    words = ["pretrain", "--config", str(tmp_path / "job.yaml"), "--out", str(run), "--continue"]
+    under_torchrun(words, run, world=2, restarts=1)
+    said = {name: (tmp_path / f"rank{name}.txt").read_text() for name in ("0-0", "1-1", "0-1")}
+    assert "rank 0 lost the connection to the other processes" in said["0-0"], said
+    assert f"resumed from {run}" in said["0-1"], said
+    assert find_checkpoint(run)[0]["step"] == 16
 
 
 @pytest.mark.slow
@@ -157,3 +208,22 @@ def test_a_batch_that_cannot_be_spread(tiny):
         build_method(config, processes=3)
     with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 4, expected a multiple or a divisor of 6"):
         groups_of_part(tiny({"training.batch": 24, "model.batch_norm_groups": 4, "training.accumulate": 2}), 3)
+
+
+def test_processes_that_do_not_come_are_one_line_and_the_end_waits_for_no_connection(monkeypatch):
+    """Connections to a process that hangs keep the interpreter from ending."""
+    at_exit, codes = [], []
+    monkeypatch.setattr(distributed.atexit, "register", at_exit.append)
+    monkeypatch.setattr(distributed.os, "_exit", codes.append)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = DistEnv(0, 2, 0, 2, "127.0.0.1", port)
+    with (
+        pytest.raises(LostProcessError, match=r"could not connect 2 processes at 127\.0\.0\.1:\d+ within 0\.2 s \("),
+        init_distributed(alone, "cpu", timeout=0.2),
+    ):
+        pytest.fail("nobody came")
+    (leave,) = at_exit
+    leave()
+    assert codes == [2]

@@ -9,6 +9,7 @@ import torch
 
 from synco_fast.methods.base import StepInputs
 from synco_fast.training.compiled import GRAPH_WARMUP, GraphedStep
+from synco_fast.training.parallel import DDP_GRAPH_WARMUP
 
 CPU = torch.device("cpu")
 
@@ -105,3 +106,21 @@ def test_what_cannot_be_captured_runs_eagerly_and_is_said_once(cuda):
     run(GraphedStep(cuda.compute, CPU, notes.append), range(GRAPH_WARMUP + 3))
     assert notes == ["CUDA graph disabled: a step cannot be captured: operation not permitted when stream is capturing"]
     assert cuda.seen == [expected(number, 0) for number in range(GRAPH_WARMUP + 3)]
+
+
+def test_several_processes_warm_up_for_longer_and_replay_together_or_not_at_all(cuda):
+    notes, asked = [], []
+
+    def agree(works):
+        asked.append(works)
+        return works and len(asked) == 1
+
+    step = GraphedStep(cuda.compute, CPU, notes.append, DDP_GRAPH_WARMUP, agree)
+    run(step, range(13))
+    assert cuda.calls == ["capture", "replay", "replay"], "eleven eager steps, as PyTorch asks of DDP"
+    run(step, range(13, 26), key=1)  # another graph, which fails elsewhere
+    assert (asked, step.works) == ([True, True], False)
+    assert notes == ["CUDA graph disabled: a step cannot be captured: so says another process"]
+    run(step, range(26, 28))
+    assert cuda.calls.count("replay") == 2, "the first graph is not replayed either"
+    assert cuda.seen == [expected(number, int(13 <= number < 26)) for number in range(28)]

@@ -15,9 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from synco_fast.config import Config, read_config
+from synco_fast.data.pipelines.base import Batch
 from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError, UserError
@@ -99,6 +102,94 @@ def test_stopped_and_resumed_is_never_stopped(tiny, tmp_path, stop):
     assert_identical(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
     assert figures(tmp_path / "whole") == figures(tmp_path / "parts")
     assert resumed.knn_before == whole.knn_before
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: what a run has written by then stays, and nothing else is."""
+
+
+def killed_before_the_save_at(
+    config: Config, run: Path, step: int, monkeypatch: pytest.MonkeyPatch, **settings
+) -> None:
+    """Train until the checkpoint of ``step`` would be written."""
+
+    def save(trainer: Trainer) -> None:
+        if trainer.step == step:
+            raise Killed
+        whole(trainer)
+
+    whole = Trainer._save
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save", save)
+        with pytest.raises(Killed):
+            trainer(config, run, **settings).run()
+
+
+def evaluated_once(run: Path) -> list[int]:
+    """The steps of a run's evaluations, which TensorBoard shows as well."""
+    steps = [line["step"] for line in read_metrics(run) if line["kind"] == "evaluation"]
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("evaluation/knn")] == steps
+    assert len(board.Scalars("train/lr")) == len(read_metrics(run)) - len(steps)
+    return steps
+
+
+def test_a_kill_between_an_evaluation_and_its_checkpoint_leaves_no_trace(tiny, tmp_path, monkeypatch):
+    config, run = tiny(), tmp_path / "parts"
+    pretrain(config, tmp_path / "whole")
+    # There is no checkpoint yet; then one that a stop has written, without the evaluation; then such a one at the end.
+    killed_before_the_save_at(config, run, 4, monkeypatch)
+    assert evaluated_once(run) == [0, 4]
+    trainer(config, run, resume=run, after_step=stop_after(4)).run()
+    assert evaluated_once(run) == [0]
+    killed_before_the_save_at(config, run, 4, monkeypatch, resume=run)
+    assert evaluated_once(run) == [0, 4]
+    trainer(config, run, resume=run, after_step=stop_after(8)).run()
+    assert evaluated_once(run) == [0, 4]
+    killed_before_the_save_at(config, run, 8, monkeypatch, resume=run)
+    for _ in range(2):
+        pretrain(config, run, resume=run)
+        assert_identical(newest(tmp_path / "whole"), newest(run))
+        assert figures(tmp_path / "whole") == figures(run)
+        assert evaluated_once(run) == evaluated_once(tmp_path / "whole") == [0, 4, 8]
+
+
+def test_what_an_early_kill_left_out_is_written_by_the_resume(tiny, tmp_path):
+    config, run = tiny({"training.max_steps": 2, "evaluation.every": 0}), tmp_path / "run"
+    pretrain(config, run)
+    (run / "environment.json").unlink()
+    pairs = run / "plots" / "pairs.png"
+    whole = pairs.read_bytes()
+    pairs.write_bytes(whole[: len(whole) // 2])
+    pretrain(tiny({"training.max_steps": 3, "evaluation.every": 0}), run, resume=run)
+    assert json.loads((run / "environment.json").read_text())["torch"]
+    with Image.open(pairs) as picture:
+        assert np.asarray(picture).std() > 10
+
+
+def test_a_kill_while_a_picture_is_drawn_leaves_none(tiny, tmp_path, monkeypatch):
+    def draw(figure, file, **settings):
+        Path(file).write_bytes(b"half")
+        raise Killed
+
+    monkeypatch.setattr(Figure, "savefig", draw)
+    with pytest.raises(Killed):
+        pretrain(tiny({"training.max_steps": 1, "evaluation.every": 0}), tmp_path / "run")
+    assert not (tmp_path / "run" / "plots" / "pairs.png").exists()
+
+
+def test_a_batch_that_is_not_this_ranks_share_is_one_line(tiny, tmp_path):
+    """Collectives of other sizes on other ranks abort the process inside of gloo."""
+
+    def drop_a_row(run):
+        step = run.task.train_step
+        cut = slice(0, 7)
+        run.task.train_step = lambda batch, number: step(
+            Batch(batch.first[cut], batch.second[cut], batch.image_ids[cut]), number
+        )
+
+    with pytest.raises(DataError, match="batch: found 7 images on rank 0 at step 1, expected 8, as on every rank"):
+        trainer(tiny({"evaluation.every": 0}), tmp_path / "run", before_step=drop_a_row).run()
 
 
 COMMAND = [sys.executable, "-m", "synco_fast", "pretrain"]
@@ -264,7 +355,7 @@ def test_a_bad_gradient_before_a_stop_or_at_the_very_end_costs_nothing(tiny, tmp
     config = tiny({"evaluation.every": 0})
     console, text = screen()
     assert trainer(config, tmp_path / "whole", before_step=poisoned(5, 7), console=console).run().finished
-    assert "the last 1 steps were skipped" in text.getvalue()
+    assert "skipped steps at the end of the run: 1, with" in text.getvalue()
     trainer(config, tmp_path / "parts", before_step=poisoned(5), after_step=stop_after(6)).run()
     assert newest(tmp_path / "parts")["step"] == 6
     parts = trainer(config, tmp_path / "parts", resume=tmp_path / "parts", before_step=poisoned(7)).run()

@@ -86,6 +86,23 @@ def test_nvidias_apex_wants_a_gpu(apex):
     assert refused("apex_lamb") == "optimizer.name: found apex_lamb, expected lamb without a GPU"
 
 
+def test_apex_is_asked_for_what_skips_on_the_device(apex):
+    lines = [
+        f"class {kind}:\n    def __init__(self, groups, **named): self.named = named"
+        for kind in ("FusedSGD", "FusedAdam", "FusedLAMB", "FusedMixedPrecisionLamb")
+    ]
+    apex(optimizers="\n".join(lines))
+    made = {
+        name: build_optimizer(model(), OptimizerConfig(name=name), lr=0.1, device=torch.device("cuda"))
+        for name in ("apex_sgd", "apex_adam", "apex_lamb", "apex_mixed_lamb")
+    }
+    kinds = [type(optimizer).__name__ for optimizer in made.values()]
+    assert kinds == ["FusedSGD", "FusedAdam", "FusedLAMB", "FusedMixedPrecisionLamb"]
+    assert made["apex_adam"].named == {"lr": 0.1, "betas": (0.9, 0.999), "capturable": True}
+    assert refused("apex_adam") == "optimizer.name: found apex_adam, expected adamw without a GPU"
+    assert refused("apex_mixed_lamb") == "optimizer.name: found apex_mixed_lamb, expected lamb without a GPU"
+
+
 def test_half_a_cosine():
     rates = [learning_rate(step, peak=2.0, steps=100) for step in range(101)]
     assert rates[0] == 2.0

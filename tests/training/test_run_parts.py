@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +71,89 @@ def test_a_signal_asks_and_a_second_one_interrupts(number):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
     assert stopping.agreed
+
+
+def test_hanging_up_asks_as_often_as_it_comes_and_nohup_keeps_it_away():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            stopping = StopSignals(HostGroup(DistEnv()), minutes=None)
+            with stopping.on_signals():
+                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)
+                assert stopping.agree() == asked
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+#: Says a word to a terminal that is gone, as the progress of a step does, and leaves a file if that was no error.
+WRITER = """
+import sys, time
+from types import SimpleNamespace
+from synco_fast.training.stopping import StopSignals
+stopping = StopSignals(SimpleNamespace(max=lambda wish: [wish]), None)
+with stopping.on_signals():
+    print("ready", flush=True)
+    while not stopping.agree():
+        time.sleep(0.01)
+    print("a step more", flush=True)
+    print("an error", file=sys.stderr, flush=True)
+open(sys.argv[1], "w").write(str(stopping.agree()))
+"""
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_last_step(tmp_path):
+    """A shell passes SIGHUP on; the next line of output would fail with EIO."""
+    terminal, inside = os.openpty()
+    program = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "asked")], stdout=inside, stderr=inside)
+    os.close(inside)
+    assert b"ready" in os.read(terminal, 99)
+    os.close(terminal)
+    program.send_signal(signal.SIGHUP)
+    assert program.wait(60) == 0
+    assert (tmp_path / "asked").read_text() == "True"
+
+
+#: A data loader's worker, and a parent that is killed: before the worker is set up (argument 1) or after it.
+PARENT = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+from synco_fast.data.workers import start_worker
+
+def work():
+    parent = os.getppid()
+    (folder / "pid").write_text(str(os.getpid()))
+    while early and os.getppid() == parent:
+        time.sleep(0.01)
+    start_worker(0)
+    (folder / "ready").touch()
+    time.sleep(600)
+
+folder, early = Path(sys.argv[1]), sys.argv[2] == "early"
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+def test_a_worker_dies_with_a_parent_that_is_killed(tmp_path, when):
+    program = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), when])
+    wait_until(lambda: (tmp_path / ("pid" if when == "early" else "ready")).exists())
+    wait_until(lambda: (tmp_path / "pid").read_text())
+    worker = Path("/proc") / (tmp_path / "pid").read_text()
+    program.kill()
+    program.wait()
+    wait_until(lambda: not worker.exists() or ") Z " in (worker / "stat").read_text())
+    assert (tmp_path / "ready").exists() == (when == "late")
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_time_limit_stops():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import available_cores, start_worker
 from synco_fast.evaluation.context import (
     EvalOptions,
     check_unchanged,
@@ -354,7 +354,9 @@ class _Job:
 def _loader(dataset: Detections | Subset[Any], options: EvalOptions, **how: Any) -> DataLoader[Any]:
     workers = available_cores() if options.workers is None else options.workers
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(dataset, num_workers=workers, collate_fn=_lists, generator=generator, **how)
+    return DataLoader(
+        dataset, num_workers=workers, collate_fn=_lists, worker_init_fn=start_worker, generator=generator, **how
+    )
 
 
 def _lists(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

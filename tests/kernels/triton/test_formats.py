@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import normalize
 
 from synco_fast.kernels.negatives import Negatives
-from synco_fast.kernels.validation import exact_inputs, reference_answer
+from synco_fast.kernels.validation import Inputs, exact_inputs, reference_answer
 
 pytest.importorskip("triton")
 
@@ -25,6 +25,18 @@ def three(left, right):
 def tf32(left, right):
     left, right = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (left, right))
     return left @ right
+
+
+def contrast_of_three(inputs, temperature):
+    """Loss and gradient of MoCo as the kernels multiply float32 on tensor cores."""
+    q, k, queue = inputs
+    positive = (q * k).sum(dim=1, keepdim=True)
+    similarity = three(q, queue.T)
+    shift = torch.maximum(positive, similarity[:, ::2].amax(dim=1, keepdim=True))
+    p = ((similarity - shift) / temperature).exp()
+    rest, first = p.sum(dim=1, keepdim=True), ((positive - shift) / temperature).exp()
+    loss = ((first + rest).log() + (shift - positive) / temperature).squeeze(1)
+    return loss, (three(p, queue) - rest * k) / ((first + rest) * temperature)
 
 
 @pytest.mark.parametrize(("name", "product"), [("three", three), ("tf32", tf32)])
@@ -46,16 +58,33 @@ def test_three_products_keep_the_bounds_on_exact_inputs(within):
         reference_answer(inputs, Negatives.moco(), dtype, temperature=temperature)
         for dtype in (torch.float64, torch.float32)
     )
-    q, k, queue = inputs
-    positive = (q * k).sum(dim=1, keepdim=True)
-    similarity = three(q, queue.T)
-    shift = torch.maximum(positive, similarity[:, ::2].amax(dim=1, keepdim=True))
-    p = ((similarity - shift) / temperature).exp()
-    rest, first = p.sum(dim=1, keepdim=True), ((positive - shift) / temperature).exp()
-    loss = ((first + rest).log() + (shift - positive) / temperature).squeeze(1)
+    loss, gradient = contrast_of_three(inputs, temperature)
     within(loss, plain.contrast.loss, exact.contrast.loss, "loss", 16)
-    gradient = (three(p, queue) - rest * k) / ((first + rest) * temperature)
     within(gradient, plain.gradient, exact.gradient, "gradient", 64)
+
+
+@pytest.mark.parametrize(("temperature", "peaked"), [(0.2, False), (0.07, True), (0.03, True)])
+def test_three_products_of_other_rows_are_off_by_no_more_than_their_similarities(temperature, peaked):
+    """Rows that bfloat16 does not hold exactly: loss off by u / T, gradient by (2 u / T + u) / T, u = 3 / 2^18."""
+    q, queue = (normalize(torch.randn(rows, 64, dtype=torch.float64), dim=1).float() for rows in (8, 2048))
+    k = normalize(q + 0.1 * torch.randn(8, 64), dim=1)
+    if peaked:
+        queue[:8] = q
+    inputs = Inputs(q, k, queue)
+    exact, plain = (
+        reference_answer(inputs, Negatives.moco(), dtype, temperature=temperature)
+        for dtype in (torch.float64, torch.float32)
+    )
+    loss, gradient = contrast_of_three(inputs, temperature)
+    unit = 3 / 2.0**18
+    for found, of, spare in (
+        (loss, lambda answer: answer.contrast.loss, unit / temperature),
+        (gradient, lambda answer: answer.gradient, (2 * unit / temperature + unit) / temperature),
+    ):
+        error = (found.double() - of(exact)).abs().max().item()
+        own = 2 * (of(plain).double() - of(exact)).abs().max().item()
+        assert error <= own + spare
+        assert spare < 0.05, "a bound that says something"
 
 
 @pytest.mark.parametrize(

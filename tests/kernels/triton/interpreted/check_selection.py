@@ -7,7 +7,7 @@ import torch
 
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.reference import hard_negatives
-from synco_fast.kernels.triton import launch
+from synco_fast.kernels.triton import config, launch
 
 K = 600
 
@@ -50,9 +50,7 @@ WORST = {
 @pytest.mark.parametrize("hard", [1, 63, K])
 @pytest.mark.parametrize("case", WORST)
 def test_selection_is_exact(make, monkeypatch, case, hard):
-    from synco_fast.kernels import topk
-
-    monkeypatch.setattr(topk, "SAMPLE", 300)
+    monkeypatch.setattr(config, "SAMPLES", (300,))
     inputs = WORST[case](make(2, K, 16))
     values, index, slow = chosen(monkeypatch, inputs, hard)
     expected, order = hard_negatives(inputs.q @ inputs.queue.T, hard)
@@ -65,9 +63,7 @@ def test_selection_is_exact(make, monkeypatch, case, hard):
 
 
 def test_nan_of_either_sign_is_chosen_before_all_others(make, monkeypatch):
-    from synco_fast.kernels import topk
-
-    monkeypatch.setattr(topk, "SAMPLE", 300)
+    monkeypatch.setattr(config, "SAMPLES", (300,))
     inputs = make(2, K, 16)
     # Not where the sample looks: the threshold is a number, and the fast path serves.
     inputs.queue[17] = torch.nan
@@ -94,19 +90,17 @@ def test_ties_at_the_boundary(make, monkeypatch, shift):
 
 def test_more_candidates_than_room(make, monkeypatch):
     inputs = make(2, K, 16)
-    monkeypatch.setattr(launch, "capacity_of", lambda stride, wanted: 64)
+    monkeypatch.setattr(config, "capacity_of", lambda stride, wanted: 64)
     _, index, slow = chosen(monkeypatch, inputs, 63)
     assert slow == 2
     assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 63)[1])
 
 
-@pytest.mark.parametrize("segment", [None, 16])
+@pytest.mark.parametrize("segment", [None, 4])
 def test_candidates_spread_unevenly_over_the_splits(make, monkeypatch, segment):
     # The queue in the order of its similarity to row 0, whose candidates fill the first splits: they are brought
     # together where the segments hold them, and selected on the slow path where they do not.
-    from synco_fast.kernels import topk
-
-    monkeypatch.setattr(topk, "SAMPLE", 300)
+    monkeypatch.setattr(config, "SAMPLES", (300,))
     inputs = make(2, K, 16)
     order = (inputs.q @ inputs.queue.T)[0].argsort(descending=True)
     inputs = inputs._replace(queue=inputs.queue[order])
@@ -122,9 +116,7 @@ def test_candidates_spread_unevenly_over_the_splits(make, monkeypatch, segment):
 
 @pytest.mark.parametrize(("case", "hard", "expected"), [("ordinary", 63, [0, 0]), ("all equal", 63, [1, 1])])
 def test_rows_of_the_slow_path_are_reported(make, monkeypatch, case, hard, expected):
-    from synco_fast.kernels import topk
-
-    monkeypatch.setattr(topk, "SAMPLE", 300)
+    monkeypatch.setattr(config, "SAMPLES", (300,))
     inputs = WORST[case](make(2, K, 16))
     settings = {"temperature": 0.2, "seed": 1, "step": 1}
     assert launch.contrast_and_gradient(*inputs, Negatives(hard=hard), **settings).fallback.tolist() == expected
@@ -155,7 +147,7 @@ def test_similarities_of_few_bits_are_settled_in_float32(make, monkeypatch, erro
     form = replace(form_of(torch.float32, 16, 0, False), margin=2 * error, every=every)
     monkeypatch.setattr(launch, "select", Rounding())
     monkeypatch.setattr(launch, "form_of", lambda *arguments: form)
-    monkeypatch.setattr(launch, "stride_and_rank", lambda length, hard: (1, 250))
+    monkeypatch.setattr(config, "stride_and_rank", lambda length, hard, size: (1, 250))
     values, index, slow = chosen(monkeypatch, inputs, 63)
     assert rounded == [1]
     assert slow == 0

@@ -1,0 +1,90 @@
+"""The distributed environment: ranks from torchrun or Slurm."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from synco_fast.runtime.errors import ConfigError
+
+__all__ = ["DistEnv"]
+
+#: Slurm gives no port: it is the lowest one plus the job number modulo the range.
+_PORTS = 20000, 10000
+
+
+@dataclass(frozen=True)
+class DistEnv:
+    """The distributed environment of this process.
+
+    Attributes:
+        rank, world: Rank of this process in [0, W), and W.
+        local_rank, local_world: The same within this machine.
+        address, port: Where rank 0 listens.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes files and prints."""
+        return self.rank == 0
+
+    @staticmethod
+    def detect(environment: Mapping[str, str] | None = None) -> DistEnv:
+        """Read torchrun's variables, else Slurm's (``srun`` with one task per GPU), else assume one process.
+
+        Raises:
+            ConfigError: A variable is missing or is not a whole number.
+        """
+        variables = os.environ if environment is None else environment
+        if "RANK" in variables and "WORLD_SIZE" in variables:
+            if _number(variables, "WORLD_SIZE") == 1:
+                return DistEnv()
+            return DistEnv(
+                _number(variables, "RANK"),
+                _number(variables, "WORLD_SIZE"),
+                _number(variables, "LOCAL_RANK", "0"),
+                _number(variables, "LOCAL_WORLD_SIZE", "1"),
+                variables.get("MASTER_ADDR", "127.0.0.1"),
+                _number(variables, "MASTER_PORT"),
+            )
+        # An interactive shell inside an allocation has the job's variables but is not one of its tasks.
+        if variables.get("SLURM_STEP_ID", "").isdigit() and _number(variables, "SLURM_NTASKS", "1") > 1:
+            nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
+            tasks = "SLURM_STEP_TASKS_PER_NODE"
+            tasks = tasks if variables.get(tasks) else "SLURM_TASKS_PER_NODE"
+            first, span = _PORTS
+            return DistEnv(
+                _number(variables, "SLURM_PROCID"),
+                _number(variables, "SLURM_NTASKS"),
+                _number(variables, "SLURM_LOCALID"),
+                _number({tasks: re.split(r"[(,]", variables.get(tasks) or "1")[0]}, tasks),
+                variables.get("MASTER_ADDR") or _first_node(nodes),
+                _number(variables, "MASTER_PORT")
+                if variables.get("MASTER_PORT")
+                else first + _number(variables, "SLURM_JOB_ID") % span,
+            )
+        return DistEnv()
+
+
+def _number(variables: Mapping[str, str], name: str, default: str = "") -> int:
+    value = variables.get(name) or default
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError(f"{name}: found {value!r} in the environment, expected a whole number")
+    return int(value)
+
+
+def _first_node(nodes: str) -> str:
+    """The first name of Slurm's list: ``gpu[03-05,9]`` is ``gpu03``, ``a1,b[2-3]`` is ``a1``."""
+    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodes)
+    if found is None:
+        raise ConfigError(f"SLURM_JOB_NODELIST: found {nodes!r}, expected the names of the job's machines")
+    return found[1] + (found[2] or "") + (found[3] or "")

@@ -1,0 +1,252 @@
+"""Which engine and which pipeline a run takes where its configuration says ``auto``: a long run measures at its start.
+
+The fastest engine is taken among those that agree with eager. A pipeline is taken when it serves what the step then
+asks of it. What was found is kept in the checkpoint, so that a resumed run keeps its bits, and in ``engines.json``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synco_fast.data.errors import UserError
+from synco_fast.data.pipelines.base import Pipeline
+from synco_fast.data.pipelines.build import choose_pipeline, pipelines_for
+from synco_fast.data.pipelines.names import PipelineName
+from synco_fast.data.sources.splits import Split
+from synco_fast.runtime.distributed import HostGroup
+from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.files import write_json
+from synco_fast.runtime.names import EngineName
+from synco_fast.training.engine import Engine
+from synco_fast.training.pipeline import open_pipeline
+from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_engines, try_pipeline
+
+__all__ = ["FILE", "Auto", "engines_for", "fastest"]
+
+FILE = "engines.json"
+#: A run of fewer steps is over before a measurement pays.
+MIN_STEPS = 5_000
+#: Another engine must be faster than eager by this share of its time: less is noise.
+GAIN = 0.03
+#: Seconds of a whole run in eager below which compiling on a CPU, which takes minutes, is not tried.
+COMPILE_PAYS = 3600.0
+#: A pipeline serves a step when training from it reaches this share of the step's own rate.
+SERVES = 0.97
+_BATCHES = 4
+
+
+class Auto:
+    """The engine and the pipeline of a run, where its configuration says ``auto`` and where it does not.
+
+    Args:
+        engine: The steps.
+        split: The training images.
+        control: What the processes of the job agree by.
+        note: Takes lines for the person at the terminal, with their style.
+
+    Attributes:
+        pipeline: The batches.
+        name: The pipeline's name.
+
+    Raises:
+        DataError: What the pipeline of the configuration cannot work with.
+    """
+
+    def __init__(
+        self, engine: Engine, split: Split, control: HostGroup, note: Callable[[str, str | None], None]
+    ) -> None:
+        self._engine, self._split, self._control, self._note = engine, split, control, note
+        config = engine.config
+        self._open = {"engine": config.training.engine == "auto", "pipeline": config.data.pipeline == "auto"}
+        self.name = choose_pipeline(config.data.pipeline, split, engine.device)
+        self.pipeline = self._build(self.name)
+        #: What ``auto`` stands for, by what was open; None until it is settled.
+        self._chosen: dict[str, str] | None = None
+
+    def _build(self, name: PipelineName) -> Pipeline:
+        engine = self._engine
+        return open_pipeline(
+            engine.config, self._split, device=engine.device, dtype=engine.precision.dtype, name=name, env=engine.env
+        )
+
+    def settle(self, steps: int, folder: Path) -> bool:
+        """Settle what is open, once: by measurement where ``steps`` to come are many; called by all processes.
+
+        Args:
+            steps: How many are to come.
+            folder: The run's, which exists; it gets ``engines.json``.
+
+        Returns:
+            Whether something was measured.
+        """
+        if self._chosen is not None:
+            return False
+        measured = False
+        engine = self._engine
+        if any(self._open.values()) and steps >= MIN_STEPS and not engine.method.extra_state():
+            names = pipelines_for(self._split, engine.device) if self._open["pipeline"] else [self.name]
+            if self._open["engine"] or len(names) > 1:
+                self._measure(names, steps, folder)
+                measured = True
+        found = {"engine": engine.form, "pipeline": self.name}
+        self._chosen = {key: found[key] for key, is_open in self._open.items() if is_open}
+        return measured
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was open and is settled; None where nothing is settled yet."""
+        return {"chosen": self._chosen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Settle what is open as a checkpoint has it; one that says nothing was trained without measurement."""
+        chosen = state.get("chosen", {})
+        if chosen is None:
+            return
+        if self._open["engine"]:
+            self._engine.use(chosen.get("engine", "eager"))
+        name = chosen.get("pipeline", self.name) if self._open["pipeline"] else self.name
+        if name != self.name:
+            self.pipeline.close()
+            self.name, self.pipeline = name, self._build(name)
+        self._chosen = dict(chosen)
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    def _measure(self, pipelines: list[PipelineName], steps: int, folder: Path) -> None:
+        engine, measured = self._engine, self._open["engine"]
+        place = {"step": engine.steps // 2, "epoch": engine.config.training.epochs // 2}
+        batches = [each.to(engine.device) for each in islice(feed(self.pipeline), _BATCHES)]
+        names, without = engines_for(engine) if measured else ([engine.form], {})
+
+        def unless(name: EngineName, seconds: float) -> str | None:
+            short = engine.device.type == "cpu" and name == "compile" and steps * seconds < COMPILE_PAYS
+            return "the run is too short to compile for" if short else None
+
+        tried = try_engines(
+            engine, names, batches, self._control, unless=unless, say=lambda line: self._note(line, "dim"), **place
+        )
+        chosen = fastest(tried)
+        del batches
+        if engine.device.type == "cuda":
+            torch.cuda.empty_cache()
+        seconds = next((each.seconds for each in tried if each.engine == chosen), None)
+        fed: list[PipelineTrial] = []
+        if seconds is not None and len(pipelines) > 1:
+            fed = self._try_pipelines(pipelines, chosen, seconds, place)
+        if self._control.env.is_main:
+            table = _table(tried, without, fed, engine.config.training.batch, chosen, self.name)
+            write_json(folder / FILE, {"environment": describe_environment(), **table})
+            if measured or fed:
+                self._note(_line(table, measured=measured, fed=bool(fed)), None)
+        engine.use(chosen)
+
+    def _try_pipelines(
+        self, names: list[PipelineName], using: EngineName, seconds: float, place: dict[str, int]
+    ) -> list[PipelineTrial]:
+        """Take the first pipeline that serves the step, else the one from which training is fastest."""
+        need = self._engine.config.training.batch / seconds
+        best, fed = -1.0, []
+        for name in names:
+            made, reason = self.pipeline, None
+            if name != self.name:
+                try:
+                    made = self._build(name)
+                except UserError as error:
+                    reason = str(error)
+            if self._control.max(int(reason is not None))[0]:
+                if made is not self.pipeline:
+                    made.close()
+                fed.append(PipelineTrial(name, None, reason or "another process refused it"))
+                continue
+            rate = try_pipeline(self._engine, using, made, self._control, step_seconds=seconds, **place)
+            fed.append(PipelineTrial(name, rate))
+            if made is not self.pipeline:
+                if rate > best:
+                    self.name, self.pipeline, made = name, made, self.pipeline
+                made.close()
+            best = max(best, rate)
+            if best >= SERVES * need:
+                break
+        return fed
+
+
+def engines_for(engine: Engine) -> tuple[list[EngineName], dict[EngineName, str]]:
+    """The engines to measure on this device, eager first, and why the others are not worth a try."""
+    names: list[EngineName] = ["eager"]
+    without: dict[EngineName, str] = {}
+    captured = engine.uncapturable()
+    if captured is None:
+        names.append("graph")
+    else:
+        without["graph"] = captured
+    compiler = "no C++ compiler" if engine.device.type == "cpu" and not _cpp_compiler() else None
+    if compiler is None:
+        names.append("compile")
+    else:
+        without["compile"] = compiler
+    reason = captured or compiler
+    if reason is None:
+        names.append("compile+graph")
+    else:
+        without["compile+graph"] = reason
+    return names, without
+
+
+def _cpp_compiler() -> str | None:
+    """The compiler that torch.compile would call, if there is one."""
+    return next(filter(None, map(shutil.which, [os.environ.get("CXX", "g++"), "g++", "clang++"])), None)
+
+
+def fastest(tried: list[EngineTrial]) -> EngineName:
+    """The fastest that is not out; the first, unless another is faster by more than noise."""
+    first = tried[0]
+    timed = [each for each in tried if each.reason is None and each.seconds is not None]
+    if first.seconds is None or not timed:
+        return first.engine
+    best = min(timed, key=lambda each: each.seconds or 0.0)
+    return best.engine if (best.seconds or 0.0) < (1 - GAIN) * first.seconds else first.engine
+
+
+def _table(
+    tried: list[EngineTrial],
+    without: dict[EngineName, str],
+    fed: list[PipelineTrial],
+    batch: int,
+    engine: EngineName,
+    pipeline: PipelineName,
+) -> dict[str, Any]:
+    """What ``engines.json`` says."""
+    rows = [
+        {**asdict(each), "images_per_second": None if each.seconds is None else batch / each.seconds}
+        for each in [*tried, *(EngineTrial(name, reason=reason) for name, reason in without.items())]
+    ]
+    return {
+        "engine": engine,
+        "pipeline": pipeline,
+        "need": next((row["images_per_second"] for row in rows if row["engine"] == engine), None),
+        "engines": rows,
+        "pipelines": [asdict(each) for each in fed],
+    }
+
+
+def _line(table: dict[str, Any], *, measured: bool, fed: bool) -> str:
+    """The line at the terminal."""
+
+    def said(row: dict[str, Any], name: str) -> str:
+        rate = row["images_per_second"]
+        return f"{row[name]} out ({row['reason']})" if rate is None else f"{row[name]} {rate:,.0f}"
+
+    parts = []
+    if measured:
+        rows = sorted(table["engines"], key=lambda row: -(row["images_per_second"] or 0))
+        parts.append(f"engine {table['engine']}: {', '.join(said(row, 'engine') for row in rows)}")
+    if fed:
+        parts.append(f"pipeline {table['pipeline']}: {', '.join(said(row, 'pipeline') for row in table['pipelines'])}")
+    return f"{'; '.join(parts)}; images/s as measured ({FILE})"

@@ -1,0 +1,248 @@
+"""Trials: what an engine costs a step, and what a pipeline brings a second, without a trace in the run."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from synco_fast.data.pipelines.base import Batch, Pipeline
+from synco_fast.data.pipelines.names import PipelineName
+from synco_fast.runtime.distributed import HostGroup, lost_process
+from synco_fast.runtime.names import EngineName
+from synco_fast.runtime.optim_step import SkippedSteps
+from synco_fast.training.engine import Engine
+from synco_fast.training.metrics import RunningMeans
+
+__all__ = ["EngineTrial", "PipelineTrial", "feed", "trial", "try_engines", "try_pipeline"]
+
+#: Seconds of timed steps of each engine or pipeline, their blocks, and the fewest and most steps that these may take.
+SECONDS, _BLOCKS, _FEWEST, _MOST = 4.0, 5, 5, 500
+#: By the encoders' format: how far losses may lie from eager's, as a share of them, and how far all that the steps did
+#: to the weights may lie from what eager's did, as a share of that. Rounding grows from step to step.
+ROUNDING = {"fp32": (1e-3, 0.05), "tf32": (1e-2, 0.2), "fp16": (1e-2, 0.2), "bf16": (2e-2, 0.5)}
+
+
+@dataclass(frozen=True)
+class EngineTrial:
+    """What became of one engine.
+
+    Attributes:
+        engine: Its name.
+        seconds: Of a step, the median over blocks, the slowest process's; None where it was not timed.
+        ready: Seconds until the first timed step: compiling, capturing, and the steps that were compared.
+        loss_error, weight_error: Distance from eager, as `ROUNDING` limits it; None for eager and where none was found.
+        reason: Why it is out, if it is.
+    """
+
+    engine: EngineName
+    seconds: float | None = None
+    ready: float | None = None
+    loss_error: float | None = None
+    weight_error: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PipelineTrial:
+    """What became of one pipeline: images a second of training from it, or why it is out."""
+
+    pipeline: PipelineName
+    images_per_second: float | None = None
+    reason: str | None = None
+
+
+@contextmanager
+def trial(engine: Engine, note: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Within, steps may be done; behind it, everything is to the bit what it was before, and the engine is eager.
+
+    Args:
+        engine: Whose steps; its method keeps no state but tensors (`Method.extra_state` is empty).
+        note: Takes the lines about what does not work.
+    """
+    tensors = [*engine.method.parameters(), *engine.method.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    optimizer, update = copy.deepcopy(engine.optimizer.state_dict()), engine.update.state_dict()
+    means, skipped, said = engine.means, engine.skipped, engine.note
+    engine.means, engine.skipped, engine.note = RunningMeans(), SkippedSteps(engine.device), note
+    try:
+        with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
+            yield
+    finally:
+        engine.use("eager")
+        engine.means, engine.skipped, engine.note = means, skipped, said
+        engine.optimizer.zero_grad(set_to_none=True)
+        engine.optimizer.load_state_dict(optimizer)
+        engine.update.load_state_dict(update)
+        with torch.no_grad():
+            for tensor, old in zip(tensors, kept, strict=True):
+                tensor.copy_(old)
+
+
+def try_engines(
+    engine: Engine,
+    names: Sequence[EngineName],
+    batches: Sequence[Batch],
+    control: HostGroup,
+    *,
+    step: int,
+    epoch: int,
+    unless: Callable[[EngineName, float], str | None] = lambda name, seconds: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[EngineTrial]:
+    """Try engines one after the other from the same state; called by all processes of a job.
+
+    Args:
+        engine: The steps.
+        names: Which; the first is eager, which the others are held against.
+        batches: This process's share of two batches or more, on the device.
+        control: What the processes agree by.
+        step, epoch: What the steps believe to be at; they decide the rate and the negatives.
+        unless: From an engine and the seconds of eager's step to why that engine is not worth a try, if so.
+        say: Takes a line of progress.
+    """
+    found: list[EngineTrial] = []
+    reference, steps = None, 0
+    compared = max(engine.settling_of(name) for name in names)
+    start = [parameter.detach().clone() for parameter in engine.trainable.parameters()]
+    for name in names:
+        needless = unless(name, found[0].seconds or 0.0) if found else None
+        if needless:
+            found.append(EngineTrial(name, reason=needless))
+            continue
+        say(f"engine auto: measuring {name}")
+        notes: list[str] = []
+        with trial(engine, notes.append):
+            begun = time.perf_counter()
+            losses, moved, reason = _compared_steps(engine, name, batches, start, compared, step, epoch)
+            reason = reason or (notes[-1] if notes and engine.form != name else None)
+            ready = time.perf_counter() - begun
+            errors: tuple[float | None, float | None] = None, None
+            if reason is None and reference is None:
+                reference = losses, moved
+                reason = None if all(map(math.isfinite, losses)) else "its losses are not finite"
+            elif reason is None:
+                errors, reason = _held_against(reference, losses, moved, engine.precision.name)
+            if control.max(int(reason is not None))[0]:
+                found.append(EngineTrial(name, None, ready, *errors, reason or "another process refused it"))
+                if name == names[0]:
+                    return found
+                continue
+            steps = steps or _how_many(engine, batches, control, step, epoch)
+            seconds = statistics.median(_timed(engine, batches, steps, step, epoch))
+            found.append(EngineTrial(name, control.max(round(1e9 * seconds))[0] / 1e9, ready, *errors))
+    return found
+
+
+def _compared_steps(
+    engine: Engine, name: EngineName, batches: Sequence[Batch], start: list[Tensor], steps: int, step: int, epoch: int
+) -> tuple[list[float], list[Tensor], str | None]:
+    """The first steps: their losses, what they did to the weights, and why there are none, if so."""
+    losses: list[float] = []
+    try:
+        engine.use(name)
+        for number in range(steps):
+            engine.step(batches[number % len(batches)], step + number, epoch)
+            values = engine.means.pop()
+            losses.append(values.get("loss", math.nan))
+    except Exception as error:
+        # Whatever an engine can fail by, from a compiler to memory, is a reason to go on without it.
+        if engine.env.world > 1 and lost_process(error):
+            raise
+        return [], [], f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+    with torch.no_grad():
+        return losses, list(torch._foreach_sub(list(engine.trainable.parameters()), start)), None
+
+
+def _held_against(
+    reference: tuple[list[float], list[Tensor]] | None, losses: list[float], moved: list[Tensor], precision: str
+) -> tuple[tuple[float, float], str | None]:
+    """The distances from eager's steps, and the reason where they are beyond rounding."""
+    assert reference is not None
+    of_losses = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, reference[0], strict=True))
+    norm, apart = (
+        float(torch.nn.utils.get_total_norm(part))
+        for part in (reference[1], list(torch._foreach_sub(moved, reference[1])))
+    )
+    of_weights = apart / norm if norm else apart
+    for error, limit, what in zip((of_losses, of_weights), ROUNDING[precision], ("losses", "weights"), strict=True):
+        if not error <= limit:
+            return (of_losses, of_weights), f"its {what} are {error:.2g} from eager's, expected up to {limit:g}"
+    return (of_losses, of_weights), None
+
+
+def _how_many(engine: Engine, batches: Sequence[Batch], control: HostGroup, step: int, epoch: int) -> int:
+    """Steps that take about `SECONDS`, the same number on every process."""
+    once = statistics.median(_timed(engine, batches, _BLOCKS, step, epoch))
+    slowest = control.max(round(1e9 * once))[0] / 1e9
+    return int(min(_MOST, max(_FEWEST, SECONDS / max(slowest, 1e-9))))
+
+
+def _timed(engine: Engine, batches: Sequence[Batch], steps: int, step: int, epoch: int) -> list[float]:
+    """Seconds of a step, by block."""
+    seconds, each = [], max(1, steps // _BLOCKS)
+    for block in range(_BLOCKS):
+        _wait(engine)
+        begun = time.perf_counter()
+        for number in range(block * each, (block + 1) * each):
+            engine.step(batches[number % len(batches)], step + number, epoch)
+        _wait(engine)
+        seconds.append((time.perf_counter() - begun) / each)
+    return seconds
+
+
+def _wait(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
+def feed(pipeline: Pipeline) -> Iterator[Batch]:
+    """Batches from the first epoch on, epoch after epoch."""
+    for epoch in count():
+        pipeline.set_epoch(epoch)
+        yield from pipeline
+
+
+def try_pipeline(
+    engine: Engine,
+    using: EngineName,
+    pipeline: Pipeline,
+    control: HostGroup,
+    *,
+    step_seconds: float,
+    step: int,
+    epoch: int,
+) -> float:
+    """Images a second, over all processes, of steps that take their batches from a pipeline.
+
+    What workers made ahead is used up first: the second half of the steps counts.
+
+    Args:
+        engine, using: The steps, and how they run.
+        pipeline: Of this process.
+        control: What the processes agree by.
+        step_seconds: Of a step that waits for nothing, the same on every process.
+        step, epoch: As in `try_engines`.
+    """
+    half = int(min(_MOST, max(_FEWEST, SECONDS / step_seconds)))
+    with trial(engine):
+        engine.use(using)
+        batches = feed(pipeline)
+        begun = 0.0
+        for number in range(2 * half):
+            if number == half:
+                _wait(engine)
+                begun = time.perf_counter()
+            engine.step(next(batches), step + number, epoch)
+        _wait(engine)
+        seconds = time.perf_counter() - begun
+    slowest = control.max(round(1e9 * seconds))[0] / 1e9
+    return half * engine.config.training.batch / slowest

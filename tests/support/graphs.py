@@ -1,0 +1,72 @@
+"""A stand-in for CUDA graphs on a CPU: a replay does the captured step again, on the tensors that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from synco_fast.training import autotune, trials
+from synco_fast.training import engine as engine_module
+from synco_fast.training.engine import Engine
+
+#: Eager steps of DDP before a capture, in the place of eleven.
+WARMUP = 3
+
+
+class Stream:
+    """Everything happens at once."""
+
+    def __init__(self, device: Any = None) -> None:
+        pass
+
+    def wait_stream(self, other: Stream) -> None:
+        """Nothing to wait for."""
+
+
+class Graph:
+    """What was captured into it."""
+
+    capturing: Graph | None = None
+
+    def __init__(self) -> None:
+        self.replay: Any = None
+
+
+@contextmanager
+def capture(graph: Graph, **settings: Any) -> Iterator[None]:
+    """Steps inside are kept, not done."""
+    Graph.capturing = graph
+    try:
+        yield
+    finally:
+        Graph.capturing = None
+
+
+def install() -> None:
+    """Let engines on a CPU capture, and let a run of any length choose the graph; for a process that ends with it."""
+    done = Engine._compute
+
+    def compute(self: Engine, *arguments: Any) -> None:
+        if Graph.capturing is None:
+            done(self, *arguments)
+        else:
+            Graph.capturing.replay = lambda: done(self, *arguments)
+
+    def timed(engine: Engine, *rest: Any) -> list[float]:
+        return [0.5 if engine.form == "graph" else 1.0]
+
+    cuda: Any = torch.cuda
+    cuda.Stream, cuda.CUDAGraph, cuda.graph, cuda.current_stream = Stream, Graph, capture, Stream
+    cuda.stream, cuda.graph_pool_handle = lambda stream: nullcontext(), lambda: 0
+    engine: Any = Engine
+    engine._compute, engine.uncapturable = compute, lambda self: None
+    for module, name, value in (
+        (trials, "_timed", timed),
+        (autotune, "MIN_STEPS", 1),
+        (engine_module, "DDP_GRAPH_WARMUP", WARMUP),
+        (autotune, "_cpp_compiler", lambda: None),
+    ):
+        setattr(module, name, value)

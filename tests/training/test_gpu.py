@@ -1,0 +1,74 @@
+"""Engines on a GPU: each trains as eager does, with every optimizer that skips on the device, and in DDP over NCCL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.base import Batch, normalise
+from synco_fast.training import engine as engine_module
+from synco_fast.training.engine import Engine
+from synco_fast.training.parallel import DDP_GRAPH_WARMUP, on_all_processes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+STEPS = 8
+
+
+def losses(config, steps=STEPS):
+    """Of some steps, each on another batch; the engine that was asked for is the one that ran."""
+    notes: list[str] = []
+    engine, found = Engine(config, steps_per_epoch=4, note=notes.append), []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        first, second = torch.randint(0, 256, (2, 8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        engine.step(Batch(first, second, torch.arange(8) + 8 * step), step, 1)
+        found.append(engine.means.pop()["loss"])
+    assert engine.form == config.training.engine, notes
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("engine", ["graph", "compile", "compile+graph"])
+def test_each_engine_trains_as_eager_does(tiny, engine):
+    cuda = {"training.device": "cuda", "optimizer.lr": 0.1}
+    eager = losses(tiny({**cuda, "training.engine": "eager"}))
+    assert torch.allclose(losses(tiny({**cuda, "training.engine": engine})), eager, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lars", "lamb"])
+def test_each_optimizer_is_captured(tiny, optimizer):
+    cuda = {"training.device": "cuda", "optimizer.name": optimizer, "optimizer.lr": 0.1}
+    eager = losses(tiny({**cuda, "training.engine": "eager"}))
+    assert torch.allclose(losses(tiny({**cuda, "training.engine": "graph"})), eager, rtol=1e-3)
+
+
+def test_ddp_over_nccl_is_captured(tiny, monkeypatch):
+    """One rank: its exchange is real, and what it receives is its own."""
+    cuda = {"training.device": "cuda", "optimizer.lr": 0.1}
+    steps = DDP_GRAPH_WARMUP + 4
+    eager = losses(tiny({**cuda, "training.engine": "eager"}), steps)
+    monkeypatch.setattr(engine_module, "GRAPH_WARMUP", DDP_GRAPH_WARMUP)
+    monkeypatch.setattr(
+        engine_module, "on_all_processes", lambda module, device, **_: on_all_processes(module, device, processes=2)
+    )
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = losses(tiny({**cuda, "training.engine": "graph"}), steps)
+    finally:
+        dist.destroy_process_group()
+    assert torch.allclose(found, eager, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_view_is_normalised_in_one_launch(dtype):
+    views, recipe = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), Recipe()
+    found = normalise(views.cuda(), recipe, torch.channels_last, dtype)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    expected = normalise(views, recipe)
+    assert torch.allclose(found.float().cpu(), expected, atol=4 * torch.finfo(dtype).eps)
