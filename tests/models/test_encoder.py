@@ -13,7 +13,7 @@ from synco_fast.runtime.errors import ConfigError
 def test_backbones_of_both_libraries_give_flat_features(name, width):
     backbone, features = build_backbone(name)
     size = 224 if name.startswith("vit") else 64
-    check_input(backbone, size, name)
+    check_input(backbone, size, name, width)
     assert features == width
     assert backbone.eval()(torch.zeros(2, 3, size, size)).shape == (2, width)
 
@@ -46,7 +46,7 @@ def test_what_cannot_be_built(name, changes, says):
 def test_a_size_that_the_backbone_cannot_take():
     backbone, _ = build_backbone("vit_b_32")
     with pytest.raises(ConfigError, match=r"augment\.size: found 64, which vit_b_32 cannot take"):
-        check_input(backbone, 64, "vit_b_32")
+        check_input(backbone, 64, "vit_b_32", 768)
 
 
 def test_the_head_is_that_of_moco_v2():
