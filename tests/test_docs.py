@@ -13,6 +13,7 @@ import torchvision
 
 from synco_fast.cli import _parser, main
 from synco_fast.commands.overrides import overrides_of
+from tests.support.rotation import in_turn
 from tests.support.runs import STOCK, published
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -68,6 +69,7 @@ def test_every_printed_command_parses():
 
 
 @pytest.mark.slow
+@in_turn(1, 3)
 def test_evaluation(workspace, voc):
     pytest.importorskip("torchmetrics")
     pytest.importorskip("pyarrow")
@@ -91,6 +93,7 @@ def test_evaluation(workspace, voc):
 
 
 @pytest.mark.slow
+@in_turn(0, 3)
 def test_export(workspace, make_run):
     pytest.importorskip("onnxruntime")
     make_run({**STOCK, "model.backbone": "resnet50"}, "workspace/runs/synco-r50")
@@ -106,6 +109,7 @@ def test_export(workspace, make_run):
 
 
 @pytest.mark.slow
+@in_turn(2, 3)
 def test_methods(workspace):
     """Every line as it is printed, at two steps."""
     pytest.importorskip("torchmetrics")

@@ -24,6 +24,7 @@ from synco_fast.bench.cost.stated import candidates as candidates_of
 from synco_fast.bench.cost.trips import Unknown, constructs_of, mean_trips
 from synco_fast.bench.loss import Shape
 from synco_fast.kernels.triton.config import sampling_of
+from tests.support.rotation import in_turn
 
 SOURCE = """
 def helper(p, COUNT, part):
@@ -241,6 +242,7 @@ CEILINGS = {
 
 
 @pytest.mark.slow
+@in_turn(1, 2)
 def test_no_launch_costs_more_than_its_ceiling(tmp_path):
     """A regression is seen here, on a machine without a GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

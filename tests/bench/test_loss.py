@@ -14,6 +14,7 @@ from synco_fast.bench.loss import Shape, measure, prepare, sweep
 from synco_fast.bench.loss_report import best_seconds, draw_loss
 from synco_fast.bench.profile_loss import profile_loss
 from synco_fast.bench.roofline import Ceilings, floor_seconds, measure_ceilings
+from tests.support.rotation import in_turn
 
 CPU = torch.device("cpu")
 SMALL = Shape(4, 2048, 16, 64)
@@ -40,13 +41,12 @@ def test_measure_counts_memory_and_time():
 
 
 @pytest.mark.slow
+@in_turn(0, 2)
 def test_sweep_says_why_a_figure_is_missing(monkeypatch):
-    shapes = [SMALL, Shape(4, 64, 16, 64)]
+    shapes = [Shape(4, 64, 16, 64)]
     found = list(sweep(["blockwise", "triton"], shapes, device=CPU, repeats=1, rounds=2, threads=1))
-    assert [len(result["seconds"]) for result in found if "failed" not in result] == [2, 2]
+    assert [len(result["seconds"]) for result in found if "failed" not in result] == [2]
     assert [(result["backend"], result["length"]) for result in found] == [
-        ("blockwise", 2048),
-        ("triton", 2048),
         ("blockwise", 64),
         ("triton", 64),
     ]

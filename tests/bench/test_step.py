@@ -10,6 +10,7 @@ import torch
 from synco_fast.bench.baselines.step import plain_step
 from synco_fast.bench.step import forward_operations, measure, use_plain_batch_norm
 from synco_fast.cli import main
+from tests.support.rotation import in_turn
 
 SMALL = {"training.batch": 8, "training.device": "cpu"}
 
@@ -57,6 +58,7 @@ def test_operations_are_counted_as_two_for_a_multiply_add(tiny):
 
 
 @pytest.mark.slow
+@in_turn(0, 2)
 def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(tiny(SMALL).to_yaml())
     words = ["bench", "step", "--config", str(tmp_path / "tiny.yaml"), "--subjects", "encoder", "moco"]

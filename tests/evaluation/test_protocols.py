@@ -24,6 +24,7 @@ from synco_fast.evaluation.knn import evaluate_knn, knn_accuracy, nearest
 from synco_fast.evaluation.labelled import LabelledBatches, balanced_subset, listed_subset
 from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear, evaluate_linear_fast, sweep_heads
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError
+from tests.support.rotation import in_turn
 
 SHORT = replace(PUBLISHED, epochs=3, batch=8, head_lr=0.3)
 
@@ -256,6 +257,7 @@ def test_data_that_cannot_be_evaluated_on(make_run, image_folder, damage, says):
 
 
 @pytest.mark.slow
+@in_turn(1, 2)
 def test_two_processes_find_what_one_finds(make_run, tmp_path):
     run = make_run()
     options = EvalOptions(workers=0, out=tmp_path / "one", precision="fp32")

@@ -41,14 +41,15 @@ def noticed(broken: Break) -> bool:
         copy = Path(name)
         package = copy_package(copy)
         ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "tests" / "kernels", copy / "tests" / "kernels", ignore=ignore)
+        for folder in ("kernels", "support"):
+            shutil.copytree(ROOT / "tests" / folder, copy / "tests" / folder, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
         file = package / broken.file
         text = file.read_text()
         if text.count(broken.old) != 1:
             raise LookupError(f"{broken.file}: found {text.count(broken.old)} places to break, expected 1")
         file.write_text(text.replace(broken.old, broken.new))
-        environment = os.environ | {"PYTHONPATH": name, "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": name, "OMP_NUM_THREADS": "1", "SYNCO_FAST_ALL": "1"}
         if "-o" in broken.tests:
             environment["TRITON_INTERPRET"] = "1"
         start = "import pytest; sys.exit(pytest.main(sys.argv[1:]))"

@@ -10,6 +10,7 @@ from synco_fast.config import build_config
 from synco_fast.methods.base import Encoders, Views
 from synco_fast.methods.build import build_method
 from synco_fast.training.metrics import read_metrics
+from tests.support.rotation import in_turn
 
 from ..conftest import TINY
 from ..support.job import losses, run_job
@@ -93,6 +94,7 @@ def test_a_run_learns_without_collapse_and_resumes_to_the_bit(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@in_turn(0, 2)
 def test_a_job_of_two_processes_trains_one_predictor_and_resumes_to_the_bit(tiny, tmp_path):
     config = tiny({**BYOL, "evaluation.every": 0, "training.epochs": 4, "training.checkpoint_every": 3})
     whole = run_job(2, config, tmp_path / "whole")

@@ -14,8 +14,12 @@ from synco_fast.study.execute import execute, run_folder, state_of
 from synco_fast.study.plan import plan
 from synco_fast.study.results import collect
 from synco_fast.study.write import page
+from tests.support.rotation import in_turn
 
 from ..conftest import TINY
+
+#: More than can be done before a test interrupts it, without the measurements of a long run.
+LONG = {"training.epochs": 2000, "training.engine": "eager", "data.pipeline": "torchvision"}
 
 
 @pytest.fixture
@@ -104,6 +108,7 @@ def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
 
 
 @pytest.mark.slow
+@in_turn(0, 2)
 def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, capsys):
     folder = tmp_path / "study"
     words = ["study", tiny, "--methods", "moco", "synco", "--seeds", "0", "--out", str(folder), "--parallel", "2"]
@@ -127,7 +132,7 @@ def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, cap
 @pytest.mark.slow
 def test_an_interrupted_study_leaves_runs_that_go_on(tmp_path, tiny):
     """The second trial's start interrupts the study while the first one trains."""
-    trials = plan([tiny], methods=["moco", "synco"], seeds=[0], overrides={"training.epochs": 2000})
+    trials = plan([tiny], methods=["moco", "synco"], seeds=[0], overrides=LONG)
     first = run_folder(tmp_path, trials[0])
 
     def interrupt(line):
@@ -154,6 +159,7 @@ def test_sigterm_interrupts_as_ctrl_c_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@in_turn(1, 2)
 def test_a_failing_trial_is_named_and_the_others_run(tmp_path, tiny, capsys):
     folder = tmp_path / "study"
     trials = plan([tiny], methods=["moco", "synco"], seeds=[0])

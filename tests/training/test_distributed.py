@@ -14,6 +14,7 @@ from synco_fast.runtime import distributed
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import ConfigError, LostProcessError
+from tests.support.rotation import in_turn, todays
 
 from ..support.job import Job, losses, run_job, under_torchrun
 
@@ -43,11 +44,7 @@ def assert_same_state(job: Job, state: dict, atol: float = 2e-5) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "changes"),
-    [
-        (2, {"method.symmetric": True}),
-        (4, {}),
-        (2, {"training.accumulate": 2, "method.name": "moco"}),
-    ],
+    todays([(2, {"method.symmetric": True}), (4, {}), (2, {"training.accumulate": 2, "method.name": "moco"})], 2),
 )
 def test_losses_and_queue_are_those_of_one_process(tiny, tmp_path, world, changes):
     config = tiny({**BASE, "method.warmup_epochs": 0, "training.max_steps": 5, **changes})
@@ -90,6 +87,7 @@ def config_values(config):
 
 
 @pytest.mark.slow
+@in_turn(1, 2)
 def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path):
     changes = {**BASE, "method.name": "moco", "training.epochs": 4}
     whole = run_job(1, tiny(changes), tmp_path / "whole")
@@ -117,7 +115,7 @@ def test_a_killed_process_ends_the_job_and_the_job_resumes(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("act", "hangs"), [("hang", 1), ("hang while the others wait", 0)])
+@pytest.mark.parametrize(("act", "hangs"), todays([("hang", 1), ("hang while the others wait", 0)]))
 def test_a_process_that_hangs_ends_the_others(tiny, tmp_path, act, hangs):
     """Stopped as by SIGSTOP, in a step and where the others wait without a timeout, as for an evaluation."""
     config = tiny({**BASE, "training.checkpoint_every": 2})

@@ -28,6 +28,7 @@ from synco_fast.training.loop import Trainer
 from synco_fast.training.metrics import JsonlLogger, read_metrics
 from synco_fast.training.pretraining import Pretraining
 from synco_fast.training.run_folder import describe_run
+from tests.support.rotation import todays
 
 from ..support.training import assert_identical, figures, newest, pretrain, screen, stop_after, trainer
 
@@ -89,7 +90,7 @@ def test_seed_decides_everything(tiny, tmp_path):
     )
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+@pytest.mark.parametrize("stop", todays([1, 3, 4, 6], 2))
 def test_stopped_and_resumed_is_never_stopped(tiny, tmp_path, stop):
     """A stop at any step, also in the middle of an epoch and of a line of figures, changes no bit of the future."""
     config = tiny({"training.log_every": 3})

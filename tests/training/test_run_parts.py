@@ -104,10 +104,17 @@ open(sys.argv[1], "w").write(str(stopping.agree()))
 """
 
 
+def without_nohup() -> None:
+    """A test under nohup would hand on that SIGHUP is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_terminal_that_is_gone_does_not_end_the_last_step(tmp_path):
     """A shell passes SIGHUP on; the next line of output would fail with EIO."""
     terminal, inside = os.openpty()
-    program = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "asked")], stdout=inside, stderr=inside)
+    program = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path / "asked")], stdout=inside, stderr=inside, preexec_fn=without_nohup
+    )
     os.close(inside)
     assert b"ready" in os.read(terminal, 99)
     os.close(terminal)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.rotation import in_turn
+
 from ..support.job import WORKER
 
 #: From the block for documentation (RFC 5737), so that no real network is shadowed.
@@ -47,6 +49,7 @@ def hosts():
 
 
 @pytest.mark.slow
+@in_turn(0, 2)
 def test_a_job_over_two_machines(hosts, tiny, tmp_path):
     config = tiny({"training.batch": 16, "training.max_steps": 3, "evaluation.every": 0, "optimizer.lr": 0.03})
     (tmp_path / "job.yaml").write_text(config.to_yaml())

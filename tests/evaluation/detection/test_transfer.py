@@ -16,6 +16,7 @@ from synco_fast.evaluation.detection.datasets import Steps, open_detection
 from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 from synco_fast.runtime.errors import ConfigError, DataError
 from tests.support.detection import scene
+from tests.support.rotation import in_turn
 
 SMALL = replace(
     published_protocol("voc"),
@@ -83,6 +84,7 @@ def test_the_published_schedules():
 
 
 @pytest.mark.slow
+@in_turn(0, 2)
 def test_a_detector_learns(make_run, voc):
     found = evaluate_detection(make_run(), EvalOptions(data=f"voc:{voc}", workers=0, precision="fp32"), protocol=SMALL)
     assert found["box"]["AP50"] > found["chance"] + 0.1
@@ -91,6 +93,7 @@ def test_a_detector_learns(make_run, voc):
 
 
 @pytest.mark.slow
+@in_turn(1, 2)
 def test_stopped_and_resumed_is_never_stopped(make_run, voc, monkeypatch):
     run, protocol = make_run(), replace(SMALL, steps=4, keep_every=2)
     options = EvalOptions(data=f"voc:{voc}", workers=0, precision="fp32")

@@ -13,7 +13,7 @@ import torch
 
 from synco_fast.data.augment.draw import JITTER, ViewParameters
 from synco_fast.kernels.views import launch, make_views
-from tests.support.rotation import todays
+from tests.support.rotation import in_turn, todays
 
 pytest.importorskip("triton")
 
@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
+@in_turn(0, 2)
 def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "python_files=check_*.py", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

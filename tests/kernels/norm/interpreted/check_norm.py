@@ -11,8 +11,9 @@ from synco_fast.kernels.norm import batch_norm
 from synco_fast.kernels.norm.triton import config, launch
 from synco_fast.kernels.norm.triton.config import shape_of
 from synco_fast.kernels.norm.validation import NormCase, validate_norm
+from tests.support.rotation import todays
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ((False, False), (True, False), (True, True), (False, True))
 #: One value more than a tile, maps of one place, channels below, at, above and beside a tile, odd everything.
 SHAPES = (
@@ -39,18 +40,23 @@ def check(shape, groups, dtype, relu, added, training=True, mean=1.0):
     assert not verdict.misses, verdict.as_dict()
 
 
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
-@pytest.mark.parametrize(("relu", "added"), KINDS)
-def test_shapes(shape, groups, relu, added):
-    if shape[1] == 1040 and not (relu and added):
-        pytest.skip("one kind will do for the slow one")
+#: One kind will do for the slow one.
+CASES = [
+    (shape, kind) for shape, kind in itertools.product(SHAPES, KINDS) if shape[0][1] != 1040 or kind == (True, True)
+]
+
+
+@pytest.mark.parametrize(("shape", "kind"), todays(CASES, 9), ids=str)
+def test_shapes(shape, kind):
+    (shape, groups), (relu, added) = shape, kind
     check(shape, groups, torch.float32, relu, added)
 
 
-@DTYPES
-@pytest.mark.parametrize(("relu", "added"), KINDS)
-@pytest.mark.parametrize("training", [True, False])
-def test_dtypes(dtype, relu, added, training):
+@pytest.mark.parametrize(
+    ("training", "kind", "dtype"), todays(list(itertools.product([True, False], KINDS, DTYPES)), 9), ids=str
+)
+def test_dtypes(training, kind, dtype):
+    relu, added = kind
     check((6, 40, 5, 7), 3 if training else 1, dtype, relu, added, training)
 
 
@@ -146,7 +152,7 @@ def test_nan_stays_in_its_group_and_channel(relu, added):
     assert torch.equal(gradient.isnan(), hit)
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_mask_is_that_of_the_output(monkeypatch, dtype):
     """Recomputed from x, it is that of y to the last place: no gradient where y is 0, all of it elsewhere."""
     few_programs(monkeypatch, 16)

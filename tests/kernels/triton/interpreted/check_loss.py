@@ -1,5 +1,8 @@
+"""The loss and its gradient against float64. What takes minutes in full is run in turn (`tests.support.rotation`)."""
+
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,7 +10,9 @@ import torch
 
 from synco_fast.kernels import Negatives, synthetic_contrast
 from synco_fast.kernels.triton import contrast_and_gradient
+from tests.support.rotation import todays
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
 COUNTS = {"interpolated": 20, "extrapolated": 11, "mixed": 12, "noisy": 5, "perturbed": 4, "adversarial": 3}
 
@@ -35,26 +40,31 @@ def check(make, answer, within, shape, negatives, *, dtype=torch.float32, peaked
 SHAPES = [(1, 64, 64, 1), (2, 257, 16, 30), (66, 130, 96, 20), (2, 300, 128, 63), (2, 130, 256, 130), (2, 100, 130, 7)]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", todays(SHAPES, 2), ids=str)
 def test_shapes(make, answer, within, shape):
     counts = {"noisy": 2, "mixed": 3} if shape[0] > 60 else COUNTS
     check(make, answer, within, shape[:3], Negatives(hard=shape[3], **counts))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", todays(DTYPES), ids=str)
 def test_a_queue_that_ends_within_a_tile(make, answer, within, dtype):
     # One key beyond the last whole tile of 32, 64 or 128.
     check(make, answer, within, (1, 4097, 16), Negatives(hard=63, mixed=2), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("peaked", "temperature"), [(True, 0.07), (False, 0.2), (True, 0.03)])
-def test_dtypes_and_softmax(make, answer, within, dtype, peaked, temperature):
+@pytest.mark.parametrize(
+    ("dtype", "softmax"),
+    todays(list(itertools.product(DTYPES, [(True, 0.07), (False, 0.2), (True, 0.03)])), 4),
+    ids=str,
+)
+def test_dtypes_and_softmax(make, answer, within, dtype, softmax):
+    peaked, temperature = softmax
     check(make, answer, within, (2, 200, 64), some(20), dtype=dtype, peaked=peaked, temperature=temperature)
 
 
 @pytest.mark.parametrize(
-    ("name", "extrapolation"), [*((name, "released") for name in (*COUNTS, "none", "moco")), ("extrapolated", "paper")]
+    ("name", "extrapolation"),
+    todays([*((name, "released") for name in (*COUNTS, "none", "moco")), ("extrapolated", "paper")], 4),
 )
 def test_each_family_alone(make, answer, within, name, extrapolation):
     alone = Negatives(hard=0 if name == "moco" else 9, extrapolation=extrapolation, sigma=0.05, delta=-0.3, eta=0.02)

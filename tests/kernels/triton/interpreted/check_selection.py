@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.reference import hard_negatives
 from synco_fast.kernels.triton import config, launch
+from tests.support.rotation import todays
 
 K = 600
 
@@ -47,8 +49,7 @@ WORST = {
 }
 
 
-@pytest.mark.parametrize("hard", [1, 63, K])
-@pytest.mark.parametrize("case", WORST)
+@pytest.mark.parametrize(("case", "hard"), todays(list(itertools.product(WORST, [1, 63, K])), 8))
 def test_selection_is_exact(make, monkeypatch, case, hard):
     monkeypatch.setattr(config, "SAMPLES", (300,))
     inputs = WORST[case](make(2, K, 16))
