@@ -18,7 +18,7 @@ ifdef UV
   INSTALL = uv pip install --quiet --python $(BIN)/python
 else
   MAKE_VENV = $(PYTHON) -m venv $(VENV)
-  INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --root-user-action=ignore
+  INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 endif
 
 .PHONY: demo test lint types unit install format record-fashion-mnist clean

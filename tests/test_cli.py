@@ -161,7 +161,7 @@ def test_validate(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@in_turn(1, 2)
+@in_turn(1, 3)
 def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     shape = ["--device", "cpu", "--rows", "4", "--dim", "16", "--hard", "16"]
@@ -302,7 +302,7 @@ def test_data_show(run, image_folder, tmp_path):
 
 
 @pytest.mark.slow
-@in_turn(1, 2)
+@in_turn(0, 3)
 def test_bench_data(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     words = ["--photos", "3", "--folder", tmp_path, "--batch", "2", "--seconds", "1", "--rounds", "1", "--workers", "1"]

@@ -15,18 +15,14 @@ import pytest
 pytest.importorskip("triton")
 
 from synco_fast.bench.summary import summarise
-from tests.support.rotation import todays
+from tests.support.rotation import in_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
 
 
-#: Each takes a minute and goes through every launch; they take turns.
-TODAY = todays(["stages", "dry run"])
-
-
 @pytest.mark.slow
-@pytest.mark.skipif("stages" not in TODAY, reason="the dry run's day")
+@in_turn(1, 3)
 def test_stages_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-o", "python_files=check_*.py"]
     command += ["-p", "no:cacheprovider", str(Path(__file__).parent / "interpreted" / "check_stages.py")]
@@ -37,7 +33,7 @@ def test_stages_under_the_interpreter():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("dry run" not in TODAY, reason="the stages' day")
+@in_turn(0, 3)
 def test_a_dry_run_brings_everything_back(tmp_path):
     """From a folder that is not the checkout's, with nothing of it installed on the path."""
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

@@ -41,7 +41,7 @@ def test_measure_counts_memory_and_time():
 
 
 @pytest.mark.slow
-@in_turn(0, 2)
+@in_turn(2, 3)
 def test_sweep_says_why_a_figure_is_missing(monkeypatch):
     shapes = [Shape(4, 64, 16, 64)]
     found = list(sweep(["blockwise", "triton"], shapes, device=CPU, repeats=1, rounds=2, threads=1))

@@ -58,7 +58,7 @@ def test_operations_are_counted_as_two_for_a_multiply_add(tiny):
 
 
 @pytest.mark.slow
-@in_turn(0, 2)
+@in_turn(2, 3)
 def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(tiny(SMALL).to_yaml())
     words = ["bench", "step", "--config", str(tmp_path / "tiny.yaml"), "--subjects", "encoder", "moco"]

@@ -108,7 +108,7 @@ def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
 
 
 @pytest.mark.slow
-@in_turn(0, 2)
+@in_turn(1, 3)
 def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, capsys):
     folder = tmp_path / "study"
     words = ["study", tiny, "--methods", "moco", "synco", "--seeds", "0", "--out", str(folder), "--parallel", "2"]
@@ -159,7 +159,7 @@ def test_sigterm_interrupts_as_ctrl_c_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@in_turn(1, 2)
+@in_turn(2, 3)
 def test_a_failing_trial_is_named_and_the_others_run(tmp_path, tiny, capsys):
     folder = tmp_path / "study"
     trials = plan([tiny], methods=["moco", "synco"], seeds=[0])

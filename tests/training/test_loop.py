@@ -210,7 +210,7 @@ def wait_for(condition, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def long_config(tiny, tmp_path: Path, **changes) -> tuple[Config, Path]:
-    overrides = {"training.epochs": 12, "training.checkpoint_every": 3, "evaluation.every": 4, "data.workers": 2}
+    overrides = {"training.epochs": 9, "training.checkpoint_every": 3, "evaluation.every": 4, "data.workers": 2}
     config = tiny(overrides | changes)
     (tmp_path / "tiny.yaml").write_text(config.to_yaml())
     return config, tmp_path / "tiny.yaml"
@@ -222,11 +222,11 @@ def test_killed_at_an_arbitrary_step_and_resumed_to_the_bit(tiny, tmp_path):
     pretrain(config, tmp_path / "whole")
     run, log = tmp_path / "killed", tmp_path / "log.txt"
     process = start(["--config", str(file), "--out", str(run)], log)
-    wait_for(lambda: len(read_metrics(run)) >= 17, process, log)
+    wait_for(lambda: len(read_metrics(run)) >= 13, process, log)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     reached = newest(run)["step"]
-    assert 0 < reached < 48, "killed in the middle"
+    assert 0 < reached < 36, "killed in the middle"
     process = start(["--resume", str(run)], log)
     assert process.wait(timeout=300) == 0, log.read_text()
     assert f"resumed from {run}" in log.read_text().replace("\n", "")

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@in_turn(0, 2)
+@in_turn(2, 3)
 def test_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "python_files=check_*.py", "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -92,7 +92,7 @@ def test_cumulative_mean():
     assert tracked == 3
 
 
-@pytest.mark.parametrize("mean", [1e3, -1e4])
+@pytest.mark.parametrize("mean", todays([1e3, -1e4]))
 def test_no_digits_are_lost_beside_a_large_mean(monkeypatch, mean):
     """The variance to a few units in the last place; sums of squares would leave none of its digits."""
     few_programs(monkeypatch, 16)

@@ -10,7 +10,7 @@ import torch
 
 from synco_fast.kernels import Negatives, synthetic_contrast
 from synco_fast.kernels.triton import contrast_and_gradient
-from tests.support.rotation import todays
+from tests.support.rotation import in_turn, todays
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
@@ -93,6 +93,7 @@ def test_mask(make, answer, within):
         assert torch.equal(found.queue_rank, exact.contrast.statistics.queue_rank)
 
 
+@in_turn(0, 2)
 def test_nan_rows_stay_alone(make):
     inputs = make(4, 200, 32)
     whole = contrast_and_gradient(*inputs, some(20), **SETTINGS)
@@ -116,6 +117,7 @@ def test_vectors_of_length_zero(make):
     torch.testing.assert_close(found.loss, expected.loss)
 
 
+@in_turn(1, 2)
 def test_step_on_the_device_and_global_rows(make):
     inputs = make(4, 200, 32)
     whole = contrast_and_gradient(*inputs, some(20), **SETTINGS)
@@ -147,6 +149,7 @@ def test_launches_go_to_the_device_of_q(make, monkeypatch):
     assert launched[0][0] is inputs.q
 
 
+@in_turn(1, 2)
 def test_rows_beyond_one_series_of_launches(make, answer, within, monkeypatch):
     from synco_fast.kernels.triton import launch
 
@@ -160,6 +163,7 @@ def test_repeats_are_bit_equal(make):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@in_turn(0, 2)
 def test_the_operator_takes_the_kernels(make, answer, within):
     inputs = make(3, 200, 32)
     q = inputs.q.clone().requires_grad_()
