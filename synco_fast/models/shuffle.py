@@ -13,7 +13,7 @@ __all__ = ["key_order"]
 
 #: Used in the counter where families of negatives have their numbers (`synco_fast.kernels.rng`), which are far smaller.
 _SHUFFLE = 1 << 31
-#: Steps whose orders are drawn at once: a draw is a hundred small launches, whatever it is of.
+#: Steps whose permutations are drawn at once: a draw costs about a hundred small launches, whatever its size.
 _AT_ONCE = 64
 
 
@@ -39,7 +39,7 @@ def key_order(
 
 @lru_cache(maxsize=4)
 def _block(length: int, seed: int, block: int, direction: int, device: torch.device | str | None) -> tuple[Tensor, ...]:
-    """The orders of the steps from ``block * _AT_ONCE`` on; nobody writes to them."""
+    """The permutations of `_AT_ONCE` steps from ``block * _AT_ONCE`` on; read-only."""
     steps = torch.arange(block * _AT_ONCE, (block + 1) * _AT_ONCE, dtype=torch.int64, device=device)
     return _draw(length, seed, steps[:, None], direction, device).unbind()
 

@@ -47,7 +47,7 @@ def build_sgd(
 
 
 class _Found:
-    """What apex's capturable optimizers ask of a gradient scaler: whether a gradient is not finite, and the scale."""
+    """The part of a gradient scaler that apex's capturable optimizers use: found_inf and the scale."""
 
     def __init__(self, found_inf: Tensor) -> None:
         self._found, self._scale = found_inf.reshape(1), torch.ones_like(found_inf.reshape(1))
@@ -56,7 +56,7 @@ class _Found:
         return {self._found.device: self._found}
 
     def _get_scale_async(self) -> Tensor:
-        """Gradients are not scaled any more."""
+        """1: the gradients are unscaled already."""
         return self._scale
 
 

@@ -25,7 +25,7 @@ _KINDS = {
 
 
 def write_run_config(folder: Path, text: str) -> None:
-    """Write ``config.yaml`` with its checksum, atomically, if there is none yet.
+    """Write ``config.yaml`` with its checksum, atomically, unless the file is the same already.
 
     Args:
         folder: The run folder.

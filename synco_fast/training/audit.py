@@ -13,20 +13,20 @@ from synco_fast.runtime.phases import PHASES, recorded_by
 
 __all__ = ["OTHER", "OperationCounter", "count_operations"]
 
-#: Outside of every phase.
+#: Operations outside every phase.
 OTHER = "other"
-#: Operations that make no launch on a GPU although they return no alias of what they are given.
+#: Operations that are no launch on a GPU although they return no view.
 _FREE = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts operations that compute or copy, by phase; views and allocations are none.
+    """Counts operations that compute or copy, by phase; views and allocations are not counted.
 
-    On a GPU an operation is one launch, most of those whose name begins with ``_foreach`` are several, and what
-    cuDNN and cuBLAS do for one is theirs. An operation that this package registers counts once, whatever it launches.
+    On a GPU most operations are one launch; those whose name begins with ``_foreach``, and those that call cuDNN or
+    cuBLAS, can be several. An operator of this package counts once, whatever it launches.
 
     Attributes:
-        counts: By phase, how often each operation was met.
+        counts: Number of calls of each operation, by phase.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class OperationCounter(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what is inside as a phase's."""
+        """Count the operations inside under this phase."""
         before, self._phase = self._phase, name
         try:
             yield
@@ -46,7 +46,7 @@ class OperationCounter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Count one operation, and do it."""
+        """Count one operation and run it."""
         name = func._schema.name
         if name not in _FREE and not name.startswith("profiler::") and not _is_view(func):
             self.counts.setdefault(self._phase, Counter())[name] += 1
@@ -54,7 +54,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def _is_view(func: Any) -> bool:
-    """Whether an operation returns nothing but aliases of what it is given, without writing."""
+    """Whether an operation only returns views of its inputs, without writing."""
     aliases = [result.alias_info for result in func._schema.returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
@@ -63,7 +63,7 @@ def count_operations(step: Callable[[], object]) -> dict[str, Counter[str]]:
     """The operations of one step, by phase in the order of a step.
 
     Args:
-        step: Does it; what a first step makes once has been made.
+        step: Runs the step; one-time allocations must have been made before.
     """
     counter = OperationCounter()
     with recorded_by(counter), counter:

@@ -1,7 +1,7 @@
-"""Which engine and which pipeline a run takes where its configuration says ``auto``: a long run measures at its start.
+"""The choice of engine and pipeline for ``auto``: a long run measures them before its first step.
 
-The fastest engine is taken among those that agree with eager. A pipeline is taken when it serves what the step then
-asks of it. What was found is kept in the checkpoint, so that a resumed run keeps its bits, and in ``engines.json``.
+The fastest engine that agrees with eager is used, and the first pipeline that keeps up with it. The checkpoint holds
+the choice, so that a resumed run stays equal bit for bit; ``engines.json`` holds the measurements.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_eng
 __all__ = ["FILE", "Auto", "engines_for", "fastest"]
 
 FILE = "engines.json"
-#: A run of fewer steps is over before a measurement pays.
+#: In a shorter run a measurement costs more than it can save.
 MIN_STEPS = 5_000
-#: Another engine must be faster than eager by this share of its time: less is noise.
+#: Another engine must save this share of eager's time; less is noise.
 GAIN = 0.03
-#: Seconds of a whole run in eager below which compiling on a CPU, which takes minutes, is not tried.
+#: Compiling on a CPU takes minutes; it is not tried if the whole run takes fewer seconds than this in eager.
 COMPILE_PAYS = 3600.0
-#: A pipeline serves a step when training from it reaches this share of the step's own rate.
+#: A pipeline keeps up if training from it reaches this share of the step's own rate.
 SERVES = 0.97
 _BATCHES = 4
 
 
 class Auto:
-    """The engine and the pipeline of a run, where its configuration says ``auto`` and where it does not.
+    """The engine and the pipeline of a run: the configured ones, or for ``auto`` those that it chooses.
 
     Args:
-        engine: The steps.
+        engine: The engine.
         split: The training images.
-        control: What the processes of the job agree by.
-        note: Takes lines for the person at the terminal, with their style.
+        control: Communication between the processes.
+        note: Called with each line for the terminal and its style.
 
     Attributes:
-        pipeline: The batches.
+        pipeline: The pipeline of the batches.
         name: The pipeline's name.
 
     Raises:
-        DataError: What the pipeline of the configuration cannot work with.
+        DataError: The configured pipeline does not support these images.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Auto:
         self._open = {"engine": config.training.engine == "auto", "pipeline": config.data.pipeline == "auto"}
         self.name = choose_pipeline(config.data.pipeline, split, engine.device)
         self.pipeline = self._build(self.name)
-        #: What ``auto`` stands for, by what was open; None until it is settled.
+        #: The choice for each key that is ``auto``; None before it is made.
         self._chosen: dict[str, str] | None = None
 
     def _build(self, name: PipelineName) -> Pipeline:
@@ -78,11 +78,11 @@ class Auto:
         )
 
     def settle(self, steps: int, folder: Path) -> bool:
-        """Settle what is open, once: by measurement where ``steps`` to come are many; called by all processes.
+        """Choose for each key that is ``auto``, once, by measurement if many steps remain; all processes call it.
 
         Args:
-            steps: How many are to come.
-            folder: The run's, which exists; it gets ``engines.json``.
+            steps: Remaining steps.
+            folder: The run folder, which exists; ``engines.json`` is written there.
 
         Returns:
             Whether something was measured.
@@ -101,11 +101,11 @@ class Auto:
         return measured
 
     def state_dict(self) -> dict[str, Any]:
-        """What was open and is settled; None where nothing is settled yet."""
+        """The choices; None before they are made."""
         return {"chosen": self._chosen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Settle what is open as a checkpoint has it; one that says nothing was trained without measurement."""
+        """Take over the choices of a checkpoint; one without any comes from a run that measured nothing."""
         chosen = state.get("chosen", {})
         if chosen is None:
             return
@@ -150,7 +150,7 @@ class Auto:
     def _try_pipelines(
         self, names: list[PipelineName], using: EngineName, seconds: float, place: dict[str, int]
     ) -> list[PipelineTrial]:
-        """Take the first pipeline that serves the step, else the one from which training is fastest."""
+        """Switch to the first pipeline that keeps up with the step, else to the fastest one."""
         need = self._engine.config.training.batch / seconds
         best, fed = -1.0, []
         for name in names:
@@ -178,25 +178,18 @@ class Auto:
 
 
 def engines_for(engine: Engine) -> tuple[list[EngineName], dict[EngineName, str]]:
-    """The engines to measure on this device, eager first, and why the others are not worth a try."""
-    names: list[EngineName] = ["eager"]
-    without: dict[EngineName, str] = {}
+    """The engines to measure on this device, eager first, and for each other one why it cannot run here."""
     captured = engine.uncapturable()
-    if captured is None:
-        names.append("graph")
-    else:
-        without["graph"] = captured
     compiler = "no C++ compiler" if engine.device.type == "cpu" and not _cpp_compiler() else None
-    if compiler is None:
-        names.append("compile")
-    else:
-        without["compile"] = compiler
-    reason = captured or compiler
-    if reason is None:
-        names.append("compile+graph")
-    else:
-        without["compile+graph"] = reason
-    return names, without
+    reasons: dict[EngineName, str | None] = {
+        "eager": None,
+        "graph": captured,
+        "compile": compiler,
+        "compile+graph": captured or compiler,
+    }
+    return [name for name, reason in reasons.items() if not reason], {
+        name: reason for name, reason in reasons.items() if reason
+    }
 
 
 def _cpp_compiler() -> str | None:
@@ -205,7 +198,7 @@ def _cpp_compiler() -> str | None:
 
 
 def fastest(tried: list[EngineTrial]) -> EngineName:
-    """The fastest that is not out; the first, unless another is faster by more than noise."""
+    """The fastest engine that was not dropped; the first, unless another is faster by more than noise."""
     first = tried[0]
     timed = [each for each in tried if each.reason is None and each.seconds is not None]
     if first.seconds is None or not timed:
@@ -222,7 +215,7 @@ def _table(
     engine: EngineName,
     pipeline: PipelineName,
 ) -> dict[str, Any]:
-    """What ``engines.json`` says."""
+    """The content of ``engines.json``."""
     rows = [
         {**asdict(each), "images_per_second": None if each.seconds is None else batch / each.seconds}
         for each in [*tried, *(EngineTrial(name, reason=reason) for name, reason in without.items())]
@@ -237,7 +230,7 @@ def _table(
 
 
 def _line(table: dict[str, Any], *, measured: bool, fed: bool) -> str:
-    """The line at the terminal."""
+    """The line for the terminal."""
 
     def said(row: dict[str, Any], name: str) -> str:
         rate = row["images_per_second"]

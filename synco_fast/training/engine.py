@@ -96,7 +96,6 @@ class Engine:
         self._query = on_all_processes(
             self.trainable, self.device, processes=env.world, micro_batches=training.accumulate
         )
-        self.note = note
         self._compiled: tuple[Compiled, Compiled] | None = None
         self._run: Callable[[StepInputs, int, int, float], None] = self._compute
         self.use(training.engine)
@@ -104,9 +103,9 @@ class Engine:
     # -- how a step runs ----------------------------------------------------------------------------------------
 
     def use(self, name: EngineName) -> None:
-        """Take another engine from the next step on; ``auto`` is eager until something else is chosen.
+        """Switch to another engine from the next step on; ``auto`` is eager until something else is chosen.
 
-        What does not work here is named in one line, and the step runs without it. A CUDA graph is captured anew.
+        If it does not work here, one line says so and the step runs without it. A CUDA graph is captured again.
         """
         compiled, graph = name.startswith("compile"), name.endswith("graph")
         query: Callable[..., Tensor] = self._query
@@ -139,7 +138,7 @@ class Engine:
 
     @property
     def form(self) -> EngineName:
-        """The engine that runs in truth: without what failed, or could not be had."""
+        """The engine in use: the requested one without what failed or is not available."""
         compiled = self._bare[0] is not self._query and all(part.works for part in self._compiled or ())
         graphed = isinstance(self._run, GraphedStep) and self._run.works
         if compiled:
@@ -151,7 +150,7 @@ class Engine:
         return GRAPH_WARMUP if self.env.world == 1 else DDP_GRAPH_WARMUP
 
     def uncapturable(self) -> str | None:
-        """Why no step can be captured as a CUDA graph, if so."""
+        """Why a step cannot be captured as a CUDA graph; None if it can."""
         if self.device.type != "cuda":
             return "no GPU"
         if self.update.waits:
@@ -181,7 +180,7 @@ class Engine:
         return self.settling_of("graph" if self.graphed or may else "eager")
 
     def settling_of(self, name: EngineName) -> int:
-        """Those of an engine."""
+        """The settling steps of an engine."""
         return _SETTLING_STEPS + (self._graph_warmup + 1 if name.endswith("graph") else 0)
 
     # -- a step -------------------------------------------------------------------------------------------------
@@ -280,7 +279,7 @@ class Engine:
         return not_finite(pair for pair in self._named() if pair[0] not in self._unbounded)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that the steps move, by name."""
+        """Every tensor that a step updates, by name."""
         yield from self.method.state_dict().items()
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.trainable.named_parameters()}
         for parameter, kept in self.optimizer.state.items():

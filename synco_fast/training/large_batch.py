@@ -1,7 +1,7 @@
-"""LARS and LAMB for batches in the thousands, which skip a step on the device: a CUDA graph may hold them.
+"""LARS and LAMB for batches in the thousands; they can skip a step on the device, so a CUDA graph can capture them.
 
-Each update is a few launches over all parameters. Where `found_inf` holds a number other than 0, weights and state stay
-as they are, and the host never knows. The arithmetic is that of timm's classes of the same names.
+Each update is a few launches over all parameters. If `found_inf` is not 0, weights and state do not change, without a
+host synchronisation. The arithmetic is that of timm's classes of the same names.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Groups = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 
 
 class _SkipsOnDevice(Optimizer):
-    """What both share.
+    """Shared by LARS and LAMB: skipping a step on the device.
 
     Attributes:
-        found_inf: Float of one element on the parameters' device; other than 0 where the gradients are not finite. None
-            where every step is taken.
-        grad_scale: Must be None: gradients are not scaled any more.
+        found_inf: Float tensor of one element on the parameters' device, not 0 if the gradients are not finite; None if
+            every step is taken.
+        grad_scale: Must be None: the gradients are unscaled already.
     """
 
     _step_supports_amp_scaling = True
@@ -36,7 +36,7 @@ class _SkipsOnDevice(Optimizer):
         return parameters, [cast(Tensor, parameter.grad) for parameter in parameters]
 
     def _taken(self, gradients: list[Tensor]) -> Tensor | None:
-        """1 where the step is taken, else 0, float32 of no dimensions; the gradients become 0 in the latter case."""
+        """1 if the step is taken, else 0, a float32 scalar; the gradients are then set to 0."""
         if self.found_inf is None or not gradients:
             return None
         taken = self.found_inf.reshape(()) == 0
@@ -45,7 +45,7 @@ class _SkipsOnDevice(Optimizer):
         return taken.float()
 
     def _states(self, parameters: list[Tensor], name: str) -> list[Tensor]:
-        """A tensor of state for each parameter; zeros where there is none yet."""
+        """The state tensor of each parameter; initially zeros."""
         found = []
         for parameter in parameters:
             state = self.state[parameter]
@@ -56,9 +56,9 @@ class _SkipsOnDevice(Optimizer):
 
 
 class Lars(_SkipsOnDevice):
-    """LARS (arXiv 1708.03888): SGD with momentum, each tensor at a rate of its own.
+    """LARS (arXiv 1708.03888): SGD with momentum and a learning rate per tensor.
 
-    g <- t |w| / (|g| + d |w| + e) (g + d w), where both norms are above 0; b <- m b + g; w <- w - lr b. Groups without
+    g <- t |w| / (|g| + d |w| + e) (g + d w), if both norms are above 0; b <- m b + g; w <- w - lr b. Groups without
     weight decay are not adapted.
 
     Args:
@@ -84,7 +84,7 @@ class Lars(_SkipsOnDevice):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the weights; ``closure`` is not called."""
+        """Update the weights; ``closure`` is not called."""
         for group in self.param_groups:
             weights, gradients = self._with_gradients(group)
             if not weights:
@@ -105,7 +105,7 @@ class Lars(_SkipsOnDevice):
 
 
 class Lamb(_SkipsOnDevice):
-    """LAMB (arXiv 1904.00962): Adam's step, each tensor at a rate of its own.
+    """LAMB (arXiv 1904.00962): Adam with a learning rate per tensor.
 
     Groups without weight decay are not adapted. The gradient's norm over all parameters is clipped to 1 first.
 
@@ -132,7 +132,7 @@ class Lamb(_SkipsOnDevice):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move the weights; ``closure`` is not called."""
+        """Update the weights; ``closure`` is not called."""
         parts = [self._with_gradients(group) for group in self.param_groups]
         everything = [gradient for _, gradients in parts for gradient in gradients]
         if not everything:
@@ -166,12 +166,12 @@ class Lamb(_SkipsOnDevice):
 
 
 def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
-    """A count of steps as a checkpoint of any version has it, float32 of no dimensions on the device."""
+    """A step count from a checkpoint, a number or a tensor, as a float32 scalar on the device."""
     return torch.as_tensor(value, dtype=torch.float32, device=device).reshape(())
 
 
 def _descend(weights: list[Tensor], update: list[Tensor], lr: float | Tensor, taken: Tensor | None) -> None:
-    """Subtract lr u from w, with a rate on the device where the step may be skipped or captured."""
+    """W <- w - lr u; the rate is on the device if the step can be skipped or captured."""
     if taken is None and not isinstance(lr, Tensor):
         torch._foreach_add_(weights, update, alpha=-lr)
         return

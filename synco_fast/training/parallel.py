@@ -1,4 +1,4 @@
-"""What learns, in DDP where there are several processes, made as a CUDA graph that holds its exchange needs it."""
+"""DistributedDataParallel around the trainable modules, set up so that a CUDA graph can capture its all-reduce."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from synco_fast.runtime.distributed import sum_over_ranks, world
 
 __all__ = ["DDP_GRAPH_WARMUP", "on_all_processes", "works_on_all"]
 
-#: Eager steps before one is captured: PyTorch asks for eleven of DDP's, which builds its buckets and times itself.
+#: Eager steps before a capture: PyTorch requires eleven with DDP, which first builds its buckets and times itself.
 DDP_GRAPH_WARMUP = 11
 
 #: `RunningStatistics.average` averages them where they are read. The argument was renamed after PyTorch 2.11.
@@ -27,19 +27,19 @@ _LEAVE_BUFFERS = {
 
 
 def on_all_processes(module: nn.Module, device: torch.device, *, processes: int, micro_batches: int = 1) -> nn.Module:
-    """The module with its gradient averaged over the processes; the very module where there is one process.
+    """Wrap a module so that its gradient is averaged over the processes; unchanged for one process.
 
     Args:
         module: On ``device``.
-        device: Where it computes.
-        processes: W, their number, whose process group is initialized.
-        micro_batches: Backward passes a step.
+        device: The device.
+        processes: W; the process group must be initialised.
+        micro_batches: Backward passes per step.
     """
     if processes == 1:
         return module
     cuda = device.type == "cuda"
-    # What DDP keeps of the backward pass belongs to the stream that it is made on, which must not be the default one
-    # where a step is captured.
+    # DDP's backward hooks belong to the stream on which DDP is constructed. For a capture that must not be the default
+    # stream.
     with torch.cuda.stream(torch.cuda.Stream(device)) if cuda else nullcontext():
         return DistributedDataParallel(
             module,
@@ -51,7 +51,7 @@ def on_all_processes(module: nn.Module, device: torch.device, *, processes: int,
 
 
 def works_on_all(works: bool, device: torch.device) -> bool:
-    """Whether something worked on all processes; waits for them. NCCL replays a collective on all or on none."""
+    """Whether something worked on all processes; waits for them. NCCL must replay a collective on all or on none."""
     if world() == 1:
         return works
     return int(sum_over_ranks(torch.tensor(int(works), device=device))) == world()

@@ -1,4 +1,4 @@
-"""From a configuration to the pipeline that makes its views."""
+"""The training pipeline of a configuration."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def open_pipeline(
     Args:
         config: Augmentation, batch, seed, and the section ``data``.
         split: The images.
-        device: Where the encoder is.
-        dtype: The dtype that the encoder computes in.
-        name: Which pipeline; ``data.pipeline`` by default.
-        batch: Images in a batch, over all ranks; ``training.batch`` by default.
+        device: Device of the encoder.
+        dtype: Dtype of the encoder's activations.
+        name: The pipeline; ``data.pipeline`` by default.
+        batch: Images per batch, over all ranks; ``training.batch`` by default.
         env: This process's rank, and the number of ranks.
 
     Raises:
-        DataError: What the pipeline cannot work with.
+        DataError: The pipeline does not support these images.
     """
     return build_pipeline(
         split,

@@ -13,11 +13,11 @@ __all__ = ["RunningStatistics"]
 class RunningStatistics:
     """The floating-point buffers of modules: running means and variances.
 
-    They are laid out one behind the other in one tensor, of which each module's buffer becomes a part, so that a copy,
-    a restoration and a mean over processes are one launch each, however many layers there are.
+    They are stored in one tensor, and each module's buffer becomes a view of it. A copy, a restoration and a mean over
+    processes are then one launch each, whatever the number of layers.
 
     Args:
-        modules: The modules, on the device where they stay.
+        modules: The modules, already on their device.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -40,14 +40,14 @@ class RunningStatistics:
 
     @torch.no_grad()
     def copy(self) -> Tensor | None:
-        """What they hold now, in a tensor that the next call writes over; None without any."""
+        """Their current values, in a tensor that the next call overwrites; None if there are none."""
         if self._all is not None and self._copy is not None:
             self._copy.copy_(self._all)
         return self._copy
 
     @torch.no_grad()
     def restore(self, copy: Tensor | None, step_ok: Tensor) -> None:
-        """Undo what happened since `copy` unless ``step_ok``, bool of no dimensions; the host never waits for it."""
+        """Restore the values of `copy` unless ``step_ok``, a bool scalar; without a host synchronisation."""
         if self._all is not None and copy is not None:
             torch.where(step_ok, self._all, copy, out=self._all)
 

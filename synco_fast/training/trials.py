@@ -1,4 +1,4 @@
-"""Trials: what an engine costs a step, and what a pipeline brings a second, without a trace in the run."""
+"""Trials: seconds per step of each engine and images per second of each pipeline, without changing the run."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from synco_fast.training.metrics import RunningMeans
 
 __all__ = ["EngineTrial", "PipelineTrial", "feed", "trial", "try_engines", "try_pipeline"]
 
-#: Seconds of timed steps of each engine or pipeline, their blocks, and the fewest and most steps that these may take.
+#: For each engine or pipeline: seconds of timed steps, number of blocks, fewest and most steps.
 SECONDS, _BLOCKS, _FEWEST, _MOST = 4.0, 5, 5, 500
-#: By the encoders' format: how far losses may lie from eager's, as a share of them, and how far all that the steps did
-#: to the weights may lie from what eager's did, as a share of that. Rounding grows from step to step.
+#: By number format: the largest relative difference from eager in the losses, and in the change of the weights over the
+#: compared steps. Rounding errors grow from step to step.
 ROUNDING = {"fp32": (1e-3, 0.05), "tf32": (1e-2, 0.2), "fp16": (1e-2, 0.2), "bf16": (2e-2, 0.5)}
 
 
 @dataclass(frozen=True)
 class EngineTrial:
-    """What became of one engine.
+    """The result for one engine.
 
     Attributes:
         engine: Its name.
-        seconds: Of a step, the median over blocks, the slowest process's; None where it was not timed.
-        ready: Seconds until the first timed step: compiling, capturing, and the steps that were compared.
-        loss_error, weight_error: Distance from eager, as `ROUNDING` limits it; None for eager and where none was found.
-        reason: Why it is out, if it is.
+        seconds: Seconds per step: median over blocks, on the slowest process; None if it was not timed.
+        ready: Seconds before the first timed step: compiling, capturing, and the compared steps.
+        loss_error, weight_error: Relative differences from eager, limited by `ROUNDING`; None if not computed.
+        reason: Why it was dropped; None if it was not.
     """
 
     engine: EngineName
@@ -53,7 +53,7 @@ class EngineTrial:
 
 @dataclass(frozen=True)
 class PipelineTrial:
-    """What became of one pipeline: images a second of training from it, or why it is out."""
+    """The result for one pipeline: images per second of training from it, or why it was dropped."""
 
     pipeline: PipelineName
     images_per_second: float | None = None
@@ -62,11 +62,11 @@ class PipelineTrial:
 
 @contextmanager
 def trial(engine: Engine, note: Callable[[str], None] = lambda line: None) -> Iterator[None]:
-    """Within, steps may be done; behind it, everything is to the bit what it was before, and the engine is eager.
+    """Run steps inside; on exit all state is restored bit for bit, and the engine is eager.
 
     Args:
-        engine: Whose steps; its method keeps no state but tensors (`Method.extra_state` is empty).
-        note: Takes the lines about what does not work.
+        engine: The engine; all state of its method must be tensors (`Method.extra_state` is empty).
+        note: Called with each line about a setting that does not work.
     """
     tensors = [*engine.method.parameters(), *engine.method.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
@@ -101,13 +101,13 @@ def try_engines(
     """Try engines one after the other from the same state; called by all processes of a job.
 
     Args:
-        engine: The steps.
-        names: Which; the first is eager, which the others are held against.
+        engine: The engine.
+        names: Engines to try; the first is eager, with which the others are compared.
         batches: This process's share of two batches or more, on the device.
-        control: What the processes agree by.
-        step, epoch: What the steps believe to be at; they decide the rate and the negatives.
-        unless: From an engine and the seconds of eager's step to why that engine is not worth a try, if so.
-        say: Takes a line of progress.
+        control: Communication between the processes.
+        step, epoch: Position in the run that the steps assume; it decides learning rate and negatives.
+        unless: Maps an engine and eager's seconds per step to a reason not to try that engine, or None.
+        say: Called with each line of progress.
     """
     found: list[EngineTrial] = []
     reference, steps = None, 0
@@ -130,7 +130,7 @@ def try_engines(
                 reference = losses, moved
                 reason = None if all(map(math.isfinite, losses)) else "its losses are not finite"
             elif reason is None:
-                errors, reason = _held_against(reference, losses, moved, engine.precision.name)
+                errors, reason = _compared(reference, losses, moved, engine.precision.name)
             if control.max(int(reason is not None))[0]:
                 found.append(EngineTrial(name, None, ready, *errors, reason or "another process refused it"))
                 if name == names[0]:
@@ -145,7 +145,7 @@ def try_engines(
 def _compared_steps(
     engine: Engine, name: EngineName, batches: Sequence[Batch], start: list[Tensor], steps: int, step: int, epoch: int
 ) -> tuple[list[float], list[Tensor], str | None]:
-    """The first steps: their losses, what they did to the weights, and why there are none, if so."""
+    """The first steps: their losses, the change of the weights, and the reason if they failed."""
     losses: list[float] = []
     try:
         engine.use(name)
@@ -154,7 +154,7 @@ def _compared_steps(
             values = engine.means.pop()
             losses.append(values.get("loss", math.nan))
     except Exception as error:
-        # Whatever an engine can fail by, from a compiler to memory, is a reason to go on without it.
+        # Any failure, from the compiler to memory, only drops this engine.
         if engine.env.world > 1 and lost_process(error):
             raise
         return [], [], f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
@@ -162,10 +162,10 @@ def _compared_steps(
         return losses, list(torch._foreach_sub(list(engine.trainable.parameters()), start)), None
 
 
-def _held_against(
+def _compared(
     reference: tuple[list[float], list[Tensor]] | None, losses: list[float], moved: list[Tensor], precision: str
 ) -> tuple[tuple[float, float], str | None]:
-    """The distances from eager's steps, and the reason where they are beyond rounding."""
+    """The differences from eager, and the reason if they exceed rounding."""
     assert reference is not None
     of_losses = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(losses, reference[0], strict=True))
     norm, apart = (
@@ -180,14 +180,14 @@ def _held_against(
 
 
 def _how_many(engine: Engine, batches: Sequence[Batch], control: HostGroup, step: int, epoch: int) -> int:
-    """Steps that take about `SECONDS`, the same number on every process."""
+    """The number of steps that takes about `SECONDS`, the same on every process."""
     once = statistics.median(_timed(engine, batches, _BLOCKS, step, epoch))
     slowest = control.max(round(1e9 * once))[0] / 1e9
     return int(min(_MOST, max(_FEWEST, SECONDS / max(slowest, 1e-9))))
 
 
 def _timed(engine: Engine, batches: Sequence[Batch], steps: int, step: int, epoch: int) -> list[float]:
-    """Seconds of a step, by block."""
+    """Seconds per step, by block."""
     seconds, each = [], max(1, steps // _BLOCKS)
     for block in range(_BLOCKS):
         _wait(engine)
@@ -205,7 +205,7 @@ def _wait(engine: Engine) -> None:
 
 
 def feed(pipeline: Pipeline) -> Iterator[Batch]:
-    """Batches from the first epoch on, epoch after epoch."""
+    """Batches of one epoch after another, from the first on."""
     for epoch in count():
         pipeline.set_epoch(epoch)
         yield from pipeline
@@ -221,15 +221,15 @@ def try_pipeline(
     step: int,
     epoch: int,
 ) -> float:
-    """Images a second, over all processes, of steps that take their batches from a pipeline.
+    """Images per second, over all processes, of training from a pipeline.
 
-    What workers made ahead is used up first: the second half of the steps counts.
+    Only the second half of the steps is timed: the first uses up the batches that workers prepared ahead.
 
     Args:
-        engine, using: The steps, and how they run.
-        pipeline: Of this process.
-        control: What the processes agree by.
-        step_seconds: Of a step that waits for nothing, the same on every process.
+        engine, using: The engine, and its name.
+        pipeline: The pipeline of this process.
+        control: Communication between the processes.
+        step_seconds: Seconds per step without waiting for data, the same on every process.
         step, epoch: As in `try_engines`.
     """
     half = int(min(_MOST, max(_FEWEST, SECONDS / step_seconds)))
