@@ -180,7 +180,7 @@ class SynthContrastLoss(nn.Module):
             raise ValueError(f"images: found shape {tuple(images.shape)}, expected ({query.shape[0]},)")
 
     def _check_step(self, directions: int, query: Tensor) -> None:
-        """Refuse a step that would leave the queue wrong, before anything is computed."""
+        """Refuse a step that would leave the queue wrong; with several ranks the host waits for an exchange."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "SynthContrastLoss: found a call inside a backward pass, as torch.utils.checkpoint makes it, expected "
