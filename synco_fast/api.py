@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,8 +75,11 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run reached its last step, not a time limit or a signal."""
-        return bool(self.summary.get("finished"))
+        """Whether the run reached the end that its configuration sets, not a limit of one call or a signal."""
+        summary, training = self.summary, self.config.training
+        if not summary.get("finished"):
+            return False
+        return bool(summary["epochs"] >= training.epochs or summary["steps"] >= (training.max_steps or math.inf))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

@@ -114,6 +114,7 @@ def test_it_runs_outside_the_main_thread(tiny, tmp_path, unpictured):
     thread.join()
     assert found[0].checkpoint.name == "step-00000001.pt"
     assert found[0].config.training.max_steps is None, "the limit is of this start, not the run's"
+    assert not found[0].finished
     assert found[0].knn is None
     with pytest.raises(ConfigError, match="out: found a run in"):
         synco_fast.pretrain(tiny(), out=tmp_path / "run", progress=False)
