@@ -74,7 +74,7 @@ unit: $(STAMP)
 docs: $(DOCS_STAMP)
 	@rm -rf $(SITE) && $(BIN)/python tests/support/site.py $(SITE)
 	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
-	@echo "built $(SITE)/site/index.html"
+	@echo "built $(SITE)/site/index.html; its search works where it is served: python -m http.server -d $(SITE)/site"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -116,5 +116,5 @@ def test_the_notebook_runs(image_folder, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"kNN accuracy {names['run'].knn:.1%}" in said
     assert "equal features: True" in said
-    assert len(plt.gcf().axes) == 3 * 8
+    assert len(plt.gcf().axes) == 3 * 6
     plt.close("all")
