@@ -249,7 +249,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError("backend: this one has a first derivative only; expected for higher ones: 'reference'")
+        raise RuntimeError("backend: this one has a first derivative only; expected 'reference' for higher ones")
     x, y, mean, variance, weight, bias = ctx.saved_tensors
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     of_x, of_residual, of_weight, of_bias = _backward(

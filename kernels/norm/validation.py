@@ -132,7 +132,7 @@ def validate_norm(
         leaves, state = _inputs(case, device)
         reason = unserved_by_triton(leaves["x"])
         if reason and backends is not None and "triton" in backends:
-            raise ValueError(f"backend: found triton, expected others here: {reason}")
+            raise ValueError(f"backend: found triton, expected another one on this device: {reason}")
         chosen: Sequence[NormBackend] = backends or ("reference", "native", *(() if reason else ("triton",)))
         up = _incoming(case, leaves, state)
         exact = _run("reference", case, leaves, state, up, torch.float64)
