@@ -140,7 +140,7 @@ def launches_of_loss(shape: Shape, capability: int) -> list[Launch]:
     q = torch.empty(shape.rows, shape.dim, dtype=shape.torch_dtype)
     queue = torch.empty(shape.length, shape.dim, dtype=shape.torch_dtype)
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (q, queue)}
-    # A step on the device, as in a captured step.
+    # The step is a device tensor, as in a CUDA graph.
     step = torch.zeros((), dtype=torch.int64)
     with compiled_for(capability), _own_cache(), intercepted(keep, run=False, before=_forget):
         launch.contrast_and_gradient(q, q, queue, shape.negatives, temperature=TEMPERATURE, seed=3, step=step)

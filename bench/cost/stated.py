@@ -83,7 +83,7 @@ _NEVER: Callable[[Shape], float] = lambda shape: 0.0  # noqa: E731
 _ALWAYS: Callable[[Shape], float] = lambda shape: 1.0  # noqa: E731
 
 STATED: dict[str, Stated] = {
-    # Between the bounds of a sample's similarities to a rank that may be off by a sixteenth.
+    # Bisects the sample's similarities down to a rank that may be off by 1/16.
     "rank": Stated({"while (low < high) & (reached > wanted": lambda shape: 8.0}),
     "scan": Stated(moved=_scan),
     "select": Stated(
@@ -96,7 +96,7 @@ STATED: dict[str, Stated] = {
         },
         _select,
     ),
-    # On ordinary features no row goes the slow way.
+    # On ordinary features no row takes the slow path.
     "fill": Stated(
         dict.fromkeys(("if tl.max(m_row.to(tl.int32)) > 0", "for tile in", "for begin in"), _NEVER),
         lambda launch, shape: 4.0 * launch.programs,

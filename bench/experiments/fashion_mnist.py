@@ -82,12 +82,12 @@ def table(record: dict[str, Any]) -> str:
         "Made by `python -m synco_fast.bench.experiments.fashion_mnist`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist`: {protocol['steps']:,} steps of {protocol['batch']} images "
-        f"({protocol['epochs']} epochs), a {protocol['backbone']}, the same for every method; negatives at "
+        f"({protocol['epochs']} epochs) with a {protocol['backbone']}, the same for every method. Synthetic negatives: "
         f"{protocol['count_scale']:g} of the published counts. Weighted kNN, "
         f"k = {protocol['neighbours']}: {protocol['queries']:,} test images against {protocol['bank']:,} labelled "
-        "training images. Mean over seeds, spread as the sample's standard deviation in percentage points.",
+        "training images. Mean over seeds, and sample standard deviation in percentage points.",
         "",
-        f"| features | kNN | spread | points above before | seeds {', '.join(map(str, record['seeds']))} |",
+        f"| features | kNN | deviation | gain in points | seeds {', '.join(map(str, record['seeds']))} |",
         "|---|---|---|---|---|",
         f"| raw pixels | {record['raw_pixels']:.1%} | | | |",
         row("encoder before training", record["before"]),

@@ -230,17 +230,17 @@ def table(record: dict[str, Any]) -> str:
         "",
         "Made by `python -m synco_fast.bench.experiments.generated_pairs`; every figure is in `record.json`.",
         "",
-        f"A {protocol['backbone']}, {protocol['steps']:,} steps of {protocol['batch']} real images in every run, so "
-        f"a run on 10 % sees each image ten times as often. Beside them, {settings['pairs']} generated pairs a step "
-        f"(w_syn {settings['weight']:g}); w_hard rises to {settings['hardness']:g} over {settings['ramp']} steps, "
-        f"floor {settings['floor']:g}, generators' learning rate {settings['lr']:g}. Stage one: "
-        f"{settings['generator_steps']:,} steps of 64 images on the same share, width {settings['width']}, one "
-        f"generator a share. Negatives at {protocol['count_scale']:g} of the published counts, from the first step. "
-        "Evaluation: all 60,000 labelled "
-        f"images and 10,000 test images; linear probe on cached features, {protocol['probe']['epochs']} epochs, best "
-        "of eight rates.",
+        f"Encoder: {protocol['backbone']}, {protocol['steps']:,} steps of {protocol['batch']} real images in every "
+        "run, so a run on 10 % sees each image ten times as often. "
+        f"Each step adds {settings['pairs']} generated pairs (w_syn {settings['weight']:g}). "
+        f"w_hard rises to {settings['hardness']:g} over {settings['ramp']} steps, the floor is {settings['floor']:g}, "
+        f"and the generators' learning rate {settings['lr']:g}. Stage one: {settings['generator_steps']:,} steps of "
+        f"64 images on the same fraction, width {settings['width']}, one generator for each fraction. Synthetic "
+        f"negatives: {protocol['count_scale']:g} of the published counts, from the first step. Evaluation: all 60,000 "
+        "labelled images and 10,000 test images; linear probe on cached features, "
+        f"{protocol['probe']['epochs']} epochs, best of eight learning rates.",
         "",
-        f"Percent; mean over seeds {', '.join(map(str, record['seeds']))}, ± the sample's standard deviation.",
+        f"Percent; mean over seeds {', '.join(map(str, record['seeds']))}, ± sample standard deviation.",
         "",
     ]
     for name, title in MEASURES.items():
@@ -253,26 +253,26 @@ def table(record: dict[str, Any]) -> str:
             "",
         ]
     lines += [
-        "**Differences with the same seed**, in points:",
+        "**Differences at the same seed**, in percentage points:",
         "",
         "| | | minus | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
         "|---" * (3 + len(SHARES)) + "|",
         *difference_rows(),
         "",
-        "![accuracy by share](accuracy.png)",
+        "![accuracy by fraction](accuracy.png)",
         "",
         "## The pairs",
         "",
-        "Similarity of a pair in the first and the last line of the log, the share of pairs below the floor and the "
-        "diversity at the end, and the generators' share of a step's time (not the encoder's own pass over the pairs).",
+        "Similarity of a pair in the first and the last line of the log; at the end the fraction of pairs below the floor "
+        "and the diversity; and the generators' part of the step time, without the encoder's pass over the pairs.",
         "",
-        "| share | pair | similarity | below floor | diversity | time |",
+        "| fraction | pair | similarity | below floor | diversity | time |",
         "|---|---|---|---|---|---|",
         *pair_rows(),
         "",
         "![similarity over steps](similarity.png)",
         "",
-        "Pairs after training on all images, jointly, each beside its partner:",
+        "Joint pairs after training on all images, each image next to its partner:",
         "",
         "![pairs](pairs.png)",
         "",
@@ -283,11 +283,11 @@ def table(record: dict[str, Any]) -> str:
             for share, found in record["stage_one"].items()
         ),
         "",
-        "The update's strength (w_hard, floor, learning rate) and stage one's settings were chosen by looking at "
+        "The strength of the update (w_hard, floor, learning rate) and the settings of stage one were chosen by "
         "images, losses and KID of runs on 10 and 20 % with seed 0, not by accuracy.",
         "",
-        f"Measured on {environment['device']}, {environment['cores']} cores, two runs at a time, one thread each, and "
-        "other work beside them now and then; torch "
+        f"Measured on {environment['device']}, {environment['cores']} cores, two runs at a time, one thread each, with "
+        "some other load; torch "
         f"{environment['torch']}, timm {environment['timm']}, Python {environment['python']}; commit "
         f"{environment.get('commit', 'unknown')}, of stage one "
         f"{record['stage_one_environment'].get('commit', 'unknown')}.",

@@ -82,39 +82,39 @@ def table(record: dict[str, Any]) -> str:
     ]
     environment, protocol = record["environment"], record["protocol"]
     lines = [
-        "# Fashion-MNIST from pretraining to export, by the commands alone",
+        "# Fashion-MNIST from pretraining to export, on the command line",
         "",
         "Made by `python -m synco_fast.bench.experiments.transfer`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist` (a ResNet-10 of half the width) for {protocol['steps']} steps of {protocol['batch']} "
-        "images, synthetic negatives on from the first step; then the evaluations on all 60,000 and 10,000 images. "
-        "Linear: 30 epochs on cached features, best of eight rates. 1 % labels: 600 images, 20 epochs, batch 64, best "
-        "of two rates. These are a fraction of the published budgets, so the figures show that the evaluations work, "
-        "not which method is better.",
+        "images, with synthetic negatives from the first step; then evaluation on all 60,000 and 10,000 images. "
+        "Linear: 30 epochs on cached features, best of eight learning rates. 1 % labels: 600 images, 20 epochs, batch "
+        "64, best of two learning rates. These budgets are a fraction of the published ones, so the figures show that the "
+        "evaluations work, not which method is better.",
         "",
-        "| after | seeds | " + " | ".join(titles) + " |",
+        "| encoder | seeds | " + " | ".join(titles) + " |",
         "|---|---|" + "---|" * len(titles),
         *rows,
         "",
-        "Chance is 10.0%. With several seeds: mean and sample standard deviation. The cores were shared with other "
-        "work, differently in each run, so the throughput in the picture compares nothing.",
+        "Chance is 10.0%. With several seeds: mean and sample standard deviation. The machine had other load, which "
+        "varied between runs, so the throughput in the figure is not comparable.",
         "",
         "![the runs compared](comparison.png)",
         "",
-        "## How far the fast linear probe agrees",
+        "## Agreement of the fast linear probe",
         "",
         "| seed 0 | random crops, 2 epochs | cached features, 30 epochs | cached minus crops, points |",
         "|---|---|---|---|",
         *agreement,
         "",
-        "Two epochs leave a classifier on random crops far from its end, so this is what a short budget costs, not how "
-        "the two agree at full length, which has not been measured yet.",
+        "After two epochs on random crops the classifier is far from converged. So this is the cost of a short budget; "
+        "the agreement at full length has not been measured yet.",
         "",
         "## Export of the SynCo run",
         "",
         *(f"- {name}: {said}" for name, said in record["exports"].items()),
         "",
-        f"Measured on {environment['device']}, {environment['cores']} cores shared with other work, one thread; torch "
+        f"Measured on {environment['device']}, {environment['cores']} cores with other load, one thread; torch "
         f"{environment['torch']}, timm {environment['timm']}, Python {environment['python']}; commit "
         f"{environment.get('commit', 'unknown')}.",
     ]
