@@ -117,7 +117,7 @@ part() { # part NAME SECONDS COMMAND...: JSON lines on standard output go to NAM
 }
 
 if [ "$DRY" = 1 ]; then
-  # Small shapes, since the interpreter is about a million times slower than a GPU.
+  # Small shapes, since the interpreter takes seconds for what a GPU does in microseconds.
   SHAPE=(--rows 1 --length 300 --dim 64 --hard 20 --synthetic 60) ONCE=("${SHAPE[@]}") DTYPES=(float32) REPEATS=1
   export OMP_NUM_THREADS=1
 else

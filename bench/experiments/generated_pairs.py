@@ -263,8 +263,9 @@ def table(record: dict[str, Any]) -> str:
         "",
         "## The pairs",
         "",
-        "Similarity of a pair in the first and the last line of the log; at the end the fraction of pairs below the floor "
-        "and the diversity; and the generators' part of the step time, without the encoder's pass over the pairs.",
+        "Similarity of a pair in the first and the last line of the log; at the end the fraction of pairs below the "
+        "floor and the diversity; and the generators' part of the step time, without the encoder's pass over the "
+        "pairs.",
         "",
         "| fraction | pair | similarity | below floor | diversity | time |",
         "|---|---|---|---|---|---|",

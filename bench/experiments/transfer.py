@@ -89,8 +89,8 @@ def table(record: dict[str, Any]) -> str:
         f"Preset `fashion-mnist` (a ResNet-10 of half the width) for {protocol['steps']} steps of {protocol['batch']} "
         "images, with synthetic negatives from the first step; then evaluation on all 60,000 and 10,000 images. "
         "Linear: 30 epochs on cached features, best of eight learning rates. 1 % labels: 600 images, 20 epochs, batch "
-        "64, best of two learning rates. These budgets are a fraction of the published ones, so the figures show that the "
-        "evaluations work, not which method is better.",
+        "64, best of two learning rates. These budgets are a fraction of the published ones, so the figures show that "
+        "the evaluations work, not which method is better.",
         "",
         "| encoder | seeds | " + " | ".join(titles) + " |",
         "|---|---|" + "---|" * len(titles),
