@@ -251,7 +251,8 @@ def _pretrain(
     del trainer
     gc.collect()
     if received is not None:
-        console.print(f"stopped on request: synco_fast.Run.open({str(folder)!r}).resume() goes on", soft_wrap=True)
+        said = f"stopped on request: synco_fast.Run.open({str(folder)!r}).resume() goes on"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
         signal.raise_signal(received)
     return Run(folder)
 
