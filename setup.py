@@ -44,12 +44,12 @@ def version() -> str:
 
 
 def long_description() -> str:
-    """The README without pictures in the checkout and links into it, which lead nowhere on a package index.
+    """The README without its pictures and links into the checkout, which lead nowhere on a package index.
 
     The text of the links stays.
     """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.sub(r"!\[[^\]]*\]\((?!https?://)[^)]+\)\n*", "", text)
+    text = re.sub(r"^!\[[^\]]*\]\((?!https?://).*\n+", "", text, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]+\)", r"\1", text)
 
 

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from synco_fast.report.page import write_report
 
@@ -24,12 +24,15 @@ from synco_fast.report.page import write_report
 WIDTH, HEIGHT = 1120, 8000
 #: Name of a picture, and the headings it reaches from and to; None for the top of the page.
 PARTS = {"report-curves": (None, "Augmented pairs"), "report-neighbours": ("Nearest neighbours", "Map of")}
+#: Pixels of a line over a heading, and of the margin at a picture's right and lower edge.
+_LINE, _MARGIN = 2, 16
 
 #: Writes the top of every heading where ``--dump-dom`` shows it.
 _PROBE = """<script>addEventListener("load", () => {
     const found = [...document.querySelectorAll("h2")].map(e => [e.textContent, e.getBoundingClientRect().top]);
-    document.body.insertAdjacentHTML("beforeend", '<p id="found"></p>');
-    document.getElementById("found").textContent = JSON.stringify(found);
+    const note = document.body.appendChild(document.createElement("p"));
+    note.id = "found";
+    note.textContent = JSON.stringify(found);
 })</script>"""
 
 
@@ -59,7 +62,10 @@ def cut(page: Path, out: Path) -> list[Path]:
             for part, ends in PARTS.items():
                 first, last = (next((y for title, y in tops if end and title.startswith(end)), 0) for end in ends)
                 written.append(out / f"{part}.png")
-                piece = picture.convert("RGB").crop((0, round(first), WIDTH, round(last)))
+                # Below the line over a heading, and without what is empty at the right and below.
+                piece = picture.convert("RGB").crop((0, round(first) + _LINE, WIDTH, round(last) - _LINE))
+                _, _, right, bottom = ImageChops.invert(piece).getbbox() or (0, 0, *piece.size)
+                piece = piece.crop((0, 0, min(WIDTH, right + _MARGIN), bottom + _MARGIN))
                 piece.quantize(128, dither=Image.Dither.NONE).save(written[-1], optimize=True)
     return written
 
