@@ -37,7 +37,7 @@ def test_the_index_of_records_lists_every_record():
     assert records - found == {ROOT / "bench/records/README.md"}
 
 
-@pytest.mark.parametrize("page", [*MARKDOWN, "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", [*MARKDOWN, "CONTRIBUTING.md", "examples/pretrain.ipynb"])
 def test_links_lead_to_files_and_headings(page):
     """A folder is no page of a website, though a forge shows one."""
     for link, target in links(page).items():
