@@ -16,7 +16,6 @@ from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config, TrainingConfig
-    from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["add"]
 
@@ -51,19 +50,11 @@ def add(commands: Commands) -> None:
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     config, limits, resume = _what_to_do(options, overrides_of(rest))
 
-    from synco_fast.evaluation.health import contraction
-    from synco_fast.evaluation.knn import PeriodicKnn
-    from synco_fast.runtime.distributed import DistEnv, init_distributed
+    from synco_fast.api import train
     from synco_fast.runtime.files import write_json
-    from synco_fast.training.loop import Trainer
-    from synco_fast.training.pretraining import Pretraining
 
-    env = DistEnv.detect()
-    with init_distributed(env, config.training.device, timeout=config.training.timeout) as control:
-        folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction, limits=limits)
-        summary = Trainer(task, folder, resume=resume, console=console).run()
-    if env.is_main:
+    trainer, summary = train(config, out=options.out, resume=resume, limits=limits, console=console)
+    if trainer.env.is_main:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
         _print_summary(summary, console)
@@ -118,24 +109,6 @@ def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | N
         # Nothing is lost where nothing was trained.
         warnings.warn(f"{error}; --continue starts it anew", stacklevel=1)
         return None, options.out
-
-
-def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
-    """The folder of a new run; rank 0 chooses it, since the name holds the time."""
-    from synco_fast.runtime.errors import UserError
-    from synco_fast.training.run_folder import choose_run_folder
-
-    chosen: Path | UserError | None = None
-    if control.env.is_main:
-        try:
-            chosen = choose_run_folder(out, config.preset)
-        except UserError as error:
-            chosen = error
-    chosen = control.broadcast(chosen)
-    if isinstance(chosen, UserError):
-        raise chosen
-    assert chosen is not None
-    return chosen
 
 
 def _print_summary(summary: Any, console: Console) -> None:
