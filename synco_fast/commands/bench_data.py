@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that run on this machine by default")
     command.add_argument(
         "--source",
+        dest="kind",
         choices=tuple(PIPELINES_OF),
         default="photos",
         help="packed: the same photos after data pack as well, compared with the unpacked ones",
@@ -56,7 +57,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.progress import ProgressBar
 
     device = resolve_device(options.device)
-    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.source] if has_pipeline(name)]
+    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.kind] if has_pipeline(name)]
     missing = [name for name in pipelines if not has_pipeline(name)]
     if missing:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, check_source, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
@@ -49,7 +50,10 @@ def add(commands: Commands) -> None:
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     config, limits, resume = _what_to_do(options, overrides_of(rest))
-
+    check_source(config.data.source)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        console.print(f"{config.method.name} on {config.data.source}", markup=False, highlight=False, soft_wrap=True)
+    load_torch(console)
     from synco_fast.api import train
     from synco_fast.runtime.files import write_json
 
@@ -116,7 +120,8 @@ def _print_summary(summary: Any, console: Console) -> None:
         return "not evaluated" if share is None else f"{share:.1%}"
 
     done = "" if summary.finished else f", stopped on request: resume with --resume {summary.run}"
-    table = two_columns(f"{summary.method} on {summary.source}: {summary.epochs:g} epochs{done}")
+    epochs = f"{round(summary.epochs, 2):g} epoch{'' if summary.epochs == 1 else 's'}"
+    table = two_columns(f"{summary.method} on {summary.source}: {epochs}{done}")
     rows = [
         ("kNN before", percent(summary.knn_before)),
         ("kNN after", percent(summary.knn_after)),

@@ -117,6 +117,15 @@ class ProgressBar:
         elif time.monotonic() - self._last >= (LINE_EVERY if self._cell is None else _DRAW_EVERY):
             self._line()
 
+    def stage(self, title: str) -> None:
+        """Show another title at once, also in plain lines."""
+        self.title = title
+        if self._bar is not None:
+            self._bar.update(self._task, description=title)
+            self._bar.refresh()
+        else:
+            self._line()
+
     def restart(self, title: str, total: int) -> None:
         """Restart the bar for other work."""
         self.title, self.total, self.done, self._figures = title, total, 0, ()

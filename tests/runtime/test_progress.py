@@ -105,5 +105,17 @@ def test_silence_and_notes():
     assert out.getvalue().splitlines() == ["work", "[red]as it is[/]", "other work: 0 of 2"]
 
 
+def test_another_stage_is_shown_at_once():
+    out = io.StringIO()
+    with ProgressBar(Console(file=out), "starting", 8, unit="step") as bar:
+        bar.stage("evaluation")
+        assert out.getvalue().splitlines() == ["starting: step 0 of 8", "evaluation: step 0 of 8"]
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    with ProgressBar(console, "starting", 8) as bar:
+        bar.stage("evaluation")
+        assert "evaluation" in out.getvalue()
+
+
 def test_clock():
     assert [clock(value) for value in (-1, 0, 125, 3600, 36_000)] == ["0:00", "0:00", "2:05", "1:00:00", "10:00:00"]
