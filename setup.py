@@ -22,6 +22,11 @@ REPORT = ["scikit-learn>=1.4"]
 DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 GENERATOR = ["torchmetrics>=1.4"]
 COMPLETION = ["argcomplete>=3"]
+#: Trackers of metrics, and further places to read images from.
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.10"]
+HF = ["datasets>=2.19"]
+STREAM = ["fsspec[http]>=2024.2"]
 
 
 def packages() -> list[str]:
@@ -97,6 +102,10 @@ setup(
         "dali": DALI,
         "generator": GENERATOR,
         "completion": COMPLETION,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "hf": HF,
+        "stream": STREAM,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",

@@ -71,6 +71,12 @@ class ModelConfig(Section):
     backbone_args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the backbone's constructor"
     )
+    init: str | None = Field(
+        None,
+        min_length=1,
+        description="Weights to start from: a run, a checkpoint, a file, torchvision/NAME or timm/NAME",
+    )
+    init_head: bool = Field(True, description="Start from the projection head as well, where those weights have one")
     small_stem: bool = Field(False, description="Stride-1 stem without max-pooling, for images of about 32 x 32")
     dim: int = Field(128, ge=2, le=65_536, description="D, dimension of the embedding")
     hidden: int | None = Field(
@@ -243,11 +249,13 @@ class TrainingConfig(Section):
     cudnn_benchmark: bool = Field(True, description="cuDNN chooses convolution algorithms by trial, on a GPU")
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds to wait for the other processes")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
-    wandb: str | None = Field(None, description="Weights & Biases project to log to")
+    wandb: str | None = Field(None, min_length=1, description="Weights & Biases project to log to")
+    mlflow: str | None = Field(None, min_length=1, description="MLflow experiment to log to")
     checkpoint_every: int | None = Field(
         None, ge=1, lt=1 << 31, description="Steps between checkpoints; null: one epoch"
     )
     keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints to keep")
+    keep_best: bool = Field(False, description="Keep the checkpoint of the highest kNN as best.pt as well")
 
 
 class EvaluationConfig(Section):
