@@ -39,7 +39,9 @@ Epochs = Annotated[float, Field(ge=0, le=100_000)]
 class DataConfig(Section):
     """Source of the images, and data loading."""
 
-    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER, or demo")
+    source: str = Field(
+        "demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, idx:FOLDER, or demo"
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
     pipeline: PipelineName = Field(
         "auto",

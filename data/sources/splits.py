@@ -16,7 +16,17 @@ from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decod
 from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest
 from synco_fast.data.sources.walk import walk_folder
 
-__all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "Split", "SubsetSplit", "read_image", "share_of"]
+__all__ = [
+    "ArraySplit",
+    "FileSplit",
+    "FolderSplit",
+    "ListSplit",
+    "Split",
+    "SubsetSplit",
+    "read_file",
+    "read_image",
+    "share_of",
+]
 
 
 class Split(Protocol):
@@ -55,10 +65,10 @@ def read_image(file: str | os.PathLike[str], limits: Limits = LIMITS) -> Image.I
     Raises:
         CorruptImageError: The file cannot be read or decoded.
     """
-    return decode_image(_read_file(os.fspath(file), limits), os.fspath(file), limits)
+    return decode_image(read_file(os.fspath(file), limits), os.fspath(file), limits)
 
 
-def _read_file(file: str, limits: Limits) -> bytes:
+def read_file(file: str, limits: Limits) -> bytes:
     """The bytes of a regular file, up to its size when opened.
 
     Raises:
@@ -110,7 +120,7 @@ class FileSplit:
 
     def read_bytes(self, index: int) -> bytes:
         """The file's bytes."""
-        return _read_file(self.name(index), self.limits)
+        return read_file(self.name(index), self.limits)
 
     def read(self, index: int) -> Image.Image:
         """The decoded file; see `decode_image`."""
