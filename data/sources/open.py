@@ -28,6 +28,7 @@ from synco_fast.data.sources.manifest import cache_folder
 from synco_fast.data.sources.parquet import ParquetSplit, find_parquet
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
+from synco_fast.data.sources.stream import StreamSettings, StreamSplit, expand_shards
 
 __all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
 
@@ -197,14 +198,25 @@ def demo_folder() -> Path:
     return cache_folder() / "demo"
 
 
-def open_source(spec: str, limits: Limits = LIMITS) -> Source:
+def open_stream(spec: str, limits: Limits = LIMITS, settings: StreamSettings | None = None) -> Source:
+    """A stream of tar shards, without random access and without held-out images; see `expand_shards`.
+
+    Raises:
+        DataError: There is no such shard.
+    """
+    return Source(f"stream:{spec}", StreamSplit(expand_shards(spec), f"stream:{spec}", settings, limits), None)
+
+
+def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | None = None) -> Source:
     """Open a source by the value of ``--data``.
 
     Args:
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
             ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``hf:NAME`` or ``hf:FOLDER`` for a dataset of
-            the ``datasets`` library; ``idx:FOLDER`` for IDX files; ``demo`` for the demo set, generated on first use.
+            the ``datasets`` library; ``stream:SHARDS`` for tar shards without random access; ``idx:FOLDER`` for IDX
+            files; ``demo`` for the demo set, generated on first use.
         limits: Size limits; larger images count as corrupt.
+        stream: How a stream is read.
 
     Raises:
         DataError: There is no such source, or the prefix is unknown.
@@ -220,11 +232,13 @@ def open_source(spec: str, limits: Limits = LIMITS) -> Source:
         return open_parquet(rest, limits)
     if colon and prefix == "hf":
         return open_hf(rest, limits)
+    if colon and prefix == "stream":
+        return open_stream(rest, limits, stream)
     if colon and prefix == "list":
         return open_list(rest, limits)
     if colon and not Path(spec).exists():
         raise DataError(
-            f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, idx:FOLDER or "
-            "demo"
+            f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, "
+            "idx:FOLDER or demo"
         )
     return open_folder(spec, limits)

@@ -14,6 +14,7 @@ from PIL import Image
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decode_image, encode_pixels
 from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest
+from synco_fast.data.sources.stream import refuse_stream
 from synco_fast.data.sources.walk import walk_folder
 
 __all__ = [
@@ -313,9 +314,13 @@ def share_of(split: Split, share: float) -> Split:
     Args:
         split: The images; labels are ignored.
         share: In (0, 1], rounded to at least one image.
+
+    Raises:
+        DataError: The split is a stream, and ``share`` is below 1.
     """
     if share == 1:
         return split
+    refuse_stream(split, "data.fraction")
     order = np.random.default_rng(0).permutation(len(split))
     numbers = np.sort(order[: max(1, round(share * len(split)))]).astype(np.int64)
     if isinstance(split, ArraySplit):

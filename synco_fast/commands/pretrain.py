@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import SOURCE, add_options, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
@@ -32,9 +32,7 @@ def add(commands: Commands) -> None:
         more="'synco-fast presets NAME' prints every key with its meaning, range and default.",
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
-    command.add_argument(
-        "--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo; short for --data.source"
-    )
+    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source")
     command.add_argument(
         "--init",
         metavar="WEIGHTS",

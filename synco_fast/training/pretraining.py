@@ -144,11 +144,14 @@ class Pretraining:
         self.env = self.control.env
         self.note = Notes()
         resolve_device(training.device)  # before a source is read, which can take long
-        self.source: Source = open_source(config.data.source, config.data.limits)
+        self.source: Source = open_source(config.data.source, config.data.limits, config.data.stream)
         self._evaluate = evaluate if config.evaluation.every else None
+        other = config.evaluation.source if self._evaluate is not None else None
+        #: The images that the periodic evaluation takes.
+        self._labelled = self.source if other is None else open_source(other, config.data.limits)
         self._watch, self._curves = watch, Curves()
         if self._evaluate is not None:
-            self._evaluate.check(config.evaluation, self.source)
+            self._evaluate.check(config.evaluation, self._labelled)
         for line in self.source.notes:
             self.note(line)
         self._train = share_of(self.source.train, config.data.fraction)
@@ -305,7 +308,7 @@ class Pretraining:
         config, epochs = self.config, step / self.steps_per_epoch
         result = self._evaluate(
             self.method.encoder.backbone,
-            self.source,
+            self._labelled,
             config.augment,
             config.evaluation,
             device=self.device,
@@ -395,7 +398,7 @@ class Pretraining:
         return close_run(
             self._folder,
             self.config,
-            self.source,
+            self._labelled,
             steps_per_epoch=self.steps_per_epoch,
             step=step,
             finished=finished,

@@ -116,7 +116,8 @@ def close_run(
 
     Args:
         folder: The run folder.
-        config, source: Configuration and images of the run.
+        config: Configuration of the run.
+        source: The images of its evaluations.
         steps_per_epoch, step, finished: Its progress.
         throughput: Its throughput.
         corrupt: Number of corrupt images.
