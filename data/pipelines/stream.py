@@ -352,5 +352,5 @@ def _joined(parts: list[Batch]) -> Batch:
     return Batch(first, second, images, {image: reason for part in parts for image, reason in part.corrupt.items()})
 
 
-def _as_it_is(part: Batch | str) -> Batch | str:
+def _as_it_is(part: Any) -> Any:
     return part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,26 +126,22 @@ def load_hf(name: str, options: Mapping[str, str], limits: Limits = LIMITS) -> t
                 f"data: found the splits {', '.join(known)} in {title}, expected {chosen}; choose by "
                 f"hf:{name},train=SPLIT,validation=SPLIT"
             )
-    columns = {"image": options.get("image"), "label": options.get("label")}
-    first = HfSplit(splits[train], None, f"{title}/{train}", limits, **columns)
-    if held_out == NONE:
-        return first, None
+
+    def opened(split: str, classes: tuple[str, ...] | None) -> HfSplit:
+        where = f"{title}/{split}"
+        return HfSplit(splits[split], classes, where, limits, image=options.get("image"), label=options.get("label"))
+
+    first = opened(train, None)
     if held_out is not None:
-        return first, HfSplit(splits[held_out], first.classes, f"{title}/{held_out}", limits, **columns)
+        return first, None if held_out == NONE else opened(held_out, first.classes)
     for candidate in _HELD_OUT:
-        # The labels of a test set may be kept secret: -1, or none at all.
-        if candidate in splits and candidate != train and (first.labels is None or _told(splits[candidate], columns)):
-            return first, HfSplit(splits[candidate], first.classes, f"{title}/{candidate}", limits, **columns)
+        if candidate in splits and candidate != train:
+            # The labels of a test set may be kept secret: -1, or none at all.
+            with suppress(DataError):
+                second = opened(candidate, first.classes)
+                if first.labels is None or second.labels is not None:
+                    return first, second
     return first, None
-
-
-def _told(rows: Any, columns: Mapping[str, str | None]) -> bool:
-    """Whether a split's labels are given."""
-    try:
-        labels = HfSplit(rows, **columns).labels
-    except DataError:
-        return False
-    return labels is not None
 
 
 def _load(name: str, config: str | None) -> Mapping[str, Any]:

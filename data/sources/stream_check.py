@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -94,5 +95,5 @@ def check_stream(
     return done
 
 
-def _as_it_is(shard: CheckedShard) -> CheckedShard:
+def _as_it_is(shard: Any) -> Any:
     return shard
