@@ -25,7 +25,7 @@ COMPLETION = ["argcomplete>=3"]
 #: Trackers of metrics, and further places to read images from.
 WANDB = ["wandb>=0.16"]
 MLFLOW = ["mlflow-skinny>=2.10"]
-HF = ["datasets>=2.19"]
+HF = ["datasets>=4"]
 STREAM = ["fsspec[http]>=2024.2"]
 
 
