@@ -81,7 +81,7 @@ class ResidentPipeline:
 
     def _views(self, rows: Tensor, epoch: int, wanted: NDArray[np.int64]) -> Tensor:
         """First views, then second ones, (2 B, 3, size, size) uint8."""
-        count, size = len(wanted), self._recipe.size
+        count, size = len(wanted), self._recipe.size_at(epoch)
         height, width = self._pixels.shape[2:]
         parameters = draw_views(
             self._recipe,

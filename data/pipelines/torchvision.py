@@ -65,7 +65,8 @@ class _Views(Dataset[_Sample]):
             views=np.arange(2),
             sizes=np.tile(pixels.shape[1:], (2, 1)),
         )
-        first, second = (make_view(pixels, parameters[view : view + 1], self.recipe.size) for view in range(2))
+        size = self.recipe.size_at(epoch)
+        first, second = (make_view(pixels, parameters[view : view + 1], size) for view in range(2))
         return first, second, index, corrupt
 
 

@@ -68,6 +68,8 @@ class Auto:
         self._open = {"engine": config.training.engine == "auto", "pipeline": config.data.pipeline == "auto"}
         self.name = choose_pipeline(config.data.pipeline, split, engine.device)
         self.pipeline = self._build(self.name)
+        #: Progressive resizing is measured at its end, whose views are the largest.
+        self._first = config.training.epochs - 1 if config.augment.grows else 0
         #: The choice for each key that is ``auto``; None before it is made.
         self._chosen: dict[str, str] | None = None
 
@@ -122,7 +124,7 @@ class Auto:
     def _measure(self, pipelines: list[PipelineName], steps: int, folder: Path) -> None:
         engine, measured = self._engine, self._open["engine"]
         place = {"step": engine.steps // 2, "epoch": engine.config.training.epochs // 2}
-        batches = [each.to(engine.device) for each in islice(feed(self.pipeline), _BATCHES)]
+        batches = [each.to(engine.device) for each in islice(feed(self.pipeline, self._first), _BATCHES)]
         names, without = engines_for(engine) if measured else ([engine.form], {})
 
         def unless(name: EngineName, seconds: float) -> str | None:
@@ -165,7 +167,9 @@ class Auto:
                     made.close()
                 fed.append(PipelineTrial(name, None, reason or "another process refused it"))
                 continue
-            rate = try_pipeline(self._engine, using, made, self._control, step_seconds=seconds, **place)
+            rate = try_pipeline(
+                self._engine, using, made, self._control, step_seconds=seconds, first=self._first, **place
+            )
             fed.append(PipelineTrial(name, rate))
             if made is not self.pipeline:
                 if rate > best:

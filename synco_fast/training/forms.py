@@ -129,7 +129,8 @@ def _shapes(engine: Engine) -> dict[str, dict[str, Any]]:
     config, method = engine.config, engine.method
     rows = config.training.batch // (engine.env.world * config.training.accumulate)
     found = method.kernel_shapes(rows)
-    layers = _layers(method.encoder.backbone, config.augment.size)
+    sizes = config.augment.ramp(config.training.epochs)
+    layers = [layer for size in sizes for layer in _layers(method.encoder.backbone, size)]
     images = rows * method.views_at_once
     found["norm"] = norm_shapes(images=images, dtype=engine.precision.dtype, layers=layers) if layers else {}
     if method.target is not None:

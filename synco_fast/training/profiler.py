@@ -93,6 +93,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     """
     values = config.model_dump(mode="json")
     values["method"]["warmup_epochs"] = 0
+    values["augment"]["min_size"] = None  # progressive resizing is profiled at its full size
     values["training"]["engine"] = _WITHOUT_GRAPH.get(config.training.engine, config.training.engine)
     config = Config.model_validate(values)
     folder.mkdir(parents=True, exist_ok=True)

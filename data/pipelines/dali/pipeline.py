@@ -76,12 +76,13 @@ class DaliPipeline:
     ) -> None:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         self._recipe, self._seed = recipe, seed
-        number = _gpu_number(device)
+        self._number = number = _gpu_number(device)
         self._reader = Reader(split, replace=True)
         self._loader = self._reader.loader(self._batches, workers, seed)
+        #: The recipe of the epoch's views, whose size the graph is built for.
+        self._sized = recipe.at(0)
         build = partial(
             build_views,
-            recipe,
             batch=self._batches.share,
             device=number,
             threads=threads or available_cores(),
@@ -89,7 +90,7 @@ class DaliPipeline:
             dtype=dtype,
             depth=_DEPTH,
         )
-        self._runner = GraphRunner(build, self._inputs, self._reader, device=number, depth=_DEPTH)
+        self._runner = GraphRunner(lambda: build(self._sized), self._inputs, self._reader, device=number, depth=_DEPTH)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -99,6 +100,7 @@ class DaliPipeline:
         self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._take_size(self._recipe.at(self._batches.epoch))
         for files, views in self._runner.run(self._loader):
             first, second = map(_channels_first, views)
             yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
@@ -107,6 +109,15 @@ class DaliPipeline:
         """End the workers and free DALI's memory; the pipeline yields nothing afterwards."""
         self._runner.close()
         del self._loader
+
+    def _take_size(self, recipe: Recipe) -> None:
+        """Rebuild the graph where the views of an epoch have another size than those before."""
+        if recipe.size == self._sized.size:
+            return
+        self._sized = recipe
+        if self._number is not None:
+            torch.cuda.synchronize(self._number)  # the memory of views that the encoder may still read is the graph's
+        self._runner.close()
 
     def _inputs(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
         draw = partial(
