@@ -1,9 +1,9 @@
 """The record of progressive resizing: images a second by side of the views, and kNN at equal time and equal epochs.
 
-``python -m synco_fast.bench.experiments.progressive`` measures steps of ``synco-r50-fast`` at each of its sides, then
-trains on a part of Fashion-MNIST with views of one side and with views that grow, over seeds. Everything runs on one
-thread of this process and is timed by its processor time, so that other load on the machine counts for little. Runs
-that are there already are not repeated.
+``python -m synco_fast.bench.experiments.progressive`` measures steps of ``synco-r50-fast`` at each side. Then it
+trains on a part of Fashion-MNIST and on the demo images, with views of one side and with views that grow, over seeds.
+Everything runs on one thread of this process and is timed by its processor time, so that other load on the machine
+counts for little. Runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -29,22 +29,18 @@ from synco_fast.training.loop import Trainer
 from synco_fast.training.pretraining import Pretraining
 
 _PRESET, _BATCH, _ROUNDS = "synco-r50-fast", 8, 3
-#: What the arms of the comparison change, by title.
-ARMS: dict[str, dict[str, Any]] = {
-    "32 throughout": {"training.epochs": 4},
-    "16 to 32, equal time": {
-        "training.epochs": 7,
-        "augment.min_size": 16,
-        "augment.size_step": 8,
-        "augment.start_ramp": 2,
-        "augment.end_ramp": 5,
+_GROWING = {"augment.min_size": 16, "augment.size_step": 8}
+#: By preset: what the arms of the comparison change, by title.
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    "fashion-mnist": {
+        "32 throughout": {"training.epochs": 4},
+        "growing, equal time": {"training.epochs": 7, **_GROWING, "augment.start_ramp": 2, "augment.end_ramp": 5},
+        "growing, equal epochs": {"training.epochs": 4, **_GROWING, "augment.start_ramp": 1, "augment.end_ramp": 3},
     },
-    "16 to 32, equal epochs": {
-        "training.epochs": 4,
-        "augment.min_size": 16,
-        "augment.size_step": 8,
-        "augment.start_ramp": 1,
-        "augment.end_ramp": 3,
+    "demo": {
+        "32 throughout": {"training.epochs": 6},
+        "growing, equal time": {"training.epochs": 10, **_GROWING, "augment.start_ramp": 3, "augment.end_ramp": 8},
+        "growing, equal epochs": {"training.epochs": 6, **_GROWING, "augment.start_ramp": 1, "augment.end_ramp": 4},
     },
 }
 
@@ -69,13 +65,15 @@ def rates(sides: list[int]) -> dict[int, list[float]]:
     return found
 
 
-def arm(title: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def arm(preset: str, title: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One run: kNN before and after it, and the processor time of its training."""
-    folder = options.runs / f"{title.replace(',', '').replace(' ', '-')}-{seed}"
+    folder = options.runs / f"{preset}-{title.replace(',', '').replace(' ', '-')}-{seed}"
     if (folder / "result.json").exists():
         return read_json(folder / "result.json")
-    overrides = {"data.source": options.data, "data.fraction": options.fraction, "data.workers": 0, "seed": seed}
-    config = load_config("fashion-mnist", {**overrides, "training.device": "cpu", "evaluation.every": 0, **ARMS[title]})
+    overrides = {"data.workers": 0, "seed": seed, "training.device": "cpu", "evaluation.every": 0}
+    if preset == "fashion-mnist":
+        overrides |= {"data.source": options.data, "data.fraction": options.fraction}
+    config = load_config(preset, {**overrides, **ARMS[preset][title]})
     clock = {"begun": 0.0, "ended": 0.0}
 
     def before(run: Trainer[Any]) -> None:
@@ -89,6 +87,7 @@ def arm(title: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     run = Trainer(task, folder, console=Console(quiet=True), before_step=before, after_step=after)
     summary = run.run()
     result = {
+        "preset": preset,
         "title": title,
         "seed": seed,
         "epochs": config.training.epochs,
@@ -136,23 +135,24 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"The {epochs} epochs of the preset ({', '.join(f'{count} at {side}' for side, count in ramp.items())}) have "
-        f"{pixels:.2f} of the pixels of {epochs} epochs at {largest}. By these rates they take {spent:.2f} of their time.",
+        f"{pixels:.2f} of the pixels of {epochs} at {largest}. By these rates they take {spent:.2f} of its time.",
         "",
-        f"Fashion-MNIST, preset `fashion-mnist` on {record['fraction']:.0%} of the training images, SynCo, evaluated at "
-        "32 pixels; kNN as in training, mean over seeds:",
-        "",
-        "| views | epochs by side | steps | seconds | kNN | by seed |",
-        "|---|---|---|---|---|---|",
-        f"| before training | | | | {record['before']['mean']:.1%} | "
-        f"{', '.join(f'{value:.1%}' for value in record['before']['values'])} |",
+        f"Whole runs of two presets, `fashion-mnist` on {record['fraction']:.0%} of its training images and `demo`, "
+        "evaluated at 32 pixels; seconds of training; kNN as in training, mean over seeds:",
     ]
-    for title, found in record["arms"].items():
-        shown = ", ".join(f"{count} at {side}" for side, count in found["ramp"].items())
-        values = ", ".join(f"{value:.1%}" for value in found["after"]["values"])
-        lines.append(
-            f"| {title} | {shown} | {found['steps']:,} | {found['seconds']['mean']:.0f} | {found['after']['mean']:.1%} | "
-            f"{values} |"
-        )
+    for preset, found in record["runs"].items():
+        before = ", ".join(f"{value:.1%}" for value in found["before"]["values"])
+        lines += [
+            "",
+            f"| `{preset}` | epochs by side | steps | seconds | kNN | by seed |",
+            "|---|---|---|---|---|---|",
+            f"| before training | | | | {found['before']['mean']:.1%} | {before} |",
+        ]
+        for title, one in found["arms"].items():
+            shown = ", ".join(f"{count} at {side}" for side, count in one["ramp"].items())
+            values = ", ".join(f"{value:.1%}" for value in one["after"]["values"])
+            cells = [title, shown, f"{one['steps']:,}", f"{one['seconds']['mean']:.0f}", f"{one['after']['mean']:.1%}"]
+            lines.append(f"| {' | '.join(cells)} | {values} |")
     environment = record["environment"]
     lines += [
         "",
@@ -166,7 +166,7 @@ def main() -> None:
     """Run what is missing, then write the record."""
     parser = argparse.ArgumentParser(description="Record progressive resizing: speed by side, kNN at equal time.")
     parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
-    parser.add_argument("--fraction", type=float, default=0.15, help="of the training images")
+    parser.add_argument("--fraction", type=float, default=0.3, help="of the training images")
     parser.add_argument("--runs", type=Path, default=Path("runs/progressive"), help="where the runs go")
     parser.add_argument("--record", type=Path, default=Path("bench/records/progressive"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -178,22 +178,30 @@ def main() -> None:
     measured = options.runs / "rates.json"
     if not measured.exists():
         measured.write_text(json.dumps(rates(list(ramp))), encoding="utf-8")
-    found = {title: [arm(title, seed, options) for seed in options.seeds] for title in ARMS}
+    found = {
+        preset: {title: [arm(preset, title, seed, options) for seed in options.seeds] for title in arms}
+        for preset, arms in ARMS.items()
+    }
     record = {
         "environment": describe_environment(),
         "rates": read_json(measured),
-        "ramp": ramp,
+        "ramp": {str(side): epochs for side, epochs in ramp.items()},
         "fraction": options.fraction,
         "seeds": options.seeds,
-        "before": over_seeds([one["before"] for one in found["32 throughout"]]),
-        "arms": {
-            title: {
-                "ramp": runs[0]["ramp"],
-                "steps": runs[0]["steps"],
-                "seconds": over_seeds([one["seconds"] for one in runs]),
-                "after": over_seeds([one["after"] for one in runs]),
+        "runs": {
+            preset: {
+                "before": over_seeds([one["before"] for one in arms["32 throughout"]]),
+                "arms": {
+                    title: {
+                        "ramp": runs[0]["ramp"],
+                        "steps": runs[0]["steps"],
+                        "seconds": over_seeds([one["seconds"] for one in runs]),
+                        "after": over_seeds([one["after"] for one in runs]),
+                    }
+                    for title, runs in arms.items()
+                },
             }
-            for title, runs in found.items()
+            for preset, arms in found.items()
         },
     }
     options.record.mkdir(parents=True, exist_ok=True)

@@ -101,6 +101,11 @@ class Recipe(Section):
         rounded = (2 * exact + self.size_step * length) // (2 * self.size_step * length) * self.size_step
         return min(max(rounded, self.min_size), self.size)
 
+    @property
+    def sides(self) -> list[int]:
+        """All sides of the views in training, smallest first."""
+        return sorted({self.size_at(epoch) for epoch in range(self.end_ramp + 1)}) if self.grows else [self.size]
+
     def ramp(self, epochs: int) -> dict[int, int]:
         """Epochs by side of the views, smallest first, of a run of so many epochs."""
         return dict(Counter(self.size_at(epoch) for epoch in range(epochs)))

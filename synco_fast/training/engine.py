@@ -113,7 +113,7 @@ class Engine:
         if compiled:
             if self._compiled is None:
                 keep_compile_cache()
-                allow_shapes(len(self.config.augment.ramp(self.config.training.epochs)))
+                allow_shapes(len(self.config.augment.sides))
                 self._compiled = (
                     Compiled(query, "the query encoder", lambda line: self.note(line)),
                     Compiled(key, "the key encoder", lambda line: self.note(line)),

@@ -129,8 +129,7 @@ def _shapes(engine: Engine) -> dict[str, dict[str, Any]]:
     config, method = engine.config, engine.method
     rows = config.training.batch // (engine.env.world * config.training.accumulate)
     found = method.kernel_shapes(rows)
-    sizes = config.augment.ramp(config.training.epochs)
-    layers = [layer for size in sizes for layer in _layers(method.encoder.backbone, size)]
+    layers = [layer for side in config.augment.sides for layer in _layers(method.encoder.backbone, side)]
     images = rows * method.views_at_once
     found["norm"] = norm_shapes(images=images, dtype=engine.precision.dtype, layers=layers) if layers else {}
     if method.target is not None:

@@ -97,6 +97,23 @@ def test_an_epoch_given_up_in_the_middle_leaves_no_trace(split, name):
     assert all(same(a, b) for a, b in zip(epoch(pipe, 1), epoch(fresh, 1), strict=True))
 
 
+def test_views_grow_by_epoch_and_are_those_of_a_recipe_of_that_size(split, name):
+    """Also where an epoch begins in its middle, on a share of the ranks, and going back."""
+    growing = Recipe(size=32, min_size=16, size_step=8, start_ramp=0, end_ramp=3)
+    pipe, shares = (
+        build_pipeline(split, growing, name=name, batch=8, seed=3, workers=0, rank=0, world=world) for world in (1, 2)
+    )
+    for number, size in ((0, 16), (1, 24), (2, 24), (3, 32), (0, 16)):
+        fixed = build_pipeline(split, Recipe(size=size), name=name, batch=8, seed=3, workers=0)
+        theirs = epoch(fixed, number, start=2)
+        for found, half, wanted in zip(
+            epoch(pipe, number, start=2), epoch(shares, number, start=2), theirs, strict=True
+        ):
+            assert found.first.shape == (8, 3, size, size)
+            assert same(found, wanted)
+            assert torch.equal(half.second, wanted.second[:4])
+
+
 def test_loading_leaves_the_global_generator_alone(split, name):
     torch.manual_seed(0)
     before = torch.get_rng_state()
