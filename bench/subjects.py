@@ -93,6 +93,17 @@ OPTIMIZERS = {
 }
 
 #: Data pipelines; the first is the one that the others are held against.
-PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")
+#: those that end in ``-fused`` make their views by the kernels, on a GPU.
+PIPELINES = (
+    "pil",
+    "torchvision",
+    "dali",
+    "dali-windows",
+    "dali-fused",
+    "resident-32",
+    "resident-32-fused",
+    "torchvision-packed",
+    "dali-packed",
+)
 #: What is measured unless asked otherwise, by source.
-PIPELINES_OF = {"photos": PIPELINES[:5], "packed": ("pil", "torchvision", "dali", *PIPELINES[5:])}
+PIPELINES_OF = {"photos": PIPELINES[:7], "packed": ("pil", "torchvision", "dali", *PIPELINES[7:])}

@@ -26,6 +26,7 @@ from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json
 from synco_fast.runtime.names import EngineName
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import choose_views
 from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_engines, try_pipeline
 
@@ -66,6 +67,7 @@ class Auto:
         self._engine, self._split, self._control, self._note = engine, split, control, note
         config = engine.config
         self._open = {"engine": config.training.engine == "auto", "pipeline": config.data.pipeline == "auto"}
+        self._kept: dict[str, Any] | None = None
         self.name = choose_pipeline(config.data.pipeline, split, engine.device)
         self.pipeline = self._build(self.name)
         #: Progressive resizing is measured at its end, whose views are the largest.
@@ -78,6 +80,15 @@ class Auto:
         return open_pipeline(
             engine.config, self._split, device=engine.device, dtype=engine.precision.dtype, name=name, env=engine.env
         )
+
+    def begin(self, kept: dict[str, Any] | None) -> None:
+        """Choose what makes the pipeline's views; all processes call it, before the first batch.
+
+        Args:
+            kept: `synco_fast.training.forms.forms_state` of the resumed checkpoint, as in `choose_forms`.
+        """
+        self._kept = kept
+        choose_views(self._engine, self._control, self.pipeline, kept=kept)
 
     def settle(self, steps: int, folder: Path) -> bool:
         """Choose for each key that is ``auto``, once, by measurement if many steps remain; all processes call it.
@@ -167,6 +178,9 @@ class Auto:
                     made.close()
                 fed.append(PipelineTrial(name, None, reason or "another process refused it"))
                 continue
+            form = self._engine.forms.get("augment")
+            if made is not self.pipeline:
+                choose_views(self._engine, self._control, made, kept=self._kept)
             rate = try_pipeline(
                 self._engine, using, made, self._control, step_seconds=seconds, first=self._first, **place
             )
@@ -174,6 +188,9 @@ class Auto:
             if made is not self.pipeline:
                 if rate > best:
                     self.name, self.pipeline, made = name, made, self.pipeline
+                else:
+                    self._engine.forms.pop("augment", None)
+                    self._engine.forms |= {} if form is None else {"augment": form}
                 made.close()
             best = max(best, rate)
             if best >= SERVES * need:

@@ -187,6 +187,7 @@ class Pretraining:
         """Choose the implementation of each part of a step, and let the method read its data."""
         self._folder = folder
         choose_forms(self.engine, self.control, kept=self._kept)
+        self._auto.begin(self._kept)
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
 

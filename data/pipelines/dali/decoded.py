@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from synco_fast.data.errors import DataError
-from synco_fast.data.pipelines.dali.graph import Inputs, _decoder_options, _on_device, _source
+from synco_fast.data.pipelines.dali.graph import Inputs, _decoder_options, _source
 from synco_fast.data.pipelines.dali.reader import EncodedBatch
 from synco_fast.data.pipelines.fused import WORDS
 
@@ -36,8 +36,10 @@ class Decoded(NamedTuple):
 
 @pipeline_def  # type: ignore[untyped-decorator]
 def _decoding() -> Any:
-    images = fn.decoders.image(_source("encoded"), **_decoder_options())
-    return images, _on_device(_source("words"))
+    words = _source("words")
+    if Pipeline.current().device_id is not None:
+        words = words.gpu()
+    return fn.decoders.image(_source("encoded"), **_decoder_options()), words
 
 
 def build_decoding(*, batch: int, device: int | None, threads: int, depth: int) -> Pipeline:
