@@ -34,13 +34,13 @@ _GROWING = {"augment.min_size": 16, "augment.size_step": 8}
 ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "demo": {
         "32 throughout": {"training.epochs": 6},
-        "growing, equal time": {"training.epochs": 10, **_GROWING, "augment.start_ramp": 3, "augment.end_ramp": 8},
         "growing, equal epochs": {"training.epochs": 6, **_GROWING, "augment.start_ramp": 1, "augment.end_ramp": 4},
+        "growing, equal time": {"training.epochs": 7, **_GROWING, "augment.start_ramp": 2, "augment.end_ramp": 5},
+        "growing, longer": {"training.epochs": 10, **_GROWING, "augment.start_ramp": 3, "augment.end_ramp": 8},
     },
     "fashion-mnist": {
         "32 throughout": {"training.epochs": 4},
-        "growing, equal time": {"training.epochs": 7, **_GROWING, "augment.start_ramp": 2, "augment.end_ramp": 5},
-        "growing, equal epochs": {"training.epochs": 4, **_GROWING, "augment.start_ramp": 1, "augment.end_ramp": 3},
+        "growing, equal time": {"training.epochs": 5, **_GROWING, "augment.start_ramp": 1, "augment.end_ramp": 3},
     },
 }
 
