@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -175,7 +177,9 @@ def test_parameters_survive_their_packing():
     )
     words = packed(drawn)
     assert (words.shape, words.dtype) == ((count, WORDS), np.int32)
-    for name, values in unpacked(torch.from_numpy(words)).items():
+    found = unpacked(torch.from_numpy(words))
+    assert set(found) == {field.name for field in fields(drawn)}
+    for name, values in found.items():
         wanted = torch.from_numpy(getattr(drawn, name))
         assert torch.equal(values, wanted.to(values.dtype)), name
         assert values.is_floating_point() == wanted.is_floating_point()
