@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "evaluation": _IMAGENET_KNN,
     },
     "synco-r50-fast": {
-        "about": "SynCo for 200 epochs at 0.55 of the pixels: views grow from 128 to 224; accuracy not measured",
+        "about": "SynCo for 200 epochs at 0.55 of the pixels, views growing from 128 to 224; accuracy not measured",
         "augment": {"min_size": 128, "start_ramp": 100, "end_ramp": 160},
         "method": {"name": "synco"},
         "training": {"epochs": 200},
