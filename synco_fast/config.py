@@ -324,6 +324,11 @@ class Config(Section):
             )
         if self.model.sync_batch_norm and groups > 1:
             raise ConfigError(f"model.batch_norm_groups: found {groups}, expected 1 beside model.sync_batch_norm")
+        if self.augment.grows and self.augment.end_ramp >= self.training.epochs:
+            raise ConfigError(
+                f"augment.end_ramp: found {self.augment.end_ramp}, expected below {self.training.epochs} "
+                "(training.epochs), or augment.min_size null: the last epochs must see views of full size"
+            )
         extra = extra_of(self)
         if extra is not None:
             extra.check(self)

@@ -34,6 +34,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"epochs": 800},
         "evaluation": _IMAGENET_KNN,
     },
+    "synco-r50-fast": {
+        "about": "SynCo for 200 epochs at 0.55 of the pixels, views growing from 128 to 224; accuracy not measured",
+        "augment": {"min_size": 128, "start_ramp": 100, "end_ramp": 160},
+        "method": {"name": "synco"},
+        "training": {"epochs": 200},
+        "evaluation": _IMAGENET_KNN,
+    },
     "mochi-r50-200": {
         "about": "MoCHi (1024, 512, 256): ImageNet, ResNet-50, 200 epochs",
         "method": {"name": "mochi", "warmup_epochs": 15},

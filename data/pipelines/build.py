@@ -100,8 +100,8 @@ def build_pipeline(
         seed: Seed of order and views, together with the epoch.
         name: The pipeline; see `choose_pipeline`.
         device: Where the encoder is; the CPU by default.
-        dtype: The encoder's dtype. DALI on a GPU normalises to it (to float16 for bfloat16, which keeps all eight bits
-            of a pixel); the others yield uint8.
+        dtype: The encoder's dtype. Fused kernels normalise to it, and so does DALI on a GPU (to float16 for bfloat16,
+            which keeps all eight bits of a pixel); the others yield uint8.
         workers: Processes that read and decode, by default one for each core.
         decode: How DALI decodes.
         rank, world: Rank of this process, and number of processes.
@@ -124,7 +124,7 @@ def build_pipeline(
         )
     if chosen == "resident":
         return ResidentPipeline(
-            split, recipe, batch=batch, seed=seed, device=device, workers=workers, rank=rank, world=world
+            split, recipe, batch=batch, seed=seed, device=device, dtype=dtype, workers=workers, rank=rank, world=world
         )
     if chosen == "dali":
         from synco_fast.data.pipelines.dali.pipeline import DaliPipeline
@@ -141,6 +141,7 @@ def build_pipeline(
             device=device,
             dtype=views,
             decode=decode,
+            fused_dtype=dtype,
             rank=rank,
             world=world,
         )

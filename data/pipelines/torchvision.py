@@ -66,7 +66,8 @@ def views_of(image: Image.Image, recipe: Recipe, *, seed: int, epoch: int, wante
         views=np.arange(2),
         sizes=np.tile(pixels.shape[1:], (2, 1)),
     )
-    first, second = (make_view(pixels, parameters[view : view + 1], recipe.size) for view in range(2))
+    size = recipe.size_at(epoch)
+    first, second = (make_view(pixels, parameters[view : view + 1], size) for view in range(2))
     return first, second
 
 

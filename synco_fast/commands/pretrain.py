@@ -126,6 +126,7 @@ def _print_summary(summary: Any, console: Console) -> None:
     done = "" if summary.finished else f", stopped on request: resume with --resume {summary.run}"
     epochs = f"{round(summary.epochs, 2):g} epoch{'' if summary.epochs == 1 else 's'}"
     table = two_columns(f"{summary.method} on {summary.source}: {epochs}{done}")
+    by_size = summary.images_per_second_by_size
     rows = [
         ("kNN before", percent(summary.knn_before)),
         ("kNN after", percent(summary.knn_after)),
@@ -135,6 +136,7 @@ def _print_summary(summary: Any, console: Console) -> None:
             "images per second",
             f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",
         ),
+        ("by size of views", ", ".join(f"{size} px {rate:,.0f}" for size, rate in by_size.items())),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
         ("corrupt images", f"{summary.corrupt_images}"),
         ("implementation", ", ".join(f"{part} {form['name']}" for part, form in summary.forms.items())),
@@ -144,6 +146,6 @@ def _print_summary(summary: Any, console: Console) -> None:
         ("augmented pairs", summary.pairs),
     ]
     for name, value in rows:
-        if name != "corrupt images" or summary.corrupt_images:
+        if value and (name != "corrupt images" or summary.corrupt_images):
             table.add_row(name, value, style="bold" if name == "kNN after" else None)
     console.print(table)

@@ -91,6 +91,9 @@ def write_card(
             "seed": str(config.seed),
         }
     recipe = config.augment
+    if recipe.grows and not weights.imported:
+        ramp = recipe.ramp(config.training.epochs).items()
+        rows["views in training"] = ", ".join(f"{epochs} epochs of {size} pixels" for size, epochs in ramp)
     rows["input"] = (
         f"RGB in [0, 1], short side to {recipe.resize} pixels, central crop of {recipe.size}, minus mean "
         f"{recipe.mean}, divided by {recipe.std}"

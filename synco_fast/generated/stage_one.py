@@ -117,6 +117,9 @@ class GeneratorTraining:
         """Remember the run folder."""
         self._folder = folder
 
+    def view_size(self, step: int) -> None:
+        """None: the images have one size."""
+
     def round_end(self, step: int) -> int:
         """The next step at which a sheet, KID or a checkpoint is due."""
         return min(

@@ -176,7 +176,7 @@ class Trainer(Generic[SummaryT]):
         task, title = self.task, self.task.title(self.step)
         end = min(self.steps, task.round_end(self.step))
         batches = iter(task.batches(self.step))
-        self.throughput.begin()
+        self.throughput.begin(task.view_size(self.step))
         while self.step < end and not self.stopping.agreed:
             asked = time.perf_counter()
             batch = next(batches)

@@ -35,6 +35,7 @@ from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
+from synco_fast.training.trials import try_largest
 from synco_fast.training.writers import TRACKERS, MetricLog
 
 __all__ = ["Curves", "Evaluate", "Evaluation", "Pretraining", "Watch"]
@@ -179,6 +180,8 @@ class Pretraining:
         self._kept: dict[str, Any] | None = None
         #: The highest kNN of a checkpoint so far.
         self._best_knn = 0.0
+        #: The side of the views at hand, with progressive resizing.
+        self._resized: int | None = None
 
     @property
     def pipeline(self) -> Pipeline:
@@ -199,12 +202,18 @@ class Pretraining:
             self.note(load_initial(self.method.encoder, read_initial(model.init, model), model), None)
             self.method.start_from_encoder()
         choose_forms(self.engine, self.control, kept=self._kept)
+        self._auto.begin(self._kept)
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
 
     def round_end(self, step: int) -> int:
         """The end of the epoch."""
         return (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+
+    def view_size(self, step: int) -> int | None:
+        """That of the epoch, with progressive resizing."""
+        recipe = self.config.augment
+        return recipe.size_at(step // self.steps_per_epoch) if recipe.grows else None
 
     def batches(self, step: int) -> Iterator[Batch]:
         """The batches from a step to the end of its epoch; plots the run's first pairs.
@@ -216,6 +225,11 @@ class Pretraining:
             environment = self._folder / "environment.json"
             write_json(environment, {**read_json(environment), **self.facts})
         epoch, done = divmod(step, self.steps_per_epoch)
+        if self._resized is None:
+            try_largest(self.engine, step)
+        if self._resized != self.view_size(step):
+            self._resized = self.view_size(step)
+            self.note(f"epoch {epoch + 1}: views of {self._resized} pixels", None)
         self.pipeline.set_epoch(epoch, done)
         pairs = self._folder / "plots" / "pairs.png"
         undrawn = self.env.is_main and not is_whole(pairs)
@@ -263,13 +277,18 @@ class Pretraining:
     # -- what is shown and logged -------------------------------------------------------------------------------
 
     def title(self, step: int) -> str:
-        """The epoch."""
-        return f"epoch {step // self.steps_per_epoch + 1}/{self.config.training.epochs}"
+        """The epoch, and the side of its views with progressive resizing."""
+        size = self.view_size(step)
+        shown = "" if size is None else f", {size} px"
+        return f"epoch {step // self.steps_per_epoch + 1}/{self.config.training.epochs}{shown}"
 
     def figures(self, step: int, speed: dict[str, float]) -> tuple[dict[str, float], list[str]]:
         """Means of the method's metrics, learning rate, throughput, and current values."""
         values = self.engine.means.pop()
         values |= {"epoch": step / self.steps_per_epoch, "lr": self.engine.rate(step - 1), **speed}
+        size = self.view_size(step - 1)
+        if size is not None:
+            values["view_size"] = float(size)
         values |= self.engine.figures(step)
         further, warnings = self.method.figures(values, step)
         values |= further

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Summary:
     few, evaluations and checkpoints. ``best``, with `training.keep_best`, has ``knn``, ``epoch``, ``step`` and
     ``checkpoint`` of the best checkpoint. ``forms`` names the implementation of each part of a step, and why it was
     chosen.
+    ``images_per_second_by_size`` has the images per second by side of the views; empty if it does not change.
     """
 
     method: str
@@ -51,6 +52,7 @@ class Summary:
     checkpoint: str
     curves: str
     pairs: str
+    images_per_second_by_size: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the environment beside it."""
@@ -157,6 +159,7 @@ def close_run(
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),
         pairs=str(folder / "plots" / "pairs.png"),
+        images_per_second_by_size=throughput.images_per_second_by_size,
     )
     if writes:
         title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"

@@ -119,6 +119,10 @@ class Task(Protocol[SummaryT]):
         """The step at which the round of step ``step`` ends."""
         ...
 
+    def view_size(self, step: int) -> int | None:
+        """Side of the views of a step, counted from 0, if it changes during the run."""
+        ...
+
     def batches(self, step: int) -> Iterable[Any]:
         """The batches from a step to the end of its round."""
         ...
