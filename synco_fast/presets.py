@@ -104,7 +104,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "warmup_epochs": 3,
             "mask_same_image": True,
         },
-        "optimizer": {"lr": 0.04, "weight_decay": 5e-4, "warmup_epochs": 0.1},
+        "optimizer": {"lr": 0.03, "weight_decay": 5e-4, "warmup_epochs": 0.1},
         "training": {"epochs": 20, "batch": 128},
         "evaluation": {"every": 1, "k": 20, "train_images": 10000, "images": 5000},
     },
