@@ -98,10 +98,10 @@ STATED: dict[str, Stated] = {
     ),
     # On ordinary features no row goes the slow way.
     "fill": Stated(
-        dict.fromkeys(("if tl.max(m_row.to(tl.int32)) > 0", "for tile in", "for begin in"), _NEVER),
+        dict.fromkeys(("if tl.max(b_flag) > 0", "for tile in", "for begin in"), _NEVER),
         lambda launch, shape: 4.0 * launch.programs,
     ),
-    "choose": Stated({"if tl.load(p_flag + row) != 0": _NEVER}),
+    "choose": Stated({"for number in": _NEVER}),
     "mix": Stated({"if available > 0": _ALWAYS, "if tl.max(cancelled.to(tl.int32), axis=0) > 0": _NEVER}, _mix),
     "reduce": Stated(moved=_reduce),
 }

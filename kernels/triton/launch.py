@@ -252,7 +252,9 @@ def _launch(
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
         room = both.view(torch.int32)[: at_once * length].view(at_once, length)
-        full_select(q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form)
+        full_select(
+            q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form, not capacity
+        )
 
     # Step four.
     families = table(negatives)
