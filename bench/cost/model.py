@@ -72,7 +72,8 @@ class Cost:
         resident, waves: Programs that a multiprocessor holds at once, and how often all are filled.
         instructions: Warp instructions of the whole launch.
         requested: Bytes that the warps ask of L2 and give to it, by the machine code.
-        l2: Bytes through L2: ``requested``, or as stated.
+        l2: Bytes through L2 in whole sectors: ``requested``, or as stated.
+        used: Those of them that are used.
         hbm: Bytes of inputs read here first.
         flops: Of tensor cores; None where the machine code does not tell (compute capability 10.0).
         bounds: Microseconds of each bound by name.
@@ -93,6 +94,7 @@ class Cost:
     instructions: float
     requested: float
     l2: float
+    used: float
     hbm: float
     flops: float | None
     bounds: dict[str, float]
@@ -149,7 +151,7 @@ def _cost(
     fullest = math.ceil(launch.programs / device.processors)
     at_once = min(resident, fullest)
     requested = (counts.loaded + counts.stored) * launch.programs
-    l2 = stated.moved(launch, shape) if stated.moved else requested
+    used, l2 = stated.moved(launch, shape) if stated.moved else (requested, requested)
     hbm = _first_read(launch, counts.loaded * launch.programs, seen)
     warp_clocks = fullest * launch.warps / device.clock
     issue = counts.instructions * warp_clocks / 4 / device.issue
@@ -183,6 +185,7 @@ def _cost(
         instructions=counts.instructions * launch.warps * launch.programs,
         requested=requested,
         l2=l2,
+        used=used,
         hbm=hbm,
         flops=None if capability >= 100 else counts.flops * launch.programs,
         bounds=bounds,
@@ -203,10 +206,11 @@ def _first_read(launch: Launch, loaded: float, seen: set[int]) -> float:
 
 
 def total(costs: Sequence[Cost]) -> dict[str, float]:
-    """Sums over the launches: warp instructions, bytes through L2 and from HBM, modelled microseconds."""
+    """Sums over the launches: warp instructions, bytes through L2 (and used) and from HBM, modelled microseconds."""
     return {
         "instructions": sum(cost.instructions for cost in costs),
         "l2": sum(cost.l2 for cost in costs),
+        "used": sum(cost.used for cost in costs),
         "hbm": sum(cost.hbm for cost in costs),
         "microseconds": sum(cost.microseconds for cost in costs),
     }
