@@ -1,12 +1,14 @@
-"""The slow path of the selection: Q^N from all similarities of a row. On ordinary features no row comes here.
+"""Slow path of the selection: Q^N from all similarities of a row. Ordinary features never need it.
 
-Rows are flagged on the device, so the launches are the same whatever happens, and cost next to nothing where nothing is
-flagged. There is room for the similarities of a fixed number of rows. `fill` writes those of the first flagged rows, as
-integers in the numbers' order, tile by tile as in the scan; then `choose`, a program for each place of the room, finds
-the N-th largest by radix (four histograms of eight bits) and stores the keys above it, with as many of its equals as
-are missing, in the order of the queue. Where more rows are flagged than there is room for, a program goes on with
-others and fills its place itself. Counts are whole numbers, so nothing depends on scheduling. Exact for every input and
-every N up to K, in a room of a fixed size and without a wait for the host.
+Rows are flagged on the device, so the launches are always the same and cost next to nothing if no row is flagged. The
+buffer holds the similarities of a fixed number of rows. `fill` writes those of the first flagged rows to all K keys, as
+order-preserving integers, tile by tile as in the scan. Then `choose`, one program for each row of the buffer, finds the
+N-th largest by radix selection (four histograms of eight bits). It stores the keys above it and as many ties as are
+missing, in queue order. If more rows are flagged than the buffer holds, each program of `choose` goes on with another
+row and computes its similarities alone.
+
+Counts are integers, so nothing depends on scheduling. The result is exact for every input and every N up to K. The
+buffer has a fixed size, and the host never waits.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -23,14 +25,14 @@ from synco_fast.kernels.triton.select import ordered
 
 __all__ = ["choose", "fill", "full_select", "rows_at_once"]
 
-#: Bytes of similarities held at a time, where a row does not need more.
+#: Bytes of similarities held at a time, unless a single row needs more.
 _ROOM = 32 << 20
-#: Programs that share the keys of a block of rows.
+#: Programs that split the keys for one block of rows.
 _SPLITS = 64
 
 
 def rows_at_once(rows: int, length: int) -> int:
-    """For how many of B rows the similarities to K keys, of four bytes each, are held at a time."""
+    """Number of rows, of B, whose similarities to K keys (four bytes each) are held at a time."""
     return min(rows, max(1, _ROOM // (4 * length)))
 
 
@@ -47,16 +49,19 @@ def full_select(
     form: Form,
     every: bool = False,
 ) -> None:
-    """Write Q^N of the flagged rows, in the order of the queue, with -inf and 0 beyond the keys that a row may use.
+    """Write Q^N of the flagged rows, in queue order.
+
+    If a row may use fewer than N keys, the rest of its Q^N is -inf with index 0.
 
     Args:
         q, queue: (B, D) and (K, D).
         images, queue_images, available: From `compact_ids`; None without a mask.
-        flag: Not 0 for the rows that are wanted, (B,) int32.
-        room: Space to work in, (`rows_at_once`, K) int32.
-        hard_index, hard_similarity: Where to, (B, N) int32 and float32; rows that are not flagged stay as they are.
-        form: How similarities are multiplied.
-        every: Whether all rows are known to be flagged: then they take turns in the room.
+        flag: (B,) int32, nonzero for the rows to select.
+        room: Scratch space, (`rows_at_once`, K) int32.
+        hard_index, hard_similarity: Outputs, (B, N) int32 and float32. Rows that are not flagged stay unchanged.
+        form: Number formats and tile sizes of the products.
+        every: Whether all rows are flagged by their shape alone. Then `fill` and `choose` are launched for as many rows
+            at a time as the buffer holds.
     """
     (rows, dim), length, hard = q.shape, len(queue), hard_index.shape[1]
     keys = min(form.keys, TILE)
@@ -82,7 +87,7 @@ def full_select(
             len(room),
             D=dim,
             PIECE=form.piece,
-            # What the scan multiplies in fewer bits counts in float32 here.
+            # Where the scan uses lower precision than float32, the slow path uses float32.
             DOT=tl.float32 if form.margin else form.dot,
             PRECISION="ieee" if form.margin else form.precision,
             MASKED=masked,
@@ -149,7 +154,7 @@ def fill(
         before = tl.sum((tl.load(p_flag + o_before, o_before < tl.minimum(begin, B), 0) != 0).to(tl.int32))
         b_place = before + tl.cumsum(b_flag, 0) - 1
         m_row = (b_flag != 0) & (b_place < places)
-        # Blocks of rows behind those that there is room for have nothing to do.
+        # Row blocks beyond the buffer have nothing to do.
         turns = tl.where(before < places, tiles, 0)
         if MASKED:
             image = tl.load(p_image + o_row, m_row, 0)
@@ -273,7 +278,7 @@ def choose(
         b_number = tl.cumsum(b_flag, 0) - 1
         row = tl.sum(tl.where((b_flag != 0) & (b_number == number), o_row, 0)).to(tl.int64)
         if number >= places:
-            # No thread reads the row before any more, and none the next before all of it is written.
+            # All threads have read the row before, and none reads the next before it is written.
             tl.debug_barrier()
             _fill_alone(p_q, p_queue, p_image, p_queue_image, p_room, row, K, D, DIM, MASKED, KEYS)
             tl.debug_barrier()
