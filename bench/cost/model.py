@@ -207,7 +207,7 @@ def _first_read(launch: Launch, loaded: float, seen: set[int]) -> float:
 
 
 def total(costs: Sequence[Cost]) -> dict[str, float]:
-    """Sums over the launches: warp instructions, bytes through L2 (all and used) and from HBM, modelled microseconds."""
+    """Sums over the launches: warp instructions, bytes through L2 (all, used) and from HBM, modelled microseconds."""
     return {
         "instructions": sum(cost.instructions for cost in costs),
         "l2": sum(cost.l2 for cost in costs),

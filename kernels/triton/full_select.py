@@ -161,7 +161,7 @@ def fill(
         for tile in range(turns):
             o_key = (tl.program_id(1) * tiles + tile) * KEYS + tl.arange(0, KEYS)
             m_key = o_key < K
-            b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_key, D, PIECE, DOT, PRECISION, False)
+            b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_key, D, PIECE, DOT, PRECISION, None)
             if MASKED:
                 queue_image = tl.load(p_queue_image + o_key, m_key, -1)
                 b_similarity = tl.where(image[:, None] == queue_image[None, :], float("-inf"), b_similarity)
