@@ -15,9 +15,11 @@ from torch.nn.functional import normalize
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.triton import config, launch
 from synco_fast.kernels.validation import Inputs
+from tests.support.rotation import todays
 
 
-@pytest.mark.parametrize("dim", [24, 80], ids=["q split beforehand", "q split a piece at a time"])
+# At 24 numbers q is split beforehand, at 80 a piece at a time.
+@pytest.mark.parametrize("dim", todays([24, 80]))
 def test_three_products(monkeypatch, answer, within, dim):
     q, queue = (normalize(torch.randn(rows, dim), dim=1) for rows in (2, 200))
     queue[::50] = q[0]
