@@ -1,6 +1,8 @@
 """The progress bar on terminals of several widths, and the plain lines that stand for it."""
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -54,6 +56,42 @@ def test_without_a_terminal_and_on_a_dumb_one_it_is_plain_lines(monkeypatch, ter
         "epoch 1/2: step 20 of 100  loss 0.9  1:20 left",
         "epoch 1/2: step 100 of 100  loss 0.5",
     ]
+
+
+def test_a_notebook_has_one_element_that_is_replaced(monkeypatch, capsys):
+    """What IPython is asked to show; a kernel is a shell with a ``kernel``."""
+    now, shown = [100.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+
+    def display(content, *, raw, display_id):
+        assert (raw, display_id) == (True, True)
+        shown.append(("new", content))
+        return SimpleNamespace(update=lambda content, *, raw: shown.append(("replaced", content)))
+
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    console = progress.open_console()
+    with ProgressBar(console, "epoch 1/2", 100, unit="step") as bar:
+        bar.advance(10, "loss <1.0>")
+        now[0] += 1
+        bar.advance(10)
+        bar.note("a line")
+        bar.advance(80)
+    assert [kind for kind, _ in shown] == ["new", "replaced", "replaced"]
+    assert [content["text/plain"] for _, content in shown] == [
+        "epoch 1/2: step 0 of 100",
+        "epoch 1/2: step 20 of 100  loss <1.0>  0:04 left",
+        "epoch 1/2: step 100 of 100  loss <1.0>",
+    ]
+    assert 'value="20" max="100"' in shown[1][1]["text/html"]
+    assert "loss &lt;1.0&gt;" in shown[1][1]["text/html"]
+    assert capsys.readouterr().out == "a line\n"
+    with ProgressBar(Console(quiet=True), "silent", 1), ProgressBar(Console(file=io.StringIO()), "elsewhere", 1):
+        pass
+    assert len(shown) == 3
+    shell.kernel = None
+    assert not progress.in_notebook(), "IPython in a terminal"
 
 
 def test_silence_and_notes():
