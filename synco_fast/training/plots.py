@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.kernels import FAMILIES
@@ -157,14 +158,16 @@ def draw_pairs(batch: Batch, path: Path, *, pairs: int = 24) -> None:
     count = min(pairs, len(batch.image_ids))
     columns = 6
     rows = -(-count // columns)
-    figure = Figure(figsize=(columns * 1.9, rows * 1.15 + 0.5), layout="constrained")
+    # Far more space than inside a pair.
+    layout = ConstrainedLayoutEngine(wspace=0.15)
+    figure = Figure(figsize=(columns * 1.9, rows * 1.15 + 0.5), layout=layout)
     figure.suptitle("pairs of views, as the encoder saw them before normalisation", fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False)
     for place, axes in enumerate(grid.flat):
         axes.axis("off")
         if place < count:
             views = [part[place].permute(1, 2, 0).numpy() for part in (batch.first, batch.second)]
-            gap = np.full((views[0].shape[0], max(1, views[0].shape[1] // 16), 3), 255, np.uint8)
+            gap = np.full((views[0].shape[0], max(1, views[0].shape[1] // 64), 3), 255, np.uint8)
             axes.imshow(np.concatenate([views[0], gap, views[1]], axis=1), interpolation="nearest")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)

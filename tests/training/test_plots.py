@@ -1,8 +1,14 @@
 """The panels of a run's picture and of its report are the same, and mark where synthetic negatives begin."""
 
-from matplotlib.figure import Figure
+from itertools import groupby
 
-from synco_fast.training.plots import PANELS, draw_curves, draw_panel, synthetic_start
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from synco_fast.data.pipelines.base import Batch
+from synco_fast.training.plots import PANELS, draw_curves, draw_pairs, draw_panel, synthetic_start
 
 
 def train(step: int, **values: float) -> dict:
@@ -38,3 +44,15 @@ def test_a_picture_of_everything_and_of_nothing(tmp_path):
     draw_curves([], tmp_path / "empty.png", title="run", chance=None)
     for name in ("curves.png", "empty.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_are_told_apart_by_their_gaps(tmp_path):
+    """The white gap between two pairs is several times the one between the views of a pair."""
+    dark = torch.zeros(12, 3, 32, 32, dtype=torch.uint8)
+    draw_pairs(Batch(dark, dark.clone(), torch.arange(12)), tmp_path / "pairs.png")
+    with Image.open(tmp_path / "pairs.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    row = pixels[(pixels < 100).sum(axis=1).argmax()] > 128
+    inside = [len(list(run)) for white, run in groupby(row) if white][1:-1]
+    assert len(inside) == 11, "six pairs a row"
+    assert min(inside[1::2]) > 4 * max(inside[::2])
