@@ -509,19 +509,3 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
     shutil.rmtree(image_folder / "val")
     refused(DataError, "found no held-out split")
     assert trainer(tiny({"evaluation.every": 0}), tmp_path).steps == 8
-
-
-@pytest.mark.slow
-def test_the_lines_of_the_page_on_training(tmp_path, monkeypatch):
-    """As they are printed, at one small step."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    small = {"training.batch": 8, "data.workers": 0, "evaluation.train_images": 40, "evaluation.images": 20}
-    few = {"training.max_steps": 1, "training.device": "cpu", **small}
-    assert '{"training.max_steps": 20}' in block
-    monkeypatch.chdir(tmp_path)
-    found: dict = {}
-    exec(block.replace('{"training.max_steps": 20}', repr(few)), found)
-    assert found["summary"].steps == 1
-    assert found["summary"].knn_after is not None
-    assert (tmp_path / "runs" / "mine" / "summary.json").is_file()
