@@ -22,6 +22,10 @@ REPORT = ["scikit-learn>=1.4"]
 DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 GENERATOR = ["torchmetrics>=1.4"]
 COMPLETION = ["argcomplete>=3"]
+#: An example that a test runs.
+LIGHTNING = ["lightning>=2.4"]
+#: The website; ruff formats the signatures in its reference.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.6"]
 
 
 def packages() -> list[str]:
@@ -40,8 +44,12 @@ def version() -> str:
 
 
 def long_description() -> str:
-    """The README without links into the checkout, which lead nowhere on a package index; their text stays."""
+    """The README without its pictures and links into the checkout, which lead nowhere on a package index.
+
+    The text of the links stays.
+    """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^\]]*\]\((?!https?://).*\n+", "", text, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]+\)", r"\1", text)
 
 
@@ -97,6 +105,7 @@ setup(
         "dali": DALI,
         "generator": GENERATOR,
         "completion": COMPLETION,
+        "docs": DOCS,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
@@ -112,6 +121,7 @@ setup(
             *DALI,
             *GENERATOR,
             *COMPLETION,
+            *LIGHTNING,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

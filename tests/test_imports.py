@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("synco_fast.presets", "synco_fast.loss", "synco_fast.methods.*"),
     ("synco_fast.training", "synco_fast.evaluation", "synco_fast.export", "synco_fast.generated"),
     ("synco_fast.report",),
-    ("synco_fast.bench", "synco_fast.study"),
+    ("synco_fast.api", "synco_fast.bench", "synco_fast.study"),
     ("synco_fast.commands",),
     ("synco_fast.cli",),
     # Public names, imported when they are used.

@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that run on this machine by default")
     command.add_argument(
         "--source",
+        dest="kind",
         choices=tuple(PIPELINES_OF),
         default="photos",
         help="packed: the same photos after data pack as well, compared with the unpacked ones",
@@ -57,7 +58,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
     device = resolve_device(options.device)
     here = [name for name in PIPELINES if has_pipeline(name, device)]
-    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.source] if name in here]
+    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.kind] if name in here]
     missing = [name for name in pipelines if name not in here]
     if missing:
         why = "the kernels run on CUDA devices" if missing[0].endswith("-fused") else "DALI is not installed"

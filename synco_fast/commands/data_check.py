@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import SOURCE, add_options
+from synco_fast.commands.options import SOURCE, add_options, load_torch
 from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add(commands: Commands) -> None:
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    load_torch(console)
     from synco_fast.data.errors import printable
     from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
     from synco_fast.runtime.environment import describe_environment

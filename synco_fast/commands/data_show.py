@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import SOURCE, path
+from synco_fast.commands.options import SOURCE, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 
@@ -41,6 +41,7 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png")
     overrides = overrides_of(rest) | {"data.source": options.source}
     config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
+    load_torch(console)
     from synco_fast.data.pipelines.build import choose_pipeline
     from synco_fast.data.sources.open import open_source
     from synco_fast.runtime.precision import Precision, resolve_device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, check_source, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config, TrainingConfig
-    from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["add"]
 
@@ -50,20 +50,15 @@ def add(commands: Commands) -> None:
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     config, limits, resume = _what_to_do(options, overrides_of(rest))
-
-    from synco_fast.evaluation.health import contraction
-    from synco_fast.evaluation.knn import PeriodicKnn
-    from synco_fast.runtime.distributed import DistEnv, init_distributed
+    check_source(config.data.source)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        console.print(f"{config.method.name} on {config.data.source}", markup=False, highlight=False, soft_wrap=True)
+    load_torch(console)
+    from synco_fast.api import train
     from synco_fast.runtime.files import write_json
-    from synco_fast.training.loop import Trainer
-    from synco_fast.training.pretraining import Pretraining
 
-    env = DistEnv.detect()
-    with init_distributed(env, config.training.device, timeout=config.training.timeout) as control:
-        folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction, limits=limits)
-        summary = Trainer(task, folder, resume=resume, console=console).run()
-    if env.is_main:
+    trainer, summary = train(config, out=options.out, resume=resume, limits=limits, console=console)
+    if trainer.env.is_main:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
         _print_summary(summary, console)
@@ -120,30 +115,13 @@ def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | N
         return None, options.out
 
 
-def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
-    """The folder of a new run; rank 0 chooses it, since the name holds the time."""
-    from synco_fast.runtime.errors import UserError
-    from synco_fast.training.run_folder import choose_run_folder
-
-    chosen: Path | UserError | None = None
-    if control.env.is_main:
-        try:
-            chosen = choose_run_folder(out, config.preset)
-        except UserError as error:
-            chosen = error
-    chosen = control.broadcast(chosen)
-    if isinstance(chosen, UserError):
-        raise chosen
-    assert chosen is not None
-    return chosen
-
-
 def _print_summary(summary: Any, console: Console) -> None:
     def percent(share: float | None) -> str:
         return "not evaluated" if share is None else f"{share:.1%}"
 
     done = "" if summary.finished else f", stopped on request: resume with --resume {summary.run}"
-    table = two_columns(f"{summary.method} on {summary.source}: {summary.epochs:g} epochs{done}")
+    epochs = f"{round(summary.epochs, 2):g} epoch{'' if summary.epochs == 1 else 's'}"
+    table = two_columns(f"{summary.method} on {summary.source}: {epochs}{done}")
     by_size = summary.images_per_second_by_size
     rows = [
         ("kNN before", percent(summary.knn_before)),

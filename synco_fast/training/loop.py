@@ -125,9 +125,25 @@ class Trainer(Generic[SummaryT]):
         self.log: MetricLog = open_log(
             self.folder, self.step, config, evaluated=evaluated, wandb=settings.wandb, writes=self.env.is_main
         )
-        self.reporter = Reporter(self.console, self.steps, self.step)
+        log = self.folder / "train.log" if self.env.is_main else None
+        self.reporter = Reporter(self.console, self.steps, self.step, log)
         task.note.show_by(self.reporter.note)
         self.control.last_words = self._last_words
+        try:
+            self._train()
+        except BaseException as error:
+            self.reporter.write(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            task.close()
+            self.reporter.close()
+            self.log.close()
+        summary = task.summary(self.step, finished=not self.stopping.agreed, throughput=self.throughput)
+        self.control.broadcast(None)
+        return summary
+
+    def _train(self) -> None:
+        """Train, evaluate and save to the end of the run, or until it is asked to stop."""
         try:
             with self.stopping.on_signals():
                 # Without this save, every later resume from the same checkpoint would repeat the evaluation.
@@ -148,13 +164,7 @@ class Trainer(Generic[SummaryT]):
             if error.errno in UNWRITABLE:
                 raise self._unwritten(error) from error
             raise
-        finally:
-            task.close()
-            self.reporter.close()
-            self.log.close()
-        summary = task.summary(self.step, finished=not self.stopping.agreed, throughput=self.throughput)
-        self.control.broadcast(None)
-        return summary
+        self.reporter.write(f"stopped on request at step {self.step:,}" if self.stopping.agreed else "finished")
 
     def _train_round(self) -> None:
         """Train to the end of the round, the end of the run, or a stop."""
@@ -202,6 +212,7 @@ class Trainer(Generic[SummaryT]):
         due = self.task.evaluation_due(self.step) and self.evaluated_at != self.step
         if due:
             self.evaluated_at = self.step
+            self.reporter.stage("evaluation")
             self.task.evaluate(self.step, self.log)
             self.control.broadcast(None)
         return due

@@ -253,6 +253,7 @@ class Pretraining:
         config = self.config
         forms = {
             **self.engine.forms,
+            "precision": Form(self.engine.precision.name, f"training.precision={config.training.precision}"),
             "views": Form(self._auto.name, f"data.pipeline={config.data.pipeline}"),
             "engine": Form(self.engine.form, f"training.engine={config.training.engine}"),
         }
@@ -321,7 +322,7 @@ class Pretraining:
         )
         self.corrupt_images.excluded(result.corrupt)
         log.write("evaluation", step, {"epoch": epochs, "knn": result.accuracy})
-        self.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
+        self.note(f"epoch {round(epochs, 2):g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
 
     def describe_step(self, step: int) -> str:
         """Number and epoch, counted from 1."""

@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from synco_fast.config import Config, read_config
 from synco_fast.data.pipelines.base import Batch
+from synco_fast.evaluation.context import EvalOptions
+from synco_fast.evaluation.knn import evaluate_knn
 from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError, UserError
@@ -38,7 +40,10 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     summary = pretrain(config, tmp_path / "run")
     run = tmp_path / "run"
     assert read_config(run / "config.yaml") == config
-    assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__.partition("+")[0]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.partition("+")[0]
+    chosen = {part: form["name"] for part, form in environment["forms"].items()}
+    assert (chosen["views"], chosen["precision"]) == ("torchvision", "fp32"), "what auto became"
     lines = read_metrics(run)
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 9))
@@ -59,6 +64,18 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     screen = (run / "screen.txt").read_text()
     assert "epoch 2: kNN" in screen
     assert "data wait" in screen
+    log = [line[21:] for line in (run / "train.log").read_text().splitlines()]
+    assert log[0] == "starting: 0 of 8 steps done"
+    assert sum(line.startswith("epoch 2/2: step 8 of 8  loss ") for line in log) == 1
+    assert any(line.startswith("epoch 2: kNN") for line in log)
+    assert log[-1] == "finished"
+
+
+def test_evaluate_knn_repeats_the_accuracy_of_training(tiny, tmp_path):
+    """Both compute in float32 whatever the encoder was trained in."""
+    summary = pretrain(tiny({"training.precision": "bf16", "training.epochs": 1}), tmp_path / "run")
+    found = evaluate_knn(tmp_path / "run", EvalOptions(workers=0))
+    assert (found["precision"], found["knn"]) == ("fp32", summary.knn_after)
 
 
 @pytest.mark.slow
