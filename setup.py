@@ -26,6 +26,11 @@ COMPLETION = ["argcomplete>=3"]
 LIGHTNING = ["lightning>=2.4"]
 #: The website; ruff formats the signatures in its reference.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.6"]
+#: Trackers of metrics, and further places to read images from.
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.10"]
+HF = ["datasets>=4"]
+STREAM = ["fsspec[http]>=2024.2"]
 
 
 def packages() -> list[str]:
@@ -106,6 +111,10 @@ setup(
         "generator": GENERATOR,
         "completion": COMPLETION,
         "docs": DOCS,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "hf": HF,
+        "stream": STREAM,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",

@@ -30,9 +30,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # Public names, imported when they are used.
     ("synco_fast", "synco_fast.__main__"),
 )
-#: On one floor: who may use whom. Evaluations read checkpoints; stage one of generated pairs is a task of the trainer.
+#: On one floor: who may use whom. Evaluations read checkpoints, a run may start from one, and stage one of generated
+#: pairs is a task of the trainer.
 BESIDE = {
     ("synco_fast.evaluation", "synco_fast.export"),
+    ("synco_fast.training", "synco_fast.export"),
     ("synco_fast.generated", "synco_fast.training"),
 }
 

@@ -49,7 +49,7 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
     from synco_fast.training.plots import draw_pairs
 
     device = resolve_device(config.training.device)
-    split = open_source(config.data.source, config.data.limits).train
+    split = open_source(config.data.source, config.data.limits, config.data.stream).train
     chosen = choose_pipeline(config.data.pipeline, split, device)
     dtype = Precision(config.training.precision, device).dtype
     pipeline = open_pipeline(config, split, device=device, dtype=dtype, batch=min(options.pairs, len(split)))

@@ -30,7 +30,7 @@ __all__ = [
     "print_result",
 ]
 
-SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo"
+SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER or demo"
 CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 

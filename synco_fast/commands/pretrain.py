@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, check_source, load_torch, path
+from synco_fast.commands.options import SOURCE, add_options, check_source, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
@@ -32,8 +32,11 @@ def add(commands: Commands) -> None:
         more="'synco-fast presets NAME' prints every key with its meaning, range and default.",
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
+    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source")
     command.add_argument(
-        "--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo; short for --data.source"
+        "--init",
+        metavar="WEIGHTS",
+        help="start from a run, a checkpoint, a file of weights, torchvision/NAME or timm/NAME; short for --model.init",
     )
     command.add_argument("--seed", type=int, help="seed of weights, order, views and draws")
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
@@ -72,7 +75,7 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.run_config import read_run_config
 
-    for key, value in (("data.source", options.data), ("seed", options.seed)):
+    for key, value in (("data.source", options.data), ("seed", options.seed), ("model.init", options.init)):
         if value is not None:
             overrides[key] = value
     values, resume = None, None
@@ -81,8 +84,8 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
             raise ConfigError("continue: found without --out or beside --resume, expected --config PRESET --out RUN")
         values, resume = _begun(options)
     elif options.resume is not None:
-        if options.config is not None or options.out is not None:
-            raise ConfigError("resume: found --config or --out beside it, expected --section.key VALUE alone")
+        if options.config is not None or options.out is not None or options.init is not None:
+            raise ConfigError("resume: found --config, --out or --init beside it, expected --section.key VALUE alone")
         values, resume = read_run_config(options.resume), options.resume
     elif options.config is None:
         raise ConfigError("config: found none, expected --config PRESET, or --resume RUN; see 'synco-fast presets'")
@@ -119,6 +122,7 @@ def _print_summary(summary: Any, console: Console) -> None:
     def percent(share: float | None) -> str:
         return "not evaluated" if share is None else f"{share:.1%}"
 
+    best = summary.best
     done = "" if summary.finished else f", stopped on request: resume with --resume {summary.run}"
     epochs = f"{round(summary.epochs, 2):g} epoch{'' if summary.epochs == 1 else 's'}"
     table = two_columns(f"{summary.method} on {summary.source}: {epochs}{done}")
@@ -126,6 +130,7 @@ def _print_summary(summary: Any, console: Console) -> None:
     rows = [
         ("kNN before", percent(summary.knn_before)),
         ("kNN after", percent(summary.knn_after)),
+        *([("best kNN", f"{best['knn']:.1%} at epoch {best['epoch']:g}: {best['checkpoint']}")] if best else []),
         ("chance", percent(summary.chance)),
         (
             "images per second",

@@ -171,14 +171,15 @@ def for_features(options: EvalOptions) -> EvalOptions:
 
 
 def source_of(weights: Weights, options: EvalOptions) -> str:
-    """The source given in the options, else the run's own.
+    """The source given in the options, else the one that the run was evaluated on.
 
     Raises:
         ConfigError: Imported weights record no source.
     """
     if options.data is None and weights.imported:
         raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint records no images")
-    return options.data or weights.config.data.source
+    config = weights.config
+    return options.data or config.evaluation.source or config.data.source
 
 
 def folder_of(weights: Weights, options: EvalOptions) -> Path:

@@ -222,7 +222,8 @@ def check_periodic_knn(evaluation: EvaluationConfig, source: Source) -> None:
     """
     if not evaluation.every:
         return
-    train, _ = labelled_splits(source, " for kNN; --evaluation.every 0 pretrains without")
+    hint = " for kNN; --evaluation.source SOURCE takes other images, --evaluation.every 0 pretrains without"
+    train, _ = labelled_splits(source, hint)
     bank = min(len(train), evaluation.train_images or len(train))
     if evaluation.k > bank:
         raise ConfigError(f"evaluation.k: found {evaluation.k}, expected up to {bank}, the images to choose from")

@@ -69,6 +69,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     return [
         ("kNN before", percent(summary.get("knn_before"))),
         ("kNN after", percent(run.knn)),
+        *([("best kNN", f"{best['knn']:.1%}, epoch {best['epoch']:g}")] if (best := summary.get("best")) else []),
         ("linear", percent(run.linear)),
         ("chance", percent(run.chance)),
         ("epochs", f"{summary.get('epochs', 0):.3g}"),

@@ -97,7 +97,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     values["training"]["engine"] = _WITHOUT_GRAPH.get(config.training.engine, config.training.engine)
     config = Config.model_validate(values)
     folder.mkdir(parents=True, exist_ok=True)
-    split = open_source(config.data.source, config.data.limits).train
+    split = open_source(config.data.source, config.data.limits, config.data.stream).train
     notes: list[str] = []
     engine = Engine(config, len(split) // config.training.batch, note=notes.append)
     choose_forms(engine, HostGroup(DistEnv()))

@@ -27,9 +27,10 @@ from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError, UserError
 from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import JsonlLogger, read_metrics
+from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
 from synco_fast.training.run_folder import describe_run
+from synco_fast.training.writers import JsonlWriter
 from tests.support.rotation import todays
 
 from ..support.training import assert_identical, figures, newest, pretrain, screen, stop_after, trainer
@@ -61,6 +62,8 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     assert summary.chance == pytest.approx(1 / 3)
     assert summary.knn_after == lines[-1]["knn"]
     assert Path(summary.checkpoint).is_file()
+    assert summary.best is None
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004.pt", "step-00000008.pt"]
     screen = (run / "screen.txt").read_text()
     assert "epoch 2: kNN" in screen
     assert "data wait" in screen
@@ -409,14 +412,14 @@ def test_nothing_that_is_not_finite_is_saved_as_good(tiny, tmp_path):
 
 
 def test_a_disk_that_is_full_ends_the_run_in_one_line(tiny, tmp_path, monkeypatch):
-    write = JsonlLogger.write
+    write = JsonlWriter.write
 
     def full(self, kind, step, values):
         if step == 6:
             raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
         write(self, kind, step, values)
 
-    monkeypatch.setattr(JsonlLogger, "write", full)
+    monkeypatch.setattr(JsonlWriter, "write", full)
     with pytest.raises(UserError, match="found no way to write it at step 6") as caught:
         pretrain(tiny({"evaluation.every": 0}), tmp_path / "run")
     assert re.search(r"\(No space left on device\); a checkpoint takes 0\.\d MiB; ", str(caught.value))
