@@ -326,7 +326,7 @@ def test_run_folder_and_checkpoint_name_the_forms(tiny, tmp_path, served, monkey
     monkeypatch.setattr(momentum, "_note", lambda reason: None)
     summary = trainer(tiny(short), tmp_path / "run", console=console).run()
     expected = {"loss": "triton", "norm": "native", "momentum": "triton"}
-    others = {"views": "torchvision", "engine": "eager"}
+    others = {"views": "torchvision", "engine": "eager", "precision": "fp32"}
     assert {part: form["name"] for part, form in summary.forms.items()} == expected | others
     for file in ("environment.json", "summary.json"):
         found = json.loads((tmp_path / "run" / file).read_text())["forms"]
