@@ -38,7 +38,9 @@ def finish_views(views: Tensor, parameters: ViewParameters) -> Tensor:
     for operation in OPERATIONS:
         if operation.name != "crop":
             views = APPLY[operation.name](views, parameters)
-    return views.add_(0.5).to(torch.uint8)
+    views = views.add_(0.5)
+    # On a CPU two conversions cost a third of one: PyTorch converts floats to uint8 one by one.
+    return (views.to(torch.int16) if views.device.type == "cpu" else views).to(torch.uint8)
 
 
 def jitter(views: Tensor, parameters: ViewParameters) -> Tensor:
