@@ -9,7 +9,7 @@ executor lacks one (tests/data/test_operations.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations
 from typing import Any
@@ -65,6 +65,13 @@ class ViewParameters:
 
     def __getitem__(self, rows: slice | NDArray[np.int64]) -> ViewParameters:
         return ViewParameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    @classmethod
+    def join(cls, parts: Sequence[ViewParameters]) -> ViewParameters:
+        """The views of several, one after the other."""
+        return cls(
+            **{field.name: np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)}
+        )
 
     def steps(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """The jitter as a sequence of (part, rows) that applies the parts to every row in its own order.

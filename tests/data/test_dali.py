@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,9 +17,13 @@ from tests.data.test_pipelines import damage, epoch, special
 if not has_dali():
     pytest.skip("DALI is not installed", allow_module_level=True)
 
+from synco_fast.data.augment.draw import draw_views
 from synco_fast.data.pipelines.dali import reader as dali_reader
+from synco_fast.data.pipelines.dali.finish import finish_crops
+from synco_fast.data.pipelines.dali.graph import build_crops
 from synco_fast.data.pipelines.dali.pipeline import DaliPipeline, dali_evaluation
 from synco_fast.data.pipelines.torchvision import evaluation_loader
+from synco_fast.data.workers import start_threads
 
 RECIPE = Recipe(size=16)
 
@@ -72,7 +77,7 @@ def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch
     def wrong(batch):
         found = inputs(batch)
         if len(batch) > 1:
-            found["extent_0"] = found["extent_0"][:, :1]
+            found["end_0"] = found["end_0"][:, :1]
         return found
 
     monkeypatch.setattr(pipe._runner, "_inputs", wrong)
@@ -85,6 +90,33 @@ def test_both_ways_to_decode_make_the_same_views(folder, decode):
     for batch, other in zip(epoch(pipeline(folder, decode=decode), 1), epoch(pipeline(folder), 1), strict=True):
         assert torch.equal(batch.image_ids, other.image_ids)
         assert (batch.second.int() - other.second.int()).abs().float().mean() < 1.5
+
+
+def test_the_graph_has_few_operators():
+    """Sources of the files and of two crops, the decoder and two resizes; a graph of all operations had 310."""
+    counts = [
+        len(build_crops(RECIPE, batch=2, device=None, threads=1, decode=decode, depth=1)._ops)
+        for decode in ("once", "windows")
+    ]
+    assert counts == [8, 9]
+
+
+def test_one_core_a_thread_makes_the_views_of_one_thread():
+    before = torch.get_num_threads()
+    crops = [torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8) for _ in range(2)]
+    options = {"seed": 0, "epoch": 0, "images": np.arange(5), "sizes": np.tile([40, 50], (5, 1))}
+    drawn = [draw_views(RECIPE, views=np.full(5, view), **options) for view in range(2)]
+    with start_threads(3) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {1}
+        assert torch.get_num_threads() == before
+        for one, other in zip(
+            finish_crops(crops, drawn, RECIPE, torch.uint8, pool),
+            finish_crops(crops, drawn, RECIPE, torch.uint8),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == before
 
 
 def test_evaluation_is_that_of_the_portable_pipeline(folder):

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from synco_fast.data.augment.draw import draw_views
+from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Decode
-from synco_fast.data.pipelines.dali.graph import build_evaluation, build_views, evaluation_inputs, view_inputs
+from synco_fast.data.pipelines.dali.finish import finish_crops
+from synco_fast.data.pipelines.dali.graph import build_crops, build_evaluation, crop_inputs, evaluation_inputs
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
 from synco_fast.data.pipelines.epochs import EpochBatches, Position
 from synco_fast.data.sources.splits import Split
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import available_cores, start_threads
 
 __all__ = ["DaliPipeline", "dali_evaluation"]
 
@@ -75,21 +76,22 @@ class DaliPipeline:
         world: int = 1,
     ) -> None:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
-        self._recipe, self._seed = recipe, seed
+        self._recipe, self._dtype = recipe, dtype
         number = _gpu_number(device)
-        self._reader = Reader(split, replace=True)
+        self._reader = Reader(split, replace=True, draw=partial(_draw, recipe, seed))
         self._loader = self._reader.loader(self._batches, workers, seed)
         build = partial(
-            build_views,
+            build_crops,
             recipe,
             batch=self._batches.share,
             device=number,
             threads=threads or available_cores(),
             decode=decode,
-            dtype=dtype,
             depth=_DEPTH,
         )
-        self._runner = GraphRunner(build, self._inputs, self._reader, device=number, depth=_DEPTH)
+        inputs = partial(_crop_inputs, decode)
+        self._runner = GraphRunner(build, inputs, self._reader, device=number, depth=_DEPTH)
+        self._pool = start_threads(threads or available_cores()) if number is None else None
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -99,20 +101,25 @@ class DaliPipeline:
         self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
-        for files, views in self._runner.run(self._loader):
-            first, second = map(_channels_first, views)
+        for files, crops in self._runner.run(self._loader):
+            first, second = finish_crops(crops, files.views, self._recipe, self._dtype, self._pool)
             yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
 
     def close(self) -> None:
         """End the workers and free DALI's memory; the pipeline yields nothing afterwards."""
         self._runner.close()
+        if self._pool is not None:
+            self._pool.shutdown()
         del self._loader
 
-    def _inputs(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
-        draw = partial(
-            draw_views, self._recipe, seed=self._seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes
-        )
-        return view_inputs([draw(views=np.full(len(files), view)) for view in range(2)], self._recipe)
+
+def _draw(recipe: Recipe, seed: int, files: EncodedBatch) -> tuple[ViewParameters, ...]:
+    draw = partial(draw_views, recipe, seed=seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes)
+    return tuple(draw(views=np.full(len(files), view)) for view in range(2))
+
+
+def _crop_inputs(decode: Decode, files: EncodedBatch) -> dict[str, NDArray[Any]]:
+    return crop_inputs(files.views, decode)
 
 
 class _InOrder(Sampler[list[Position]]):
