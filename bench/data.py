@@ -31,7 +31,7 @@ from synco_fast.data.sources.pack import PackSettings, pack_source
 from synco_fast.data.sources.splits import FileSplit, SubsetSplit
 from synco_fast.data.workers import available_cores
 
-__all__ = ["has_pipeline", "make_photos", "measure_pipelines"]
+__all__ = ["busy_seconds", "has_pipeline", "make_photos", "measure_pipelines"]
 
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
@@ -88,8 +88,9 @@ def measure_pipelines(
         tick: Called after each round of each pipeline.
 
     Returns:
-        For each: images per second of every round and their median, views per second, and the share of the machine's
-        cores that it took, None where the system does not tell.
+        For each: images per second of every round and their median; views per second; processor time an image in
+        milliseconds, of this process and the workers, every round and the median; and the share of the machine's cores
+        that it took. The last two are None where the system does not tell.
     """
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -98,18 +99,21 @@ def measure_pipelines(
             pipe = _pipeline(name, folder, names, device, batch, workers, recipe)
             stack.enter_context(closing(pipe))
             streams.append(_endless(pipe))
-            found.append({"pipeline": name, "rounds": [], "busy": []})
+            found.append({"pipeline": name, "rounds": [], "processor_rounds": []})
         for _ in range(rounds):
             for result, stream in zip(found, streams, strict=True):
                 images, busy = _round(stream, device, seconds, settle=2 * workers + 4)
                 result["rounds"].append(images)
-                result["busy"].append(busy)
+                result["processor_rounds"].append(None if busy is None else 1e3 * busy)
                 tick()
     for result in found:
         result["images_per_second"] = statistics.median(result["rounds"])
         result["views_per_second"] = 2 * result["images_per_second"]
-        shares = [share for share in result.pop("busy") if share is not None]
-        result["core_share"] = statistics.median(shares) if shares else None
+        told = None not in result["processor_rounds"]
+        processor = statistics.median(result["processor_rounds"]) if told else None
+        result["processor_milliseconds"] = processor
+        share = None if processor is None else 1e-3 * processor * result["images_per_second"] / available_cores()
+        result["core_share"] = share
     return found
 
 
@@ -182,19 +186,17 @@ def _endless(pipe: Pipeline) -> Iterator[Batch]:
 
 
 def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
-    """Images per second and the share of busy cores, after the batches that lay ready are consumed."""
+    """Images per second and processor seconds an image, after the batches that lay ready are consumed."""
     for _ in range(settle):
         next(stream).to(device)
     _wait(device)
-    images, busy, start = 0, _busy_seconds(), time.perf_counter()
+    images, busy, start = 0, busy_seconds(), time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = next(stream).to(device)
         images += len(batch.image_ids)
     _wait(device)
-    spent = time.perf_counter() - start
-    after = _busy_seconds()
-    cores = available_cores()
-    return images / spent, None if busy is None or after is None else (after - busy) / (spent * cores)
+    spent, after = time.perf_counter() - start, busy_seconds()
+    return images / spent, None if busy is None or after is None else (after - busy) / images
 
 
 def _wait(device: torch.device) -> None:
@@ -202,7 +204,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _busy_seconds() -> float | None:
+def busy_seconds() -> float | None:
     """Processor time of this process and its workers so far; Linux alone tells that of live ones."""
     total = 0.0
     for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):

@@ -17,7 +17,18 @@ from torch.nn.functional import interpolate, pad
 
 from synco_fast.data.augment.draw import OPERATIONS, ViewParameters
 
-__all__ = ["APPLY", "BLUR_SIGMAS", "LUMA", "blur", "crop_and_resize", "finish_views", "grayscale", "jitter", "solarize"]
+__all__ = [
+    "APPLY",
+    "BLUR_SIGMAS",
+    "LUMA",
+    "blur",
+    "crop_and_resize",
+    "finish_views",
+    "grayscale",
+    "jitter",
+    "round_views",
+    "solarize",
+]
 
 #: Weights of red, green and blue in an image's luma (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
@@ -38,7 +49,12 @@ def finish_views(views: Tensor, parameters: ViewParameters) -> Tensor:
     for operation in OPERATIONS:
         if operation.name != "crop":
             views = APPLY[operation.name](views, parameters)
-    views = views.add_(0.5)
+    return round_views(views)
+
+
+def round_views(views: Tensor) -> Tensor:
+    """Float views from 0 to 255 rounded to uint8, of any shape; modifies them in place."""
+    views.add_(0.5)
     # On a CPU two conversions cost a third of one: PyTorch converts floats to uint8 one by one.
     return (views.to(torch.int16) if views.device.type == "cpu" else views).to(torch.uint8)
 

@@ -40,12 +40,16 @@ def add(commands: Commands) -> None:
     command.add_argument("--folder", type=path, help="where to keep them; the user's cache by default")
     command.add_argument("--seconds", type=positive, default=6, help="length of one round of one pipeline")
     command.add_argument("--rounds", type=positive, default=3, help="rounds; the median counts")
+    command.add_argument(
+        "--parts", action="store_true", help="processor time of each part of pil, torchvision and dali on a CPU instead"
+    )
     add_options(command, "json")
 
 
 def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
+    from synco_fast.bench.data_parts import MEASURED, measure_parts
     from synco_fast.data.augment.recipe import Recipe
     from synco_fast.data.sources.manifest import cache_folder
     from synco_fast.data.workers import available_cores
@@ -67,6 +71,17 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     workers = options.workers or available_cores()
     with ProgressBar(console, "drawing photos", None) as bar:
         names = make_photos(folder, options.photos)
+        if options.parts:
+            pipelines = [name for name in MEASURED if name in pipelines]
+            bar.restart("measuring", len(pipelines) * options.rounds)
+            spent = measure_parts(
+                folder, names, pipelines=pipelines, recipe=Recipe(), rounds=options.rounds, tick=bar.advance
+            )
+            environment = describe_environment()
+            if options.json is not None:
+                write_json(options.json, {"environment": environment, "photos": len(names), "parts": spent})
+            _print_parts(spent, console)
+            return 0
         bar.restart("measuring", len(pipelines) * options.rounds)
         results = measure_pipelines(
             folder,
@@ -93,14 +108,36 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("pipeline", no_wrap=True)
-    first = results[0]["pipeline"]
-    for name in ("images/s", "views/s", "CPU", f"against {first}"):
+    first = results[0]
+    for name in ("images/s", "views/s", "CPU", f"against {first['pipeline']}", "CPU ms", "against"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        speed = result["images_per_second"] / results[0]["images_per_second"]
-        share = "-" if result["core_share"] is None else f"{result['core_share']:.0%}"
-        figures = [f"{result[name]:,.0f}" for name in ("images_per_second", "views_per_second")]
-        same = not result["pipeline"].startswith("resident") or first.startswith("resident")
-        table.add_row(result["pipeline"], *figures, share, f"{speed:.2f}x" if same else "-")
+        share, spent = result["core_share"], result["processor_milliseconds"]
+        same = not result["pipeline"].startswith("resident") or first["pipeline"].startswith("resident")
+        speed = result["images_per_second"] / first["images_per_second"]
+        row = [f"{result[name]:,.0f}" for name in ("images_per_second", "views_per_second")]
+        row += ["-" if share is None else f"{share:.0%}", f"{speed:.2f}x" if same else "-"]
+        row += ["-", "-"] if spent is None else [f"{spent:.1f}", "-"]
+        if same and spent is not None:
+            row[-1] = f"{first['processor_milliseconds'] / spent:.2f}x"
+        table.add_row(result["pipeline"], *row)
     console.print(table)
-    console.print("CPU: share of all cores. resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
+    console.print("CPU: share of all cores. CPU ms: processor time an image, and compared with the first row.")
+    console.print("resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
+
+
+def _print_parts(spent: dict[str, dict[str, float]], console: Console) -> None:
+    from synco_fast.bench.data_parts import PARTS
+    from synco_fast.data.augment.draw import JITTER
+
+    table = Table(title="processor time, ms an image", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("part", no_wrap=True)
+    for name in spent:
+        table.add_column(name, justify="right", no_wrap=True)
+    for part in PARTS:
+        figures = [f"{parts[part]:.2f}" if part in parts else "-" for parts in spent.values()]
+        table.add_row(f"  {part}" if part in JITTER else part, *figures)
+    table.add_section()
+    totals = [sum(value for part, value in parts.items() if part not in JITTER) for parts in spent.values()]
+    table.add_row("all", *(f"{total:.2f}" for total in totals))
+    console.print(table)
