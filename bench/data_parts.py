@@ -169,10 +169,10 @@ def _dali(folder: Path, names: list[str], recipe: Recipe, number: int) -> dict[s
     for crops, view in zip(outputs, drawn, strict=True):
         together = torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
         with clock.part("round"):
-            views = torch.empty_like(together)
+            views = torch.empty(together.shape, dtype=torch.uint8)
         for row in range(count):
             with clock.part("round"):
-                crop = together[row : row + 1].contiguous()
+                crop = together[row : row + 1].to(torch.float32, memory_format=torch.contiguous_format)
             found = _operations(clock, crop, view[row : row + 1])
             with clock.part("round"):
                 views[row] = found[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Decode, Pipeline, PipelineName
+from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.epochs import replace_corrupt
 from synco_fast.data.pipelines.resident import ResidentPipeline, room_on
 from synco_fast.data.pipelines.torchvision import TorchvisionPipeline, evaluation_loader
@@ -77,6 +78,7 @@ def build_pipeline(
     dtype: torch.dtype = torch.float32,
     workers: int | None = None,
     decode: Decode = "once",
+    dali: DaliSettings = DaliSettings(),  # noqa: B008 - frozen
     rank: int = 0,
     world: int = 1,
 ) -> Pipeline:
@@ -93,6 +95,7 @@ def build_pipeline(
             of a pixel); the others yield uint8.
         workers: Processes that read and decode, by default one for each core.
         decode: How DALI decodes.
+        dali: Settings of DALI's decoder on a GPU.
         rank, world: Rank of this process, and number of processes.
 
     Raises:
@@ -119,6 +122,7 @@ def build_pipeline(
             device=device,
             dtype=views,
             decode=decode,
+            settings=dali,
             rank=rank,
             world=world,
         )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from synco_fast.config import build_config
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.build import has_dali
 from synco_fast.data.sources.open import open_source
@@ -17,11 +18,17 @@ from tests.data.test_pipelines import damage, epoch, special
 if not has_dali():
     pytest.skip("DALI is not installed", allow_module_level=True)
 
+from nvidia.dali import types
+from nvidia.dali.backend import GetSchema
+
 from synco_fast.data.augment.draw import draw_views
+from synco_fast.data.pipelines.dali import graph as dali_graph
+from synco_fast.data.pipelines.dali import pipeline as dali_pipeline
 from synco_fast.data.pipelines.dali import reader as dali_reader
 from synco_fast.data.pipelines.dali.finish import finish_crops
 from synco_fast.data.pipelines.dali.graph import build_crops
 from synco_fast.data.pipelines.dali.pipeline import DaliPipeline, dali_evaluation
+from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.torchvision import evaluation_loader
 from synco_fast.data.workers import start_threads
 
@@ -99,6 +106,35 @@ def test_the_graph_has_few_operators():
         for decode in ("once", "windows")
     ]
     assert counts == [8, 9]
+
+
+H100, A100, T4 = ((9, 0), 80 << 30), ((8, 0), 40 << 30), ((7, 5), 16 << 30)
+
+
+def test_the_decoder_takes_published_values_where_none_are_set():
+    keys = ("hw_decoder_load", "preallocate_width_hint", "preallocate_height_hint", "jpeg_fancy_upsampling")
+    for gpu, values in ((H100, (0.99, 5980, 6430)), (A100, (0.75, 5980, 6430)), (T4, (0.65, 0, 0))):
+        assert DaliSettings().decoder(*gpu) == dict(zip(keys, (*values, True), strict=True))
+    assert DaliSettings().decoder((12, 0), 96 << 30)["hw_decoder_load"] == 0.65
+    assert DaliSettings().decoder((9, 0), 16 << 30)["preallocate_width_hint"] == 0, "a part of a GPU"
+    assert DaliSettings().decoder(*H100, allocate=False)["preallocate_width_hint"] == 0
+    sizes = {"preallocate_width_hint": 640, "preallocate_height_hint": 480}
+    config = build_config({"data": {"hw_decoder_load": 0, "jpeg_fancy_upsampling": False, "dali_threads": 3, **sizes}})
+    assert config.data.dali.decoder(*H100) == dict(zip(keys, (0, 640, 480, False), strict=True))
+    assert [DaliSettings().count_threads(64, capability) for capability in (None, (7, 5), (9, 0))] == [64, 64, 6]
+    assert config.data.dali.count_threads(64, (9, 0)) == 3
+    for operator in ("decoders__Image", "decoders__ImageSlice"):
+        assert set(keys) <= set(GetSchema(operator).GetArgumentNames())
+
+
+def test_on_a_gpu_the_settings_reach_the_decoder(folder, monkeypatch):
+    monkeypatch.setattr(dali_pipeline, "_about", lambda number: H100)
+    options = pipeline(folder, settings=DaliSettings(hw_decoder_load=0.5))._runner._build.keywords
+    assert options["decoder"] == DaliSettings(hw_decoder_load=0.5).decoder(*H100)
+    assert options["threads"] <= 6
+    assert dali_graph._decode_options(options["decoder"], "cpu") == {"device": "cpu", "output_type": types.RGB}
+    on_gpu = dali_graph._decode_options(options["decoder"], "gpu")
+    assert on_gpu == {"device": "mixed", "output_type": types.RGB, **options["decoder"]}
 
 
 def test_one_core_a_thread_makes_the_views_of_one_thread():

@@ -23,7 +23,7 @@ def finish_crops(
     dtype: torch.dtype,
     pool: ThreadPoolExecutor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Batches of views in channels-last layout, (b, 3, size, size) each, from batches of crops.
+    """Batches of views, (b, 3, size, size) each, from batches of crops; in channels-last layout on a GPU.
 
     Args:
         crops: (b, size, size, 3) uint8 each.
@@ -34,16 +34,18 @@ def finish_crops(
     """
     together = torch.cat(list(crops)).permute(0, 3, 1, 2)
     drawn = ViewParameters.join(parameters)
+    layout = torch.contiguous_format if together.device.type == "cpu" else torch.channels_last
     if together.device.type == "cpu":
-        views = torch.empty_like(together, memory_format=torch.channels_last)
+        views = torch.empty(together.shape, dtype=torch.uint8)
 
         def finish(row: int) -> None:  # one view at a time: it fits into a core's cache
-            views[row] = finish_views(together[row : row + 1].contiguous(), drawn[row : row + 1])[0]
+            crop = together[row : row + 1].to(torch.float32, memory_format=layout)
+            views[row] = finish_views(crop, drawn[row : row + 1])[0]
 
         rows = range(len(drawn))
         list(map(finish, rows) if pool is None else pool.map(finish, rows))
     else:
-        views = finish_views(together, drawn).contiguous(memory_format=torch.channels_last)
+        views = finish_views(together, drawn).contiguous(memory_format=layout)
     if dtype != torch.uint8:
-        views = normalise(views, recipe, torch.channels_last, dtype)
+        views = normalise(views, recipe, layout, dtype)
     return views.split([len(part) for part in parameters])

@@ -7,7 +7,8 @@ conditions around them it took 133 operators a view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,14 @@ def evaluation_inputs(recipe: Recipe, sizes: NDArray[np.int64]) -> Inputs:
 
 
 def build_crops(
-    recipe: Recipe, *, batch: int, device: int | None, threads: int, decode: Decode, depth: int
+    recipe: Recipe,
+    *,
+    batch: int,
+    device: int | None,
+    threads: int,
+    decode: Decode,
+    depth: int,
+    decoder: Mapping[str, Any] = MappingProxyType({}),
 ) -> Pipeline:
     """A graph from ``encoded`` and the inputs of `crop_inputs` to two batches of crops (B, size, size, 3) uint8.
 
@@ -61,10 +69,12 @@ def build_crops(
         threads: Threads of DALI's pool.
         decode: Whether to decode once or by window.
         depth: Batches in flight.
+        decoder: Arguments of the decoder on a GPU, see `DaliSettings.decoder`.
     """
     graph = _crops(
         recipe.size,
         decode,
+        decoder,
         batch_size=batch,
         device_id=device,
         num_threads=threads,
@@ -76,12 +86,20 @@ def build_crops(
 
 
 def build_evaluation(
-    recipe: Recipe, *, batch: int, device: int | None, threads: int, dtype: torch.dtype, depth: int
+    recipe: Recipe,
+    *,
+    batch: int,
+    device: int | None,
+    threads: int,
+    dtype: torch.dtype,
+    depth: int,
+    decoder: Mapping[str, Any] = MappingProxyType({}),
 ) -> Pipeline:
     """A graph from ``encoded`` and the inputs of `evaluation_inputs` to central crops (b, size, size, 3), b <= B."""
     graph = _central_crops(
         recipe,
         dtype,
+        decoder,
         batch_size=batch,
         device_id=device,
         num_threads=threads,
@@ -100,31 +118,32 @@ def _backend() -> str:
     return "cpu" if Pipeline.current().device_id is None else "gpu"
 
 
-def _decoder_options() -> dict[str, Any]:
-    mixed = {} if _backend() == "cpu" else {"jpeg_fancy_upsampling": True}  # chroma upsampling as in Pillow
-    return {"device": "cpu" if _backend() == "cpu" else "mixed", "output_type": types.RGB, **mixed}
+def _decode_options(decoder: Mapping[str, Any], backend: str) -> dict[str, Any]:
+    if backend == "cpu":
+        return {"device": "cpu", "output_type": types.RGB}
+    return {"device": "mixed", "output_type": types.RGB, **decoder}
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _crops(size: int, decode: Decode) -> Any:
+def _crops(size: int, decode: Decode, decoder: Mapping[str, Any]) -> Any:
     encoded = _source("encoded")
-    image = fn.decoders.image(encoded, **_decoder_options()) if decode == "once" else None
-    return tuple(
-        _crop(encoded, image, size, _source(f"start_{number}"), _source(f"end_{number}")) for number in range(2)
-    )
-
-
-def _crop(encoded: Any, image: Any, size: int, start: Any, end: Any) -> Any:
+    options = _decode_options(decoder, _backend())
+    image = fn.decoders.image(encoded, **options) if decode == "once" else None
     resize = {"size": [size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
-    if image is not None:
-        return fn.resize(image, roi_start=start, roi_end=end, **resize)
-    window = fn.decoders.image_slice(encoded, start=start, end=end, axes=[0, 1], **_decoder_options())
-    return fn.resize(window, **resize)
+    crops = []
+    for number in range(2):
+        start, end = _source(f"start_{number}"), _source(f"end_{number}")
+        if image is not None:
+            crops.append(fn.resize(image, roi_start=start, roi_end=end, **resize))
+        else:
+            window = fn.decoders.image_slice(encoded, start=start, end=end, axes=[0, 1], **options)
+            crops.append(fn.resize(window, **resize))
+    return tuple(crops)
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _central_crops(recipe: Recipe, dtype: torch.dtype) -> Any:
-    image = fn.decoders.image(_source("encoded"), **_decoder_options())
+def _central_crops(recipe: Recipe, dtype: torch.dtype, decoder: Mapping[str, Any]) -> Any:
+    image = fn.decoders.image(_source("encoded"), **_decode_options(decoder, _backend()))
     image = fn.resize(image, size=_source("resized"), interp_type=types.INTERP_LINEAR, antialias=True)
     size = [recipe.size, recipe.size]
     view = fn.slice(image, _source("start"), size, axes=[0, 1], out_of_bounds_policy="pad")

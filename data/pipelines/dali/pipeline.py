@@ -24,6 +24,7 @@ from synco_fast.data.pipelines.dali.finish import finish_crops
 from synco_fast.data.pipelines.dali.graph import build_crops, build_evaluation, crop_inputs, evaluation_inputs
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
+from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.epochs import EpochBatches, Position
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.workers import available_cores, start_threads
@@ -51,10 +52,11 @@ class DaliPipeline:
         device: Device of graph and views.
         dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
         decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
-        threads: Threads of DALI; by default one per core.
+        threads: Threads of DALI; by default those of the settings.
+        settings: Of the decoder on a GPU.
         rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
-    The views are channels-last. Corrupt images are replaced as in every pipeline.
+    On a GPU the views are channels-last. Corrupt images are replaced as in every pipeline.
 
     Raises:
         DataError: The split holds fewer images than a step takes.
@@ -72,6 +74,7 @@ class DaliPipeline:
         dtype: torch.dtype = torch.uint8,
         decode: Decode = "once",
         threads: int | None = None,
+        settings: DaliSettings = DaliSettings(),  # noqa: B008 - frozen
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -80,18 +83,21 @@ class DaliPipeline:
         number = _gpu_number(device)
         self._reader = Reader(split, replace=True, draw=partial(_draw, recipe, seed))
         self._loader = self._reader.loader(self._batches, workers, seed)
+        gpu = _about(number)
+        threads = threads or settings.count_threads(available_cores(), gpu and gpu[0])
         build = partial(
             build_crops,
             recipe,
             batch=self._batches.share,
             device=number,
-            threads=threads or available_cores(),
+            threads=threads,
             decode=decode,
             depth=_DEPTH,
+            decoder={} if gpu is None else settings.decoder(*gpu),
         )
         inputs = partial(_crop_inputs, decode)
         self._runner = GraphRunner(build, inputs, self._reader, device=number, depth=_DEPTH)
-        self._pool = start_threads(threads or available_cores()) if number is None else None
+        self._pool = start_threads(threads) if gpu is None else None
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -156,6 +162,7 @@ def dali_evaluation(
         threads: Threads of DALI; by default one per core.
     """
     number = _gpu_number(device)
+    gpu, settings = _about(number), DaliSettings()
     reader = Reader(split, replace=False)
     places = _InOrder(list(range(len(split))) if numbers is None else numbers, batch)
     build = partial(
@@ -163,9 +170,10 @@ def dali_evaluation(
         recipe,
         batch=batch,
         device=number,
-        threads=threads or available_cores(),
+        threads=threads or settings.count_threads(available_cores(), gpu and gpu[0]),
         dtype=torch.uint8,
         depth=_DEPTH,
+        decoder={} if gpu is None else settings.decoder(*gpu, allocate=False),
     )
     runner = GraphRunner(
         build, lambda files: evaluation_inputs(recipe, files.sizes), reader, device=number, depth=_DEPTH
@@ -183,3 +191,10 @@ def _gpu_number(device: torch.device | None) -> int | None:
     if device is None or device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _about(number: int | None) -> tuple[tuple[int, int], int] | None:
+    """Compute capability and memory in bytes of a GPU; None for the CPU."""
+    if number is None:
+        return None
+    return torch.cuda.get_device_capability(number), torch.cuda.get_device_properties(number).total_memory
