@@ -58,8 +58,9 @@ class _Clock:
     def part(self, *names: str) -> Iterator[None]:
         start = time.process_time()
         yield
+        spent = time.process_time() - start
         for name in names:
-            self.spent[name] += time.process_time() - start
+            self.spent[name] += spent
 
 
 def measure_parts(

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from synco_fast.config import build_config
 from synco_fast.data.augment.recipe import Recipe
@@ -21,7 +22,8 @@ if not has_dali():
 from nvidia.dali import types
 from nvidia.dali.backend import GetSchema
 
-from synco_fast.data.augment.draw import draw_views
+from synco_fast.data.augment.draw import ViewParameters, draw_views
+from synco_fast.data.augment.ops import finish_views
 from synco_fast.data.pipelines.dali import graph as dali_graph
 from synco_fast.data.pipelines.dali import pipeline as dali_pipeline
 from synco_fast.data.pipelines.dali import reader as dali_reader
@@ -106,6 +108,28 @@ def test_the_graph_has_few_operators():
         for decode in ("once", "windows")
     ]
     assert counts == [8, 9]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that compute: a launch or more each on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, kinds, args=(), options=None):
+        views = any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.arguments)
+        self.count += not views
+        return operator(*args, **(options or {}))
+
+
+def test_a_batch_takes_few_launches_after_the_crop():
+    """For both views of any batch together, here as a GPU would get them; the text names about 180."""
+    options = {"seed": 0, "epoch": 0, "images": np.arange(128), "sizes": np.tile([40, 50], (128, 1))}
+    drawn = ViewParameters.join([draw_views(Recipe(), views=np.full(128, view), **options) for view in range(2)])
+    with Calls() as calls:
+        finish_views(torch.zeros(256, 3, 8, 8, dtype=torch.uint8), drawn)
+    assert 100 < calls.count <= 190
 
 
 H100, A100, T4 = ((9, 0), 80 << 30), ((8, 0), 40 << 30), ((7, 5), 16 << 30)
