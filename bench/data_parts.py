@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.dlpack import from_dlpack
 
 from synco_fast.bench.baselines.data import TwoCrops
 from synco_fast.bench.data import busy_seconds
@@ -34,8 +35,10 @@ from synco_fast.data.workers import start_worker
 __all__ = ["MEASURED", "PARTS", "measure_parts"]
 
 #: In the order of a pipeline; the four of the jitter are also part of it. "round" includes the normalisation of pil.
-PARTS = ("read", "decode", "draw", "crop", "jitter", *JITTER, "grayscale", "blur", "solarize", "flip", "round")
-PARTS += ("collate", "transfer")
+PARTS = (
+    *("read", "decode", "draw", "crop", "jitter", *JITTER),
+    *("grayscale", "blur", "solarize", "flip", "round", "collate", "transfer"),
+)
 #: Batches through a worker process, for the transfer; the system counts processor time in hundredths of a second.
 _TRANSFERS = 40
 _PIL = {
@@ -168,7 +171,7 @@ def _dali(folder: Path, names: list[str], recipe: Recipe, number: int) -> dict[s
             outputs = _run(pipe, files.files(), inputs)
     clock.spent["crop"] -= clock.spent["decode"]
     for crops, view in zip(outputs, drawn, strict=True):
-        together = torch.from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
+        together = from_dlpack(crops.as_tensor()).permute(0, 3, 1, 2)
         with clock.part("round"):
             views = torch.empty(together.shape, dtype=torch.uint8)
         for row in range(count):
@@ -199,7 +202,8 @@ def _split(folder: Path, names: list[str]) -> FileSplit:
 class _Held:
     """An image of a split whose file has been read."""
 
-    labels = classes = None
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] | None = None
 
     def __init__(self, split: FileSplit, index: int) -> None:
         self._split, self.limits, self._content = split, split.limits, split.read_bytes(index)

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from synco_fast.data.sources.decode import decode_image, plain_jpeg_size
@@ -55,4 +55,4 @@ def _is_upright(content: bytes) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         header = Image.open(io.BytesIO(content), formats=("JPEG",))
-        return header.getexif().get(ImageOps.ExifTags.Base.Orientation, 1) not in _TURNED
+        return header.getexif().get(ExifTags.Base.Orientation, 1) not in _TURNED

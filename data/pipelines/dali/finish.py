@@ -48,4 +48,4 @@ def finish_crops(
         views = finish_views(together, drawn).contiguous(memory_format=layout)
     if dtype != torch.uint8:
         views = normalise(views, recipe, layout, dtype)
-    return views.split([len(part) for part in parameters])
+    return tuple(torch.split(views, [len(part) for part in parameters]))

@@ -147,7 +147,7 @@ def _central_crops(recipe: Recipe, dtype: torch.dtype, decoder: Mapping[str, Any
     image = fn.resize(image, size=_source("resized"), interp_type=types.INTERP_LINEAR, antialias=True)
     size = [recipe.size, recipe.size]
     view = fn.slice(image, _source("start"), size, axes=[0, 1], out_of_bounds_policy="pad")
-    options = {}
+    options: dict[str, Any] = {}
     if dtype != torch.uint8:
         options = {"mean": [255 * mean for mean in recipe.mean], "std": [255 * std for std in recipe.std]}
     return fn.crop_mirror_normalize(view, dtype=_TYPES[dtype], output_layout="HWC", **options)
