@@ -153,12 +153,12 @@ def test_the_decoder_takes_published_values_where_none_are_set():
 
 def test_on_a_gpu_the_settings_reach_the_decoder(folder, monkeypatch):
     monkeypatch.setattr(dali_pipeline, "_about", lambda number: H100)
-    options = pipeline(folder, settings=DaliSettings(hw_decoder_load=0.5))._runner._build.keywords
-    assert options["decoder"] == DaliSettings(hw_decoder_load=0.5).decoder(*H100)
-    assert options["threads"] <= 6
-    assert dali_graph._decode_options(options["decoder"], "cpu") == {"device": "cpu", "output_type": types.RGB}
-    on_gpu = dali_graph._decode_options(options["decoder"], "gpu")
-    assert on_gpu == {"device": "mixed", "output_type": types.RGB, **options["decoder"]}
+    pipe = pipeline(folder, settings=DaliSettings(hw_decoder_load=0.5))
+    assert pipe._decoder == DaliSettings(hw_decoder_load=0.5).decoder(*H100)
+    assert pipe._threads <= 6
+    assert dali_graph._decode_options(pipe._decoder, "cpu") == {"device": "cpu", "output_type": types.RGB}
+    on_gpu = dali_graph._decode_options(pipe._decoder, "gpu")
+    assert on_gpu == {"device": "mixed", "output_type": types.RGB, **pipe._decoder}
 
 
 def test_one_core_a_thread_makes_the_views_of_one_thread():

@@ -84,20 +84,21 @@ class DaliPipeline:
         self._reader = Reader(split, replace=True, draw=partial(_draw, recipe, seed))
         self._loader = self._reader.loader(self._batches, workers, seed)
         gpu = _about(number)
-        threads = threads or settings.count_threads(available_cores(), gpu and gpu[0])
+        self._threads = threads or settings.count_threads(available_cores(), gpu and gpu[0])
+        self._decoder = {} if gpu is None else settings.decoder(*gpu)
         build = partial(
             build_crops,
             recipe,
             batch=self._batches.share,
             device=number,
-            threads=threads,
+            threads=self._threads,
             decode=decode,
             depth=_DEPTH,
-            decoder={} if gpu is None else settings.decoder(*gpu),
+            decoder=self._decoder,
         )
         inputs = partial(_crop_inputs, decode)
         self._runner = GraphRunner(build, inputs, self._reader, device=number, depth=_DEPTH)
-        self._pool = start_threads(threads) if gpu is None else None
+        self._pool = start_threads(self._threads) if number is None else None
 
     def __len__(self) -> int:
         return len(self._batches)
