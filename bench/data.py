@@ -29,7 +29,7 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames
 from synco_fast.data.sources.open import ArraySplit, Source, Split, open_shards
 from synco_fast.data.sources.pack import PackSettings, pack_source
 from synco_fast.data.sources.splits import FileSplit, SubsetSplit
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import available_cores, keep_freed_memory
 
 __all__ = ["busy_seconds", "has_pipeline", "make_photos", "measure_pipelines"]
 
@@ -81,7 +81,8 @@ def measure_pipelines(
         pipelines: Some of `synco_fast.bench.subjects.PIPELINES`.
         device: Device of the encoder, to which the pipelines deliver.
         batch: Images in a batch.
-        workers: Decoding processes of every pipeline.
+        workers: Decoding processes of every pipeline; 0 for none and one thread in PyTorch's operations, so that CPU time
+            depends little on what else runs.
         seconds: Duration of one round of one pipeline.
         rounds: Rounds through all pipelines.
         recipe: The augmentation.
@@ -94,6 +95,10 @@ def measure_pipelines(
     """
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
+        if workers == 0:
+            keep_freed_memory()  # as workers do
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
         streams = []
         for name in pipelines:
             pipe = _pipeline(name, folder, names, device, batch, workers, recipe)

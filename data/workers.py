@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-__all__ = ["available_cores", "start_threads", "start_worker"]
+__all__ = ["available_cores", "keep_freed_memory", "start_threads", "start_worker"]
 
 #: PR_SET_PDEATHSIG of prctl(2) in Linux: the signal that a process receives when its parent dies.
 _SET_DEATH_SIGNAL = 1
@@ -31,7 +31,7 @@ def start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
-    _keep_freed_memory()
+    keep_freed_memory()
 
 
 def start_threads(count: int) -> ThreadPoolExecutor:
@@ -65,7 +65,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make the allocator keep freed memory: fresh pages for each image would take half of a view's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
 from synco_fast.commands.options import add_options, path
-from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.parser import Commands, positive, whole
 
 __all__ = ["add"]
 
@@ -34,7 +34,11 @@ def add(commands: Commands) -> None:
         help="packed: the same photos after data pack as well, compared with the unpacked ones",
     )
     add_options(command, "device")
-    command.add_argument("--workers", type=positive, help="processes for each pipeline; one per core by default")
+    command.add_argument(
+        "--workers",
+        type=whole,
+        help="processes for each pipeline, one per core by default; 0: all in one thread, to compare CPU time",
+    )
     command.add_argument("--batch", type=positive, default=64, help="images per batch, 64 by default")
     command.add_argument("--photos", type=positive, default=256, help="number of files")
     command.add_argument("--folder", type=path, help="where to keep them; the user's cache by default")
@@ -68,7 +72,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             "DALI is not installed"
         )
     folder = options.folder or cache_folder() / "bench-photos"
-    workers = options.workers or available_cores()
+    workers = available_cores() if options.workers is None else options.workers
     with ProgressBar(console, "drawing photos", None) as bar:
         names = make_photos(folder, options.photos)
         if options.parts:
