@@ -81,7 +81,7 @@ def measure_pipelines(
         pipelines: Some of `synco_fast.bench.subjects.PIPELINES`.
         device: Device of the encoder, to which the pipelines deliver.
         batch: Images in a batch.
-        workers: Decoding processes of every pipeline; 0 for none and one thread in PyTorch's operations, so that CPU time
+        workers: Decoding processes of every pipeline; 0: none, and one thread in PyTorch's operations, so that CPU time
             depends little on what else runs.
         seconds: Duration of one round of one pipeline.
         rounds: Rounds through all pipelines.
