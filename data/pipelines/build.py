@@ -32,7 +32,7 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
     """The pipeline that a name stands for.
 
     ``auto`` is resident for images already in memory, DALI on a GPU if it is installed, and torchvision elsewhere: on a
-    CPU it is several times faster than DALI's CPU backend.
+    CPU it is faster than DALI's CPU backend.
 
     Raises:
         DataError: ``dali`` is not installed.
@@ -52,7 +52,7 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
 def pipelines_for(split: Split, device: torch.device) -> list[PipelineName]:
     """The pipelines worth a measurement, what ``auto`` takes without one first.
 
-    DALI's CPU backend is none of them, being several times slower than torchvision. Resident is, for images of one size
+    DALI's CPU backend is none of them, being slower than torchvision. Resident is, for images of one size
     that fit: arrays, or files whose first few are alike and that take up to 4 GiB decoded.
     """
     names = [choose_pipeline("auto", split, device), "torchvision"]

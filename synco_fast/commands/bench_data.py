@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--seconds", type=positive, default=6, help="length of one round of one pipeline")
     command.add_argument("--rounds", type=positive, default=3, help="rounds; the median counts")
     command.add_argument(
-        "--parts", action="store_true", help="processor time of each part of pil, torchvision and dali on a CPU instead"
+        "--parts", action="store_true", help="CPU time of each part of pil, torchvision and dali instead"
     )
     add_options(command, "json")
 
@@ -126,7 +126,7 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
             row[-1] = f"{first['processor_milliseconds'] / spent:.2f}x"
         table.add_row(result["pipeline"], *row)
     console.print(table)
-    console.print("CPU: share of all cores. CPU ms: processor time an image, and compared with the first row.")
+    console.print("CPU: share of all cores. CPU ms: CPU time per image, and against the first row.")
     console.print("resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
 
 
@@ -134,7 +134,7 @@ def _print_parts(spent: dict[str, dict[str, float]], console: Console) -> None:
     from synco_fast.bench.data_parts import PARTS
     from synco_fast.data.augment.draw import JITTER
 
-    table = Table(title="processor time, ms an image", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="CPU time, ms per image", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("part", no_wrap=True)
     for name in spent:
         table.add_column(name, justify="right", no_wrap=True)
