@@ -23,6 +23,15 @@ DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 JPEG = ["simplejpeg>=1.8"]
 GENERATOR = ["torchmetrics>=1.4"]
 COMPLETION = ["argcomplete>=3"]
+#: An example that a test runs.
+LIGHTNING = ["lightning>=2.4"]
+#: The website; ruff formats the signatures in its reference.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.6"]
+#: Trackers of metrics, and further places to read images from.
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.10"]
+HF = ["datasets>=4"]
+STREAM = ["fsspec[http]>=2024.2"]
 
 
 def packages() -> list[str]:
@@ -41,8 +50,12 @@ def version() -> str:
 
 
 def long_description() -> str:
-    """The README without links into the checkout, which lead nowhere on a package index; their text stays."""
+    """The README without its pictures and links into the checkout, which lead nowhere on a package index.
+
+    The text of the links stays.
+    """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^\]]*\]\((?!https?://).*\n+", "", text, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]+\)", r"\1", text)
 
 
@@ -99,6 +112,11 @@ setup(
         "jpeg": JPEG,
         "generator": GENERATOR,
         "completion": COMPLETION,
+        "docs": DOCS,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "hf": HF,
+        "stream": STREAM,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
@@ -115,6 +133,7 @@ setup(
             *JPEG,
             *GENERATOR,
             *COMPLETION,
+            *LIGHTNING,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
@@ -21,9 +22,18 @@ from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_cor
 from synco_fast.data.pipelines.pixels import pixels_of, read_pixels
 from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
+from synco_fast.data.sources.stream import refuse_stream
 from synco_fast.data.workers import available_cores, start_worker
 
-__all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_view", "make_view", "pixels_of"]
+__all__ = [
+    "TorchvisionPipeline",
+    "collate_views",
+    "evaluation_loader",
+    "evaluation_view",
+    "make_view",
+    "pixels_of",
+    "views_of",
+]
 
 #: Images decoded before the parameters of their views are drawn, and the bytes of pixels from which fewer suffice.
 _TOGETHER, _BYTES_TOGETHER = 8, 64 << 20
@@ -45,6 +55,22 @@ def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
     return view
 
 
+def views_of(image: Image.Image, recipe: Recipe, *, seed: int, epoch: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """Both views of an RGB image, (3, size, size) uint8 each, by the draws for the image that was due, ``wanted``."""
+    pixels = pixels_of(image)
+    parameters = draw_views(
+        recipe,
+        seed=seed,
+        epoch=epoch,
+        images=np.full(2, wanted),
+        views=np.arange(2),
+        sizes=np.tile(pixels.shape[1:], (2, 1)),
+    )
+    size = recipe.size_at(epoch)
+    first, second = (make_view(pixels, parameters[view : view + 1], size) for view in range(2))
+    return first, second
+
+
 class _Views(Dataset[Batch]):
     """A batch of two views of images by (epoch, number); they depend on seed, epoch and number, not on the worker."""
 
@@ -55,6 +81,7 @@ class _Views(Dataset[Batch]):
         """The batch, in shared memory if a worker makes it."""
         first, second, images = list[Tensor](), list[Tensor](), list[int]()
         corrupt: dict[int, str] = {}
+        size = self.recipe.size_at(places[0][0])
         for wanted, found in self._read(places):
             images += [index for _, index, _ in found]
             corrupt |= {number: reason for _, _, reasons in found for number, reason in reasons.items()}
@@ -68,7 +95,7 @@ class _Views(Dataset[Batch]):
             )
             for row, (pixels, _, _) in enumerate(found):
                 for views, view in ((first, 2 * row), (second, 2 * row + 1)):
-                    views.append(make_view(pixels, parameters[view : view + 1], self.recipe.size))
+                    views.append(make_view(pixels, parameters[view : view + 1], size))
         return Batch(default_collate(first), default_collate(second), torch.tensor(images), corrupt)
 
     def _read(self, places: list[Position]) -> Iterator[tuple[list[int], list[tuple[Tensor, int, dict[int, str]]]]]:
@@ -82,6 +109,13 @@ class _Views(Dataset[Batch]):
                 wanted, found = [], []
         if found:
             yield wanted, found
+
+
+def collate_views(samples: list[tuple[Tensor, Tensor, int, dict[int, str]]]) -> Batch:
+    """A batch of views, from the views of each image, its number, and the corrupt ones on the way."""
+    first, second, images, corrupt = zip(*samples, strict=True)
+    merged = {index: reason for part in corrupt for index, reason in part.items()}
+    return Batch(default_collate(list(first)), default_collate(list(second)), torch.tensor(images), merged)
 
 
 class TorchvisionPipeline:
@@ -181,7 +215,11 @@ def evaluation_loader(
         numbers: Which images, by default all.
 
     Corrupt images are skipped, so b can be smaller than ``batch``.
+
+    Raises:
+        DataError: The split is a stream.
     """
+    refuse_stream(split, "an evaluation")
     dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
     workers = available_cores() if workers is None else workers
     generator = torch.Generator().manual_seed(0)

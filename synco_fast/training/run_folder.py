@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from synco_fast.config import Config
 from synco_fast.data.sources.open import Source
-from synco_fast.runtime.checkpoint import checkpoints_in
+from synco_fast.runtime.checkpoint import BEST, checkpoints_in
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import check_writable, write_json
@@ -28,7 +28,10 @@ class Summary:
     """The summary of a run; fractions are in [0, 1], None if nothing was evaluated.
 
     ``finished`` is false if the run was stopped. ``images_per_second`` counts only training steps, without the first
-    few, evaluations and checkpoints. ``forms`` names the implementation of each part of a step, and why it was chosen.
+    few, evaluations and checkpoints. ``best``, with `training.keep_best`, has ``knn``, ``epoch``, ``step`` and
+    ``checkpoint`` of the best checkpoint. ``forms`` names the implementation of each part of a step, and why it was
+    chosen.
+    ``images_per_second_by_size`` has the images per second by side of the views; empty if it does not change.
     """
 
     method: str
@@ -39,6 +42,7 @@ class Summary:
     knn_before: float | None
     knn_after: float | None
     chance: float | None
+    best: dict[str, Any] | None
     images_per_second: float
     data_wait: float
     training_seconds: float
@@ -48,6 +52,7 @@ class Summary:
     checkpoint: str
     curves: str
     pairs: str
+    images_per_second_by_size: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the environment beside it."""
@@ -106,17 +111,20 @@ def close_run(
     throughput: Throughput,
     corrupt: int,
     forms: dict[str, dict[str, str]],
+    best: dict[str, Any] | None = None,
     writes: bool = True,
 ) -> Summary:
     """Draw the curves and write ``summary.json``.
 
     Args:
         folder: The run folder.
-        config, source: Configuration and images of the run.
+        config: Configuration of the run.
+        source: The images of its evaluations.
         steps_per_epoch, step, finished: Its progress.
         throughput: Its throughput.
         corrupt: Number of corrupt images.
         forms: By part of a step, ``name`` of its implementation and ``why`` it was chosen.
+        best: ``score`` and ``step`` of the best checkpoint, if one was kept.
         writes: Whether this process writes; otherwise the summary is only returned.
     """
     lines = read_metrics(folder)
@@ -134,6 +142,14 @@ def close_run(
         knn_before=knn[0] if knn else None,
         knn_after=knn[-1] if len(knn) > 1 else None,
         chance=chance,
+        best=None
+        if best is None
+        else {
+            "knn": best["score"],
+            "epoch": best["step"] / steps_per_epoch,
+            "step": best["step"],
+            "checkpoint": str(folder / "checkpoints" / BEST),
+        },
         images_per_second=throughput.images_per_second,
         data_wait=throughput.data_wait,
         training_seconds=throughput.training,
@@ -143,6 +159,7 @@ def close_run(
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),
         pairs=str(folder / "plots" / "pairs.png"),
+        images_per_second_by_size=throughput.images_per_second_by_size,
     )
     if writes:
         title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"

@@ -20,12 +20,14 @@ from torch.utils.data import Sampler
 from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Decode
+from synco_fast.data.pipelines.dali.decoded import build_decoding, check_sizes, decoding_inputs, gather_decoded
 from synco_fast.data.pipelines.dali.finish import finish_crops
 from synco_fast.data.pipelines.dali.graph import build_crops, build_evaluation, crop_inputs, evaluation_inputs
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
 from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.epochs import EpochBatches, Position
+from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.workers import available_cores, start_threads
 
@@ -52,6 +54,7 @@ class DaliPipeline:
         device: Device of graph and views.
         dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
         decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
+        fused_dtype: As ``dtype``, of the views that fused kernels make from images that DALI only decodes.
         threads: Threads of DALI; by default those of the settings.
         settings: Of the decoder on a GPU.
         rank, world: Rank of this process, and number of processes; each yields its part of every batch.
@@ -73,22 +76,26 @@ class DaliPipeline:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.uint8,
         decode: Decode = "once",
+        fused_dtype: torch.dtype = torch.uint8,
         threads: int | None = None,
         settings: DaliSettings = DaliSettings(),  # noqa: B008 - frozen
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self._decode, self._fused_dtype = decode, fused_dtype
+        self._make: MakeViews | None = None
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         self._recipe, self._dtype = recipe, dtype
-        number = _gpu_number(device)
-        self._reader = Reader(split, replace=True, draw=partial(_draw, recipe, seed))
-        self._loader = self._reader.loader(self._batches, workers, seed)
+        self._number = number = _gpu_number(device)
         gpu = _about(number)
         self._threads = threads or settings.count_threads(available_cores(), gpu and gpu[0])
         self._decoder = {} if gpu is None else settings.decoder(*gpu)
+        self._reader = Reader(split, replace=True, draw=partial(_draw, recipe, seed))
+        self._loader = self._reader.loader(self._batches, workers, seed)
+        #: The recipe of the epoch's views, whose size the graph is built for.
+        self._sized = recipe.at(0)
         build = partial(
             build_crops,
-            recipe,
             batch=self._batches.share,
             device=number,
             threads=self._threads,
@@ -97,7 +104,7 @@ class DaliPipeline:
             decoder=self._decoder,
         )
         inputs = partial(_crop_inputs, decode)
-        self._runner = GraphRunner(build, inputs, self._reader, device=number, depth=_DEPTH)
+        self._runner = GraphRunner(lambda: build(self._sized), inputs, self._reader, device=number, depth=_DEPTH)
         self._pool = start_threads(self._threads) if number is None else None
 
     def __len__(self) -> int:
@@ -108,6 +115,10 @@ class DaliPipeline:
         self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._take_size(self._recipe.at(self._batches.epoch))
+        if self._make is not None:
+            yield from self._fused(self._make)
+            return
         for files, crops in self._runner.run(self._loader):
             first, second = finish_crops(crops, files.views, self._recipe, self._dtype, self._pool)
             yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
@@ -119,6 +130,59 @@ class DaliPipeline:
             self._pool.shutdown()
         del self._loader
 
+    @property
+    def kernel_input(self) -> dict[str, Any] | None:
+        """See `FusedViews`; None where DALI decodes windows."""
+        if self._decode != "once":
+            return None
+        return {
+            "sides": self._recipe.sides,
+            "views": 2 * self._batches.share,
+            "dtype": self._fused_dtype,
+            "image": None,
+            "channels": 3,
+            "planar": False,
+            "sigma": self._recipe.blur_sigma[1],
+        }
+
+    def use_kernels(self, make: MakeViews) -> None:
+        """See `FusedViews`."""
+        self._free_graph()
+        self._make = make
+        build = partial(
+            build_decoding,
+            batch=self._batches.share,
+            device=self._number,
+            threads=self._threads,
+            depth=_DEPTH,
+            decoder=self._decoder,
+        )
+        self._runner = GraphRunner(
+            build, _packed, self._reader, device=self._number, depth=_DEPTH, gather=gather_decoded
+        )
+
+    def _fused(self, make: MakeViews) -> Iterator[Batch]:
+        for files, (pixels, offsets, sizes, words, decoded, *_) in self._runner.run(self._loader):
+            check_sizes(decoded, files)
+            rows = torch.arange(len(files), device=pixels.device)
+            buffer = pixels, offsets, sizes
+            size, dtype = self._sized.size, self._fused_dtype
+            first, second = make_pair(make, self._recipe, *buffer, rows, words, size=size, dtype=dtype)
+            yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
+
+    def _take_size(self, recipe: Recipe) -> None:
+        """Rebuild the graph where the views of an epoch have another size than those before."""
+        if recipe.size == self._sized.size:
+            return
+        self._sized = recipe
+        if self._make is None:
+            self._free_graph()
+
+    def _free_graph(self) -> None:
+        if self._number is not None:
+            torch.cuda.synchronize(self._number)  # the memory of views that the encoder may still read is the graph's
+        self._runner.close()
+
 
 def _draw(recipe: Recipe, seed: int, files: EncodedBatch) -> tuple[ViewParameters, ...]:
     draw = partial(draw_views, recipe, seed=seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes)
@@ -127,6 +191,10 @@ def _draw(recipe: Recipe, seed: int, files: EncodedBatch) -> tuple[ViewParameter
 
 def _crop_inputs(decode: Decode, files: EncodedBatch) -> dict[str, NDArray[Any]]:
     return crop_inputs(files.views, decode)
+
+
+def _packed(files: EncodedBatch) -> dict[str, NDArray[Any]]:
+    return decoding_inputs(*map(packed, files.views))
 
 
 class _InOrder(Sampler[list[Position]]):
