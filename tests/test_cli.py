@@ -309,7 +309,7 @@ def test_data_show(run, image_folder, tmp_path):
 @in_turn(0, 3)
 def test_bench_data(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    words = ["--photos", "3", "--folder", tmp_path, "--batch", "2", "--seconds", "1", "--rounds", "1", "--workers", "1"]
+    words = ["--photos", "3", "--folder", tmp_path, "--batch", "2", "--seconds", "1", "--rounds", "1", "--workers", "0"]
     code, out, _ = run("bench", "data", *words, "--device", "cpu", "--json", tmp_path / "data.json")
     assert code == 0
     assert "1.00x" in out
