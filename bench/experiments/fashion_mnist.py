@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/fashion-mnist"), help="folder of the runs")
     parser.add_argument("--record", type=Path, default=Path("bench/records/fashion-mnist"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--parallel", type=int, default=2, help="parallel runs, which share the cores")
     options = parser.parse_args()
 
