@@ -51,8 +51,8 @@ def add(commands: Commands) -> None:
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     config, limits, resume = _what_to_do(options, overrides_of(rest))
 
-    from synco_fast.evaluation.health import contraction
     from synco_fast.evaluation.knn import PeriodicKnn
+    from synco_fast.evaluation.monitor import HealthMonitor
     from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
@@ -61,7 +61,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     env = DistEnv.detect()
     with init_distributed(env, config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction, limits=limits)
+        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
         summary = Trainer(task, folder, resume=resume, console=console).run()
     if env.is_main:
         if options.json is not None:
@@ -148,6 +148,7 @@ def _print_summary(summary: Any, console: Console) -> None:
         ("kNN before", percent(summary.knn_before)),
         ("kNN after", percent(summary.knn_after)),
         ("chance", percent(summary.chance)),
+        ("effective rank", "not evaluated" if summary.feature_rank is None else f"{summary.feature_rank:.1f}"),
         (
             "images per second",
             f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",

@@ -19,13 +19,15 @@ __all__ = ["known_results", "write_card"]
 
 
 def known_results(run: Path | None) -> dict[str, str]:
-    """The results in a run folder: its own kNN, and every evaluation below ``evaluation/``."""
+    """The results in a run folder: its own kNN and effective rank, and every evaluation below ``evaluation/``."""
     if run is None:
         return {}
     found: dict[str, str] = {}
     summary = _json(run / "summary.json")
     if summary.get("knn_after") is not None:
         found["kNN during pretraining"] = f"{summary['knn_after']:.1%} (chance {summary['chance']:.1%})"
+    if summary.get("feature_rank") is not None:
+        found["effective rank of the features (RankMe)"] = f"{summary['feature_rank']:.1f}"
     for file in sorted((run / "evaluation").glob("*.json")):
         result = _json(file)
         chance = f" (chance {result['chance']:.1%})" if result.get("chance") is not None else ""

@@ -28,7 +28,8 @@ class Summary:
     """The summary of a run; fractions are in [0, 1], None if nothing was evaluated.
 
     ``finished`` is false if the run was stopped. ``images_per_second`` counts only training steps, without the first
-    few, evaluations and checkpoints. ``forms`` names the implementation of each part of a step, and why it was chosen.
+    few, evaluations and checkpoints. ``feature_rank`` is the backbone's effective rank at the end. ``forms`` names the
+    implementation of each part of a step, and why it was chosen.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Summary:
     finished: bool
     knn_before: float | None
     knn_after: float | None
+    feature_rank: float | None
     chance: float | None
     images_per_second: float
     data_wait: float
@@ -121,6 +123,7 @@ def close_run(
     """
     lines = read_metrics(folder)
     knn = [line["knn"] for line in lines if line["kind"] == "evaluation" and "knn" in line]
+    ranks = [line["feature_rank"] for line in lines if "feature_rank" in line]
     classes = source.validation.classes if source.validation else None
     chance = 1 / len(classes) if classes and knn else None
     curves = folder / "plots" / "curves.png"
@@ -133,6 +136,7 @@ def close_run(
         finished=finished,
         knn_before=knn[0] if knn else None,
         knn_after=knn[-1] if len(knn) > 1 else None,
+        feature_rank=ranks[-1] if len(knn) > 1 and ranks else None,
         chance=chance,
         images_per_second=throughput.images_per_second,
         data_wait=throughput.data_wait,
