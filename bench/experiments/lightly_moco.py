@@ -183,8 +183,8 @@ def table(record: dict[str, Any]) -> str:
                 "",
                 f"{record['config']}, {record['epochs']} epochs of {record['steps']} steps, seeds "
                 f"{', '.join(map(str, record['seeds']))}. Views, backbone, initial backbone weights, learning "
-                "rates and kNN are shared. Head, loss, queue, EMA and loop are lightly's and PyTorch's. Batch norm over the "
-                "whole batch, no mask, float32. Mean and sample standard deviation over seeds.",
+                "rates and kNN are shared. Head, loss, queue, EMA and loop are lightly's and PyTorch's. Batch norm over"
+                " the whole batch, no mask, float32. Mean and sample standard deviation over seeds.",
                 "",
                 "| | " + " | ".join(f"epoch {number}" for number in range(record["epochs"] + 1)) + " |",
                 "|---" * (record["epochs"] + 2) + "|",
