@@ -1,4 +1,4 @@
-"""Compile the kernels of `bench/gpu.sh` for a remote device into Triton's cache."""
+"""Compile the kernels of `bench/gpu.sh` for another machine's GPU into Triton's cache."""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -24,7 +24,7 @@ from synco_fast.kernels.validation import cases
 
 __all__ = ["compile_all"]
 
-#: Shapes of bench/gpu.sh: the published one, what is called before it is timed, and the sanitizers' small one.
+#: Shapes of bench/gpu.sh: the published one, the warm-up shape, and the small one for sanitizers.
 SHAPES = (
     *(Shape(256, 65536, 128, 1024, dtype) for dtype in ("bfloat16", "float32", "float16")),
     Shape(8, 2048, 128, 1024, "bfloat16"),
@@ -33,15 +33,15 @@ SHAPES = (
 
 
 def compile_all(capability: int, shapes: tuple[Shape, ...] = SHAPES, tests: Path | None = None) -> int:
-    """Compile the launches of some shapes, with their variants, and of the tests.
+    """Compile the launches of some shapes and of their variants, and optionally those of the tests.
 
     Args:
-        capability: Of the device.
+        capability: Compute capability of the device, such as 90.
         shapes: See `Shape`.
-        tests: The file of tests whose SHAPES are compiled too.
+        tests: A test file whose SHAPES are compiled, too.
 
     Returns:
-        How many different kernels were compiled.
+        The number of distinct kernels compiled.
     """
     hashes: set[str] = set()
 
@@ -94,10 +94,10 @@ def _call(shape: Shape, negatives: Negatives, masked: bool, step: Any) -> None:
 
 
 def main() -> None:
-    """Fill the cache that TRITON_CACHE_DIR names."""
+    """Fill the cache folder TRITON_CACHE_DIR."""
     parser = argparse.ArgumentParser(description="Compile the kernels of the loss for a remote GPU.")
-    parser.add_argument("--capability", type=int, choices=CAPABILITIES, default=90, help="times ten")
-    parser.add_argument("--tests", action="store_true", help="the shapes of the tests on a GPU too")
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, default=90, help="times ten: 90 is 9.0")
+    parser.add_argument("--tests", action="store_true", help="compile the shapes of the GPU tests, too")
     options = parser.parse_args()
     root = Path(__file__).resolve().parents[1]
     tests = root / "tests" / "kernels" / "triton" / "test_gpu.py" if options.tests else None

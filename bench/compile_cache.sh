@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Compile the kernels of the loss here for a GPU that is elsewhere, and pack what Triton needs to find them compiled.
+# Compile the loss kernels for another machine's GPU, and pack the Triton cache.
 #
-#   bench/compile_cache.sh [--capability 90] [--tests] OUT.tar.gz     with the Python of .venv or of PYTHON=...
-#   bench/compile_cache.sh --prune CACHE_DIR OUT.tar.gz               pack a cache that there is
+#   bench/compile_cache.sh [--capability 90] [--tests] OUT.tar.gz     with the Python of .venv or PYTHON=...
+#   bench/compile_cache.sh --prune CACHE_DIR OUT.tar.gz               pack an existing cache
 #
-# The Python must have the very version of Triton that the other machine has. --tests adds the shapes of the tests that
-# need a GPU, which takes many minutes. bench/gpu.sh --cache OUT.tar.gz uses it.
+# Both machines must have exactly the same version of Triton. --tests adds the shapes of the GPU tests, which takes many
+# minutes. bench/gpu.sh --cache OUT.tar.gz uses the result.
 set -eu
 usage() { echo "usage: bench/compile_cache.sh [--capability 90] [--tests] OUT.tar.gz" >&2; exit 2; }
 CAPABILITY=90 TESTS="" PRUNE="" TARGET=""
@@ -20,7 +20,7 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$TARGET" ] || usage
 
-pack() { # The machine code and its description; the stages before it are for people.
+pack() { # Keep the machine code and its metadata; drop the intermediate representations.
   find "$1" -type f \( -name '*.ttir' -o -name '*.ttgir' -o -name '*.llir' -o -name '*.ptx' -o -name '*.source' -o -name '*.so' \) -delete
   tar -czf "$2" -C "$1" .
 }

@@ -1,7 +1,7 @@
 """Images and views per second, by pipeline, against the plain loader of the released code.
 
-Every pipeline reads the same JPEG files, of the size that ImageNet's have, with the same number of processes, in rounds
-that alternate between the pipelines, so that other load on the machine affects all of them.
+Every pipeline reads the same JPEG files, similar in size to those of ImageNet, with the same number of processes.
+Rounds alternate between the pipelines, so that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
 
 
 def make_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
-    """Draw JPEG files of 500 x 375 pixels and about 110 kB whose spectra fall as those of photographs do.
+    """Make JPEG files of 500 x 375 pixels and about 110 kB, with power spectra like those of photographs.
 
     Returns:
-        Their names. Files that are there already are kept.
+        Their names. Existing files are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     frequency = np.hypot(np.fft.fftfreq(_HEIGHT)[:, None], np.fft.rfftfreq(_WIDTH)[None])
@@ -77,19 +77,19 @@ def measure_pipelines(
     """Throughput of each pipeline.
 
     Args:
-        folder, names: JPEG files.
-        pipelines: Of `synco_fast.bench.subjects.PIPELINES`.
-        device: Where the encoder would be.
+        folder, names: The JPEG files.
+        pipelines: Some of `synco_fast.bench.subjects.PIPELINES`.
+        device: Device of the encoder, to which the pipelines deliver.
         batch: Images in a batch.
-        workers: Processes that decode, for every pipeline alike.
-        seconds: Time of one round of one pipeline.
-        rounds: How often each is measured.
+        workers: Decoding processes of every pipeline.
+        seconds: Duration of one round of one pipeline.
+        rounds: Rounds through all pipelines.
         recipe: The augmentation.
         tick: Called after each round of each pipeline.
 
     Returns:
-        For each: images per second of every round and their median, views per second, and the share of the machine's
-        cores that it took, None where the system does not tell.
+        For each pipeline: images per second of every round and their median, views per second, and the fraction of the
+        machine's cores that were busy, None if the system does not report it.
     """
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -116,7 +116,7 @@ def measure_pipelines(
 def _pipeline(
     name: str, folder: Path, names: list[str], device: torch.device, batch: int, workers: int, recipe: Recipe
 ) -> Pipeline:
-    # Many epochs in one: a pause at an epoch's end is rare in a set of ImageNet's size.
+    # Treat many epochs as one: with a set of ImageNet's size the pause between epochs is rare.
     many = names * max(1, 100_000 // len(names))
     split: Split = FileSplit(folder, Manifest(PackedNames.pack(many)), None, "")
     if name.endswith("-packed"):
@@ -145,7 +145,7 @@ def _pipeline(
 
 
 def _packed(folder: Path, names: list[str]) -> Split:
-    """The same files as ``synco-fast data pack`` packs them by default, in a folder beside them."""
+    """The same files packed by ``synco-fast data pack`` with its defaults, in a folder beside them."""
     out = folder / f"packed-{len(names)}"
     files = FileSplit(folder, Manifest(PackedNames.pack(names)), None, "")
     pack_source(Source(os.fspath(folder), files, None), out, PackSettings())
@@ -162,14 +162,14 @@ class _Plain:
         return len(self._loader)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Nothing: its order is another one each time."""
+        """Do nothing: the plain loader shuffles anew each time."""
 
     def __iter__(self) -> Iterator[Batch]:
         for first, second in self._loader:
             yield Batch(first, second, torch.arange(len(first)))
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         del self._loader
 
 
@@ -182,7 +182,7 @@ def _endless(pipe: Pipeline) -> Iterator[Batch]:
 
 
 def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
-    """Images per second and the share of busy cores, after the batches that lay ready are consumed."""
+    """Images per second and the fraction of busy cores, measured after the prefetched batches are consumed."""
     for _ in range(settle):
         next(stream).to(device)
     _wait(device)
@@ -203,7 +203,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _busy_seconds() -> float | None:
-    """Processor time of this process and its workers so far; Linux alone tells that of live ones."""
+    """Processor time of this process and its workers so far. Only Linux reports it for live processes."""
     total = 0.0
     for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
         try:
@@ -215,5 +215,5 @@ def _busy_seconds() -> float | None:
 
 
 def has_pipeline(name: str) -> bool:
-    """Whether a pipeline can be measured here."""
+    """Whether the packages of a pipeline are installed."""
     return not name.startswith("dali") or has_dali()

@@ -1,23 +1,24 @@
 #!/usr/bin/env bash
-# First contact with a GPU, in nine minutes: what is wrong, what it costs, and what to choose.
+# Check, time and tune the kernels on a GPU in nine minutes.
 #
 #   bench/gpu.sh [--stage NAME]... [--cache FILE] [--dry] OUT_DIR
 #
-# Runs from a checkout that is not installed, with the Python of .venv or of PYTHON=...; it needs PyTorch and Triton, not
-# pydantic. Stages run in this order, each with a time limit, and one that fails does not stop the others:
+# Runs from a checkout that is not installed, with the Python of .venv or PYTHON=... It needs PyTorch and Triton, but not
+# pydantic. The stages run in this order. Each has a time limit, and a failure does not stop the others:
 #
-#   stages      each launch of the loss against float64, a process for each dtype
+#   stages      each launch of the loss against float64, one process for each dtype
 #   launches    microseconds of each launch in a CUDA graph
-#   variants    other tiles and shares of the same launches
-#   norm        the batch norm's kernels, where there are any
-#   ncu         Nsight Compute on each launch, where it is installed
-#   tests       the tests that need a GPU
-#   sanitizers  memcheck, initcheck and racecheck on one small call, where compute-sanitizer is installed
+#   variants    tuning variants of the launches
+#   norm        the batch norm kernels
+#   ncu         Nsight Compute on each launch, if installed
+#   tests       the GPU tests
+#   sanitizers  memcheck, initcheck and racecheck on one small call, if compute-sanitizer is installed
 #   compare     the loss by backend, and the selection alone
 #
-# and, only if named, `step` (the training step by backend and engine). OUT_DIR gets gpu.tar.gz with all figures as lines
-# of JSON and all logs, packed anew after each stage, and summary.txt. --cache takes what bench/compile_cache.sh made.
-# --dry goes the same way on a CPU: the kernels interpreted, at small shapes. The exit code is that of the worst stage.
+# The stage `step` (the training step by backend and engine) runs only if named. The results in OUT_DIR are summary.txt and
+# gpu.tar.gz, with all figures as JSON lines and all logs; it is packed again after each stage. --cache takes the output of
+# bench/compile_cache.sh. --dry runs the stages on a CPU, with interpreted kernels and small shapes. The exit code is that
+# of the worst stage.
 set -u
 usage() { echo "usage: bench/gpu.sh [--stage NAME]... [--cache FILE] [--dry] OUT_DIR" >&2; exit 2; }
 ALL=(stages launches variants norm ncu tests sanitizers compare)
@@ -39,7 +40,7 @@ for stage in ${WANTED[@]+"${WANTED[@]}"}; do
   esac
 done
 [ ${#WANTED[@]} -gt 0 ] || WANTED=("${ALL[@]}")
-[ -z "$CACHE" ] || [ -f "$CACHE" ] || { echo "error: cache: found no file $CACHE, expected what bench/compile_cache.sh made" >&2; exit 2; }
+[ -z "$CACHE" ] || [ -f "$CACHE" ] || { echo "error: cache: found no file $CACHE, expected the output of bench/compile_cache.sh" >&2; exit 2; }
 mkdir -p "$TARGET" || exit 2
 OUT=$(cd "$TARGET" && pwd)
 [ -z "$CACHE" ] || CACHE=$(cd "$(dirname "$CACHE")" && pwd)/$(basename "$CACHE")
@@ -53,8 +54,7 @@ finish() { [ -z "$CLOCKS" ] || kill "$CLOCKS" 2>/dev/null; rm -rf "$WORK"; }
 trap finish EXIT
 mkdir "$WORK/gpu"
 
-# The package as a tree of links. Python must not put the checkout itself first on its path: there, synco_fast has none
-# of the other folders.
+# The package as a tree of links. The checkout itself must not be on Python's path: its synco_fast lacks the other folders.
 "$PYTHON" tests/support/layout.py "$WORK/links" || exit 2
 export PYTHONSAFEPATH=1 PYTHONPATH="$WORK/links${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR="$WORK/triton"
@@ -82,19 +82,19 @@ PY
 then exit 2; fi
 
 SYNCO=("$PYTHON" -m synco_fast)
-# Everything together ends before this many seconds, however many stages run into their limits.
+# All stages together end before this many seconds, even if each reaches its limit.
 SLOWER=$((DRY ? 10 : 1))
 DEADLINE=$((SECONDS + 535 * SLOWER))
 WORST=0
 : > "$WORK/gpu/parts.txt"
 
-pack() { # What there is so far, in one file that is whole at any time.
+pack() { # Pack the results so far, atomically.
   tar -czf "$OUT/.gpu.tar.gz" -C "$WORK" gpu && mv "$OUT/.gpu.tar.gz" "$OUT/gpu.tar.gz"
 }
 
 note() { printf '%-24s %-9s %4s s\n' "$1" "$2" "$3" | tee -a "$WORK/gpu/parts.txt"; }
 
-part() { # part NAME SECONDS COMMAND...: lines of JSON on its standard output go to NAME.jsonl, all else to NAME.log
+part() { # part NAME SECONDS COMMAND...: JSON lines on standard output go to NAME.jsonl, everything else to NAME.log
   local name=$1 limit=$2 start=$SECONDS code left
   shift 2
   limit=$((limit * SLOWER))
@@ -117,12 +117,12 @@ part() { # part NAME SECONDS COMMAND...: lines of JSON on its standard output go
 }
 
 if [ "$DRY" = 1 ]; then
-  # The interpreter takes seconds for what a GPU does in microseconds.
+  # Small shapes, since the interpreter takes seconds for what a GPU does in microseconds.
   SHAPE=(--rows 1 --length 300 --dim 64 --hard 20 --synthetic 60) ONCE=("${SHAPE[@]}") DTYPES=(float32) REPEATS=1
   export OMP_NUM_THREADS=1
 else
   SHAPE=(--rows 256 --length 65536 --dim 128 --hard 1024) DTYPES=(bfloat16 float32 float16) REPEATS=30
-  # The last word of a mask, a last tile and a last row that are not whole.
+  # Odd sizes: the last mask word, the last tile and the last row block are partial.
   ONCE=(--rows 65 --length 4097 --dim 64 --hard 63)
 fi
 
@@ -148,11 +148,11 @@ do_variants() {
 }
 
 do_norm() {
-  # Compiling the formula for each layer would take longer than all the rest.
+  # Without the compiled formula: compiling it for each layer would take longer than everything else.
   local size=(--repeats 10 --rounds 2 --subjects grouped plain native triton) cases=() plain=()
   if [ "$DRY" = 1 ]; then
     size=(--device cpu --backbone resnet18 --size 64 --batch 8 --repeats 1 --rounds 1 --dtype float32 --groups 2 --subjects split plain)
-    # Interpreted, the cases take minutes: a dry run compares the forms that run on a CPU.
+    # Interpreted cases take minutes, so a dry run compares the backends that run on a CPU.
     cases=(--dtypes float32) plain=(env --unset TRITON_INTERPRET)
   fi
   part norm 20 "${SYNCO[@]}" bench norm "${size[@]}" --json "$WORK/gpu/norm.json"
@@ -164,7 +164,7 @@ do_ncu() {
   ncu=$(command -v ncu || ls /usr/local/cuda*/bin/ncu 2>/dev/null | tail -1)
   [ -n "$ncu" ] && [ "$DRY" = 0 ] || { note ncu "not there" 0; return; }
   names=$("$PYTHON" -c 'from synco_fast.bench.stages import CHECKS; print("|".join(CHECKS))')
-  # The clocks stay as they are; the first series of launches, whose code is in the cache already.
+  # Do not lock the clocks. Profile only the first series of launches, which is cached already.
   part ncu 50 "$ncu" --clock-control none --kernel-name-base function -k "regex:^($names)\$" -c 12 --csv --page details \
     --section SpeedOfLight --section WarpStateStats --section Occupancy --section LaunchStats \
     --section MemoryWorkloadAnalysis "$PYTHON" -m synco_fast.bench.launches --once "${SHAPE[@]}"
@@ -180,7 +180,7 @@ do_tests() {
 do_sanitizers() {
   local sanitizer tool
   sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
-  # Without PyTorch's own pool every tensor is an allocation, whose end and first write the tools can see.
+  # Without PyTorch's caching allocator every tensor is an allocation whose bounds and first write the tools can see.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   if [ "$DRY" = 1 ]; then
     part sanitizers 60 "$PYTHON" -m synco_fast.bench.launches --once --dtypes float32 "${ONCE[@]}"
@@ -231,7 +231,7 @@ fi
 for stage in "${WANTED[@]}"; do "do_$stage"; done
 
 "$PYTHON" -m synco_fast.bench.summary "$WORK/gpu" > "$WORK/gpu/summary.txt" 2>&1 || WORST=1
-# What had to be compiled here need not be the next time.
+# Return the compiled kernels, so that the next run need not compile them.
 bench/compile_cache.sh --prune "$TRITON_CACHE_DIR" "$WORK/gpu/triton-cache.tar.gz" > /dev/null 2>&1
 if [ "$(wc -c < "$WORK/gpu/triton-cache.tar.gz" 2>/dev/null || echo 0)" -gt $((12 << 20)) ]; then rm "$WORK/gpu/triton-cache.tar.gz"; fi
 pack

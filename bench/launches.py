@@ -1,7 +1,7 @@
-"""The launches of the loss one by one: intercepted, recorded, replayed alone and timed.
+"""Time each launch of the loss on its own: launches are intercepted, recorded and replayed.
 
-Nothing here knows which launches there are: whatever the launcher makes is met. ``python -m synco_fast.bench.launches``
-prints a line of JSON for each launch, and for all of them in one graph.
+It handles any launch. ``python -m synco_fast.bench.launches`` prints a line of JSON for each launch,
+and one for all of them in one CUDA graph.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -27,15 +27,15 @@ from synco_fast.bench.timing import capture, seconds_of
 
 __all__ = ["Recorded", "add_shape", "intercepted", "recorded", "shape_of", "time_all", "time_launches"]
 
-#: Takes the kernel, what the launch returned, the grid and the arguments by name.
+#: Callback with the kernel, the return value of the launch, the grid and the arguments by name.
 Seen = Callable[[Any, Any, Any, dict[str, Any]], None]
-#: Copies of a launch in the graph that times it.
+#: Copies of a launch in the CUDA graph that times it.
 _COPIES = 20
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A launch that can be made again: kernel, grid, arguments in order and by name."""
+    """A recorded launch that can be replayed: kernel, grid, positional and keyword arguments."""
 
     kernel: Any
     grid: Any
@@ -44,7 +44,7 @@ class Recorded:
 
     @property
     def name(self) -> str:
-        """Of the kernel."""
+        """The kernel's name."""
         found: str = self.kernel.fn.__name__
         return found
 
@@ -55,12 +55,12 @@ class Recorded:
 
 @contextlib.contextmanager
 def intercepted(seen: Seen, *, run: bool, before: Callable[[Recorded], None] | None = None) -> Iterator[None]:
-    """Within, every launch of a Triton kernel, interpreted or not, is shown to ``seen`` after it was made.
+    """Context in which ``seen`` is called after every launch of a Triton kernel, interpreted or not.
 
     Args:
         seen: See `Seen`.
-        run: Whether the launch happens; else it compiles alone.
-        before: Called with the launch before it is made.
+        run: Whether to launch; otherwise the kernel is only compiled.
+        before: Called before every launch.
     """
     originals = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
 
@@ -83,7 +83,7 @@ def intercepted(seen: Seen, *, run: bool, before: Callable[[Recorded], None] | N
 
 
 def recorded(run: Callable[[], object]) -> list[Recorded]:
-    """The launches that ``run`` makes, each with the very tensors that it was given."""
+    """The launches of ``run``, each with its own tensors."""
     found: list[Recorded] = []
     with intercepted(lambda *seen: None, run=True, before=found.append):
         run()
@@ -91,19 +91,19 @@ def recorded(run: Callable[[], object]) -> list[Recorded]:
 
 
 def time_launches(run: Callable[[], object], device: torch.device, *, repeats: int) -> list[dict[str, Any]]:
-    """What each launch of ``run`` takes by itself, in order.
+    """The time of each launch of ``run`` on its own, in order.
 
     Args:
-        run: Makes the launches.
-        device: On a GPU a launch stands some twenty times in one graph; elsewhere it is called.
+        run: A function that launches kernels.
+        device: On a GPU a CUDA graph holds some twenty copies of a launch; on a CPU the launch is called.
         repeats: Timed runs.
 
     Returns:
-        For each launch its name and ``microseconds``, and on a GPU ``cold_us``, of one with an empty L2 cache, which
-        holds the launch of a graph as well.
+        For each launch its name and ``microseconds``. On a GPU also ``cold_us``, the time of one launch with a cold L2
+        cache, which includes the launch of a graph.
     """
     found = []
-    # In order, since memory serves several launches one after another: each reads what those before it have just left.
+    # In order, since launches share buffers: each reads what the previous ones have just written.
     for number, launch in enumerate(recorded(run)):
         line: dict[str, Any] = {"launch": launch.name, "number": number}
         if device.type == "cuda":
@@ -118,24 +118,24 @@ def time_launches(run: Callable[[], object], device: torch.device, *, repeats: i
 
 
 def add_shape(parser: argparse.ArgumentParser) -> None:
-    """Add the numbers of a `Shape` to a program's options, the published ones by default."""
+    """Add the options of a `Shape`, with the published values as defaults."""
     published = Shape(256, 65536)
     for name in ("rows", "length", "dim", "hard", "synthetic"):
         parser.add_argument(f"--{name}", type=int, default=getattr(published, name))
 
 
 def shape_of(options: argparse.Namespace, dtype: str) -> Shape:
-    """The shape that the options of `add_shape` say."""
+    """The shape from the options of `add_shape`."""
     return Shape(options.rows, options.length, options.dim, options.hard, dtype, options.synthetic)
 
 
 def main() -> None:
-    """Time each launch at one shape, or make them once for a tool that watches."""
+    """Time each launch at one shape, or launch them once for a sanitizer or profiler."""
     parser = argparse.ArgumentParser(description="Time the launches of the loss one by one.")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--repeats", type=int, default=30)
     add_shape(parser)
-    parser.add_argument("--once", action="store_true", help="make the launches once, for a sanitizer or a profiler")
+    parser.add_argument("--once", action="store_true", help="launch each kernel once, for a sanitizer or a profiler")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in options.dtypes:
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def time_all(run: Callable[[], object], device: torch.device, *, repeats: int) -> dict[str, float]:
-    """Microseconds of all launches of ``run``: several times in one graph on a GPU, and once with a cold cache."""
+    """Microseconds of all launches of ``run``. On a GPU: from one graph with several copies, and with a cold cache."""
     if device.type != "cuda":
         return {"microseconds": 1e6 * statistics.median(seconds_of(run, device, repeats=repeats, warmup=0))}
     many, once = capture(run, device, copies=_COPIES), capture(run, device)

@@ -1,7 +1,7 @@
 """Time and peak extra memory of the loss, forward and gradient, by backend and shape.
 
-Memory that a process has once touched hides a later peak, so on a CPU each measurement runs in its own process. On a
-GPU, where the allocator counts, each backend has one process.
+On a CPU each measurement runs in its own process, since earlier peaks of a process hide later ones. On a GPU the
+allocator counts, so each backend needs only one process.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = ["Shape", "bare", "extra_bytes", "measure", "prepare", "prepare_select
 
 TEMPERATURE = 0.2
 _MIB = 1 << 20
-#: Bare operators in one graph.
+#: Copies of the bare operator in one CUDA graph.
 _COPIES = 16
 
 
 @dataclass(frozen=True)
 class Shape:
-    """B queries against K keys of D numbers, N of them hard; dtype by its name in torch; M synthetic negatives."""
+    """B queries against K keys of D numbers, N hard negatives, M synthetic ones, and the name of a torch dtype."""
 
     rows: int
     length: int
@@ -53,20 +53,20 @@ class Shape:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
+        """The torch dtype."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
     @property
     def negatives(self) -> Negatives:
-        """SynCo's synthetic negatives, scaled to M (one of a family at least); no more hard ones than K holds."""
+        """SynCo's synthetic negatives, scaled to M with at least one in each family, and at most K hard negatives."""
         share = self.synthetic / Negatives.synco().synthetic
         counts: dict[str, Any] = {family.name: max(1, round(share * family.published)) for family in FAMILIES}
         return Negatives(min(self.hard, self.length), **counts)
 
 
 def _inputs(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, their keys and a queue of unit rows, the same ones for every backend."""
+    """Queries, keys and a queue of unit rows, the same for every backend."""
     generator = torch.Generator().manual_seed(0)
     sizes = (shape.rows, shape.rows, shape.length)
     q, k, queue = (
@@ -81,20 +81,20 @@ def _check(backend: str, q: Tensor, queue: Tensor) -> None:
 
 
 def prepare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
-    """A function that computes the mean loss and its gradient to q once, and returns the gradient.
+    """A function that computes the mean loss and its gradient for q once, and returns the gradient.
 
     Args:
         backend: One of `synco_fast.bench.subjects.LOSS_BACKENDS`.
         shape: See `Shape`.
-        device: Where.
+        device: Device of the inputs.
 
     Raises:
-        RuntimeError: The kernels do not serve the shape or the device.
+        RuntimeError: The kernels do not support the shape or the device.
         UserError: A package is not installed.
     """
     q, k, queue = _inputs(shape, device)
     q.requires_grad_()
-    # On the device, so that neither a compiled nor a captured form meets a new number in each step.
+    # A device tensor, so that compiled and captured functions need not change in each step.
     step = torch.zeros((), dtype=torch.int64, device=device)
     negatives = shape.negatives
     _check(backend, q, queue)
@@ -135,7 +135,7 @@ def _operator(backend: str, q: Tensor, k: Tensor, queue: Tensor, negatives: Nega
 
 
 def bare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Tensor]:
-    """The operator alone, loss and gradient in one: no mean, no pass of autograd, no step that counts.
+    """The operator alone, which computes loss and gradient: no mean, no autograd, no step counter.
 
     Args:
         backend: ``blockwise`` or ``triton``.
@@ -158,7 +158,7 @@ def prepare_selection(subject: str, shape: Shape, device: torch.device) -> Calla
         shape, device: As for `prepare`.
 
     Returns:
-        It returns the values, (B, N), in no order; the package's own forms return their loss.
+        A function that returns the values, (B, N), in any order. This package's own backends return their loss.
 
     Raises:
         RuntimeError, UserError: As for `prepare`.
@@ -184,23 +184,24 @@ def measure(
     Args:
         backend: One of `synco_fast.bench.subjects.LOSS_BACKENDS`, or of its `SELECTIONS`.
         shape: See `Shape`.
-        device: Where.
+        device: Device to measure on.
         repeats: Timed runs of each kind.
         part: ``loss`` or ``selection``.
 
     Returns:
-        The shape; ``seconds``, of every run, and their median; ``extra_mib``, by how much the peak of memory rose in a
-        run (of the process on a CPU, of the allocator on a GPU); of this package's operator also ``bare_s``, what it
-        takes alone. On a GPU also ``cold_s``, with an empty L2 cache, and ``graph_s``, as a replayed CUDA graph, or
-        ``graph``, why it cannot be one; ``bare_s`` is there a share of one graph that holds several.
+        The shape; ``seconds`` of every run, and their median; ``extra_mib``, the increase of peak memory during a run
+        (of the process on a CPU, of the allocator on a GPU); for this package's operator also ``bare_s``, the time of
+        the operator alone. On a GPU also ``cold_s``, with a cold L2 cache, and ``graph_s``, as a replayed CUDA graph,
+        or ``graph``, the reason why it cannot be captured. There ``bare_s`` is the mean over one graph with several
+        copies.
     """
     make = prepare if part == "loss" else prepare_selection
-    # Libraries and thread pools are set up on a small shape, so that the peak below is the loss's alone.
+    # Set up libraries and thread pools on a small shape first, so that they do not count in the peak.
     make(backend, Shape(8, 2048, shape.dim, min(shape.hard, 1024), shape.dtype, shape.synthetic), device)()
     run = make(backend, shape, device)
     found: dict[str, Any] = {"backend": backend, "part": part, **asdict(shape)}
     if backend == "compiled":
-        run()  # Compiling takes memory that running does not.
+        run()  # Compiling needs memory that later runs do not.
     before = reset_peak_memory(device)
     run()
     found["extra_mib"] = (peak_memory(device) - before) / _MIB
@@ -225,7 +226,7 @@ def measure(
 
 
 def extra_bytes(backend: str, shape: Shape) -> int:
-    """About the most that a run holds beside its inputs, to know beforehand what cannot fit."""
+    """Estimate of the peak memory of a run in addition to its inputs, to skip runs that cannot fit."""
     if backend in ("blockwise", "triton"):
         return 64 * _MIB
     if backend.startswith("linear-ce"):
@@ -248,18 +249,18 @@ def sweep(
     """`measure` for backends and shapes, in processes of their own.
 
     Args:
-        backends: Names as `measure` takes them.
+        backends: Backends or selections of `measure`.
         shapes: Each is measured with every backend.
-        device: Where.
+        device: Device to measure on.
         repeats: Timed runs in a process.
-        rounds: How often the backends are measured in turn, each time in fresh processes: where memory lies decides a
-            good part of a CPU's time, and it is another place in each process.
-        threads: Of PyTorch on the CPU; its own choice by default.
+        rounds: Rounds through all backends, each in new processes. On a CPU the time depends on where the memory is
+            allocated, which differs between processes.
+        threads: PyTorch's threads on the CPU; by default its own choice.
         part: ``loss`` or ``selection``.
-        keep: Called with each figure as soon as it is there, before those of other rounds are.
+        keep: Called with every result as soon as it is available, before other rounds finish.
 
     Yields:
-        What `measure` returns, over all rounds; or the backend, the shape and ``failed``, why there is no figure.
+        The result of `measure` over all rounds; or the backend, the shape and ``failed``, the reason of the failure.
     """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available()
     for group in [list(shapes)] if device.type == "cuda" else [[shape] for shape in shapes]:
@@ -279,7 +280,7 @@ def sweep(
 
 
 def _over_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of several rounds as one: all seconds, the median of every other figure."""
+    """Combine the results of several rounds: all seconds, and the median of every other figure."""
     for result in results:
         if "failed" in result:
             return result
@@ -311,7 +312,7 @@ def _in_a_process(
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
     ):
         assert process.stdout is not None
-        # A line at a time: where the time ends before the work does, what was measured is known.
+        # Read line by line, so that results are kept if the time limit ends the process.
         for line in process.stdout:
             if line.startswith("{"):
                 done += 1
@@ -324,7 +325,7 @@ def _in_a_process(
 
 
 def main() -> None:
-    """Measure what the first argument describes, as `sweep` asks for it; a line of JSON for each shape."""
+    """Measure the request in the first argument (JSON from `sweep`), and print a line of JSON for each shape."""
     task = json.loads(sys.argv[1])
     if task["threads"]:
         torch.set_num_threads(task["threads"])
@@ -333,7 +334,7 @@ def main() -> None:
         try:
             found = measure(task["backend"], shape, device=device, repeats=task["repeats"], part=task["part"])
         except Exception as error:
-            # One shape that fails, for want of memory or of a compiler, must not take the others' figures along.
+            # A failure at one shape, such as no memory or no compiler, must not lose the other results.
             first = (str(error).strip().splitlines() or [""])[0]
             found = {
                 "backend": task["backend"],

@@ -1,4 +1,4 @@
-"""Plots of the loss's benchmark: time against batch and queue, and memory."""
+"""Plots of the loss benchmark: time and memory against batch size and queue length."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["best_seconds", "draw_loss"]
 
 
 def best_seconds(result: dict[str, Any]) -> float:
-    """The shorter of the times as called and as a replayed CUDA graph: a backend's best effort."""
+    """A backend's best time: called, or replayed as a CUDA graph."""
     found = min(result["median_s"], result.get("graph_s", result["median_s"]))
     return float(found)
 
 
 def draw_loss(results: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw time and peak extra memory, against B at one K and against K at one B; dotted is the floor of the time.
+    """Draw time and peak extra memory against B at one K, and against K at one B. The dotted line is the time floor.
 
     Args:
-        results: What `sweep` gave, each with ``floor_s``; those that failed are skipped.
-        title: Device and versions.
-        path: The PNG.
+        results: Results of `sweep`, each with ``floor_s``; failed ones are skipped.
+        title: Title, such as device and versions.
+        path: The PNG file to write.
     """
     import matplotlib
 
@@ -58,6 +58,6 @@ def draw_loss(results: Sequence[dict[str, Any]], title: str, path: Path) -> None
 
 
 def _most_common(values: list[int]) -> int:
-    """The value that occurs most often; the largest of those that tie."""
+    """The most common value; the largest one in a tie."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value))

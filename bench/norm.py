@@ -1,6 +1,6 @@
-"""Time of norm, add and ReLU, forward and backward, by form (`bench/subjects.py`) and layer shape of a ResNet.
+"""Time of norm, add and ReLU, forward and backward, by subject (`bench/subjects.py`) and ResNet layer.
 
-Rounds alternate between all forms, so that a slow phase of the machine affects all; the median counts.
+Rounds alternate between the subjects, so that a slow phase of the machine affects all of them; the median counts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["measure_norm", "prepare_norm", "totals", "unavailable"]
 
 
 def unavailable(subject: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a subject cannot be measured here; None where it can."""
+    """The reason why a subject cannot be measured here, or None if it can."""
     if subject == "triton":
         return unserved_by_triton(torch.empty(1, 1, 1, 1, dtype=dtype, device=device))
     if subject == "compiled" and device.type == "cpu":
@@ -45,14 +45,14 @@ def unavailable(subject: str, device: torch.device, dtype: torch.dtype) -> str |
 def prepare_norm(
     subject: str, layer: Layer, batch: int, groups: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that runs a layer forward and backward once and returns the gradients of x and of the residual.
+    """A function that runs a layer forward and backward once, and returns the gradients of x and of the residual.
 
     Args:
-        subject: One of `NORMS`, for which `unavailable` gives None.
-        layer: Shape, and what follows the norm.
+        subject: One of `NORMS`, for which `unavailable` returns None.
+        layer: Shape of the layer, and the operations after the norm.
         batch: B.
-        groups: Of the batch; "plain" and "apex" have one.
-        device, dtype: Of x; parameters and statistics are float32.
+        groups: Groups of the batch; "plain" and "apex" use one.
+        device, dtype: Device and dtype of x. Parameters and statistics are float32.
     """
     shape = (batch, layer.channels, layer.height, layer.width)
     generator = torch.Generator(device).manual_seed(0)
@@ -94,7 +94,7 @@ def prepare_norm(
     elif subject == "folded":
         forward = lambda: follow(_folded(norm, x, groups))  # noqa: E731
     elif subject == "compiled":
-        # Each layer is compiled for its own shape, and none counts towards the limit of recompilations.
+        # Compile each layer for its own shape, without counting towards the recompilation limit.
         torch.compiler.reset()
         forward = torch.compile(lambda: call("reference", groups), dynamic=False)
     else:
@@ -108,12 +108,12 @@ def prepare_norm(
 
 
 def _folded(norm: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
-    """One call for all groups: channel c of group g becomes channel g C + c, by a copy there and one back."""
+    """One call for all groups: channel c of group g becomes channel g C + c, with a copy there and a copy back."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.momentum is not None
     mean, variance = norm.running_mean.repeat(groups), norm.running_var.repeat(groups)
-    # (G, b, H, W, C) to (b, H, W, G, C), and the last two as one.
+    # (G, b, H, W, C) to (b, H, W, G, C), then merge the last two dimensions.
     places = x.permute(0, 2, 3, 1).unflatten(0, (groups, -1)).permute(1, 2, 3, 0, 4)
     y = functional.batch_norm(
         places.flatten(3).permute(0, 3, 1, 2),
@@ -134,7 +134,7 @@ def _folded(norm: nn.BatchNorm2d, x: Tensor, groups: int) -> Tensor:
 
 
 def _apex(layer: Layer, x: Tensor, residual: Tensor | None, up: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Apex's module, which takes (B, H, W, C) and adds only where it rectifies."""
+    """Apex's module, which takes (B, H, W, C) and adds a residual only with a ReLU."""
     module: Any = importlib.import_module("apex.contrib.groupbn.batch_norm")
     norm = module.BatchNorm2d_NHWC(layer.channels, fuse_relu=layer.relu).to(x.device)
     images, added, incoming = (
@@ -151,7 +151,7 @@ def _apex(layer: Layer, x: Tensor, residual: Tensor | None, up: Tensor) -> Calla
 
 
 class _Clocked:
-    """A function that notes the processor time of each of its calls."""
+    """A function that records the processor time of each call."""
 
     def __init__(self, run: Callable[[], object]) -> None:
         self.run = run
@@ -175,23 +175,23 @@ def measure_norm(
     repeats: int = 3,
     rounds: int = 5,
 ) -> Iterator[dict[str, Any]]:
-    """Every subject at every layer shape.
+    """Measure every subject at every layer shape.
 
     Args:
-        subjects: Of `NORMS`.
+        subjects: Some of `NORMS`.
         layers: See `synco_fast.bench.norm_model.layers_of`.
         batch: B.
-        groups: Of the batch.
-        device, dtype: Of x.
-        bandwidth: Bytes per second of a large copy here.
+        groups: Groups of the batch.
+        device, dtype: Device and dtype of x.
+        bandwidth: Bytes per second of a large copy on this device.
         repeats: Timed runs of a subject in a round.
-        rounds: How often the subjects are measured in turn.
+        rounds: Rounds through all subjects.
 
     Yields:
         Subject and layer; ``seconds`` of every run and their median; ``cpu_seconds``, processor time of all threads,
-        which other programs disturb less, and their median; ``gb_s``, bytes per second that the form moves by the rules
-        of `synco_fast.bench.norm_model`; ``floor``, the share of the time that the kernels' bytes would take at the
-        bandwidth. Or ``failed``, why there is no figure.
+        which other programs disturb less, and their median; ``gb_s``, bytes per second as `synco_fast.bench.norm_model`
+        counts them; ``floor``, the time of the fused kernels' bytes at the bandwidth, as a fraction of the median. Or
+        ``failed``, the reason of the failure.
     """
     for layer in layers:
         size = batch * layer.channels * layer.height * layer.width * dtype.itemsize
@@ -225,10 +225,10 @@ def measure_norm(
 
 
 def totals(results: Sequence[dict[str, Any]], figure: str = "median_s") -> dict[str, float]:
-    """Seconds of all layers of the backbone together, by subject: medians times how often a layer occurs.
+    """Seconds of all layers of the backbone, by subject: the sum of median times number of such layers.
 
     Args:
-        results: Of `measure_norm`.
+        results: Results of `measure_norm`.
         figure: ``median_s`` or ``cpu_median_s``.
     """
     found: dict[str, float] = {}

@@ -1,13 +1,13 @@
 """Bytes and launches of norm, add and ReLU in a training step: counted from the calls, not measured.
 
-A backbone runs on the meta device, where tensors have shapes and no numbers, and every call of the dispatcher is seen.
-Convolutions are stood in for by their results' memory, channels-last; poolings are not counted. What is left is norm,
-add and ReLU, with the sums of gradients where a block's input goes two ways, which every form has.
+A backbone runs on the meta device, where tensors have shapes but no data, and every dispatcher call is counted.
+Convolutions are replaced by channels-last allocations of their outputs; pooling is not counted. What remains is norm,
+add and ReLU, and the sums of gradients where the input of a block branches, which all forms have.
 
-A call reads its inputs and writes its outputs once; batch norm reads its input twice, for the statistics and for the
-result; the kernels of `synco_fast.kernels.norm` move what their launcher states. A call is one launch, PyTorch's batch
-norm at least two each way, and a view is none. So launches of PyTorch's forms are a lower bound, and bytes take no
-cache into account.
+A call reads its inputs and writes its outputs once. Batch norm reads its input twice, for the statistics and for the
+result. The kernels of `synco_fast.kernels.norm` move the bytes that their launcher states. A call counts as one launch,
+PyTorch's batch norm as at least two in each direction, and a view as none. So the launches of PyTorch's forms are a
+lower bound, and the bytes ignore caches.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from synco_fast.models.fusion import fuse_batch_norm
 
 __all__ = ["FORMS", "Layer", "Work", "layers_of", "passes", "step_work"]
 
-#: What is compared: how a step is built.
+#: The compared forms: how a step computes norm, add and ReLU.
 FORMS = {
-    "grouped": "today's eager form on a GPU: a call a group and one copy to put them together, then add and ReLU",
-    "plain": "torch.nn.BatchNorm2d of the whole batch, then add and ReLU: what everyone else runs",
+    "grouped": "today's eager form on a GPU: one call per group and a concatenation, then add and ReLU",
+    "plain": "torch.nn.BatchNorm2d of the whole batch, then add and ReLU: the common form",
     "triton": "the kernels of synco_fast.kernels.norm",
 }
-#: Launches of a call where it is not one, and passes of x's size: reads and writes.
+#: Calls with more than one launch: the number of launches, and of reads and writes of x's size.
 _LAUNCHES = {"norm_statistics": 2, "norm_backward": 3, "native_batch_norm": 2, "native_batch_norm_backward": 2}
 _LEFT_OUT = ("pool", "empty", "detach")
 
@@ -44,13 +44,13 @@ class Work(NamedTuple):
     launches: int
 
     def __add__(self, other: object) -> Work:
-        """Both."""
+        """The sum of both."""
         assert isinstance(other, Work)
         return Work(self.bytes + other.bytes, self.launches + other.launches)
 
 
 class Layer(NamedTuple):
-    """A norm of a backbone: channels, height and width of its map, what follows it, and how often it occurs."""
+    """A norm of a backbone: channels, height and width, the operations after it, and the number of such layers."""
 
     channels: int
     height: int
@@ -61,7 +61,7 @@ class Layer(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What is fused."""
+        """The fused operations."""
         return "norm" + " + add" * self.residual + " + ReLU" * self.relu
 
 
@@ -69,7 +69,7 @@ def passes(layer: Layer, form: str) -> tuple[int, int]:
     """Passes over memory of x's size, forward and backward, by the rules of this module.
 
     Args:
-        layer: Which.
+        layer: The layer.
         form: One of `FORMS`.
     """
     if form == "triton":
@@ -81,7 +81,7 @@ def passes(layer: Layer, form: str) -> tuple[int, int]:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the work of the calls that pass."""
+    """Sums the work of all dispatcher calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def _bytes(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     if name == "native_batch_norm_backward":
         return moved + 2 * size
     if name == "norm_backward":
-        # Gradient and x are read in both passes; with y it is the masked gradient that the second one reads.
+        # Both passes read the gradient and x. With y, the second one reads the masked gradient.
         return moved + 2 * size
     return moved
 
@@ -125,23 +125,23 @@ def _backbone(name: str, form: str, groups: int) -> nn.Module:
 
 
 class _Allocate(torch.autograd.Function):
-    """A convolution's results without its work."""
+    """The outputs of a convolution without its computation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: torch.Size) -> Tensor:
-        """Memory of the output, channels-last."""
+        """Allocate the output, channels-last."""
         ctx.save_for_backward(x)
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Memory of the input's gradient."""
+        """Allocate the gradient of the input."""
         (x,) = ctx.saved_tensors
         return torch.empty_like(x), None
 
 
 class _StandIn(nn.Module):
-    """In the place of a convolution."""
+    """Stand-in for a convolution."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class _StandIn(nn.Module):
         self.numbers = convolution.kernel_size, convolution.stride, padding, convolution.dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Memory of the map that the convolution would give."""
+        """Allocate the output of the convolution."""
         sides = [
             (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
             for side, kernel, stride, padding, dilation in zip(x.shape[2:], *self.numbers, strict=True)
@@ -170,17 +170,17 @@ def _without_convolutions(module: nn.Module) -> nn.Module:
 
 
 def step_work(form: str, *, backbone: str = "resnet50", batch: int = 256, size: int = 224, groups: int = 8) -> Work:
-    """Of norm, add and ReLU in a step: queries forward and backward, keys forward.
+    """Work of norm, add and ReLU in a step: queries forward and backward, keys forward.
 
     Args:
         form: One of `FORMS`.
         backbone: A torchvision or timm ResNet.
         batch: B.
-        size: Of an image, in pixels.
-        groups: Of batch norm; the plain form has one.
+        size: Side of an image, in pixels.
+        groups: Groups of the batch norm; the plain form has one.
     """
     model = _without_convolutions(_backbone(backbone, form, groups))
-    # Pooling and what follows is no work of the norms.
+    # Skip the pooling and everything after it.
     for name in ("avgpool", "global_pool", "fc"):
         if hasattr(model, name):
             setattr(model, name, nn.Identity())
@@ -196,7 +196,7 @@ def step_work(form: str, *, backbone: str = "resnet50", batch: int = 256, size: 
 
 
 def layers_of(backbone: str = "resnet50", size: int = 224) -> list[Layer]:
-    """The norms of a backbone, in order of their first occurrence, alike ones counted together."""
+    """The norms of a backbone, in order of first occurrence; equal ones are counted together."""
     model = _backbone(backbone, "triton", 1)
     found: dict[Layer, int] = {}
 

@@ -1,6 +1,6 @@
-"""Seconds of whole training steps by `model.norm`: the settings take turns in one process, step by step.
+"""Seconds of whole training steps by `model.norm`. The settings take turns in one process, step by step.
 
-What slows the machine down for a while slows all of them down, so the ratio within a round counts, not a single time.
+A slow phase of the machine affects all settings, so the ratios within a round count, not single times.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def measure_norm_steps(
     rounds: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """A step of each setting a round, first to last and last to first in turn.
+    """Time one step of each setting in a round. The order is reversed in every second round.
 
     Args:
         values: The configuration, by section and key.
-        norms: Values of ``model.norm``; the first is what the others are compared with.
-        rounds: How many are timed.
+        norms: Values of ``model.norm``. The others are compared with the first.
+        rounds: Timed rounds.
         advance: Called after each round.
 
     Returns:
         For each setting ``seconds`` and ``cpu_seconds`` (of all threads) of every step and their medians, the loss of
-        the last step, and ``of_first``, ``cpu_of_first``: quartiles of the ratio to the first setting in a round.
+        the last step, and ``of_first``, ``cpu_of_first``: quartiles of the ratio to the first setting of the round.
     """
     engines = {}
     for norm in norms:

@@ -1,4 +1,4 @@
-"""Time of an optimizer step on a network's parameters, its norm and the skipping of bad steps included, by form."""
+"""Time of an optimizer step by implementation, including gradient norm and skipping of bad steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LR, _DECAY = 0.01, 1e-4
 
 
 def unavailable(subject: str, device: torch.device) -> str | None:
-    """Why a form cannot run here, if so."""
+    """The reason why an implementation cannot run here, or None if it can."""
     try:
         build(subject, nn.Linear(2, 2).to(device), device)
     except ConfigError as error:
@@ -35,15 +35,15 @@ def unavailable(subject: str, device: torch.device) -> str | None:
 
 
 def build(subject: str, module: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of a form.
+    """Build the optimizer of one implementation.
 
     Args:
         subject: One of `synco_fast.bench.subjects.OPTIMIZERS`.
-        module: On the device; has gradients when the optimizer steps.
-        device: Where.
+        module: The network, on the device.
+        device: Device to run on.
 
     Raises:
-        ConfigError: It is not installed, or does not run on this device.
+        ConfigError: The package is not installed, or does not run on this device.
     """
     name, _, form = subject.partition("-")
     if form == "foreach":
@@ -66,18 +66,18 @@ def measure_optimizers(
     rounds: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """Time each form on the parameters of a backbone with random gradients; the forms take turns.
+    """Time each implementation on the parameters of a backbone with random gradients. They take turns.
 
     Args:
-        subjects: Of `synco_fast.bench.subjects.OPTIMIZERS`.
+        subjects: Some of `synco_fast.bench.subjects.OPTIMIZERS`.
         backbone: A torchvision model, or timm/NAME.
-        device: Where.
-        repeats, rounds: Timed steps a round, and how often the forms are gone through.
-        advance: Called after each form of each round.
+        device: Device to run on.
+        repeats, rounds: Timed steps in a round, and rounds through all implementations.
+        advance: Called after each implementation of each round.
 
     Returns:
-        By form: the parameters' number, seconds of every step with their median, the operations that PyTorch dispatches
-        for one, and whether the host waits for it.
+        For each implementation: the number of parameters, seconds of every step and their median, the number of PyTorch
+        operations in a step, and whether the host waits for the device.
     """
     runs: dict[str, tuple[nn.Module, OptimStep]] = {}
     for subject in subjects:

@@ -1,7 +1,7 @@
-"""Where the loss spends its time: a trace, and what each kernel or operator achieves.
+"""Profile of the loss: a trace, and the rates that each kernel or operator achieves.
 
-Floating-point operations and bytes are counted, not measured: of the two products of the scan, of matrix products by
-their shapes, of the Triton kernels by what each must read and write once. An operator without a count shows none.
+Floating-point operations and bytes are counted, not measured: for matrix products from their shapes, for the Triton
+kernels from what each must compute, read and write once. Operators without a count show none.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Line:
     """One kernel on a GPU, or one operator on a CPU.
 
     Attributes:
-        name: Of the kernel or operator.
-        calls: A run.
-        seconds: A run, of itself alone.
-        flops, bytes: A run, as counted; None where they are not.
+        name: Name of the kernel or operator.
+        calls: Calls in a run.
+        seconds: Seconds in a run, without the operators that it calls.
+        flops, bytes: Counted operations and bytes of a run; None without a count.
     """
 
     name: str
@@ -46,10 +46,10 @@ def profile_loss(
 
     Args:
         run: From `synco_fast.bench.loss.prepare`.
-        shape: What it was prepared for.
-        device: Likewise.
-        trace: The JSON file for chrome://tracing or Perfetto; gzipped where it ends in .gz.
-        runs: How many are profiled, after three that are not.
+        shape: Its shape.
+        device: Its device.
+        trace: The JSON file to write for chrome://tracing or Perfetto; gzipped if its name ends in .gz.
+        runs: Profiled runs, after three runs of warm-up.
 
     Returns:
         A line for each kernel (on a GPU) or operator (on a CPU), the longest first.
@@ -92,7 +92,7 @@ def _sum(one: float | None, other: float | None) -> float | None:
 
 
 def _product_counts(name: str, shapes: list[list[int]], itemsize: int) -> tuple[float, float] | None:
-    """Operations and bytes of a call of a matrix product, by its operands' shapes."""
+    """Operations and bytes of a matrix product, from the shapes of its operands."""
     operands = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
     if name not in operands:
         return None
@@ -103,7 +103,7 @@ def _product_counts(name: str, shapes: list[list[int]], itemsize: int) -> tuple[
 
 
 def _kernel_counts(shape: Shape) -> dict[str, tuple[float, float]]:
-    """Operations and bytes of the Triton kernels of one run, by name: what each needs, read and written once."""
+    """Operations and bytes of the Triton kernels in one run, by name. Every input and output counts once."""
     rows, length, dim, size = shape.rows, shape.length, shape.dim, shape.itemsize
     hard, negatives = min(shape.hard, length), shape.negatives
     from synco_fast.kernels.triton.config import sampling_of

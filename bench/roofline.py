@@ -1,4 +1,4 @@
-"""Roofline of the loss: its arithmetic and its bytes over the device's measured rates."""
+"""Roofline of the loss: its floating-point operations and bytes, divided by the measured rates of the device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Ceilings", "floor_seconds", "loss_bytes", "loss_flops", "measure_cei
 
 
 class Ceilings(NamedTuple):
-    """What a device does at best.
+    """The best measured rates of a device.
 
     Attributes:
         flops: Floating-point operations per second of a large matrix product.
-        bytes: Bytes read and written a second by a large copy.
+        bytes: Bytes read and written per second by a large copy.
     """
 
     flops: float
@@ -24,11 +24,11 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Both ceilings, each the best of several runs, on random numbers (zeros can run faster than data will).
+    """Measure both rates, each the best of several runs, on random numbers (zeros can run faster than real data).
 
     Args:
-        device: Where.
-        dtype: Of the matrix product; float32 is multiplied as PyTorch is set to, with TF32 only if that is on.
+        device: Device to measure.
+        dtype: Dtype of the matrix product. float32 follows PyTorch's settings: TF32 only if it is on.
     """
     large = device.type == "cuda"
     side, megabytes = (8192, 1024) if large else (1024, 128)
@@ -41,21 +41,21 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def loss_flops(rows: int, length: int, dim: int) -> int:
-    """Of the two products that no exact form avoids, q times the queue and the softmax times the queue."""
+    """Operations of the products that every exact loss needs: q times the queue, and softmax times the queue."""
     return 4 * rows * length * dim
 
 
 def loss_bytes(rows: int, length: int, dim: int, itemsize: int) -> int:
-    """Of the queue, read once, and of q, k and the gradient."""
+    """Bytes of the queue, read once, and of q, k and the gradient."""
     return (length + 3 * rows) * dim * itemsize
 
 
 def floor_seconds(rows: int, length: int, dim: int, itemsize: int, ceilings: Ceilings) -> float:
-    """The larger of arithmetic and bytes, each at its ceiling.
+    """The least time for the loss: the longer of its operations and its bytes, each at the measured rate.
 
     Args:
         rows, length, dim: B, K, D.
-        itemsize: Bytes of a number of q and queue.
+        itemsize: Bytes of a number of q and the queue.
         ceilings: See `measure_ceilings`.
     """
     arithmetic = loss_flops(rows, length, dim) / ceilings.flops
@@ -69,7 +69,7 @@ def selection_floor(rows: int, length: int, dim: int, itemsize: int, ceilings: C
         rows, length, dim: B, K, D.
         itemsize: Bytes of a number.
         ceilings: See `measure_ceilings`.
-        product: Whether it starts from q and the queue; else from the similarities, which are read once.
+        product: Whether it starts from q and the queue. Otherwise it reads the similarities once.
     """
     if not product:
         return rows * length * itemsize / ceilings.bytes

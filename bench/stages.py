@@ -1,7 +1,7 @@
-"""Each launch of the loss compared with PyTorch in float64, right after it is made, to find a wrong one.
+"""Compare each launch of the loss with PyTorch in float64, right after it runs, to locate a wrong kernel.
 
-``python -m synco_fast.bench.stages --dtype bfloat16`` prints a line of JSON for each launch and ends with 1 on a miss.
-A fault ends the process; the last line then names the launch. With TRITON_INTERPRET=1 it runs on the CPU.
+``python -m synco_fast.bench.stages --dtype bfloat16`` prints a line of JSON for each launch. The exit code is 1 if one
+differs. A CUDA fault ends the process; the last line then names the launch. With TRITON_INTERPRET=1 it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from synco_fast.kernels.validation import Inputs, exact_inputs, reference_answer
 __all__ = ["CHECKS", "check_stages"]
 
 _SEED, _STEP = 3, 7
-#: How far the softmax weights of queue keys are rounded before the second product, relative to the largest.
+#: Rounding of the softmax weights of queue keys before the second product, relative to the largest.
 _WEIGHTS = {"float32": 1e-5, "bfloat16": 2.0**-7, "float16": 2.0**-9}
 
-#: Name of a quantity, its error, and its bound.
+#: A quantity's name, error and bound.
 Finding = tuple[str, float, float]
 Arguments = dict[str, Any]
 
 
 class _Expected:
-    """What the launches should find, in float64."""
+    """The expected results of the launches, in float64."""
 
     def __init__(self, inputs: Inputs, shape: Shape) -> None:
         self.inputs, self.shape, self.negatives = inputs, shape, shape.negatives
@@ -53,7 +53,7 @@ class _Expected:
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:
-    """The largest absolute difference; infinite where a number is NaN on one side alone."""
+    """The largest absolute difference; infinite if only one side is NaN."""
     found = found.double()
     difference = torch.where(found == expected, 0, (found - expected).abs())
     difference = torch.where(found.isnan() & expected.isnan(), 0, difference)
@@ -61,7 +61,7 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
-    """The largest difference of a row over the row's largest number."""
+    """The largest difference in a row, divided by the row's largest absolute value."""
     scale = expected.abs().amax(dim=-1).clamp_min(1e-30)
     difference = (found.double() - expected).abs().amax(dim=-1) / scale
     return float(difference.nan_to_num(nan=torch.inf).max())
@@ -81,11 +81,11 @@ def _rank(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     yield "shift", _largest(a["p_shift"], torch.maximum(expected.positive, sample.amax(dim=1))), 1e-6
     if a["wanted"]:
         reached = (sample >= threshold[:, None]).sum(dim=1) - a["wanted"]
-        # Ties with the threshold are reached as well, and a threshold need not be a similarity of the sample.
+        # Ties with the threshold count as reaching it, and the threshold need not be a sampled similarity.
         at_threshold = (sample - threshold[:, None]).abs() <= 1e-3
         excess = reached - at_threshold.sum(dim=1)
-        yield "sampled keys below the rank wanted", float((-reached).clamp_min(0).max()), 0
-        yield "sampled keys beyond it", float(excess.clamp_min(0).max()), 0.1 * a["wanted"] + 4
+        yield "sampled keys missing to the wanted rank", float((-reached).clamp_min(0).max()), 0
+        yield "sampled keys beyond the wanted rank", float(excess.clamp_min(0).max()), 0.1 * a["wanted"] + 4
     expected.shift, expected.threshold = a["p_shift"].double(), threshold
 
 
@@ -103,7 +103,7 @@ def _scan(a: Arguments, expected: _Expected) -> Iterator[Finding]:
 
 
 def _wrong_candidates(a: Arguments, expected: _Expected) -> int:
-    """Rows whose segments do not hold just the keys above the threshold, in order, where none is too full."""
+    """Number of rows whose segments do not hold exactly the keys above the threshold, in order, unless one is full."""
     wrong = 0
     segment, found, count = a["SEGMENT"], a["p_found"], a["p_count"]
     above = expected.similarity > expected.threshold[:, None]
@@ -127,7 +127,7 @@ def _select(a: Arguments, expected: _Expected) -> Iterator[Finding]:
 
 
 def _fill(a: Arguments, expected: _Expected) -> Iterator[Finding]:
-    """The similarities of flagged rows, as integers in their order."""
+    """The similarities of flagged rows, as order-preserving integers."""
     some = _rows_of(a["p_flag"], a["B"])
     flagged = (a["p_flag"] != 0).nonzero()[:, 0]
     bits = a["p_room"][flagged]
@@ -146,13 +146,13 @@ def _choose(a: Arguments, expected: _Expected) -> Iterator[Finding]:
 
 
 def _rows_of(flag: Tensor, count: int) -> slice:
-    """Which rows a slice of the flags stands for."""
+    """The rows of a slice of the flags."""
     begin = flag.storage_offset()
     return slice(begin, begin + count)
 
 
 def _hard(index: Tensor, value: Tensor, expected: _Expected, done: Tensor) -> Iterator[Finding]:
-    """Q^N against the reference's, in its order, for the rows that are done."""
+    """Compare Q^N with that of the reference, in its order, for the rows that are done."""
     yield "index", float((index.long() != expected.index)[done].sum()), 0
     yield "hard", _largest(value[done], expected.values[done]), 1e-6
 
@@ -178,7 +178,7 @@ def _reduce(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": _SEED, "step": _STEP}
     exact = reference_answer(expected.inputs, expected.negatives, **settings)
     yield "loss", _largest(a["p_loss"], exact.contrast.loss), 2e-5 + _WEIGHTS[expected.shape.dtype] * 1e-3
-    # The gradient is a difference of two vectors of about length 1, over T.
+    # The gradient is a difference of two vectors of length about 1, divided by T.
     yield "gradient", _largest(a["p_gradient"], exact.gradient), _WEIGHTS[expected.shape.dtype] / TEMPERATURE
     statistics = exact.contrast.statistics
     yield "hard", _largest(a["p_hard_mean"], statistics.hard), 1e-5
@@ -186,7 +186,7 @@ def _reduce(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     yield "queue rank", _largest(a["p_queue_rank"], statistics.queue_rank.double()), 0
 
 
-#: By the name of a launch: what it left against what it should have.
+#: The comparison for each launch, by its name.
 CHECKS: dict[str, Callable[[Arguments, _Expected], Iterator[Finding]]] = {
     "sample": _sample,
     "rank": _rank,
@@ -202,17 +202,17 @@ CHECKS: dict[str, Callable[[Arguments, _Expected], Iterator[Finding]]] = {
 def check_stages(
     shape: Shape, device: torch.device, say: Callable[[dict[str, Any]], None], *, tied: bool = False, repeats: int = 20
 ) -> bool:
-    """Compare what each launch left with float64, and some repeats with each other.
+    """Compare the output of each launch with float64, and repeated runs with each other.
 
     Args:
-        shape: Up to 1,024 rows.
-        device: A CUDA device, or the CPU where the kernels are interpreted.
-        tied: Make all keys of the queue equal, so that every row takes the slow way.
-        repeats: How often all is computed again, which must give the same bits.
-        say: Takes a line for each launch as soon as it is compared, and one before it is made.
+        shape: At most 1,024 rows.
+        device: A CUDA device, or the CPU with Triton's interpreter.
+        tied: Make all keys of the queue equal, so that every row takes the slow path.
+        repeats: Number of repeated runs, which must give the same bits.
+        say: Called with a line before each launch, and with a line after its comparison.
 
     Returns:
-        Whether all were right.
+        Whether every launch passed.
     """
     inputs = exact_inputs(shape.rows, shape.length, shape.dim, shape.torch_dtype).to(device=device)
     if tied:
@@ -256,7 +256,7 @@ def _say(line: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Check the stages at one shape and print lines of JSON."""
+    """Check the launches at one shape and print lines of JSON."""
     parser = argparse.ArgumentParser(description="Compare each launch of the loss with float64.")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     add_shape(parser)

@@ -1,7 +1,7 @@
-"""Images per second and peak memory of the whole training step, without data, by method and engine setting.
+"""Images per second and peak memory of the whole training step, without data loading, by method and engine.
 
-Each subject runs in its own process, and rounds alternate between all subjects, so that a slow phase of the machine
-affects all. The command is `synco-fast bench step`.
+Each subject runs in its own process. Rounds alternate between the subjects, so that a slow phase of the machine affects
+all of them. The command is `synco-fast bench step`.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from synco_fast.training.forms import choose_forms
 
 __all__ = ["bench_step", "measure"]
 
-#: Subjects that compute no loss, or one of their own.
+#: Subjects that compute no loss, or their own.
 _WITHOUT_LOSS = ("encoder", "encoder-plain", "plain")
 _BLOCKS = 5
 _MIB = 1 << 20
-#: Dense bf16 operations per second that the maker states, by a part of the device's name; the first that fits counts.
+#: The vendor's dense bf16 FLOP/s, by a substring of the device name; the first match counts.
 _STATED = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) -> dict[str, Any]:
-    """One subject in this process.
+    """Measure one subject in this process.
 
     Args:
         subject: One of `synco_fast.bench.subjects.STEPS`.
         values: The configuration, by section and key.
-        engine: One of `synco_fast.bench.subjects.ENGINES`; the plain loop has none.
-        steps: How many are timed, in five blocks, after those that compile and fill caches.
+        engine: One of `synco_fast.bench.subjects.ENGINES`; the plain loop ignores it.
+        steps: Timed steps, in five blocks, after a warm-up that compiles and fills caches.
 
     Returns:
-        Images per second of every block with their median, peak memory in MiB above what was held before the model was
-        built, the lines about settings that could not be had, and the loss of the last step where there is one.
+        Images per second of every block and their median, peak memory in MiB above the level before the model was
+        built, notes on settings that were not available, and the loss of the last step if there is one.
     """
     values = {**values, "training": {**values["training"], "engine": engine}}
     if subject in METHODS:
         values["method"] = {**values["method"], "name": subject}
     if subject == "encoder-plain":
-        # The true limit: nothing of a batch norm over groups, and the library's choice of algorithms by trial.
+        # The true limit: no grouped batch norm, and cuDNN benchmarks its algorithms.
         values["model"] = {**values["model"], "batch_norm_groups": 1, "norm": "plain"}
         values["training"]["channels_last"] = True
         torch.backends.cudnn.benchmark = True
@@ -94,7 +94,7 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
 def _runner(
     subject: str, config: Config, device: torch.device, notes: list[str]
 ) -> tuple[Callable[[int], None], int, Callable[[], float | None]]:
-    """A function that does one step, how many steps to skip, and a function that gives the last loss."""
+    """A function that runs one step, the number of warm-up steps, and a function that returns the last loss."""
     size, rows = config.augment.size, config.training.batch
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randint(0, 256, (2, rows, 3, size, size), dtype=torch.uint8, generator=generator) for _ in range(2)]
@@ -123,7 +123,7 @@ def _runner(
 
 
 def use_plain_batch_norm(module: nn.Module) -> None:
-    """Put PyTorch's own batch norm in the place of every other one, with the same parameters and buffers."""
+    """Replace every batch norm by PyTorch's own, with the same parameters and buffers."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d) and type(child) is not nn.BatchNorm2d:
@@ -133,7 +133,7 @@ def use_plain_batch_norm(module: nn.Module) -> None:
 
 
 def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], None]:
-    """The encoders alone, as one CUDA graph where the steps they are compared with are one."""
+    """The encoders alone, as one CUDA graph if the steps they are compared with are captured."""
     if not engine.graphed:
         return lambda number: run()
     stream = torch.cuda.Stream(engine.device)
@@ -168,18 +168,19 @@ def bench_step(
     """Measure every subject with every engine setting.
 
     Args:
-        config: Encoder, batch, image size, precision; synthetic negatives are on from the first step.
-        subjects, engines: What to measure; the plain loop once.
-        backends: Of the loss, for the methods; that of the configuration by default.
-        steps: Timed steps of each, a round.
-        rounds: How often all are gone through.
-        threads: Of each process; PyTorch's choice by default.
-        say: Takes a line of progress.
-        keep: Takes the report as far as it goes after every measurement, so that nothing is lost where one never ends.
+        config: Encoder, batch, image size, precision. Synthetic negatives are on from the first step.
+        subjects, engines: What to measure. The plain loop is measured once, without engines.
+        backends: Loss backends for the methods; by default that of the configuration.
+        steps: Timed steps of a subject in a round.
+        rounds: Rounds through all subjects.
+        threads: Threads of each process; by default PyTorch's choice.
+        say: Called with lines of progress.
+        keep: Called with the report so far after every measurement, so that nothing is lost if one hangs.
 
     Returns:
-        The environment, the configuration, the encoder's floating-point operations for an image, the results with their
-        ratios to both baselines, the best engine's encoder alone being the limit, and what failed, with the reason.
+        The environment, the configuration, the encoder's floating-point operations for an image, the results, and the
+        failures with their reasons. Results have ratios to the plain loop, and to the encoders alone with the best
+        engine.
     """
     values = config.model_dump(mode="json")
     values["method"]["warmup_epochs"] = 0
@@ -214,7 +215,7 @@ def bench_step(
 
 
 def _results(found: dict[tuple[str, str, str | None], list[dict[str, Any]]], operations: int) -> list[dict[str, Any]]:
-    """All rounds of each subject together, with ratios."""
+    """The results of each subject over all rounds, with ratios."""
     results = []
     for runs in filter(None, found.values()):
         rates = [rate for run in runs for rate in run["images_per_second"]]
@@ -247,7 +248,7 @@ def forward_operations(config: Config) -> int:
 
 
 def _relate(results: list[dict[str, Any]], operations: int) -> None:
-    """Ratios to the baselines, and what share of the device's stated rate the model's operations make."""
+    """Add ratios to the baselines, and the model FLOP utilisation against the vendor's rate."""
     best = {
         name: max((row["median"] for row in results if row["subject"] == name), default=None)
         for name in ("encoder", "encoder-plain", "plain", "moco")
@@ -257,13 +258,13 @@ def _relate(results: list[dict[str, Any]], operations: int) -> None:
     for row in results:
         for name, rate in best.items():
             row[f"of_{name.replace('-', '_')}"] = row["median"] / rate if rate else None
-        # Forward and twice that backward for queries, forward alone for keys; the loss is not the model's.
+        # Queries: forward, and a backward pass of twice the work. Keys: forward only. The loss does not count.
         row["operations_per_second"] = 4 * operations * row["median"]
         row["utilisation"] = row["operations_per_second"] / stated if stated else None
 
 
 def main() -> None:
-    """Measure one subject, given as JSON, and print what was found as JSON."""
+    """Measure one subject, given as JSON, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", help="subject, values, engine, steps and threads, as JSON")
     spec = json.loads(parser.parse_args().spec)

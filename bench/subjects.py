@@ -25,18 +25,18 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 #: Compute capabilities that the kernels are compiled for.
 CAPABILITIES = (80, 90, 100)
-#: Backends that are compared with the reference in float64.
+#: Backends that are validated against the reference in float64.
 VALIDATED = ("reference", "blockwise", "triton")
 
-#: Forms of the whole loss.
+#: Backends of the whole loss, and two baselines.
 BACKENDS = {
-    "released": "the baseline: the released code's cost model",
+    "released": "baseline with the cost of the released code",
     "reference": "plain PyTorch, vectorised over negatives",
     "compiled": "the reference under torch.compile",
     "blockwise": "in blocks, without synthetic vectors",
     "triton": "the fused kernels",
 }
-#: Other implementations of parts of the loss; each omits what its text does not name.
+#: Other implementations of parts of the loss. Each computes only what its text names.
 FIELD = {
     "topk": "one matrix product, torch.topk and cross-entropy",
     "topk-flashinfer": "one matrix product, FlashInfer's top-k and cross-entropy",
@@ -44,22 +44,22 @@ FIELD = {
     "linear-ce-liger": "Liger's fused linear cross-entropy, no selection",
 }
 LOSS_BACKENDS = tuple(BACKENDS | FIELD)
-#: The N largest similarities of each row. Those that end in ``-only`` start from a matrix of similarities.
+#: Top-N selection of each row. Names with ``-only`` start from a matrix of similarities.
 SELECTIONS = {
     "topk": "one matrix product and torch.topk",
     "topk-only": "torch.topk",
     "topk-flashinfer": "one matrix product and FlashInfer's top-k",
     "topk-flashinfer-only": "FlashInfer's top-k",
-    "blockwise": "the blockwise form without synthetic negatives: it sums the softmax as well",
-    "triton": "the kernels without synthetic negatives: they sum the softmax as well",
+    "blockwise": "the blockwise loss without synthetic negatives, including the softmax",
+    "triton": "the fused loss without synthetic negatives, including the softmax",
 }
 
-#: Forms of norm, add and ReLU.
+#: Implementations of norm, add and ReLU.
 NORMS = {
-    "grouped": "a call of PyTorch's batch norm a group, put together by a copy, then add and ReLU",
+    "grouped": "one call of PyTorch's batch norm per group and a concatenation, then add and ReLU",
     "split": "`SplitBatchNorm2d`, which on a CPU copies nothing, then add and ReLU: a step with model.norm plain",
     "plain": "torch.nn.BatchNorm2d of the whole batch, then add and ReLU",
-    "compiled": "the formula in groups under torch.compile",
+    "compiled": "the grouped formula under torch.compile",
     "folded": "one call of PyTorch's batch norm, groups folded into channels by a copy each way, then add and ReLU",
     "native": "PyTorch's kernels, on a CPU group by group in the cache",
     "triton": "the kernels of synco_fast.kernels.norm",
@@ -69,22 +69,22 @@ NORMS = {
 #: Values of ``model.norm``.
 NORM_SETTINGS = ("plain", "auto", "fused")
 
-#: Steps: two limits, a plain loop and the methods.
+#: Subjects of the step benchmark: two limits, a plain loop and the methods.
 STEPS = ("encoder", "encoder-plain", "plain", *METHODS)
-#: What is measured unless asked otherwise, what says most first, in case the time ends early.
+#: The default subjects, the most informative first, in case time runs out.
 STEPS_BY_DEFAULT = ("encoder", "encoder-plain", "synco", "plain", *(name for name in with_queue() if name != "synco"))
 #: Engines of a step, as `training.engine` names them.
 ENGINES = ("eager", "graph", "compile", "compile+graph")
 
-#: Optimizer steps: those of `optimizer.name`, and other forms of the same.
+#: Optimizers: those of `optimizer.name`, and other implementations.
 OPTIMIZERS = {
-    "sgd": "PyTorch's, fused on a GPU: what training takes",
-    "sgd-foreach": "PyTorch's, over lists of tensors",
-    "adamw": "PyTorch's, fused on a GPU: what training takes",
-    "adamw-foreach": "PyTorch's, over lists of tensors",
-    "lars": "over lists of tensors, skipped on the device: what training takes",
+    "sgd": "PyTorch's, fused on a GPU: used in training",
+    "sgd-foreach": "PyTorch's, foreach",
+    "adamw": "PyTorch's, fused on a GPU: used in training",
+    "adamw-foreach": "PyTorch's, foreach",
+    "lars": "foreach, skips bad steps on the device: used in training",
     "lars-timm": "timm's",
-    "lamb": "over lists of tensors, skipped on the device: what training takes",
+    "lamb": "foreach, skips bad steps on the device: used in training",
     "lamb-timm": "timm's",
     "apex_sgd": "NVIDIA apex's FusedSGD",
     "apex_adam": "NVIDIA apex's FusedAdam, capturable",
@@ -92,7 +92,7 @@ OPTIMIZERS = {
     "apex_mixed_lamb": "NVIDIA apex's FusedMixedPrecisionLamb",
 }
 
-#: Data pipelines; the first is the one that the others are held against.
+#: Data pipelines. The others are compared with the first.
 PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")
-#: What is measured unless asked otherwise, by source.
+#: The default pipelines, by source.
 PIPELINES_OF = {"photos": PIPELINES[:5], "packed": ("pil", "torchvision", "dali", *PIPELINES[5:])}

@@ -1,4 +1,4 @@
-"""The summary of `bench/gpu.sh`, from the JSON lines of its stages."""
+"""Summary of `bench/gpu.sh`, from the JSON lines of its stages."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 
 __all__ = ["summarise"]
 
-#: The counted cost that figures stand beside, where it is on record.
+#: The recorded cost model to print next to the figures.
 _MODEL = Path(__file__).resolve().parent / "records" / "loss-model" / "record.json"
 
 
 def summarise(folder: Path, model: Path = _MODEL) -> str:
-    """What came back, in some dozens of lines.
+    """Summarise the results in a few dozen lines.
 
     Args:
-        folder: With the files of `bench/gpu.sh`.
-        model: A record of the counted cost.
+        folder: The folder with the files of `bench/gpu.sh`.
+        model: A record of the cost model.
     """
     sections = [_parts(folder), _stages(folder), _launches(folder, model), _variants(folder), _tests(folder)]
     sections += [_compared(folder, "selection"), _compared(folder, "compare")]
@@ -27,7 +27,7 @@ def summarise(folder: Path, model: Path = _MODEL) -> str:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of JSON of a file; a last one that was cut short is skipped."""
+    """The JSON lines of a file. An incomplete last line is skipped."""
     found = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""Timing and peak memory on a device: with warm-up and synchronisation, warm or cold cache."""
+"""Timing and peak memory on a device, with warm-up and synchronisation, and a warm or cold cache."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def seconds_of(
     """Seconds of each of several runs.
 
     Args:
-        run: What is timed.
-        device: On a CUDA device the time is the device's own, between two events; else the clock on the wall.
+        run: The function to time.
+        device: On a CUDA device, time between two events; otherwise wall-clock time.
         repeats: Timed runs.
         warmup: Runs before them, which compile and fill caches.
-        cold: Read through twice the size of the device's L2 cache before each run, so that nothing of its inputs is in
-            there, and nothing that would have to be written back while it runs. CUDA only.
+        cold: Read twice the size of the device's L2 cache before each run, to evict the inputs and all dirty lines.
+            CUDA only.
     """
     for _ in range(warmup):
         run()
@@ -49,15 +49,15 @@ def seconds_of(
 
 
 def capture(run: Callable[[], object], device: torch.device, *, copies: int = 1) -> Callable[[], object]:
-    """``run``, some times in a row, as a CUDA graph: the returned function replays it.
+    """Capture one or more copies of ``run`` as a CUDA graph, and return a function that replays it.
 
     Args:
-        run: What is captured.
-        device: Where.
-        copies: How often it stands in the graph; several make a graph's own launch small beside them.
+        run: The function to capture.
+        device: The CUDA device.
+        copies: Copies in the graph. With several, the launch of the graph itself matters less.
 
     Raises:
-        RuntimeError: What it does cannot be captured, such as a wait for the device.
+        RuntimeError: It cannot be captured, for example because it waits for the device.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -73,25 +73,25 @@ def capture(run: Callable[[], object], device: torch.device, *, copies: int = 1)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a CUDA device what PyTorch had allocated at most, on a CPU the process's largest resident size."""
+    """Peak memory in bytes: on a CUDA device PyTorch's allocations, on a CPU the resident size of the process."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) << 10
-    # In bytes on macOS, the other system that PyTorch is built for with this module.
+    # macOS reports bytes, Linux KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def reset_peak_memory(device: torch.device) -> int:
-    """Begin a new peak at what is held now, and return that in bytes."""
+    """Reset the peak to the current memory, and return that in bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
-        # Linux lets a process lower its own high-water mark to what it holds now.
+        # Linux lets a process reset its own high-water mark.
         clear.write_text("5")
     return peak_memory(device)

@@ -1,7 +1,7 @@
-"""Variants of the launches: tiles of the scan, programs of the synthetic negatives. All must give equal results.
+"""Tuning variants of the launches: tiles of the scan, programs of the mix. All must give equal results.
 
-``python -m synco_fast.bench.variants`` prints a line of JSON for each. What is chosen stands in tables and constants of
-`synco_fast.kernels.triton`; a variant is one of these with another value, and a measurement may put it there for good.
+``python -m synco_fast.bench.variants`` prints a line of JSON for each. The chosen values are tables and constants of
+`synco_fast.kernels.triton`. A variant changes one of them, and a measurement may justify making the change permanent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from synco_fast.kernels.validation import exact_inputs
 __all__ = ["Variant", "applied", "variants_of"]
 
 
-#: Rows, keys, columns of a step, warps and stages of the scan's tile.
+#: The scan's tile: rows, keys, columns per step, warps and stages.
 _TILES = (
     (64, 64, 128, 4, 3),
     (64, 64, 128, 8, 2),
@@ -36,19 +36,19 @@ _TILES = (
 )
 
 
-#: Programs that share a row's synthetic negatives, pieces of a vector, and warps of a program.
+#: The mix: programs for each row, pieces of a vector, and warps of a program.
 _MIXES = ((4, 4, 1), (8, 4, 1), (16, 4, 1), (8, 2, 1), (8, 4, 2))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Something of the launcher with another value.
+    """A changed value in the launch configuration.
 
     Attributes:
-        name: Of the variant.
-        holder: A module or a dictionary.
-        key: The attribute or key.
-        value: What it holds instead.
+        name: Name of the variant.
+        holder: Module or dictionary that holds the value.
+        key: Attribute or key.
+        value: The changed value.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Variant:
 
 @contextlib.contextmanager
 def applied(variant: Variant | None) -> Iterator[None]:
-    """Within, the launcher launches as the variant says."""
+    """Context in which the launcher uses the variant."""
     if variant is None:
         yield
         return
@@ -77,7 +77,7 @@ def applied(variant: Variant | None) -> Iterator[None]:
 
 
 def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
-    """What else could be launched at a shape."""
+    """The variants for a shape."""
     from synco_fast.kernels.triton import config
 
     chosen = config.MIXES[shape.itemsize]
@@ -106,7 +106,7 @@ def _outputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, ...]:
 
 
 def _agree(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
-    """Equal but for the order of additions."""
+    """Whether two results are equal up to the order of additions."""
     pairs = zip(found, expected, strict=True)
     return all(
         torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-4, equal_nan=True) for one, other in pairs
@@ -114,11 +114,11 @@ def _agree(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) 
 
 
 def main() -> None:
-    """Compare and time every variant at one shape."""
-    parser = argparse.ArgumentParser(description="Time other ways to launch the kernels of the loss.")
+    """Check and time every variant at one shape."""
+    parser = argparse.ArgumentParser(description="Time variants of the loss kernels' launches.")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--most", type=int, help="how many variants are tried; all if unset")
+    parser.add_argument("--most", type=int, help="most variants to try (default: all)")
     add_shape(parser)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,7 +135,7 @@ def main() -> None:
                     timed = time_launches(run, device, repeats=options.repeats)
                     line["launches"] = {one["launch"]: one["microseconds"] for one in timed}
         except Exception as error:
-            # A tile that the device has no room for must not take the others along.
+            # A tile that does not fit on the device must not stop the others.
             line["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         print(json.dumps(line), flush=True)
 

@@ -1,4 +1,4 @@
-"""The contrastive loss: tensors in, tensors out; independent of training."""
+"""Contrastive loss kernels: tensors in, tensors out; independent of training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are first used: a configuration is read without torch."""
+    """Import a public name on first use, so that reading a configuration does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'synco_fast.kernels' has no attribute {name!r}")
     return getattr(import_module(f"synco_fast.kernels.{_HOMES[name]}"), name)

@@ -1,14 +1,17 @@
-"""The blockwise contrastive loss: no large tensors, any device, any floating dtype, gradient included.
+"""Blockwise contrastive loss: no large tensors, any device, any floating dtype. It computes loss and gradient together.
 
-Three steps, as in the fused kernels. A sample of the queue gives each query a threshold that somewhat more than N
-similarities exceed; one pass over the queue, block by block, sums the softmax and its gradient and gathers the
-candidates; the synthetic negatives follow from scalars (`mixing.py`). The gradient is computed beside the loss, since
-autograd will only multiply each row of it by one number.
+It works in three steps, like the fused kernels:
 
-What is held beside inputs and outputs is blocks of a fixed number of bytes (`Budget`), whatever B and K, and the N hard
-similarities and candidates of up to 256 rows. On other devices than the CPU sizes must not depend on data. There whole
-rows are sorted, some at a time, instead of candidates, and vectors are made, of some rows at a time, instead of
-scalars. In float64, which does not fit into a candidate's packed integer, whole rows are sorted too.
+1. A sample of the queue gives each query a threshold, exceeded by slightly more than N similarities.
+2. One pass over the queue, block by block, sums the softmax and its gradient and collects the candidates.
+3. The synthetic negatives follow from scalars (`mixing.py`).
+
+The gradient is computed with the loss, since autograd only has to multiply each of its rows by one number.
+
+Temporary memory does not grow with B and K. It holds blocks of a fixed number of bytes (`Budget`), and the N hard
+similarities and the candidates of up to 256 rows. On devices other than the CPU, sizes must not depend on data. There
+whole rows are sorted instead of candidates, and vectors are formed instead of scalars, a few rows at a time. float64
+does not fit into a candidate's packed integer, so it sorts whole rows too.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ from synco_fast.kernels.topk import Candidates, count_marks, largest, select_who
 
 __all__ = ["Outputs", "contrast_and_gradient"]
 
-#: Queries handled together: enough for an efficient matrix product, few enough to bound what is held per query.
+#: Queries processed together: enough for an efficient matrix product, few enough to bound the memory per query.
 _ROWS = 256
 
 
 class Budget(NamedTuple):
-    """Bytes that blocks may take.
+    """Memory limits of blocks, in bytes.
 
     Attributes:
         block: A block of similarities.
@@ -46,14 +49,14 @@ class Budget(NamedTuple):
     whole: int
 
 
-#: A block of similarities should stay in a core's cache.
+#: A block of similarities should fit into a core's cache.
 CPU = Budget(2 << 20, 8 << 20, 16 << 20)
-#: Each call of PyTorch launches a kernel or more, at some microseconds of host time: few blocks, and large ones.
+#: Every PyTorch call costs a few microseconds of host time, so use few large blocks.
 GPU = Budget(64 << 20, 256 << 20, 256 << 20)
 
 
 class Outputs(NamedTuple):
-    """What the operator computes, all in the dtype of computation but for the counts.
+    """Outputs of the operator, in the dtype of computation except for the integer counts.
 
     Attributes:
         loss: (B,).
@@ -73,7 +76,7 @@ class Outputs(NamedTuple):
 
 @dataclass
 class _Sums:
-    """A running softmax over R rows: all sums are of exp((similarity - top) / T)."""
+    """A running (online) softmax over R rows. All sums are of exp((similarity - top) / T)."""
 
     top: Tensor
     rest: Tensor
@@ -81,7 +84,7 @@ class _Sums:
     temperature: float
 
     def rise(self, similarity: Tensor) -> None:
-        """Let ``top`` cover further similarities, (R, C)."""
+        """Raise ``top`` to cover more similarities, (R, C), and rescale the sums."""
         top = torch.maximum(self.top, similarity.amax(dim=1, keepdim=True))
         shrink = ((self.top - top) / self.temperature).exp_()
         self.rest *= shrink
@@ -89,8 +92,8 @@ class _Sums:
         self.top = top
 
     def weights(self, similarity: Tensor) -> Tensor:
-        """exp((similarity - top) / T), in the place of ``similarity``."""
-        # The difference first: it is exact where it matters, and a sum of two large numbers would not be.
+        """exp((similarity - top) / T); overwrites ``similarity``."""
+        # Subtract before dividing: the difference is exact for the largest terms.
         return similarity.sub_(self.top).div_(self.temperature).exp_()
 
 
@@ -109,14 +112,15 @@ def contrast_and_gradient(
     queue_ids: Tensor | None = None,
     by_vectors: bool | None = None,
 ) -> Outputs:
-    """The loss and its gradient on checked arguments; `synco_fast.kernels.synthetic_contrast` describes them.
+    """Loss and gradient for checked arguments.
 
     Args:
-        q, k, queue, negatives, temperature, seed, step, first_row, image_ids, queue_ids: As there.
-        by_vectors: Take the form whose sizes do not depend on the data; None takes it where q is not on the CPU.
+        q, k, queue, negatives, temperature, seed, step, first_row, image_ids, queue_ids: As
+            `synco_fast.kernels.synthetic_contrast` describes them.
+        by_vectors: Use the form whose sizes do not depend on the data. None: use it unless q is on the CPU.
 
     Returns:
-        `Outputs`, in the wider of the dtypes of q and the queue, and in float32 at least.
+        `Outputs`, in the wider of the dtypes of q and the queue, at least float32.
     """
     dtype = torch.promote_types(torch.promote_types(q.dtype, queue.dtype), torch.float32)
     by_vectors = q.device.type != "cpu" if by_vectors is None else by_vectors
@@ -135,12 +139,12 @@ def contrast_and_gradient(
 
 
 def _block(width: int, dtype: torch.dtype, budget: int) -> int:
-    """How many rows of ``width`` numbers fit into the budget."""
+    """The number of rows of ``width`` numbers that fit into the budget, in bytes."""
     return max(1, budget // (width * dtype.itemsize))
 
 
 class _Rows:
-    """Up to `_ROWS` queries in the three steps."""
+    """The state of up to `_ROWS` queries through the three steps."""
 
     def __init__(
         self,
@@ -163,10 +167,10 @@ class _Rows:
         self.fallback = torch.zeros(len(q), dtype=torch.int32, device=q.device)
 
     def similarities(self, rows: Tensor, begin: int, end: int, stride: int = 1) -> Tensor:
-        """q.n of some of the rows to keys of the queue, -inf for those of the same image."""
+        """q.n of some rows to keys of the queue; -inf for keys of the same image."""
         width = _block(self.q.shape[1], self.q.dtype, self.budget.block)
         q, keys = self.q[rows], self.queue[begin:end:stride]
-        # A queue in a narrower dtype is widened block by block.
+        # Convert a queue of a narrower dtype block by block.
         parts = [q @ block.to(q.dtype).T for block in (torch.split(keys, width) if keys.dtype != q.dtype else [keys])]
         similarity = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.image_ids is not None and self.queue_ids is not None:
@@ -217,7 +221,7 @@ class _Rows:
                 self.hard[again], self.index[again] = values, index
 
     def mix(self, seed: int, step: int | Tensor, first_row: int, by_vectors: bool) -> Outputs:
-        """The synthetic negatives, the positive, and what follows from them."""
+        """Add the synthetic negatives, and compute the outputs."""
         families = list(self.negatives.active())
         synthetic = torch.full((len(self.q), len(FAMILIES)), torch.nan, dtype=self.q.dtype, device=self.q.device)
         queue_rank = self.rank.clone()
@@ -228,7 +232,7 @@ class _Rows:
         sums, temperature = self.sums, self.sums.temperature
         below = (self.positive - sums.top) / temperature
         loss = torch.log1p(sums.rest + below.expm1()) - below
-        # p_0 - 1 is minus the share of the negatives, which keeps its digits where the positive is nearly all.
+        # p_0 - 1 is computed as minus the negatives' probability, which stays accurate when p_0 is close to 1.
         everything = sums.rest + below.exp()
         gradient = (sums.total - sums.rest * self.k) / (everything * temperature)
         return Outputs(
@@ -243,21 +247,21 @@ class _Rows:
         )
 
     def _bytes_mixed(self, by_vectors: bool) -> int:
-        """About what a row of synthetic negatives takes: draws, scalars of each slot, vectors where they are made."""
+        """Estimated bytes for the synthetic negatives of one row: draws, scalars of each slot, and vectors if any."""
         dim, size = self.q.shape[1], self.q.dtype.itemsize
         slots = vectors = 0
         for family in self.negatives.active():
             count = self.negatives.count_of(family)
             slots += count
             vectors = max(vectors, count if by_vectors or family.noisy else 0)
-        # Philox holds a few 64-bit words for a slot, and for four numbers of noise.
+        # Philox needs a few 64-bit words for each slot, and for every four numbers of noise.
         return 64 * slots + (size + 12) * dim * vectors + size * dim
 
     def _mix_block(
         self, rows: slice, seed: int, step: int | Tensor, first_row: int, synthetic: Tensor, by_vectors: bool
     ) -> None:
         """Add the synthetic negatives of a few rows to the sums, and their means to ``synthetic``."""
-        # A query whose keys are all masked mixes with key 0 at weight 0; 0 times -inf would be NaN.
+        # If all keys of a query are masked, it mixes with key 0 at weight 0, and 0 times -inf would be NaN.
         similarity = self.hard[rows].masked_fill(self.hard[rows] == -torch.inf, 0)
         hard = Hard(self.q[rows], similarity, self.index[rows], self.queue, self.squared)
         draws = draw(
@@ -289,12 +293,12 @@ class _Rows:
             along += one.add_gradient(weight, sums.total)
         if along:
             sums.total += _weighted_keys(self.queue, along, self.budget.vectors)
-        # rest and total were changed in place; a new top was made.
+        # rest and total are views changed in place; top is a new tensor.
         self.sums.top[rows] = sums.top
 
 
 def _weighted_keys(queue: Tensor, along: list[Along], budget: int) -> Tensor:
-    """sum_j weight_j n_j for each row, (R, D), without a copy of the keys where the dtypes agree."""
+    """sum_j weight_j n_j for each row, (R, D). Does not copy the keys if the dtypes agree."""
     index = torch.cat([part.indices for part in along], dim=1)
     weight = torch.cat([part.weight for part in along], dim=1)
     if queue.dtype == weight.dtype:

@@ -1,4 +1,4 @@
-"""Arguments of the loss, checked: one line that names the argument, what was found and what is expected."""
+"""Argument checks of the loss. Errors name the argument, what was found and what is expected, in one line."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def check_arguments(
     image_ids: Tensor | None,
     queue_ids: Tensor | None,
 ) -> None:
-    """Raise for what the loss does not take; reads shapes and types only, never values on a device.
+    """Check the arguments of the loss. Reads shapes and types only, never values on a device.
 
     Raises:
-        TypeError: An argument is not of the type it must be, or tensors lie on different devices.
+        TypeError: An argument has the wrong type or dtype, or tensors are on different devices.
         ValueError: A shape, a count or a number is out of range.
     """
-    # Lengths are taken from shapes, which a compiler may hold as symbols: `len` would make numbers of them.
+    # Lengths come from shapes, which may be symbolic under a compiler; `len` would specialise them to numbers.
     for name, tensor in (("q", q), ("k", k), ("queue", queue)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -42,7 +42,7 @@ def check_arguments(
         if tensor.dim() != 2 or 0 in tensor.shape:
             raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected two dimensions, none of them 0")
         if tensor.device != q.device:
-            raise TypeError(f"{name}: found on {tensor.device}, expected {q.device}, where q is")
+            raise TypeError(f"{name}: found on {tensor.device}, expected {q.device}, the device of q")
     if k.shape != q.shape:
         raise ValueError(f"k: found shape {tuple(k.shape)}, expected {tuple(q.shape)}, the shape of q")
     if k.dtype != q.dtype:
@@ -60,10 +60,11 @@ def check_arguments(
     _check_word("seed", seed, WORD)
     if isinstance(step, Tensor):
         if step.dim() or step.dtype != torch.int64:
-            raise ValueError(f"step: found {step.dtype} of shape {tuple(step.shape)}, expected int64 of no dimensions")
+            found = f"{step.dtype} of shape {tuple(step.shape)}"
+            raise ValueError(f"step: found {found}, expected a 0-dimensional int64 tensor")
     else:
         _check_word("step", step, WORD)
-    # A compiler that holds the number of rows as a symbol would take the sum for a limit on it.
+    # Where the number of rows is symbolic, a compiler would turn a check of the sum into a bound on it.
     _check_word("first_row", first_row, WORD if torch.compiler.is_compiling() else WORD - rows + 1)
     if (image_ids is None) != (queue_ids is None):
         missing = "image_ids" if image_ids is None else "queue_ids"
@@ -80,7 +81,7 @@ def check_arguments(
 
 
 def check_backend(backend: object) -> None:
-    """Raise ValueError for what no backend is called."""
+    """Raise ValueError if this is not the name of a backend."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(Backend))}")
 

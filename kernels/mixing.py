@@ -1,11 +1,11 @@
-"""Synthetic negatives as scalars: similarity and gradient of every family without its vectors.
+"""Synthetic negatives from scalars: similarity and gradient of every family without forming its vectors.
 
-In the general form x = a q + b n_i + c n_j + sigma e + eta sign(q), |x|^2 and q.x are sums of coefficients times the
-inner products of at most five vectors, most of which are already known: q.n_i is a similarity of the queue. Only
-n_i.n_j, n_i.sign(q) and the products with e have to be computed.
+In the general form x = a q + b n_i + c n_j + sigma e + eta sign(q), |x|^2 and q.x are sums of coefficients times inner
+products of at most five vectors. Most of these are already known: q.n_i is a similarity of the queue. Only n_i.n_j,
+n_i.sign(q) and the products with e have to be computed.
 
-Where the terms of |x|^2 cancel, the sum of products loses digits that the sum of vectors keeps, and near x = 0 the
-gradient does too. Such slots (next to none on real features) are computed from their vectors.
+If the terms of |x|^2 cancel, the sum of products loses digits that the sum of vectors keeps; near x = 0 so does the
+gradient. Such slots are computed from their vectors. They are very rare on real features.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from synco_fast.kernels.rng import Draw
 
 __all__ = ["Along", "ByScalars", "ByVectors", "Hard", "Mixed"]
 
-#: |x|^2 below this share of the sum of its terms' own squares counts as cancelled.
+#: |x|^2 counts as cancelled below this fraction of the sum of its squared terms.
 _CANCELLED = 0.1
 
-#: `torch.nn.functional.normalize` divides by no less.
+#: Smallest divisor, as in `torch.nn.functional.normalize`.
 _SMALLEST = 1e-12
 
-#: Bytes of keys that are gathered at a time for their inner products; they should stay in a core's cache.
+#: Bytes of keys gathered at a time for inner products. They should fit into a core's cache.
 _GATHERED = 1 << 20
 
-#: How many cancelled slots are computed from their vectors at a time.
+#: Cancelled slots computed from their vectors at a time.
 _AT_ONCE = 4096
 
 
@@ -42,7 +42,7 @@ class Hard(NamedTuple):
     Attributes:
         q: (R, D).
         similarity: q.n over Q^N, (R, N).
-        indices: The queue index of each, (R, N) int64.
+        indices: Queue indices of Q^N, (R, N) int64.
         queue: (K, D), in its own dtype.
         squared: |n|^2 of every queue key, (K,).
     """
@@ -59,24 +59,24 @@ class Hard(NamedTuple):
 
 
 class Along(NamedTuple):
-    """A part of the gradient that lies along queue keys: their indices and weights, (R, m) each."""
+    """A part of the gradient that is a weighted sum of queue keys: their indices and weights, (R, m) each."""
 
     indices: Tensor
     weight: Tensor
 
 
 class Mixed(Protocol):
-    """One family's negatives for R queries, n each."""
+    """The negatives of one family for R queries, n for each."""
 
     #: q.s, (R, n).
     similarity: Tensor
 
     def add_gradient(self, weight: Tensor, total: Tensor) -> list[Along]:
-        """Add sum_s weight_s s to ``total`` (R, D) in place, but for the part that is returned; weight is (R, n)."""
+        """Add sum_s weight_s s to ``total`` (R, D) in place, except for the returned parts; weight is (R, n)."""
 
 
 class ByVectors:
-    """Every slot from its vector, (R, n, D): needs no look at the data, so it never waits for a device."""
+    """Every slot from its vector, (R, n, D). No size depends on the data, so it never waits for a device."""
 
     def __init__(self, family: Family, negatives: Negatives, hard: Hard, drawn: Draw) -> None:
         """Compute vectors and similarities; the arguments are those of `ByScalars`."""
@@ -94,15 +94,15 @@ class ByVectors:
 
 
 class ByScalars:
-    """Every slot by scalars, but for those that cancel. For CPU tensors: what cancels depends on the data."""
+    """Every slot from scalars, except for slots that cancel. CPU only: which slots cancel depends on the data."""
 
     def __init__(self, family: Family, negatives: Negatives, hard: Hard, drawn: Draw) -> None:
-        """Work out the similarities.
+        """Compute the similarities.
 
         Args:
-            family: Which.
+            family: The family.
             negatives: The description that ``drawn`` was made for.
-            hard: The queries and what they are mixed with.
+            hard: The queries and their hard negatives.
             drawn: The family's draws for these rows.
         """
         self._family, self._negatives, self._hard, self._drawn = family, negatives, hard, drawn
@@ -149,11 +149,11 @@ class ByScalars:
         return along
 
     def _blocks(self) -> list[tuple[Tensor, Tensor]]:
-        """The cancelled slots, as rows and slots, a bounded number at a time."""
+        """Row and slot numbers of the cancelled slots, in blocks of bounded size."""
         return [(block[:, 0], block[:, 1]) for block in torch.split(self._cancelled, _AT_ONCE) if len(block)]
 
     def _vectors(self, rows: Tensor, slots: Tensor) -> Tensor:
-        """The negatives of single slots as unit vectors, (len(rows), D)."""
+        """The unit vectors of single slots, (len(rows), D)."""
         drawn = self._drawn
         first = self._hard.vectors(self._index["first"][rows, slots])
         second = self._hard.vectors(self._index["second"][rows, slots]) if "second" in self._index else None
@@ -172,13 +172,13 @@ def _affine(affine: Affine, t: Tensor | None) -> Tensor | float:
 def _inner_products(
     hard: Hard, drawn: Draw, index: dict[str, Tensor], names: list[str]
 ) -> dict[tuple[str, str], Tensor]:
-    """The products of q with each named vector, and of each pair of these, broadcastable to (R, n).
+    """The inner products of q with each named vector, and of each pair of these, broadcastable to (R, n).
 
     Args:
         hard: The queries and their hard negatives.
         drawn: The draws.
         index: Queue indices of ``first`` and ``second``, (R, n).
-        names: Which of q, first, second, noise, sign the family consists of, in this order.
+        names: The vectors that the family uses of q, first, second, noise, sign, in this order.
     """
     makers: dict[str, Callable[[slice], Tensor]] = {
         "q": lambda rows: hard.q[rows, None],
@@ -197,7 +197,7 @@ def _inner_products(
             length: Tensor = torch.linalg.vector_norm(cast(Tensor, drawn.noise), dim=-1)
             return length.square_()
         if index.keys() & {one, other}:
-            # Gathered keys are held for a few rows at a time.
+            # Gather the keys of a few rows at a time.
             step = max(1, _GATHERED // (drawn.first.shape[1] * hard.q.shape[1] * hard.q.dtype.itemsize))
             slices = [slice(begin, begin + step) for begin in range(0, len(hard.q), step)]
             return torch.cat([_dot(makers[one](rows), makers[other](rows)) for rows in slices])
@@ -208,7 +208,7 @@ def _inner_products(
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Inner products along the last dimension of (R, n, D) and (R, 1, D), in either order, or of two alike."""
+    """Inner products along the last dimension, of (R, n, D) or (R, 1, D) with either of them."""
     few, many = (one, other) if one.shape[1] < other.shape[1] else (other, one)
     if few.shape[1] == 1:
         return torch.bmm(many, few.transpose(1, 2)).squeeze(2)

@@ -1,4 +1,4 @@
-"""The momentum update of the key encoder: k <- m k + (1 - m) q over all parameters (MoCo, equation 2)."""
+"""EMA (momentum) update of the key encoder: k <- m k + (1 - m) q for all parameters (MoCo, equation 2)."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def momentum_update(
     *,
     backend: MomentumBackend = "auto",
 ) -> None:
-    """Move each tensor of the key encoder a little towards its counterpart, in place.
+    """Move the tensors of the key encoder towards those of the query encoder, in place.
 
-    The difference comes first: where k equals q it stays as it is, bit for bit. Nothing is recorded for autograd.
-    Whole-number tensors, such as the batch counters of normalisation layers, are copied.
+    It computes k + (1 - m) (q - k), so k stays exactly the same where it equals q. Autograd records nothing. Integer
+    tensors, such as the batch counters of normalisation layers, are copied.
 
     Args:
-        params_k: What is updated: parameters, and buffers where the method wants them averaged too.
+        params_k: Tensors to update: parameters, and buffers if the method averages them too.
         params_q: Their counterparts, in the same order, with the same shapes, dtypes and devices.
-        m: The momentum, in [0, 1]: 1 leaves params_k, 0 copies params_q. A tensor of no dimensions on their device
-            (its value is not looked at) lets a captured graph follow a schedule.
-        backend: ``"foreach"`` takes a few launches of PyTorch's, with a number one pass over the parameters, with a
-            tensor three and a copy of them. ``"triton"`` takes one pass in one or two launches in both cases; it runs
-            on CUDA, has not been timed on a GPU yet, and keeps tables of addresses, which a graph's warm-up has to make
-            before the capture. What it does not serve goes to foreach, with a warning once. ``"auto"`` is foreach; a
-            training run validates the kernel on its own device and then uses it.
+        m: The momentum, in [0, 1]: 1 keeps params_k, 0 copies params_q. A 0-dimensional tensor on their device lets a
+            captured CUDA graph follow a schedule; its value is not checked.
+        backend: ``"foreach"`` uses PyTorch's foreach functions: one pass over the parameters if m is a number, three
+            passes and a copy if it is a tensor. ``"triton"`` takes one pass in one or two launches. It runs on CUDA and
+            has not been timed on a GPU yet. It keeps tables of addresses, which must exist before a CUDA graph is
+            captured: run it once before. Tensors that it cannot take go to foreach, with one warning. ``"auto"`` is
+            foreach; a training run validates the kernel on its own device and then uses it.
 
     Raises:
-        ValueError: m is out of range, or the lists differ in length, or a pair in shape, or the backend is unknown.
+        ValueError: m is out of range, the lists differ in length, a pair differs in shape, or the backend is unknown.
         TypeError: A pair differs in dtype or device.
     """
     keys, queries = list(params_k), list(params_q)
     if isinstance(m, Tensor):
         if m.dim() or not m.is_floating_point():
-            raise ValueError(f"m: found {m.dtype} of shape {tuple(m.shape)}, expected floating point of no dimensions")
+            raise ValueError(f"m: found {m.dtype} of shape {tuple(m.shape)}, expected a 0-dimensional float")
     elif isinstance(m, bool) or not (isinstance(m, (int, float)) and math.isfinite(m) and 0 <= m <= 1):
         raise ValueError(f"m: found {m!r}, expected a number from 0 to 1")
     if backend not in get_args(MomentumBackend):
@@ -87,7 +87,7 @@ def momentum_update(
 
 
 def _by_triton(pairs: Pairs, weight: float | Tensor) -> Pairs:
-    """Update what the kernel serves; what it does not serve is returned."""
+    """Update the pairs that the kernel can take, and return the others."""
     try:
         from synco_fast.kernels.triton import momentum
     except ImportError as error:
@@ -106,15 +106,15 @@ def _by_triton(pairs: Pairs, weight: float | Tensor) -> Pairs:
     return left
 
 
-#: The newest last. Encoders keep their addresses, so that a run needs one for each dtype.
+#: The newest last. Encoders keep their addresses, so a run needs one plan for each dtype.
 _plans: dict[tuple[int, ...], Plan] = {}
 
 
 def _plan(targets: list[Tensor], sources: list[Tensor]) -> Plan:
-    """The tables for these addresses, made once."""
+    """The plan for these tensors, cached by their addresses."""
     from synco_fast.kernels.triton.momentum import Plan, addresses
 
-    # Memory that was freed can be given to a tensor of another dtype or device: neither is in the addresses.
+    # The allocator may reuse freed addresses for a tensor of another dtype or device; the key holds neither.
     key = addresses(targets, sources)
     plan = _plans.pop(key, None)
     if plan is None or (plan.dtype, plan.device) != (targets[0].dtype, targets[0].device):
@@ -127,5 +127,5 @@ def _plan(targets: list[Tensor], sources: list[Tensor]) -> Plan:
 
 @functools.cache
 def _note(reason: str) -> None:
-    """Say once why the kernel is not used."""
-    warnings.warn(f"momentum update by foreach: {reason}", stacklevel=4)
+    """Warn once why the kernel is not used."""
+    warnings.warn(f"the momentum update uses foreach: {reason}", stacklevel=4)

@@ -1,12 +1,12 @@
-"""The negatives of a query: the declarative table of the synthetic families.
+"""The negatives of a query, and the table of the families of synthetic negatives.
 
 Every family is a case of one general form, normalised to unit length::
 
     x = a q + b n_i + c n_j + sigma e + eta sign(q),      s = x / |x|
 
 where ``n_i`` and ``n_j`` are picked from the query's hard negatives Q^N, ``e`` is standard normal, and a, b, c
-depend linearly on one drawn coefficient t. A row of the table says it twice: as the papers write it, for the reference,
-and in the numbers of the general form, for the fast backends. A test holds the two together.
+depend linearly on one drawn coefficient t. A row of the table states its family twice: as the papers write it, for the
+reference, and as coefficients of the general form, for the fast backends. A test checks that the two agree.
 
 A new family is a new row. The fields of `Negatives`, the operator's schema, the draws, the statistics and the widths of
 the kernels follow from the table.
@@ -25,7 +25,7 @@ Extrapolation = Literal["released", "paper"]
 
 
 class Affine(NamedTuple):
-    """A number that depends on the drawn coefficient t as ``constant + slope * t``."""
+    """A linear function of the drawn coefficient t: ``constant + slope * t``."""
 
     constant: float = 0.0
     slope: float = 0.0
@@ -36,7 +36,7 @@ _NOTHING = Affine()
 
 @dataclass(frozen=True)
 class Mixture:
-    """A family in the general form: what multiplies q, n_i, n_j, e and sign(q)."""
+    """A family in the general form: the factors of q, n_i, n_j, e and sign(q)."""
 
     q: Affine = _NOTHING
     first: Affine = _NOTHING
@@ -47,20 +47,21 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of synthetic negative.
+    """One family of synthetic negatives.
 
     Attributes:
         name: The field of `Negatives` that holds its count; also its name in configurations and metrics.
-        number: SynCo's type number, 1 to 6, and any other for further families below 2**32; it is the family word of
-            the Philox counter, so it never changes.
-        title: What it is, in a line.
-        formula: The vector before normalising, in the papers' notation.
-        vector: The same on tensors, called with (q, n_i, n_j, t, e, negatives): q (B, 1, D), n_i, n_j and e (B, n, D),
-            t (B, n, 1). What the family does not use is None.
-        mixture: The same in the general form, called with the `Negatives`.
+        number: SynCo's type number, 1 to 6; for a further family, any other number below 2**32. It is a word of the
+            Philox counter, so it must never change.
+        title: One-line description.
+        formula: The vector before normalisation, in the papers' notation.
+        vector: The formula on tensors, called with (q, n_i, n_j, t, e, negatives): q (B, 1, D), n_i, n_j and e
+            (B, n, D), t (B, n, 1). Arguments that the family does not use are None.
+        mixture: The family in the general form, called with the `Negatives`.
         published: Its count in SynCo; 0 for a family that SynCo does not have.
-        range: Default half-open range [low, high) of its coefficient t, a field ``NAME_range``; None where it has no t.
-        strength: Name and default of its number (a field of that name); None where it has none.
+        range: Default half-open range [low, high) of the coefficient t, also a field ``NAME_range`` of `Negatives`;
+            None for a family without t.
+        strength: Name and default of its strength, also a field of `Negatives`; None for a family without one.
         paired: Whether it picks a second hard negative n_j.
         noisy: Whether it draws a normal vector e.
     """
@@ -79,7 +80,7 @@ class Family:
 
     @property
     def ranged(self) -> bool:
-        """Whether it draws a coefficient from a range (`Negatives.range_of`)."""
+        """Whether it draws a coefficient t from a range (`Negatives.range_of`)."""
         return self.range is not None
 
 
@@ -109,7 +110,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "extrapolated",
         2,
-        "Type 2: on the line through query and hard negative, beyond the latter",
+        "Type 2: on the line from the query to a hard negative, beyond the latter",
         "q + t (n_i - q), or n_i + t (n_i - q)",
         vector=_extrapolated,
         mixture=_extrapolated_mixture,
@@ -130,7 +131,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "noisy",
         4,
-        "Type 4: a hard negative with normal noise of strength sigma",
+        "Type 4: a hard negative with Gaussian noise of standard deviation sigma",
         "n_i + sigma e",
         vector=lambda q, n_i, n_j, t, e, negatives: n_i + negatives.sigma * e,
         mixture=lambda negatives: Mixture(first=Affine(1, 0), noise=negatives.sigma),
@@ -165,7 +166,7 @@ if TYPE_CHECKING:
 
     @dataclass(frozen=True)
     class _Fields:
-        """The fields as type checkers and editors see them; a test holds them to the table."""
+        """The fields as type checkers and editors see them. A test compares them with the table."""
 
         hard: int = 0
         interpolated: int = 0
@@ -198,22 +199,22 @@ else:
 
 @dataclass(frozen=True)
 class Negatives(_Fields):
-    """How many negatives of which kind a query meets beside the queue. Frozen and hashable.
+    """The synthetic negatives of a query: how many of each family, and their settings. Frozen and hashable.
 
     Use the constructors `moco`, `mochi` and `synco`; `replace(negatives, mixed=0)` changes one field.
 
     Attributes:
-        hard: N, the size of Q^N: how many of the most similar queue keys the synthetic ones are made from.
+        hard: N, the size of Q^N: the number of most similar queue keys that synthetic negatives are made from.
         interpolated, extrapolated, mixed, noisy, perturbed, adversarial: Count of each family per query, 0 for none.
-        extrapolation: The formula of type 2: ``"released"`` is q + t (n - q), from which the published checkpoints
-            come; ``"paper"`` is n + t (n - q).
+        extrapolation: The formula of type 2: ``"released"`` is q + t (n - q), used for the published checkpoints;
+            ``"paper"`` is n + t (n - q).
         interpolated_range, extrapolated_range, mixed_range: Half-open range [low, high) of the coefficient t.
         sigma, delta, eta: Strength of types 4, 5 and 6.
 
     Raises:
         TypeError: A count is not a whole number.
-        ValueError: A count is negative, a synthetic count is asked for with ``hard=0``, a range is empty or not
-            finite, a strength is not finite, or the formula's name is unknown.
+        ValueError: A count is negative, there are synthetic negatives but ``hard=0``, a range is empty or not finite, a
+            strength is not finite, or the formula's name is unknown.
     """
 
     def __post_init__(self) -> None:
@@ -224,7 +225,7 @@ class Negatives(_Fields):
             if count < 0:
                 raise ValueError(f"{name}: found {count}, expected a whole number from 0 up")
         if self.synthetic and not self.hard:
-            raise ValueError(f"hard: found 0, expected 1 or more where {self.synthetic} synthetic negatives are made")
+            raise ValueError(f"hard: found 0, expected 1 or more, to make {self.synthetic} synthetic negatives")
         if self.extrapolation not in ("released", "paper"):
             raise ValueError(f"extrapolation: found {self.extrapolation!r}, expected 'released' or 'paper'")
         for family in FAMILIES:
@@ -238,7 +239,7 @@ class Negatives(_Fields):
 
     @classmethod
     def moco(cls) -> Negatives:
-        """MoCo v2: the queue alone."""
+        """MoCo v2: the queue only."""
         return cls()
 
     @classmethod
@@ -252,7 +253,7 @@ class Negatives(_Fields):
 
         Args:
             hard: N.
-            changes: Fields that differ, by name: counts, ``extrapolation``, ranges and strengths.
+            changes: Fields to change, by name: counts, ``extrapolation``, ranges and strengths.
         """
         published: dict[str, Any] = {family.name: family.published for family in FAMILIES}
         return cls(hard, **published | changes)
@@ -263,29 +264,29 @@ class Negatives(_Fields):
         return sum(self.count_of(family) for family in FAMILIES)
 
     def without_synthetic(self) -> Negatives:
-        """The same description with every family's count 0 (warm-up and cool-down); N stays, for its statistic."""
+        """The same with every family's count 0 (warm-up and cool-down). N stays, for its statistic."""
         counts: dict[str, Any] = {family.name: 0 for family in FAMILIES}
         return replace(self, **counts)
 
     def count_of(self, family: Family) -> int:
-        """How many negatives of this family each query meets."""
+        """The number of negatives of this family for each query."""
         count: int = getattr(self, family.name)
         return count
 
     def active(self) -> Iterator[Family]:
-        """The families whose count is not 0, in the order of the table."""
+        """The families with a nonzero count, in the order of the table."""
         return (family for family in FAMILIES if self.count_of(family))
 
     def range_of(self, family: Family) -> tuple[float, float]:
-        """The half-open range of the family's coefficient t; only for a family with a ``range``."""
+        """The half-open range of the coefficient t; only for a family with a ``range``."""
         low, high = getattr(self, f"{family.name}_range")
         return float(low), float(high)
 
     def strength_of(self, family: Family) -> float:
-        """The family's number; only for a family with a ``strength``."""
+        """The family's strength; only for a family with a ``strength``."""
         assert family.strength is not None
         return float(getattr(self, family.strength[0]))
 
     def mixture(self, family: Family) -> Mixture:
-        """The family's place in the general form."""
+        """The family in the general form."""
         return family.mixture(self)

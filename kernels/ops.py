@@ -1,4 +1,4 @@
-"""The one public operator, and the choice of the backend that computes it."""
+"""The public operator of the loss, and the choice of its backend."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from synco_fast.kernels.reference import Contrast, Statistics
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
-#: Takes the place of a query's -1, so that it meets no queue key's.
+#: Replaces -1 in the queries' image ids, so that it never equals the -1 of a queue key.
 _NO_IMAGE = torch.iinfo(torch.int64).min
-_NO_FORWARD = "backend: this one has no derivative in forward mode; expected for that: 'reference'"
+_NO_FORWARD = "backend: this one has no forward-mode derivative; expected 'reference' for that"
 _OPERANDS = (torch.bfloat16, torch.float16)
-_FIRST_ONLY = "backend: this one has a first derivative only; expected for higher ones: 'reference'"
+_FIRST_ONLY = "backend: this one has a first derivative only; expected 'reference' for higher ones"
 
 
 def synthetic_contrast(
@@ -42,43 +42,43 @@ def synthetic_contrast(
     backend: Backend = "auto",
     operand_dtype: torch.dtype | None = None,
 ) -> Contrast:
-    """InfoNCE of each query against its key, the queue and synthetic hard negatives (MoCo v2, MoCHi and SynCo alike).
+    """InfoNCE of each query against its key, the queue and synthetic hard negatives (MoCo v2, MoCHi and SynCo).
 
-    q, k and the queue's rows are taken as they are: give unit rows. The gradient reaches q alone; k, the queue and the
-    synthetic negatives are constants. A query or key row that holds NaN makes its own loss NaN and no other row's. A
-    queue row that holds NaN makes every loss NaN but those of rows that mask it, and every gradient NaN. A synthetic
-    vector of length 0 stays 0 and so has similarity 0.
+    Nothing is normalised here: pass unit rows for q, k and the queue. Only q gets a gradient; k, the queue and the
+    synthetic negatives are constants. NaN in a row of q or k affects only the loss of that row. NaN in a queue row
+    makes every gradient NaN, and every loss except those of rows that mask it. A synthetic vector of length 0 stays 0
+    and so has similarity 0.
 
-    Autocast does not reach inside: the loss computes in the dtypes that it is given. Every backend but the reference
-    computes the gradient together with the loss, so it can be differentiated once, backwards (by autograd, `torch.func`
-    or a compiler), and float16 and bfloat16 are multiplied exactly and summed in float32.
+    Autocast has no effect inside: the loss computes in the dtypes of its inputs. All backends except the reference
+    compute the gradient together with the loss. They can be differentiated once, in reverse mode (autograd,
+    `torch.func` or a compiler). They multiply float16 and bfloat16 exactly and sum in float32.
 
     Args:
         q: Queries, (B, D), floating point.
-        k: The positive key of each query, (B, D), dtype and device of q.
-        queue: Keys of earlier steps, (K, D), any floating dtype; the loss computes in the wider of the two dtypes.
-        negatives: What is contrasted beside the queue: `Negatives.moco()`, `.mochi(N, s, s')` or `.synco()`.
+        k: The positive key of each query, (B, D), with the dtype and device of q.
+        queue: Keys of earlier steps, (K, D), any floating dtype. The loss computes in the wider of the two dtypes.
+        negatives: The synthetic negatives: `Negatives.moco()` (none), `.mochi(N, s, s')` or `.synco()`.
         temperature: T, above 0.
         seed: The run's seed, in [0, 2**32).
-        step: The training step, in [0, 2**32), or an int64 tensor of no dimensions (which a CUDA graph can advance).
-        first_row: Global index of the first query; draws depend on it, not on how a batch is spread over ranks.
-        image_ids: The image each query was made from, (B,) int64, -1 where there is none. With ``queue_ids`` it masks
-            a queue key of the very same image: it is no negative of that query and no candidate for Q^N.
-        queue_ids: The image each queue key was made from, (K,) int64, -1 where there is none.
-        backend: ``"auto"`` takes the blockwise form, which runs anywhere, in blocks. ``"triton"`` takes the kernels
-            (experimental: tested in Triton's interpreter only; opt-in, or in a training run that validated them on its
-            GPU); unsupported arguments go to the blockwise form, with one warning.
-            ``"reference"`` is the plain form, differentiable as often as wanted.
-        operand_dtype: ``torch.bfloat16`` or ``torch.float16``: round q and k, given in float32, to it; loss and
-            gradient stay in float32. With a queue in the same dtype the kernels use it in all products. None: no
-            rounding.
+        step: The training step, in [0, 2**32), or a 0-dimensional int64 tensor, which a CUDA graph can advance.
+        first_row: Global index of the first query. The random draws depend on it, so they do not depend on how a batch
+            is split over ranks.
+        image_ids: The image id of each query, (B,) int64, -1 if unknown. Together with ``queue_ids`` it masks queue
+            keys of the same image: they are no negatives of that query and no candidates for Q^N.
+        queue_ids: The image id of each queue key, (K,) int64, -1 if unknown.
+        backend: ``"auto"`` is the blockwise form, which runs on any device. ``"triton"`` is the fused kernels. They are
+            experimental: tested in Triton's interpreter only, and opt-in, except in a training run that has validated
+            them on its GPU. Unsupported arguments go to the blockwise form, with one warning. ``"reference"`` is plain
+            PyTorch and has derivatives of any order.
+        operand_dtype: ``torch.bfloat16`` or ``torch.float16``: rounds float32 q and k to this dtype; loss and gradient
+            stay in float32. With a queue of the same dtype the kernels use it in all products. None: no rounding.
 
     Returns:
-        The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, float32 at least.
+        The loss of each row, (B,), and `Statistics`, in the wider dtype of q and the queue, at least float32.
 
     Raises:
-        TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is expected.
-        RuntimeError: A second or a forward-mode derivative was asked of another backend than the reference.
+        TypeError, ValueError: An argument is invalid; the message names it, what was found and what is expected.
+        RuntimeError: A second or a forward-mode derivative is taken and the backend is not the reference.
     """
     check_arguments(
         q,
@@ -94,7 +94,7 @@ def synthetic_contrast(
     )
     check_backend(backend)
     if image_ids is not None:
-        # Of a query and a key whose images are not known, nobody says that they are the same.
+        # Unknown images are not the same image.
         image_ids = image_ids.masked_fill(image_ids == -1, _NO_IMAGE)
     if operand_dtype is not None:
         _check_operand_dtype(operand_dtype, q)
@@ -113,10 +113,10 @@ def synthetic_contrast(
                 queue_ids=queue_ids,
             )
         return Contrast(_wide(result.loss), Statistics(*(_wide(value) for value in result.statistics)))
-    # An operator's own formula serves neither transforms nor forward mode, and says so in neither or without a line.
+    # A custom op's backward formula supports neither `torch.func` nor forward mode, and does not raise a clear error.
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     on_device = isinstance(step, Tensor)
-    # Compilers get derivatives of `_Transformed` wrong or not at all: it is hidden from them.
+    # Hide `_Transformed` from compilers, which differentiate it wrongly or not at all.
     loss, _, *statistics = (torch.compiler.disable(_Transformed.apply) if transformed else _contrast)(
         q,
         k.detach(),
@@ -145,7 +145,7 @@ def _check_operand_dtype(dtype: torch.dtype, q: Tensor) -> None:
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values rounded to ``dtype`` and back; the gradient passes unrounded."""
+    """Values rounded to ``dtype`` and back. The gradient passes through unrounded."""
     return x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
@@ -159,18 +159,18 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _counts(negatives: Negatives) -> list[int]:
-    """The whole numbers of the description, as an operator's schema can hold them; `_describe` is the inverse."""
+    """The integer fields of the description, in a form that an operator schema can hold; see `_describe`."""
     return [negatives.hard, *(negatives.count_of(family) for family in FAMILIES)]
 
 
 def _numbers(negatives: Negatives) -> list[float]:
-    """Its other numbers: both ends of each range, then each strength, in the order of the table."""
+    """The float fields: both ends of each range, then each strength, in the order of the table."""
     ranges = [bound for family in FAMILIES if family.ranged for bound in negatives.range_of(family)]
     return [*ranges, *(negatives.strength_of(family) for family in FAMILIES if family.strength)]
 
 
 def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: str) -> Negatives:
-    """The description that `_counts` and `_numbers` took apart."""
+    """The inverse of `_counts` and `_numbers`."""
     given = iter(numbers)
     fields: dict[str, Any] = dict(zip(("hard", *(family.name for family in FAMILIES)), counts, strict=True))
     for family in FAMILIES:
@@ -183,10 +183,10 @@ def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: st
 
 
 def unserved_by_triton(q: Tensor, queue: Tensor, temperature: float) -> str | None:
-    """Why the Triton kernels cannot compute the loss here; None where they can.
+    """The reason why the Triton kernels cannot compute the loss for these arguments, or None if they can.
 
     Args:
-        q: Queries, (B, D), or a tensor of their dtype, width and device.
+        q: Queries, (B, D), or any tensor with their dtype, width and device.
         queue: (K, D).
         temperature: T.
     """
@@ -198,7 +198,7 @@ def unserved_by_triton(q: Tensor, queue: Tensor, temperature: float) -> str | No
 
 
 def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Callable[..., blockwise.Outputs]:
-    """The form that computes, decided where the tensors are real, so that tracing never meets it."""
+    """The function that computes the loss. Called inside the operator only, so that it is never traced."""
     if backend != "triton":
         return blockwise.contrast_and_gradient
     if reason := unserved_by_triton(q, queue, temperature):
@@ -211,8 +211,8 @@ def _choose(backend: str, q: Tensor, queue: Tensor, temperature: float) -> Calla
 
 @functools.cache
 def _note(reason: str) -> None:
-    """Say once why the kernels are not used."""
-    warnings.warn(f"the blockwise form computes the loss: {reason}", stacklevel=2)
+    """Warn once why the kernels are not used."""
+    warnings.warn(f"the loss uses the blockwise form: {reason}", stacklevel=2)
 
 
 @torch.library.custom_op("synco_fast::contrast", mutates_args=())
@@ -233,7 +233,7 @@ def _contrast(
     backend: str,
     operand_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`blockwise.Outputs` as a flat tuple of tensors; arguments are those of `synthetic_contrast`."""
+    """`blockwise.Outputs` as a flat tuple of tensors. The arguments are those of `synthetic_contrast`."""
     if operand_dtype is not None:
         q, k = q.to(operand_dtype), k.to(operand_dtype)
     compute = _choose(backend, q, queue, temperature)
@@ -278,7 +278,7 @@ def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], 
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    """Each row of the kept gradient times what autograd hands down for the row's loss."""
+    """Each row of the saved gradient times the incoming gradient of the row's loss."""
     if torch.is_grad_enabled():
         raise RuntimeError(_FIRST_ONLY)
     (gradient,) = ctx.saved_tensors  # type: ignore[attr-defined]
@@ -290,7 +290,7 @@ _contrast.register_autograd(_backward, setup_context=_keep)
 
 
 class _Transformed(torch.autograd.Function):
-    """The operator where `torch.func` or forward mode is on."""
+    """The operator under `torch.func` transforms or forward mode."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -300,26 +300,26 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep the gradient, and q for `_Once`."""
+        """Save the gradient, and q for `_Once`."""
         ctx.save_for_backward(output[1], inputs[0])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-        """As `_backward`; transforms always record, so that a second derivative is refused where it is taken."""
+        """Like `_backward`. Transforms always record, so a second derivative raises only where it is taken."""
         gradient, q = ctx.saved_tensors
         of_q = None if loss is None else (_Once.apply(gradient, q) * loss[:, None]).to(q.dtype)
         return (of_q, *(None,) * 14)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
-        """Refuse."""
+        """Raise: there is no forward-mode derivative."""
         raise RuntimeError(_NO_FORWARD)
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[Any], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """One call after another; all draw alike, since they have the same rows."""
+        """One call after another. All have the same rows, so all draw the same random numbers."""
 
         def nth(number: int) -> list[Any]:
             pairs = zip(inputs, in_dims, strict=True)
@@ -331,20 +331,20 @@ class _Transformed(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that depends on q in a way that is not known."""
+    """The identity on a gradient, marked as depending on q, so that a second derivative raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(gradient: Tensor, q: Tensor) -> Tensor:
-        """The gradient."""
+        """Return a copy of the gradient."""
         return gradient.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing."""
+        """Save nothing."""
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """Refuse."""
+        """Raise: there is no second derivative."""
         raise RuntimeError(_FIRST_ONLY)

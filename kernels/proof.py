@@ -30,13 +30,13 @@ from synco_fast.kernels.validation import Case, validate
 __all__ = ["KERNELS", "Comparison", "FusedKernel", "answer", "loss_shapes", "momentum_shapes", "norm_shapes"]
 
 Shapes = Mapping[str, Any]
-"""Where a run uses a kernel, as JSON values; see `loss_shapes`, `norm_shapes`, `momentum_shapes`."""
+"""The shapes at which a run uses a kernel, as JSON values; see `loss_shapes`, `norm_shapes`, `momentum_shapes`."""
 
-#: Most values of a layer: a larger one is compared on fewer images, so that a float64 tensor takes half a GiB.
+#: Most values of a layer. A larger one is compared on fewer images, so that a float64 tensor takes at most half a GiB.
 _LARGEST_LAYER = 1 << 26
-#: Numbers between two tensors of the momentum update, which it must not change.
+#: Guard numbers between two tensors of the momentum update, which it must not change.
 _GAP = 64
-#: Error of the momentum update, in units in the last place, beside twice the error of foreach.
+#: Allowed error of the momentum update, in units in the last place, in addition to twice the error of foreach.
 _UNITS = 2
 
 
@@ -61,8 +61,8 @@ class FusedKernel(NamedTuple):
 
     Attributes:
         fused, portable: Backends: the kernel, and the fallback.
-        unserved: From `Shapes` and a device to why the kernel does not support them; None if it does.
-        prove: From `Shapes` and a device to comparisons.
+        unserved: Function of `Shapes` and a device: the reason why the kernel does not support them, or None.
+        prove: Function of `Shapes` and a device: yields comparisons.
     """
 
     fused: str
@@ -83,7 +83,7 @@ def loss_shapes(
     temperature: float,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Where a run uses the loss.
+    """The shapes at which a run uses the loss.
 
     Args:
         calls: For each call in a step: B, and whether queue keys of the query's own image are masked.
@@ -146,11 +146,11 @@ def _prove_loss(shapes: Shapes, device: torch.device) -> Iterator[Comparison]:
 def norm_shapes(
     *, images: int, dtype: torch.dtype, layers: Sequence[tuple[int, int, int, int, bool, bool]]
 ) -> dict[str, Any]:
-    """Where a run uses batch norm.
+    """The shapes at which a run uses batch norm.
 
     Args:
         images: Images in one forward pass.
-        dtype: Of the activations.
+        dtype: Dtype of the activations.
         layers: (C, H, W, groups, relu, residual) of each layer.
     """
     return {"images": images, "dtype": _name(dtype), "layers": [list(one) for one in sorted(set(layers))]}
@@ -187,7 +187,7 @@ def _prove_norm(shapes: Shapes, device: torch.device) -> Iterator[Comparison]:
 
 
 def momentum_shapes(targets: Sequence[Tensor], momentum: float) -> dict[str, Any]:
-    """Where a run uses the momentum update.
+    """The shapes at which a run uses the momentum update.
 
     Args:
         targets: The updated tensors.

@@ -1,10 +1,10 @@
-"""The contrastive loss in plain PyTorch, every synthetic vector materialised.
+"""Reference contrastive loss in plain PyTorch: every synthetic vector is materialised.
 
-Read this loss beside the papers; every faster backend is compared with it. It runs in any
-floating dtype and leaves the gradient to autograd.
+It follows the papers line by line, and every faster backend is compared with it. It runs in any floating dtype and
+leaves the gradient to autograd.
 
-Notation: q and k are B unit rows of D numbers, the queue holds K past keys, Q^N are the N queue keys most similar to a
-query, T is the temperature. With s the synthetic negatives, a row's loss is InfoNCE over all of them::
+Notation: q and k are B unit rows of D numbers. The queue holds K past keys. Q^N are the N queue keys most similar to a
+query, and T is the temperature. With s the synthetic negatives, the loss of a row is InfoNCE over all of them::
 
     -log( exp(q.k / T) / ( exp(q.k / T) + sum_n exp(q.n / T) + sum_s exp(q.s / T) ) )
 """
@@ -24,19 +24,19 @@ __all__ = ["Contrast", "Statistics", "contrast", "hard_negatives", "mean_of_fini
 
 
 class Statistics(NamedTuple):
-    """What a trainer logs, a value per query and without gradient.
+    """Statistics to log: one value per query, without gradient.
 
     Attributes:
         positive: q.k, (B,).
-        hard: Mean of q.n over Q^N, (B,); NaN where N = 0 or a mask left no key.
-        synthetic: Mean of q.s by family, (B, F), in the order of the F families of `FAMILIES`; NaN where one has no
-            negatives.
-        rank: How many negatives, queue keys and synthetic ones, are more similar to q than k is, (B,) int64. 0 is what
-            the field's contrastive top-1 accuracy counts.
-        queue_rank: The same among queue keys alone, (B,) int64: comparable between methods and across a warm-up.
-        fallback: 1 where a threshold was estimated for Q^N and did not hold, so that the row was selected again from
-            all its similarities, which is slower and as exact; else 0, as always from the reference. (B,) int32.
-            Next to none on ordinary features, all of them on collapsed ones.
+        hard: Mean of q.n over Q^N, (B,); NaN if N = 0 or a mask leaves no key.
+        synthetic: Mean of q.s for each family, (B, F), in the order of the F families of `FAMILIES`; NaN for a family
+            without negatives.
+        rank: Number of negatives (queue keys and synthetic ones) more similar to q than k is, (B,) int64. Contrastive
+            top-1 accuracy is the fraction of rows with rank 0.
+        queue_rank: The same among queue keys only, (B,) int64. It is comparable between methods and across a warm-up.
+        fallback: 1 if the threshold estimated for Q^N failed, so that the row was selected again from all its
+            similarities, which is slower and equally exact; else 0. (B,) int32. Almost always 0 on ordinary features,
+            always 1 on collapsed ones. The reference estimates no threshold, so it returns 0.
     """
 
     positive: Tensor
@@ -48,28 +48,28 @@ class Statistics(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """The loss of each query, (B,), which carries the gradient to q, and the statistics beside it."""
+    """The loss of each query, (B,), differentiable with respect to q, and the statistics."""
 
     loss: Tensor
     statistics: Statistics
 
 
 def mean_of_finite(similarity: Tensor) -> Tensor:
-    """Means over the last dimension without the -inf of masked keys and without NaN; NaN where nothing is left."""
+    """Means over the last dimension that ignore NaN and the -inf of masked keys; NaN if nothing is left."""
     return similarity.masked_fill(similarity == -torch.inf, torch.nan).nanmean(dim=-1)
 
 
 def hard_negatives(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
-    """Q^N: the N queue keys with the largest similarity, ties resolved towards the smaller queue index.
+    """Q^N: the N queue keys with the largest similarity. Ties go to the smaller queue index.
 
     Args:
-        similarity: q.n for every queue key, (B, K); -inf where a key is masked.
+        similarity: q.n for every queue key, (B, K); -inf for masked keys.
         hard: N, at most K.
 
     Returns:
-        Similarities and queue indices, (B, N) each, in ascending order of the index. Masked keys, chosen where fewer
-        than N are left, come last. Positions in Q^N are drawn uniformly, so the order changes no distribution; this
-        one needs no sort in the kernels.
+        Similarities and queue indices, (B, N) each, in ascending order of the index. If fewer than N keys are unmasked,
+        masked ones fill the end. Positions in Q^N are drawn uniformly, so their order does not matter; this one needs
+        no sort in the kernels.
     """
     index = similarity.argsort(dim=1, descending=True, stable=True)[:, :hard].sort(dim=1).values
     masked = similarity.gather(1, index).isneginf()
@@ -78,7 +78,7 @@ def hard_negatives(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
 
 
 def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, Draw]) -> dict[str, Tensor]:
-    """The synthetic negatives of each query, unit length, without gradient.
+    """The synthetic negatives of each query: unit length, without gradient.
 
     Args:
         q: Queries, (B, D).
@@ -87,7 +87,7 @@ def synthesise(q: Tensor, hard: Tensor, negatives: Negatives, draws: dict[str, D
         draws: From `synco_fast.kernels.draw`.
 
     Returns:
-        By family name, vectors of shape (B, count, D).
+        The vectors of each family by its name, (B, count, D).
     """
     q, hard = q.detach()[:, None], hard.detach()
 

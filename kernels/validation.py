@@ -1,15 +1,15 @@
-"""The backends against the reference in float64, on any device and any shape.
+"""Validation of the loss backends against the float64 reference, on any device and any shape.
 
-The inputs are rows whose numbers are multiples of 1/128: exact in bfloat16, their products and sums exact in float32.
-Every backend then sees the very same similarities and must choose the same hard negatives, ties included, so that
-what remains is rounding, and rounding has a bound:
+The numbers of all inputs are multiples of 1/128. They are exact in bfloat16, and their products and sums are exact in
+float32. So every backend sees exactly the same similarities and must choose the same hard negatives, including ties.
+The remaining difference is rounding, which has a bound:
 
     |found - exact|  <=  2 |reference in float32 - exact|  +  c eps max|exact|  +  rounding of the softmax weights
 
-with c = 16 for the loss and 64 for the gradient, a sum over the whole queue that some libraries make one term after
-another. The last term is there for the kernels on halves, and on float32 where TF32 is allowed. They round the weights
-of the queue keys to the format of the tensor cores before the second product: by at most u = 2^-8 (bfloat16) or 2^-10
-(TF32) of each, and so the gradient by u / T times the same weighted sum of |n|.
+c is 16 for the loss. It is 64 for the gradient, a sum over the whole queue that some libraries add one term at a time.
+The last term is for the Triton kernels with 16-bit inputs, and with float32 if TF32 is allowed. They round the softmax
+weights of the queue keys to the tensor-core format before the second product: by a relative error of at most u = 2^-8
+(bfloat16) or 2^-10 (TF32). This changes the gradient by at most u / T times the weighted sum of |n|.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ __all__ = [
     "validate",
 ]
 
-#: Units in the last place of float32 that an error may have beside that of the reference: c above.
+#: c above, in units in the last place of float32.
 _UNITS = {"loss": 16, "gradient": 64}
-#: By how much the kernels round a softmax weight, by the dtype of the queue; for float32 see `_weight_rounding`.
+#: Relative rounding error of a softmax weight in the kernels, by the queue's dtype; for float32 see `_weight_rounding`.
 _WEIGHT_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-#: Similarity means may differ by this much, in absolute terms: they are sums of a few float32 numbers up to 1.
+#: Absolute tolerance of mean similarities, which are sums of a few float32 numbers up to 1.
 _STATISTICS = 1e-5
 _SEED, _STEP = 3, 7
 _EXACT_AND_PLAIN = (torch.float64, torch.float32)
-#: Rows of NaN before and behind an input; any row begins at a multiple of 16 bytes where the first does.
+#: Rows of NaN before and after an input. They keep the 16-byte alignment of the first row.
 _GUARD = 128
 
-#: Rows of the reference at a time, which makes every similarity and every synthetic vector.
+#: Rows that the reference handles at a time, since it materialises every similarity and synthetic vector.
 _BLOCK = 128
 
 Ids = tuple[Tensor | None, Tensor | None]
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
         return Inputs(*(tensor.to(device=device, dtype=dtype) for tensor in self))
 
     def guarded(self) -> Inputs:
-        """The same numbers inside larger tensors of NaN: what reads past an input then shows in the result."""
+        """The same numbers inside larger tensors of NaN, so that a read out of bounds shows in the result."""
 
         def within(tensor: Tensor) -> Tensor:
             room = tensor.new_full((len(tensor) + 2 * _GUARD, tensor.shape[1]), torch.nan)
@@ -89,16 +89,16 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One shape, dtype and description to compare at.
+    """One case to compare: shape, dtype and negatives.
 
     Attributes:
-        rows, length, dim, hard: B, K, D, N; MoCo, which takes no hard negatives, is compared at the same shape.
-        negatives: What is contrasted.
-        method: What the description is called in a table.
-        dtype: Of q, k and the queue.
+        rows, length, dim, hard: B, K, D, N. MoCo, which uses no hard negatives, is compared at the same shape.
+        negatives: The synthetic negatives.
+        method: Name of the method in tables.
+        dtype: Dtype of q, k and the queue.
         temperature: T.
-        peaked: Whether the queue holds the queries themselves: a softmax with nearly all its weight in one place.
-        masked: Whether a same-image mask forbids about one key in ten to each row.
+        peaked: Whether the queue contains the queries, so that nearly all softmax weight is on one key.
+        masked: Whether a same-image mask excludes about one key in ten for each row.
     """
 
     rows: int
@@ -118,10 +118,10 @@ class Verdict:
     """The result of a backend on a case.
 
     Attributes:
-        backend: Which.
-        case: Of what.
+        backend: The backend.
+        case: The case.
         loss_error, loss_bound, gradient_error, gradient_bound: Largest absolute errors and their bounds.
-        misses: What is wrong, in words; empty where all is within its bound.
+        misses: Descriptions of what is wrong; empty if the case passed.
     """
 
     backend: str
@@ -161,14 +161,14 @@ def exact_inputs(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Inputs:
-    """Rows of length about 1 whose similarities are exact in every dtype.
+    """Random rows of length about 1 whose similarities are exact in every dtype.
 
     Args:
         rows, length, dim: B, K, D.
-        dtype: Of all three; any floating dtype holds the same numbers.
+        dtype: Dtype of all three. Every floating dtype holds the same numbers.
         peaked: See `Case`.
-        seed: Of the numbers.
-        device: Where they are made, the CPU by default; another one makes other numbers.
+        seed: Random seed.
+        device: Where to draw them, by default the CPU. Other devices draw other numbers.
     """
     generator = torch.Generator(device or "cpu").manual_seed(seed)
 
@@ -195,12 +195,12 @@ def reference_answer(
     image_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
 ) -> Answer:
-    """The reference computed in ``dtype`` on the values as they are stored.
+    """The reference computed in ``dtype`` on the stored values.
 
     Args:
-        inputs: In any dtype.
+        inputs: Inputs in any dtype.
         negatives, temperature, seed, step, first_row, image_ids, queue_ids: As `synthetic_contrast` describes them.
-        dtype: Of the computation.
+        dtype: Dtype of the computation.
     """
     q, k, queue = inputs.to(dtype)
     q = q.detach().requires_grad_()
@@ -223,13 +223,13 @@ def reference_answer(
 def random_cases(
     count: int, dtypes: Sequence[torch.dtype], *, rows: int = 5, length: int = 1000, dim: int = 160, seed: int = 0
 ) -> list[Case]:
-    """Cases at shapes that are multiples of nothing: odd B, K, D and N, other counts and settings each time.
+    """Random cases with odd B, K, D and N, so that no tile divides them, and random counts and settings.
 
     Args:
-        count: How many.
+        count: Number of cases.
         dtypes: One of them is drawn for each case.
         rows, length, dim: The largest B, K and D.
-        seed: Of the draw: the same seed gives the same cases.
+        seed: The same seed gives the same cases.
     """
     draw = random.Random(seed)
 
@@ -239,7 +239,7 @@ def random_cases(
     found = []
     for _ in range(count):
         keys = odd(3, length)
-        # Half of them with few hard negatives, so that a threshold is estimated.
+        # Half of them have few hard negatives, so that a threshold is estimated.
         hard = odd(1, keys if draw.random() < 0.5 else max(1, keys // 10))
         families: dict[str, int] = {family.name: draw.choice([0, odd(1, 9), odd(1, 40)]) for family in FAMILIES}
         extrapolation: Extrapolation = draw.choice(["released", "paper"])
@@ -262,11 +262,11 @@ def random_cases(
 
 
 def cases(shapes: Sequence[tuple[int, int, int, int]], dtypes: Sequence[torch.dtype]) -> list[Case]:
-    """The sweep: every shape and dtype with each method, flat and peaked, and once with a mask.
+    """The sweep: every shape and dtype with every method, flat and peaked, and once with a mask.
 
     Args:
-        shapes: (B, K, D, N) each; every family gets N / 8 negatives or a few more, so that all are met.
-        dtypes: Of the inputs.
+        shapes: (B, K, D, N) of each. Every family gets at least about N / 8 negatives, so that all are covered.
+        dtypes: Dtypes of the inputs.
     """
     found = []
     for (rows, length, dim, hard), dtype in itertools.product(shapes, dtypes):
@@ -296,18 +296,18 @@ def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.
     """Compare backends with the reference in float64, case by case.
 
     Args:
-        backends: Which; each must serve the device. "reference" is skipped in half precision.
-        wanted: See `cases`.
-        device: Where the backends compute; the reference computes there too.
+        backends: Backends to validate; each must support the device. "reference" is skipped in 16-bit dtypes.
+        wanted: The cases; see `cases`.
+        device: Device of the backends and the reference.
 
     Yields:
         A `Verdict` for each case and backend.
 
     Raises:
-        ValueError: A backend does not serve a case on this device, so that another would have computed in its place.
+        ValueError: A backend does not support a case on this device, so another one would have run in its place.
     """
     for case in wanted:
-        # The reference computes in the dtype that it is given; as a backend of half precision it has no bound.
+        # The reference computes in the dtype of its inputs, and there is no bound for it in 16-bit dtypes.
         able = [backend for backend in backends if backend != "reference" or case.dtype.itemsize >= 4]
         if not able:
             continue
@@ -318,12 +318,12 @@ def validate(backends: Sequence[Backend], wanted: Sequence[Case], device: torch.
         exact, plain = (_in_blocks(case, inputs, (image_ids, queue_ids), dtype) for dtype in _EXACT_AND_PLAIN)
         for backend in able:
             if backend == "triton" and (reason := unserved_by_triton(inputs.q, inputs.queue, case.temperature)):
-                raise ValueError(f"backend: found triton, expected others here: {reason}")
+                raise ValueError(f"backend: found triton, expected another one on this device: {reason}")
             yield _judge(backend, case, inputs, (image_ids, queue_ids), exact, plain)
 
 
 def _blocks(inputs: Inputs, ids: Ids) -> Iterator[tuple[int, Inputs, Ids]]:
-    """The first row of each block, and its rows."""
+    """Blocks of rows, each with the index of its first row."""
     for first in range(0, len(inputs.q), _BLOCK):
         part = slice(first, first + _BLOCK)
         images = None if ids[0] is None else ids[0][part]
@@ -331,7 +331,7 @@ def _blocks(inputs: Inputs, ids: Ids) -> Iterator[tuple[int, Inputs, Ids]]:
 
 
 def _in_blocks(case: Case, inputs: Inputs, ids: Ids, dtype: torch.dtype) -> Answer:
-    """`reference_answer`, whose rows do not depend on one another, in blocks that bound its memory."""
+    """`reference_answer` in blocks of rows, to bound its memory. Rows are independent."""
     parts = [
         reference_answer(
             block,
@@ -351,7 +351,7 @@ def _in_blocks(case: Case, inputs: Inputs, ids: Ids, dtype: torch.dtype) -> Answ
 
 
 def _judge(backend: Backend, case: Case, inputs: Inputs, ids: Ids, exact: Answer, plain: Answer) -> Verdict:
-    # The repeat has the step on the device, as a captured graph does: it decides no bit.
+    # The repeat passes the step as a device tensor, as in a CUDA graph; this must not change any bit.
     found = _run(backend, case, inputs, ids, _STEP)
     again = _run(backend, case, inputs, ids, torch.tensor(_STEP, device=inputs.q.device))
     misses = []
@@ -361,11 +361,11 @@ def _judge(backend: Backend, case: Case, inputs: Inputs, ids: Ids, exact: Answer
     gradient_error, gradient_bound = _error_and_bound(
         found.gradient, plain.gradient, exact.gradient, _UNITS["gradient"]
     )
-    # Autograd hands the gradient down in the dtype of q.
+    # Autograd returns the gradient in the dtype of q.
     gradient_bound += torch.finfo(case.dtype).eps / 2 * exact.gradient.abs().max().item()
     if backend == "triton":
         gradient_bound += _weight_rounding(case.dtype, inputs.q.device) * _weighted_lengths(case, inputs, ids)
-    # Written so that NaN misses.
+    # `not <=`, so that NaN counts as a miss.
     if not loss_error <= loss_bound:
         misses.append("loss")
     if not gradient_error <= gradient_bound:
@@ -401,14 +401,14 @@ def _error_and_bound(found: Tensor, plain: Tensor, exact: Tensor, units: int) ->
 
 
 def _weight_rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """By how much the kernels round a softmax weight: float32's too, where PyTorch may multiply in TF32."""
+    """Relative rounding error of a softmax weight in the kernels; for float32 only if PyTorch may use TF32."""
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return _WEIGHT_ROUNDING[torch.float16]
     return _WEIGHT_ROUNDING.get(dtype, 0.0)
 
 
 def _weighted_lengths(case: Case, inputs: Inputs, ids: Ids) -> float:
-    """The largest number in sum_j p_j |n_j| / T, with p the softmax over positive and queue."""
+    """The largest value of sum_j p_j |n_j| / T, with p the softmax over the positive and the queue."""
     found = 0.0
     for _, block, (image_ids, queue_ids) in _blocks(inputs, ids):
         q, k, queue = block.to(torch.float64)
@@ -429,7 +429,7 @@ def _compare_statistics(found: Statistics, exact: Statistics) -> list[str]:
             misses.append(f"statistics.{name}")
     if not torch.equal(found.queue_rank, exact.queue_rank):
         misses.append("statistics.queue_rank")
-    # A synthetic negative may tie with the positive but for rounding.
+    # A synthetic negative may tie with the positive up to rounding.
     if (found.rank - exact.rank).abs().max() > 1:
         misses.append("statistics.rank")
     return misses

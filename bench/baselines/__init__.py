@@ -1,1 +1,1 @@
-"""Baselines: a plain training loop, a plain data loader, other implementations of the loss."""
+"""Baselines: a plain training loop, a plain data loader, and other implementations of the loss."""

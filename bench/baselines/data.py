@@ -1,7 +1,7 @@
-"""The plain two-crop loader of MoCo v2's and SynCo's released code, written anew from its description.
+"""The plain two-crop loader of MoCo v2's and SynCo's released code, rewritten from its description.
 
-Pillow decodes a file once, torchvision's transforms run twice on Pillow's image, each view becomes a normalised float
-tensor in the worker.
+Pillow decodes a file once, torchvision's transforms run twice on the Pillow image, and each view becomes a normalised
+float tensor in the worker.
 """
 
 from __future__ import annotations

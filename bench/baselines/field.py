@@ -1,9 +1,9 @@
 """Other implementations of parts of the loss: matrix product with top-k, and fused linear cross-entropy.
 
-None of them computes all of this package's loss. A product with a top-k and cross-entropy has the queue's negatives and
-the N hardest of them, but no synthetic ones, and its order among equal similarities is not defined. Fused linear
-cross-entropy has neither; its weight holds the batch's keys before the queue's, so each query meets the keys of the
-others as negatives too.
+None of them computes the whole loss. A product with top-k and cross-entropy has the queue's negatives and the N hardest
+of them, but no synthetic ones, and its order among ties is undefined. Fused linear cross-entropy has neither hard nor
+synthetic negatives. Its weight is the keys of the batch followed by the queue, so the other keys of the batch are
+negatives, too.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from synco_fast.runtime.errors import UserError
 
 __all__ = ["linear_cross_entropy", "product_loss", "top_k"]
 
-#: The N largest of each row: values and indices, (B, N) each.
+#: Top-N of each row: values and indices, (B, N) each.
 TopK = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-#: Package and function by the name of a subject.
+#: Package and function of each subject.
 _PACKAGES = {"flashinfer": ("flashinfer-python", "flashinfer"), "liger": ("liger-kernel", "liger_kernel.transformers")}
 
 
 def top_k(name: str) -> TopK:
-    """A function that gives the N largest of each row, unsorted where it can.
+    """A top-N function, unsorted if the package allows it.
 
     Args:
         name: ``torch`` or ``flashinfer``.
@@ -47,7 +47,7 @@ def _torch_top_k(similarity: Tensor, hard: int) -> tuple[Tensor, Tensor]:
 
 
 def product_loss(choose: TopK, *, hard: int, temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """MoCo's loss of each row from whole tensors, and the N hardest keys beside it.
+    """MoCo's loss of each row from whole tensors, plus the selection of the N hardest keys.
 
     Args:
         choose: From `top_k`.
@@ -69,7 +69,7 @@ def product_loss(choose: TopK, *, hard: int, temperature: float) -> Callable[[Te
 
 
 def linear_cross_entropy(name: str, *, temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Fused linear cross-entropy over the batch's keys and the queue's, without a tensor of logits.
+    """Fused linear cross-entropy over the keys of the batch and the queue, without a logits tensor.
 
     Args:
         name: ``torch`` or ``liger``.
@@ -79,7 +79,7 @@ def linear_cross_entropy(name: str, *, temperature: float) -> Callable[[Tensor, 
         A function of q, k (B, D) and queue (K, D) that returns the mean loss.
 
     Raises:
-        UserError: Its package, or this version of PyTorch, has no such function.
+        UserError: The package is not installed, or this version of PyTorch has no such function.
     """
     if name == "liger":
         module = _from_package("liger", "LigerFusedLinearCrossEntropyLoss")()

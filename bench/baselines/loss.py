@@ -1,8 +1,8 @@
-"""The baseline of the loss, with the cost model of the released code.
+"""Baseline of the loss with the cost of the released code.
 
-Written from the published description, for its costs: similarities and logits as whole B x K tensors, one tensor of
-gathered vectors per type, types 5 and 6 in a Python loop over negatives with a call of autograd for each, and the
-gradient by autograd. Its draws are PyTorch's own, so its loss agrees in size, not in digits.
+Written from the published description to have the same costs: similarities and logits as whole B x K tensors, one
+tensor of gathered vectors per type, types 5 and 6 in a Python loop over negatives with one autograd call each, and the
+gradient by autograd. It uses PyTorch's random numbers, so its loss agrees approximately, not digit by digit.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["baseline_loss"]
 
 
 def baseline_loss(q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives, *, temperature: float) -> Tensor:
-    """Loss of each row, (B,), with a graph for autograd.
+    """Loss of each row, (B,), differentiable by autograd.
 
     Args:
         q, k: (B, D).
         queue: (K, D).
-        negatives: With N of at least 1.
+        negatives: The synthetic negatives; N must be at least 1.
         temperature: T.
     """
     rows, hard = len(q), negatives.hard
@@ -64,7 +64,7 @@ def baseline_loss(q: Tensor, k: Tensor, queue: Tensor, negatives: Negatives, *, 
 
 
 def _along_gradients(q: Tensor, picked: Tensor, strength: float, *, sign: bool) -> Tensor:
-    """Each negative moved along the gradient of its similarity, one negative and one call of autograd at a time."""
+    """Move each negative along the gradient of its similarity, with one autograd call for each negative."""
     moved = []
     for slot in range(picked.shape[1]):
         negative = picked[:, slot].clone().requires_grad_()

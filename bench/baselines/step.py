@@ -1,8 +1,8 @@
-"""The baseline of the training step, with the cost model of the released single-file loops.
+"""Baseline of the training step with the cost of the released single-file training loops.
 
-Written from what such loops do, for its costs: float32 in PyTorch's default layout, the momentum update one parameter
-at a time, the key batch permuted on the host, the loss of whole tensors with loops over negatives, the queue's pointer
-and the loss read by the host in every step.
+It does what such loops do: float32 in PyTorch's default layout, a momentum update of one parameter at a time, a key
+batch permuted on the host, a loss of whole tensors with loops over negatives, and a queue pointer and a loss that the
+host reads in every step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def plain_step(config: Config, device: torch.device) -> Callable[[Tensor, Tensor
     """A function that trains on two normalised views, (B, 3, H, W) float32, and returns the loss.
 
     Args:
-        config: Encoder, queue, negatives and optimiser; SGD whatever its name, batch norm over the whole batch.
-        device: Where.
+        config: Encoder, queue, negatives and optimizer. It always uses SGD, and batch norm over the whole batch.
+        device: Device to train on.
     """
     whole = config.model.model_copy(update={"batch_norm_groups": 1})
     encoder = build_encoder(config.model_copy(update={"model": whole})).to(device)

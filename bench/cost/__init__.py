@@ -1,1 +1,1 @@
-"""The counted cost of the loss's launches: machine code times trips, bytes, a model of time. Needs no GPU."""
+"""Cost model of the loss kernels without a GPU: instruction counts from machine code, bytes, and modelled time."""

@@ -1,4 +1,4 @@
-"""What a launch executes: instructions times trips, by kind."""
+"""Instruction counts of a launch by kind: machine code times trip counts."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class LoopCount:
     """A loop of the machine code.
 
     Attributes:
-        source: Its line.
-        instructions: In one turn, without those of loops inside.
-        trips: A program's, on average; of each time that it is entered.
-        how: ``counted`` from source and launch, ``stated``, or ``assumed`` to turn once.
+        source: Source line of the loop.
+        instructions: Instructions of one iteration, without inner loops.
+        trips: Average iterations in a program, each time that the loop is entered.
+        how: ``counted`` from source and launch, ``stated``, or ``assumed`` to iterate once.
     """
 
     source: str
@@ -41,15 +41,15 @@ class LoopCount:
 
 @dataclass
 class Counts:
-    """What one program executes, on average over the grid; a warp's instructions unless said otherwise.
+    """Counts of one program, on average over the grid. Instruction counts are per warp.
 
     Attributes:
         instructions, shuffles, special, barriers, waits: All; SHFL and REDUX; MUFU; BAR; exposed waits for wgmma.
-        loaded, stored: Bytes that all warps of a program ask of the L2 cache and give to it.
-        round_trips: Turns of loops that wait for a load.
-        flops: Of the tensor cores, by the whole program.
-        loops: In the order of the machine code.
-        assumed: Source lines of branches about which nothing is known; they count as taken.
+        loaded, stored: Bytes that all warps of a program load from and store to the L2 cache.
+        round_trips: Iterations of loops that wait for a load.
+        flops: Tensor-core operations of the whole program.
+        loops: The loops, in the order of the machine code.
+        assumed: Source lines of branches with unknown conditions, which count as taken.
     """
 
     instructions: float = 0
@@ -74,16 +74,16 @@ def count(
     stated: Callable[[str], float | None] = lambda line: None,
     module: Mapping[str, Any] | None = None,
 ) -> Counts:
-    """Count what a program of a launch executes.
+    """Count the instructions of a program.
 
     Args:
-        sass: `nvdisasm -gi -c`.
+        sass: Output of `nvdisasm -gi -c`.
         values: The kernel's arguments by name.
-        grid: Programs by axis.
-        warps: Of a program.
-        kernel: The name of its function.
-        stated: Takes the source of a loop's or branch's first line; how often it turns or is taken, None if not stated.
-        module: The names of the kernel's module.
+        grid: Programs along each axis.
+        warps: Warps of a program.
+        kernel: Name of the kernel's function.
+        stated: Function from the first source line of a loop or branch to its stated trip count, or None.
+        module: The global names of the kernel's module.
     """
     instructions, labels = read(sass)
     counter = _Counter(instructions, values, grid, warps, kernel, stated, module or {})
@@ -110,7 +110,7 @@ class _Counter:
         self.paths = [around[one.frames] for one in instructions]
 
     def add(self, span: Span, times: float, above: list[tuple[Construct, bool]]) -> None:
-        """Add a span that runs ``times``; ``above``: the constructs that spans around it stand for, and if as loops."""
+        """Add a span that runs ``times``. ``above`` has the constructs of enclosing spans, and whether they loop."""
         for number in span.own():
             self._add(self.instructions[number], times)
         siblings = [(inner, self._construct(inner, above)) for inner in span.inner]
@@ -129,11 +129,11 @@ class _Counter:
             self.add(inner, times * share, [*above, *([(chosen[0], inner.loop)] if chosen else [])])
 
     def _construct(self, span: Span, above: list[tuple[Construct, bool]]) -> tuple[Construct, Any] | None:
-        """The loop or branch of the source that a span stands for, by the lines of its instructions."""
+        """The source loop or branch of a span, from the source lines of its instructions."""
         votes: dict[int, int] = defaultdict(int)
         known: dict[int, tuple[Construct, Any]] = {}
         if span.loop:
-            # What its own instructions are innermost in; a guard before it may stand for the same loop.
+            # The innermost loop around its own instructions. A guard before it may belong to the same loop.
             taken = {id(node) for node, loop in above if loop}
             for number in span.own(loops_only=True) or range(span.begin, span.end):
                 inside = itertools.takewhile(lambda found: id(found[0]) not in taken, reversed(self.paths[number]))
@@ -143,7 +143,7 @@ class _Counter:
                         known[id(node)] = (node, scope)
                         break
         else:
-            # The outermost thing that its branch is outside of.
+            # The outermost construct that contains the span but not its branch.
             taken = {id(node) for node, _ in above} | {id(node) for node, _ in self.paths[span.begin - 1]}
             for number in range(span.begin, span.end):
                 for node, scope in self.paths[number]:
@@ -180,7 +180,7 @@ class _Counter:
         if isinstance(node, ast.If):
             return mean, "counted"
         if not span.loop:
-            # The guard in front of a loop, or a loop of at most one turn.
+            # The guard in front of a loop, or a loop of at most one iteration.
             return entered, "counted"
         trips = mean / entered if guarded and entered else mean
         return self._unrolled(span, node, trips, siblings), "counted"
@@ -192,7 +192,7 @@ class _Counter:
         trips: float,
         siblings: list[tuple[Span, tuple[Construct, Any] | None]],
     ) -> float:
-        """Turns of the machine code's loop: fewer than the source's where one beside it takes the remainder."""
+        """Iterations of the machine code's loop: fewer than in the source if a second loop takes the remainder."""
         same = [other for other, chosen in siblings if other.loop and chosen is not None and chosen[0] is node]
         if len(same) != 2:
             return trips
@@ -221,14 +221,14 @@ class _Counter:
             else:
                 counts.stored += moved
         elif found := _MATRIX.match(one.opcode):
-            # Four warps make one of these together.
+            # Four warps execute one of these together.
             counts.flops += 2 * int(found["m"]) * int(found["n"]) * int(found["k"]) * self.warps / 4 * times
         elif found := _SMALL_MATRIX.match(one.opcode):
             counts.flops += 2 * int(found["m"]) * int(found["n"]) * int(found["k"]) * self.warps * times
 
 
 def _first_line(node: Construct) -> str:
-    """``for ... in ...``, ``while ...`` or ``if ...`` of a construct."""
+    """The ``for ... in ...``, ``while ...`` or ``if ...`` of a construct."""
     if isinstance(node, ast.For):
         return f"for {ast.unparse(node.target)} in {ast.unparse(node.iter)}"
     return f"{'while' if isinstance(node, ast.While) else 'if'} {ast.unparse(node.test)}"

@@ -1,7 +1,7 @@
-"""The launches of the loss, compiled for a device that need not be present.
+"""Compile the launches of the loss for a device that need not be present.
 
-The launcher runs on CPU tensors with every launch replaced by a compilation, so what is counted is what would be
-launched: the same constants, grid, warps and stages.
+The launcher runs on CPU tensors, and every launch is replaced by a compilation. So the counted kernels have exactly the
+constants, grid, warps and stages of real launches.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -32,14 +32,14 @@ __all__ = ["Bytes", "Launch", "Target", "compiled_for", "compiler_version", "lau
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, compiled.
+    """One compiled launch.
 
     Attributes:
-        name: Of the kernel.
-        grid: Programs by axis.
-        arguments: By parameter: numbers and constants as they are, tensors as their bytes in a `Bytes`.
-        warps, shared, registers, spilled: Of a program; shared memory and spills in bytes.
-        serialised: Whether ptxas put a wait behind each wgmma (its remark C7515).
+        name: Name of the kernel.
+        grid: Programs along each axis.
+        arguments: Arguments by parameter name: numbers and constants as they are, tensors as `Bytes`.
+        warps, shared, registers, spilled: Resources of a program; shared memory and spills in bytes.
+        serialised: Whether ptxas serialised wgmma, with a wait after each one (its remark C7515).
         sass: The disassembly with source lines.
         function: The kernel's Python function.
     """
@@ -57,7 +57,7 @@ class Launch:
 
     @property
     def programs(self) -> int:
-        """In the whole grid."""
+        """Number of programs in the grid."""
         count = 1
         for axis in self.grid:
             count *= axis
@@ -66,35 +66,35 @@ class Launch:
 
 @dataclass(frozen=True)
 class Bytes:
-    """How many bytes a tensor holds, and whether it is one of the loss's own inputs, by its storage's address."""
+    """The size of a tensor in bytes, and whether it is an input of the loss (by the address of its storage)."""
 
     count: int
     input: int | None = None
 
 
 class Target:
-    """A driver as the compiler sees it, for a device that is not there."""
+    """A Triton driver for a device that is not present."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        """What is compiled for."""
+        """The compile target."""
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        """The first."""
+        """The first device."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """The default one."""
+        """The default stream."""
         return 0
 
 
 @contextlib.contextmanager
 def compiled_for(capability: int) -> Iterator[None]:
-    """Within, kernels compile for ``capability``, whatever device there is."""
-    # None, where no driver has been needed yet: one that is asked for would look for a device.
+    """Context in which kernels compile for ``capability``, with any device or none."""
+    # None if no driver has been needed yet. Asking for the active one would look for a device.
     before = driver._active
     driver.set_active(Target(capability))
     try:
@@ -105,7 +105,7 @@ def compiled_for(capability: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_cache() -> Iterator[None]:
-    """Within, nothing that was compiled before is taken: its source lines may be those of another checkout."""
+    """Context with an empty Triton cache, since cached kernels may have source lines of another checkout."""
     name = "TRITON_CACHE_DIR"
     before = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -119,12 +119,12 @@ def _own_cache() -> Iterator[None]:
 
 
 def _forget(launch: Recorded) -> None:
-    """A kernel keeps what it compiled, for the device that it met first."""
+    """Clear the kernel's own cache, which would keep the code for the first device."""
     launch.kernel.device_caches.clear()
 
 
 def launches_of_loss(shape: Shape, capability: int) -> list[Launch]:
-    """What the launcher launches for SynCo's loss at one shape, in order.
+    """The launches of SynCo's loss at one shape, in order.
 
     Raises:
         RuntimeError: A kernel does not compile.
@@ -140,7 +140,7 @@ def launches_of_loss(shape: Shape, capability: int) -> list[Launch]:
     q = torch.empty(shape.rows, shape.dim, dtype=shape.torch_dtype)
     queue = torch.empty(shape.length, shape.dim, dtype=shape.torch_dtype)
     inputs = {tensor.untyped_storage().data_ptr() for tensor in (q, queue)}
-    # A step on the device, as in a captured step.
+    # The step is a device tensor, as in a CUDA graph.
     step = torch.zeros((), dtype=torch.int64)
     with compiled_for(capability), _own_cache(), intercepted(keep, run=False, before=_forget):
         launch.contrast_and_gradient(q, q, queue, shape.negatives, temperature=TEMPERATURE, seed=3, step=step)
@@ -179,17 +179,17 @@ def _plain(value: Any, inputs: set[int]) -> Any:
 
 
 def tool(name: str) -> Path:
-    """One of the programs that Triton brings along."""
+    """A program that is shipped with Triton."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
 def compiler_version() -> str:
-    """Triton's version, which brings its own ptxas."""
+    """Triton's version, which determines the ptxas version."""
     return f"Triton {triton.__version__}"
 
 
 def _ptxas(ptx: str, capability: int) -> str:
-    """What ptxas says about a kernel: registers, spills, remarks."""
+    """The output of ptxas for a kernel: registers, spills, remarks."""
     blackwell = tool("ptxas-blackwell")
     program = blackwell if capability >= 100 and blackwell.exists() else tool("ptxas")
     target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)

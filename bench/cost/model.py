@@ -1,13 +1,14 @@
-"""A model of time: the counts of each launch over the rates that a device is assumed to have.
+"""Time model: the counts of each launch, divided by assumed rates of a device.
 
-What a launch takes is modelled as
+The time of a launch is modelled as
 
     launch + max(issue + latency, tensor, shuffle, special, L2, HBM)
 
-where issue is the warp instructions of the fullest multiprocessor at `Device.issue` of its peak, and latency the waits
-of a program (barriers, loads that later ones depend on), shared among the programs that a multiprocessor holds at once.
-The matrix products of a launch hide behind its other instructions by half; where ptxas has serialised them, not at all.
-A measurement that contradicts this is right.
+issue: the warp instructions of the busiest multiprocessor, at the fraction `Device.issue` of its peak rate.
+latency: the waits of a program (barriers and dependent loads), divided by the resident programs of a multiprocessor.
+
+Half of the time of a launch's matrix products overlaps with its other instructions; none of it if ptxas has serialised
+them. If a measurement contradicts the model, the model is wrong.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ class Device:
     """Assumed rates of a device.
 
     Attributes:
-        name: As its maker calls it.
-        processors: Multiprocessors.
+        name: The vendor's name.
+        processors: Number of multiprocessors.
         clock: MHz under load.
-        issue: The share of its instruction slots that code with barriers reaches.
-        flops: Of bfloat16 matrix products, a clock and multiprocessor.
-        l2, hbm: Bytes a microsecond.
-        shared: Bytes of shared memory that the programs on a multiprocessor share.
+        issue: Fraction of the issue slots that code with barriers reaches.
+        flops: Operations of bfloat16 matrix products per clock and multiprocessor.
+        l2, hbm: Bytes per microsecond.
+        shared: Bytes of shared memory of a multiprocessor.
         launch: Microseconds of a launch in a CUDA graph.
-        barrier, near, far: Clocks of a barrier, and of a load from L2 that others wait for, idle and under load.
+        barrier, near, far: Clocks of a barrier, and of a dependent load from L2, idle and under load.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Device:
     far: int = 650
 
 
-#: By compute capability.
+#: Devices by compute capability.
 DEVICES = {
     80: Device("A100", 108, 1410, 2048, 4.0e6, 1.5e6, 164 << 10),
     90: Device("H100", 132, 1755, 4096, 5.5e6, 3.0e6, 228 << 10),
@@ -65,20 +66,20 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """One launch, counted and modelled.
+    """The counts and the modelled time of one launch.
 
     Attributes:
         name, programs, warps, registers, shared, spilled, serialised: As compiled.
-        resident, waves: Programs that a multiprocessor holds at once, and how often all are filled.
+        resident, waves: Resident programs of a multiprocessor, and the number of waves.
         instructions: Warp instructions of the whole launch.
-        requested: Bytes that the warps ask of L2 and give to it, by the machine code.
+        requested: Bytes that the warps load from and store to L2, by the machine code.
         l2: Bytes through L2: ``requested``, or as stated.
-        hbm: Bytes of inputs read here first.
-        flops: Of tensor cores; None where the machine code does not tell (compute capability 10.0).
-        bounds: Microseconds of each bound by name.
-        microseconds: Modelled.
-        loops: Of the machine code: source, instructions, trips, how they are known.
-        assumed: Branches counted as taken without being known to be.
+        hbm: Bytes of inputs that this launch is the first to read.
+        flops: Tensor-core operations; None if the machine code does not show them (compute capability 10.0).
+        bounds: Microseconds of each bound, by name.
+        microseconds: Modelled time.
+        loops: Loops of the machine code: source, instructions, trips, and how the trips are known.
+        assumed: Branches that count as taken although that is not known.
     """
 
     name: str
@@ -102,7 +103,7 @@ class Cost:
 
     @property
     def bound(self) -> str:
-        """The name of what takes longest."""
+        """The name of the longest bound."""
         return max(self.bounds, key=lambda name: self.bounds[name])
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,15 +112,15 @@ class Cost:
 
 
 def occupancy(warps: int, registers: int, shared: int, device: Device) -> int:
-    """Programs that a multiprocessor holds at once."""
-    # A warp gets registers 256 at a time, and each program takes a kilobyte of shared memory beside its own.
+    """Resident programs of a multiprocessor."""
+    # Registers are allocated to warps in units of 256, and each program takes an extra KiB of shared memory.
     by_registers = 65536 // (256 * math.ceil(max(registers, 16) * 32 / 256)) // warps
     by_shared = device.shared // (shared + 1024)
     return max(1, min(by_registers, by_shared, 64 // warps, 32))
 
 
 def costs_of_loss(shape: Shape, capability: int) -> list[Cost]:
-    """Compile the launches of SynCo's loss for a capability, count and model them, in order.
+    """Compile the launches of SynCo's loss for a compute capability, and count and model them, in order.
 
     Raises:
         RuntimeError: A kernel does not compile.
@@ -154,7 +155,7 @@ def _cost(
     warp_clocks = fullest * launch.warps / device.clock
     issue = counts.instructions * warp_clocks / 4 / device.issue
     wait = device.far if launch.programs >= device.processors else device.near
-    # A program's first loads: an address or index, then what lies there.
+    # The first loads of a program: an address or index, then the data there.
     chain = counts.barriers * device.barrier + (counts.round_trips + 2) * wait
     latency = math.ceil(fullest / resident) * chain / device.clock / at_once
     tensor = counts.flops * fullest / device.flops / device.clock
@@ -193,7 +194,7 @@ def _cost(
 
 
 def _first_read(launch: Launch, loaded: float, seen: set[int]) -> float:
-    """Bytes of inputs of the loss that this launch, as the first one, asks for in full."""
+    """Bytes of the loss's inputs that this launch is the first to read in full."""
     found = 0
     for value in launch.arguments.values():
         if isinstance(value, Bytes) and value.input is not None and value.input not in seen and value.count <= loaded:
@@ -203,7 +204,7 @@ def _first_read(launch: Launch, loaded: float, seen: set[int]) -> float:
 
 
 def total(costs: Sequence[Cost]) -> dict[str, float]:
-    """Sums over the launches: warp instructions, bytes through L2 and from HBM, modelled microseconds."""
+    """Sums over the launches: warp instructions, bytes through L2 and from HBM, and modelled microseconds."""
     return {
         "instructions": sum(cost.instructions for cost in costs),
         "l2": sum(cost.l2 for cost in costs),

@@ -1,4 +1,4 @@
-"""Parsing machine code: instructions with source lines, loops, and spans that branches skip."""
+"""Parser for machine code (SASS): instructions with source lines, loops, and spans that branches skip."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 
 __all__ = ["Frame", "Instruction", "Span", "read", "spans"]
 
-#: A file and a line in it.
+#: A file and a line number.
 Frame = tuple[str, int]
 
 _LINE = re.compile(r'//## File "(?P<file>[^"]+)", line (?P<line>\d+)(?P<inlined> inlined at)?')
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)")
 _LABEL = re.compile(r"^(?P<label>\.L_\w+):")
 _TARGET = re.compile(r"\((?P<label>\.L_\w+)\)")
-#: A forward branch over fewer instructions than this is left alone.
+#: A forward branch over fewer instructions than this is ignored.
 _SHORT = 24
 
 
@@ -24,10 +24,10 @@ class Instruction:
     """One instruction.
 
     Attributes:
-        opcode: With its suffixes.
-        predicated: Whether it stands under a predicate.
-        frames: Where in the source, innermost first; a call that was inlined adds its caller's line.
-        target: The label that a branch goes to.
+        opcode: Opcode with suffixes.
+        predicated: Whether it has a predicate.
+        frames: Source locations, innermost first; an inlined call adds the line of its caller.
+        target: Target label of a branch.
     """
 
     opcode: str
@@ -43,12 +43,12 @@ class Instruction:
 
 @dataclass
 class Span:
-    """A stretch of instructions that runs another number of times than what is around it.
+    """A range of instructions that may run a different number of times than the code around it.
 
     Attributes:
-        begin, end: Half open, by number of instruction; a skipped span's branch stands just before it.
-        loop: Whether its last instruction goes back to its first; else something before it can jump over it.
-        inner: Spans inside.
+        begin, end: Half-open range of instruction numbers. The branch that skips a span is just before it.
+        loop: Whether its last instruction branches back to its first. Otherwise a branch before it can skip it.
+        inner: Nested spans.
     """
 
     begin: int
@@ -57,7 +57,7 @@ class Span:
     inner: list[Span] = field(default_factory=list)
 
     def own(self, *, loops_only: bool = False) -> list[int]:
-        """Numbers of the instructions that lie in no span inside, or in no loop inside."""
+        """Numbers of the instructions outside of nested spans, or outside of nested loops."""
         inside: set[int] = set()
         for span in self.inner:
             if span.loop or not loops_only:
@@ -68,10 +68,10 @@ class Span:
 
 
 def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions in the text of ``nvdisasm -gi -c``, and the number that each label stands at.
+    """The instructions in the output of ``nvdisasm -gi -c``, and the instruction number of each label.
 
-    Where threads of a warp have parted, they exchange numbers in code out of line, to which BRA.DIV goes. Warps of
-    these kernels stay together, so this branch is not taken, and what only it leads to is omitted.
+    BRA.DIV branches to code for diverged warps. The warps of these kernels do not diverge, so this branch is never
+    taken, and the code that only it reaches is omitted.
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
@@ -87,12 +87,12 @@ def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[found["label"]] = len(instructions)
         elif found := _INSTRUCTION.search(line):
             target = _TARGET.search(found["rest"]) if found["opcode"].startswith("BRA") else None
-            # A uniform branch names its predicate behind the opcode.
+            # A uniform branch has its predicate after the opcode.
             predicated = bool(found["predicate"]) or bool(target and "UP" in found["rest"])
             label = target["label"] if target else None
             instructions.append(Instruction(found["opcode"], predicated, tuple(frames), label))
             after_instruction = True
-    # Behind the code stand a branch to itself and padding.
+    # After the code follow a branch to itself and padding.
     for number, one in enumerate(instructions):
         if one.target is not None and labels.get(one.target) == number:
             return _together(instructions[:number], labels)
@@ -100,7 +100,7 @@ def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _together(instructions: list[Instruction], labels: dict[str, int]) -> tuple[list[Instruction], dict[str, int]]:
-    """Code and labels without what only warps come to whose threads have parted."""
+    """Code and labels without the code that only diverged warps reach."""
     parted = _reached(instructions, labels, parted=True) - _reached(instructions, labels, parted=False)
     kept = [number for number in range(len(instructions)) if number not in parted]
     moved = {label: bisect.bisect_left(kept, number) for label, number in labels.items() if number not in parted}
@@ -109,7 +109,7 @@ def _together(instructions: list[Instruction], labels: dict[str, int]) -> tuple[
 
 
 def _reached(instructions: list[Instruction], labels: dict[str, int], *, parted: bool) -> set[int]:
-    """Numbers of the instructions that the entry leads to, with or without the branches of warps that have parted."""
+    """Numbers of the instructions reachable from the entry, with or without the branches of diverged warps."""
     reached: set[int] = set()
     ahead = [0]
     while ahead:
@@ -128,7 +128,7 @@ def _reached(instructions: list[Instruction], labels: dict[str, int], *, parted:
 
 
 def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:
-    """The whole function as a span, with its loops and skipped spans inside, nested by where they begin and end."""
+    """The whole function as a span, with its loops and skipped spans nested inside."""
     found: dict[tuple[int, int], Span] = {}
     backward: dict[int, int] = {}
     dominated = _Dominators(instructions, labels)
@@ -140,7 +140,7 @@ def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:
         else:
             continue
         if place <= number:
-            # Code that stands out of line goes back without being a loop.
+            # Out-of-line code branches back without being a loop.
             if dominated(number, by=place):
                 backward[place] = max(backward.get(place, 0), number + 1)
         elif one.predicated and place - number - 1 >= _SHORT and place <= len(instructions):
@@ -153,7 +153,7 @@ def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:
         while open_spans[-1].end <= span.begin:
             open_spans.pop()
         if span.end > open_spans[-1].end:
-            # Two that overlap without nesting: a way out of a loop skips nothing in it; else the later one is cut.
+            # Two spans overlap without nesting. A branch out of a loop skips nothing in it; else cut the later span.
             if open_spans[-1].loop or span.loop:
                 continue
             span.end = open_spans[-1].end
@@ -163,7 +163,7 @@ def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:
 
 
 class _Dominators:
-    """Which instruction every way from the entry to another one passes."""
+    """Dominators: the blocks that every path from the entry to an instruction passes."""
 
     def __init__(self, instructions: list[Instruction], labels: dict[str, int]) -> None:
         ends = {0, len(instructions)}
@@ -194,9 +194,9 @@ class _Dominators:
                     self._over[block], changed = over, True
 
     def block_of(self, number: int) -> int:
-        """The basic block that an instruction lies in."""
+        """The basic block of an instruction."""
         return bisect.bisect_right(self._starts, number) - 1
 
     def __call__(self, number: int, *, by: int) -> bool:
-        """Whether every way to instruction ``number`` passes ``by``, the first of a block."""
+        """Whether every path to instruction ``number`` passes ``by``, the first instruction of a block."""
         return self.block_of(by) in self._over[self.block_of(number)]

@@ -1,8 +1,8 @@
-"""Data-dependent costs, which machine code and launch do not show: stated here, launch by launch.
+"""Data-dependent costs, stated for each launch, since the machine code and the launch do not show them.
 
-For unit rows at random: how often branches and loops that depend on data are taken or turn, and the bytes that really
-pass through the L2 cache where the count of bytes asked for says more (masked lanes, lanes that read the same word). A
-launch that is not named here is counted as the machine code alone says.
+For random unit rows it states the trip counts of data-dependent branches and loops. It also states the bytes through
+the L2 cache where the machine code counts too many, because of masked lanes or lanes that read the same word. Other
+launches are counted from the machine code only.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ __all__ = ["STATED", "Stated", "candidates"]
 
 @dataclass(frozen=True)
 class Stated:
-    """What is known of a launch beside its code.
+    """The stated costs of a launch.
 
     Attributes:
-        turns: By a part of the source line of a loop or branch: how often it turns or is taken.
+        turns: Trip counts of loops and branches, by a substring of their source line.
         moved: Bytes read from and written to the L2 cache by the whole launch.
     """
 
@@ -30,15 +30,15 @@ class Stated:
     moved: Callable[[Launch, Shape], float] | None = None
 
     def turns_of(self, line: str, shape: Shape) -> float | None:
-        """What is stated of a loop or branch; None where nothing is."""
+        """The stated trip count of a loop or branch; None if there is none."""
         return next((turns(shape) for part, turns in self.turns.items() if part in line), None)
 
 
 def candidates(shape: Shape) -> float:
-    """Keys of a row above the sampled threshold, on average."""
+    """Average number of keys of a row above the sampled threshold."""
     hard = shape.negatives.hard
     sampling = sampling_of(shape.length, hard) if hard else None
-    # The threshold lies anywhere up to a sixteenth behind the rank wanted.
+    # The threshold is up to 1/16 beyond the wanted rank.
     return sampling[0] * sampling[1] * 33 / 32 if sampling else 0.0
 
 
@@ -50,7 +50,7 @@ def _scan(launch: Launch, shape: Shape) -> float:
     values = launch.arguments
     rows = min(values["ROWS"], shape.rows)
     read: float = launch.programs * (values["tiles"] * values["KEYS"] + rows) * _row(shape)
-    # Beside the sums of each split: a similarity and an index for each candidate.
+    # A similarity and an index for each candidate, and the sums of each split.
     return read + shape.rows * (8 * candidates(shape) + launch.grid[1] * (4 * shape.dim + 12))
 
 
@@ -66,7 +66,7 @@ def _mix(launch: Launch, shape: Shape) -> float:
         paired, sloped = bool(second or second_slope), bool(a_slope or first_slope or second_slope)
         known = not (paired or sigma or eta)
         picks += count * (1 + paired)
-        # What is drawn is written and read once, and what it picks read once: t, keys, and q.n_i where no x is made.
+        # The draws are written and read once, and what they pick is read once: t, keys, and q.n_i if no x is formed.
         drawn += 4 * count * (2 * (1 + paired + sloped + known) + 1 + paired + known)
     shared = values["PARTS"] * (4 * shape.dim + _row(shape) + 16) + 4 * negatives.synthetic
     return float(shape.rows * (picks * _row(shape) + drawn + shared))
@@ -83,7 +83,7 @@ _NEVER: Callable[[Shape], float] = lambda shape: 0.0  # noqa: E731
 _ALWAYS: Callable[[Shape], float] = lambda shape: 1.0  # noqa: E731
 
 STATED: dict[str, Stated] = {
-    # Between the bounds of a sample's similarities to a rank that may be off by a sixteenth.
+    # Bisects the sample's similarities down to a rank that may be off by 1/16.
     "rank": Stated({"while (low < high) & (reached > wanted": lambda shape: 8.0}),
     "scan": Stated(moved=_scan),
     "select": Stated(
@@ -91,12 +91,12 @@ STATED: dict[str, Stated] = {
             "if flag == 0": _ALWAYS,
             # No two similarities are equal.
             "if reached != needed": _NEVER,
-            # From some 2^23 numbers between threshold and maximum to some 2^10 between two similarities.
+            # From about 2^23 numbers between threshold and maximum to about 2^10 between two similarities.
             "while (low < high) & (reached != needed)": lambda shape: 12.2,
         },
         _select,
     ),
-    # On ordinary features no row goes the slow way.
+    # On ordinary features no row takes the slow path.
     "fill": Stated(
         dict.fromkeys(("if tl.max(m_row.to(tl.int32)) > 0", "for tile in", "for begin in"), _NEVER),
         lambda launch, shape: 4.0 * launch.programs,

@@ -1,7 +1,7 @@
 """Trip counts of a kernel's loops and branches, from its source and the launch's arguments.
 
-A loop's range and a branch's condition are evaluated for program numbers all over the grid, with constants and numbers
-as launched. What depends on data cannot be: `bench/cost/stated.py` says those, and the result says which they were.
+Loop ranges and branch conditions are evaluated for program numbers across the grid, with the constants and numbers of
+the launch. Trip counts that depend on data come from `bench/cost/stated.py`, and the result marks them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class _Scope:
-    """A function of the source, as called from ``caller``'s line (none for the kernel itself)."""
+    """A function of the source, called from the line of ``caller`` (None for the kernel itself)."""
 
     function: ast.FunctionDef
     line: int
@@ -53,14 +53,14 @@ def _function_at(frame: Frame) -> ast.FunctionDef | None:
 
 
 def constructs_of(frames: Sequence[Frame], kernel: str) -> list[tuple[Construct, Any]]:
-    """Loops and branches around an instruction, outermost first, each with the scope that it is to be evaluated in.
+    """Loops and branches around an instruction, outermost first, each with the scope of its names.
 
     Args:
-        frames: Innermost first, as in `Instruction`.
-        kernel: The name of the kernel's function.
+        frames: Source locations, innermost first, as in `Instruction`.
+        kernel: Name of the kernel's function.
     """
     chain = [frame for frame in reversed(frames) if not ("/triton/" in frame[0] and "/site-packages/" in frame[0])]
-    # Triton 3.6 omits where a function of the kernel was called.
+    # Triton 3.6 omits the call site of a function.
     while chain and (outermost := _function_at(chain[0])) is not None and outermost.name != kernel:
         call = _call_of(outermost.name, chain[0][0])
         if call is None or len(chain) > _DEEPEST:
@@ -78,7 +78,7 @@ def constructs_of(frames: Sequence[Frame], kernel: str) -> list[tuple[Construct,
 
 
 def _call_of(name: str, file: str) -> Frame | None:
-    """Where a function of ``file`` calls one by its name, first."""
+    """The first call of a function by its name in ``file``."""
     for function in _functions(file):
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
@@ -89,7 +89,7 @@ def _call_of(name: str, file: str) -> Frame | None:
 def _around(function: ast.FunctionDef, line: int) -> Iterator[Construct]:
     for node in ast.walk(function):
         if isinstance(node, _BLOCKS) and node.lineno <= line <= (node.end_lineno or 0):
-            # A condition is evaluated outside of what it guards.
+            # A condition is evaluated outside the branch that it guards.
             if not node.body[0].lineno <= line <= (node.body[-1].end_lineno or 0):
                 continue
             if not _is_static(node):
@@ -108,14 +108,14 @@ def mean_trips(
     turn: int,
     module: Mapping[str, Any] | None = None,
 ) -> list[float]:
-    """Trips of a loop, or 1 and 0 for a branch taken or not, for each of some programs spread over the grid.
+    """Trips of a loop, or 1 for a branch taken and 0 if not, for some programs spread over the grid.
 
     Args:
         node, scope: From `constructs_of`.
         values: The kernel's arguments.
-        grid: Programs by axis.
-        turn: What a `static_range` around it counts here: the unrolled copies stand in order.
-        module: The names of the kernel's module, with its constants and functions of constants.
+        grid: Programs along each axis.
+        turn: Iteration of an enclosing `static_range`, whose unrolled copies are in order.
+        module: The global names of the kernel's module, with constants and functions of constants.
 
     Raises:
         Unknown: It depends on data.
@@ -143,7 +143,7 @@ class _Evaluator:
         self.program, self.grid, self.turn, self.module = program, grid, turn, module
 
     def names_at(self, scope: _Scope, values: Mapping[str, Any], line: int) -> dict[str, Any]:
-        """What is known when ``line`` of the scope's function is reached."""
+        """The known names when ``line`` of the scope's function is reached."""
         if scope.caller is None:
             names = dict(values)
         else:
@@ -223,7 +223,7 @@ class _Evaluator:
                 names.pop(one.id, None)
 
     def count(self, node: ast.expr, names: dict[str, Any]) -> int:
-        """Turns of a ``for`` over this iterable."""
+        """Iterations of a ``for`` over this iterable."""
         if not (isinstance(node, ast.Call) and ast.unparse(node.func) in ("range", "tl.range")):
             raise Unknown(ast.unparse(node))
         return len(range(*(int(self(argument, names)) for argument in node.args)))

@@ -1,1 +1,1 @@
-"""Experiments of several runs, each with a record in ``bench/records``; not part of the installed package."""
+"""Experiments with several runs, each with a record in ``bench/records``. Not part of the installed package."""

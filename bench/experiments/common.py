@@ -1,4 +1,4 @@
-"""Shared by the experiments: calling ``synco-fast``, and figures over seeds."""
+"""Helpers of the experiments: calling ``synco-fast``, and statistics over seeds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from synco_fast.report.runs import mean_and_deviation
 
 __all__ = ["FASHION_MNIST", "METHODS", "OverSeeds", "call", "evaluate", "must", "over_seeds", "read_json"]
 
-#: Where Debian puts the files.
+#: Debian's location of the files.
 FASHION_MNIST = "idx:/usr/share/datasets/fashion-mnist"
-#: Titles of the methods that are compared.
+#: Titles of the compared methods.
 METHODS = {name: _REGISTRY[name].title for name in with_queue()}
-#: Mean, deviation and values of a figure over seeds.
+#: Mean, standard deviation and values over seeds.
 OverSeeds = dict[str, Any]
 
 
 def call(*words: object, threads: int = 1) -> tuple[int, str, float]:
-    """Run ``synco-fast``; its exit code, what it said on standard error, and how long it took."""
+    """Run ``synco-fast``. Returns its exit code, its standard error and the seconds it took."""
     said = [str(word) for word in words]
     started = time.monotonic()
     done = subprocess.run(
@@ -40,19 +40,19 @@ def call(*words: object, threads: int = 1) -> tuple[int, str, float]:
 
 
 def must(*words: object, threads: int = 1) -> None:
-    """Run ``synco-fast`` or end with what it said."""
+    """Run ``synco-fast``, and exit with its error if it fails."""
     code, said, _ = call(*words, threads=threads)
     if code:
         raise SystemExit(f"exit code {code}: {said}")
 
 
 def evaluate(folder: Path, file: str, words: list[str]) -> dict[str, Any]:
-    """One evaluation of a run, unless it is there.
+    """Evaluate a run, unless the result exists.
 
     Args:
-        folder: The run.
-        file: What ``synco-fast evaluate`` calls its result.
-        words: After ``evaluate``, without the checkpoint.
+        folder: The run folder.
+        file: Name of the result file of ``synco-fast evaluate``.
+        words: Arguments after ``evaluate``, without the checkpoint.
     """
     result = folder / "evaluation" / f"{file}.json"
     if not result.exists():
@@ -61,12 +61,12 @@ def evaluate(folder: Path, file: str, words: list[str]) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file's one object."""
+    """Read a file with one JSON object."""
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 
 def over_seeds(values: list[float]) -> OverSeeds:
-    """Mean, sample standard deviation, and the values."""
+    """Mean, sample standard deviation and values."""
     mean, deviation = mean_and_deviation(values) or (None, None)
     return {"mean": mean, "deviation": deviation, "values": values}

@@ -1,9 +1,9 @@
-"""The record of Fashion-MNIST: MoCo v2, MoCHi and SynCo at equal budget, over seeds, by kNN.
+"""Fashion-MNIST record: kNN accuracy of MoCo v2, MoCHi and SynCo at equal budget, over seeds.
 
-``python -m synco_fast.bench.experiments.fashion_mnist`` pretrains with the preset ``fashion-mnist``, each method with
-each seed for the same number of steps, and compares the kNN accuracy of each encoder with that of raw pixels and of the
-encoders before training. It writes ``record.json``, a table and a picture below ``bench/records/fashion-mnist``. Runs
-that are there already are not repeated.
+``python -m synco_fast.bench.experiments.fashion_mnist`` pretrains with the preset ``fashion-mnist``: every method with
+every seed, for the same number of steps. It compares the kNN accuracy of each encoder with raw pixels and with the
+encoders before training. It writes ``record.json``, a table and a figure to ``bench/records/fashion-mnist``. Existing
+runs are not repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from synco_fast.runtime.style import COLOURS
 
 
 def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One run in a process of its own; returns its summary."""
+    """Pretrain one run in its own process, and return its summary."""
     folder = runs / f"{method}-{seed}"
     if not (folder / "summary.json").exists():
         words: list[object] = ["--config", "fashion-mnist", "--seed", seed, "--data", options.data, "--out", folder]
@@ -33,7 +33,7 @@ def pretrain(method: str, seed: int, runs: Path, options: argparse.Namespace) ->
 
 
 def raw_pixels(options: argparse.Namespace) -> float:
-    """The kNN accuracy of the pixels themselves, by the protocol that the encoders are judged by."""
+    """The kNN accuracy of raw pixels, by the same protocol as for the encoders."""
     import torch
     from torch import nn
 
@@ -48,7 +48,7 @@ def raw_pixels(options: argparse.Namespace) -> float:
 
 
 def draw(record: dict[str, Any], runs: Path, path: Path) -> None:
-    """The kNN accuracy of each run over its epochs, and the baselines."""
+    """Draw the kNN accuracy of each run over the epochs, and the baselines."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
     for (method, title), colour in zip(METHODS.items(), COLOURS, strict=False):
@@ -68,7 +68,7 @@ def draw(record: dict[str, Any], runs: Path, path: Path) -> None:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as a page."""
+    """The record as a Markdown page."""
 
     def row(title: str, found: dict[str, Any]) -> str:
         values = ", ".join(f"{value:.1%}" for value in found["values"])
@@ -82,12 +82,12 @@ def table(record: dict[str, Any]) -> str:
         "Made by `python -m synco_fast.bench.experiments.fashion_mnist`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist`: {protocol['steps']:,} steps of {protocol['batch']} images "
-        f"({protocol['epochs']} epochs), a {protocol['backbone']}, the same for every method; negatives at "
+        f"({protocol['epochs']} epochs) with a {protocol['backbone']}, the same for every method. Synthetic negatives: "
         f"{protocol['count_scale']:g} of the published counts. Weighted kNN, "
         f"k = {protocol['neighbours']}: {protocol['queries']:,} test images against {protocol['bank']:,} labelled "
-        "training images. Mean over seeds, spread as the sample's standard deviation in percentage points.",
+        "training images. Mean over seeds, and sample standard deviation in percentage points.",
         "",
-        f"| features | kNN | spread | points above before | seeds {', '.join(map(str, record['seeds']))} |",
+        f"| features | kNN | deviation | gain in points | seeds {', '.join(map(str, record['seeds']))} |",
         "|---|---|---|---|---|",
         f"| raw pixels | {record['raw_pixels']:.1%} | | | |",
         row("encoder before training", record["before"]),
@@ -102,14 +102,14 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then write the record."""
+    """Run the missing runs, then write the record."""
     parser = argparse.ArgumentParser(description="Record Fashion-MNIST: three methods, equal budget, several seeds.")
     parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
-    parser.add_argument("--runs", type=Path, default=Path("runs/fashion-mnist"), help="where the runs go")
+    parser.add_argument("--runs", type=Path, default=Path("runs/fashion-mnist"), help="folder of the runs")
     parser.add_argument("--record", type=Path, default=Path("bench/records/fashion-mnist"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time; the cores are shared among them")
+    parser.add_argument("--parallel", type=int, default=2, help="parallel runs, which share the cores")
     options = parser.parse_args()
 
     options.runs.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""The record of generated pairs: shares of the unlabelled images, with and without them, at equal encoder steps.
+"""Generated-pairs record: fractions of the unlabelled images, with and without pairs, at equal encoder steps.
 
 ``python -m synco_fast.bench.experiments.generated_pairs`` trains a generator on 10, 20 and 100 % of Fashion-MNIST's
-unlabelled images, then encoders on the same images in each of the ways in `ARMS`, and evaluates them with all labels by
-kNN and a linear probe. It writes ``record.json``, a table and pictures below ``bench/records/generated-pairs``. What an
-earlier call has left is not repeated, so the study grows by further ``--seeds``.
+unlabelled images. Then it trains encoders on the same images with each of the `ARMS`, and evaluates them with all
+labels by kNN and a linear probe. It writes ``record.json``, a table and figures to ``bench/records/generated-pairs``.
+Existing runs are not repeated, so the study can grow by more ``--seeds``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from synco_fast.presets import load_config
 from synco_fast.runtime.style import COLOURS
 from synco_fast.training.metrics import read_metrics
 
-#: By name: the title, which pair, whose negatives, and the colour in the pictures.
+#: Title, kind of pair, negatives and color in the figures, by name.
 ARMS = {
     "none": ("none", "none", "moco", COLOURS[7]),
     "none-synco": ("none, SynCo's negatives", "none", "synco", "#999999"),
@@ -37,10 +37,10 @@ ARMS = {
     "joint": ("joint pair", "joint", "moco", COLOURS[0]),
     "joint-synco": ("joint pair, SynCo's negatives", "joint", "synco", COLOURS[2]),
 }
-#: Which way is compared with which, seed by seed.
+#: The compared arms, paired by seed.
 COMPARED = (("frozen", "none"), ("joint", "none"), ("joint", "frozen"), ("joint-synco", "none-synco"))
 MEASURES = {"knn": "kNN, k 20", "knn_200": "kNN, k 200", "linear": "linear probe"}
-#: Of the unlabelled images.
+#: Fractions of the unlabelled images.
 SHARES = (0.1, 0.2, 1.0)
 _PROBE_EPOCHS = 30
 _PRESET = "fashion-mnist"
@@ -48,7 +48,7 @@ _BATCH = 128
 
 
 def train_generator(share: float, options: argparse.Namespace) -> Path:
-    """Stage one on a share of the images; its folder."""
+    """Run stage one on a fraction of the images, and return its folder."""
     folder: Path = options.runs / f"generator-{share:g}"
     if not (folder / "summary.json").exists():
         words = ["--data", options.data, "--out", folder, "--fraction", share, "--size", 32, "--width", options.width]
@@ -58,7 +58,7 @@ def train_generator(share: float, options: argparse.Namespace) -> Path:
 
 
 def pretrain(arm: str, share: float, seed: int, options: argparse.Namespace, *, steps: int | None = None) -> Path:
-    """Stage two, or a run without pairs; its folder. Epochs in the settings stand for the same steps at every share."""
+    """Run stage two, or a run without pairs, and return its folder. Every fraction gets the same number of steps."""
     folder: Path = options.runs / f"{arm}-{share:g}-{seed}"
     if (folder / "summary.json").exists():
         return folder
@@ -81,14 +81,14 @@ def pretrain(arm: str, share: float, seed: int, options: argparse.Namespace, *, 
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """A run's accuracies, by the keys of `MEASURES`."""
+    """The accuracies of a run, by the keys of `MEASURES`."""
     knn = evaluate(folder, "knn", ["knn", "--k", "20", "200"])["accuracies"]
     linear = evaluate(folder, "linear_fast", ["linear", "--fast", "--epochs", str(_PROBE_EPOCHS)])
     return {"knn": knn["20"], "knn_200": knn["200"], "linear": linear["top1"]}
 
 
 def pairs_of(folder: Path) -> dict[str, float]:
-    """The generators' metrics of a run, from the first to the last line of its log."""
+    """The generator metrics of a run, from the first and the last line of its log."""
     lines = [line for line in read_metrics(folder) if "similarity/pair" in line]
     shares = [line["generators_time"] for line in read_metrics(folder) if "generators_time" in line]
     found = {"generators_time": statistics.mean(shares)}
@@ -106,7 +106,7 @@ def pairs_of(folder: Path) -> dict[str, float]:
 
 
 def gather(options: argparse.Namespace, runs: dict[tuple[str, float, int], Path]) -> dict[str, Any]:
-    """The record, from runs that are there."""
+    """Build the record from the existing runs."""
 
     def of_arm(arm: str, share: float, of: Callable[[Path], dict[str, float]]) -> dict[str, OverSeeds]:
         found = [of(runs[arm, share, seed]) for seed in options.seeds]
@@ -144,7 +144,7 @@ def gather(options: argparse.Namespace, runs: dict[tuple[str, float, int], Path]
 
 
 def draw_accuracies(record: dict[str, Any], path: Path) -> None:
-    """Both accuracies by share: each seed a point, their mean a line."""
+    """Draw the accuracies against the fraction of images: a point for each seed, a line for the mean."""
     figure = Figure(figsize=(9.5, 5.2), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("knn", "linear"), strict=True):
         for place, (arm, (title, _, _, colour)) in enumerate(ARMS.items()):
@@ -166,7 +166,7 @@ def draw_accuracies(record: dict[str, Any], path: Path) -> None:
 
 
 def draw_similarity(options: argparse.Namespace, runs: dict[tuple[str, float, int], Path], path: Path) -> None:
-    """The similarity of the joint pairs over the steps, a panel for each share."""
+    """Draw the similarity of joint pairs over the steps, one panel for each fraction."""
     figure = Figure(figsize=(9.5, 3.6), layout="constrained")
     for axes, share in zip(figure.subplots(1, len(SHARES), sharey=True), SHARES, strict=True):
         for arm, seed in product(("joint", "joint-synco"), options.seeds):
@@ -185,7 +185,7 @@ def draw_similarity(options: argparse.Namespace, runs: dict[tuple[str, float, in
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as a page."""
+    """The record as a Markdown page."""
     protocol, settings, environment = record["protocol"], record["protocol"]["generated"], record["environment"]
     seeds = len(record["seeds"])
 
@@ -230,17 +230,17 @@ def table(record: dict[str, Any]) -> str:
         "",
         "Made by `python -m synco_fast.bench.experiments.generated_pairs`; every figure is in `record.json`.",
         "",
-        f"A {protocol['backbone']}, {protocol['steps']:,} steps of {protocol['batch']} real images in every run, so "
-        f"a run on 10 % sees each image ten times as often. Beside them, {settings['pairs']} generated pairs a step "
-        f"(w_syn {settings['weight']:g}); w_hard rises to {settings['hardness']:g} over {settings['ramp']} steps, "
-        f"floor {settings['floor']:g}, generators' learning rate {settings['lr']:g}. Stage one: "
-        f"{settings['generator_steps']:,} steps of 64 images on the same share, width {settings['width']}, one "
-        f"generator a share. Negatives at {protocol['count_scale']:g} of the published counts, from the first step. "
-        "Evaluation: all 60,000 labelled "
-        f"images and 10,000 test images; linear probe on cached features, {protocol['probe']['epochs']} epochs, best "
-        "of eight rates.",
+        f"Encoder: {protocol['backbone']}, {protocol['steps']:,} steps of {protocol['batch']} real images in every "
+        "run, so a run on 10 % sees each image ten times as often. "
+        f"Each step adds {settings['pairs']} generated pairs (w_syn {settings['weight']:g}). "
+        f"w_hard rises to {settings['hardness']:g} over {settings['ramp']} steps, the floor is {settings['floor']:g}, "
+        f"and the generators' learning rate {settings['lr']:g}. Stage one: {settings['generator_steps']:,} steps of "
+        f"64 images on the same fraction, width {settings['width']}, one generator for each fraction. Synthetic "
+        f"negatives: {protocol['count_scale']:g} of the published counts, from the first step. Evaluation: all 60,000 "
+        "labelled images and 10,000 test images; linear probe on cached features, "
+        f"{protocol['probe']['epochs']} epochs, best of eight learning rates.",
         "",
-        f"Percent; mean over seeds {', '.join(map(str, record['seeds']))}, ± the sample's standard deviation.",
+        f"Percent; mean over seeds {', '.join(map(str, record['seeds']))}, ± sample standard deviation.",
         "",
     ]
     for name, title in MEASURES.items():
@@ -253,26 +253,27 @@ def table(record: dict[str, Any]) -> str:
             "",
         ]
     lines += [
-        "**Differences with the same seed**, in points:",
+        "**Differences at the same seed**, in percentage points:",
         "",
         "| | | minus | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
         "|---" * (3 + len(SHARES)) + "|",
         *difference_rows(),
         "",
-        "![accuracy by share](accuracy.png)",
+        "![accuracy by fraction](accuracy.png)",
         "",
         "## The pairs",
         "",
-        "Similarity of a pair in the first and the last line of the log, the share of pairs below the floor and the "
-        "diversity at the end, and the generators' share of a step's time (not the encoder's own pass over the pairs).",
+        "Similarity of a pair in the first and the last line of the log; at the end the fraction of pairs below the "
+        "floor and the diversity; and the generators' part of the step time, without the encoder's pass over the "
+        "pairs.",
         "",
-        "| share | pair | similarity | below floor | diversity | time |",
+        "| fraction | pair | similarity | below floor | diversity | time |",
         "|---|---|---|---|---|---|",
         *pair_rows(),
         "",
         "![similarity over steps](similarity.png)",
         "",
-        "Pairs after training on all images, jointly, each beside its partner:",
+        "Joint pairs after training on all images, each image next to its partner:",
         "",
         "![pairs](pairs.png)",
         "",
@@ -283,11 +284,11 @@ def table(record: dict[str, Any]) -> str:
             for share, found in record["stage_one"].items()
         ),
         "",
-        "The update's strength (w_hard, floor, learning rate) and stage one's settings were chosen by looking at "
+        "The strength of the update (w_hard, floor, learning rate) and the settings of stage one were chosen by "
         "images, losses and KID of runs on 10 and 20 % with seed 0, not by accuracy.",
         "",
-        f"Measured on {environment['device']}, {environment['cores']} cores, two runs at a time, one thread each, and "
-        "other work beside them now and then; torch "
+        f"Measured on {environment['device']}, {environment['cores']} cores, two runs at a time, one thread each, with "
+        "some other load; torch "
         f"{environment['torch']}, timm {environment['timm']}, Python {environment['python']}; commit "
         f"{environment.get('commit', 'unknown')}, of stage one "
         f"{record['stage_one_environment'].get('commit', 'unknown')}.",
@@ -296,14 +297,14 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then write the record."""
+    """Run the missing runs, then write the record."""
     parser = argparse.ArgumentParser(description="Record generated pairs on shares of Fashion-MNIST.")
     parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
-    parser.add_argument("--runs", type=Path, default=Path("runs/generated"), help="where the runs go")
+    parser.add_argument("--runs", type=Path, default=Path("runs/generated"), help="folder of the runs")
     parser.add_argument("--record", type=Path, default=Path("bench/records/generated-pairs"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=930, help="encoder steps of every run")
-    parser.add_argument("--warmup", type=int, default=47, help="steps in which the learning rate rises")
+    parser.add_argument("--warmup", type=int, default=47, help="warm-up steps of the learning rate")
     parser.add_argument("--generator_steps", type=int, default=2000, help="steps of stage one")
     parser.add_argument("--width", type=int, default=16, help="of generators and discriminator")
     parser.add_argument("--pairs", type=int, default=16, help="generated pairs a step")
@@ -312,7 +313,7 @@ def main() -> None:
     parser.add_argument("--ramp", type=int, default=186, help="steps over which w_hard rises")
     parser.add_argument("--floor", type=float, default=0.9, help="of a pair's similarity")
     parser.add_argument("--lr", type=float, default=2e-4, help="of generators and discriminator")
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--parallel", type=int, default=2, help="parallel runs, each on one thread")
     options = parser.parse_args()
 
     options.images = len(open_source(options.data).train)

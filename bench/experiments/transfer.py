@@ -1,8 +1,8 @@
-"""The record of an end-to-end use by commands: pretrain by each method, evaluate, export, report, compare.
+"""End-to-end record from the command line: pretrain with each method, evaluate, export, report, compare.
 
-``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST as a person would, at a budget
-for two CPU cores, and writes ``record.json``, the comparison and a table below ``bench/records/transfer``. Every step
-resumes where an earlier call stopped.
+``python -m synco_fast.bench.experiments.transfer`` runs ``synco-fast`` on Fashion-MNIST like a user, at a budget for
+two CPU cores. It writes ``record.json``, the comparison and a table to ``bench/records/transfer``. Every step resumes
+where an earlier call stopped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, over_seeds, read_json
 
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
-#: By title: the file that an evaluation leaves, and the words that make it.
+#: Evaluations by title: the result file, and the arguments.
 EVALUATIONS = {
     "kNN": ("knn", ["knn", "--k", "20", "200"]),
     "linear, cached features": ("linear_fast", ["linear", "--fast", "--epochs", "30"]),
@@ -24,12 +24,12 @@ EVALUATIONS = {
         ["finetune", "--percent", "1", "--lr", "0.02", "0.1", "--epochs", "20", "--batch", "64"],
     ),
 }
-#: MoCo's crops, at a fiftieth of its epochs: for the agreement with the fast variant, on one run.
+#: MoCo's protocol on random crops, at 1/50 of its epochs, to compare with the fast variant on one run.
 LINEAR = ("linear", ["linear", "--epochs", "2"])
 
 
 def pretrain(folder: Path, method: str, seed: int, options: argparse.Namespace, steps: int) -> None:
-    """One run, unless it is there."""
+    """Pretrain one run, unless it exists."""
     if (folder / "summary.json").exists():
         return
     words: list[object] = [
@@ -47,7 +47,7 @@ def pretrain(folder: Path, method: str, seed: int, options: argparse.Namespace, 
 
 
 def export(folder: Path) -> dict[str, str]:
-    """By format: the check that was passed, or why the format was refused."""
+    """For each format: the check that passed, or the reason why the format was refused."""
     found = {}
     for name in FORMATS:
         code, said, _ = call("export", folder, "--format", name, "--json", folder / f"export-{name}.json")
@@ -62,7 +62,7 @@ def export(folder: Path) -> dict[str, str]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The record as a page."""
+    """The record as a Markdown page."""
     titles = ["kNN, k 20", "kNN, k 200", "linear, cached features", "1 % labels"]
 
     def cell(found: dict[str, Any]) -> str:
@@ -82,39 +82,39 @@ def table(record: dict[str, Any]) -> str:
     ]
     environment, protocol = record["environment"], record["protocol"]
     lines = [
-        "# Fashion-MNIST from pretraining to export, by the commands alone",
+        "# Fashion-MNIST from pretraining to export, on the command line",
         "",
         "Made by `python -m synco_fast.bench.experiments.transfer`; the figures are in `record.json`.",
         "",
         f"Preset `fashion-mnist` (a ResNet-10 of half the width) for {protocol['steps']} steps of {protocol['batch']} "
-        "images, synthetic negatives on from the first step; then the evaluations on all 60,000 and 10,000 images. "
-        "Linear: 30 epochs on cached features, best of eight rates. 1 % labels: 600 images, 20 epochs, batch 64, best "
-        "of two rates. These are a fraction of the published budgets, so the figures show that the evaluations work, "
-        "not which method is better.",
+        "images, with synthetic negatives from the first step; then evaluation on all 60,000 and 10,000 images. "
+        "Linear: 30 epochs on cached features, best of eight learning rates. 1 % labels: 600 images, 20 epochs, batch "
+        "64, best of two learning rates. These budgets are a fraction of the published ones, so the figures show that "
+        "the evaluations work, not which method is better.",
         "",
-        "| after | seeds | " + " | ".join(titles) + " |",
+        "| encoder | seeds | " + " | ".join(titles) + " |",
         "|---|---|" + "---|" * len(titles),
         *rows,
         "",
-        "Chance is 10.0%. With several seeds: mean and sample standard deviation. The cores were shared with other "
-        "work, differently in each run, so the throughput in the picture compares nothing.",
+        "Chance is 10.0%. With several seeds: mean and sample standard deviation. The machine had other load, which "
+        "varied between runs, so the throughput in the figure is not comparable.",
         "",
         "![the runs compared](comparison.png)",
         "",
-        "## How far the fast linear probe agrees",
+        "## Agreement of the fast linear probe",
         "",
         "| seed 0 | random crops, 2 epochs | cached features, 30 epochs | cached minus crops, points |",
         "|---|---|---|---|",
         *agreement,
         "",
-        "Two epochs leave a classifier on random crops far from its end, so this is what a short budget costs, not how "
-        "the two agree at full length, which has not been measured yet.",
+        "After two epochs on random crops the classifier is far from converged. So this is the cost of a short budget; "
+        "the agreement at full length has not been measured yet.",
         "",
         "## Export of the SynCo run",
         "",
         *(f"- {name}: {said}" for name, said in record["exports"].items()),
         "",
-        f"Measured on {environment['device']}, {environment['cores']} cores shared with other work, one thread; torch "
+        f"Measured on {environment['device']}, {environment['cores']} cores with other load, one thread; torch "
         f"{environment['torch']}, timm {environment['timm']}, Python {environment['python']}; commit "
         f"{environment.get('commit', 'unknown')}.",
     ]
@@ -122,10 +122,10 @@ def table(record: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run what is missing, then write the record."""
+    """Run the missing steps, then write the record."""
     parser = argparse.ArgumentParser(description="Record Fashion-MNIST from pretraining to export.")
     parser.add_argument("--data", default=FASHION_MNIST, help="an image source")
-    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"), help="where the runs go")
+    parser.add_argument("--runs", type=Path, default=Path("runs/transfer"), help="folder of the runs")
     parser.add_argument("--record", type=Path, default=Path("bench/records/transfer"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=400)

@@ -1,4 +1,4 @@
-"""Shared by the pytest-benchmark suites: ``python -m pytest bench/suites --benchmark-json results.json``."""
+"""Fixtures of the pytest-benchmark suites: ``python -m pytest bench/suites --benchmark-json results.json``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from synco_fast.runtime.environment import describe_environment
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """A GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def timed(benchmark: Any, device: torch.device) -> Callable[[Callable[[], object]], None]:
-    """Benchmark a function; each call waits for the device at its end."""
+    """Benchmark a function. Every call waits for the device at the end."""
 
     def run(function: Callable[[], object]) -> None:
         def call() -> None:

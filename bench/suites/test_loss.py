@@ -16,7 +16,7 @@ from synco_fast.bench.subjects import BACKENDS
 def test_loss(
     timed: Callable[[Callable[[], object]], None], device: torch.device, backend: str, rows: int, length: int
 ) -> None:
-    """SynCo's 960 synthetic negatives of 1,024 hard ones, D = 128."""
+    """SynCo: 960 synthetic negatives from 1,024 hard ones, D = 128."""
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:
         run = prepare(backend, Shape(rows, length, dtype=dtype), device)

@@ -1,4 +1,4 @@
-"""The momentum update of ResNet-50's parameters: a launch for each, by `torch._foreach`, and the one-launch kernel."""
+"""The momentum update of ResNet-50: one launch per parameter, `torch._foreach`, and the one-launch kernel."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Pairs = tuple[list[Parameter], list[Parameter]]
 
 @pytest.fixture
 def pairs(device: torch.device) -> Pairs:
-    """Parameters of two encoders."""
+    """The parameters of two encoders."""
     key, query = (list(resnet50().to(device).parameters()) for _ in range(2))
     return key, query
 
 
 def test_one_by_one(timed: Timed, pairs: Pairs) -> None:
-    """As the released code does it."""
+    """The released code's form."""
 
     @torch.no_grad()
     def update() -> None:
@@ -34,12 +34,12 @@ def test_one_by_one(timed: Timed, pairs: Pairs) -> None:
 
 
 def test_foreach(timed: Timed, pairs: Pairs) -> None:
-    """What training uses."""
+    """The default in training."""
     timed(lambda: momentum_update(*pairs, 0.999))
 
 
 def test_one_launch(timed: Timed, pairs: Pairs, device: torch.device) -> None:
-    """The Triton kernel, whose tables are made once."""
+    """The Triton kernel. Its tables are built once."""
     if device.type != "cuda":
         pytest.skip("the kernel runs on CUDA devices")
     timed(lambda: momentum_update(*pairs, 0.999, backend="triton"))

@@ -1,4 +1,4 @@
-"""Norm, add and ReLU by form, forward and backward. ``synco-fast bench norm`` adds shapes, bytes and floors."""
+"""Norm, add and ReLU by implementation, forward and backward. ``synco-fast bench norm`` adds shapes and bytes."""
 
 from __future__ import annotations
 

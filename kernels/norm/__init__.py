@@ -1,4 +1,4 @@
-"""Batch norm over groups of the batch, with residual add and ReLU: tensors in, tensors out."""
+"""Grouped batch norm with residual add and ReLU: tensors in, tensors out."""
 
 from synco_fast.kernels.norm.ops import NormBackend, batch_norm, unserved_by_triton
 

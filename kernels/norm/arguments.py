@@ -1,6 +1,6 @@
-"""What every form of the batch norm is given, in one piece, and checked.
+"""The arguments of the batch norm, for all backends, and their checks.
 
-A message is one line that names the argument, what was found and what is expected.
+Errors name the argument, what was found and what is expected, in one line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Arguments", "check_arguments"]
 
 
 class Arguments(NamedTuple):
-    """The arguments of `synco_fast.kernels.norm.batch_norm` by its names; a form gets them checked."""
+    """The arguments of `synco_fast.kernels.norm.batch_norm`, by name. Backends get them checked."""
 
     x: Tensor
     weight: Tensor | None
@@ -32,11 +32,11 @@ class Arguments(NamedTuple):
 
 
 def check_arguments(given: Arguments) -> None:
-    """Raise for what the batch norm does not take; reads shapes and types only, never values on a device.
+    """Check the arguments of the batch norm. Reads shapes and types only, never values on a device.
 
     Raises:
-        TypeError: A tensor is not floating point, or lies on another device than x.
-        ValueError: A shape or a number is outside what is expected.
+        TypeError: A tensor is not floating point, or is not on the device of x.
+        ValueError: A shape or a number is out of range.
     """
     x, groups, residual, momentum, tracked = (
         given.x,
@@ -76,7 +76,7 @@ def check_arguments(given: Arguments) -> None:
         raise ValueError(f"eps: found {given.eps!r}, expected a finite number, 0 or more")
     if not given.training:
         if given.running_mean is None:
-            raise ValueError("running_mean: found None, expected a tensor outside training")
+            raise ValueError("running_mean: found None, expected a tensor in evaluation")
         return
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups: found {groups!r}, expected a whole number of at least 1")
@@ -90,7 +90,7 @@ def check_arguments(given: Arguments) -> None:
             "expected more than one in training"
         )
     if momentum is None and given.running_mean is not None and tracked is None:
-        raise ValueError("num_batches_tracked: found None, expected a tensor where momentum is None")
+        raise ValueError("num_batches_tracked: found None, expected a tensor if momentum is None")
     if tracked is not None and (tracked.dtype != torch.int64 or tracked.dim()):
         found = f"{tracked.dtype} of shape {tuple(tracked.shape)}"
-        raise ValueError(f"num_batches_tracked: found {found}, expected int64 of no dimensions")
+        raise ValueError(f"num_batches_tracked: found {found}, expected a 0-dimensional int64 tensor")

@@ -1,8 +1,8 @@
-"""Grouped batch norm with add and ReLU by PyTorch's own kernels: the default until another form is proved faster.
+"""Grouped batch norm with add and ReLU by PyTorch's own kernels: the default until another backend is proved faster.
 
-On a CPU a group of a large x goes through all of its steps while it lies in the cache, each step in place, and the
-groups are written one after another into the whole: no copy puts them together. Rounding is that of PyTorch's modules
-one after another, bit for bit. Elsewhere the modules' calls are made one after another.
+On a CPU, one group of a large x goes through all steps in place while it is in the cache. The groups are written
+directly into the output, so they need no concatenation. The result equals that of PyTorch's modules in sequence, bit
+for bit. On other devices the functions of these modules are called in sequence.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from synco_fast.kernels.norm.arguments import Arguments
 
 __all__ = ["batch_norm"]
 
-#: Bytes of x that stay in a CPU's caches anyway, where the fewer calls for all groups together are faster.
+#: Below this size x, in bytes, stays in the CPU's caches anyway, and fewer calls for all groups together are faster.
 CACHED = 4 << 20
-#: Bytes of x from which add and ReLU gain by running while a group is in the cache; below, fewer calls are faster.
+#: From this size of x, in bytes, add and ReLU are faster while a group is in the cache; below it, fewer calls are.
 APART = 16 << 20
 
 
@@ -31,7 +31,7 @@ def batch_norm(given: Arguments) -> Tensor:
     if given.training and tracked is not None:
         tracked.add_(1)
     if momentum is None:
-        # Only a cumulative mean reads the counter, and PyTorch's own module waits for it there as well.
+        # Only a cumulative mean reads the counter on the host. PyTorch's own module waits for it there, too.
         momentum = 1.0 / float(tracked) if given.training and tracked is not None else 0.0
     running = given.running_mean, given.running_var
     if not given.training:
@@ -48,15 +48,15 @@ def batch_norm(given: Arguments) -> Tensor:
 
 
 def _momenta(momentum: float, groups: int) -> list[float]:
-    """With which the groups, one after another, move the running statistics as their mean does at once.
+    """The momentum of each group: groups in sequence then update the running statistics as their mean does.
 
-    After the last of G groups each has moved them by m / G, if group g = 1..G does with m / (G - (G - g) m).
+    With momentum m / (G - (G - g) m) for group g = 1..G, every group has the weight m / G in the end.
     """
     return [momentum / (groups - (groups - number) * momentum) for number in range(1, groups + 1)]
 
 
 def _group_by_group(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether that gains anything, and PyTorch's kernels that write into given memory serve these arguments."""
+    """Whether one group at a time is faster, and PyTorch's `out=` kernels support these arguments."""
     wide = (torch.float32, torch.float64)
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     return eager and x.nbytes > CACHED and all(value is not None and value.dtype in wide for value in (weight, bias))
@@ -69,7 +69,7 @@ def _in_place(y: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 
 
 class _GroupByGroup(torch.autograd.Function):
-    """Normalise, add and rectify a group, then the next. Groups lie one after another in memory, in any layout."""
+    """Norm, add and ReLU, one group at a time. Groups are contiguous in memory, in any layout."""
 
     @staticmethod
     def forward(
@@ -83,7 +83,7 @@ class _GroupByGroup(torch.autograd.Function):
         momenta: list[float],
         eps: float,
     ) -> Tensor:
-        """Normalise x, (G b, C, H, W); ``running``, mean and variance, are moved in place, with G ``momenta``."""
+        """Normalise x, (G b, C, H, W), and update ``running`` (mean and variance) in place, with G ``momenta``."""
         groups, apart = len(momenta), x.nbytes > APART
         y = torch.empty_like(x)
         saved = torch.empty(2, groups, x.shape[1], dtype=weight.dtype)
@@ -117,7 +117,7 @@ class _GroupByGroup(torch.autograd.Function):
         groups = saved.shape[1]
         of_x, of_both = torch.empty_like(x), torch.empty_like(saved)
         apart = y is not None and x.nbytes > APART
-        # Where y is positive, which is all that goes on to the residual; the room of a group is used again by the next.
+        # The gradient where y is positive, which is also that of the residual. The next group reuses the buffer.
         masked = gradient
         if y is not None:
             keep = ctx.needs_input_grad[3] or not apart

@@ -1,4 +1,4 @@
-"""The public function, the operators under it, and the choice of the form that computes."""
+"""The public function of the batch norm, its operators, and the choice of its backend."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     backend: NormBackend = "auto",
 ) -> Tensor:
-    """relu(norm(x) w + b + residual), the statistics being those of each of ``groups`` parts of the batch.
+    """Grouped batch norm, add and ReLU: relu(norm(x) w + b + residual), with statistics for each group of the batch.
 
-    Without groups, residual and ReLU this is `torch.nn.functional.batch_norm`. The running statistics, moved in place,
-    become the mean over the groups, with the unbiased variance. A NaN in x makes the outputs of its own group and
-    channel NaN and no others.
+    With one group, no residual and no ReLU this is `torch.nn.functional.batch_norm`. The running statistics are updated
+    in place with the mean over the groups; the variance is the unbiased one. NaN in x makes only the outputs of its own
+    group and channel NaN.
 
     Args:
-        x: (B, C, H, W), floating point. The kernels want channels-last; other layouts are copied, with a warning once.
+        x: (B, C, H, W), floating point. The Triton kernels need channels-last and copy other layouts, with one warning.
         weight, bias: (C,), or None for 1 and 0.
-        running_mean, running_var: (C,), or None to keep none; needed outside training.
-        groups: G, a divisor of B. Outside training it has no effect.
-        residual: Added before the ReLU, shape and device of x, taken in its dtype.
-        relu: Whether a ReLU follows.
-        training: Whether the statistics are those of x; else the running ones, and one elementwise pass.
-        momentum: Share of the new statistics in the running ones; None takes the mean over all batches so far, by
+        running_mean, running_var: (C,), or None to keep none; required in evaluation.
+        groups: G, a divisor of B. It has no effect in evaluation.
+        residual: Added before the ReLU. Shape and device of x; converted to its dtype.
+        relu: Whether to apply a ReLU.
+        training: Whether to use the statistics of x. Otherwise the running ones are used, in one elementwise pass.
+        momentum: Weight of the new statistics in the running ones; None for the mean over all batches so far, by
             ``num_batches_tracked``.
         eps: Added to the variance.
-        num_batches_tracked: int64 of no dimensions, raised by one in training; or None.
-        backend: ``"auto"`` takes PyTorch's own kernels (``"native"``), or under torch.compile one formula that the
-            compiler fuses. ``"triton"`` takes the kernels (experimental: tested in Triton's interpreter only, opt-in
-            until validated on a GPU); unsupported arguments are computed by the formula, with one warning.
-            ``"reference"`` is the formula, differentiable as often as wanted.
+        num_batches_tracked: 0-dimensional int64, increased by one in training; or None.
+        backend: ``"auto"`` is PyTorch's own kernels (``"native"``), or under torch.compile one formula that the
+            compiler fuses. ``"triton"`` is the fused kernels, which are experimental: tested in Triton's interpreter
+            only, opt-in until validated on a GPU. Unsupported arguments go to the formula, with one warning.
+            ``"reference"`` is the formula, with derivatives of any order.
 
     Returns:
         y, (B, C, H, W), in the dtype of x.
 
     Raises:
-        TypeError, ValueError: As `check_arguments` says, naming the argument, what was found and what is expected.
-        RuntimeError: A second derivative was asked of another form than the reference.
+        TypeError, ValueError: An argument is invalid; the message names it, what was found and what is expected.
+        RuntimeError: A second derivative is taken and the backend is not the reference.
     """
     given = Arguments(
         x,
@@ -89,14 +89,14 @@ def batch_norm(
     with _without_autocast(x.device.type):
         if backend == "triton":
             return _by_operators(given)
-        # A compiler makes two kernels of the formula; the loop over groups would stay one.
+        # A compiler fuses the formula into two kernels, but not the loop over groups.
         if backend == "reference" or (given.groups > 1 and torch.compiler.is_compiling()):
             return reference.batch_norm(given)
         return native.batch_norm(given)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Every dtype here is chosen already; a device without autocast ("meta") has none to switch off."""
+    """Disable autocast, since dtypes are explicit here. The "meta" device has no autocast."""
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
@@ -104,7 +104,7 @@ def _by_operators(given: Arguments) -> Tensor:
     x, residual, running = given.x, given.residual, (given.running_mean, given.running_var)
     if not x.is_contiguous(memory_format=torch.channels_last):
         if not torch.compiler.is_compiling():
-            _note("x is not channels-last and is copied in every call; a model in that layout needs no copy")
+            _note("x is not channels-last, so every call copies it; a model in channels-last layout needs no copy")
         x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -120,7 +120,7 @@ def _by_operators(given: Arguments) -> Tensor:
 
 
 def unserved_by_triton(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot compute the batch norm of x, (B, C, H, W); None where they can."""
+    """The reason why the Triton kernels cannot compute the batch norm of x, (B, C, H, W), or None if they can."""
     try:
         from synco_fast.kernels.norm import triton
     except ImportError as error:
@@ -129,15 +129,15 @@ def unserved_by_triton(x: Tensor) -> str | None:
 
 
 def _served(x: Tensor) -> bool:
-    """Whether the kernels compute, decided where the tensors are real, so that tracing never meets it."""
+    """Whether to use the kernels. Called inside an operator only, so that it is never traced."""
     if reason := unserved_by_triton(x):
-        _note(f"the formula computes the batch norm: {reason}")
+        _note(f"the batch norm uses the PyTorch formula: {reason}")
     return not reason
 
 
 @functools.cache
 def _note(line: str) -> None:
-    """Say a line once."""
+    """Warn once."""
     warnings.warn(line, stacklevel=2)
 
 
@@ -152,7 +152,7 @@ def _statistics(
     groups: int,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, (G, C); no gradient goes through them, since `_backward` knows that they are of x."""
+    """Mean and biased variance, (G, C). They carry no gradient; `_backward` includes their dependence on x."""
     if _served(x):
         from synco_fast.kernels.norm import triton
 
@@ -180,7 +180,7 @@ def _normalise(
     training: bool,
     eps: float,
 ) -> Tensor:
-    """y; ``training`` tells the backward pass alone that the statistics are those of x."""
+    """Compute y. Only the backward pass reads ``training``, which says that the statistics come from x."""
     if _served(x):
         from synco_fast.kernels.norm import triton
 
@@ -207,7 +207,7 @@ def _backward(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dr (empty without y), dw and db in float32 or wider; y is given where the mask is to be read from it."""
+    """dx, dr (empty without y), and dw and db in float32 or wider. If y is given, the ReLU mask is read from it."""
     if _served(x):
         from synco_fast.kernels.norm import triton
 
@@ -241,7 +241,7 @@ def _(gradient: Tensor, x: Tensor, y: Tensor | None, *_: object) -> tuple[Tensor
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, variance, weight, bias, residual, relu, training, eps = inputs
-    # The mask of a ReLU without residual is made again from x, of one with it is read from what the next layer keeps.
+    # Without a residual the ReLU mask is recomputed from x. With one it is read from y, which the next layer saves.
     y = output if relu and residual is not None else None
     ctx.save_for_backward(x, y, mean, variance, weight, bias)
     ctx.relu, ctx.training, ctx.eps = relu, training, eps
@@ -249,7 +249,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError("backend: this one has a first derivative only; expected for higher ones: 'reference'")
+        raise RuntimeError("backend: this one has a first derivative only; expected 'reference' for higher ones")
     x, y, mean, variance, weight, bias = ctx.saved_tensors
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     of_x, of_residual, of_weight, of_bias = _backward(

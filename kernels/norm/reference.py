@@ -1,14 +1,14 @@
-"""Grouped batch norm with add and ReLU in plain PyTorch, as it is read: any dtype, any device, any order of derivative.
+"""Reference grouped batch norm with add and ReLU in plain PyTorch: any dtype, any device, derivatives of any order.
 
-With x split along the batch into G groups of n values a channel,
+x is split along the batch into G groups, with n values for each channel of a group:
 
     y = relu((x - mean_g) / sqrt(var_g + eps) * w + b + r)
 
-with mean_g and var_g, the biased variance, over the images and places of a group (arXiv 1502.03167 algorithm 1).
+mean_g and var_g, the biased variance, are over the images and pixels of a group (arXiv 1502.03167, algorithm 1).
 Statistics and sums are float32 for 16-bit data, and y is rounded once, after add and ReLU.
 
-`gradients` is the backward pass in closed form. With z the gradient of y where y > 0, h = (x - mean_g) * rstd_g and
-means over a group,
+`gradients` is the backward pass in closed form. z is the gradient of y where y > 0 and 0 elsewhere, h is
+(x - mean_g) * rstd_g, and means are over a group:
 
     dr = z,   db = sum z,   dw = sum z h,   dx = w rstd_g (z - mean z - h mean(z h))
 """
@@ -28,7 +28,7 @@ _PLACES = (1, 3, 4)
 
 
 class Gradients(NamedTuple):
-    """Of x and r, (B, C, H, W) in their dtype, and of weight and bias, (C,) in float32 or wider."""
+    """Gradients of x and r, (B, C, H, W) in their dtype, and of weight and bias, (C,) in float32 or wider."""
 
     x: Tensor
     residual: Tensor | None
@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are made in: float32, or float64 where the data is."""
+    """The dtype of sums: float64 for float64 data, else float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -47,7 +47,7 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _each_group(value: Tensor) -> Tensor:
-    """(G, C), or (C,) for all groups, as it meets (G, b, C, H, W)."""
+    """Reshape (G, C), or (C,) for all groups, to broadcast with (G, b, C, H, W)."""
     return value[..., None, :, None, None]
 
 
@@ -73,7 +73,7 @@ def normalise(
     relu: bool,
     eps: float,
 ) -> Tensor:
-    """Compute y from statistics, (G, C); arguments as in `synco_fast.kernels.norm.batch_norm`."""
+    """Compute y from statistics, (G, C). Other arguments are as in `synco_fast.kernels.norm.batch_norm`."""
     dtype = wide(x.dtype)
     groups = len(mean)
     scale = (variance.to(dtype) + eps).rsqrt()
@@ -99,14 +99,14 @@ def update_running(
     count: int,
     momentum: float | None,
 ) -> None:
-    """Move the running statistics, in place, towards the mean over groups, with the unbiased variance.
+    """Update the running statistics in place with the mean over groups; the variance is the unbiased one.
 
     Args:
         running_mean, running_var: (C,), or None.
-        num_batches_tracked: int64 of no dimensions, raised by one; or None.
+        num_batches_tracked: 0-dimensional int64, increased by one; or None.
         mean, variance: (G, C), the variance biased.
-        count: n, values of a channel in a group.
-        momentum: Share of the new statistics; None takes the mean over all batches, 1 / ``num_batches_tracked``.
+        count: n, the number of values of a channel in a group.
+        momentum: Weight of the new statistics; None for the mean over all batches, 1 / ``num_batches_tracked``.
     """
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -121,7 +121,7 @@ def update_running(
 
 
 def batch_norm(given: Arguments) -> Tensor:
-    """Compute y, (B, C, H, W), with a graph for autograd."""
+    """Compute y, (B, C, H, W), differentiable by autograd."""
     x = given.x
     if given.training:
         mean, variance = statistics(x, given.groups)
@@ -149,12 +149,12 @@ def gradients(
     """The backward pass in closed form.
 
     Args:
-        gradient: Of y, (B, C, H, W).
+        gradient: Gradient of y, (B, C, H, W).
         x: The input, (B, C, H, W).
-        mean, variance: (G, C); the running ones, (1, C), outside training.
+        mean, variance: (G, C); in evaluation the running ones, (1, C).
         weight: (C,), or None.
-        positive: Where y > 0 or y is NaN, (B, C, H, W) bool; None without a ReLU.
-        training: Whether mean and variance are those of x and so depend on it.
+        positive: True where y > 0 or y is NaN, (B, C, H, W) bool; None without a ReLU.
+        training: Whether mean and variance are computed from x, so that the gradient passes through them.
         eps: As in the forward pass.
     """
     dtype = wide(x.dtype)

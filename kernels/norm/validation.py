@@ -1,12 +1,12 @@
-"""The forms of the batch norm against the formula in float64, on any device and any shape.
+"""Validation of the batch norm backends against the float64 formula, on any device and any shape.
 
-Each is given the same stored values and must keep, for y, the gradients and the running statistics,
+All backends get the same stored values. For y, the gradients and the running statistics they must satisfy
 
     |found - exact|  <=  2 |modules - exact|  +  (16 eps + u) max|exact|
 
-with modules the calls of PyTorch's own modules in the same precision, eps that of float32, and u the rounding of the
-result itself where it has 16 bits: at most 2^-8 in bfloat16, 2^-11 in float16. The incoming gradient is
-0 where the exact sum before the ReLU is within 0.05 of 0: rounding decides the sign there, in every form differently.
+"modules" is the result of PyTorch's own modules in the same precision, and eps that of float32. u is the rounding of a
+16-bit result: at most 2^-8 in bfloat16, 2^-11 in float16. The incoming gradient is 0 where the exact sum before the
+ReLU is within 0.05 of 0, since there the sign depends on rounding, which differs between backends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from synco_fast.kernels.norm.ops import NormBackend, batch_norm, unserved_by_tri
 
 __all__ = ["NormCase", "NormVerdict", "norm_cases", "validate_norm"]
 
-#: (B, C, H, W) and groups: the layers of a ResNet-50 that differ most, one place an image, odd numbers throughout.
+#: (B, C, H, W) and groups: the most different layers of a ResNet-50, 1 x 1 images, and odd sizes.
 _SHAPES = (((16, 64, 28, 28), 8), ((8, 2048, 2, 2), 2), ((6, 3, 7, 7), 3), ((8, 130, 1, 1), 2), ((5, 24, 9, 5), 1))
 _LARGE = (
     ((256, 64, 56, 56), 8),
@@ -38,15 +38,15 @@ _NEAR = 0.05
 
 @dataclass(frozen=True)
 class NormCase:
-    """One layer.
+    """One layer to compare.
 
     Attributes:
         shape: (B, C, H, W).
-        groups: Of the batch.
-        relu, residual: What follows the norm.
-        dtype: Of x; parameters and statistics are float32.
-        training: Statistics of the batch, or the running ones.
-        mean: About which the values of x lie, with deviation 1.
+        groups: Number of groups of the batch.
+        relu, residual: Whether a ReLU and a residual add follow the norm.
+        dtype: Dtype of x. Parameters and statistics are float32.
+        training: Whether to use the statistics of the batch, not the running ones.
+        mean: Mean of the values of x; their standard deviation is 1.
     """
 
     shape: tuple[int, int, int, int]
@@ -60,13 +60,13 @@ class NormCase:
 
 @dataclass(frozen=True)
 class NormVerdict:
-    """The result of a form on a case.
+    """The result of a backend on a case.
 
     Attributes:
-        backend: Which.
-        case: Of what.
-        errors, bounds: By quantity: largest absolute error, and its bound.
-        misses: Quantities beyond their bounds, and whether a repeat gives other bits; empty where all is well.
+        backend: The backend.
+        case: The case.
+        errors, bounds: By quantity: the largest absolute error, and its bound.
+        misses: Quantities beyond their bounds, and a repeat with other bits; empty if the case passed.
     """
 
     backend: str
@@ -97,8 +97,8 @@ def norm_cases(dtypes: Sequence[torch.dtype], *, large: bool) -> list[NormCase]:
     """The sweep: every shape and dtype with and without ReLU and residual, in training and evaluation.
 
     Args:
-        dtypes: Of x.
-        large: Whether to add layers of a ResNet-50 at full size, about 3 GiB each in float64.
+        dtypes: Dtypes of x.
+        large: Add layers of a ResNet-50 at full size, about 3 GiB each in float64.
     """
     kinds = ((False, False), (True, False), (True, True))
     found = []
@@ -115,24 +115,24 @@ def norm_cases(dtypes: Sequence[torch.dtype], *, large: bool) -> list[NormCase]:
 def validate_norm(
     wanted: Sequence[NormCase], device: torch.device, backends: Sequence[NormBackend] | None = None
 ) -> Iterator[NormVerdict]:
-    """Compare forms of the batch norm with the formula in float64, case by case.
+    """Compare backends of the batch norm with the float64 formula, case by case.
 
     Args:
-        wanted: See `norm_cases`.
-        device: Where all of them compute.
-        backends: Which; by default all that serve a case on this device.
+        wanted: The cases; see `norm_cases`.
+        device: Device of all computations.
+        backends: Backends to compare; by default all that support the case on this device.
 
     Yields:
-        A `NormVerdict` for each case and form.
+        A `NormVerdict` for each case and backend.
 
     Raises:
-        ValueError: The kernels were asked for and do not serve a case, so that the formula would have stood in.
+        ValueError: "triton" does not support a case, so the formula would have run in its place.
     """
     for case in wanted:
         leaves, state = _inputs(case, device)
         reason = unserved_by_triton(leaves["x"])
         if reason and backends is not None and "triton" in backends:
-            raise ValueError(f"backend: found triton, expected others here: {reason}")
+            raise ValueError(f"backend: found triton, expected another one on this device: {reason}")
         chosen: Sequence[NormBackend] = backends or ("reference", "native", *(() if reason else ("triton",)))
         up = _incoming(case, leaves, state)
         exact = _run("reference", case, leaves, state, up, torch.float64)
@@ -143,7 +143,7 @@ def validate_norm(
 
 
 def _inputs(case: NormCase, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    # Made where they are used: a layer of a ResNet has more numbers than a host makes in a second.
+    # Draw on the device: for a large layer the host would take more than a second.
     generator = torch.Generator(device).manual_seed(0)
     channels = case.shape[1]
 
@@ -155,7 +155,7 @@ def _inputs(case: NormCase, device: torch.device) -> tuple[dict[str, Tensor], di
         return torch.randn(channels, generator=generator, device=device)
 
     leaves = {"x": data(case.mean), "weight": numbers(), "bias": numbers(), "residual": data(0.0)}
-    # In evaluation the running statistics normalise: near those of x.
+    # Evaluation normalises with the running statistics, which are close to those of x.
     mean = case.mean + 0.1 * numbers()
     variance = 1 + 0.1 * numbers().abs()
     return leaves, {"running_mean": mean, "running_var": variance}
@@ -216,7 +216,7 @@ def _judge(
         errors[name] = own
         rounding = torch.finfo(found[name].dtype).eps / 2 if found[name].dtype.itemsize == 2 else 0.0
         bounds[name] = 2 * plain + (_UNITS * eps + rounding) * truth.abs().max().item()
-        # Written so that NaN misses.
+        # `not <=`, so that NaN counts as a miss.
         if not own <= bounds[name]:
             misses.append(name)
     if not all(torch.equal(found[name], again[name]) for name in found):

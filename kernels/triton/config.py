@@ -1,4 +1,7 @@
-"""How the kernels are launched: what they serve, their tiles, formats and room, from shapes and dtypes alone."""
+"""Launch configuration of the loss kernels: supported inputs, tile sizes, number formats, buffer sizes.
+
+All of it follows from shapes, dtypes and the device.
+"""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -47,31 +50,31 @@ __all__ = [
     "unserved",
 ]
 
-#: Candidates that a row may have on the fast path, at most: they are held in the registers of one program.
+#: Most candidates a row can have on the fast path, since one program holds them in registers.
 CAPACITY = 16384
-#: Rows and keys of a tile. With 16 or 32 two products in a kernel have been miscompiled on Hopper.
+#: Rows and keys of a tile. With 16 or 32, Triton has miscompiled kernels with two products on Hopper.
 TILE = 64
-#: Columns of V that a program of the scan holds.
+#: Columns of V held by one program of the scan.
 CHUNK = 128
-#: How many queue keys the threshold is estimated from, at most. More give a closer threshold, fewer are sooner read.
+#: Sample sizes for the threshold, in queue keys. A large sample gives a closer threshold, a small one is read faster.
 SAMPLES = (2048, 4096)
-#: Whether launches overlap where the device can (see `overlap.py`): to be turned on by a measurement.
+#: Programmatic dependent launch (see `overlap.py`). Off until a measurement shows a gain.
 OVERLAP = False
 _SMALLEST_TEMPERATURE = 0.03
 _LARGEST_DIM = 512
-#: Queue indices, and their next power of two, are 32-bit integers in the kernels.
+#: The kernels use 32-bit integers for queue indices and for their next power of two.
 _LONGEST_QUEUE = 1 << 29
 
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    """True if the kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unserved(q: Tensor, queue: Tensor, temperature: float) -> str | None:
-    """Why the kernels do not serve these arguments; None where they do."""
+    """The reason why the kernels cannot take these arguments, or None if they can."""
     for name, tensor in (("q", q), ("queue", queue)):
         if tensor.dtype not in _TL:
             return f"{name} has dtype {tensor.dtype}; the kernels take float32, bfloat16 and float16"
@@ -91,7 +94,7 @@ def unserved(q: Tensor, queue: Tensor, temperature: float) -> str | None:
 
 
 def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
-    """The families in the general form, as `mix` has them compiled in."""
+    """The active families in the general form, as a constant that is compiled into `mix`."""
     rows = []
     for family in negatives.active():
         low, high = negatives.range_of(family) if family.ranged else (0.0, 0.0)
@@ -104,7 +107,7 @@ def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
 
 
 def splits_of(rows: int, length: int, form: Form, device: torch.device) -> int:
-    """Among how many programs a block of rows shares the queue: eight warps and more for each multiprocessor in all."""
+    """Number of programs that split the queue for one block of rows: at least eight warps for each multiprocessor."""
     on_device = device.type == "cuda"
     processors = torch.cuda.get_device_properties(device).multi_processor_count if on_device else 132
     resident = 1 if form.rows * form.keys > TILE * TILE else 2
@@ -113,18 +116,18 @@ def splits_of(rows: int, length: int, form: Form, device: torch.device) -> int:
 
 
 def capacity_of(stride: int, wanted: int) -> int | None:
-    """Room for a row's candidates, about wanted * stride give or take; None where that is too much."""
+    """Buffer size for a row's candidates (about wanted * stride are expected); None if it exceeds `CAPACITY`."""
     spread = 6 * math.sqrt(wanted) if stride > 1 else 0
-    # `rank` may take a threshold that a sixteenth more of the sample reach.
+    # The threshold of `rank` may admit up to 1/16 more of the sample.
     room = max(TILE, triton.next_power_of_2(math.ceil((wanted + wanted // 16 + spread) * stride)))
     return room if room <= CAPACITY else None
 
 
 def sampling_of(length: int, hard: int) -> tuple[int, int, int] | None:
-    """How to estimate the threshold: stride and rank of `stride_and_rank`, and the capacity for what exceeds it.
+    """Sampling for the threshold: stride and rank from `stride_and_rank`, and the capacity for the candidates.
 
-    The smallest sample that needs no more room than the largest; None where no threshold can be estimated, or where
-    the candidates would take more than `CAPACITY`.
+    Takes the smallest sample that needs no larger buffer than the largest sample does. None if no threshold can be
+    estimated, or if the candidates would exceed `CAPACITY`.
     """
     found = []
     for size in SAMPLES:
@@ -134,17 +137,17 @@ def sampling_of(length: int, hard: int) -> tuple[int, int, int] | None:
 
 
 def compact_ids(image_ids: Tensor, queue_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images renamed to int32, which halves the registers that a comparison takes, without a wait for the host.
+    """Renumber image ids as int32, which halves the registers of a comparison. Does not wait for the device.
 
     Returns:
-        The name of each row's image, (B,); of each queue key's, -1 where no row has it, (K,); and how many keys each
-        row may use, (B,).
+        The new id of each row, (B,); of each queue key, -1 where no row has its image, (K,); and the number of keys
+        that each row may use, (B,). All int32.
     """
     known = image_ids.sort().values
     place = torch.searchsorted(known, queue_ids).clamp_(max=len(known) - 1)
     met = known[place] == queue_ids
     images = torch.searchsorted(known, image_ids)
-    # Whole numbers: the order of the additions does not matter.
+    # Integers, so the order of the atomic additions does not matter.
     keys = torch.zeros_like(known).scatter_add_(0, place, met.to(torch.int64))
     available = len(queue_ids) - keys[images]
     return images.int(), torch.where(met, place, -1).int(), available.int()
@@ -152,17 +155,18 @@ def compact_ids(image_ids: Tensor, queue_ids: Tensor) -> tuple[Tensor, Tensor, T
 
 @dataclass(frozen=True)
 class Form:
-    """How the scan multiplies.
+    """Number formats and tile sizes of the scan.
 
     Attributes:
-        dot, precision: Format and precision of q and the keys in the first product.
-        weight, weight_precision: Those of the softmax weights and the keys in the second.
-        three: Whether float32 is multiplied as three products of bfloat16 instead; see `sample.multiply`.
-        rows, keys: Of a tile.
-        chunk, piece: Columns of V that a program holds, and of a step of the first product.
-        warps, stages: Resources.
-        margin: Twice the error of a similarity of unit rows against float32; 0 where the rounding is float32's.
-        every: Whether the selection multiplies all that it may choose again, not those within the margin alone.
+        dot, precision: Dtype and `tl.dot` precision of the first product, queries times keys.
+        weight, weight_precision: The same for the second product, softmax weights times keys.
+        three: Multiply float32 as three bfloat16 products; see `sample.multiply`.
+        rows, keys: Tile size.
+        chunk: Columns of V held by one program.
+        piece: Columns per step of the first product.
+        warps, stages: Triton's `num_warps` and `num_stages`.
+        margin: Twice the largest error of a similarity of unit rows against float32; 0 where float32 rounding applies.
+        every: Recompute all keys that the selection may choose in float32, not only those within the margin.
     """
 
     dot: Any
@@ -182,7 +186,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Tile:
-    """The sizes of a `Form`; see there."""
+    """The tile sizes of a `Form`, with the same attributes."""
 
     rows: int
     keys: int
@@ -194,7 +198,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Formats:
-    """The part of a `Form` that does not depend on sizes; see there."""
+    """The number formats of a `Form`, with the same attributes."""
 
     dot: Any
     precision: str
@@ -205,11 +209,12 @@ class Formats:
     every: bool = False
 
 
-#: Halves are multiplied as they are, which is exact in the float32 accumulator. Their softmax weights are rounded to
-#: bfloat16 where the keys are; float16 would lose small ones, and TF32 holds a float16 key exactly.
+#: bfloat16 and float16 keys are multiplied directly: products are exact in the float32 accumulator. With bfloat16 keys
+#: the softmax weights are rounded to bfloat16. With float16 keys they use TF32, which holds a float16 key exactly and
+#: keeps small weights that float16 would lose.
 #:
-#: Float32 is the sum of two bfloat16 numbers to one part in 2^18; the three products of them that matter are off by
-#: 3 in 2^18 of |q| |n|, and by the rounding of the sum. TF32 cuts each factor to one part in 2^10.
+#: A float32 number is the sum of two bfloat16 numbers to one part in 2^18. The three products that matter are off by
+#: at most 3 |q| |n| / 2^18, plus the rounding of the sum. TF32 rounds each factor to one part in 2^10.
 FORMATS = {
     "bfloat16": Formats(tl.bfloat16, "tf32", tl.bfloat16, "tf32"),
     "float16": Formats(tl.float16, "tf32", tl.float32, "tf32"),
@@ -218,8 +223,8 @@ FORMATS = {
     "ieee": Formats(tl.float32, "ieee", tl.float32, "ieee"),
 }
 
-#: Tiles by the name of the formats and by whether one program holds all columns: the largest that spill nothing on any
-#: device. To be changed by a measurement.
+#: Tile sizes by format and by whether one program holds all columns of V: the largest that spill no registers on any
+#: device. Not yet tuned on a GPU.
 TILES = {
     ("bfloat16", True): Tile(128, 64, 128, 128, 8, 2),
     ("bfloat16", False): Tile(64, 64, 128, 64, 8, 1),
@@ -232,7 +237,7 @@ TILES = {
     ("ieee", True): Tile(64, 32, 64, 32, 8, 1),
     ("ieee", False): Tile(64, 32, 64, 32, 8, 1),
 }
-#: Larger ones by the compute capability's major number too.
+#: Larger tiles for some devices, by the major compute capability as well.
 TILES_OF = {
     (9, "bfloat16", True): Tile(128, 128, 128, 128, 8, 2),
     (9, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
@@ -245,25 +250,25 @@ TILES_OF = {
 
 
 def generation_of(device: torch.device) -> int:
-    """The major number of the compute capability; that of the compiler's target where there is no device."""
+    """Major compute capability of the device, or of the compile target where there is no device."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0]
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
 
 
 def overlap_of(generation: int) -> dict[str, bool]:
-    """The options of a launch that overlaps the one before it, or does not."""
+    """Launch options for programmatic dependent launch, on or off."""
     if not (OVERLAP and generation >= 9) or interpreted():
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
 
 
 def formats_of(dtype: torch.dtype, generation: int) -> str:
-    """The name of the formats for a dtype.
+    """The entry of `FORMATS` for a dtype.
 
-    Float32 follows `torch.backends.cuda.matmul.fp32_precision`: "tf32" takes TF32, "ieee" multiplies without tensor
-    cores. Where nothing has been set, three products of bfloat16 serve, which are nearly float32; devices before 9.0
-    have too few registers for them.
+    Float32 follows `torch.backends.cuda.matmul.fp32_precision`: "tf32" uses TF32, "ieee" uses no tensor cores. If
+    neither is set, compute capability 9 and 10 use three bfloat16 products, which are nearly as exact as float32. Other
+    devices use "ieee", since the three products need more registers than older ones have.
     """
     if dtype != torch.float32:
         return str(dtype).removeprefix("torch.")
@@ -274,16 +279,17 @@ def formats_of(dtype: torch.dtype, generation: int) -> str:
 
 
 def tile_key(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> tuple[str, bool]:
-    """Where `TILES` has the tile: the name of the formats, and whether one program holds all columns of V."""
+    """The key into `TILES`: the format, and whether one program holds all columns of V."""
     name = "ieee" if interpreted() else formats_of(dtype, generation)
-    # A mask takes the registers that the three products leave.
+    # Three products and a mask together would spill registers.
     return name, dim <= CHUNK and not (masked and name == "three")
 
 
 def form_of(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> Form:
-    """The form for a dtype, a width and a `generation_of` device; all spill nothing for sm_80, sm_90 and sm_100.
+    """The form for a dtype, an embedding dimension and a `generation_of` device.
 
-    The interpreter rounds no number to fewer bits as a device does, so there float32 is multiplied as it is.
+    No form spills registers on sm_80, sm_90 or sm_100. The interpreter cannot round to TF32, so it multiplies float32
+    as "ieee".
     """
     name, narrow = tile_key(dtype, dim, generation, masked)
     formats = FORMATS[name]
@@ -296,14 +302,14 @@ def form_of(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> Form
 
 @dataclass(frozen=True)
 class Mix:
-    """How the synthetic negatives are shared out.
+    """How synthetic negatives are divided among programs and threads.
 
     Attributes:
-        parts: Programs that share a row's.
-        pieces: Into how many columns of tensors a vector is cut: each is spread over fewer threads, so that fewer of
-            them repeat what is the same for all of a slot.
-        slots: Negatives that a program makes at a time.
-        warps: Of a program.
+        parts: Programs for each row.
+        pieces: Tensors that a vector is split into. Each is spread over fewer threads, so fewer threads repeat the work
+            that is the same for a whole vector.
+        slots: Synthetic negatives that a program makes at a time.
+        warps: Warps of a program.
     """
 
     parts: int
@@ -312,13 +318,13 @@ class Mix:
     warps: int
 
 
-#: By bytes of a number of the queue: parts, pieces and warps; a program takes as many slots as its threads hold with 16
-#: bytes of each piece in each. To be changed by a measurement.
+#: Parts, pieces and warps by the item size of the queue's dtype, in bytes. A program takes as many slots as its threads
+#: hold with 16 bytes of each piece. Not yet tuned on a GPU.
 MIXES = {2: (4, 4, 1), 4: (8, 4, 1)}
 
 
 def mix_of(itemsize: int, wide: int) -> Mix:
-    """How to mix vectors of ``wide`` numbers, a power of two, of ``itemsize`` bytes each."""
+    """The `Mix` for vectors of ``wide`` numbers, a power of two, of ``itemsize`` bytes each."""
     if interpreted():
         return Mix(2, max(1, wide // 64), 16, 1)
     parts, pieces, warps = MIXES[itemsize]
@@ -327,16 +333,16 @@ def mix_of(itemsize: int, wide: int) -> Mix:
 
 
 def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:
-    """How the candidates of a row are shared out among its lists.
+    """Sizes of the candidate lists of a row.
 
     Args:
-        capacity: Candidates that a row may have, a power of two.
-        lists: Into how many the queue is split.
-        share: Keys of a list.
+        capacity: Most candidates of a row, a power of two.
+        lists: Number of lists that the queue is split into.
+        share: Queue keys of a list.
 
     Returns:
-        Lists up to a power of two, and the places of a segment: twice what an even spread would fill to capacity, and
-        32 at least, since few candidates spread less evenly.
+        The number of lists rounded up to a power of two, and the size of a list's segment. A segment has twice the room
+        of an even spread, and at least 32 places, since few candidates spread less evenly.
     """
     many = triton.next_power_of_2(lists)
     return many, min(triton.next_power_of_2(share), max(2 * capacity // many, 32))

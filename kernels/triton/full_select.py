@@ -1,11 +1,13 @@
-"""The slow path of the selection: Q^N from all similarities of a row. On ordinary features no row comes here.
+"""Slow path of the selection: Q^N from all similarities of a row. Ordinary features never need it.
 
-Rows are flagged on the device, so the launches are the same whatever happens, and cost next to nothing where nothing is
-flagged. For a fixed number of rows at a time `fill` writes the similarities of flagged rows to all K keys, as integers
-in the numbers' order, tile by tile as in the scan; then `choose`, a program for each flagged row, finds the N-th
-largest by radix (four histograms of eight bits) and stores the keys above it, with as many of its equals as are
-missing, in the order of the queue. Counts are whole numbers, so nothing depends on scheduling. Exact for every input
-and every N up to K, in a room of a fixed size and without a wait for the host.
+Rows are flagged on the device, so the launches are always the same and cost next to nothing if no row is flagged. It
+handles a fixed number of rows at a time. `fill` writes the similarities of the flagged rows to all K keys, as
+order-preserving integers, tile by tile as in the scan. Then `choose`, one program for each flagged row, finds the N-th
+largest by radix selection (four histograms of eight bits). It stores the keys above it and as many ties as are missing,
+in queue order.
+
+Counts are integers, so nothing depends on scheduling. The result is exact for every input and every N up to K. The
+buffer has a fixed size, and the host never waits.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -22,14 +24,14 @@ from synco_fast.kernels.triton.select import ordered
 
 __all__ = ["choose", "fill", "full_select", "rows_at_once"]
 
-#: Bytes of similarities held at a time, where a row does not need more.
+#: Bytes of similarities held at a time, unless a single row needs more.
 _ROOM = 32 << 20
-#: Programs that share the keys of a block of rows.
+#: Programs that split the keys for one block of rows.
 _SPLITS = 128
 
 
 def rows_at_once(rows: int, length: int) -> int:
-    """For how many of B rows the similarities to K keys, of four bytes each, are held at a time."""
+    """Number of rows, of B, whose similarities to K keys (four bytes each) are held at a time."""
     fit = max(1, _ROOM // (4 * length))
     return min(rows, fit // TILE * TILE if fit > TILE else fit)
 
@@ -46,15 +48,17 @@ def full_select(
     hard_similarity: Tensor,
     form: Form,
 ) -> None:
-    """Write Q^N of the flagged rows, in the order of the queue, with -inf and 0 beyond the keys that a row may use.
+    """Write Q^N of the flagged rows, in queue order.
+
+    If a row may use fewer than N keys, the rest of its Q^N is -inf with index 0.
 
     Args:
         q, queue: (B, D) and (K, D).
         images, queue_images, available: From `compact_ids`; None without a mask.
-        flag: Not 0 for the rows that are wanted, (B,) int32.
-        room: Space to work in, (`rows_at_once`, K) int32.
-        hard_index, hard_similarity: Where to, (B, N) int32 and float32; rows that are not flagged stay as they are.
-        form: How similarities are multiplied.
+        flag: (B,) int32, nonzero for the rows to select.
+        room: Scratch space, (`rows_at_once`, K) int32.
+        hard_index, hard_similarity: Outputs, (B, N) int32 and float32. Rows that are not flagged stay unchanged.
+        form: Number formats and tile sizes of the products.
     """
     (rows, dim), length, hard = q.shape, len(queue), hard_index.shape[1]
     keys = min(form.keys, TILE)
@@ -76,7 +80,7 @@ def full_select(
             tiles,
             D=dim,
             PIECE=form.piece,
-            # What the scan multiplies in fewer bits counts in float32 here.
+            # Where the scan uses lower precision than float32, the slow path uses float32.
             DOT=tl.float32 if form.margin else form.dot,
             PRECISION="ieee" if form.margin else form.precision,
             MASKED=masked,
@@ -118,7 +122,7 @@ def fill(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Grid (row blocks, splits). Writes the similarities of flagged rows, `ordered`, (B, K); -inf where masked."""
+    """Grid (row blocks, splits). Writes the similarities of flagged rows, `ordered`, (B, K) int32; -inf if masked."""
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = tl.load(p_flag + o_row, o_row < B, 0) != 0
     if tl.max(m_row.to(tl.int32)) > 0:
@@ -145,7 +149,7 @@ def choose(p_flag, p_available, p_room, p_hard_index, p_hard, K, N, MASKED: tl.c
             needed = tl.minimum(tl.load(p_available + row), N)
         p_room += row * K
         o_bin = tl.arange(0, 256)
-        # The leading bits of the N-th largest, and how many keys with these leading bits are still wanted.
+        # The leading bits of the N-th largest, and how many keys with these leading bits are still needed.
         leading = tl.full([], 0, tl.uint32)
         wanted = needed
         for digit in range(4):

@@ -1,7 +1,7 @@
-"""The launcher: which arguments the kernels serve, what room they need, and the launches in order.
+"""Launcher of the loss kernels: allocates the buffers and launches the five steps in order.
 
-Everything here is decided by shapes, dtypes and the description of the negatives, never by values on the device: no
-wait for the host, so a CUDA graph can hold the whole loss, and the same inputs always take the same way.
+Every decision depends on shapes, dtypes and the description of the negatives, never on values on the device. So the
+host never waits, a CUDA graph can capture the whole loss, and the same inputs always take the same path.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -40,7 +40,7 @@ from synco_fast.kernels.triton.select import select
 
 __all__ = ["contrast_and_gradient", "unserved"]
 
-#: Rows handled by one series of launches: it bounds the room that grows with B.
+#: Most rows in one series of launches, which bounds the buffers that grow with B.
 _ROWS = 1024
 
 
@@ -57,7 +57,7 @@ def contrast_and_gradient(
     image_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
 ) -> Outputs:
-    """The loss and its gradient on checked arguments for which `unserved` gives None.
+    """Loss and gradient. The arguments must be checked already, and `unserved` must return None for them.
 
     Args:
         q, k, queue, negatives, temperature, seed, step, first_row, image_ids, queue_ids: As
@@ -66,7 +66,7 @@ def contrast_and_gradient(
     Returns:
         `Outputs`, in float32.
     """
-    # Unlike dtypes meet in float32; the copy costs less than products of unlike tiles.
+    # Promote mixed dtypes first: a copy costs less than products of tiles of two dtypes.
     dtype = torch.promote_types(q.dtype, queue.dtype)
     q, k, queue = (tensor.to(dtype).contiguous() for tensor in (q, k, queue))
     image_ids = None if image_ids is None else image_ids.contiguous()
@@ -83,7 +83,7 @@ def contrast_and_gradient(
         queue_rank=empty(rows, dtype=torch.int64, device=device),
         fallback=empty(rows, dtype=torch.int32, device=device),
     )
-    # Triton launches on the current device and its stream, which need not be those of q.
+    # Triton launches on the current device and stream, which may differ from those of q.
     with torch.cuda.device_of(q):
         for begin in range(0, rows, _ROWS):
             some = slice(begin, begin + _ROWS)
@@ -96,7 +96,7 @@ def contrast_and_gradient(
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
-    """Memory that a kernel fills; tests put poison here."""
+    """Memory for a kernel to fill. Tests replace this to fill it with poison values."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -113,7 +113,7 @@ def _launch(
     queue_ids: Tensor | None,
     outputs: Outputs,
 ) -> None:
-    """The kernels, one after another, for up to `_ROWS` rows."""
+    """Launch all kernels in order, for up to `_ROWS` rows."""
     (rows, dim), length, hard, device = q.shape, len(queue), negatives.hard, q.device
     images = queue_images = available = None
     if masked := image_ids is not None:
@@ -126,7 +126,7 @@ def _launch(
     common = {"D": dim, "PIECE": form.piece, "DOT": form.dot, "PRECISION": form.precision, "MASKED": masked}
     common |= {"THREE": form.three, **overlap}
 
-    # Step one. Without an estimate the sample still gives the shift.
+    # Step 1: sample. The shift needs the sample even where no threshold is estimated.
     sampling = sampling_of(length, hard) if hard else None
     stride, wanted, capacity = sampling or (triton.cdiv(length, SAMPLES[0]), 0, 0)
     size = triton.cdiv(length, stride)
@@ -166,14 +166,14 @@ def _launch(
         num_warps=max(1, min(width // 512, 8)),
     )
 
-    # Step two.
+    # Step 2: scan.
     splits = splits_of(rows, length, form, device)
     tiles = triton.cdiv(triton.cdiv(length, form.keys), splits)
     splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
     lists = splits * LANES
     many, segment = segments_of(capacity, lists, tiles * form.keys // LANES) if capacity else (0, 0)
     room = lists * segment + form.keys + OVERHANG if capacity else 0
-    # When the slow path begins, the candidates are needed no more: one piece of memory serves both.
+    # The slow path starts after the candidates have been read, so both share one buffer.
     at_once = rows_at_once(rows, length) if hard else 0
     both = empty(max(rows * room, -(-at_once * length // 2)), dtype=torch.int64, device=device)
     found = both[: rows * room].view(rows, room) if capacity else None
@@ -214,7 +214,7 @@ def _launch(
         num_stages=form.stages,
     )
 
-    # Step three. The similarities of the sample are no longer needed: their room serves again.
+    # Step 3: select. It reuses the buffer of the sample's similarities.
     hard_index = empty(rows, hard, dtype=torch.int32, device=device)
     hard_similarity = empty(rows, hard, device=device)
     if not capacity:
@@ -254,7 +254,7 @@ def _launch(
         room = both.view(torch.int32)[: at_once * length].view(at_once, length)
         full_select(q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form)
 
-    # Step four.
+    # Step 4: mix.
     families = table(negatives)
     tile = mix_of(queue.itemsize, wide)
     parts = tile.parts if families else 0
@@ -294,7 +294,7 @@ def _launch(
             num_warps=tile.warps,
         )
 
-    # Step five.
+    # Step 5: reduce.
     reduce[(rows,)](
         k,
         outputs.positive,

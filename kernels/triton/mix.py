@@ -1,17 +1,18 @@
-"""Step four: the synthetic negatives.
+"""Step 4, mix: the synthetic negatives.
 
-A program takes every PARTS-th slot of each family of a row. First it draws for all of its slots at once, a slot in a
-thread, and writes what it drew to scratch memory, where the threads that share a slot read it: drawn where it is used,
-each number would be drawn once for every thread that holds a piece of the vector. Then it forms
+A slot is one synthetic negative. A program takes every PARTS-th slot of each family of a row. First it draws the random
+numbers of all its slots, one slot per thread, and writes them to scratch memory. The threads that share a slot read
+them there; otherwise each of these threads would have to draw them again. Then the program forms
 
     x = a q + b n_i + c n_j + sigma e + eta sign(q),    s = x / |x|
 
-a block of slots at a time and adds exp((q.s - m) / T) s to its sum. No synthetic vector is written anywhere. Families
-with a and b alone need no x: q.n_i is known from the selection, and only |n_i|^2 is summed. Where the terms of |x|^2
-cancel, sums of products lose the digits that the vector keeps; such slots take x in registers, as other families do.
+for a block of slots at a time, and adds exp((q.s - m) / T) s to its sum. No synthetic vector is written to memory.
 
-The similarities q.s are written out; `reduce` sums what the loss and the statistics need of them. The description of
-the negatives is compiled in: a new family of this form is a new row of the table that the launcher passes.
+Families with only a and b need no x: the selection has q.n_i already, and only |n_i|^2 is summed. If the terms of |x|^2
+cancel, this loses digits. Such slots form x in registers, as the other families do.
+
+The kernel writes the similarities q.s, and `reduce` computes the loss and the statistics from them. The description of
+the negatives is a compile-time constant: a new family of this form is a new row of the launcher's table.
 """
 
 # mypy: disable-error-code="assignment, misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -26,19 +27,19 @@ from synco_fast.kernels.triton.philox import normal, philox, pick, uniform
 
 __all__ = ["mix"]
 
-#: |x|^2 below this share of the sum of its terms' own squares counts as cancelled, as in `mixing.py`.
+#: |x|^2 counts as cancelled below this fraction of the sum of its squared terms, as in `mixing.py`.
 _CANCELLED = tl.constexpr(0.1)
 
 
 @triton.constexpr_function
 def share(TABLE, PARTS, SLOTS, family):
-    """Slots of a part that the families before this one take, each rounded up to whole blocks."""
+    """Slots of a part taken by the families before this one, each rounded up to whole blocks."""
     return sum(-(-row[1] // (PARTS * SLOTS)) * SLOTS for row in TABLE[:family])
 
 
 @triton.constexpr_function
 def before(TABLE, family):
-    """Slots of the families before this one, in all parts."""
+    """Slots of all parts taken by the families before this one."""
     return sum(row[1] for row in TABLE[:family])
 
 
@@ -57,7 +58,10 @@ def _draw(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Write the part's draws, (4, WIDTH) float32: t, the two keys as bits, q.n_i, each where its family needs it."""
+    """Write the part's random draws, (4, WIDTH) float32: t, the two keys as bits, and q.n_i.
+
+    Each is written only for the families that need it.
+    """
     o_mine = tl.arange(0, WIDTH)
     number = o_mine * 0
     slot = o_mine * 0
@@ -93,7 +97,7 @@ def _draw(
     key = tl.load(p_hard_index + first, m_slot, 0)
     tl.store(p_drawn + WIDTH + o_mine, key.to(tl.float32, bitcast=True))
     key = tl.load(p_hard_index + second, slot < pairs, 0)
-    # Also where nothing is drawn: a whole block of slots is read, and a key must lie in the queue.
+    # Also for unused slots: whole blocks are read, so every key must be a valid queue index.
     m_block = pairs > 0
     tl.store(p_drawn + 2 * WIDTH + o_mine, key.to(tl.float32, bitcast=True), m_block)
     m_known = slot < scalar
@@ -102,7 +106,7 @@ def _draw(
 
 @triton.jit
 def _keys(p_queue, p_key, o_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
-    """The vectors of a block of drawn keys in float32, PIECES tensors (SLOTS, PIECE)."""
+    """The vectors of a block of drawn keys, as PIECES tensors (SLOTS, PIECE) float32."""
     key = tl.load(p_key + o_slot).to(tl.int32, bitcast=True).to(tl.int64)
     n = ()
     for piece in tl.static_range(0, PIECES):
@@ -113,7 +117,7 @@ def _keys(p_queue, p_key, o_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: 
 
 @triton.jit
 def _four_normal(c0, c1, k0, k1, lane, NUMBER: tl.constexpr):
-    """The four normal numbers of each slot and lane of the counter, (SLOTS, lanes, 4)."""
+    """Four normal numbers for each slot and lane of the counter, (SLOTS, lanes, 4)."""
     many = (c1 * 0)[:, None] + lane[None, :] * 0
     w0, w1, w2, w3 = philox(many + c0, many + c1[:, None], many + NUMBER, many + lane[None, :], k0, k1)
     e0, e1, e2, e3 = normal(w0, w1, w2, w3)
@@ -123,9 +127,9 @@ def _four_normal(c0, c1, k0, k1, lane, NUMBER: tl.constexpr):
 
 @triton.jit
 def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr, RUN: tl.constexpr):
-    """The normal numbers of a block of slots for the dimensions from FIRST on, (SLOTS, PIECE).
+    """Normal numbers of a block of slots for PIECE dimensions from FIRST on, (SLOTS, PIECE).
 
-    RUN of a vector's numbers lie in a thread, 4 or 8: so many are made in one, and none has to move.
+    A thread holds RUN (4 or 8) consecutive numbers of a vector. It draws exactly these, so none moves between threads.
     """
     SLOTS: tl.constexpr = c1.shape[0]
     lane = 1 + FIRST // 4 + tl.arange(0, PIECE // RUN).to(tl.uint32) * (RUN // 4)
@@ -137,7 +141,7 @@ def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.
 
 @triton.jit
 def _inner(x, y, PIECES: tl.constexpr):
-    """Inner products of rows, (SLOTS,)."""
+    """Row-wise inner products, (SLOTS,)."""
     b_sum = x[0] * y[0]
     for piece in tl.static_range(1, PIECES):
         b_sum += x[piece] * y[piece]
@@ -168,7 +172,7 @@ def _family(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Add one family's slots of this part to the sums of vectors, (SLOTS, D) in pieces, and of weights of q."""
+    """Add one family's slots of this part to the sum of vectors, (SLOTS, D) in pieces, and to the weight of q."""
     NUMBER: tl.constexpr = TABLE[FAMILY][0]
     COUNT: tl.constexpr = TABLE[FAMILY][1]
     A: tl.constexpr = TABLE[FAMILY][4]
@@ -241,14 +245,14 @@ def _family(
 
 @triton.jit
 def _add(b_total, weight, x, PIECES: tl.constexpr):
-    """``b_total`` and weighted vectors, piece by piece."""
+    """``b_total`` plus the weighted vectors, piece by piece."""
     total = ()
     for piece in tl.static_range(0, PIECES):
         total += (b_total[piece] + weight[:, None] * x[piece],)
     return total
 
 
-# A seed or step of 1, or one divisible by 16, is no reason to compile again.
+# Without this, a seed or step of 1 or divisible by 16 would compile the kernel again.
 @triton.jit(do_not_specialize=["K", "N", "seed", "step", "first_row"])
 def mix(
     p_q,
@@ -280,10 +284,11 @@ def mix(
 ):
     """Grid (B, PARTS).
 
-    Writes the part's sum of exp((q.s - m) / T) s, (B, PARTS, D), and all q.s, (B, M), -inf for a row without keys.
-    drawn, (B, PARTS, 4, WIDTH) float32, is room to work in; WIDTH covers `share` of all families. TABLE has a tuple for
-    each family: its number, its count, the range of t, constant and slope of a, b and c, sigma, eta, its largest t,
-    its column in the statistics.
+    Writes the part's sum of exp((q.s - m) / T) s, (B, PARTS, D), and all q.s, (B, M), both float32. q.s is -inf for a
+    row without keys. drawn, (B, PARTS, 4, WIDTH) float32, is scratch space; WIDTH covers the `share` of all families.
+
+    TABLE has a tuple for each family: number, count, range of t (two values), constant and slope of a, b and c, sigma,
+    eta, largest t, and column in the statistics.
     """
     begin(OVERLAP)
     row = tl.program_id(0)
@@ -301,7 +306,7 @@ def mix(
         q += (tl.load(p_q + row64 * D + o_dim, o_dim < D, 0).to(tl.float32)[None, :],)
         b_total += (tl.zeros([SLOTS, PIECE], tl.float32),)
     b_along = tl.zeros([SLOTS], tl.float32)
-    # Before the branch, in which a name may not change its type.
+    # Outside the branch, since Triton does not allow a name to change its type in one.
     if STEP_ON_DEVICE:
         step = tl.load(p_step)
     if available > 0:
@@ -312,7 +317,7 @@ def mix(
         size = tl.minimum(available, N).to(tl.uint32)
         p_drawn += (row64 * PARTS + part) * 4 * WIDTH
         _draw(p_hard_index + row64 * N, p_hard + row64 * N, p_drawn, size, c0, k0, k1, part, TABLE, SLOTS, PARTS, WIDTH)
-        # What follows reads what other threads of this program have drawn.
+        # Other threads of this program read these draws.
         tl.debug_barrier()
         for family in tl.static_range(0, len(TABLE)):
             b_total, b_along = _family(

@@ -1,11 +1,11 @@
-"""The momentum update of many tensors in a launch or two.
+"""EMA update of the key encoder: many tensors in one or two launches.
 
     k <- k + w (q - k),      w = 1 - m
 
-A program takes one block of one tensor; which tensor and where comes from small tables that live on the device, as do
-the addresses of the tensors. Memory-bound: each number of k is read and written once, each of q read once, and nothing
-is launched per tensor. The weight may lie on the device, where a captured graph can follow a schedule; PyTorch's own
-functions need three passes and a copy of the parameters for that.
+A program updates one block of one tensor. Small tables on the device hold the addresses of the tensors, and the tensor
+and block of each program. The update is memory-bound: it reads and writes each number of k once and reads each number
+of q once. The weight w may be a tensor on the device, so that a captured CUDA graph can follow a momentum schedule.
+PyTorch's own functions need three passes and a copy of the parameters for that.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -24,7 +24,7 @@ from synco_fast.kernels.triton.config import interpreted
 __all__ = ["BLOCK", "Plan", "addresses", "unserved", "update"]
 
 BLOCK = 4096
-#: Bytes that a thread loads at once; addresses are looked at before the launch, since the compiler cannot.
+#: Bytes that a thread loads at once. The host checks the alignment of addresses, since the compiler cannot.
 _VECTOR = 16
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -43,7 +43,7 @@ def _update(
     ALIGNED: tl.constexpr,
     ON_DEVICE: tl.constexpr,
 ):
-    """Grid (blocks of all tensors,). Addresses and sizes (T,) int64; tensor and block number of each program int32."""
+    """Grid (blocks of all tensors,). Addresses and sizes are (T,) int64; each program's tensor and block are int32."""
     if ON_DEVICE:
         weight = tl.load(p_weight).to(tl.float32)
     tensor = tl.load(p_tensor + tl.program_id(0))
@@ -54,7 +54,7 @@ def _update(
     if ALIGNED:
         target, source = tl.multiple_of(target, 16), tl.multiple_of(source, 16)
     o = start + tl.arange(0, BLOCK)
-    # The difference first: where q equals k, k stays exactly as it is.
+    # Subtract first: where q equals k, k stays exactly the same.
     if start + BLOCK <= size:
         k = tl.load(target + o).to(tl.float32)
         q = tl.load(source + o).to(tl.float32)
@@ -67,7 +67,7 @@ def _update(
 
 
 class _Tables(NamedTuple):
-    """What one launch reads: addresses and sizes by tensor, tensor and block by program."""
+    """Tables of one launch: address and size of each tensor, tensor and block of each program."""
 
     targets: Tensor
     sources: Tensor
@@ -77,16 +77,17 @@ class _Tables(NamedTuple):
 
 
 class Plan:
-    """The tables for one list of pairs of CUDA tensors of one dtype; holds as long as their addresses do.
+    """Tables for one list of pairs of CUDA tensors of one dtype, valid while their addresses stay the same.
 
-    Pairs whose addresses are both multiples of 16 bytes share one launch, the others another.
+    Pairs whose two addresses are multiples of 16 bytes share one launch; the others share a second one.
     """
 
     def __init__(self, targets: list[Tensor], sources: list[Tensor]) -> None:
         """Build the tables and copy them to the device.
 
         Args:
-            targets, sources: Equal in number, shape, strides, dtype and device, each without gaps in memory.
+            targets, sources: Lists of tensors, equal in number, shape, strides, dtype and device. Each tensor must be
+                dense in memory.
         """
         self.key = addresses(targets, sources)
         self.dtype, self.device = targets[0].dtype, targets[0].device
@@ -94,7 +95,7 @@ class Plan:
         for pair in zip(targets, sources, strict=True):
             if pair[0].numel():
                 groups[all(tensor.data_ptr() % _VECTOR == 0 for tensor in pair)].append(pair)
-        #: By whether the addresses are aligned.
+        #: Key: whether both addresses are aligned.
         self.tables = {aligned: self._tables(pairs) for aligned, pairs in groups.items() if pairs}
 
     def _tables(self, pairs: list[tuple[Tensor, Tensor]]) -> _Tables:
@@ -112,23 +113,23 @@ class Plan:
 
 
 def addresses(targets: list[Tensor], sources: list[Tensor]) -> tuple[int, ...]:
-    """What a `Plan` depends on: where the tensors lie and how long they are."""
+    """The address and length of every tensor: a `Plan` is valid while these stay the same."""
     return tuple(number for tensor in (*targets, *sources) for number in (tensor.data_ptr(), tensor.numel()))
 
 
 def unserved(target: Tensor, source: Tensor) -> str | None:
-    """Why the kernel does not serve a pair of equal shape, dtype and device; None where it does."""
+    """The reason why the kernel cannot take a pair of equal shape, dtype and device, or None if it can."""
     if target.dtype not in _TL:
         return f"a tensor has dtype {target.dtype}; the kernel takes float32, bfloat16 and float16"
     if not (target.is_cuda and torch.version.hip is None) and not interpreted():
         return f"a tensor is on {target.device.type}; the kernel runs on CUDA devices"
     if not _orders(target) & _orders(source):
-        return "a tensor has gaps in memory or another order in it than its counterpart"
+        return "a tensor is not dense in memory, or its memory format differs from its counterpart's"
     return None
 
 
 def _orders(tensor: Tensor) -> set[torch.memory_format]:
-    """In which orders the numbers lie side by side; in both where a dimension has size 1."""
+    """The memory formats in which the tensor is dense. Both if a dimension has size 1."""
     found = {torch.contiguous_format} if tensor.is_contiguous() else set()
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         found.add(torch.channels_last)
@@ -136,10 +137,10 @@ def _orders(tensor: Tensor) -> set[torch.memory_format]:
 
 
 def update(plan: Plan, weight: float | Tensor) -> None:
-    """Launch the update that a plan describes; weight is 1 - m, a number or a tensor of no dimensions on the device."""
+    """Launch the update of a plan. The weight is 1 - m, a number or a 0-dimensional tensor on the device."""
     on_device = isinstance(weight, Tensor)
     for aligned, tables in plan.tables.items():
-        # Triton launches on the current device and its stream, which need not be those of the tensors.
+        # Triton launches on the current device and stream, which may differ from those of the tensors.
         with torch.cuda.device_of(tables.targets):
             _update[(len(tables.tensor),)](
                 *tables,

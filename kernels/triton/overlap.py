@@ -1,8 +1,9 @@
-"""Programmatic dependent launch: a kernel is brought onto the device while the one before it still runs.
+"""Programmatic dependent launch: a kernel is scheduled while the previous one still runs.
 
-Every kernel that is launched so first waits until the one before has completed and its writes can be seen, and then
-lets the next one come. What it reads may be older than that: the kernel before has waited in its turn. It is off by
-default (`config.OVERLAP`), exists from compute capability 9.0 on, and is absent in the interpreter.
+Each kernel first waits until the previous one has completed and its writes are visible. Then it allows the next one to
+start. It may also read the output of earlier kernels, since every kernel in the chain has waited in the same way.
+
+Off by default (`config.OVERLAP`). It needs compute capability 9.0 or higher; the interpreter does not have it.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -18,7 +19,7 @@ __all__ = ["begin"]
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """The first statement of every kernel of a chain."""
+    """Wait for the previous kernel, then release the next. The first statement of every kernel in the chain."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()

@@ -1,7 +1,6 @@
-"""The draws of `synco_fast.kernels.rng` inside a kernel.
+"""Philox random numbers inside a Triton kernel, the same as in `synco_fast.kernels.rng`.
 
-Words, and so all picks, are equal to those of `rng.py` bit for bit; coefficients and normal numbers up to the
-rounding of float32.
+The words, and so all picks, match `rng.py` bit for bit. Coefficients and normal numbers match up to float32 rounding.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -16,9 +15,9 @@ __all__ = ["normal", "philox", "pick", "uniform"]
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Philox-4x32-10 on uint32 values that broadcast: four words of the counter, two of the key; gives four words."""
+    """Philox-4x32-10: four words of the counter and two of the key, uint32 and broadcastable, give four words."""
     for _ in tl.static_range(10):
-        # Both halves of a product in one instruction.
+        # One instruction gives both halves of a product.
         p0, p1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
         high0, high1 = (p0 >> 32).to(tl.uint32), (p1 >> 32).to(tl.uint32)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1.to(tl.uint32), high0 ^ c3 ^ k1, p0.to(tl.uint32)
@@ -29,13 +28,13 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def uniform(word):
-    """A word as a number in (0, 1), exact in float32."""
+    """Map a word to (0, 1), exact in float32."""
     return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
 
 @triton.jit
 def pick(word, more, size):
-    """A position below ``size`` from a word and 16 bits more: the upper word of (word * 2^16 + more) * size / 2^16."""
+    """Map a word and 16 more bits to an index below ``size``: the upper word of (word * 2^16 + more) * size / 2^16."""
     low = word * size
     carried = low + tl.umulhi(more << 16, size) < low
     return (tl.umulhi(word, size) + carried.to(tl.uint32)).to(tl.int32)
@@ -45,8 +44,8 @@ def pick(word, more, size):
 def _turned(word):
     """Cosine and sine of 2 pi u for u = `uniform(word)`.
 
-    Quarter turns are taken off as whole numbers, and Taylor's polynomials serve the remaining eighth of a turn to one
-    unit in the last place. The library's functions would keep a table on the stack for arguments that never occur here.
+    Range reduction by quarter turns is exact, in integers. Taylor polynomials serve the remaining eighth of a turn, to
+    one unit in the last place. The library functions would keep a table on the stack for arguments that never occur.
     """
     moved = (word >> 9) + (1 << 20)
     quarter = moved >> 21
@@ -58,7 +57,7 @@ def _turned(word):
     odd = (quarter & 1) == 1
     first = tl.where(odd, sine, cosine).to(tl.uint32, bitcast=True)
     second = tl.where(odd, cosine, sine).to(tl.uint32, bitcast=True)
-    # The signs are a bit of the quarter's number.
+    # The signs are bits of the quarter's number.
     first ^= ((quarter + 1) << 30) & 0x80000000
     second ^= (quarter << 30) & 0x80000000
     return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
@@ -68,8 +67,8 @@ def _turned(word):
 def _distance(word):
     """The square root of -2 ln u for u = `uniform(word)`, to two units in the last place.
 
-    ln u = ln(1 + f) + e ln 2 with 1 + f between the roots of 1/2 and 2; the polynomial is a least-squares fit of
-    (ln(1 + f) - f + f^2 / 2) / f^3, relative error 4e-8. u is never 0, 1 or denormal, which the library allows for.
+    ln u = ln(1 + f) + e ln 2 with 1 + f between the square roots of 1/2 and 2. The polynomial is a least-squares fit of
+    (ln(1 + f) - f + f^2 / 2) / f^3 with relative error 4e-8. u is never 0, 1 or subnormal, so these need no checks.
     """
     bits = uniform(word).to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) >> 23
@@ -83,7 +82,7 @@ def _distance(word):
 
 @triton.jit
 def normal(w0, w1, w2, w3):
-    """Four words as four standard normal numbers, by Box and Muller."""
+    """Map four words to four standard normal numbers (Box-Muller)."""
     cosine, sine = _turned(w1)
     near, far = _distance(w0), _distance(w2)
     other_cosine, other_sine = _turned(w3)

@@ -1,4 +1,4 @@
-"""Step five: the shares of all programs added up, in a fixed order, to the loss and its gradient.
+"""Step 5, reduce: adds the partial sums of all programs in a fixed order, and computes the loss and its gradient.
 
 With E = exp((q.k - m) / T) and R, V the sums of exp((s - m) / T) and of exp((s - m) / T) s over all negatives s,
 
@@ -20,7 +20,7 @@ __all__ = ["reduce"]
 
 @triton.jit
 def _four(a0, a1, a2, a3, b0, b1, b2, b3):
-    """Four sums under way at once, which share their exchanges between warps."""
+    """Combine four sums in one reduction, so that warps exchange data once."""
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
@@ -31,14 +31,14 @@ def _two(a0, a1, b0, b1):
 
 @triton.jit
 def _finite(b_similarity):
-    """Finite similarities, else 0, and how many they are; NaN and -inf stay out of means, as in `mean_of_finite`."""
+    """Similarities with 0 for non-finite ones, and 1 for each finite one, as `mean_of_finite` needs them."""
     finite = b_similarity > float("-inf")
     return tl.where(finite, b_similarity, 0), finite.to(tl.int32)
 
 
 @triton.jit
 def _mean(p_similarity, count, BLOCK: tl.constexpr):
-    """The mean of the finite similarities; 0 / 0 is the NaN where there are none."""
+    """The mean of the finite similarities; NaN (0 / 0) if there are none."""
     b_sum = tl.zeros([BLOCK], tl.float32)
     b_count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, count, BLOCK):
@@ -52,15 +52,16 @@ def _mean(p_similarity, count, BLOCK: tl.constexpr):
 
 @triton.constexpr_function
 def largest(COUNTS):
-    """The largest count of a family."""
+    """The largest number of synthetic negatives in one family."""
     return max(row[1] for row in COUNTS)
 
 
 @triton.jit
 def _families(p_similarity, positive, shift, scale, COUNTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Of all synthetic negatives: the sum of exp((s - m) / T), how many exceed the positive, means by column, (WIDTH,).
+    """Statistics of all synthetic negatives of a row.
 
-    A row of a tensor is a family: all are summed in one go, and threads exchange a few numbers once.
+    Returns the sum of exp((s - m) / T), the number of similarities above the positive, and the mean of each family,
+    (WIDTH,). Families are the rows of one tensor, so one reduction serves them all.
     """
     o_column = tl.arange(0, WIDTH)
     first = o_column * 0
@@ -119,10 +120,10 @@ def reduce(
     WIDTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (B,). Writes what the operator returns; STEP splits are read at a time; scale is log2(e) / T.
+    """Grid (B,). Writes the outputs of the operator. STEP splits are read at a time; scale is log2(e) / T.
 
-    COUNTS has the column and the count of each family of synthetic negatives, in the order of their similarities;
-    PARTS is 0 where there are none. COLUMNS is how many families there are, WIDTH a power of two that covers them.
+    COUNTS holds the column and the count of each active family, in the order of their similarities. PARTS is 0 without
+    synthetic negatives. COLUMNS is the number of families, and WIDTH the power of two that covers it.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)

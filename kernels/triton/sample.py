@@ -1,13 +1,13 @@
-"""Step one: a threshold for each query that somewhat more than N similarities of the queue exceed.
+"""Step 1, sample: a threshold for each query, exceeded by slightly more than N similarities of the queue.
 
-`sample` multiplies the queries with a sample of the queue (at a stride, since the queue is ordered by time). `rank`
-bisects the order-preserving integers of the float32 numbers for a similarity t that r of the sample or few more reach,
-and takes with it two numbers that every later step uses: the positive similarity q.k, and the shift
+`sample` multiplies the queries by a sample of the queue, taken at a stride, since the queue is ordered by time. `rank`
+finds a threshold t that r or slightly more of the sampled similarities reach, by bisecting the order-preserving
+integers of float32. It also computes two numbers for the later steps: the positive similarity q.k, and the shift
 
     m = max(q.k, largest of the sample)
 
-of the exponent. All sums are of exp((s - m) / T), which for unit rows and T >= 0.03 can neither overflow nor vanish,
-so no later step has to rescale.
+of the exponent. All sums are of exp((s - m) / T). For unit rows and T >= 0.03 they neither overflow nor underflow, so
+no later step has to rescale.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -24,10 +24,10 @@ __all__ = ["multiply", "product", "rank", "sample"]
 
 @triton.jit
 def multiply(left, right, b_total, FORMAT: tl.constexpr, PRECISION: tl.constexpr, THREE: tl.constexpr):
-    """``b_total`` plus the product of two blocks; with THREE, of their leading and following halves but for the last.
+    """``b_total`` plus the product of two blocks.
 
-    A float32 number is the sum of two of bfloat16 to one part in 2^17, so three products on the tensor cores are nearly
-    what float32 gives.
+    With THREE each float32 number is split into two bfloat16 numbers, high and low, exact to one part in 2^17. Three
+    tensor-core products (all but low times low) are then nearly as exact as float32.
     """
     if THREE:
         left_high = left.to(tl.bfloat16)
@@ -54,9 +54,9 @@ def product(
     PRECISION: tl.constexpr,
     THREE: tl.constexpr,
 ):
-    """Similarities of a block of queries to a block of keys in float32, a chunk of the dimension at a time."""
+    """Similarities of a block of queries to a block of keys in float32, PIECE columns at a time."""
     b_similarity = tl.zeros([o_row.shape[0], o_key.shape[0]], tl.float32)
-    # Not unrolled and not pipelined: wide rows would need more shared memory and registers than there are.
+    # No unrolling or pipelining: wide rows would need more shared memory and registers than there are.
     for start in tl.range(0, D, PIECE, num_stages=1):
         o_dim = start + tl.arange(0, PIECE)
         m_dim = o_dim < D
@@ -86,7 +86,7 @@ def sample(
     KEYS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (row blocks, key blocks). Writes similarities to the sampled keys, (B, SAMPLE), -inf where masked."""
+    """Grid (row blocks, key blocks). Writes similarities to the sampled keys, (B, SAMPLE) float32, -inf if masked."""
     begin(OVERLAP)
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_sample = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
@@ -117,7 +117,7 @@ def rank(
     ESTIMATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (B,). Writes t, q.k and m of each row; t is +inf, which no key exceeds, where there is no estimate."""
+    """Grid (B,). Writes t, q.k and m of each row. Without ESTIMATE t is +inf, which no key exceeds."""
     begin(OVERLAP)
     row = tl.program_id(0)
     o_dim = tl.arange(0, DIM)
@@ -132,11 +132,11 @@ def rank(
     if ESTIMATE:
         bits = b_sample.to(tl.int32, bitcast=True)
         b_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        # An integer that at least `wanted` numbers reach, and few more where they differ: how many keys exceed the
-        # threshold decides speed alone. int64, so that the middle cannot overflow.
+        # Find an integer with at least `wanted` numbers at or above it, and few more. It need not be exact: the number
+        # of keys above the threshold affects speed only. int64, so that the midpoint cannot overflow.
         low, high = tl.min(b_order, axis=0).to(tl.int64), tl.max(b_order, axis=0).to(tl.int64)
         reached = tl.full([], WIDTH, tl.int32)
-        # Halves of the integers are halves of exponents: an eighth of the largest is nearer than the first of them.
+        # Bisecting the integers bisects exponents. Start at an eighth of the largest, which is closer.
         largest = (high.to(tl.int32) ^ ((high.to(tl.int32) >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         eighth = (largest * 0.125).to(tl.int32, bitcast=True).to(tl.int64)
         middle = tl.where(largest > 0, tl.maximum(eighth, low + 1), (low + high + 1) >> 1)
@@ -149,7 +149,7 @@ def rank(
             middle = (low + high + 1) >> 1
         found = low.to(tl.int32)
         threshold = (found ^ ((found >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        # Nothing would be known to exceed NaN; all that is not masked exceeds this.
+        # No similarity compares above NaN; every unmasked one exceeds -inf.
         threshold = tl.where(threshold == threshold, threshold, float("-inf"))
     tl.store(p_threshold + row, threshold)
     tl.store(p_positive + row, positive)

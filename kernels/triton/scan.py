@@ -1,19 +1,20 @@
-"""Step two: one pass over the queue.
+"""Step 2, scan: one pass over the queue.
 
-For its block of rows and its share of the queue a program sums
+For its block of rows and its split of the queue a program sums
 
-    P = sum_j exp((s_j - m) / T),    V = sum_j exp((s_j - m) / T) n_j,    how many s_j exceed q.k,
+    P = sum_j exp((s_j - m) / T),    V = sum_j exp((s_j - m) / T) n_j,    the number of s_j above q.k,
 
-and stores each similarity that exceeds t (or is NaN) with its index. The shift m is fixed beforehand, so the shares of
-different programs simply add. Where D is above CHUNK the third grid dimension spreads the columns of V, and the
-similarities are computed once for each.
+and stores every similarity above the threshold t (or NaN) with its index. The shift m is fixed beforehand, so the sums
+of different programs simply add. If D is larger than CHUNK, the third grid dimension splits the columns of V, and each
+of these programs computes the similarities again.
 
-In the layout of a product four lanes of a warp share a row, each with every fourth pair of columns. The columns are
-therefore given keys so that each lane has a run of the split's keys, in order: a row has a segment of memory for every
-lane of every split, each filled in the order of the queue, and all together hold it in that order. A lane counts its
-own candidates, so there is no atomic, no scan over a tile and nothing to exchange. More than a segment holds are
-counted to one beyond it, and what they overwrite is another segment of the same row, which is selected on the slow path
-in that case.
+In the layout of a product, four lanes of a warp share a row, and each lane holds every fourth pair of columns. Keys are
+assigned to columns so that each lane gets a run of consecutive keys. A row has one memory segment for each lane of each
+split. Every segment is filled in queue order, and so are all segments one after another. Each lane counts its own
+candidates: this needs no atomics, no prefix sum over a tile and no exchange between threads.
+
+If a segment overflows, the count stops one above its size. The overflow overwrites another segment of the same row,
+which is harmless: such a row is selected on the slow path.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -28,16 +29,16 @@ from synco_fast.kernels.triton.sample import multiply, product
 
 __all__ = ["OVERHANG", "scan"]
 
-#: Places behind a row's last segment that a tile may overwrite, beside its own number of keys.
+#: Places after a row's last segment that a tile may overwrite, in addition to one for each of its keys.
 OVERHANG = 16
 
-#: Lists of candidates that a row has in a split: as many as lanes of a warp share a row of a product.
+#: Candidate lists of a row in a split: the lanes of a warp that share a row of a product.
 LANES = 4
 
 
 @triton.jit
 def _columns(x, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """The WIDTH columns (ROWS, LANES) of the last dimension; none of them has to move between threads."""
+    """Split the last dimension into WIDTH tensors (ROWS, LANES), without moving data between threads."""
     if WIDTH == 1:
         return (tl.reshape(x, [ROWS, LANES]),)
     else:
@@ -45,8 +46,8 @@ def _columns(x, ROWS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
         return _columns(first, ROWS, LANES, WIDTH // 2) + _columns(second, ROWS, LANES, WIDTH // 2)
 
 
-# As an elementwise instruction the store stays in the layout of the product; tl.store would first exchange the whole
-# tile between threads, with several times the instructions and more registers than there are.
+# Inline assembly keeps the layout of the product. `tl.store` would first exchange the whole tile between threads, with
+# several times the instructions and more registers than there are.
 _KEEP = tl.constexpr(
     "{ .reg .pred kept; .reg .pred above; .reg .b64 address; mov.b32 $0, $3; mov.b32 $1, $4;"
     " mad.wide.u32 address, $3, 8, $2; setp.gtu.f32 kept, $5, $6; @kept st.global.v2.b32 [address], {$8, $5};"
@@ -68,10 +69,12 @@ def keep(
     LANES: tl.constexpr,
     DEVICE: tl.constexpr,
 ):
-    """Store what exceeds the threshold from place (ROWS, LANES) on; the places behind, and ranks plus those above q.k.
+    """Store the similarities above the threshold, starting at ``place``, (ROWS, LANES).
 
-    The tile's columns are pairs of neighbours, one for each lane in turn, and ``key``, (LANES,), the key of each lane's
-    first column. A lane's columns stand in the order of its keys.
+    The tile's columns come in pairs of neighbours, one pair for each lane in turn. ``key``, (LANES,), is the key of
+    each lane's first column, and a lane's columns are in the order of its keys.
+
+    Returns the next free places, and the ranks plus the number of similarities above q.k.
     """
     GROUPS: tl.constexpr = KEYS // (2 * LANES)
     b_columns = tl.permute(tl.reshape(b_similarity, [ROWS, GROUPS, LANES, 2]), (0, 2, 1, 3))
@@ -89,7 +92,7 @@ def keep(
                 pack=1,
             )
         else:
-            # Not "above": NaN must be kept too, since it comes first in Q^N.
+            # Not `>`: NaN must be kept too, since it comes first in Q^N.
             kept = ~(b_own <= threshold[:, None])
             value = (b_own.to(tl.int32, bitcast=True).to(tl.int64) << 32) | o_key.to(tl.int64)
             tl.store(p_found + b_place, value, kept)
@@ -135,14 +138,20 @@ def scan(
     LANES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (row blocks, splits, chunks of D); ``tiles`` key tiles a split; scale is log2(e) / T.
+    """Grid (row blocks, splits, chunks of D). A split has ``tiles`` key tiles; scale is log2(e) / T.
 
-    Writes found (B, room) int64, similarity above index, SEGMENT places for each lane of each split (none where SEGMENT
-    is 0); count (B, splits, LANES); sum and rank (splits, B); and total (splits, B, D). EVEN promises whole tiles
-    throughout.
+    Writes
+
+    - found, (B, room) int64: the similarity in the high word and the index in the low word, SEGMENT places for each
+      lane of each split; nothing if SEGMENT is 0,
+    - count, (B, splits, LANES) int32,
+    - sum, float32, and rank, int32, (splits, B),
+    - total, (splits, B, D) float32.
+
+    EVEN states that all tiles are whole.
     """
     begin(OVERLAP)
-    # Neighbours go to one lane in pairs, as in the layout of a product: a lane has a run of the split's keys.
+    # As in the layout of a product, a lane holds pairs of neighbouring columns: its keys are then consecutive.
     SHARE: tl.constexpr = KEYS // LANES
     o_column = tl.arange(0, KEYS)
     o_lane = tl.arange(0, LANES)
@@ -161,7 +170,7 @@ def scan(
     if MASKED:
         image = tl.load(p_image + o_row, m_row, 0)
     if SEGMENT:
-        # One chunk of columns keeps for all.
+        # Only the programs of the first chunk store candidates.
         threshold = tl.load(p_threshold + o_row, m_row & (chunk == 0), float("inf"))
         p_row = (p_found + o_row.to(tl.int64) * room)[:, None]
         b_first = (o_row * 0)[:, None] + (split * LANES + o_lane)[None, :] * SEGMENT

@@ -1,16 +1,16 @@
-"""Step three: from what the scan found of a row to its N hardest keys, in the order of the queue.
+"""Step 3, select: the N hardest keys of each row from its candidates, in queue order.
 
-The scan has left a row's candidates in segments, one for each lane of a split, every segment in the order of the
-queue. `select` brings them side by side and bisects the order-preserving integers of their similarities until exactly N
-reach the middle, or until the N-th largest is known and ties with it are left to settle (the smallest indices are
-taken), and stores the chosen ones side by side. No sort is needed, since Q^N is ordered by queue index.
+The scan leaves a row's candidates in segments, one for each lane of a split, each in queue order. `select` compacts
+them. It then bisects the order-preserving integers of their similarities until exactly N of them are at or above the
+midpoint, or until the N-th largest is known. In the second case it breaks ties in favour of the smallest indices. No
+sort is needed, since Q^N is ordered by queue index.
 
-Where the scan multiplied in fewer bits than float32, its similarities leave open which keys near the N-th belong to
-Q^N. Those within a margin of it (twice what the scan may be off), or all down to it, are multiplied again in float32,
-and the choice is made among them once more.
+If the scan multiplied in lower precision than float32, its similarities do not decide which keys near the N-th belong
+to Q^N. Keys within a margin of it (twice the largest error of the scan) are recomputed in float32, and the choice is
+made again. With TF32, every key down to the margin is recomputed.
 
-A row is flagged for the slow path (`full_select.py`) instead where too few candidates were found, more than there is
-room for in registers, more in one segment than there is room for in memory, or where the margin reaches the threshold.
+A row is flagged for the slow path (`full_select.py`) if it has too few candidates, more than the registers hold, more
+in one segment than the segment holds, or if the margin reaches the threshold.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -27,16 +27,19 @@ __all__ = ["ordered", "select"]
 
 @triton.jit
 def ordered(similarity):
-    """Float32 numbers as int32 in the numbers' order: NaN is the largest, -0 equals 0, none is -2^31."""
+    """Order-preserving int32 of float32 numbers: NaN is the largest, -0 equals 0, and -2^31 never occurs."""
     bits = (similarity + 0.0).to(tl.int32, bitcast=True)
     return tl.where(similarity == similarity, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit
 def _cut(b_order, needed, low, high, reached):
-    """The largest integer that at least `needed` numbers reach, or one that exactly `needed` reach; how many reach it.
+    """Bisect for the threshold: the largest integer with at least `needed` numbers at or above it.
 
-    `reached` numbers reach low, and none is above high; int64 bounds, so that the middle cannot overflow.
+    Stops early at an integer with exactly `needed`. On entry `reached` numbers are at or above low, and none is above
+    high. Both bounds are int64, so that the midpoint cannot overflow.
+
+    Returns the integer, and how many numbers are at or above it.
     """
     while (low < high) & (reached != needed):
         middle = (low + high + 1) >> 1
@@ -50,7 +53,10 @@ def _cut(b_order, needed, low, high, reached):
 
 @triton.jit
 def _running(b_number, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """`tl.cumsum` of SIZE numbers, 32 of which add up to less than 2^BITS: several are exchanged as one in a warp."""
+    """`tl.cumsum` of SIZE small integers, any 32 of which sum to less than 2^BITS.
+
+    Several of them are packed into one word before warps exchange them.
+    """
     if SIZE < 512:
         return tl.cumsum(b_number, 0)
     else:
@@ -95,12 +101,12 @@ def select(
     EVERY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag where it does not count.
+    """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag for rows that need the slow path.
 
-    found is (B, room) int64, similarity above index, SEGMENT places for each list; count is (B, lists); place,
-    (B, CAPACITY) int32, is room to work in. Places of Q^N beyond the keys that a row may use get -inf and index 0.
-    MARGIN is twice the error of the similarities of unit rows, 0 where they count as they are; EVERY multiplies all
-    down to the margin again, KEYS at a time.
+    found is (B, room) int64: the similarity in the high word, the index in the low word, SEGMENT places for each list.
+    count is (B, lists) int32. place, (B, CAPACITY) int32, is scratch space. If a row may use fewer than N keys, the
+    rest of its Q^N is -inf with index 0. MARGIN is twice the error of similarities of unit rows, 0 if they are exact.
+    EVERY recomputes all keys down to the margin, KEYS at a time.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -115,7 +121,7 @@ def select(
     flag = (total < needed) | (total > CAPACITY) | (longest > SEGMENT)
     tl.store(p_flag + row, flag.to(tl.int32))
     if flag == 0:
-        # Where each list begins when all stand side by side; the last that begins at or before a place has it.
+        # The start of each list after compaction. A place belongs to the last list that starts at or before it.
         b_before = tl.cumsum(b_count, 0) - b_count
         o_all = tl.arange(0, CAPACITY)
         m_all = o_all < total
@@ -155,7 +161,7 @@ def select(
             tl.debug_barrier()
             exact = tl.load(p_place + row * CAPACITY + b_place, b_near, 0).to(tl.float32, bitcast=True)
             b_similarity = tl.where(b_near, exact, b_similarity)
-            # Those above the margin are chosen whatever the others turn out to be.
+            # Keys above the margin are chosen in any case.
             sure = tl.where(m_all & ~(b_similarity < border - margin), 0x7FFFFFFF, -(2**31))
             b_order = tl.where(b_near, ordered(exact), sure)
             total = tl.sum((b_order > -(2**31)).to(tl.int32))

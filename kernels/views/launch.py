@@ -1,4 +1,4 @@
-"""Checks and launches of the views' kernels."""
+"""Argument checks and launches of the augmentation kernels."""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["PARAMETERS", "make_views", "unserved_by_triton"]
 
-#: The parameters of V views by name, with the trailing shape and the kind of each: those of `data.augment.draw`.
+#: The parameters of V views, as `data.augment.draw` draws them: name, trailing shape and kind of dtype.
 PARAMETERS: dict[str, tuple[tuple[int, ...], str]] = {
     "crop": ((4,), "integer"),
     "order": ((4,), "integer"),
@@ -22,13 +22,13 @@ PARAMETERS: dict[str, tuple[tuple[int, ...], str]] = {
     "solarize": ((), "bool"),
     "flip": ((), "bool"),
 }
-#: Pixels of a program.
+#: Pixels for each program.
 _BLOCK = 512
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 
 def unserved_by_triton(pixels: Tensor) -> str | None:
-    """Why the kernels do not serve images on this device; None where they do."""
+    """The reason why the kernels cannot take images on this device, or None if they can."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not pixels.is_cuda or torch.version.hip:
@@ -55,30 +55,31 @@ def make_views(
     """Make V views of N decoded images: crop, jitter in its drawn order, grayscale, blur, solarize, flip.
 
     Experimental: compared with torchvision in Triton's interpreter and compiled for compute capability 8.0, 9.0 and
-    10.0, never run on a GPU. Four launches, and 24 bytes of scratch memory for each pixel of a view. Values of the
-    parameters are not checked, for that would make the host wait: a crop outside its image reads memory outside it.
+    10.0, but never run on a GPU. It takes four launches, and 24 bytes of scratch memory for each pixel of a view. The
+    values of the parameters are not checked, since the host would have to wait for them. A crop outside its image
+    reads out of bounds.
 
     Args:
-        pixels: uint8, (n,): the images one after the other, in any order, with gaps or without.
-        offsets: Where each image begins in ``pixels``, (N,) int64.
+        pixels: (n,) uint8: the concatenated images, in any order, with or without gaps.
+        offsets: Start of each image in ``pixels``, (N,) int64.
         sizes: Height and width of each image, (N, 2) integers.
-        images: The image of each view, (V,) integers.
-        parameters: By name, those of `PARAMETERS`, each (V, ...): crops as top, left, height and width in pixels; the
-            parts of the jitter (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order of each view; their
-            factors, the last in turns of the colour circle; whether a view loses its colour; sigma of its blur in
-            pixels, 0 for none; whether it is solarized; whether it is flipped.
-        size: Side of a view, 2 or more.
-        channels: Of the images, 3 or 1.
-        planar: Whether channels are the outermost axis of an image (C, H, W), else the innermost (H, W, C).
-        dtype: torch.uint8 for pixels, or a floating type for normalised values.
-        mean, std: Of the channels for values in [0, 1], where ``dtype`` is floating.
+        images: The image index of each view, (V,) integers.
+        parameters: The tensors of `PARAMETERS` by name, each (V, ...): crops as top, left, height and width in pixels;
+            the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order of each view, and their
+            factors (hue in turns of the color circle); grayscale; sigma of the blur in pixels, 0 for none; solarize;
+            flip.
+        size: Side of a view in pixels, 2 or more.
+        channels: Channels of the images, 3 or 1.
+        planar: Whether images are (C, H, W), not (H, W, C).
+        dtype: torch.uint8 for pixels, or a floating dtype for normalised values.
+        mean, std: Normalisation of each channel for values in [0, 1]; used with a floating ``dtype``.
 
     Returns:
-        (V, 3, size, size) of ``dtype``, in channels-last layout.
+        The views, (V, 3, size, size) of ``dtype``, in channels-last layout.
 
     Raises:
-        TypeError, ValueError: An argument has another type, shape or device than it must have.
-        RuntimeError: The kernels do not run here; see `unserved_by_triton`.
+        TypeError, ValueError: An argument has the wrong type, shape or device.
+        RuntimeError: The kernels do not run on this device; see `unserved_by_triton`.
     """
     _check(pixels, offsets, sizes, images, parameters, size, channels, dtype)
     reason = unserved_by_triton(pixels)

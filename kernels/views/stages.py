@@ -1,7 +1,7 @@
-"""The four kernels of the views: crop, colour, and the two axes of the blur.
+"""The four augmentation kernels: crop, color, and the two axes of the blur.
 
-A view is made in floats from 0 to 255, clamped after each part of the jitter and rounded after the crop and at the end,
-as `synco_fast.data.augment.ops` makes it. Between the kernels it lies in planes of float32.
+They compute in floats from 0 to 255, clamp after each jitter operation, and round after the crop and at the end, like
+`synco_fast.data.augment.ops`. Between the kernels a view is stored as float32 planes.
 """
 
 # mypy: disable-error-code="import-untyped,untyped-decorator,no-untyped-def,no-any-return"
@@ -13,13 +13,13 @@ import triton.language as tl
 
 __all__ = ["blur_columns", "blur_rows", "colour", "crop"]
 
-#: Numbers of the parts of the jitter, and how many there are.
+#: Codes of the jitter operations, and their number.
 _BRIGHTNESS = tl.constexpr(0)
 _CONTRAST = tl.constexpr(1)
 _SATURATION = tl.constexpr(2)
 _HUE = tl.constexpr(3)
 _PARTS = tl.constexpr(4)
-#: Half the width of the blur's window, in sigmas.
+#: Half the width of the blur's window, in standard deviations.
 _SIGMAS = tl.constexpr(3.0)
 
 
@@ -35,13 +35,13 @@ def _luma(red, green, blue):
 
 @triton.jit
 def _side(corner, sign, middle, start):
-    """How full a channel is at a corner of the hexagon of hues, from 0 to 1."""
+    """Strength of a channel for a hue on the HSV hexagon, from 0 to 1."""
     return tl.minimum(tl.maximum(sign * tl.abs(corner - middle) + start, 0.0), 1.0)
 
 
 @triton.jit
 def _hue(red, green, blue, shift):
-    """Hue turned by ``shift`` turns in HSV; value and chroma are kept."""
+    """Shift the hue by ``shift`` turns in HSV; value and chroma stay the same."""
     top = tl.maximum(tl.maximum(red, green), blue)
     low = tl.minimum(tl.minimum(red, green), blue)
     chroma = top - low
@@ -62,7 +62,7 @@ def _hue(red, green, blue, shift):
 
 @triton.jit
 def _part(part, factor, red, green, blue):
-    """One part of the jitter but contrast, which needs the mean of the view."""
+    """Apply one jitter operation other than contrast, which needs the mean of the view."""
     if part == _BRIGHTNESS:
         red, green, blue = _clamp(red * factor), _clamp(green * factor), _clamp(blue * factor)
     if part == _SATURATION:
@@ -77,7 +77,7 @@ def _part(part, factor, red, green, blue):
 
 @triton.jit
 def _contrast_place(p_order, p_factors, view):
-    """Where in its order a view's contrast comes; after all parts where it has none."""
+    """Position of contrast in the order of a view; after all operations if the view has none."""
     found = view * 0 + _PARTS
     for place in tl.static_range(_PARTS):
         part = tl.load(p_order + view * _PARTS + place)
@@ -106,7 +106,7 @@ def _load(p_planes, view, o_pixel, m_pixel, PIXELS: tl.constexpr):
 
 @triton.jit
 def _tap(i, middle, reach, extent):
-    """Weight of source pixel ``i`` of a window in a resized one: a triangle, antialiased where the window shrinks."""
+    """Weight of source pixel ``i`` in a resized pixel: a triangle filter, wider (antialiased) for downscaling."""
     weight = tl.maximum(1.0 - tl.abs(i.to(tl.float32) + 0.5 - middle) / reach, 0.0)
     return tl.where((i >= 0) & (i < extent), weight, 0.0)
 
@@ -127,9 +127,9 @@ def crop(
     PLANAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Crop and resize, and the parts of the jitter that come before contrast; sums of the luma, one a program.
+    """Crop, resize, and the jitter operations before contrast. Also writes one sum of the luma for each program.
 
-    Grid: (views, blocks of pixels). Bilinear with antialiasing as in PyTorch; pixels are rounded to whole numbers.
+    Grid (views, blocks of pixels). Bilinear with antialiasing, as in PyTorch; pixels are rounded to integers.
     """
     PIXELS: tl.constexpr = SIZE * SIZE
     view, block = tl.program_id(0), tl.program_id(1)
@@ -198,7 +198,7 @@ def colour(
     BLOCK: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Contrast, the parts of the jitter after it, and grayscale, in place. Grid: (views, blocks of pixels)."""
+    """Contrast, the jitter operations after it, and grayscale, in place. Grid (views, blocks of pixels)."""
     PIXELS: tl.constexpr = SIZE * SIZE
     view, block = tl.program_id(0), tl.program_id(1)
     begin = _contrast_place(p_order, p_factors, view)
@@ -225,7 +225,7 @@ def colour(
 
 @triton.jit
 def _reflect(i, SIZE: tl.constexpr):
-    """The pixel that stands for one beyond the edge: mirrored at the outermost pixels, again and again."""
+    """Reflect padding: the index inside the image for an index outside it."""
     PERIOD: tl.constexpr = 2 * (SIZE - 1)
     i = tl.abs(i) % PERIOD
     return tl.minimum(i, PERIOD - i)
@@ -233,7 +233,7 @@ def _reflect(i, SIZE: tl.constexpr):
 
 @triton.jit
 def _blurred(p_planes, view, row, column, m_pixel, sigma, DOWN: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """A Gaussian along one axis, cut at three sigmas."""
+    """Gaussian blur along one axis, truncated at three standard deviations."""
     PIXELS: tl.constexpr = SIZE * SIZE
     width = sigma * _SIGMAS
     reach = width.to(tl.int32)
@@ -244,7 +244,7 @@ def _blurred(p_planes, view, row, column, m_pixel, sigma, DOWN: tl.constexpr, SI
     for tap in range(-reach, reach + 1):
         distance = tap / sigma
         weight = tl.exp(-0.5 * distance * distance)
-        if DOWN:  # noqa: SIM108 - a conditional expression of Triton evaluates both sides
+        if DOWN:  # noqa: SIM108 - in Triton a conditional expression evaluates both sides
             o_tap = _reflect(row + tap, SIZE) * SIZE + column
         else:
             o_tap = row * SIZE + _reflect(column + tap, SIZE)
@@ -255,7 +255,7 @@ def _blurred(p_planes, view, row, column, m_pixel, sigma, DOWN: tl.constexpr, SI
 
 @triton.jit
 def blur_rows(p_planes, p_blurred, p_sigma, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """The blur along the rows, of the views that have one. Grid: (views, blocks of pixels)."""
+    """Blur along the rows, for the views that have a blur. Grid (views, blocks of pixels)."""
     PIXELS: tl.constexpr = SIZE * SIZE
     view, block = tl.program_id(0), tl.program_id(1)
     sigma = tl.load(p_sigma + view)
@@ -294,7 +294,7 @@ def blur_columns(
     NORMALISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The blur along the columns, solarize, flip, and the view in channels-last layout. Grid: as `blur_rows`."""
+    """Blur along the columns, solarize, flip, and write the view in channels-last layout. Grid as in `blur_rows`."""
     PIXELS: tl.constexpr = SIZE * SIZE
     view, block = tl.program_id(0), tl.program_id(1)
     o_pixel = block * BLOCK + tl.arange(0, BLOCK)

@@ -68,7 +68,7 @@ def test_parameters_buffers_and_views_in_place():
             [],
             torch.ones(1),
             ValueError,
-            r"m: found torch.float32 of shape \(1,\), expected floating point of no",
+            r"m: found torch.float32 of shape \(1,\), expected a 0-dimensional float",
         ),
         ([torch.ones(2)], [], 0.5, ValueError, "params_q: found 0 tensors, expected 1, as many as params_k"),
         ([torch.ones(2)], [torch.ones(3)], 0.5, ValueError, r"params_q\[0\]: found shape \(3,\), expected \(2,\)"),
@@ -93,7 +93,7 @@ def test_the_kernel_hands_over_with_one_note(monkeypatch):
     expected = [k.clone() for k in keys]
     momentum_update(expected, queries, 0.9)
     momentum._note.cache_clear()
-    with pytest.warns(UserWarning, match="^momentum update by foreach: (a tensor is on cpu; the kernel|Triton cannot)"):
+    with pytest.warns(UserWarning, match="^the momentum update uses foreach: (a tensor is on cpu; the|Triton cannot)"):
         momentum_update(keys, queries, 0.9, backend="triton")
     assert all(torch.equal(k, wanted) for k, wanted in zip(keys, expected, strict=True))
     with pytest.raises(ValueError, match=r"^backend: found 'fused', expected auto, foreach, triton"):

@@ -70,7 +70,7 @@ def test_hashable_and_frozen():
         ({"mixed": -1}, ValueError, "mixed: found -1, expected a whole number from 0 up"),
         ({"mixed": 1.5}, TypeError, "mixed: found 1.5, expected a whole number from 0 up"),
         ({"hard": True}, TypeError, "hard: found True, expected a whole number from 0 up"),
-        ({"hard": 0}, ValueError, "hard: found 0, expected 1 or more where 960 synthetic negatives are made"),
+        ({"hard": 0}, ValueError, "hard: found 0, expected 1 or more, to make 960 synthetic negatives"),
         ({"extrapolation": "other"}, ValueError, "extrapolation: found 'other', expected 'released' or 'paper'"),
         ({"mixed_range": (1.0, 0.0)}, ValueError, r"mixed_range: found \(1.0, 0.0\), expected finite low <= high"),
         ({"mixed_range": (0.0, float("inf"))}, ValueError, r"mixed_range: found \(0.0, inf\), expected finite"),

@@ -56,7 +56,7 @@ def _quiet(monkeypatch):
     monkeypatch.setattr(native, "APART", 1 << 18)
     ops._note.cache_clear()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the formula computes the batch norm")
+        warnings.filterwarnings("ignore", "the batch norm uses the PyTorch formula")
         yield
     ops._note.cache_clear()
 

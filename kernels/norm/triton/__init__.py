@@ -1,4 +1,4 @@
-"""Batch norm on a CUDA device: statistics, apply, and both backward. Importing this needs Triton."""
+"""Batch norm kernels for CUDA devices: statistics, apply and backward. Importing this needs Triton."""
 
 from synco_fast.kernels.norm.triton.launch import apply, backward, statistics, unserved
 

@@ -31,7 +31,7 @@ def normalise(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Grid (blocks of C and of rows, 1, G), the former faster. Weight, bias and residual may be None."""
+    """Grid (blocks of C times blocks of rows, 1, G), where C varies fastest. Weight, bias and residual may be None."""
     program, group = tl.program_id(0), tl.program_id(2)
     o_channel = program % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < C

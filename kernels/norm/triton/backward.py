@@ -1,12 +1,12 @@
-"""Backward: two sums of each group and channel, then one elementwise pass.
+"""Backward pass: two sums for each group and channel, then one elementwise pass.
 
-With z the gradient of y where y > 0 and means over a group's n values of a channel,
+z is the gradient of y where y > 0 and 0 elsewhere. Means are over the n values of a channel in a group:
 
     db = sum z,   dw = sum z (x - mean) rstd,   dr = z
     dx = w rstd (z - mean z - (x - mean) rstd^2 mean(z (x - mean)))
 
-Where y is positive is recomputed from x, in the very operations of the forward pass, or with a residual read from y,
-which the next layer has saved in any case; then z is written as dr, and the second pass reads it instead.
+Without a residual, the ReLU mask is recomputed from x by exactly the operations of the forward pass. With a residual,
+it is read from y, which the next layer saves in any case. Then z is written as dr, and the second pass reads it.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -43,9 +43,10 @@ def partial_sums(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Grid (blocks of C, splits, G). Writes sum z and sum z (x - mean) of each share, (G, splits, C), and z.
+    """Grid (blocks of C, splits, G). Writes the partial sums of z and of z (x - mean), (G, splits, C) float32.
 
-    With ``p_y`` the mask is read from it and z is written to ``p_masked``; with ``RECOMPUTE`` it is made from x.
+    With ``p_y`` the mask is read from it, and z is written to ``p_masked``. With ``RECOMPUTE`` the mask is recomputed
+    from x.
     """
     split, group = tl.program_id(1), tl.program_id(2)
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -144,7 +145,10 @@ def of_input(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Grid (blocks of C and of rows, 1, G), the former faster. Writes dx; ``p_gradient`` is z unless ``RECOMPUTE``."""
+    """Grid (blocks of C times blocks of rows, 1, G), where C varies fastest. Writes dx.
+
+    ``p_gradient`` is z, or the gradient of y with ``RECOMPUTE``.
+    """
     program, group = tl.program_id(0), tl.program_id(2)
     o_channel = program % columns * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < C

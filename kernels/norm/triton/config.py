@@ -1,4 +1,4 @@
-"""How the kernels are launched: what they serve, their tiles and the spread over programs, from shapes and dtypes."""
+"""Launch configuration of the batch norm kernels: supported inputs, tiles and grids, from shapes and dtypes."""
 
 # mypy: disable-error-code="import-untyped"
 
@@ -13,28 +13,28 @@ from torch import Tensor
 
 __all__ = ["Shape", "interpreted", "shape_of", "unserved"]
 
-#: Numbers of a tile: 16 for each thread of eight warps, so that no kernel needs local memory.
+#: Numbers of a tile: 16 for each thread of eight warps, so that no kernel spills registers.
 TILE = 4096
-#: Channels of a tile: 64 make a full line of the L2 cache in 16 bits.
+#: Channels of a tile: 64 numbers of 16 bits fill a line of the L2 cache.
 CHANNELS = 64
-#: Programs of a reduction: four for each multiprocessor of an H100. Fixed, so that the bits are the same everywhere.
+#: Programs of a reduction: four for each multiprocessor of an H100. Fixed, so that every GPU gives the same bits.
 PROGRAMS = 512
-#: Tiles that a program of an elementwise pass handles, to load the numbers of a channel once for all of them.
+#: Tiles for each program of an elementwise pass, which loads the numbers of a channel once for all of them.
 TILES = 4
-#: Shares of a channel that are added up at once, of all groups together.
+#: Partial sums of a channel that are added at a time, over all groups.
 SHARES = 256
-#: Channels of a program that adds shares up: a sector of the L2 cache.
+#: Channels of a program that adds partial sums: a sector of the L2 cache.
 SHARED_CHANNELS = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter, on CPU tensors."""
+    """True if the kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unserved(x: Tensor) -> str | None:
-    """Why the kernels do not serve x, (B, C, H, W); None where they do."""
+    """The reason why the kernels cannot take x, (B, C, H, W), or None if they can."""
     if x.dtype not in _DTYPES:
         return f"x has dtype {x.dtype}; the kernels take float32, bfloat16 and float16"
     if not x.numel():
@@ -53,17 +53,17 @@ def unserved(x: Tensor) -> str | None:
 
 
 class Shape(NamedTuple):
-    """A tensor (B, C, H, W) as a matrix of rows, one a place of an image, and how programs share it.
+    """A tensor (B, C, H, W) as a matrix with one row for each pixel, and its division among programs.
 
     Attributes:
-        channels: C, columns.
-        values: n, rows of a group.
+        channels: C, the columns.
+        values: n, the rows of a group.
         groups: G.
-        block_rows, block_channels: Of a tile.
-        tiles: Tiles that a program of a reduction goes through.
-        splits: Programs that share a group's rows in a reduction.
-        chunks: Programs that share a group's rows in an elementwise pass.
-        at_once: Groups whose shares are added up at once.
+        block_rows, block_channels: Tile size.
+        tiles: Tiles for each program of a reduction.
+        splits: Programs that split a group's rows in a reduction.
+        chunks: Programs that split a group's rows in an elementwise pass.
+        at_once: Groups whose partial sums are added at a time.
     """
 
     channels: int
@@ -78,7 +78,7 @@ class Shape(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Blocks of channels."""
+        """Number of channel blocks."""
         return -(-self.channels // self.block_channels)
 
     @property
@@ -88,7 +88,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(x: Tensor, groups: int) -> Shape:
-    """How the kernels see x, (B, C, H, W), in so many groups."""
+    """The `Shape` of x, (B, C, H, W), with this number of groups."""
     channels = x.shape[1]
     count = x.numel() // (channels * groups)
     block_channels = min(CHANNELS, max(16, triton.next_power_of_2(channels)))

@@ -1,9 +1,9 @@
-"""The launcher: the room that the kernels need, and the launches in order.
+"""Launcher of the batch norm kernels: allocates the buffers and launches in order.
 
-Everything here is decided by shapes and dtypes: nothing waits for the host, so a CUDA graph can hold all of it. Data is
-channels-last, which makes (B, C, H, W) a matrix of B H W rows of C numbers, and a group a range of its rows.
+Every decision depends on shapes and dtypes, so the host never waits and a CUDA graph can capture everything. Data is
+channels-last: (B, C, H, W) is a matrix of B H W rows of C numbers, and a group is a range of rows.
 
-Launches, whatever the number of groups, and passes over memory of x's size, each of its bytes read or written once:
+Launches, for any number of groups, and the tensors of x's size that they read and write once:
 
 | function | launches | reads | writes |
 |---|---|---|---|
@@ -12,7 +12,7 @@ Launches, whatever the number of groups, and passes over memory of x's size, eac
 | `backward` | `partial_sums`, `finish_sums`, `of_input` | dy twice, x twice | dx |
 | `backward` of ReLU with residual | the same | dy, y, dr, x twice | dr, dx |
 
-What is small beside x are the numbers of a channel and the shares of `splits` programs, 12 C bytes a split and group.
+Other buffers are small: a few numbers for each channel, and partial sums of 12 C bytes for each split and group.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ __all__ = ["apply", "backward", "statistics", "unserved"]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
-    """Memory that a kernel fills; tests put poison here."""
+    """Memory for a kernel to fill. Tests replace this to fill it with poison values."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Memory of x's size, channels-last, that a kernel fills; tests put poison here."""
+    """Memory of x's size, channels-last, for a kernel to fill. Tests replace this, too."""
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
 def _adding(shape: Shape) -> dict[str, int]:
-    """How shares are added up: all of a channel in one or two goes, in most cases."""
+    """Arguments for adding partial sums: usually all of a channel in one or two iterations."""
     return {"GROUPS": shape.at_once, "SPLITS": SHARES // shape.at_once, "CHANNELS": SHARED_CHANNELS}
 
 
@@ -64,10 +64,10 @@ def statistics(
     groups: int,
     momentum: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each group, (G, C) float32; moves the running statistics in place.
+    """Mean and biased variance of each group, (G, C) float32. Updates the running statistics in place.
 
     Args:
-        x: (B, C, H, W), channels-last, for which `unserved` gives None.
+        x: (B, C, H, W), channels-last; `unserved` must return None for it.
         running_mean, running_var, num_batches_tracked, groups, momentum: As in
             `synco_fast.kernels.norm.batch_norm`.
     """
@@ -119,9 +119,9 @@ def apply(
 
     Args:
         x: (B, C, H, W), channels-last.
-        mean, variance: (G, C); the running ones, (1, C), outside training.
+        mean, variance: (G, C); in evaluation the running ones, (1, C).
         weight, bias: (C,), or None.
-        residual: As x, or None.
+        residual: Like x, or None.
         relu, eps: As in `synco_fast.kernels.norm.batch_norm`.
     """
     shape = shape_of(x, len(mean))
@@ -159,13 +159,13 @@ def backward(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """dx, dr where ``y`` is given, both channels-last in the dtype of x, and dw and db, (C,) float32.
+    """dx, dr if ``y`` is given, both channels-last in the dtype of x, and dw and db, (C,) float32.
 
     Args:
-        gradient: Of y, as x.
-        y: The output, where the mask is read from it: with ReLU and residual. Else None.
+        gradient: Gradient of y, like x.
+        y: The output, with ReLU and residual, to read the ReLU mask from it; otherwise None.
         x, mean, variance, weight, bias, relu, eps: As in `apply`.
-        training: Whether mean and variance are those of x, and so depend on it.
+        training: Whether mean and variance are computed from x, so that the gradient passes through them.
     """
     shape, device = shape_of(x, len(mean)), x.device
     masked = None if y is None else empty_like(x)

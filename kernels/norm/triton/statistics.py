@@ -1,12 +1,12 @@
-"""Mean and variance of each group and channel: shares of the rows, then one program a few channels adds them up.
+"""Mean and variance of each group and channel: partial statistics of row ranges, combined by a second kernel.
 
-A program keeps mean and sum of squared differences M for each place of its tile and moves both with every tile
-(Welford, Technometrics 4(3), 1962). Parts A of n_A values meet as (Chan, Golub and LeVeque, 1983)
+A program keeps the mean and the sum of squared differences M for each position of its tile, and updates both with every
+tile (Welford, Technometrics 4(3), 1962). Parts A of n_A values are combined as (Chan, Golub and LeVeque, 1983)
 
     mean = sum_A n_A mean_A / n,      M = sum_A M_A + n_A (mean_A - mean)^2
 
-No digit is lost where the mean is far larger than the deviation: a place counts from its first value, and the mean of a
-share is handed on in two numbers, one rounded to float32 and the rest. The order is fixed: the same bits in each run.
+No digits are lost if the mean is far larger than the standard deviation: each position subtracts its first value, and
+the mean of a part is stored as two float32 numbers, high and low. The order is fixed, so every run gives the same bits.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -33,7 +33,10 @@ def partial_statistics(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Grid (blocks of C, splits, G). Writes mean, its rest and M of shares, (G, splits, C); counts the batch, int64."""
+    """Grid (blocks of C, splits, G). Writes partial statistics, (G, splits, C) each: mean (high and low) and M.
+
+    Also increases the int64 batch counter.
+    """
     split, group = tl.program_id(1), tl.program_id(2)
     o_channel = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     m_channel = o_channel < C
@@ -44,7 +47,7 @@ def partial_statistics(
         tl.store(p_tracked, tl.load(p_tracked) + 1, first)
     b_mean = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     b_squares = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
-    # One 64-bit offset a tile, 32 bits within it.
+    # One 64-bit offset for a tile, 32-bit offsets within it.
     o_tile = tl.arange(0, BLOCK_ROWS)[:, None] * C + o_channel[None, :]
     m_first = (begin + tl.arange(0, BLOCK_ROWS) < end)[:, None] & m_channel[None, :]
     base = (group.to(tl.int64) * count + begin) * C
@@ -93,7 +96,7 @@ def finish_statistics(
     SPLITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Grid (blocks of C,). Writes mean and biased variance, (G, C), and moves the running statistics, (C,)."""
+    """Grid (blocks of C,). Writes mean and biased variance, (G, C), and updates the running statistics, (C,)."""
     o_channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     m_channel = o_channel < C
     sum_mean = tl.zeros([CHANNELS], tl.float32)

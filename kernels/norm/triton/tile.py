@@ -1,4 +1,7 @@
-"""What the passes share: the affine map, computed alike wherever the sign of y is needed, and rounding to a dtype."""
+"""Helpers shared by the passes: the affine map, the ReLU mask and rounding.
+
+Forward and backward compute the affine map by the same operations, so that they agree on the sign of y.
+"""
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
@@ -12,19 +15,19 @@ __all__ = ["affine", "channel_numbers", "rectify", "rounded"]
 
 @triton.jit
 def affine(b_x, mean, scale, bias):
-    """(x - mean) scale + bias; the difference first, which is exact where x is near a large mean."""
+    """(x - mean) scale + bias. Subtracts first, which is exact for x near a large mean."""
     return tl.fma(b_x - mean[None, :], scale[None, :], bias[None, :])
 
 
 @triton.jit
 def rectify(b_value, b_y):
-    """``b_value`` where y is above 0 or NaN, else 0: NaN goes through, as in PyTorch."""
+    """``b_value`` where y is above 0 or NaN, else 0. NaN passes through, as in PyTorch."""
     return tl.where(b_y <= 0, 0.0, b_value)
 
 
 @triton.jit
 def rounded(b_value, DTYPE: tl.constexpr, EMULATE: tl.constexpr):
-    """To ``DTYPE``, to nearest even; the interpreter would cut bfloat16 off, so there it is done by hand."""
+    """Round to ``DTYPE``, to nearest even. The interpreter truncates bfloat16, so with EMULATE it is rounded here."""
     if EMULATE and tl.bfloat16 == DTYPE:
         b_bits = b_value.to(tl.int32, bitcast=True)
         b_near = ((b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)

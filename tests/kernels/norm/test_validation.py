@@ -69,7 +69,7 @@ def test_numbers_that_are_none(monkeypatch):
 
 
 def test_kernels_that_do_not_serve_are_not_replaced_in_silence():
-    with pytest.raises(ValueError, match="backend: found triton, expected others here: x is on cpu"):
+    with pytest.raises(ValueError, match="backend: found triton, expected another one on this device: x is on cpu"):
         list(validate_norm([CASE], CPU, ["triton"]))
 
 
