@@ -35,8 +35,10 @@ def fonts(tmp_path) -> Path:
 
 
 def test_the_set_is_a_source_and_the_same_again(fonts, tmp_path, capsys):
-    typefaces.main([str(tmp_path / "one"), "--fonts", str(fonts)])
-    assert "2 typefaces, 64 training and 16 held-out images" in capsys.readouterr().out
+    typefaces.main([str(tmp_path / "one"), "--fonts", str(fonts), "--raw"])
+    said = capsys.readouterr().out
+    assert "2 typefaces, 64 training and 16 held-out images" in said
+    assert "raw pixels: kNN " in said
     about = json.loads((tmp_path / "one" / "typefaces.json").read_text())
     assert about["left_out"] == ["symbols.ttf"]
     again = typefaces.draw_set(fonts, tmp_path / "two")
