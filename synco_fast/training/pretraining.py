@@ -183,7 +183,7 @@ class Pretraining:
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
         if self._monitor is not None:
-            lines = read_metrics(folder) if self._resumed_at else []
+            lines = read_metrics(folder) if self._resumed_at and self.env.is_main else []
             self._monitor.begin(self._train.labels, [line for line in lines if line["step"] <= self._resumed_at])
 
     def round_end(self, step: int) -> int:
