@@ -1,7 +1,9 @@
 # Two commands do everything on a machine with Python 3.11 or later and make:
 #   make demo   install into ./.venv, draw the demo images, pretrain on them, show what was learned
 #   make test   install, then lint, types and tests
-# Both install with uv where it is on the path, else with pip.
+# And the documentation as a website:
+#   make docs   install what it needs, then build it into build/docs/site
+# All install with uv where it is on the path, else with pip.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,8 +11,10 @@ BIN := $(VENV)/bin
 #: The package and what it runs on, which is all that the demo needs; and with it what tests and single commands need.
 RUN := $(VENV)/.installed-run
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 DEMO := datasets/demo
 TYPES := build/types
+SITE := build/docs
 
 UV := $(shell command -v uv 2>/dev/null)
 ifdef UV
@@ -21,7 +25,7 @@ else
   INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 endif
 
-.PHONY: demo test lint types unit install format record-fashion-mnist clean
+.PHONY: demo test docs lint types unit install format record-fashion-mnist clean
 
 demo: $(RUN)
 	@echo "[2/3] drawing the demo images into $(DEMO)"
@@ -49,6 +53,11 @@ $(STAMP): setup.py constraints.txt synco_fast/version.py | $(BIN)/python
 	@$(INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch $(RUN) $@
 
+$(DOCS_STAMP): setup.py constraints.txt synco_fast/version.py | $(RUN)
+	@echo "installing what the website is built with into $(VENV)"
+	@$(INSTALL) --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,6 +69,12 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# The pages lie in it as in the checkout, so that links lead to the same place; the theme's notice of its own end is not ours.
+docs: $(DOCS_STAMP)
+	@rm -rf $(SITE) && $(BIN)/python tests/support/site.py $(SITE)
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet --config-file docs/mkdocs.yml
+	@echo "built $(SITE)/site/index.html; its search works where it is served: python -m http.server -d $(SITE)/site"
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,15 @@ REPORT = ["scikit-learn>=1.4"]
 DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
 GENERATOR = ["torchmetrics>=1.4"]
 COMPLETION = ["argcomplete>=3"]
+#: An example that a test runs.
+LIGHTNING = ["lightning>=2.4"]
+#: The website; ruff formats the signatures in its reference.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27", "ruff>=0.6"]
+#: Trackers of metrics, and further places to read images from.
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow-skinny>=2.10"]
+HF = ["datasets>=4"]
+STREAM = ["fsspec[http]>=2024.2"]
 
 
 def packages() -> list[str]:
@@ -40,8 +49,12 @@ def version() -> str:
 
 
 def long_description() -> str:
-    """The README without links into the checkout, which lead nowhere on a package index; their text stays."""
+    """The README without its pictures and links into the checkout, which lead nowhere on a package index.
+
+    The text of the links stays.
+    """
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[[^\]]*\]\((?!https?://).*\n+", "", text, flags=re.MULTILINE)
     return re.sub(r"\[([^\]]+)\]\((?!https?://)[^)]+\)", r"\1", text)
 
 
@@ -97,6 +110,11 @@ setup(
         "dali": DALI,
         "generator": GENERATOR,
         "completion": COMPLETION,
+        "docs": DOCS,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
+        "hf": HF,
+        "stream": STREAM,
         "dev": [
             "mypy>=1.11",
             "pytest>=8.0",
@@ -112,6 +130,7 @@ setup(
             *DALI,
             *GENERATOR,
             *COMPLETION,
+            *LIGHTNING,
         ],
     },
     entry_points={"console_scripts": ["synco-fast = synco_fast.cli:main"]},

@@ -25,11 +25,13 @@ from synco_fast.bench.baselines.data import two_crop_loader
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
+from synco_fast.data.pipelines.fused import FusedViews
 from synco_fast.data.sources.manifest import Manifest, PackedNames
 from synco_fast.data.sources.open import ArraySplit, Source, Split, open_shards
 from synco_fast.data.sources.pack import PackSettings, pack_source
 from synco_fast.data.sources.splits import FileSplit, SubsetSplit
 from synco_fast.data.workers import available_cores
+from synco_fast.kernels.views import make_views, unserved_by_triton
 
 __all__ = ["has_pipeline", "make_photos", "measure_pipelines"]
 
@@ -124,13 +126,19 @@ def _pipeline(
     if name == "pil":
         files = [os.fspath(folder / file) for file in many]
         return _Plain(two_crop_loader(files, recipe, batch=batch, workers=workers))
+    if name.endswith("-fused"):
+        pipe = _pipeline(name.removesuffix("-fused"), folder, names, device, batch, workers, recipe)
+        assert isinstance(pipe, FusedViews)
+        pipe.use_kernels(make_views)
+        return pipe
     if name == "resident-32":
         pixels = np.random.default_rng(0).integers(
             0, 256, (_RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_SIZE, 3), dtype=np.uint8
         )
         small = recipe.model_copy(update={"size": _RESIDENT_SIZE, "evaluation_resize": None})
         noise = ArraySplit(pixels, None, "noise")
-        return build_pipeline(noise, small, batch=_RESIDENT_BATCH, seed=0, name="resident", device=device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.uint8
+        return build_pipeline(noise, small, batch=_RESIDENT_BATCH, seed=0, name="resident", device=device, dtype=dtype)
     return build_pipeline(
         split,
         recipe,
@@ -214,6 +222,8 @@ def _busy_seconds() -> float | None:
     return total
 
 
-def has_pipeline(name: str) -> bool:
-    """Whether the packages of a pipeline are installed."""
+def has_pipeline(name: str, device: torch.device) -> bool:
+    """Whether the packages of a pipeline are installed, and its kernels run on the device."""
+    if name.endswith("-fused") and unserved_by_triton(torch.empty(0, dtype=torch.uint8, device=device)):
+        return False
     return not name.startswith("dali") or has_dali()

@@ -92,7 +92,18 @@ OPTIMIZERS = {
     "apex_mixed_lamb": "NVIDIA apex's FusedMixedPrecisionLamb",
 }
 
-#: Data pipelines. The others are compared with the first.
-PIPELINES = ("pil", "torchvision", "dali", "dali-windows", "resident-32", "torchvision-packed", "dali-packed")
+#: Data pipelines. The others are compared with the first. Those that end in ``-fused`` make their views
+#: by the kernels, on a GPU.
+PIPELINES = (
+    "pil",
+    "torchvision",
+    "dali",
+    "dali-windows",
+    "dali-fused",
+    "resident-32",
+    "resident-32-fused",
+    "torchvision-packed",
+    "dali-packed",
+)
 #: The default pipelines, by source.
-PIPELINES_OF = {"photos": PIPELINES[:5], "packed": ("pil", "torchvision", "dali", *PIPELINES[5:])}
+PIPELINES_OF = {"photos": PIPELINES[:7], "packed": ("pil", "torchvision", "dali", *PIPELINES[7:])}

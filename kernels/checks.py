@@ -60,8 +60,8 @@ def check_arguments(
     _check_word("seed", seed, WORD)
     if isinstance(step, Tensor):
         if step.dim() or step.dtype != torch.int64:
-            found = f"{step.dtype} of shape {tuple(step.shape)}"
-            raise ValueError(f"step: found {found}, expected a 0-dimensional int64 tensor")
+            shape = tuple(step.shape)
+            raise ValueError(f"step: found {step.dtype} of shape {shape}, expected a 0-dimensional int64 tensor")
     else:
         _check_word("step", step, WORD)
     # Where the number of rows is symbolic, a compiler would turn a check of the sum into a bound on it.

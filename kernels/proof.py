@@ -26,14 +26,27 @@ from synco_fast.kernels.momentum import momentum_update
 from synco_fast.kernels.negatives import Negatives
 from synco_fast.kernels.norm.validation import NormCase, validate_norm
 from synco_fast.kernels.validation import Case, validate
+from synco_fast.kernels.views import unserved_by_triton as unserved_views
+from synco_fast.kernels.views.validation import ViewsCase, validate_views
 
-__all__ = ["KERNELS", "Comparison", "FusedKernel", "answer", "loss_shapes", "momentum_shapes", "norm_shapes"]
+__all__ = [
+    "KERNELS",
+    "Comparison",
+    "FusedKernel",
+    "answer",
+    "augment_shapes",
+    "loss_shapes",
+    "momentum_shapes",
+    "norm_shapes",
+]
 
 Shapes = Mapping[str, Any]
-"""The shapes at which a run uses a kernel, as JSON values; see `loss_shapes`, `norm_shapes`, `momentum_shapes`."""
+"""The shapes at which a run uses a kernel, as JSON values; see `loss_shapes` and the other functions of that name."""
 
 #: Most values of a layer. A larger one is compared on fewer images, so that a float64 tensor takes at most half a GiB.
 _LARGEST_LAYER = 1 << 26
+#: Most views that are compared at a time; each takes some fifty operations of PyTorch.
+_MOST_VIEWS = 128
 #: Guard numbers between two tensors of the momentum update, which it must not change.
 _GAP = 64
 #: Allowed error of the momentum update, in units in the last place, in addition to twice the error of foreach.
@@ -281,6 +294,58 @@ class _Parameters:
         return made
 
 
+# -- the augmentation -------------------------------------------------------------------------------------------
+
+
+def augment_shapes(
+    *,
+    sides: Sequence[int],
+    views: int,
+    dtype: torch.dtype,
+    image: tuple[int, int] | None,
+    channels: int,
+    planar: bool,
+    sigma: float,
+) -> dict[str, Any]:
+    """Where a run makes views.
+
+    Args:
+        sides: Sides of the views, one for each size of progressive resizing.
+        views: Views of a batch on this process.
+        dtype: torch.uint8, or that of normalised views.
+        image, channels, planar: Of the decoded images, as in `ViewsCase`.
+        sigma: Largest sigma of the blur.
+    """
+    return {
+        "sides": sorted(set(sides)),
+        "views": views,
+        "dtype": _name(dtype),
+        "image": None if image is None else list(image),
+        "channels": channels,
+        "planar": planar,
+        "sigma": sigma,
+    }
+
+
+def _unserved_augment(shapes: Shapes, device: torch.device) -> str | None:
+    return unserved_views(torch.empty(1, dtype=torch.uint8, device=device))
+
+
+def _prove_augment(shapes: Shapes, device: torch.device) -> Iterator[Comparison]:
+    for side in shapes["sides"]:
+        case = ViewsCase(
+            size=side,
+            views=min(shapes["views"], _MOST_VIEWS),
+            dtype=_dtype(shapes["dtype"]),
+            image=None if shapes["image"] is None else tuple(shapes["image"]),
+            channels=shapes["channels"],
+            planar=shapes["planar"],
+            sigma=shapes["sigma"],
+        )
+        verdict = validate_views(case, device)
+        yield Comparison(case.about, verdict.errors, verdict.bounds, verdict.misses)
+
+
 # -- the registry, and the process ------------------------------------------------------------------------------
 
 #: Fused kernels that ``auto`` may use, by the part of a step that they compute.
@@ -288,6 +353,7 @@ KERNELS = {
     "loss": FusedKernel("triton", "blockwise", _unserved_loss, _prove_loss),
     "norm": FusedKernel("triton", "native", _unserved_norm, _prove_norm),
     "momentum": FusedKernel("triton", "foreach", _unserved_momentum, _prove_momentum),
+    "augment": FusedKernel("triton", "operators", _unserved_augment, _prove_augment),
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
-    from synco_fast.commands.options import check_output
+    from synco_fast.commands.options import check_input, check_output
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import UNWRITABLE
 
@@ -34,10 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complete(parser)
         options, rest = parser.parse_known_args(words)
         if rest and not options.overrides:
-            options.parser.error(f"found the unknown argument {rest[0]}")
+            options.parser.error(f"found the unknown argument {rest[0]}{_near(rest[0], options.parser.words)}")
         with warnings.catch_warnings():
             warnings.showwarning = _show_note
             check_output(options)
+            check_input(options)
             code: int = options.run(options, rest, Console())
     except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -64,7 +67,21 @@ class _Parser(argparse.ArgumentParser):
         """
         from synco_fast.runtime.errors import UserError
 
+        if choice := re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            names = re.findall(r"[^\s',]+", choice[3])
+            message = f"{choice[1]}: found {choice[2]!r}, expected {', '.join(names)}{_near(choice[2], names)}"
         raise UserError(f"{message.removeprefix('argument ').removeprefix('--')}; see '{self.prog} --help'")
+
+    @property
+    def words(self) -> list[str]:
+        """The options of this command."""
+        return list(self._option_string_actions)
+
+
+def _near(word: str, names: Sequence[str]) -> str:
+    """The nearest name, as a part of a message; empty if none is near."""
+    near = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _parser() -> argparse.ArgumentParser:

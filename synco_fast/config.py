@@ -17,6 +17,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.names import Decode, PipelineName
 from synco_fast.data.section import Section
 from synco_fast.data.sources.decode import Limits
+from synco_fast.data.sources.stream import StreamSettings
 from synco_fast.explain import explain_error, nearest_key
 from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
@@ -39,7 +40,10 @@ Epochs = Annotated[float, Field(ge=0, le=100_000)]
 class DataConfig(Section):
     """Source of the images, and data loading."""
 
-    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER, or demo")
+    source: str = Field(
+        "demo",
+        description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER, or demo",
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
     pipeline: PipelineName = Field(
         "auto",
@@ -47,6 +51,18 @@ class DataConfig(Section):
     )
     decode: Decode = Field("once", description="DALI: decode the image once, or the window of each view")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
+    images: int | None = Field(
+        None, ge=1, lt=1 << 48, description="stream: images in an epoch; null: those that an index counts"
+    )
+    shuffle_buffer: int = Field(
+        8192, ge=1, le=1 << 24, description="stream: images in the shuffle buffers of all readers together"
+    )
+    readers: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="stream: shards read side by side, over all processes and workers; null: up to 16, by the batch",
+    )
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
     max_file_bytes: int = Field(
         512 << 20, ge=1, le=1 << 40, description="Bytes above which an image file counts as corrupt"
@@ -57,6 +73,11 @@ class DataConfig(Section):
         le=178_956_970,
         description="Pixels above which an image counts as corrupt; at most Pillow's limit",
     )
+
+    @property
+    def stream(self) -> StreamSettings:
+        """How a stream is read."""
+        return StreamSettings(self.images, self.shuffle_buffer, self.readers)
 
     @property
     def limits(self) -> Limits:
@@ -71,6 +92,12 @@ class ModelConfig(Section):
     backbone_args: dict[str, Any] = Field(
         default_factory=dict, description="Keyword arguments of the backbone's constructor"
     )
+    init: str | None = Field(
+        None,
+        min_length=1,
+        description="Weights to start from: a run, a checkpoint, a file, torchvision/NAME or timm/NAME",
+    )
+    init_head: bool = Field(True, description="Start from the projection head as well, where those weights have one")
     small_stem: bool = Field(False, description="Stride-1 stem without max-pooling, for images of about 32 x 32")
     dim: int = Field(128, ge=2, le=65_536, description="D, dimension of the embedding")
     hidden: int | None = Field(
@@ -243,17 +270,22 @@ class TrainingConfig(Section):
     cudnn_benchmark: bool = Field(True, description="cuDNN chooses convolution algorithms by trial, on a GPU")
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds to wait for the other processes")
     log_every: int = Field(20, ge=1, lt=1 << 31, description="Steps between lines of metrics.jsonl")
-    wandb: str | None = Field(None, description="Weights & Biases project to log to")
+    wandb: str | None = Field(None, min_length=1, description="Weights & Biases project to log to")
+    mlflow: str | None = Field(None, min_length=1, description="MLflow experiment to log to")
     checkpoint_every: int | None = Field(
         None, ge=1, lt=1 << 31, description="Steps between checkpoints; null: one epoch"
     )
     keep: int = Field(2, ge=1, le=1_000_000, description="Checkpoints to keep")
+    keep_best: bool = Field(False, description="Keep the checkpoint of the highest kNN as best.pt as well")
 
 
 class EvaluationConfig(Section):
     """The periodic kNN on the held-out split."""
 
     every: int = Field(10, ge=0, le=100_000, description="Epochs between evaluations; 0: never")
+    source: str | None = Field(
+        None, min_length=1, description="Labelled images to evaluate on, also after the run; null: data.source"
+    )
     k: int = Field(200, ge=1, le=1 << 24, description="k, neighbours that vote")
     temperature: float = Field(0.07, ge=1e-4, le=100, description="Temperature of the votes")
     train_images: int | None = Field(None, ge=1, lt=1 << 31, description="Training images in the bank; null: all")
@@ -292,6 +324,11 @@ class Config(Section):
             )
         if self.model.sync_batch_norm and groups > 1:
             raise ConfigError(f"model.batch_norm_groups: found {groups}, expected 1 beside model.sync_batch_norm")
+        if self.augment.grows and self.augment.end_ramp >= self.training.epochs:
+            raise ConfigError(
+                f"augment.end_ramp: found {self.augment.end_ramp}, expected below {self.training.epochs} "
+                "(training.epochs), or augment.min_size null: the last epochs must see views of full size"
+            )
         extra = extra_of(self)
         if extra is not None:
             extra.check(self)

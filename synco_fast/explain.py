@@ -136,8 +136,9 @@ def nearest_key(dotted: str, model: type[BaseModel]) -> str:
     keys = known_keys(model)
     sections = sorted({key.partition(".")[0] for key in keys if "." in key})
     last = dotted.rpartition(".")[2]
-    near = difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
-    near = near or [key for key in keys if key.rpartition(".")[2] == last][:1]
+    same = [key for key in keys if key.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(dotted, same, n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
     near = near or difflib.get_close_matches(dotted, sections if "." not in dotted else keys, n=1, cutoff=0.6)
     near = near or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""

@@ -328,3 +328,24 @@ def test_a_shell_gets_completions(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert found.read_text().split() == ["step"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretrian"], "COMMAND: found 'pretrian', expected pretrain, "),
+        (["pretrian"], "; did you mean pretrain?; see 'synco-fast --help'"),
+        (["evaluate", "kn"], "found 'kn', expected knn, linear, finetune, detection; did you mean knn?; see"),
+        (["export", "run", "--format", "tim"], "did you mean timm?"),
+        (
+            ["evaluate", "knn", "run", "--temperture", "1"],
+            "the unknown argument --temperture; did you mean --temperature?",
+        ),
+        (["presets", "--xyzzy"], "the unknown argument --xyzzy; see 'synco-fast presets --help'"),
+    ],
+)
+def test_a_wrong_word_is_answered_by_the_nearest_one(words, said, capsys):
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -11,8 +11,11 @@ import pytest
 import torch
 import torchvision
 
+from synco_fast import Run
 from synco_fast.cli import _parser, main
 from synco_fast.commands.overrides import overrides_of
+from synco_fast.presets import PRESETS
+from tests.conftest import TINY
 from tests.support.rotation import in_turn
 from tests.support.runs import STOCK, published
 
@@ -124,6 +127,34 @@ def test_methods(workspace):
     for line in lines:
         run(f"{line} {few[line.split()[1]]}")
     assert list((workspace / "runs").glob("*/plots/generated.png"))
+
+
+@pytest.mark.slow
+@in_turn(2, 3)
+def test_python(workspace, monkeypatch, capsys):
+    """Every block as it is printed, one after the other, with the small set's configuration as the demo's."""
+    monkeypatch.setitem(PRESETS, "demo", {key: value for key, value in TINY.items() if key != "preset"})
+    monkeypatch.setattr("synco_fast.training.run_folder.draw_curves", lambda *lines, **words: None)
+    monkeypatch.setattr("synco_fast.training.pretraining.draw_pairs", lambda batch, path: None)
+    names: dict = {}
+    *first, resumed, used, trainer, loss = blocks("python.md", "python")
+    for block in first:
+        exec(block, names)
+    assert names["run"].finished
+    assert names["run"].config.method.name == "mochi"
+    assert "training.epoch: found an unknown key; did you mean training.epochs?" in capsys.readouterr().out
+    settings = {name: Run(f"runs/{name}").config.to_yaml() for name in ("one", "two", "three")}
+    assert len(set(settings.values())) == 1
+    assert not Run("runs/one").finished
+    exec(resumed, names)
+    assert names["run"].finished
+    assert names["run"].summary["epochs"] == 3
+    exec(used, names)
+    assert (names["run"].folder / "report.html").is_file()
+    exec(trainer, names)
+    assert len(names["rates"]) == names["summary"].steps == 4
+    exec(loss, names)
+    assert int(names["criterion"].step) == 3
 
 
 def test_the_code_that_methods_names_is_there():

@@ -102,6 +102,7 @@ def test_sections_are_found_by_a_near_name():
         ("augmnt.size", "augment.size"),
         ("trainin.epoch", "training.epochs"),
         ("evaluation.kk", "evaluation.k"),
+        ("training.warmup_epochs", "optimizer.warmup_epochs"),
     ):
         with pytest.raises(ConfigError, match=rf"did you mean {near}\?"):
             build_config({}, {key: 1})
@@ -152,8 +153,8 @@ sys.stderr.write(f"code {{code}} torch {{'torch' in sys.modules}}")
         (["pretrain", "--config", "demo", "--out", ""], 2),
         (["pretrain", "--resume", "nowhere"], 2),
         (["pretrain", "--help"], 0),
-        (["evaluate", "knn", "run", "--k", "0"], 2),
-        (["evaluate", "linear", "run", "--lr", "1", "2"], 2),
+        (["evaluate", "knn", ".", "--k", "0"], 2),
+        (["evaluate", "linear", ".", "--lr", "1", "2"], 2),
         (["data", "show", "demo", "--augmnt.size", "3"], 2),
         (["data", "show", "demo", "--out", "pairs.txt"], 2),
         (["export", "run", "--format", "keras"], 2),
@@ -171,6 +172,49 @@ def test_words_are_checked_before_torch_is_imported(words, code, tmp_path):
     )
     assert not list(tmp_path.iterdir()), "nothing is begun"
     assert done.stderr.endswith(f"code {code} torch False"), done.stderr
+
+
+#: Runs commands on what is not there, and says after each whether torch was imported.
+MISSING = """
+import os, sys
+from synco_fast.cli import main
+os.mkdir("tars")
+open("tars/train-000000.tar", "w").close()
+os.mkdir("idx")
+open("idx/train-images-idx3-ubyte.gz", "w").close()
+for words in {all_words}:
+    sys.stderr.write(f"{{main(words)}} {{'torch' in sys.modules}}\\n")
+"""
+
+
+def test_what_is_missing_is_refused_before_torch_is_imported(tmp_path):
+    """Importing torch takes seconds; a wrong path should not wait for it."""
+    preset = "config: found no preset 'dmo'; did you mean demo? 'synco-fast presets' lists them"
+    cases = {
+        "evaluate knn gone": "checkpoint: found no file or run folder gone",
+        "export gone --format timm": "checkpoint: found no file or run folder gone",
+        "import gone --method moco --out x.pt": "checkpoint: found no file or run folder gone",
+        "embed . --out features.txt": "out: found 'features.txt', expected a name that ends in .npz or .parquet",
+        "report gone": "run: found no run in gone, expected a folder with a config.yaml",
+        "compare . gone": "run: found no run in ., expected a folder with a config.yaml",
+        "evaluate knn . --data gone": "data: found no folder gone",
+        "pretrain --config demo --data gone": "data: found no folder gone",
+        "pretrain --config demo --data.source tars": "data: found no image in tars, but tar files, expected tar:tars",
+        "pretrain-generator --data idx": "data: found no image in idx, but IDX files, expected idx:idx",
+        "data check tars": "data: found no image in tars, but tar files, expected tar:tars",
+        "data check idx": "data: found no image in idx, but IDX files, expected idx:idx",
+        "data pack tar:gone out": "data: found no folder gone",
+        "profile step --config dmo": preset,
+        "bench step --config dmo": preset,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", MISSING.format(all_words=[words.split() for words in cases])],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.stderr.splitlines() == [line for said in cases.values() for line in (f"error: {said}", "2 False")]
 
 
 SEVENTH = """

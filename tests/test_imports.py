@@ -24,15 +24,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("synco_fast.presets", "synco_fast.loss", "synco_fast.methods.*"),
     ("synco_fast.training", "synco_fast.evaluation", "synco_fast.export", "synco_fast.generated"),
     ("synco_fast.report",),
-    ("synco_fast.bench", "synco_fast.study"),
+    ("synco_fast.api", "synco_fast.bench", "synco_fast.study"),
     ("synco_fast.commands",),
     ("synco_fast.cli",),
     # Public names, imported when they are used.
     ("synco_fast", "synco_fast.__main__"),
 )
-#: On one floor: who may use whom. Evaluations read checkpoints; stage one of generated pairs is a task of the trainer.
+#: On one floor: who may use whom. Evaluations read checkpoints, a run may start from one, and stage one of generated
+#: pairs is a task of the trainer.
 BESIDE = {
     ("synco_fast.evaluation", "synco_fast.export"),
+    ("synco_fast.training", "synco_fast.export"),
     ("synco_fast.generated", "synco_fast.training"),
 }
 

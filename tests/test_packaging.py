@@ -57,6 +57,7 @@ def test_the_sdist_holds_what_a_reader_and_a_packager_need(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = ["docs/kernels.md", "examples/plain_pytorch.py", "bench/gpu.sh", "tests/conftest.py", "CITATION.cff"]
+    wanted += ["docs/mkdocs.yml", "docs/report-curves.png", "examples/pretrain.ipynb"]
     assert not [name for name in [*wanted, "constraints.txt", "CHANGELOG.md", "Makefile"] if name not in names]
     assert not [name for name in names if "__pycache__" in name or name.startswith((".venv", "runs/"))]
 
@@ -84,8 +85,10 @@ def test_metadata_are_ready_for_a_package_index(wheel: Path) -> None:
     body = metadata.get_payload()
     assert isinstance(body, str)
     assert "make demo" in body
-    # Links into the checkout would be dead on an index.
+    # Links into the checkout would be dead on an index, and pictures in it missing.
     assert not re.findall(r"\]\((?!https?://)[^)]*\)", body)
+    assert "![" not in body
+    assert "one thread on a busy machine" not in body
     dated = re.search(r"^## (\S+) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert dated is not None
     assert dated[1] == metadata["Version"]

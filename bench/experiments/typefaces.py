@@ -68,7 +68,7 @@ def typefaces(fonts: Path) -> list[Path]:
 def glyphs(file: Path) -> dict[str, Image.Image]:
     """The characters that a font draws, each cropped to its ink: white on black, mode L.
 
-    A picture that stands for several characters, such as the box for a missing one, is left out; of a letter that is
+    A picture that stands for several characters, such as the box for a missing one, is skipped; of a letter that is
     drawn alike in both cases the first is kept.
     """
     font = ImageFont.truetype(str(file), _POINTS, layout_engine=ImageFont.Layout.BASIC)
@@ -118,12 +118,12 @@ def draw_set(fonts: Path, folder: Path) -> dict[str, Any]:
     files = typefaces(fonts)
     if folder.exists():
         raise DataError(f"out: found {folder}, expected a new folder")
-    digest, count, left_out = hashlib.sha256(), dict.fromkeys(IMAGES, 0), []
+    digest, count, skipped = hashlib.sha256(), dict.fromkeys(IMAGES, 0), []
     for file in files:
         known = glyphs(file)
         drawn = {split: [known[one] for one in characters if one in known] for split, characters in CHARACTERS.items()}
         if min(len(part) for part in drawn.values()) < 4:
-            left_out.append(file.name)
+            skipped.append(file.name)
             continue
         for split, images in IMAGES.items():
             inside = folder / split / file.stem.lower()
@@ -135,9 +135,9 @@ def draw_set(fonts: Path, folder: Path) -> dict[str, Any]:
                     image.save(temporary, format="PNG")
                 count[split] += 1
     about = {
-        "typefaces": len(files) - len(left_out),
+        "typefaces": len(files) - len(skipped),
         "images": count,
-        "left_out": left_out,
+        "skipped": skipped,
         "sha256": digest.hexdigest(),
         "pillow": pillow,
         "freetype": features.version("freetype2"),

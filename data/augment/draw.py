@@ -154,9 +154,10 @@ def _draw_flip(recipe: Recipe, u: NDArray[np.float64], sizes: NDArray[np.int64])
 
 
 _CROP = 2 * _ATTEMPTS + 2
+_SIZE = ("size", "min_size", "start_ramp", "end_ramp", "size_step")
 #: The operations in the order in which they are applied.
 OPERATIONS = (
-    Operation("crop", ("size", "area", "ratio"), slice(0, _CROP), _draw_crop, ("crop",)),
+    Operation("crop", (*_SIZE, "area", "ratio"), slice(0, _CROP), _draw_crop, ("crop",)),
     Operation(
         "jitter",
         ("jitter_probability", *JITTER),

@@ -13,8 +13,10 @@ from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Decode, Pipeline, PipelineName
 from synco_fast.data.pipelines.epochs import replace_corrupt
 from synco_fast.data.pipelines.resident import ResidentPipeline, room_on
+from synco_fast.data.pipelines.stream import StreamPipeline
 from synco_fast.data.pipelines.torchvision import TorchvisionPipeline, evaluation_loader
 from synco_fast.data.sources.splits import ArraySplit, Split
+from synco_fast.data.sources.stream import StreamSplit, refuse_stream
 
 __all__ = ["build_pipeline", "choose_pipeline", "evaluation_batches", "has_dali", "pipelines_for"]
 
@@ -34,8 +36,15 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
     CPU it is several times faster than DALI's CPU backend.
 
     Raises:
-        DataError: ``dali`` is not installed.
+        DataError: ``dali`` is not installed, or the pipeline needs random access and the split is a stream.
     """
+    if isinstance(split, StreamSplit):
+        if name not in ("auto", "torchvision"):
+            raise DataError(
+                f"data.pipeline: found {name} for {split.title}, expected auto or torchvision for a stream, which "
+                "has no random access"
+            )
+        return "torchvision"
     if name == "dali" and not has_dali():
         raise DataError(
             "data.pipeline: found dali, expected auto, torchvision or resident here, where DALI is not installed; "
@@ -54,6 +63,8 @@ def pipelines_for(split: Split, device: torch.device) -> list[PipelineName]:
     DALI's CPU backend is none of them, being several times slower than torchvision. Resident is, for images of one size
     that fit: arrays, or files whose first few are alike and that take up to 4 GiB decoded.
     """
+    if isinstance(split, StreamSplit):
+        return ["torchvision"]
     names = [choose_pipeline("auto", split, device), "torchvision"]
     names += ["dali"] if device.type == "cuda" and has_dali() else []
     names += ["resident"] if isinstance(split, ArraySplit) or _is_small(split, device) else []
@@ -89,8 +100,8 @@ def build_pipeline(
         seed: Seed of order and views, together with the epoch.
         name: The pipeline; see `choose_pipeline`.
         device: Where the encoder is; the CPU by default.
-        dtype: The encoder's dtype. DALI on a GPU normalises to it (to float16 for bfloat16, which keeps all eight bits
-            of a pixel); the others yield uint8.
+        dtype: The encoder's dtype. Fused kernels normalise to it, and so does DALI on a GPU (to float16 for bfloat16,
+            which keeps all eight bits of a pixel); the others yield uint8.
         workers: Processes that read and decode, by default one for each core.
         decode: How DALI decodes.
         rank, world: Rank of this process, and number of processes.
@@ -100,9 +111,20 @@ def build_pipeline(
     """
     device = device or torch.device("cpu")
     chosen = choose_pipeline(name, split, device)
+    if isinstance(split, StreamSplit):
+        return StreamPipeline(
+            split,
+            recipe,
+            batch=batch,
+            seed=seed,
+            workers=workers,
+            pin_memory=device.type == "cuda",
+            rank=rank,
+            world=world,
+        )
     if chosen == "resident":
         return ResidentPipeline(
-            split, recipe, batch=batch, seed=seed, device=device, workers=workers, rank=rank, world=world
+            split, recipe, batch=batch, seed=seed, device=device, dtype=dtype, workers=workers, rank=rank, world=world
         )
     if chosen == "dali":
         from synco_fast.data.pipelines.dali.pipeline import DaliPipeline
@@ -119,6 +141,7 @@ def build_pipeline(
             device=device,
             dtype=views,
             decode=decode,
+            fused_dtype=dtype,
             rank=rank,
             world=world,
         )
@@ -158,7 +181,11 @@ def evaluation_batches(
         device: Where the encoder is; the CPU by default.
         workers: Processes that read and decode, by default one for each core.
         numbers: Which images, by default all.
+
+    Raises:
+        DataError: The split is a stream.
     """
+    refuse_stream(split, "an evaluation")
     device = device or torch.device("cpu")
     if device.type == "cuda" and has_dali() and choose_pipeline(pipeline, split, device) == "dali":
         from synco_fast.data.pipelines.dali.pipeline import dali_evaluation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, replace_corrupt
+from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import ArraySplit, Split
 from synco_fast.data.workers import available_cores, start_worker
 
@@ -34,6 +36,7 @@ class ResidentPipeline:
         batch: B, images in a batch, over all ranks.
         seed: Seed of order and views, together with the epoch.
         device: Device of dataset and views.
+        dtype: Of the views that fused kernels make; PyTorch's operations make uint8.
         workers: Processes that decode the files once, at the start; by default one for each core.
         rank, world: Rank of this process, and number of processes; each holds the whole dataset and yields its part of
             every batch.
@@ -50,10 +53,13 @@ class ResidentPipeline:
         batch: int,
         seed: int,
         device: torch.device | None = None,
+        dtype: torch.dtype = torch.uint8,
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self._dtype = dtype
+        self._make: MakeViews | None = None
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         self._recipe, self._seed, self._device = recipe, seed, device or torch.device("cpu")
         self._pixels, self._replacements, self._corrupt = load_pixels(split, self._device, workers)
@@ -72,16 +78,43 @@ class ResidentPipeline:
             # A corrupt image counts where it is due, not where it is tried as a replacement.
             corrupt = {number: self._corrupt[number] for number in wanted.tolist() if number in self._corrupt}
             rows = torch.from_numpy(images).to(self._device, non_blocking=True)
-            first, second = self._views(rows, epoch, wanted).chunk(2)
+            first, second = self._views(rows, epoch, wanted)
             yield Batch(first, second, rows, corrupt)
 
     def close(self) -> None:
         """Free the memory; the pipeline yields nothing afterwards."""
         del self._pixels
+        if self._make is not None:
+            del self._flat
 
-    def _views(self, rows: Tensor, epoch: int, wanted: NDArray[np.int64]) -> Tensor:
-        """First views, then second ones, (2 B, 3, size, size) uint8."""
-        count, size = len(wanted), self._recipe.size
+    @property
+    def kernel_input(self) -> dict[str, Any]:
+        """See `FusedViews`."""
+        channels, height, width = self._pixels.shape[1:]
+        return {
+            "sides": self._recipe.sides,
+            "views": 2 * self._batches.share,
+            "dtype": self._dtype,
+            "image": (height, width),
+            "channels": channels,
+            "planar": self._pixels.is_contiguous(),
+            "sigma": self._recipe.blur_sigma[1],
+        }
+
+    def use_kernels(self, make: MakeViews) -> None:
+        """See `FusedViews`."""
+        count, channels, height, width = self._pixels.shape
+        pixels = self._pixels if self._pixels.is_contiguous() else self._pixels.permute(0, 2, 3, 1)
+        self._make = make
+        self._flat = pixels.reshape(-1)  # a view: the images lie one after the other
+        self._offsets = torch.arange(count, device=self._device) * (channels * height * width)
+        self._sizes = (
+            torch.tensor([height, width], dtype=torch.int32, device=self._device).expand(count, 2).contiguous()
+        )
+
+    def _views(self, rows: Tensor, epoch: int, wanted: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """First and second views, (B, 3, size, size) each: uint8, or as the kernels make them."""
+        count, size = len(wanted), self._recipe.size_at(epoch)
         height, width = self._pixels.shape[2:]
         parameters = draw_views(
             self._recipe,
@@ -91,9 +124,17 @@ class ResidentPipeline:
             views=np.repeat(np.arange(2), count),
             sizes=np.tile(np.array([height, width]), (2 * count, 1)),
         )
+        if self._make is not None:
+            given = {name: self.kernel_input[name] for name in ("channels", "planar", "dtype")}
+            words = torch.from_numpy(packed(parameters))
+            if self._device.type == "cuda":
+                words = words.pin_memory().to(self._device, non_blocking=True)
+            buffer = self._flat, self._offsets, self._sizes
+            return make_pair(self._make, self._recipe, *buffer, rows, words, size=size, **given)
         pixels = self._pixels[rows].to(torch.float32)
         crops = crop_and_resize_batch(pixels.repeat(2, 1, 1, 1), parameters.crop, size)
-        return finish_views(crops.expand(-1, 3, -1, -1).contiguous(), parameters)
+        first, second = finish_views(crops.expand(-1, 3, -1, -1).contiguous(), parameters).chunk(2)
+        return first, second
 
 
 def crop_and_resize_batch(images: Tensor, crops: NDArray[np.int64], size: int) -> Tensor:

@@ -19,9 +19,17 @@ from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
 from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
+from synco_fast.data.sources.stream import refuse_stream
 from synco_fast.data.workers import available_cores, start_worker
 
-__all__ = ["TorchvisionPipeline", "evaluation_loader", "evaluation_view", "make_view"]
+__all__ = [
+    "TorchvisionPipeline",
+    "collate_views",
+    "evaluation_loader",
+    "evaluation_view",
+    "make_view",
+    "views_of",
+]
 
 _Sample = tuple[Tensor, Tensor, int, dict[int, str]]
 
@@ -47,6 +55,22 @@ def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
     return view
 
 
+def views_of(image: Image.Image, recipe: Recipe, *, seed: int, epoch: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """Both views of an RGB image, (3, size, size) uint8 each, by the draws for the image that was due, ``wanted``."""
+    pixels = pixels_of(image)
+    parameters = draw_views(
+        recipe,
+        seed=seed,
+        epoch=epoch,
+        images=np.full(2, wanted),
+        views=np.arange(2),
+        sizes=np.tile(pixels.shape[1:], (2, 1)),
+    )
+    size = recipe.size_at(epoch)
+    first, second = (make_view(pixels, parameters[view : view + 1], size) for view in range(2))
+    return first, second
+
+
 class _Views(Dataset[_Sample]):
     """Two views of an image by (epoch, number); they depend on seed, epoch and number, not on the worker."""
 
@@ -56,20 +80,12 @@ class _Views(Dataset[_Sample]):
     def __getitem__(self, place: Position) -> _Sample:
         epoch, wanted = place
         image, index, corrupt = replace_corrupt(len(self.split), wanted, self.split.read)
-        pixels = pixels_of(image)
-        parameters = draw_views(
-            self.recipe,
-            seed=self.seed,
-            epoch=epoch,
-            images=np.full(2, wanted),
-            views=np.arange(2),
-            sizes=np.tile(pixels.shape[1:], (2, 1)),
-        )
-        first, second = (make_view(pixels, parameters[view : view + 1], self.recipe.size) for view in range(2))
+        first, second = views_of(image, self.recipe, seed=self.seed, epoch=epoch, wanted=wanted)
         return first, second, index, corrupt
 
 
-def _collate(samples: list[_Sample]) -> Batch:
+def collate_views(samples: list[_Sample]) -> Batch:
+    """A batch of views, from the views of each image, its number, and the corrupt ones on the way."""
     first, second, images, corrupt = zip(*samples, strict=True)
     merged = {index: reason for part in corrupt for index, reason in part.items()}
     return Batch(torch.stack(first), torch.stack(second), torch.tensor(images), merged)
@@ -109,7 +125,7 @@ class TorchvisionPipeline:
             _Views(split, recipe, seed),  # type: ignore[arg-type]
             batch_sampler=self._batches,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=collate_views,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=start_worker,
@@ -167,7 +183,11 @@ def evaluation_loader(
         numbers: Which images, by default all.
 
     Corrupt images are skipped, so b can be smaller than ``batch``.
+
+    Raises:
+        DataError: The split is a stream.
     """
+    refuse_stream(split, "an evaluation")
     dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
     workers = available_cores() if workers is None else workers
     generator = torch.Generator().manual_seed(0)

@@ -1,9 +1,10 @@
-"""The built-in demo images: twelve kinds of texture, generated and stored as JPEG files in class folders.
+"""The built-in demo images: eleven kinds of texture, generated and stored as JPEG files in class folders.
 
 A class is only a pattern (upright stripes, slanted ones, checks, dots ...). Colours, scale, tilt, position, the shape
 of the patch that carries it, background, lighting and clutter are drawn for every image. So neither colour nor position
-tells the classes apart, and a network has to learn the texture. The layout is ImageNet's: ``train/CLASS/*.jpg`` and
-``val/CLASS/*.jpg``.
+tells the classes apart, and a network has to learn the texture. All patterns are regular, so that two views of an image
+have in common what all images of its class have in common. An image has one hue, a dark and a light tone of it, which
+hue jitter takes away. The layout is ImageNet's: ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ __all__ = ["CLASSES", "SIDE", "demo_image", "make_demo"]
 
 Array = NDArray[np.float64]
 #: Incremented when the images change, so that an older set on disk is not reused.
-VERSION = 2
+VERSION = 3
 #: Image size in pixels, the same for all images, so that the set can be kept in memory and augmented in batches.
 SIDE = 64
 _OVERSAMPLE = 2
+_LUMA = np.array([0.299, 0.587, 0.114])
+#: How far the luma of an image's dark and light tone is from that of the set.
+_TONE = 0.06
 
 
 def _fraction(x: Array) -> Array:
@@ -63,7 +67,8 @@ def _checks(u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 
 def _dots(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    return rng.uniform(0.25, 0.38) - np.hypot(_fraction(u), _fraction(v))
+    x, y = _rows(u, v, 0.5)
+    return rng.uniform(0.22, 0.3) - np.hypot(x, y)
 
 
 def _rings(u: Array, v: Array, rng: np.random.Generator) -> Array:
@@ -73,10 +78,6 @@ def _rings(u: Array, v: Array, rng: np.random.Generator) -> Array:
 
 def _zigzag(u: Array, v: Array, rng: np.random.Generator) -> Array:
     return 0.25 - np.abs(_fraction(u + rng.uniform(0.9, 1.3) * np.abs(_fraction(v / 1.5))))
-
-
-def _grid(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    return rng.uniform(0.08, 0.14) - np.minimum(np.abs(_fraction(u)), np.abs(_fraction(v)))
 
 
 def _bricks(u: Array, v: Array, rng: np.random.Generator) -> Array:
@@ -89,12 +90,8 @@ def _rays(u: Array, v: Array, rng: np.random.Generator) -> Array:
     return np.asarray(np.sin(rng.integers(9, 16) * np.arctan2(v - y, u - x)))
 
 
-def _cells(u: Array, v: Array, rng: np.random.Generator) -> Array:
-    low, high = min(u.min(), v.min()), max(u.max(), v.max())
-    points = rng.uniform(low, high, (max(12, int((high - low) ** 2)), 2))
-    square = (u[..., None] - points[:, 0]) ** 2 + (v[..., None] - points[:, 1]) ** 2
-    nearest, second = np.moveaxis(np.sqrt(np.partition(square, 1, axis=-1)[..., :2]), -1, 0)
-    return np.asarray(second - nearest - 0.15)
+def _triangles(u: Array, v: Array, rng: np.random.Generator) -> Array:
+    return np.asarray(u % 1 - v % 1)
 
 
 Pattern = Callable[[Array, Array, np.random.Generator], Array]
@@ -103,15 +100,14 @@ Pattern = Callable[[Array, Array, np.random.Generator], Array]
 PATTERNS: dict[str, Pattern] = {
     "bars": _bars,
     "bricks": _bricks,
-    "cells": _cells,
     "checks": _checks,
     "diamonds": _diamonds,
     "dots": _dots,
-    "grid": _grid,
     "rays": _rays,
     "rings": _rings,
     "slants": _slants,
     "stripes": _stripes,
+    "triangles": _triangles,
     "zigzag": _zigzag,
 }
 CLASSES: tuple[str, ...] = tuple(PATTERNS)
@@ -127,37 +123,37 @@ def demo_image(name: str, rng: np.random.Generator) -> Image.Image:
     width = height = SIDE
     y, x = np.mgrid[0 : height * _OVERSAMPLE, 0 : width * _OVERSAMPLE] / _OVERSAMPLE
 
-    canvas = _background(x, y, rng)
+    hue = rng.uniform(0, 2 * np.pi)
+    canvas = _background(x, y, hue, rng)
     angle, cell = rng.uniform(-0.15, 0.15), rng.uniform(10, 14)
     u = ((x - width / 2) * np.cos(angle) - (y - height / 2) * np.sin(angle)) / cell + rng.uniform()
     v = ((x - width / 2) * np.sin(angle) + (y - height / 2) * np.cos(angle)) / cell + rng.uniform()
-    ink, paper = _two_colours(rng)
+    dark, light = (_tint(hue, centre + rng.uniform(-_TONE, _TONE), rng) for centre in (0.27, 0.73))
+    ink, paper = (dark, light) if rng.uniform() < 0.5 else (light, dark)
     texture = np.where((pattern(u, v, rng) > 0)[..., None], ink, paper)
     canvas = np.where(_patch(x, y, rng)[..., None], texture, canvas)
     for _ in range(rng.integers(0, 4)):
         canvas = _clutter(canvas, x, y, rng)
 
-    light = 1 + rng.uniform(-0.25, 0.25) * (x / width - 0.5) + rng.uniform(-0.25, 0.25) * (y / height - 0.5)
-    canvas = canvas * light[..., None]
+    shade = 1 + rng.uniform(-0.25, 0.25) * (x / width - 0.5) + rng.uniform(-0.25, 0.25) * (y / height - 0.5)
+    canvas = canvas * shade[..., None]
     canvas = canvas.reshape(height, _OVERSAMPLE, width, _OVERSAMPLE, 3).mean(axis=(1, 3))
     canvas += rng.normal(0, rng.uniform(0, 0.04), canvas.shape)
     return Image.fromarray((canvas.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def _two_colours(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Two random colours of sufficiently different brightness."""
-    while True:
-        ink, paper = rng.uniform(0, 1, (2, 3))
-        if abs(ink.mean() - paper.mean()) > 0.25:
-            return ink, paper
+def _tint(hue: float, luma: float, rng: np.random.Generator) -> Array:
+    """A colour of this hue in radians and of this luma (ITU-R BT.601), before clipping; its saturation is drawn."""
+    chroma = np.cos(hue - np.array([0, 2, 4]) * np.pi / 3) * rng.uniform(0.1, 0.35)
+    return np.asarray((luma + chroma - chroma @ _LUMA).clip(0, 1))
 
 
-def _background(x: Array, y: Array, rng: np.random.Generator) -> Array:
-    """A soft gradient between two colours, bent by a few slow waves."""
+def _background(x: Array, y: Array, hue: float, rng: np.random.Generator) -> Array:
+    """A soft gradient between two middle tones of the hue, bent by a few slow waves."""
     blend = rng.uniform(-1, 1) * x / x.max() + rng.uniform(-1, 1) * y / y.max() + rng.uniform()
     for _ in range(3):
         blend = blend + 0.2 * np.sin(rng.uniform(-0.18, 0.18) * x + rng.uniform(-0.18, 0.18) * y + rng.uniform(0, 6))
-    start, end = rng.uniform(0, 1, (2, 3))
+    start, end = _tint(hue, 0.4, rng), _tint(hue, 0.6, rng)
     share = blend.clip(0, 1)[..., None]
     return np.asarray(start * share + end * (1 - share))
 

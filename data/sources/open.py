@@ -1,4 +1,4 @@
-"""Opening sources by name: folders, lists of files, tar shards, Parquet files, IDX files, and the demo set.
+"""Opening sources by name: folders, lists, tar shards, Parquet files, datasets of a library, IDX files, the demo set.
 
 A source has a `train` split and, if there is one, a held-out `validation` split. A split yields images and labels by
 number, without augmentation. A new kind of source is one function here that returns a `Source`, and its prefix in
@@ -19,12 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synco_fast.data.errors import DataError
+from synco_fast.data.sources.columns import NONE, split_options
 from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.demo import make_demo
+from synco_fast.data.sources.hf import OPTIONS as HF_OPTIONS
+from synco_fast.data.sources.hf import load_hf
 from synco_fast.data.sources.manifest import cache_folder
 from synco_fast.data.sources.parquet import ParquetSplit, find_parquet
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
+from synco_fast.data.sources.stream import StreamSettings, StreamSplit, expand_shards
 
 __all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
 
@@ -46,13 +50,15 @@ class Source:
 
     @property
     def notes(self) -> list[str]:
-        """Warnings about images excluded by an earlier check and truncated shards."""
+        """Warnings about images excluded by an earlier check, truncated shards, and slow random reads."""
         found = []
         for split in (self.train, self.validation):
             excluded = split.manifest.excluded if isinstance(split, FileSplit | ShardSplit) else {}
             if excluded:
                 first = next(iter(excluded.items()))
                 found.append(f"{self.spec}: {len(excluded):,} excluded as corrupt, the first: {first[0]}: {first[1]}")
+        if isinstance(self.train, ParquetSplit) and self.train.note:
+            found.append(f"{self.spec}: {self.train.note}")
         return found
 
 
@@ -148,17 +154,43 @@ def open_shards(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
 
 
 def open_parquet(spec: str, limits: Limits = LIMITS) -> Source:
-    """Parquet files in a folder or by a pattern; those named ``val*``, ``validation*`` or ``test*`` are held out.
+    """Parquet files in a folder or by a pattern; those named ``val``, ``validation`` or ``test`` are held out.
+
+    Args:
+        spec: ``FOLDER`` or ``PATTERN``, and behind it ``,image=COLUMN``, ``,label=COLUMN`` (``none`` for no labels) and
+            ``,validation=PATTERN`` for the held-out files (``none`` for no such files).
+        limits: Size limits of an image.
 
     Raises:
         DataError: There is no such file, or no image column in one.
     """
-    files = find_parquet(spec)
+    name, options = split_options(spec, ("image", "label", "validation"))
+    columns = {"image": options.get("image"), "label": options.get("label")}
+    files = find_parquet(name)
     words = {file: file.stem.lower().replace("_", "-").split("-")[0] for file in files}
-    held_out = next((found for name in _HELD_OUT if (found := [file for file in files if words[file] == name])), [])
-    train = ParquetSplit([file for file in files if words[file] not in _HELD_OUT], None, spec, limits)
-    split = ParquetSplit(held_out, train.classes, spec, limits) if held_out else None
+    held_out = next((found for word in _HELD_OUT if (found := [file for file in files if words[file] == word])), [])
+    if "validation" in options:
+        held_out = [] if options["validation"] == NONE else find_parquet(options["validation"])
+        if not held_out and options["validation"] != NONE:
+            raise DataError(f"data: found no *.parquet in {options['validation']}")
+    apart = {file.resolve() for file in held_out}
+    own = [file for file in files if words[file] not in _HELD_OUT and file.resolve() not in apart]
+    train = ParquetSplit(own, None, spec, limits, **columns)
+    split = ParquetSplit(held_out, train.classes, spec, limits, **columns) if held_out else None
     return Source(f"parquet:{spec}", train, split)
+
+
+def open_hf(spec: str, limits: Limits = LIMITS) -> Source:
+    """A dataset of the ``datasets`` library.
+
+    Args:
+        spec: As `load_hf` describes, options behind the name: ``FOLDER,train=SPLIT,validation=SPLIT,label=COLUMN``.
+        limits: Size limits of an image.
+
+    Raises:
+        DataError: As `load_hf`.
+    """
+    return Source(f"hf:{spec}", *load_hf(*split_options(spec, HF_OPTIONS), limits))
 
 
 def demo_folder() -> Path:
@@ -166,14 +198,25 @@ def demo_folder() -> Path:
     return cache_folder() / "demo"
 
 
-def open_source(spec: str, limits: Limits = LIMITS) -> Source:
+def open_stream(spec: str, limits: Limits = LIMITS, settings: StreamSettings | None = None) -> Source:
+    """A stream of tar shards, without random access and without held-out images; see `expand_shards`.
+
+    Raises:
+        DataError: There is no such shard.
+    """
+    return Source(f"stream:{spec}", StreamSplit(expand_shards(spec), f"stream:{spec}", settings, limits), None)
+
+
+def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | None = None) -> Source:
     """Open a source by the value of ``--data``.
 
     Args:
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
-            ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``idx:FOLDER`` for IDX files; ``demo`` for the
-            demo set, generated on first use.
+            ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``hf:NAME`` or ``hf:FOLDER`` for a dataset of
+            the ``datasets`` library; ``stream:SHARDS`` for tar shards without random access; ``idx:FOLDER`` for IDX
+            files; ``demo`` for the demo set, generated on first use.
         limits: Size limits; larger images count as corrupt.
+        stream: How a stream is read.
 
     Raises:
         DataError: There is no such source, or the prefix is unknown.
@@ -187,10 +230,15 @@ def open_source(spec: str, limits: Limits = LIMITS) -> Source:
         return open_shards(rest, limits)
     if colon and prefix == "parquet":
         return open_parquet(rest, limits)
+    if colon and prefix == "hf":
+        return open_hf(rest, limits)
+    if colon and prefix == "stream":
+        return open_stream(rest, limits, stream)
     if colon and prefix == "list":
         return open_list(rest, limits)
     if colon and not Path(spec).exists():
         raise DataError(
-            f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo"
+            f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, "
+            "idx:FOLDER or demo"
         )
     return open_folder(spec, limits)

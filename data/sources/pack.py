@@ -25,6 +25,7 @@ from synco_fast.data.sources.open import Source
 from synco_fast.data.sources.pack_index import INDEX, PackIndex, member_name, read_index
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, Split
+from synco_fast.data.sources.stream import refuse_stream
 from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["PackSettings", "pack_source", "shrink"]
@@ -141,12 +142,13 @@ def pack_source(
         The index by split, ``train`` and, where there is one, ``val``.
 
     Raises:
-        DataError: The folder holds something else, another pack runs in it, the source is in memory, or no image can be
-            decoded.
+        DataError: The folder holds something else, another pack runs in it, the source is in memory or a stream, or no
+            image can be decoded.
         OSError: The folder cannot be written.
     """
     splits = {"train": source.train, "val": source.validation}
     for split in splits.values():
+        refuse_stream(split, "a pack")
         if isinstance(split, ArraySplit):
             raise DataError(f"data: found {source.spec}, expected image files or shards to pack; arrays need no pack")
     with _locked(out):

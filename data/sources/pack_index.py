@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from synco_fast.data.files import atomic_write
 from synco_fast.data.sources.manifest import Manifest, PackedNames
 
-__all__ = ["INDEX", "PackIndex", "member_name", "packed_manifest", "read_index"]
+__all__ = ["INDEX", "PackIndex", "counts_in", "member_name", "packed_manifest", "read_index"]
 
 #: The index file beside a split's shards.
 INDEX = "index.npz"
@@ -104,6 +105,20 @@ def read_index(path: Path) -> PackIndex | None:
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     return found if whole and {len(values) for values in arrays.values()} == {len(found)} else None
+
+
+def counts_in(content: bytes) -> dict[str, int]:
+    """The number of images in each shard, by its name, from the bytes of an index.
+
+    Raises:
+        ValueError: They are no index of this version.
+    """
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        about = json.loads(file["about"].tobytes())
+        if about.get("version") != _VERSION:
+            raise ValueError("an index of another version")
+        counts = np.bincount(file["places"][:, 0], minlength=len(about["shards"]))
+    return dict(zip(about["shards"], counts.tolist(), strict=True))
 
 
 def packed_manifest(shards: Sequence[Path]) -> Manifest | None:

@@ -9,25 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.sources.columns import IMAGES, choose_column, label_column, number_labels
 from synco_fast.data.sources.decode import LIMITS, Limits, decode_image
 from synco_fast.data.sources.splits import map_labels
 
 __all__ = ["ParquetSplit", "find_parquet"]
 
-#: Names of the columns, in order of preference.
-_IMAGES = ("image", "img", "bytes", "jpg", "jpeg", "png", "webp")
-_LABELS = ("label", "labels", "class", "cls", "fine_label")
+#: Files that one process keeps open.
+_OPEN_FILES = 16
+#: Mean size of a row group in bytes above which a note says that random reads are slow.
+_LARGE_GROUP = 1 << 20
 
 
 class ParquetSplit:
     """The images of some Parquet files, in order of file and row.
 
-    A row group is decompressed as a whole and the last one is kept, so reading in order is fast and random reads are
-    slow: pack such a source before training (``synco-fast data pack``).
+    Only the files' footers and the labels are read at first. A row group is decompressed as a whole and the last one is
+    kept, so reading in order is fast and random reads are slow: pack such a source before training
+    (``synco-fast data pack``). Each worker process opens the files for itself.
 
     Args:
         files: Parquet files with the same columns: images as bytes, or as a struct with the field ``bytes``, and labels
@@ -36,40 +38,68 @@ class ParquetSplit:
             the labels found.
         title: The set's name in messages.
         limits: Size limits of an image.
+        image, label: Names of the columns; by default the first known names. ``none`` for no labels.
 
     Raises:
-        DataError: pyarrow is not installed, a file is not Parquet, or no column holds images.
+        DataError: pyarrow is not installed, a file is not Parquet or lacks a column, or a row has no label.
     """
 
     def __init__(
-        self, files: list[Path], classes: tuple[str, ...] | None = None, title: str = "parquet", limits: Limits = LIMITS
+        self,
+        files: list[Path],
+        classes: tuple[str, ...] | None = None,
+        title: str = "parquet",
+        limits: Limits = LIMITS,
+        *,
+        image: str | None = None,
+        label: str | None = None,
     ) -> None:
         if not files:
             raise DataError(f"data: found no *.parquet in {title}")
         self._files, self.limits = [os.fspath(file) for file in files], limits
         self._group: tuple[int, Any] | None = None
         self._opened: dict[int, Any] = {}
-        tables = [self._open(number) for number in range(len(files))]
-        schema = tables[0].schema_arrow
-        self._column = _find(schema.names, _IMAGES, files[0])
-        label = next((name for name in _LABELS if name in schema.names), None)
-        rows = [
-            (number, group, table.metadata.row_group(group).num_rows)
-            for number, table in enumerate(tables)
-            for group in range(table.num_row_groups)
-        ]
-        self._groups = [(number, group) for number, group, _ in rows]
-        self._ends = np.cumsum([count for _, _, count in rows], dtype=np.int64)
-        self._starts = np.cumsum([0, *(table.metadata.num_rows for table in tables)], dtype=np.int64)
+        schema = self._open(0).schema_arrow
+        self._column = choose_column(schema.names, IMAGES, image, files[0])
+        labels = label_column(schema.names, label, files[0])
+        rows: list[int] = []
+        values: list[Any] = []
+        size = 0
+        self._groups: list[tuple[int, int]] = []
+        for number, file in enumerate(files):
+            table = self._open(number)
+            for name in (self._column, *([labels] if labels else [])):
+                choose_column(table.schema_arrow.names, (), name, file)
+            groups = [table.metadata.row_group(group) for group in range(table.num_row_groups)]
+            self._groups += [(number, group) for group in range(len(groups))]
+            rows += [group.num_rows for group in groups]
+            size += sum(group.total_byte_size for group in groups)
+            if labels is not None:
+                values += table.read([labels]).column(0).to_pylist()
+        self._ends = np.cumsum(rows, dtype=np.int64)
+        counts = np.bincount([number for number, _ in self._groups], weights=rows, minlength=len(files))
+        self._starts = np.cumsum([0, *counts]).astype(np.int64)
+        #: Mean bytes of a row group, unpacked.
+        self.group_bytes = size / max(1, len(rows))
         self.labels, self.classes = None, None
-        if label is not None:
-            values = [value for table in tables for value in table.read([label]).column(0).to_pylist()]
-            self.labels, self.classes = map_labels(*_classes(values, schema, label), classes, title)
+        if labels is not None:
+            found = number_labels(values, _names(schema, labels), title)
+            self.labels, self.classes = map_labels(*found, classes, title)
         if not len(self):
             raise DataError(f"data: found no row in {title}")
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def note(self) -> str | None:
+        """A warning where random reads are slow."""
+        if self.group_bytes < _LARGE_GROUP:
+            return None
+        return (
+            f"each image read in random order unpacks a row group of {self.group_bytes / 2**20:,.0f} MiB; "
+            "'synco-fast data pack' makes shards with fast random reads"
+        )
 
     def name(self, index: int) -> str:
         """File and row."""
@@ -101,49 +131,46 @@ class ParquetSplit:
         return decode_image(self.read_bytes(index), self.name(index), self.limits)
 
     def _open(self, number: int) -> Any:
+        """An open file; the last few are kept."""
         if number not in self._opened:
-            try:
-                from pyarrow import parquet
-            except ImportError as error:
-                message = "data: found no pyarrow, which parquet: needs; pip install 'synco-fast[embed]'"
-                raise DataError(message) from error
-            if not Path(self._files[number]).is_file():  # a pipe would be waited for, and a device has no end
-                raise DataError(f"data: found no regular file at {self._files[number]}, expected a Parquet file")
-            try:
-                self._opened[number] = parquet.ParquetFile(self._files[number])
-            except (OSError, ValueError, NotImplementedError) as error:
-                raise DataError(f"data: found no readable Parquet file at {self._files[number]} ({error})") from error
+            if len(self._opened) >= _OPEN_FILES:
+                self._opened.pop(next(iter(self._opened))).close()
+            self._opened[number] = _open_file(Path(self._files[number]))
         return self._opened[number]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_opened": {}, "_group": None}
 
 
-def _find(names: list[str], wanted: tuple[str, ...], file: Path) -> str:
-    found = next((name for name in wanted if name in names), None)
-    if found is None:
-        raise DataError(f"data: found the columns {', '.join(names)} in {file}, expected one of {', '.join(wanted)}")
-    return found
+def _open_file(file: Path) -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        message = "data: found no pyarrow, which parquet: needs; pip install 'synco-fast[embed]'"
+        raise DataError(message) from error
+    if not file.is_file():  # a pipe would be waited for, and a device has no end
+        raise DataError(f"data: found no regular file at {file}, expected a Parquet file")
+    try:
+        return parquet.ParquetFile(file)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise DataError(f"data: found no readable Parquet file at {file} ({error})") from error
 
 
-def _classes(values: list[Any], schema: Any, label: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Labels as numbers of class names."""
+def _names(schema: Any, label: str) -> list[str] | None:
+    """The class names of Hugging Face's description, if there is one."""
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])
-        names = tuple(str(name) for name in about["info"]["features"][label]["names"])
-        numbers = np.array(values, dtype=np.int64)
-        if not len(numbers) or (numbers.min() >= 0 and numbers.max() < len(names)):
-            return numbers, names
+        return [str(name) for name in about["info"]["features"][label]["names"]]
     except (KeyError, ValueError, TypeError):
-        pass
-    found = sorted(set(values), key=lambda value: (isinstance(value, str), value))
-    number = {value: place for place, value in enumerate(found)}
-    return np.array([number[value] for value in values], dtype=np.int64), tuple(str(value) for value in found)
+        return None
 
 
 def find_parquet(spec: str) -> list[Path]:
-    """The Parquet files that a folder holds at any depth, or that a pattern such as ``data/train-*.parquet`` names."""
+    """The Parquet files that a folder holds at any depth, or that a pattern such as ``data/train-*.parquet`` names.
+
+    ``**`` in a pattern stands for any number of folders.
+    """
     path = Path(spec).expanduser()
     if path.is_dir():
         return sorted(path.rglob("*.parquet"))
-    return sorted(Path(name) for name in glob.glob(os.fspath(path)))  # noqa: PTH207 - the pattern may be absolute
+    return sorted(Path(name) for name in glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207 - may be absolute

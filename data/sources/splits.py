@@ -14,9 +14,20 @@ from PIL import Image
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decode_image, encode_pixels
 from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest
+from synco_fast.data.sources.stream import refuse_stream
 from synco_fast.data.sources.walk import walk_folder
 
-__all__ = ["ArraySplit", "FileSplit", "FolderSplit", "ListSplit", "Split", "SubsetSplit", "read_image", "share_of"]
+__all__ = [
+    "ArraySplit",
+    "FileSplit",
+    "FolderSplit",
+    "ListSplit",
+    "Split",
+    "SubsetSplit",
+    "read_file",
+    "read_image",
+    "share_of",
+]
 
 
 class Split(Protocol):
@@ -55,10 +66,10 @@ def read_image(file: str | os.PathLike[str], limits: Limits = LIMITS) -> Image.I
     Raises:
         CorruptImageError: The file cannot be read or decoded.
     """
-    return decode_image(_read_file(os.fspath(file), limits), os.fspath(file), limits)
+    return decode_image(read_file(os.fspath(file), limits), os.fspath(file), limits)
 
 
-def _read_file(file: str, limits: Limits) -> bytes:
+def read_file(file: str, limits: Limits) -> bytes:
     """The bytes of a regular file, up to its size when opened.
 
     Raises:
@@ -110,7 +121,7 @@ class FileSplit:
 
     def read_bytes(self, index: int) -> bytes:
         """The file's bytes."""
-        return _read_file(self.name(index), self.limits)
+        return read_file(self.name(index), self.limits)
 
     def read(self, index: int) -> Image.Image:
         """The decoded file; see `decode_image`."""
@@ -303,9 +314,13 @@ def share_of(split: Split, share: float) -> Split:
     Args:
         split: The images; labels are ignored.
         share: In (0, 1], rounded to at least one image.
+
+    Raises:
+        DataError: The split is a stream, and ``share`` is below 1.
     """
     if share == 1:
         return split
+    refuse_stream(split, "data.fraction")
     order = np.random.default_rng(0).permutation(len(split))
     numbers = np.sort(order[: max(1, round(share * len(split)))]).astype(np.int64)
     if isinstance(split, ArraySplit):

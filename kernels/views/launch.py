@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ _DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
 
 def unserved_by_triton(pixels: Tensor) -> str | None:
     """The reason why the kernels cannot take images on this device, or None if they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if not pixels.is_cuda or torch.version.hip:

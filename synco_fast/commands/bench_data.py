@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--pipelines", nargs="+", choices=PIPELINES, help="all that run on this machine by default")
     command.add_argument(
         "--source",
+        dest="kind",
         choices=tuple(PIPELINES_OF),
         default="photos",
         help="packed: the same photos after data pack as well, compared with the unpacked ones",
@@ -56,13 +57,12 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.progress import ProgressBar
 
     device = resolve_device(options.device)
-    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.source] if has_pipeline(name)]
-    missing = [name for name in pipelines if not has_pipeline(name)]
+    here = [name for name in PIPELINES if has_pipeline(name, device)]
+    pipelines = options.pipelines or [name for name in PIPELINES_OF[options.kind] if name in here]
+    missing = [name for name in pipelines if name not in here]
     if missing:
-        raise UserError(
-            f"pipelines: found {missing[0]}, expected {', '.join(filter(has_pipeline, PIPELINES))} here, where "
-            "DALI is not installed"
-        )
+        why = "the kernels run on CUDA devices" if missing[0].endswith("-fused") else "DALI is not installed"
+        raise UserError(f"pipelines: found {missing[0]}, expected {', '.join(here)} here, where {why}")
     folder = options.folder or cache_folder() / "bench-photos"
     workers = options.workers or available_cores()
     with ProgressBar(console, "drawing photos", None) as bar:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import ENGINES, STEPS, STEPS_BY_DEFAULT, VALIDATED
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, load_torch
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 
@@ -43,10 +43,8 @@ def add(commands: Commands) -> None:
 
 
 def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.bench.step import bench_step
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.runtime.files import write_json
 
     subjects, engines = tuple(options.subjects or STEPS_BY_DEFAULT), tuple(options.engines or ("eager",))
     for name, found, expected in (("subjects", subjects, STEPS), ("engines", engines, ENGINES)):
@@ -54,6 +52,10 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
             if word not in expected:
                 raise ConfigError(f"{name}: found {word!r}, expected {', '.join(expected)}")
     config = load_config(options.config, overrides_of(rest))
+    load_torch(console)
+    from synco_fast.bench.step import bench_step
+    from synco_fast.runtime.files import write_json
+
     report = bench_step(
         config,
         subjects=subjects,

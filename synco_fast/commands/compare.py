@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
@@ -31,14 +31,16 @@ def add(commands: Commands) -> None:
 
 
 def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison
-    from synco_fast.report.runs import mean_and_deviation
-    from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.runtime.files import write_json
 
     if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png, .svg or .pdf")
+    load_torch(console)
+    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison
+    from synco_fast.report.runs import mean_and_deviation
+    from synco_fast.runtime.environment import describe_environment
+    from synco_fast.runtime.files import write_json
+
     groups = compare_runs(options.runs)
     draw_comparison(groups, options.out)
     table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")

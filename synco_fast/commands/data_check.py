@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import SOURCE, add_options
+from synco_fast.commands.options import SOURCE, add_options, load_torch
 from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.data.sources.splits import Split
+    from synco_fast.data.sources.stream import StreamSplit
 
 __all__ = ["add"]
 
@@ -36,8 +37,10 @@ def add(commands: Commands) -> None:
 
 
 def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    load_torch(console)
     from synco_fast.data.errors import printable
     from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
+    from synco_fast.data.sources.stream import StreamSplit
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
@@ -48,6 +51,9 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     unread: Counter[str] = Counter()
     for title, split in (("training", source.train), ("held-out", source.validation)):
         if split is None:
+            continue
+        if isinstance(split, StreamSplit):
+            _check_stream(split, figures, options.workers, console)
             continue
         corrupt = _with_progress(f"{title} images", split, find_corrupt, options.workers, console)
         figures["images"] += len(split)
@@ -72,14 +78,36 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     if len(wrong) > _NAMED:
         console.print(f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", style="yellow")
     table = two_columns(f"check of {printable(options.source)}")
-    share = len(figures["corrupt"]) / figures["images"]
+    share = len(figures["corrupt"]) / max(1, figures["images"])
     table.add_row("images", f"{figures['images']:,}")
     table.add_row("corrupt", f"{len(figures['corrupt']):,} ({share:.2%})")
     table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images per second")
     for kept in figures["lists"]:
-        table.add_row("manifest of the others", kept)
+        table.add_row("index of the shards" if "counts" in figures else "manifest of the others", kept)
     console.print(table)
     return 1 if wrong else 0
+
+
+def _check_stream(split: StreamSplit, figures: dict[str, Any], workers: int | None, console: Console) -> None:
+    """Count and decode the images of every shard, and keep the counts."""
+    from synco_fast.data.sources.stream import keep_counts
+    from synco_fast.data.sources.stream_check import check_stream
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.progress import ProgressBar
+
+    with ProgressBar(console, "shards", len(split.shards)) as bar:
+        found = check_stream(
+            split, workers=workers, tick=lambda done, corrupt: bar.update(done, f"{corrupt:,} corrupt")
+        )
+    figures["images"] += sum(shard.images for shard in found)
+    for name, shard in zip(split.shards, found, strict=True):
+        figures["corrupt"] |= shard.corrupt
+        figures["truncated"] |= {name: shard.damage} if shard.damage else {}
+    figures["counts"] = {name: shard.images for name, shard in zip(split.shards, found, strict=True)}
+    try:
+        figures["lists"].append(keep_counts(split, [shard.images for shard in found]))
+    except OSError as error:
+        raise UserError(f"cache: cannot write the index of {split.title} ({error})") from error
 
 
 def _with_progress(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.parser import Commands, positive, two_columns
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def _quality(word: str) -> int:
 
 
 def _data_pack(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    load_torch(console)
     from synco_fast.data.augment.recipe import Recipe
     from synco_fast.data.pipelines.pack_quality import measure_quality
     from synco_fast.data.sources.open import open_shards, open_source

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import SOURCE, path
+from synco_fast.commands.options import SOURCE, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 
@@ -41,6 +41,7 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png")
     overrides = overrides_of(rest) | {"data.source": options.source}
     config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
+    load_torch(console)
     from synco_fast.data.pipelines.build import choose_pipeline
     from synco_fast.data.sources.open import open_source
     from synco_fast.runtime.precision import Precision, resolve_device
@@ -48,7 +49,7 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
     from synco_fast.training.plots import draw_pairs
 
     device = resolve_device(config.training.device)
-    split = open_source(config.data.source, config.data.limits).train
+    split = open_source(config.data.source, config.data.limits, config.data.stream).train
     chosen = choose_pipeline(config.data.pipeline, split, device)
     dtype = Precision(config.training.precision, device).dtype
     pipeline = open_pipeline(config, split, device=device, dtype=dtype, batch=min(options.pairs, len(split)))

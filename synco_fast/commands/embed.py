@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import CHECKPOINT, add_options, eval_options, path
+from synco_fast.commands.options import CHECKPOINT, add_options, eval_options, load_torch, path
 from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["add"]
 
@@ -33,6 +34,9 @@ def add(commands: Commands) -> None:
 
 
 def _embed(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    if options.out.suffix not in (".npz", ".parquet"):
+        raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .npz or .parquet")
+    load_torch(console)
     from synco_fast.evaluation.embed import embed
     from synco_fast.runtime.files import write_json
 

@@ -8,7 +8,14 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_eval_options, add_options, check_ranges, eval_options, print_result
+from synco_fast.commands.options import (
+    add_eval_options,
+    add_options,
+    check_ranges,
+    eval_options,
+    load_torch,
+    print_result,
+)
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
@@ -33,6 +40,7 @@ def add(commands: Commands) -> None:
 
 def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     given = check_ranges(options, steps=0, batch=0, lr=0, size=0)
+    load_torch(console)
     from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 
     protocol = published_protocol("voc" if (options.data or "").startswith("voc:") else "coco")

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_eval_options, add_options, check_ranges, eval_options, print_result
+from synco_fast.commands.options import (
+    add_eval_options,
+    add_options,
+    check_ranges,
+    eval_options,
+    load_torch,
+    print_result,
+)
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
@@ -36,6 +43,7 @@ def add(commands: Commands) -> None:
 def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     given = check_ranges(options, epochs=0, batch=0, head_lr=0)
     check_ranges(options, lr=0, percent=0)
+    load_torch(console)
     from synco_fast.evaluation.finetune import RATES, evaluate_finetune, published_protocol
 
     result = evaluate_finetune(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_eval_options, check_ranges, eval_options, print_result
+from synco_fast.commands.options import add_eval_options, check_ranges, eval_options, load_torch, print_result
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
@@ -34,6 +34,7 @@ def add(commands: Commands) -> None:
 
 def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     check_ranges(options, k=0, temperature=0)
+    load_torch(console)
     from synco_fast.evaluation.knn import evaluate_knn
 
     result = evaluate_knn(

@@ -8,7 +8,14 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_eval_options, add_options, check_ranges, eval_options, print_result
+from synco_fast.commands.options import (
+    add_eval_options,
+    add_options,
+    check_ranges,
+    eval_options,
+    load_torch,
+    print_result,
+)
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
@@ -37,6 +44,7 @@ def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: 
     check_ranges(options, lr=0)
     if options.lr is not None and len(options.lr) != 1 and not options.fast:
         raise ConfigError(f"lr: found {len(options.lr)} rates, expected one, or several with --fast")
+    load_torch(console)
     from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast
 
     protocol = replace(PUBLISHED, seed=options.seed, **given)

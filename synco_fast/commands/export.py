@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import CHECKPOINT, add_options, path
+from synco_fast.commands.options import CHECKPOINT, add_options, load_torch, path
 from synco_fast.commands.parser import Commands, two_columns
 from synco_fast.export.formats import FORMATS
 
@@ -31,6 +31,7 @@ def add(commands: Commands) -> None:
 
 
 def _export(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    load_torch(console)
     from synco_fast.export.save import export_checkpoint
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.files import write_json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.parser import Commands, two_columns
 from synco_fast.methods import METHODS
 
@@ -31,6 +31,7 @@ def add(commands: Commands) -> None:
 
 
 def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    load_torch(console)
     from synco_fast.export.import_checkpoint import import_checkpoint
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.files import write_json

@@ -20,14 +20,17 @@ __all__ = [
     "SOURCE",
     "add_eval_options",
     "add_options",
+    "check_input",
     "check_output",
     "check_ranges",
+    "check_source",
     "eval_options",
+    "load_torch",
     "path",
     "print_result",
 ]
 
-SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, idx:FOLDER or demo"
+SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER or demo"
 CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 
@@ -41,7 +44,7 @@ def _device(command: argparse.ArgumentParser, about: str) -> None:
 
 
 def _precision(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "auto: bf16 where the device is fast in it, else fp32"
+    about = about or "auto: fp32 for frozen features, else bf16 where the device is fast in it"
     command.add_argument("--precision", choices=get_args(Format), default="auto", help=about)
 
 
@@ -88,6 +91,52 @@ def _count(word: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"found {number}, expected 0 or more")
     return number
+
+
+def check_input(options: argparse.Namespace) -> None:
+    """Refuse files and folders that do not exist, before the seconds that importing torch takes.
+
+    Raises:
+        CheckpointError: There is no such checkpoint.
+        ConfigError: There is no such run folder.
+        DataError: There is no such source, or a folder holds no image but another kind of source.
+    """
+    from synco_fast.runtime.errors import CheckpointError, ConfigError
+
+    for name in ("checkpoint", "file"):
+        found = getattr(options, name, None)
+        if isinstance(found, Path) and not found.exists():
+            raise CheckpointError(f"checkpoint: found no file or run folder {found}")
+    for folder in [*getattr(options, "runs", ()), getattr(options, "run_folder", None)]:
+        if isinstance(folder, Path) and not (folder / "config.yaml").exists():
+            raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")
+    for source in (getattr(options, "data", None), getattr(options, "source", None)):
+        if isinstance(source, str):
+            check_source(source)
+
+
+def check_source(source: str) -> None:
+    """Refuse a source that is not there, or a folder without images; only its first level is read.
+
+    Raises:
+        DataError: As `synco_fast.data.sources.open.open_source` says.
+    """
+    from synco_fast.data.sources.open import open_source
+    from synco_fast.data.sources.walk import is_image
+
+    prefix, _, rest = source.rpartition(":")
+    if source == "demo" or prefix not in ("", "idx", "tar"):
+        return
+    folder = Path(rest).expanduser()
+    inside = folder.iterdir() if folder.is_dir() else ()
+    if not any(prefix or is_image(entry.name) or entry.is_dir() for entry in inside):
+        open_source(source)
+
+
+def load_torch(console: Console) -> None:
+    """Import torch, and say so on a terminal meanwhile, since it takes seconds."""
+    with console.status("loading PyTorch"):
+        import torch  # noqa: F401
 
 
 def check_output(options: argparse.Namespace) -> None:
@@ -174,6 +223,7 @@ def print_result(
     for name, value in result["headline"].items():
         table.add_row(name, f"{value:.1%}", style="bold")
     table.add_row(chance, f"{result['chance']:.1%}")
+    table.add_row("precision", result["precision"])
     for name, text in rows:
         table.add_row(name, text)
     if result.get("backbone_unchanged"):

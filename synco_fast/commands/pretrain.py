@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import SOURCE, add_options, check_source, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
 if TYPE_CHECKING:
     from synco_fast.config import Config, TrainingConfig
-    from synco_fast.runtime.distributed import HostGroup
 
 __all__ = ["add"]
 
@@ -32,8 +32,11 @@ def add(commands: Commands) -> None:
         more="'synco-fast presets NAME' prints every key with its meaning, range and default.",
     )
     command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
+    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source")
     command.add_argument(
-        "--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo; short for --data.source"
+        "--init",
+        metavar="WEIGHTS",
+        help="start from a run, a checkpoint, a file of weights, torchvision/NAME or timm/NAME; short for --model.init",
     )
     command.add_argument("--seed", type=int, help="seed of weights, order, views and draws")
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
@@ -50,20 +53,15 @@ def add(commands: Commands) -> None:
 
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     config, limits, resume = _what_to_do(options, overrides_of(rest))
-
-    from synco_fast.evaluation.knn import PeriodicKnn
-    from synco_fast.evaluation.monitor import HealthMonitor
-    from synco_fast.runtime.distributed import DistEnv, init_distributed
+    check_source(config.data.source)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        console.print(f"{config.method.name} on {config.data.source}", markup=False, highlight=False, soft_wrap=True)
+    load_torch(console)
+    from synco_fast.api import train
     from synco_fast.runtime.files import write_json
-    from synco_fast.training.loop import Trainer
-    from synco_fast.training.pretraining import Pretraining
 
-    env = DistEnv.detect()
-    with init_distributed(env, config.training.device, timeout=config.training.timeout) as control:
-        folder = resume or _new_folder(options.out, config, control)
-        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
-        summary = Trainer(task, folder, resume=resume, console=console).run()
-    if env.is_main:
+    trainer, summary = train(config, out=options.out, resume=resume, limits=limits, console=console)
+    if trainer.env.is_main:
         if options.json is not None:
             write_json(options.json, summary.as_dict())
         _print_summary(summary, console)
@@ -77,7 +75,7 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.run_config import read_run_config
 
-    for key, value in (("data.source", options.data), ("seed", options.seed)):
+    for key, value in (("data.source", options.data), ("seed", options.seed), ("model.init", options.init)):
         if value is not None:
             overrides[key] = value
     values, resume = None, None
@@ -86,8 +84,8 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
             raise ConfigError("continue: found without --out or beside --resume, expected --config PRESET --out RUN")
         values, resume = _begun(options)
     elif options.resume is not None:
-        if options.config is not None or options.out is not None:
-            raise ConfigError("resume: found --config or --out beside it, expected --section.key VALUE alone")
+        if options.config is not None or options.out is not None or options.init is not None:
+            raise ConfigError("resume: found --config, --out or --init beside it, expected --section.key VALUE alone")
         values, resume = read_run_config(options.resume), options.resume
     elif options.config is None:
         raise ConfigError("config: found none, expected --config PRESET, or --resume RUN; see 'synco-fast presets'")
@@ -120,39 +118,26 @@ def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | N
         return None, options.out
 
 
-def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
-    """The folder of a new run; rank 0 chooses it, since the name holds the time."""
-    from synco_fast.runtime.errors import UserError
-    from synco_fast.training.run_folder import choose_run_folder
-
-    chosen: Path | UserError | None = None
-    if control.env.is_main:
-        try:
-            chosen = choose_run_folder(out, config.preset)
-        except UserError as error:
-            chosen = error
-    chosen = control.broadcast(chosen)
-    if isinstance(chosen, UserError):
-        raise chosen
-    assert chosen is not None
-    return chosen
-
-
 def _print_summary(summary: Any, console: Console) -> None:
     def percent(share: float | None) -> str:
         return "not evaluated" if share is None else f"{share:.1%}"
 
+    best = summary.best
     done = "" if summary.finished else f", stopped on request: resume with --resume {summary.run}"
-    table = two_columns(f"{summary.method} on {summary.source}: {summary.epochs:g} epochs{done}")
+    epochs = f"{round(summary.epochs, 2):g} epoch{'' if summary.epochs == 1 else 's'}"
+    table = two_columns(f"{summary.method} on {summary.source}: {epochs}{done}")
+    by_size = summary.images_per_second_by_size
     rows = [
         ("kNN before", percent(summary.knn_before)),
         ("kNN after", percent(summary.knn_after)),
+        *([("best kNN", f"{best['knn']:.1%} at epoch {best['epoch']:g}: {best['checkpoint']}")] if best else []),
         ("chance", percent(summary.chance)),
         ("effective rank", "not evaluated" if summary.feature_rank is None else f"{summary.feature_rank:.1f}"),
         (
             "images per second",
             f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",
         ),
+        ("by size of views", ", ".join(f"{size} px {rate:,.0f}" for size, rate in by_size.items())),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),
         ("corrupt images", f"{summary.corrupt_images}"),
         ("implementation", ", ".join(f"{part} {form['name']}" for part, form in summary.forms.items())),
@@ -162,6 +147,6 @@ def _print_summary(summary: Any, console: Console) -> None:
         ("augmented pairs", summary.pairs),
     ]
     for name, value in rows:
-        if name != "corrupt images" or summary.corrupt_images:
+        if value and (name != "corrupt images" or summary.corrupt_images):
             table.add_row(name, value, style="bold" if name == "kNN after" else None)
     console.print(table)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, check_source, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
 
@@ -36,13 +36,9 @@ def add(commands: Commands) -> None:
 
 def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.generated.config import build_generator_config
-    from synco_fast.generated.stage_one import GeneratorTraining
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.migrations import migrate_generator_config
     from synco_fast.runtime.run_config import read_run_config
-    from synco_fast.training.loop import Trainer
-    from synco_fast.training.run_folder import choose_run_folder
 
     values = overrides_of(rest)
     if options.data is not None:
@@ -50,14 +46,19 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
     if options.resume is not None:
         if options.out is not None:
             raise ConfigError("resume: found --out beside it, expected --key VALUE alone")
-        folder = options.resume
-        saved = read_run_config(folder, "pretrain-generator")
+        saved = read_run_config(options.resume, "pretrain-generator")
         values = {**migrate_generator_config(saved), **migrate_generator_config(values)}
     elif "source" not in values:
         raise ConfigError("data: found none, expected --data SOURCE, or --resume RUN")
-    else:
-        folder = choose_run_folder(options.out, "generator")
     config = build_generator_config(values)
+    check_source(config.source)
+    load_torch(console)
+    from synco_fast.generated.stage_one import GeneratorTraining
+    from synco_fast.runtime.files import write_json
+    from synco_fast.training.loop import Trainer
+    from synco_fast.training.run_folder import choose_run_folder
+
+    folder = options.resume or choose_run_folder(options.out, "generator")
     task = GeneratorTraining(config, _features(config.encoder) if config.encoder and config.kid_every else None)
     summary = Trainer(task, folder, resume=options.resume, console=console).run()
     if options.json is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 
@@ -37,13 +37,15 @@ def add(commands: Commands) -> None:
 
 def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     from synco_fast.presets import load_config
-    from synco_fast.runtime.files import write_json
-    from synco_fast.training.profiler import profile_step
 
     overrides = overrides_of(rest)
     if options.data is not None:
         overrides["data.source"] = options.data
     config = load_config(options.config, overrides)
+    load_torch(console)
+    from synco_fast.runtime.files import write_json
+    from synco_fast.training.profiler import profile_step
+
     folder = options.out or Path("profiles") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     report = profile_step(config, folder, steps=options.steps)
     if options.json is not None:

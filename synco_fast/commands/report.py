@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    load_torch(console)
     from synco_fast.evaluation.context import EvalOptions
     from synco_fast.report.page import write_report
 

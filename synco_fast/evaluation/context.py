@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "check_labels",
     "check_unchanged",
     "folder_of",
+    "for_features",
     "join_job",
     "labelled_splits",
     "open_context",
@@ -52,7 +53,7 @@ class EvalOptions:
         data: The source; the run's own by default.
         out: Folder of results, cached features and states; ``evaluation/`` in the run folder by default.
         device: ``auto``, ``cpu`` or ``cuda``.
-        precision: As in training.
+        precision: As in training; ``auto`` is fp32 where only frozen features are computed, see `for_features`.
         workers: Decoding processes.
         fresh: Ignore cached results and start over.
     """
@@ -161,15 +162,24 @@ def open_context(path: Path, options: EvalOptions, device: torch.device | None =
     )
 
 
+def for_features(options: EvalOptions) -> EvalOptions:
+    """The options with ``auto`` as fp32, for evaluations of frozen features.
+
+    The kNN of a training run computes in float32; the same checkpoint then gives the same accuracy in both.
+    """
+    return replace(options, precision="fp32") if options.precision == "auto" else options
+
+
 def source_of(weights: Weights, options: EvalOptions) -> str:
-    """The source given in the options, else the run's own.
+    """The source given in the options, else the one that the run was evaluated on.
 
     Raises:
         ConfigError: Imported weights record no source.
     """
     if options.data is None and weights.imported:
         raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint records no images")
-    return options.data or weights.config.data.source
+    config = weights.config
+    return options.data or config.evaluation.source or config.data.source
 
 
 def folder_of(weights: Weights, options: EvalOptions) -> Path:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from synco_fast.data.sources.open import open_source
-from synco_fast.evaluation.context import EvalOptions, progress, source_of
+from synco_fast.evaluation.context import EvalOptions, for_features, progress, source_of
 from synco_fast.evaluation.features import extract_features
 from synco_fast.export.load import backbone_of, read_weights
 from synco_fast.runtime.environment import describe_environment
@@ -31,7 +31,7 @@ def embed(
     Args:
         path: A run folder, a checkpoint, or an imported file.
         out: ``.npz`` (arrays) or ``.parquet`` (columns features, label, path, split).
-        options: Source and device.
+        options: Source and device; precision ``auto`` is fp32.
         splits: ``train``, ``val`` or ``both``; without a held-out split, all images are ``train``.
         console: Where progress is shown.
 
@@ -39,7 +39,7 @@ def embed(
         ConfigError: The file has another suffix, or pyarrow is missing.
         CheckpointError, DataError: The checkpoint or the source cannot be read.
     """
-    options = options or EvalOptions()
+    options = for_features(options or EvalOptions())
     if out.suffix not in (".npz", ".parquet"):
         raise ConfigError(f"out: found {out.name!r}, expected a name that ends in .npz or .parquet")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:

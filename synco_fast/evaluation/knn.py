@@ -22,6 +22,7 @@ from synco_fast.data.sources.open import Source
 from synco_fast.evaluation.context import (
     EvalOptions,
     check_unchanged,
+    for_features,
     join_job,
     labelled_splits,
     open_context,
@@ -149,9 +150,9 @@ def evaluate_knn(
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
-        options: Source, folder, device.
+        options: Source, folder, device; precision ``auto`` is fp32, as in a run's periodic kNN.
         k: Several; by default 20, 200 and the run's own, as far as there are so many training images.
-        temperature: Of the votes, by default the run's own (0.07).
+        temperature: Temperature of the votes; the run's own (0.07) by default.
         console: Where progress is shown.
 
     Returns:
@@ -161,7 +162,7 @@ def evaluate_knn(
         CheckpointError, DataError, ConfigError: The checkpoint cannot be read, the source has no labelled held-out
             split, or k is larger than the set.
     """
-    options = options or EvalOptions()
+    options = for_features(options or EvalOptions())
     with join_job(options.device) as device:
         context = open_context(path, options, device)
         own = context.weights.config.evaluation
@@ -226,7 +227,8 @@ def check_periodic_knn(evaluation: EvaluationConfig, source: Source) -> None:
     """
     if not evaluation.every:
         return
-    train, _ = labelled_splits(source, " for kNN; --evaluation.every 0 pretrains without")
+    hint = " for kNN; --evaluation.source SOURCE takes other images, --evaluation.every 0 pretrains without"
+    train, _ = labelled_splits(source, hint)
     bank = min(len(train), evaluation.train_images or len(train))
     if evaluation.k > bank:
         raise ConfigError(f"evaluation.k: found {evaluation.k}, expected up to {bank}, the images to choose from")

@@ -17,6 +17,7 @@ from synco_fast.evaluation.context import (
     EvalContext,
     EvalOptions,
     check_unchanged,
+    for_features,
     join_job,
     open_context,
     progress,
@@ -92,7 +93,7 @@ def evaluate_linear_fast(
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
-        options: Source, folder, device.
+        options: Source, folder, device; precision ``auto`` is fp32.
         protocol: Epochs, batch and schedule; its learning rate is not used.
         rates: The learning rates.
         console: Where progress is shown.
@@ -100,7 +101,7 @@ def evaluate_linear_fast(
     Raises:
         CheckpointError, DataError, ConfigError: As `open_context` says.
     """
-    options = options or EvalOptions()
+    options = for_features(options or EvalOptions())
     with join_job(options.device) as device:
         context = open_context(path, options, device)
         before = weights_sha256(context.backbone)

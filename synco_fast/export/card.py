@@ -18,15 +18,22 @@ from synco_fast.runtime.files import read_json, write_text
 __all__ = ["known_results", "write_card"]
 
 
-def known_results(run: Path | None) -> dict[str, str]:
-    """The results in a run folder: its own kNN and effective rank, and every evaluation below ``evaluation/``."""
+def known_results(run: Path | None, step: int | None = None) -> dict[str, str]:
+    """The results in a run folder: its own kNN and effective rank, and every evaluation below ``evaluation/``.
+
+    Args:
+        run: The run folder.
+        step: The step of the checkpoint; the best one of a run has its own kNN.
+    """
     if run is None:
         return {}
     found: dict[str, str] = {}
     summary = _json(run / "summary.json")
-    if summary.get("knn_after") is not None:
-        found["kNN during pretraining"] = f"{summary['knn_after']:.1%} (chance {summary['chance']:.1%})"
-    if summary.get("feature_rank") is not None:
+    best = summary.get("best") or {}
+    knn = best["knn"] if step is not None and best.get("step") == step else summary.get("knn_after")
+    if knn is not None:
+        found["kNN during pretraining"] = f"{knn:.1%} (chance {summary['chance']:.1%})"
+    if summary.get("feature_rank") is not None and not (step is not None and best.get("step") == step):
         found["effective rank of the features (RankMe)"] = f"{summary['feature_rank']:.1f}"
     for file in sorted((run / "evaluation").glob("*.json")):
         result = _json(file)
@@ -75,6 +82,8 @@ def write_card(
         "data": config.data.source if not weights.imported else "not recorded in the imported file",
         "epochs": f"{weights.epochs:.3g}" if weights.epochs is not None else "not recorded",
     }
+    if config.model.init is not None:
+        rows["started from"] = config.model.init
     if weights.imported:
         rows["imported from"] = ", ".join(f"{key} {value}" for key, value in weights.imported.items() if value)
     else:
@@ -84,11 +93,14 @@ def write_card(
             "seed": str(config.seed),
         }
     recipe = config.augment
+    if recipe.grows and not weights.imported:
+        ramp = recipe.ramp(config.training.epochs).items()
+        rows["views in training"] = ", ".join(f"{epochs} epochs of {size} pixels" for size, epochs in ramp)
     rows["input"] = (
         f"RGB in [0, 1], short side to {recipe.resize} pixels, central crop of {recipe.size}, minus mean "
         f"{recipe.mean}, divided by {recipe.std}"
     )
-    results = known_results(weights.run)
+    results = known_results(weights.run, weights.step)
     lines = [
         *_front_matter(config, format, licence),
         f"# {config.model.backbone}, pretrained by {config.method.name}",

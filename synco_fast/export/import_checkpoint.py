@@ -18,7 +18,7 @@ from synco_fast.runtime.checkpoint import FORMAT, read_tensors
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.files import atomic_write
 
-__all__ = ["import_checkpoint"]
+__all__ = ["import_checkpoint", "read_foreign"]
 
 
 def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | None = None) -> Weights:
@@ -36,18 +36,11 @@ def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | Non
         CheckpointError: The file cannot be read, carries code, has no encoder, or another architecture.
         ConfigError: The architecture is not named, or unknown here.
     """
-    content = _read(path)
-    epoch = content.get("epoch") if isinstance(content, dict) else None
+    state, content = read_foreign(path)
+    state = {name: value for name, value in state.items() if not _is_classifier(name)}
+    epoch = content.get("epoch")
     if is_moco(content):
         backbone = backbone or content.get("arch")
-        state = from_moco(content["state_dict"], str(path))
-        if not any(name.startswith("encoder.") for name in state):
-            raise CheckpointError(f"{path}: found no encoder in it, expected names that begin with module.encoder_q.")
-    else:
-        plain = content.get("state_dict", content) if isinstance(content, dict) else None
-        if not isinstance(plain, dict) or not plain or not all(isinstance(value, Tensor) for value in plain.values()):
-            raise CheckpointError(f"{path}: found no encoder in it, expected a state_dict of tensors")
-        state = {f"encoder.backbone.{name}": value for name, value in plain.items() if not _is_classifier(name)}
     if backbone is None:
         raise ConfigError(f"backbone: found no architecture in {path}, expected --backbone NAME, such as resnet50")
     known = {"from": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "epoch": epoch}
@@ -64,6 +57,28 @@ def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | Non
     return weights
 
 
+def read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a published checkpoint: its tensors by our names, and the whole content of the file.
+
+    Args:
+        path: The authors' layout, or a backbone's ``state_dict`` (also below the key ``state_dict`` or ``model``), with
+            its classifier.
+
+    Raises:
+        CheckpointError: The file cannot be read, carries code, or has no encoder.
+    """
+    content = _read(path)
+    if is_moco(content):
+        state = from_moco(content["state_dict"], str(path))
+        if not any(name.startswith("encoder.") for name in state):
+            raise CheckpointError(f"{path}: found no encoder in it, expected names that begin with module.encoder_q.")
+        return state, content
+    plain = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
+    if not isinstance(plain, dict) or not plain or not all(isinstance(value, Tensor) for value in plain.values()):
+        raise CheckpointError(f"{path}: found no encoder in it, expected a state_dict of tensors")
+    return {f"encoder.backbone.{name}": value for name, value in plain.items()}, content
+
+
 def _read(path: Path) -> Any:
     if path.suffix != ".safetensors":
         return read_tensors(path)
@@ -76,7 +91,8 @@ def _read(path: Path) -> Any:
 
 
 def _is_classifier(name: str) -> bool:
-    return name in ("fc.weight", "fc.bias", "head.weight", "head.bias", "classifier.weight", "classifier.bias")
+    layer, _, kind = name.removeprefix("encoder.backbone.").partition(".")
+    return layer in ("fc", "head", "classifier") and kind in ("weight", "bias")
 
 
 def _values(state: dict[str, Tensor], backbone: str, method: str, name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from synco_fast.runtime.checkpoint import (
 )
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 
-__all__ = ["Weights", "backbone_of", "load_backbone", "read_weights"]
+__all__ = ["Weights", "backbone_of", "describes_itself", "load_backbone", "read_weights"]
 
 _BACKBONE = "encoder.backbone."
 
@@ -112,6 +112,30 @@ def read_weights(path: Path) -> Weights:
             f"'synco-fast import {path} --method NAME' turns it into one"
         )
     raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of synco-fast")
+
+
+def describes_itself(path: Path) -> bool:
+    """Whether a file is a checkpoint or an export of synco-fast, which `read_weights` takes.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    if path.suffix == ".safetensors":
+        return _metadata(path) is not None
+    content = read_tensors(path)
+    if is_checkpoint(content):
+        return "method" in content
+    return is_moco(content) and isinstance(content.get("synco_fast"), dict)
+
+
+def _metadata(path: Path) -> str | None:
+    """The description in a file of safetensors, if there is one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: str | None = (file.metadata() or {}).get("synco_fast")
+            return found
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: found a file that is cut short or damaged ({error})") from error
 
 
 def _own(content: dict[str, Any], file: Path) -> Weights:

@@ -97,6 +97,11 @@ def check_pairs(config: Config) -> None:
             f"since pairs need the queue of {', '.join(known)}"
         )
     check_size(config.augment.size, "augment.size")
+    if config.augment.grows:
+        raise ConfigError(
+            f"augment.min_size: found {config.augment.min_size}, expected null beside generated pairs, whose images "
+            "have one size"
+        )
     if training.accumulate != 1:
         raise ConfigError(f"training.accumulate: found {training.accumulate}, expected 1 beside generated pairs")
     if training.engine not in ("auto", "eager"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -13,7 +12,6 @@ from torchvision.utils import save_image
 
 __all__ = ["draw_generator_curves", "draw_pair_curves", "draw_samples"]
 
-matplotlib.use("Agg")
 _SCALE = 2
 #: A curve marks each point up to this many.
 _FEW = 20

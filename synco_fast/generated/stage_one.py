@@ -37,9 +37,10 @@ from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.changes import explain_changes
-from synco_fast.training.metrics import MetricLog, RunningMeans, read_metrics
+from synco_fast.training.metrics import RunningMeans, read_metrics
 from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
+from synco_fast.training.writers import MetricLog
 
 __all__ = ["GeneratorTraining"]
 
@@ -115,6 +116,9 @@ class GeneratorTraining:
     def begin(self, folder: Path, *, fresh: bool) -> None:
         """Remember the run folder."""
         self._folder = folder
+
+    def view_size(self, step: int) -> None:
+        """None: the images have one size."""
 
     def round_end(self, step: int) -> int:
         """The next step at which a sheet, KID or a checkpoint is due."""
@@ -280,7 +284,9 @@ class GeneratorTraining:
     def close(self) -> None:
         """Nothing to close."""
 
-    def summary(self, step: int, *, finished: bool, throughput: Throughput) -> dict[str, Any]:
+    def summary(
+        self, step: int, *, finished: bool, throughput: Throughput, best: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Draw the curves and write ``summary.json``."""
         folder, config = self._folder, self.config
         lines = read_metrics(folder)

@@ -247,6 +247,11 @@ class Method(nn.Module):
         if kernel == "momentum":
             self.momentum_backend = cast(MomentumBackend, backend)
 
+    def start_from_encoder(self) -> None:
+        """Take over weights that were loaded into the encoder before the first step: the target becomes its copy."""
+        if self.target is not None:
+            self.target.load_state_dict(self.encoder.state_dict())
+
     def adapt_state(self, state: dict[str, Any], *, keep: bool) -> list[str]:
         """Match the dtypes of a checkpoint and of the method before loading.
 

@@ -70,6 +70,8 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
         )
         name = f"{model.backbone} with {model.backbone_args}" if model.backbone_args else model.backbone
         kept = check_input(backbone, config.augment.size, name, features)
+        for smaller in config.augment.sides[:-1]:
+            check_input(backbone, smaller, name, features, "augment.min_size")
         images = training.batch // processes // training.accumulate
         check_memory(
             # At least: in two bytes a number, where the format may have as few.

@@ -127,7 +127,7 @@ def parameters_of(name: str, arguments: dict[str, Any]) -> int:
 
 
 @torch.no_grad()
-def check_input(module: nn.Module, size: int, name: str, width: int) -> int:
+def check_input(module: nn.Module, size: int, name: str, width: int, key: str = "augment.size") -> int:
     """Run one blank image through the backbone, so that an unsupported size is reported before training.
 
     Args:
@@ -135,6 +135,7 @@ def check_input(module: nn.Module, size: int, name: str, width: int) -> int:
         size: Side of the image.
         name: What the message calls the backbone.
         width: How many features it should give.
+        key: The key of the configuration that the size comes from.
 
     Returns:
         How many numbers a training step must keep of one image at least: the inputs of convolutions and linear layers.
@@ -158,7 +159,7 @@ def check_input(module: nn.Module, size: int, name: str, width: int) -> int:
         features = module.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # whatever a model's own checks raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ConfigError(f"augment.size: found {size}, which {name} cannot take ({reason})") from error
+        raise ConfigError(f"{key}: found {size}, which {name} cannot take ({reason})") from error
     finally:
         module.train(was_training)
         for hook in hooks:

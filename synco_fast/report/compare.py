@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -20,7 +19,6 @@ from synco_fast.runtime.style import colour_of
 
 __all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison"]
 
-matplotlib.use("Agg")
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN": lambda run: run.results.get("knn", {}).get("knn"),

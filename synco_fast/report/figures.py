@@ -15,7 +15,6 @@ from synco_fast.training.plots import PANELS, draw_panel
 
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
 
-matplotlib.use("Agg")
 #: Inches: 400 pixels of a page, so that text keeps its size at a phone's width.
 _WIDTH, _HEIGHT = 4.2, 3.0
 

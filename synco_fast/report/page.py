@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from synco_fast.evaluation.context import EvalOptions, open_context
+from synco_fast.evaluation.context import EvalOptions, for_features, open_context
 from synco_fast.report.figures import draw_confusion, draw_map, draw_run
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.runs import Run, read_run
@@ -70,6 +70,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
     return [
         ("kNN before", percent(summary.get("knn_before"))),
         ("kNN after", percent(run.knn)),
+        *([("best kNN", f"{best['knn']:.1%}, epoch {best['epoch']:g}")] if (best := summary.get("best")) else []),
         ("linear", percent(run.linear)),
         ("chance", percent(run.chance)),
         ("effective rank", "none" if rank is None else f"{rank:.1f}"),
@@ -82,7 +83,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
 def _gallery(folder: Path, options: EvalOptions) -> dict[str, Any]:
     """Neighbours and map, or the reason why they are missing."""
     try:
-        context = open_context(folder, options)
+        context = open_context(folder, for_features(options))
         found = look_around(context)
     except (CheckpointError, DataError) as error:
         return {"gallery": None, "map": None, "map_by": None, "missing": str(error)}

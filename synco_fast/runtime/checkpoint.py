@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -19,10 +20,12 @@ from synco_fast.runtime.finite import not_finite
 from synco_fast.runtime.migrations import migrate_checkpoint
 
 __all__ = [
+    "BEST",
     "check_checkpoint",
     "checkpoints_in",
     "find_checkpoint",
     "is_checkpoint",
+    "keep_best",
     "load_checkpoint",
     "load_optimizer",
     "load_weights",
@@ -34,6 +37,8 @@ __all__ = [
 FORMAT = 1
 #: Words by which `torch.save` says that a file could not be written.
 _UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream", "file write")
+#: The checkpoint of the highest score, beside the newest ones.
+BEST = "best.pt"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 #: Names that a message lists.
 _LISTED = 6
@@ -53,7 +58,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             ones stay.
     """
     target = folder / f"step-{step:08d}.pt"
-    for leftover in folder.glob(".step-*"):  # of a killed process; a full disk needs their room
+    for leftover in (*folder.glob(".step-*"), *folder.glob(".best.*")):  # of a killed process, on a full disk
         leftover.unlink()
     try:
         with atomic_write(target) as temporary:
@@ -64,6 +69,30 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         raise CheckpointError(f"{target}: {_unwritten(error, folder, state)}") from error
     for old in checkpoints_in(folder)[keep:]:
         old.unlink()
+    return target
+
+
+def keep_best(checkpoint: Path) -> Path:
+    """Keep a checkpoint as ``best.pt`` beside it, atomically; it stays when `save_checkpoint` deletes older ones.
+
+    It is a hard link, which takes no further room until then, or a copy where the file system has no links.
+
+    Raises:
+        CheckpointError: It cannot be written.
+    """
+    target = checkpoint.with_name(BEST)
+    if target.exists() and target.samefile(checkpoint):
+        return target
+    try:
+        with atomic_write(target) as temporary:
+            try:
+                os.link(checkpoint, temporary)
+            except OSError:
+                shutil.copyfile(checkpoint, temporary)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: found no way to write it ({error.strerror or error}); {checkpoint.name} holds the same"
+        ) from error
     return target
 
 

@@ -1,28 +1,46 @@
-"""The progress bar: a bar on a terminal, plain lines elsewhere."""
+"""The progress bar: a bar on a terminal and in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import html
+import sys
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-__all__ = ["LINE_EVERY", "ProgressBar"]
+__all__ = ["LINE_EVERY", "ProgressBar", "in_notebook", "open_console"]
 
 #: Seconds between plain lines where there is no terminal.
 LINE_EVERY = 15.0
+#: Seconds between updates of a notebook's bar, each of which is a message to the browser.
+_DRAW_EVERY = 0.25
 #: Terminal width from which the elapsed time is shown too.
 _WIDE = 100
+
+
+def in_notebook() -> bool:
+    """Whether this process is a notebook's kernel. IPython is not imported here: a kernel has imported it already."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+def open_console() -> Console:
+    """Standard output; in a notebook as plain text, where rich would make one HTML element of every line."""
+    return Console(force_jupyter=False) if in_notebook() else Console()
 
 
 class ProgressBar:
     """Progress through ``total`` units of work, as a context manager.
 
     On a terminal it is one line that fits the width: title, bar, percentage, as many figures as fit, and the time left.
-    Elsewhere, including a dumb terminal, it prints a plain line at the start and one every 15 s.
+    In a notebook it is an element of the cell's output, which stays. Elsewhere, including a dumb terminal, it prints a
+    plain line at the start and one every 15 s.
 
     Args:
         console: Where to write; None for silence.
@@ -39,7 +57,10 @@ class ProgressBar:
         self._figures: Sequence[str] = ()
         self._began, self._first, self._last, self._told = time.monotonic(), done, 0.0, -1
         self._bar: Progress | None = None
-        if console is not None and console.is_terminal and not console.is_dumb_terminal:
+        self._cell: _Cell | None = None
+        if console is not None and not console.quiet and console.file is sys.stdout and in_notebook():
+            self._cell = _Cell()
+        elif console is not None and console.is_terminal and not console.is_dumb_terminal:
             wide = console.width >= _WIDE
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -72,7 +93,7 @@ class ProgressBar:
         return self
 
     def close(self) -> None:
-        """Remove the bar; a plain line says where it ended."""
+        """Remove the bar; a plain line, or a notebook's bar, says where it ended."""
         if self._bar is not None:
             self._bar.stop()
         elif self._told != self.done:
@@ -93,7 +114,16 @@ class ProgressBar:
         self._figures = figures or self._figures
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=self.title, figures=self._figures)
-        elif time.monotonic() - self._last >= LINE_EVERY:
+        elif time.monotonic() - self._last >= (LINE_EVERY if self._cell is None else _DRAW_EVERY):
+            self._line()
+
+    def stage(self, title: str) -> None:
+        """Show another title at once, also in plain lines."""
+        self.title = title
+        if self._bar is not None:
+            self._bar.update(self._task, description=title)
+            self._bar.refresh()
+        else:
             self._line()
 
     def restart(self, title: str, total: int) -> None:
@@ -111,7 +141,7 @@ class ProgressBar:
             self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self) -> None:
-        """The plain line."""
+        """The plain line, or the notebook's bar."""
         self._last, self._told = time.monotonic(), self.done
         if self.console is None:
             return
@@ -120,7 +150,28 @@ class ProgressBar:
         if self.total is not None and self._first < self.done < self.total:
             spent = self._last - self._began
             words.append(f"{clock(spent / (self.done - self._first) * (self.total - self.done))} left")
-        self.console.print("  ".join(words), markup=False, highlight=False, soft_wrap=True)
+        text = "  ".join(words)
+        if self._cell is not None:
+            self._cell.show(text, self.done, self.total)
+        else:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Cell:
+    """A bar in the output of a notebook's cell, replaced in place. The line alone is shown where HTML is not."""
+
+    def __init__(self) -> None:
+        self._display: Any = import_module("IPython.display").display
+        self._handle: Any = None
+
+    def show(self, text: str, done: int, total: int | None) -> None:
+        amount = "" if total is None else f' value="{done}" max="{max(total, 1)}"'
+        bar = f'<progress{amount} style="width: 14em; vertical-align: middle"></progress>'
+        content = {"text/plain": text, "text/html": f"{bar} {html.escape(text)}"}
+        if self._handle is None:
+            self._handle = self._display(content, raw=True, display_id=True)
+        else:
+            self._handle.update(content, raw=True)
 
 
 class _Figures(ProgressColumn):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from synco_fast.report.runs import mean_and_deviation
@@ -16,8 +15,6 @@ from synco_fast.study.plan import Trial
 from synco_fast.study.results import Row, Study
 
 __all__ = ["draw_learning_curves", "page", "write_record"]
-
-matplotlib.use("Agg")
 
 
 def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: str) -> None:

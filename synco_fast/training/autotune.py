@@ -26,6 +26,7 @@ from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json
 from synco_fast.runtime.names import EngineName
 from synco_fast.training.engine import Engine
+from synco_fast.training.forms import choose_views
 from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_engines, try_pipeline
 
@@ -66,8 +67,11 @@ class Auto:
         self._engine, self._split, self._control, self._note = engine, split, control, note
         config = engine.config
         self._open = {"engine": config.training.engine == "auto", "pipeline": config.data.pipeline == "auto"}
+        self._kept: dict[str, Any] | None = None
         self.name = choose_pipeline(config.data.pipeline, split, engine.device)
         self.pipeline = self._build(self.name)
+        #: Progressive resizing is measured at its end, whose views are the largest.
+        self._first = config.training.epochs - 1 if config.augment.grows else 0
         #: The choice for each key that is ``auto``; None before it is made.
         self._chosen: dict[str, str] | None = None
 
@@ -76,6 +80,15 @@ class Auto:
         return open_pipeline(
             engine.config, self._split, device=engine.device, dtype=engine.precision.dtype, name=name, env=engine.env
         )
+
+    def begin(self, kept: dict[str, Any] | None) -> None:
+        """Choose what makes the pipeline's views; all processes call it, before the first batch.
+
+        Args:
+            kept: `synco_fast.training.forms.forms_state` of the resumed checkpoint, as in `choose_forms`.
+        """
+        self._kept = kept
+        choose_views(self._engine, self._control, self.pipeline, kept=kept)
 
     def settle(self, steps: int, folder: Path) -> bool:
         """Choose for each key that is ``auto``, once, by measurement if many steps remain; all processes call it.
@@ -122,7 +135,7 @@ class Auto:
     def _measure(self, pipelines: list[PipelineName], steps: int, folder: Path) -> None:
         engine, measured = self._engine, self._open["engine"]
         place = {"step": engine.steps // 2, "epoch": engine.config.training.epochs // 2}
-        batches = [each.to(engine.device) for each in islice(feed(self.pipeline), _BATCHES)]
+        batches = [each.to(engine.device) for each in islice(feed(self.pipeline, self._first), _BATCHES)]
         names, without = engines_for(engine) if measured else ([engine.form], {})
 
         def unless(name: EngineName, seconds: float) -> str | None:
@@ -165,11 +178,19 @@ class Auto:
                     made.close()
                 fed.append(PipelineTrial(name, None, reason or "another process refused it"))
                 continue
-            rate = try_pipeline(self._engine, using, made, self._control, step_seconds=seconds, **place)
+            form = self._engine.forms.get("augment")
+            if made is not self.pipeline:
+                choose_views(self._engine, self._control, made, kept=self._kept)
+            rate = try_pipeline(
+                self._engine, using, made, self._control, step_seconds=seconds, first=self._first, **place
+            )
             fed.append(PipelineTrial(name, rate))
             if made is not self.pipeline:
                 if rate > best:
                     self.name, self.pipeline, made = name, made, self.pipeline
+                else:
+                    self._engine.forms.pop("augment", None)
+                    self._engine.forms |= {} if form is None else {"augment": form}
                 made.close()
             best = max(best, rate)
             if best >= SERVES * need:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from synco_fast.methods.base import StepInputs
 
-__all__ = ["GRAPH_WARMUP", "Compiled", "GraphedStep", "keep_compile_cache"]
+__all__ = ["GRAPH_WARMUP", "Compiled", "GraphedStep", "allow_shapes", "keep_compile_cache"]
 
 #: torch.compile's backend; the tests use one that needs no C++ compiler.
 BACKEND = "inductor"
+#: Compiled forms of one function at one shape: torch.compile's own limit, which serves a run of fixed shapes.
+_CODE_PER_SHAPE = 8
 #: Eager steps before the capture, which create optimizer state, cuDNN plans and workspaces.
 GRAPH_WARMUP = 3
 
@@ -70,11 +72,19 @@ def keep_compile_cache() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "synco-fast" / "inductor"))
 
 
+def allow_shapes(count: int) -> None:
+    """Let torch.compile keep code for so many input shapes; beyond its own limit it would run eagerly, unsaid."""
+    from torch._dynamo import config
+
+    config.recompile_limit = max(config.recompile_limit, _CODE_PER_SHAPE * count)
+
+
 class GraphedStep:
     """Runs steps; after ``warmup`` of them with the same graph key, by replaying one CUDA graph.
 
-    Inputs are copied into fixed buffers; step and momentum are tensors on the device. If the capture fails, the steps
-    run eagerly, and one note says so.
+    Inputs are copied into fixed buffers; step and momentum are tensors on the device. Inputs of other shapes, as
+    progressive resizing brings them, are captured anew, after as many eager steps. If the capture fails, the steps run
+    eagerly, and one note says so.
 
     Args:
         compute: The step from views on the device to updated weights, without a synchronisation.
@@ -108,6 +118,8 @@ class GraphedStep:
 
     def __call__(self, inputs: StepInputs, step: int, key: int, momentum: float) -> None:
         """Run one step; ``key`` is `Method.graph_key`."""
+        if self._input is not None and _shapes(self._input) != _shapes(inputs):
+            self._forget()
         held = self._hold(inputs)
         self._step.fill_(step)
         self._momentum.fill_(momentum)
@@ -121,6 +133,14 @@ class GraphedStep:
         with torch.cuda.stream(self._stream):
             self._compute(held, self._step, key, self._momentum)
         torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _forget(self) -> None:
+        """Drop the graphs and their memory: views of another size need graphs of their own."""
+        self._graphs.clear()
+        self._warm.clear()
+        self._input = None
+        # A pool ends with its last graph.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _hold(self, inputs: StepInputs) -> StepInputs:
         """Copy the inputs to the graph's buffers."""
@@ -146,6 +166,10 @@ class GraphedStep:
             return
         self._graphs.clear()
         self._note(f"CUDA graph disabled: a step cannot be captured: {reason or 'so says another process'}")
+
+
+def _shapes(inputs: StepInputs) -> list[torch.Size]:
+    return [tensor.shape for tensor in _tensors(inputs)]
 
 
 def _tensors(inputs: StepInputs) -> list[Tensor]:

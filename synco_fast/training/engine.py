@@ -25,7 +25,7 @@ from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
-from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, keep_compile_cache
+from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, allow_shapes, keep_compile_cache
 from synco_fast.training.forms import Form
 from synco_fast.training.metrics import RunningMeans
 from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
@@ -113,6 +113,7 @@ class Engine:
         if compiled:
             if self._compiled is None:
                 keep_compile_cache()
+                allow_shapes(len(self.config.augment.sides))
                 self._compiled = (
                     Compiled(query, "the query encoder", lambda line: self.note(line)),
                     Compiled(key, "the key encoder", lambda line: self.note(line)),

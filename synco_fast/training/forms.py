@@ -6,14 +6,18 @@ validation there (`synco_fast.runtime.first_use`), and a resumed run keeps its i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from synco_fast.kernels.proof import KERNELS, momentum_shapes, norm_shapes
+from synco_fast.data.pipelines.base import Pipeline
+from synco_fast.data.pipelines.fused import FusedViews
+from synco_fast.kernels.proof import KERNELS, augment_shapes, momentum_shapes, norm_shapes
+from synco_fast.kernels.views import make_views
 from synco_fast.models.batch_norm import FusedBatchNorm2d, SplitBatchNorm2d
 from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.first_use import Outcome, Prover, device_facts
@@ -21,7 +25,7 @@ from synco_fast.runtime.first_use import Outcome, Prover, device_facts
 if TYPE_CHECKING:
     from synco_fast.training.engine import Engine
 
-__all__ = ["Form", "choose_forms", "chosen_here", "forms_state"]
+__all__ = ["Form", "choose_forms", "choose_views", "chosen_here", "forms_state"]
 
 _ASKED_NORM = {"auto": "auto", "fused": "triton", "plain": "plain"}
 
@@ -63,33 +67,73 @@ def choose_forms(
         kept: `forms_state` of the resumed checkpoint, empty if it has none; None for a new run.
         prover: Validates kernels; by default on this process's CUDA device.
     """
-    engine.forms = {}
+    engine.forms = _choose(engine, control, _shapes(engine), kept, prover, partial(_use, engine))
+
+
+def choose_views(
+    engine: Engine,
+    control: HostGroup,
+    pipeline: Pipeline,
+    *,
+    kept: Mapping[str, Any] | None = None,
+    prover: Prover | None = None,
+) -> None:
+    """Choose what makes a pipeline's views, as `choose_forms` chooses; all processes call it before its first batch.
+
+    ``engine.forms`` names it as ``augment``, or has no such part where the pipeline has no use for kernels.
+
+    Args:
+        engine, control, kept, prover: As in `choose_forms`.
+        pipeline: The pipeline.
+    """
+    shapes = {}
+    if isinstance(pipeline, FusedViews) and pipeline.kernel_input is not None:
+        shapes["augment"] = augment_shapes(**pipeline.kernel_input)
+
+    def use(part: str, backend: str) -> None:
+        assert isinstance(pipeline, FusedViews)
+        pipeline.use_kernels(make_views)
+
+    others = {part: form for part, form in engine.forms.items() if part != "augment"}
+    engine.forms = others | _choose(engine, control, shapes, kept, prover, use)
+
+
+def _choose(
+    engine: Engine,
+    control: HostGroup,
+    shapes: Mapping[str, dict[str, Any]],
+    kept: Mapping[str, Any] | None,
+    prover: Prover | None,
+    use: Callable[[str, str], None],
+) -> dict[str, Form]:
+    """The form of each part; ``use`` is called with each part and backend that was validated."""
     begun = kept.get("names", {}) if kept is not None and chosen_here(kept, engine.device) else None
     prover = prover or _prover_of(engine)
-    wanted = {}
-    for part, shapes in _shapes(engine).items():
-        form = _without_proof(engine, part, shapes, begun)
+    wanted, forms = {}, {}
+    for part, given in shapes.items():
+        form = _without_proof(engine, part, given, begun)
         if form is None and prover is None:
             form = Form(KERNELS[part].portable, "the fused kernels run on CUDA devices")
         if form is None:
-            wanted[part] = shapes
+            wanted[part] = given
         else:
-            engine.forms[part] = form
+            forms[part] = form
     for part, outcome in _agreed(control, prover, wanted).items():
         kernel = KERNELS[part]
         if outcome.passed:
-            engine.forms[part] = Form(kernel.fused, "validated on this device")
-            _use(engine, part, kernel.fused)
+            forms[part] = Form(kernel.fused, "validated on this device")
+            use(part, kernel.fused)
         else:
-            engine.forms[part] = Form(kernel.portable, outcome.reason)
+            forms[part] = Form(kernel.portable, outcome.reason)
             engine.note(f"{part}: using {kernel.portable} instead of the fused kernel: {outcome.reason}")
     for part, name in (kept or {}).get("names", {}).items():
-        form = engine.forms.get(part)
-        if part in KERNELS and form is not None and form.name != name:
+        found = forms.get(part)
+        if part in KERNELS and found is not None and found.name != name:
             engine.note(
-                f"{part}: the run used {name} and continues with {form.name} ({form.why}); "
+                f"{part}: the run used {name} and continues with {found.name} ({found.why}); "
                 "it is no longer equal bit for bit"
             )
+    return forms
 
 
 def _prover_of(engine: Engine) -> Prover | None:
@@ -129,7 +173,7 @@ def _shapes(engine: Engine) -> dict[str, dict[str, Any]]:
     config, method = engine.config, engine.method
     rows = config.training.batch // (engine.env.world * config.training.accumulate)
     found = method.kernel_shapes(rows)
-    layers = _layers(method.encoder.backbone, config.augment.size)
+    layers = [layer for side in config.augment.sides for layer in _layers(method.encoder.backbone, side)]
     images = rows * method.views_at_once
     found["norm"] = norm_shapes(images=images, dtype=engine.precision.dtype, layers=layers) if layers else {}
     if method.target is not None:

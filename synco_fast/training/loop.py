@@ -9,17 +9,17 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
-from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, save_checkpoint
+from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, keep_best, save_checkpoint
 from synco_fast.runtime.distributed import lost_process
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError, LostProcessError, UserError
 from synco_fast.runtime.files import UNWRITABLE
-from synco_fast.training.metrics import MetricLog, open_log
 from synco_fast.training.progress import Reporter
 from synco_fast.training.run_folder import describe_run, refuse_run
 from synco_fast.training.run_lock import RunLock
 from synco_fast.training.stopping import StopSignals
 from synco_fast.training.task import Task
 from synco_fast.training.throughput import Throughput
+from synco_fast.training.writers import MetricLog, open_log
 
 __all__ = ["Trainer"]
 
@@ -65,6 +65,9 @@ class Trainer(Generic[SummaryT]):
         self.console = (console or Console()) if self.env.is_main else Console(quiet=True)
         self.step, self.steps = 0, task.settings.steps
         self.evaluated_at = -1
+        #: Score and step of the best checkpoint, and the score at `evaluated_at`, on rank 0.
+        self._best: dict[str, Any] | None = None
+        self._score: float | None = None
         self._before_step, self._after_step = before_step, after_step
         self._save_due = False
         self.throughput = Throughput(task.settings.batch, task.settings.settling)
@@ -123,11 +126,29 @@ class Trainer(Generic[SummaryT]):
         config = task.config.model_dump(mode="json")
         evaluated = self.evaluated_at == self.step
         self.log: MetricLog = open_log(
-            self.folder, self.step, config, evaluated=evaluated, wandb=settings.wandb, writes=self.env.is_main
+            self.folder, self.step, config, evaluated=evaluated, trackers=settings.trackers, writes=self.env.is_main
         )
-        self.reporter = Reporter(self.console, self.steps, self.step)
+        log = self.folder / "train.log" if self.env.is_main else None
+        self.reporter = Reporter(self.console, self.steps, self.step, log)
         task.note.show_by(self.reporter.note)
         self.control.last_words = self._last_words
+        try:
+            self._train()
+        except BaseException as error:
+            self.reporter.write(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            task.close()
+            self.reporter.close()
+            self.log.close()
+        summary = task.summary(
+            self.step, finished=not self.stopping.agreed, throughput=self.throughput, best=self._best
+        )
+        self.control.broadcast(None)
+        return summary
+
+    def _train(self) -> None:
+        """Train, evaluate and save to the end of the run, or until it is asked to stop."""
         try:
             with self.stopping.on_signals():
                 # Without this save, every later resume from the same checkpoint would repeat the evaluation.
@@ -148,20 +169,14 @@ class Trainer(Generic[SummaryT]):
             if error.errno in UNWRITABLE:
                 raise self._unwritten(error) from error
             raise
-        finally:
-            task.close()
-            self.reporter.close()
-            self.log.close()
-        summary = task.summary(self.step, finished=not self.stopping.agreed, throughput=self.throughput)
-        self.control.broadcast(None)
-        return summary
+        self.reporter.write(f"stopped on request at step {self.step:,}" if self.stopping.agreed else "finished")
 
     def _train_round(self) -> None:
         """Train to the end of the round, the end of the run, or a stop."""
         task, title = self.task, self.task.title(self.step)
         end = min(self.steps, task.round_end(self.step))
         batches = iter(task.batches(self.step))
-        self.throughput.begin()
+        self.throughput.begin(task.view_size(self.step))
         while self.step < end and not self.stopping.agreed:
             asked = time.perf_counter()
             batch = next(batches)
@@ -202,7 +217,8 @@ class Trainer(Generic[SummaryT]):
         due = self.task.evaluation_due(self.step) and self.evaluated_at != self.step
         if due:
             self.evaluated_at = self.step
-            self.task.evaluate(self.step, self.log)
+            self.reporter.stage("evaluation")
+            self._score = self.task.evaluate(self.step, self.log)
             self.control.broadcast(None)
         return due
 
@@ -258,13 +274,29 @@ class Trainer(Generic[SummaryT]):
             **self.task.state_dict(),
             **self.throughput.state_dict(),
             "evaluated_at": self.evaluated_at,
+            "best": self._best_now(),
         }
         bad = self.task.not_finite()  # after the statistics were averaged, so that all processes find the same
         if bad is not None:
             raise self._diverged(f"found NaN or infinity in {bad} after step {self.task.describe_step(self.step - 1)}")
         if self.env.is_main:
-            save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.settings.keep)
+            saved = save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.settings.keep)
+            self._keep_best(state["best"], saved)
         self.control.broadcast(None)
+
+    def _best_now(self) -> dict[str, Any] | None:
+        """Score and step of the best checkpoint, the one about to be written included."""
+        if not self.task.settings.keep_best or self._score is None or self.evaluated_at != self.step:
+            return self._best
+        if self._best is not None and self._score <= self._best["score"]:
+            return self._best
+        return {"score": self._score, "step": self.step}
+
+    def _keep_best(self, best: dict[str, Any] | None, checkpoint: Path) -> None:
+        """Keep a checkpoint as ``best.pt`` if it is the best one; on rank 0."""
+        self._best = best
+        if best is not None and best["step"] == self.step and self.task.settings.keep_best:
+            keep_best(checkpoint)
 
     def _check_agreement(self) -> None:
         """Check that replicated modules are equal on all processes."""
@@ -287,6 +319,10 @@ class Trainer(Generic[SummaryT]):
             self.task.note(f"{problem}; resuming from an older one")
         self.step = state["step"]
         self.evaluated_at = state.get("evaluated_at", self.step)
+        # The best checkpoint lies in the run folder; a run that goes on in another one begins without.
+        if self.env.is_main and path.resolve().parent == (self.folder / "checkpoints").resolve():
+            # A process that was killed between the two files left an older best.pt.
+            self._keep_best(state.get("best"), path)
         if self.step > self.steps:
             raise ConfigError(
                 f"resume: found {path} of step {self.step}, beyond the {self.steps} steps that are asked for, expected "

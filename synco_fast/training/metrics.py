@@ -1,32 +1,20 @@
-"""Metrics: averaged on the device, logged as JSON lines, to TensorBoard, and to Weights & Biases."""
+"""Metrics: averaged on the device, and read back from ``metrics.jsonl``; `synco_fast.training.writers` writes them."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import reprlib
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from synco_fast.runtime.distributed import mean_over_ranks
-from synco_fast.runtime.errors import ConfigError, UserError
-from synco_fast.runtime.files import write_text
+from synco_fast.runtime.errors import UserError
 
-__all__ = [
-    "JsonlLogger",
-    "Logger",
-    "MetricLog",
-    "RunningMeans",
-    "TensorBoardLogger",
-    "WandBLogger",
-    "open_log",
-    "read_metrics",
-]
+__all__ = ["RunningMeans", "read_metrics"]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 40
@@ -89,158 +77,11 @@ class RunningMeans:
             self._sums = torch.tensor([*values, float(state["steps"])], dtype=torch.float64, device=device)
 
 
-class MetricLog:
-    """Writes the metrics of a run to all loggers.
-
-    Args:
-        loggers: Each gets every line; none on processes that do not write.
-    """
-
-    def __init__(self, *loggers: Logger) -> None:
-        self._loggers = loggers
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Write one line of ``kind`` train or evaluation."""
-        for logger in self._loggers:
-            logger.write(kind, step, values)
-
-    def close(self) -> None:
-        """Close all loggers."""
-        for logger in self._loggers:
-            logger.close()
-
-
-class Logger(Protocol):
-    """A destination of metrics."""
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Write one line."""
-        ...
-
-    def close(self) -> None:
-        """Close the logger."""
-        ...
-
-
-class JsonlLogger:
-    """``metrics.jsonl``: ``{"kind": ..., "step": ..., **values}`` a line.
-
-    Args:
-        folder: The run folder.
-        step: Completed steps; later lines, from a run that was killed after its checkpoint, are dropped.
-        evaluated: Whether the evaluation at that step is complete. If not, its line is dropped, since it is repeated.
-    """
-
-    def __init__(self, folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
-        path = folder / "metrics.jsonl"
-        kept = [
-            line
-            for line in read_metrics(folder)
-            if line["step"] < step or (line["step"] == step and (evaluated or line["kind"] != "evaluation"))
-        ]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file: TextIO = path.open("a", encoding="utf-8")
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Add one line."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-class TensorBoardLogger:
-    """``tensorboard/`` in the run folder, ``KIND/NAME`` by step; arguments of `JsonlLogger`."""
-
-    def __init__(self, folder: Path, step: int = 0, *, evaluated: bool = True) -> None:
-        board = folder / "tensorboard"
-        first = step + 1 if evaluated else step
-        self._board = SummaryWriter(str(board), purge_step=first if board.exists() else None)
-        # TensorBoard drops all lines of a step, so those that stay are written again.
-        for line in [] if evaluated else read_metrics(folder):
-            if line["step"] == step and line["kind"] != "evaluation":
-                values = {name: value for name, value in line.items() if name not in ("kind", "step")}
-                self.write(line["kind"], step, values)
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Add scalars."""
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._board.close()
-
-
-class WandBLogger:
-    """A run on Weights & Biases, continued when the run resumes.
-
-    Args:
-        folder: The run folder; its name becomes the run's name.
-        project: The project.
-        config: The configuration to log.
-
-    Raises:
-        ConfigError: The package is not installed.
-    """
-
-    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ConfigError("training.wandb: found no package wandb, expected after pip install wandb") from error
-        name = folder.resolve().name
-        self._run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=config, resume="allow")
-
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Log one line."""
-        self._run.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
-
-
-def open_log(
-    folder: Path,
-    step: int,
-    config: dict[str, Any],
-    *,
-    evaluated: bool = True,
-    wandb: str | None = None,
-    writes: bool = True,
-) -> MetricLog:
-    """Open the loggers of a run.
-
-    Args:
-        folder: The run folder, which exists.
-        step: Completed steps.
-        evaluated: Whether the evaluation at that step is complete; if not, it is repeated.
-        config: The configuration to log to Weights & Biases.
-        wandb: A project of Weights & Biases, or None.
-        writes: False on the processes that do not write.
-
-    Raises:
-        ConfigError: A project is named and the package is not installed.
-    """
-    if not writes:
-        return MetricLog()
-    loggers: list[Logger] = [
-        JsonlLogger(folder, step, evaluated=evaluated),
-        TensorBoardLogger(folder, step, evaluated=evaluated),
-    ]
-    if wandb is not None:
-        loggers.append(WandBLogger(folder, wandb, config))
-    return MetricLog(*loggers)
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's ``metrics.jsonl``; an incomplete last line is omitted.
 
     Raises:
-        UserError: A line is not what `JsonlLogger` writes; its number and the reason are named.
+        UserError: A line is not what `JsonlWriter` writes; its number and the reason are named.
     """
     path = folder / "metrics.jsonl"
     if not path.is_file():

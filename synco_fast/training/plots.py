@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +17,6 @@ from synco_fast.runtime.style import COLOURS, colour_of
 
 __all__ = ["PANELS", "Panel", "draw_curves", "draw_pairs", "draw_panel", "is_whole", "synthetic_start"]
 
-matplotlib.use("Agg")
 
 #: The last chunk of every PNG file.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"

@@ -20,6 +20,7 @@ from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
 from synco_fast.data.workers import available_cores
+from synco_fast.export.initial import load_initial, read_initial
 from synco_fast.methods.base import Recent
 from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
@@ -32,11 +33,13 @@ from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
-from synco_fast.training.metrics import MetricLog, read_metrics
+from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
+from synco_fast.training.trials import try_largest
+from synco_fast.training.writers import TRACKERS, MetricLog
 
 __all__ = ["Evaluate", "Evaluation", "Monitor", "Pretraining"]
 
@@ -139,11 +142,14 @@ class Pretraining:
         self.env = self.control.env
         self.note = Notes()
         resolve_device(training.device)  # before a source is read, which can take long
-        self.source: Source = open_source(config.data.source, config.data.limits)
+        self.source: Source = open_source(config.data.source, config.data.limits, config.data.stream)
         self._evaluate = evaluate if config.evaluation.every else None
+        other = config.evaluation.source if self._evaluate is not None else None
+        #: The images that the periodic evaluation takes.
+        self._labelled = self.source if other is None else open_source(other, config.data.limits)
         self._monitor, self._resumed_at = monitor, 0
         if self._evaluate is not None:
-            self._evaluate.check(config.evaluation, self.source)
+            self._evaluate.check(config.evaluation, self._labelled)
         for line in self.source.notes:
             self.note(line)
         self._train = share_of(self.source.train, config.data.fraction)
@@ -164,10 +170,15 @@ class Pretraining:
             max_skipped_key="training.max_skipped",
             max_time=limits.max_time,
             settling=self.engine.settling,
-            wandb=training.wandb,
+            trackers={name: getattr(training, name) for name in TRACKERS},
+            keep_best=training.keep_best,
         )
         self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
         self._kept: dict[str, Any] | None = None
+        #: The highest kNN of a checkpoint so far.
+        self._best_knn = 0.0
+        #: The side of the views at hand, with progressive resizing.
+        self._resized: int | None = None
 
     @property
     def pipeline(self) -> Pipeline:
@@ -177,9 +188,18 @@ class Pretraining:
     # -- the steps ----------------------------------------------------------------------------------------------
 
     def begin(self, folder: Path, *, fresh: bool) -> None:
-        """Choose the implementation of each part of a step, and let the method read its data."""
+        """Load the initial weights, choose the implementation of each part, and let the method read its data.
+
+        Raises:
+            CheckpointError: The initial weights cannot be read, or belong to another architecture.
+        """
         self._folder = folder
+        model = self.config.model
+        if fresh and model.init is not None:
+            self.note(load_initial(self.method.encoder, read_initial(model.init, model), model), None)
+            self.method.start_from_encoder()
         choose_forms(self.engine, self.control, kept=self._kept)
+        self._auto.begin(self._kept)
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
         if self._monitor is not None:
@@ -189,6 +209,11 @@ class Pretraining:
     def round_end(self, step: int) -> int:
         """The end of the epoch."""
         return (step // self.steps_per_epoch + 1) * self.steps_per_epoch
+
+    def view_size(self, step: int) -> int | None:
+        """That of the epoch, with progressive resizing."""
+        recipe = self.config.augment
+        return recipe.size_at(step // self.steps_per_epoch) if recipe.grows else None
 
     def batches(self, step: int) -> Iterator[Batch]:
         """The batches from a step to the end of its epoch; plots the run's first pairs.
@@ -200,6 +225,11 @@ class Pretraining:
             environment = self._folder / "environment.json"
             write_json(environment, {**read_json(environment), **self.facts})
         epoch, done = divmod(step, self.steps_per_epoch)
+        if self._resized is None:
+            try_largest(self.engine, step)
+        if self._resized != self.view_size(step):
+            self._resized = self.view_size(step)
+            self.note(f"epoch {epoch + 1}: views of {self._resized} pixels", None)
         self.pipeline.set_epoch(epoch, done)
         pairs = self._folder / "plots" / "pairs.png"
         undrawn = self.env.is_main and not is_whole(pairs)
@@ -238,6 +268,7 @@ class Pretraining:
         config = self.config
         forms = {
             **self.engine.forms,
+            "precision": Form(self.engine.precision.name, f"training.precision={config.training.precision}"),
             "views": Form(self._auto.name, f"data.pipeline={config.data.pipeline}"),
             "engine": Form(self.engine.form, f"training.engine={config.training.engine}"),
         }
@@ -246,13 +277,18 @@ class Pretraining:
     # -- what is shown and logged -------------------------------------------------------------------------------
 
     def title(self, step: int) -> str:
-        """The epoch."""
-        return f"epoch {step // self.steps_per_epoch + 1}/{self.config.training.epochs}"
+        """The epoch, and the side of its views with progressive resizing."""
+        size = self.view_size(step)
+        shown = "" if size is None else f", {size} px"
+        return f"epoch {step // self.steps_per_epoch + 1}/{self.config.training.epochs}{shown}"
 
     def figures(self, step: int, speed: dict[str, float]) -> tuple[dict[str, float], list[str]]:
         """Means of the method's metrics, learning rate, throughput, and current values."""
         values = self.engine.means.pop()
         values |= {"epoch": step / self.steps_per_epoch, "lr": self.engine.rate(step - 1), **speed}
+        size = self.view_size(step - 1)
+        if size is not None:
+            values["view_size"] = float(size)
         values |= self.engine.figures(step)
         further, warnings = self.method.figures(values, step)
         values |= further
@@ -278,15 +314,15 @@ class Pretraining:
         every = self.config.evaluation.every
         return self._evaluate is not None and (step == self.settings.steps or (rest == 0 and epoch % every == 0))
 
-    def evaluate(self, step: int, log: MetricLog) -> None:
-        """Log the accuracy of the encoder's backbone on the held-out split."""
+    def evaluate(self, step: int, log: MetricLog) -> float | None:
+        """Log the accuracy of the encoder's backbone on the held-out split, which is the score of a checkpoint."""
         self.engine.statistics.average()
         if self._evaluate is None or not self.env.is_main:
-            return
+            return None
         config, epochs = self.config, step / self.steps_per_epoch
         result = self._evaluate(
             self.method.encoder.backbone,
-            self.source,
+            self._labelled,
             config.augment,
             config.evaluation,
             device=self.device,
@@ -295,10 +331,13 @@ class Pretraining:
         )
         self.corrupt_images.excluded(result.corrupt)
         values = {"epoch": epochs, "knn": result.accuracy, **result.figures}
+        if config.training.keep_best and step:
+            values["best_knn"] = self._best_knn = max(self._best_knn, result.accuracy)
         log.write("evaluation", step, values)
-        self.note(f"epoch {epochs:g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
+        self.note(f"epoch {round(epochs, 2):g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
         for line in self._monitor.look(values) if self._monitor is not None else []:
             self.note(line)
+        return result.accuracy
 
     def describe_step(self, step: int) -> str:
         """Number and epoch, counted from 1."""
@@ -356,6 +395,7 @@ class Pretraining:
         self.engine.load_state_dict(state, path)
         self.corrupt_images.load_state_dict(state["corrupt"])
         self._resumed_at = state["step"]
+        self._best_knn = (state.get("best") or {}).get("score", 0.0)
         forms = state.get("forms", {})
         self._kept = {**forms, "names": dict(forms.get("names", {}))}
         self._auto.load_state_dict(state)
@@ -366,20 +406,23 @@ class Pretraining:
         """Close the pipeline."""
         self.pipeline.close()
 
-    def summary(self, step: int, *, finished: bool, throughput: Throughput) -> Summary:
+    def summary(
+        self, step: int, *, finished: bool, throughput: Throughput, best: dict[str, Any] | None = None
+    ) -> Summary:
         """Draw the curves and write ``summary.json``."""
         if self.env.is_main:
             self.method.artifacts(self._folder / "plots", step, closing=True)
         return close_run(
             self._folder,
             self.config,
-            self.source,
+            self._labelled,
             steps_per_epoch=self.steps_per_epoch,
             step=step,
             finished=finished,
             throughput=throughput,
             corrupt=len(self.corrupt_images),
             forms=self.facts["forms"],
+            best=best,
             writes=self.env.is_main,
         )
 

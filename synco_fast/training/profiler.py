@@ -18,7 +18,7 @@ from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.phases import PHASES, Mark, mark, phase, recorded_by, seconds_between
 from synco_fast.training.engine import Engine
-from synco_fast.training.forms import choose_forms
+from synco_fast.training.forms import choose_forms, choose_views
 from synco_fast.training.pipeline import open_pipeline
 
 __all__ = ["PhaseClock", "profile_step"]
@@ -93,14 +93,16 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     """
     values = config.model_dump(mode="json")
     values["method"]["warmup_epochs"] = 0
+    values["augment"]["min_size"] = None  # progressive resizing is profiled at its full size
     values["training"]["engine"] = _WITHOUT_GRAPH.get(config.training.engine, config.training.engine)
     config = Config.model_validate(values)
     folder.mkdir(parents=True, exist_ok=True)
-    split = open_source(config.data.source, config.data.limits).train
+    split = open_source(config.data.source, config.data.limits, config.data.stream).train
     notes: list[str] = []
     engine = Engine(config, len(split) // config.training.batch, note=notes.append)
     choose_forms(engine, HostGroup(DistEnv()))
     pipeline = open_pipeline(config, split, device=engine.device, dtype=engine.precision.dtype)
+    choose_views(engine, HostGroup(DistEnv()), pipeline)
     clock = PhaseClock(engine.device)
     number, epoch, batches = 0, 0, iter(pipeline)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from synco_fast.config import Config
 from synco_fast.data.sources.open import Source
-from synco_fast.runtime.checkpoint import checkpoints_in
+from synco_fast.runtime.checkpoint import BEST, checkpoints_in
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import check_writable, write_json
@@ -28,8 +28,10 @@ class Summary:
     """The summary of a run; fractions are in [0, 1], None if nothing was evaluated.
 
     ``finished`` is false if the run was stopped. ``images_per_second`` counts only training steps, without the first
-    few, evaluations and checkpoints. ``feature_rank`` is the backbone's effective rank at the end. ``forms`` names the
-    implementation of each part of a step, and why it was chosen.
+    few, evaluations and checkpoints. ``feature_rank`` is the backbone's effective rank at the end. ``best``, with
+    `training.keep_best`, has ``knn``, ``epoch``, ``step`` and ``checkpoint`` of the best checkpoint. ``forms`` names
+    the implementation of each part of a step, and why it was chosen.
+    ``images_per_second_by_size`` has the images per second by side of the views; empty if it does not change.
     """
 
     method: str
@@ -41,6 +43,7 @@ class Summary:
     knn_after: float | None
     feature_rank: float | None
     chance: float | None
+    best: dict[str, Any] | None
     images_per_second: float
     data_wait: float
     training_seconds: float
@@ -50,6 +53,7 @@ class Summary:
     checkpoint: str
     curves: str
     pairs: str
+    images_per_second_by_size: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the environment beside it."""
@@ -108,17 +112,20 @@ def close_run(
     throughput: Throughput,
     corrupt: int,
     forms: dict[str, dict[str, str]],
+    best: dict[str, Any] | None = None,
     writes: bool = True,
 ) -> Summary:
     """Draw the curves and write ``summary.json``.
 
     Args:
         folder: The run folder.
-        config, source: Configuration and images of the run.
+        config: Configuration of the run.
+        source: The images of its evaluations.
         steps_per_epoch, step, finished: Its progress.
         throughput: Its throughput.
         corrupt: Number of corrupt images.
         forms: By part of a step, ``name`` of its implementation and ``why`` it was chosen.
+        best: ``score`` and ``step`` of the best checkpoint, if one was kept.
         writes: Whether this process writes; otherwise the summary is only returned.
     """
     lines = read_metrics(folder)
@@ -138,6 +145,14 @@ def close_run(
         knn_after=knn[-1] if len(knn) > 1 else None,
         feature_rank=ranks[-1] if len(knn) > 1 and ranks else None,
         chance=chance,
+        best=None
+        if best is None
+        else {
+            "knn": best["score"],
+            "epoch": best["step"] / steps_per_epoch,
+            "step": best["step"],
+            "checkpoint": str(folder / "checkpoints" / BEST),
+        },
         images_per_second=throughput.images_per_second,
         data_wait=throughput.data_wait,
         training_seconds=throughput.training,
@@ -147,6 +162,7 @@ def close_run(
         checkpoint=str(newest[0]) if newest else "",
         curves=str(curves),
         pairs=str(folder / "plots" / "pairs.png"),
+        images_per_second_by_size=throughput.images_per_second_by_size,
     )
     if writes:
         title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"

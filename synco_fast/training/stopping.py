@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +26,17 @@ class StopSignals:
     Args:
         control: Communication between the processes.
         minutes: Time limit of this call of the run; None for no limit.
+
+    Attributes:
+        received: The first signal that requested a stop; None if there was none.
+        agreed: Whether the run stops.
     """
 
     def __init__(self, control: HostGroup, minutes: float | None) -> None:
         self._control = control
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._asked = self._hung_up = False
+        self.received: int | None = None
         self.agreed = False
 
     @contextmanager
@@ -38,8 +44,11 @@ class StopSignals:
         """SIGTERM, SIGINT and SIGHUP request a stop after the current step.
 
         A second SIGTERM or SIGINT ends the process at once. A lost terminal can cause several SIGHUPs. SIGHUP stays
-        ignored where it is, as under ``nohup``.
+        ignored where it is, as under ``nohup``. Outside the main thread nothing is handled: Python forbids it.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
 
         def ask(number: int, frame: FrameType | None) -> None:
             if number == signal.SIGHUP:
@@ -48,6 +57,7 @@ class StopSignals:
             elif self._asked:
                 raise KeyboardInterrupt
             self._asked = True
+            self.received = self.received or number
 
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -11,8 +11,8 @@ import torch
 
 from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.optim_step import SkippedSteps
-from synco_fast.training.metrics import MetricLog
 from synco_fast.training.throughput import Throughput
+from synco_fast.training.writers import MetricLog
 
 __all__ = ["Notes", "RunConfig", "Task", "TrainerSettings"]
 
@@ -44,7 +44,8 @@ class TrainerSettings:
         max_skipped_key: Its key in the configuration.
         max_time: Minutes after which the run stops; None for no limit.
         settling: First steps that are excluded from throughput.
-        wandb: A project of Weights & Biases, if any.
+        trackers: By name in `synco_fast.training.writers.TRACKERS`, a project or experiment; None for one that is off.
+        keep_best: Whether the checkpoint of the highest score is kept as ``best.pt``.
     """
 
     steps: int
@@ -55,7 +56,8 @@ class TrainerSettings:
     max_skipped_key: str
     max_time: float | None = None
     settling: int = 3
-    wandb: str | None = None
+    trackers: Mapping[str, str | None] = field(default_factory=dict)
+    keep_best: bool = False
 
 
 class Notes:
@@ -117,6 +119,10 @@ class Task(Protocol[SummaryT]):
         """The step at which the round of step ``step`` ends."""
         ...
 
+    def view_size(self, step: int) -> int | None:
+        """Side of the views of a step, counted from 0, if it changes during the run."""
+        ...
+
     def batches(self, step: int) -> Iterable[Any]:
         """The batches from a step to the end of its round."""
         ...
@@ -151,8 +157,12 @@ class Task(Protocol[SummaryT]):
         """Whether to evaluate after ``step`` steps, at the end of a round."""
         ...
 
-    def evaluate(self, step: int, log: MetricLog) -> None:
-        """Evaluate and log; called by all processes at the same step."""
+    def evaluate(self, step: int, log: MetricLog) -> float | None:
+        """Evaluate and log; called by all processes at the same step.
+
+        Returns:
+            A score of which more is better, on rank 0; None without one.
+        """
         ...
 
     def describe_step(self, step: int) -> str:
@@ -189,6 +199,8 @@ class Task(Protocol[SummaryT]):
         """Free processes and memory, also after an error."""
         ...
 
-    def summary(self, step: int, *, finished: bool, throughput: Throughput) -> SummaryT:
-        """Draw the curves, write ``summary.json``, and return it."""
+    def summary(
+        self, step: int, *, finished: bool, throughput: Throughput, best: dict[str, Any] | None = None
+    ) -> SummaryT:
+        """Draw the curves, write ``summary.json``, and return it; ``best``: score and step of ``best.pt``, if any."""
         ...

@@ -13,24 +13,37 @@ class Throughput:
 
     Args:
         batch: Images per step, over all processes.
-        settle: First steps, which compile kernels and fill caches, to exclude.
+        settle: First steps, which compile kernels and fill caches, to exclude; again after each change of size.
+
+    Attributes:
+        training, data: Seconds of training, and of waiting for data in them.
+        images: Images of these seconds.
+        by_size: Seconds and images by side of the views, where `begin` is given one.
     """
 
     def __init__(self, batch: int, settle: int) -> None:
-        self._batch, self._settle = batch, settle
+        self._batch, self._settle, self._settling = batch, settle, settle
         self.training = self.data = 0.0
         self.images = 0
+        self.by_size: dict[int, tuple[float, int]] = {}
+        self._size: int | None = None
         self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
-    def begin(self) -> None:
-        """Start counting now."""
+    def begin(self, size: int | None = None) -> None:
+        """Start counting now, with views of this side if it changes during the run."""
+        if size is not None and self._size not in (None, size):
+            self._settle = self._settling
+        self._size = size
+        self._restart()
+
+    def _restart(self) -> None:
         self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     def step(self, waited: float) -> None:
         """Count a step that waited so many seconds for its batch."""
         if self._settle:
             self._settle -= 1
-            self.begin()
+            self._restart()
             return
         self._waited += waited
         self._steps += 1
@@ -43,12 +56,15 @@ class Throughput:
         """Since the last call: ``data_wait``, a fraction, and ``images_per_second`` if steps were counted."""
         spent = max(time.perf_counter() - self._from, 1e-9)
         waited, steps = self._waited, self._steps
-        self.begin()
+        self._restart()
         values = {"data_wait": waited / spent}
         if steps:
             self.training += spent
             self.data += waited
             self.images += steps * self._batch
+            if self._size is not None:
+                seconds, images = self.by_size.get(self._size, (0.0, 0))
+                self.by_size[self._size] = seconds + spent, images + steps * self._batch
             values["images_per_second"] = steps * self._batch / spent
         return values
 
@@ -58,15 +74,22 @@ class Throughput:
         return self.images / max(self.training, 1e-9)
 
     @property
+    def images_per_second_by_size(self) -> dict[str, float]:
+        """Images per second by side of the views, smallest first; empty if it does not change."""
+        return {str(size): images / max(seconds, 1e-9) for size, (seconds, images) in sorted(self.by_size.items())}
+
+    @property
     def data_wait(self) -> float:
         """Fraction of time waiting for data over the whole run."""
         return self.data / max(self.training, 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"seconds": {"training": self.training, "data": self.data}, "images_timed": self.images}
+        by_size = {"by_size": dict(self.by_size)} if self.by_size else {}
+        return {"seconds": {"training": self.training, "data": self.data, **by_size}, "images_timed": self.images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load from a checkpoint."""
         self.training, self.data = state["seconds"]["training"], state["seconds"]["data"]
         self.images = state["images_timed"]
+        self.by_size = {size: tuple(pair) for size, pair in state["seconds"].get("by_size", {}).items()}

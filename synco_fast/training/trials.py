@@ -17,12 +17,13 @@ from torch import Tensor
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.runtime.distributed import HostGroup, lost_process
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import RunningMeans
 
-__all__ = ["EngineTrial", "PipelineTrial", "feed", "trial", "try_engines", "try_pipeline"]
+__all__ = ["EngineTrial", "PipelineTrial", "feed", "trial", "try_engines", "try_largest", "try_pipeline"]
 
 #: For each engine or pipeline: seconds of timed steps, number of blocks, fewest and most steps.
 SECONDS, _BLOCKS, _FEWEST, _MOST = 4.0, 5, 5, 500
@@ -85,6 +86,38 @@ def trial(engine: Engine, note: Callable[[str], None] = lambda line: None) -> It
         with torch.no_grad():
             for tensor, old in zip(tensors, kept, strict=True):
                 tensor.copy_(old)
+
+
+def try_largest(engine: Engine, step: int) -> None:
+    """With progressive resizing on a GPU: try the steps at full size, so that too little memory shows at the start.
+
+    Args:
+        engine: The engine of a run before its next step.
+        step: The number of that step.
+
+    Raises:
+        ConfigError: The device has too little memory.
+    """
+    config, using = engine.config, engine.form
+    size, rows = config.augment.size, config.training.batch // engine.env.world
+    if not config.augment.grows or not _is_gpu(engine) or engine.method.extra_state():
+        return
+    views = torch.zeros(2, rows, 3, size, size, dtype=torch.uint8, device=engine.device)
+    batch = Batch(views[0], views[1], torch.arange(rows, device=engine.device))
+    try:
+        with trial(engine):
+            engine.use(using)
+            for number in range(engine.settling_of(using)):
+                engine.step(batch, step + number, config.training.epochs - 1)
+            _wait(engine)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"augment.size: found {size}, expected less: a step at that size, to which views grow, takes more memory "
+            "than the GPU has; or set a smaller training.batch"
+        ) from error
+    finally:
+        engine.use(using)
+        torch.cuda.empty_cache()
 
 
 def try_engines(
@@ -199,14 +232,18 @@ def _timed(engine: Engine, batches: Sequence[Batch], steps: int, step: int, epoc
     return seconds
 
 
+def _is_gpu(engine: Engine) -> bool:
+    return engine.device.type == "cuda"
+
+
 def _wait(engine: Engine) -> None:
-    if engine.device.type == "cuda":
+    if _is_gpu(engine):
         torch.cuda.synchronize(engine.device)
 
 
-def feed(pipeline: Pipeline) -> Iterator[Batch]:
-    """Batches of one epoch after another, from the first on."""
-    for epoch in count():
+def feed(pipeline: Pipeline, first: int = 0) -> Iterator[Batch]:
+    """Batches of one epoch after another, from epoch ``first`` on."""
+    for epoch in count(first):
         pipeline.set_epoch(epoch)
         yield from pipeline
 
@@ -220,6 +257,7 @@ def try_pipeline(
     step_seconds: float,
     step: int,
     epoch: int,
+    first: int = 0,
 ) -> float:
     """Images per second, over all processes, of training from a pipeline.
 
@@ -231,11 +269,12 @@ def try_pipeline(
         control: Communication between the processes.
         step_seconds: Seconds per step without waiting for data, the same on every process.
         step, epoch: As in `try_engines`.
+        first: The epoch whose batches come first.
     """
     half = int(min(_MOST, max(_FEWEST, SECONDS / step_seconds)))
     with trial(engine):
         engine.use(using)
-        batches = feed(pipeline)
+        batches = feed(pipeline, first)
         begun = 0.0
         for number in range(2 * half):
             if number == half:

@@ -36,7 +36,7 @@ def run(code, *words):
 def test_choices_are_parsed_without_pytorch():
     done = run("import sys, synco_fast.bench.subjects; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
-    done = run("import sys, synco_fast.commands; sys.exit('torch' in sys.modules)")
+    done = run("import sys, synco_fast.api, synco_fast.commands; sys.exit('torch' in sys.modules)")
     assert done.returncode == 0, done.stderr
 
 

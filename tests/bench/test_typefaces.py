@@ -40,7 +40,7 @@ def test_the_set_is_a_source_and_the_same_again(fonts, tmp_path, capsys):
     assert "2 typefaces, 64 training and 16 held-out images" in said
     assert "raw pixels: kNN " in said
     about = json.loads((tmp_path / "one" / "typefaces.json").read_text())
-    assert about["left_out"] == ["symbols.ttf"]
+    assert about["skipped"] == ["symbols.ttf"]
     again = typefaces.draw_set(fonts, tmp_path / "two")
     assert again == about
     source = open_source(str(tmp_path / "one"))

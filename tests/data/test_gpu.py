@@ -8,6 +8,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
 from synco_fast.data.sources.open import ArraySplit, open_source
+from synco_fast.kernels.views import make_views
 from tests.data.photos import photo
 from tests.data.test_pipelines import CORRUPT, damage, special
 
@@ -95,6 +96,31 @@ def test_a_resident_set_makes_the_same_views_on_the_gpu():
         difference = (batch.first.cpu().int() - other.first.int()).abs()
         assert difference.float().mean() < 0.05
         assert difference.max() <= 3
+
+
+@pytest.mark.parametrize("name", ["resident", pytest.param("dali", marks=DALI)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_views_are_those_of_the_portable_pipeline(tmp_path, name, dtype):
+    for number in range(24):
+        photo(200 + (number if name == "dali" else 0), 150, number).save(tmp_path / f"{number:02d}.jpg", quality=92)
+    split = open_source(str(tmp_path)).train
+    recipe = Recipe(size=96, min_size=64, start_ramp=0, end_ramp=1)
+    options = {"batch": 8, "seed": 0, "workers": 2, "dtype": dtype}
+    ours = build_pipeline(split, recipe, name=name, device=torch.device("cuda"), **options)
+    theirs = build_pipeline(split, recipe, name="torchvision", **options)
+    ours.use_kernels(make_views)
+    for number in (0, 1, 0):
+        for pipe in (ours, theirs):
+            pipe.set_epoch(number)
+        for batch, other in zip(ours, theirs, strict=True):
+            assert torch.equal(batch.image_ids, other.image_ids)
+            for view, wanted in ((batch.first, other.first), (batch.second, other.second)):
+                assert view.is_cuda
+                assert view.dtype == dtype
+                assert view.is_contiguous(memory_format=torch.channels_last)
+                assert (view.float().cpu() - normalise(wanted, recipe)).abs().mean() < 2 / 255 / 0.225
+    for pipe in (ours, theirs):
+        pipe.close()
 
 
 @DALI

@@ -66,6 +66,52 @@ def test_files_of_the_hub(hub):
     assert (len(pattern.train), pattern.validation) == (10, None)
 
 
+def test_options_choose_columns_and_files(tmp_path):
+    """Behind a comma; a folder whose own name has one is still a folder."""
+    folder = tmp_path / "a,label=b"
+    for name, rows in (("one", 3), ("two", 2)):
+        write(folder / name / "rows.parquet", [encoded(row) for row in range(rows)], kind=["b", "a", "b"][:rows])
+    assert len(open_source(f"parquet:{folder}").train) == 5
+    assert open_source(f"parquet:{folder}").train.labels is None
+    folder = folder.rename(tmp_path / "plain")
+    spec = f"parquet:{folder}/**/*.parquet,image=image,label=kind,validation={folder}/two/*.parquet"
+    source = open_source(spec)
+    assert (len(source.train), len(source.validation)) == (3, 2)
+    assert source.train.classes == source.validation.classes == ("a", "b")
+    assert source.validation.labels.tolist() == [1, 0]
+    assert source.train.read_bytes(2) == encoded(2)
+    for options, says in (
+        ("image=picture", r"found the columns image, kind in .*rows\.parquet, expected picture"),
+        ("label=class", r"found the columns image, kind in .*rows\.parquet, expected class"),
+        ("colour=kind", r"found 'colour=kind' in .*, expected image=.*, label=.*, validation=.*, each once"),
+        ("label=", "found 'label=' in .* not empty"),
+        ("label=kind,label=kind", "found 'label=kind' in .* each once"),
+        ("validation=nowhere", r"found no \*\.parquet in nowhere"),
+    ):
+        with pytest.raises(DataError, match=says):
+            open_source(f"parquet:{folder},{options}")
+
+
+def test_labels_that_are_missing_are_named(hub):
+    write(hub / "train-00002-of-00002.parquet", [encoded(1), encoded(2)], ["zebra", "ant"], label=[0, None])
+    with pytest.raises(DataError, match=r"found None as the label of row 11 in .*; label=none reads without labels"):
+        open_source(f"parquet:{hub}")
+    source = open_source(f"parquet:{hub},label=none,validation=none")
+    assert (len(source.train), source.train.labels, source.validation) == (12, None, None)
+
+
+def test_few_files_are_open_at_a_time_and_large_row_groups_are_noted(hub, monkeypatch):
+    monkeypatch.setattr("synco_fast.data.sources.parquet._OPEN_FILES", 1)
+    source = open_source(f"parquet:{hub}")
+    for index in (7, 0, 9, 4):
+        assert source.train.read_bytes(index) == encoded(10 * (index // 5) + index % 5)
+        assert len(source.train._opened) == 1
+    assert source.notes == []
+    monkeypatch.setattr("synco_fast.data.sources.parquet._LARGE_GROUP", 100)
+    (note,) = source.notes
+    assert note.startswith(f"parquet:{hub}: each image read in random order unpacks a row group of")
+
+
 def test_workers_and_packs_read_them(hub, tmp_path):
     source = open_source(f"parquet:{hub}")
     views = [

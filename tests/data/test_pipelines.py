@@ -97,6 +97,21 @@ def test_an_epoch_given_up_in_the_middle_leaves_no_trace(split, name):
     assert all(same(a, b) for a, b in zip(epoch(pipe, 1), epoch(fresh, 1), strict=True))
 
 
+def test_views_grow_by_epoch_and_are_those_of_a_recipe_of_that_size(split, name):
+    """Also where an epoch begins in its middle, on a share of the ranks, and going back."""
+    growing = Recipe(size=32, min_size=16, size_step=8, start_ramp=0, end_ramp=3)
+    options = {"name": name, "batch": 8, "seed": 3, "workers": 0}
+    pipe, share = (build_pipeline(split, growing, **options, rank=0, world=world) for world in (1, 2))
+    seen = {number: epoch(pipe, number, start=3)[0] for number in (1, 3)}
+    for number, size in ((1, 24), (3, 32)):
+        (wanted,) = epoch(build_pipeline(split, Recipe(size=size), **options), number, start=3)
+        assert seen[number].first.shape == (8, 3, size, size)
+        assert same(seen[number], wanted)
+    assert same(epoch(pipe, 1, start=3)[0], seen[1])
+    assert torch.equal(epoch(share, 3, start=3)[0].second, seen[3].second[:4])
+    assert epoch(share, 0, start=3)[0].first.shape[-1] == 16
+
+
 def test_loading_leaves_the_global_generator_alone(split, name):
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -55,7 +55,8 @@ def test_knn_is_that_of_all_features_and_the_cache_is_used(make_run, monkeypatch
     run = make_run()
     monkeypatch.setattr(cache, "CHUNK", 10)
     found = evaluate_knn(run, EvalOptions(workers=0), k=(3, 5))
-    context = open_context(run, EvalOptions(workers=0))
+    assert found["precision"] == "fp32"
+    context = open_context(run, EvalOptions(workers=0, precision="fp32"))
     bank = cached_features(context, context.train, "bank")
     assert len(bank.files) == 4
     train, held_out = bank.load(), cached_features(context, context.held_out, "queries").load()

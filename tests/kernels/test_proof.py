@@ -12,9 +12,12 @@ import torch
 from synco_fast.kernels import Negatives, blockwise, ops, proof, validation
 from synco_fast.kernels.norm import ops as norm_ops
 from synco_fast.kernels.norm import validation as norm_validation
-from synco_fast.kernels.proof import KERNELS, answer, loss_shapes, momentum_shapes, norm_shapes
+from synco_fast.kernels.proof import KERNELS, answer, augment_shapes, loss_shapes, momentum_shapes, norm_shapes
+from synco_fast.kernels.views.reference import plain_views
+from synco_fast.kernels.views.validation import ViewsCase, validate_views
 
 CPU = torch.device("cpu")
+JITTER = ("brightness", "contrast", "saturation", "hue")
 LOSS = {
     "calls": [(5, True), (140, False)],
     "length": 150,
@@ -143,12 +146,59 @@ def test_the_momentum_update_is_compared_number_by_number(monkeypatch):
     assert "k, where it equals q" in acting(lambda keys, before, m: keys[0].mul_(1 + 1e-7))
 
 
+AUGMENT = {"sides": [12, 8, 12], "views": 6, "dtype": torch.bfloat16, "image": (14, 10), "channels": 3}
+AUGMENT |= {"planar": True, "sigma": 1.5}
+
+
+def test_views_are_compared_at_every_side_of_the_run(monkeypatch):
+    def acting(change=lambda views: views):
+        monkeypatch.setattr(
+            proof,
+            "validate_views",
+            lambda case, device: validate_views(case, device, lambda *a, **k: change(plain_views(*a, **k))),
+        )
+        return prove("augment", augment_shapes(**AUGMENT))
+
+    found = acting()
+    assert [case.about for case in found] == [
+        f"6 views of {side} pixels from images of 14 x 10, 3 channels planar, bfloat16" for side in (8, 12)
+    ]
+    assert not any(case.misses for case in found)
+    assert {"pixel", "mean of a view"} == set(found[0].errors) == set(found[0].bounds)
+    for wrong in (lambda views: views.flip(3), lambda views: views.roll(1, 1), lambda views: views + views.isnan() + 1):
+        assert {"pixel", "mean of a view"} <= {miss for case in acting(wrong) for miss in case.misses}
+    calls = itertools.count()
+    again = acting(lambda views: views * (1 + (next(calls) % 2) * 2**-7))
+    assert all("a repeat gives other bits" in case.misses for case in again)
+    assert any("pixel" in case.misses for case in acting(lambda views: views * float("nan"))), "NaN misses"
+    monkeypatch.setattr(proof, "_MOST_VIEWS", 4)
+    assert acting()[0].about.startswith("4 views of 8 pixels")
+
+
+@pytest.mark.parametrize("part", ["brightness", "contrast", "saturation", "hue", "blur", "grayscale", "solarize"])
+def test_an_operation_that_is_missing_is_noticed(part, monkeypatch):
+    """For one of each, with the right ones as the truth."""
+
+    def without(pixels, offsets, sizes, images, parameters, **options):
+        changed = {name: values.clone() for name, values in parameters.items()}
+        if part in JITTER:
+            changed["factors"][:, JITTER.index(part)] = float(part != "hue")
+        else:
+            changed["sigma" if part == "blur" else part].zero_()
+        return plain_views(pixels, offsets, sizes, images, changed, **options)
+
+    case = ViewsCase(16, 24, torch.uint8)
+    assert "pixel" in validate_views(case, CPU, without).misses
+    assert not validate_views(case, CPU, plain_views).misses
+
+
 def test_on_a_cpu_no_kernel_serves(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     shapes = {
         "loss": loss_shapes(**LOSS),
         "norm": norm_shapes(images=8, dtype=torch.float32, layers=LAYERS),
         "momentum": momentum_shapes([torch.empty(3)], 0.9),
+        "augment": augment_shapes(**AUGMENT),
     }
     assert shapes.keys() == KERNELS.keys()
     for name, kernel in KERNELS.items():

@@ -101,6 +101,9 @@ def browse(page: Path, folder: Path, width: int) -> tuple[dict, str]:
     probe = """<script>addEventListener("load", () => parent.postMessage({
         scroll: document.documentElement.scrollWidth, width: innerWidth,
         broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length, images: document.images.length,
+        lines: Math.max(...[...document.querySelectorAll(".facts th")].map(e => {
+            const text = document.createRange(); text.selectNodeContents(e); return text.getClientRects().length; })),
+        right: Math.max(...[...document.querySelectorAll("figure")].map(e => e.getBoundingClientRect().right)),
         smallest: Math.min(
             ...[...document.querySelectorAll("body *")].map(e => parseFloat(getComputedStyle(e).fontSize)))
     }, "*"))</script>"""
@@ -127,4 +130,6 @@ def test_a_browser_shows_it_without_complaint(page, tmp_path, width):
     assert found["broken"] == 0
     assert found["images"] > 60
     assert found["smallest"] >= 11
+    assert found["lines"] == 1, "the names of packages stay in one line"
+    assert found["right"] > 0.7 * width, "neighbours also stand in the right half"
     assert "CONSOLE" not in log, log

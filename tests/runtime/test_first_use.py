@@ -196,18 +196,22 @@ def test_kernels_themselves_in_the_interpreter(tmp_path, monkeypatch):
     """The very process that a run starts, on shapes that an interpreter gets through in no time."""
     pytest.importorskip("triton")
     from synco_fast.kernels import Negatives
-    from synco_fast.kernels.proof import loss_shapes, momentum_shapes
+    from synco_fast.kernels.proof import augment_shapes, loss_shapes, momentum_shapes
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     settings = {"temperature": 0.2, "dtype": torch.bfloat16, "negatives": [Negatives.moco()]}
     wanted = {
         "momentum": momentum_shapes([torch.empty(70, 3), torch.empty(5), torch.empty(5)], 0.99),
         "loss": loss_shapes(calls=[(2, False)], length=40, dim=16, **settings),
+        "augment": augment_shapes(
+            sides=[8], views=4, dtype=torch.bfloat16, image=(9, 12), channels=3, planar=False, sigma=0.5
+        ),
     }
     prover = Prover("cpu", FACTS, folder=tmp_path)
     assert prover.prove(wanted) == {name: Outcome(True, fresh=True) for name in wanted}
     records = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
     assert sorted(case["about"] for record in records for case in record["compared"]) == [
+        "4 views of 8 pixels from images of 9 x 12, 3 channels interleaved, bfloat16",
         "B = 2, K = 40, D = 16, N = 0, 0 synthetic, bfloat16, flat",
         "B = 2, K = 40, D = 16, N = 0, 0 synthetic, bfloat16, peaked",
         "m = 0.5, 3 tensors of 220 numbers in all, float32",

@@ -1,6 +1,8 @@
 """The progress bar on terminals of several widths, and the plain lines that stand for it."""
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -56,6 +58,42 @@ def test_without_a_terminal_and_on_a_dumb_one_it_is_plain_lines(monkeypatch, ter
     ]
 
 
+def test_a_notebook_has_one_element_that_is_replaced(monkeypatch, capsys):
+    """What IPython is asked to show; a kernel is a shell with a ``kernel``."""
+    now, shown = [100.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+
+    def display(content, *, raw, display_id):
+        assert (raw, display_id) == (True, True)
+        shown.append(("new", content))
+        return SimpleNamespace(update=lambda content, *, raw: shown.append(("replaced", content)))
+
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    console = progress.open_console()
+    with ProgressBar(console, "epoch 1/2", 100, unit="step") as bar:
+        bar.advance(10, "loss <1.0>")
+        now[0] += 1
+        bar.advance(10)
+        bar.note("a line")
+        bar.advance(80)
+    assert [kind for kind, _ in shown] == ["new", "replaced", "replaced"]
+    assert [content["text/plain"] for _, content in shown] == [
+        "epoch 1/2: step 0 of 100",
+        "epoch 1/2: step 20 of 100  loss <1.0>  0:04 left",
+        "epoch 1/2: step 100 of 100  loss <1.0>",
+    ]
+    assert 'value="20" max="100"' in shown[1][1]["text/html"]
+    assert "loss &lt;1.0&gt;" in shown[1][1]["text/html"]
+    assert capsys.readouterr().out == "a line\n"
+    with ProgressBar(Console(quiet=True), "silent", 1), ProgressBar(Console(file=io.StringIO()), "elsewhere", 1):
+        pass
+    assert len(shown) == 3
+    shell.kernel = None
+    assert not progress.in_notebook(), "IPython in a terminal"
+
+
 def test_silence_and_notes():
     with ProgressBar(None, "work", 3) as bar:
         bar.advance(3)
@@ -65,6 +103,18 @@ def test_silence_and_notes():
         bar.note("[red]as it is[/]")
         bar.restart("other work", 2)
     assert out.getvalue().splitlines() == ["work", "[red]as it is[/]", "other work: 0 of 2"]
+
+
+def test_another_stage_is_shown_at_once():
+    out = io.StringIO()
+    with ProgressBar(Console(file=out), "starting", 8, unit="step") as bar:
+        bar.stage("evaluation")
+        assert out.getvalue().splitlines() == ["starting: step 0 of 8", "evaluation: step 0 of 8"]
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None, _environ={"TERM": "xterm"})
+    with ProgressBar(console, "starting", 8) as bar:
+        bar.stage("evaluation")
+        assert "evaluation" in out.getvalue()
 
 
 def test_clock():

@@ -13,8 +13,9 @@ from synco_fast.config import build_config
 from synco_fast.export.load import read_weights
 from synco_fast.runtime.errors import CheckpointError, UserError
 from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import JsonlLogger, read_metrics
+from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
+from synco_fast.training.writers import JsonlWriter
 
 from ..conftest import TINY
 from ..support.training import screen, trainer
@@ -192,7 +193,7 @@ def test_a_line_of_metrics_that_is_none(tmp_path, line, says):
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(good + line + b"\n" + good)
     with pytest.raises(UserError) as caught:
-        JsonlLogger(tmp_path, step=3)
+        JsonlWriter(tmp_path, step=3)
     assert str(caught.value).startswith(f"{file}, line 2: ")
     assert says in str(caught.value)
     assert str(caught.value).endswith("; delete that line, or the file")

@@ -11,17 +11,20 @@ import pytest
 import torch
 
 from synco_fast.commands.pretrain import _print_summary
+from synco_fast.data.sources.open import open_source
 from synco_fast.kernels import momentum, ops
 from synco_fast.kernels.proof import KERNELS
+from synco_fast.kernels.views.reference import plain_views
 from synco_fast.methods import contrastive
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.first_use import Outcome, key_of
-from synco_fast.training import forms
+from synco_fast.training import autotune, forms
+from synco_fast.training.autotune import Auto
 from synco_fast.training.engine import Engine
-from synco_fast.training.forms import Form, choose_forms, forms_state
+from synco_fast.training.forms import Form, choose_forms, choose_views, forms_state
 
-from ..support.training import newest, screen, trainer
+from ..support.training import assert_identical, newest, screen, stop_after, trainer
 
 ALONE = HostGroup(DistEnv())
 PORTABLE = {"loss": "blockwise", "norm": "native", "momentum": "foreach"}
@@ -159,6 +162,118 @@ def test_the_page_lists_every_kernel():
     assert len(rows) == 2 + len(KERNELS)
     for row, kernel in zip(rows[2:], KERNELS.values(), strict=True):
         assert f"| `{kernel.fused}` | `{kernel.portable}`" in row
+
+
+# -- what makes the views ----------------------------------------------------------------------------------------
+
+
+class Views:
+    """A pipeline that kernels can make the views of."""
+
+    def __init__(self, sides=(16, 24)):
+        given = {"sides": sides, "views": 16, "dtype": torch.bfloat16, "image": None, "channels": 3, "planar": False}
+        self.kernel_input, self.made_by = {**given, "sigma": 2.0}, None
+
+    def use_kernels(self, make):
+        self.made_by = make
+
+
+def test_views_are_made_by_kernels_that_are_validated_at_every_side(engine, served):
+    made, prover, pipeline = engine(), FakeProver("augment"), Views()
+    choose_views(made, ALONE, pipeline, prover=prover)
+    assert made.forms == {"augment": Form("triton", "validated on this device")}
+    assert pipeline.made_by is forms.make_views
+    (asked,) = prover.asked
+    assert (asked["augment"]["sides"], asked["augment"]["dtype"]) == ([16, 24], "bfloat16")
+    json.dumps(asked)
+    assert made.lines == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passing", "why", "said"),
+    [
+        ({}, (), "it is wrong", ["augment: using operators instead of the fused kernel: it is wrong"]),
+        ({"training.fused": "none"}, ("augment",), "training.fused=none", []),
+    ],
+)
+def test_other_views_are_the_pipelines_own(engine, served, overrides, passing, why, said):
+    made, pipeline = engine(overrides), Views()
+    choose_views(made, ALONE, pipeline, prover=FakeProver(*passing))
+    assert made.forms["augment"] == Form("operators", why)
+    assert pipeline.made_by is None
+    assert made.lines == said
+
+
+def test_on_a_cpu_views_are_the_pipelines_own_and_nothing_is_said(engine, monkeypatch):
+    for interpreted in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        made, pipeline = engine(), Views()
+        choose_views(made, ALONE, pipeline)
+        assert made.forms["augment"].name == "operators"
+        assert (pipeline.made_by, made.lines) == (None, [])
+
+
+def test_a_pipeline_without_use_for_kernels_has_no_such_part(engine, served):
+    made, none = engine(), Views()
+    none.kernel_input = None
+    for pipeline in (object(), none):
+        made.forms = {"loss": Form("triton", ""), "augment": Form("triton", "of another pipeline")}
+        choose_views(made, ALONE, pipeline, prover=FakeProver("augment"))
+        assert set(made.forms) == {"loss"}
+
+
+def test_a_resumed_run_keeps_what_makes_its_views_or_says_so(engine, served):
+    made = engine()
+    made.forms = {"augment": Form("operators", "it is wrong")}
+    again, pipeline = engine(), Views()
+    choose_views(again, ALONE, pipeline, kept=forms_state(made), prover=FakeProver("augment"))
+    assert again.forms["augment"] == Form("operators", "kept from the start of the run")
+    assert (pipeline.made_by, again.lines) == (None, [])
+    made.forms = {"augment": Form("triton", "validated on this device")}
+    choose_views(again, ALONE, pipeline, kept=forms_state(made), prover=FakeProver())
+    said = "augment: the run used triton and continues with operators (it is wrong); it is no longer equal bit for bit"
+    assert again.lines[-1] == said
+
+
+def test_a_run_trains_on_fused_views_and_resumes_with_them_to_the_bit(tiny, tmp_path, served, monkeypatch):
+    """Resident, with plain PyTorch in the kernels' place; the checkpoint and the summary name the part."""
+    monkeypatch.setattr(forms, "_prover_of", lambda engine: FakeProver("augment"))
+    monkeypatch.setattr(forms, "make_views", plain_views)
+    for drawn in ("run_folder.draw_curves", "pretraining.draw_pairs"):
+        monkeypatch.setattr(f"synco_fast.training.{drawn}", lambda *rest, **more: None)
+    config = {"data.pipeline": "resident", "training.epochs": 1, "evaluation.every": 0}
+    whole = trainer(tiny(config), tmp_path / "whole").run()
+    assert whole.forms["augment"] == {"name": "triton", "why": "validated on this device"}
+    assert whole.forms["views"]["name"] == "resident"
+    trainer(tiny(config), tmp_path / "parts", after_step=stop_after(2)).run()
+    trainer(tiny(config), tmp_path / "parts", resume=tmp_path / "parts").run()
+    assert newest(tmp_path / "parts")["forms"]["names"]["augment"] == "triton"
+    assert_identical(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    trainer(tiny({**config, "training.fused": "none"}), tmp_path / "own").run()
+    assert not torch.equal(
+        newest(tmp_path / "own")["method"]["queue.rows"], newest(tmp_path / "whole")["method"]["queue.rows"]
+    ), "the views differ by rounding, so that it shows what made them"
+
+
+def test_pipelines_are_timed_with_the_kernels_that_they_would_use(tiny, served, monkeypatch):
+    monkeypatch.setattr(forms, "_prover_of", lambda engine: FakeProver("augment"))
+    made, tried = Engine(tiny(), 4), []
+    split = open_source(made.config.data.source).train
+    for rates, name, part in (((1.0, 9.0), "resident", "triton"), ((9.0, 1.0), "torchvision", None)):
+        left = iter(rates)
+        auto = Auto(made, split, ALONE, lambda line, style: None)
+        auto.begin(None)
+
+        def rate(engine, using, pipeline, *rest, left=left, **more):
+            tried.append(getattr(pipeline, "_make", None))
+            return next(left)
+
+        monkeypatch.setattr(autotune, "try_pipeline", rate)
+        auto._try_pipelines(["torchvision", "resident"], "eager", 1e-3, {"step": 0, "epoch": 0})
+        assert auto.name == name
+        assert (made.forms["augment"].name if "augment" in made.forms else None) == part
+        auto.pipeline.close()
+    assert tried == [None, forms.make_views] * 2
 
 
 # -- a resumed run ----------------------------------------------------------------------------------------------

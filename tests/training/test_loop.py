@@ -21,13 +21,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from synco_fast.config import Config, read_config
 from synco_fast.data.pipelines.base import Batch
+from synco_fast.evaluation.context import EvalOptions
+from synco_fast.evaluation.knn import evaluate_knn
 from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError, UserError
 from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import JsonlLogger, read_metrics
+from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
 from synco_fast.training.run_folder import describe_run
+from synco_fast.training.writers import JsonlWriter
 from tests.support.rotation import todays
 
 from ..support.training import assert_identical, figures, newest, pretrain, screen, stop_after, trainer
@@ -38,7 +41,10 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     summary = pretrain(config, tmp_path / "run")
     run = tmp_path / "run"
     assert read_config(run / "config.yaml") == config
-    assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__.partition("+")[0]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__.partition("+")[0]
+    chosen = {part: form["name"] for part, form in environment["forms"].items()}
+    assert (chosen["views"], chosen["precision"]) == ("torchvision", "fp32"), "what auto became"
     lines = read_metrics(run)
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, 9))
@@ -57,9 +63,23 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     assert summary.knn_after == lines[-1]["knn"]
     assert summary.feature_rank == lines[-1]["feature_rank"] > 1
     assert Path(summary.checkpoint).is_file()
+    assert summary.best is None
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004.pt", "step-00000008.pt"]
     screen = (run / "screen.txt").read_text()
     assert "epoch 2: kNN" in screen
     assert "data wait" in screen
+    log = [line[21:] for line in (run / "train.log").read_text().splitlines()]
+    assert log[0] == "starting: 0 of 8 steps done"
+    assert sum(line.startswith("epoch 2/2: step 8 of 8  loss ") for line in log) == 1
+    assert any(line.startswith("epoch 2: kNN") for line in log)
+    assert log[-1] == "finished"
+
+
+def test_evaluate_knn_repeats_the_accuracy_of_training(tiny, tmp_path):
+    """Both compute in float32 whatever the encoder was trained in."""
+    summary = pretrain(tiny({"training.precision": "bf16", "training.epochs": 1}), tmp_path / "run")
+    found = evaluate_knn(tmp_path / "run", EvalOptions(workers=0))
+    assert (found["precision"], found["knn"]) == ("fp32", summary.knn_after)
 
 
 @pytest.mark.slow
@@ -393,14 +413,14 @@ def test_nothing_that_is_not_finite_is_saved_as_good(tiny, tmp_path):
 
 
 def test_a_disk_that_is_full_ends_the_run_in_one_line(tiny, tmp_path, monkeypatch):
-    write = JsonlLogger.write
+    write = JsonlWriter.write
 
     def full(self, kind, step, values):
         if step == 6:
             raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
         write(self, kind, step, values)
 
-    monkeypatch.setattr(JsonlLogger, "write", full)
+    monkeypatch.setattr(JsonlWriter, "write", full)
     with pytest.raises(UserError, match="found no way to write it at step 6") as caught:
         pretrain(tiny({"evaluation.every": 0}), tmp_path / "run")
     assert re.search(r"\(No space left on device\); a checkpoint takes 0\.\d MiB; ", str(caught.value))

@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from synco_fast.runtime.errors import ConfigError
-from synco_fast.training.metrics import (
-    JsonlLogger,
-    MetricLog,
-    RunningMeans,
-    TensorBoardLogger,
-    open_log,
-    read_metrics,
-)
+from synco_fast.runtime.errors import ConfigError, UserError
+from synco_fast.training.metrics import RunningMeans, read_metrics
+from synco_fast.training.writers import JsonlWriter, MetricLog, TensorBoardWriter, open_log
 
 
 def test_means_over_steps_without_what_was_not_measured():
@@ -47,13 +41,13 @@ def test_means_survive_a_checkpoint():
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
-    log = MetricLog(JsonlLogger(tmp_path), TensorBoardLogger(tmp_path))
+    log = MetricLog(JsonlWriter(tmp_path), TensorBoardWriter(tmp_path))
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 1.0 / step})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    log = MetricLog(JsonlLogger(tmp_path, step=2), TensorBoardLogger(tmp_path, step=2))
+    log = MetricLog(JsonlWriter(tmp_path, step=2), TensorBoardWriter(tmp_path, step=2))
     log.write("train", 3, {"loss": 9.0})
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -63,7 +57,7 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 
 def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
-    log = JsonlLogger(tmp_path)
+    log = JsonlWriter(tmp_path)
     for step in (1, 2, 3):
         log.write("train", step, {"loss": 1.0})
     log.close()
@@ -76,7 +70,7 @@ def test_a_kill_while_lines_are_dropped_loses_none(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        JsonlLogger(tmp_path, step=2)
+        JsonlWriter(tmp_path, step=2)
     assert seen == [before], "the old file is whole until the new one is"
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -97,7 +91,7 @@ def test_weights_and_biases_get_the_same_lines(tiny, tmp_path, monkeypatch):
     fake.init = lambda **settings: asked.update(settings) or run
     monkeypatch.setitem(sys.modules, "wandb", fake)
     config = tiny().model_dump(mode="json")
-    log = open_log(tmp_path, 0, config, wandb="synco")
+    log = open_log(tmp_path, 0, config, trackers={"wandb": "synco"})
     log.write("train", 3, {"loss": 1.5})
     log.close()
     assert run.lines == [(3, {"train/loss": 1.5})]
@@ -105,9 +99,90 @@ def test_weights_and_biases_get_the_same_lines(tiny, tmp_path, monkeypatch):
     assert (asked["project"], asked["id"], asked["resume"]) == ("synco", tmp_path.name, "allow")
     assert asked["config"]["method"]["name"] == "synco"
     assert read_metrics(tmp_path) == [{"kind": "train", "step": 3, "loss": 1.5}]
-    open_log(tmp_path / "nowhere", 0, config, wandb="synco", writes=False).write("train", 4, {"loss": 1.0})
+    silent = open_log(tmp_path / "nowhere", 0, config, trackers={"wandb": "synco"}, writes=False)
+    silent.write("train", 4, {"loss": 1.0})
     assert not (tmp_path / "nowhere").exists(), "one process writes"
     assert len(run.lines) == 1
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"training\.wandb: found no package wandb"):
-        open_log(tmp_path, 0, config, wandb="synco")
+        open_log(tmp_path, 0, config, trackers={"wandb": "synco"})
+
+
+@pytest.fixture
+def mlflow(monkeypatch):
+    """A stand-in for the package, with the part of the client that is used; the server keeps what it is told."""
+
+    class Refused(Exception):
+        pass
+
+    server = types.SimpleNamespace(experiments={}, runs={}, down=False)
+
+    class Client:
+        def _up(self):
+            if server.down:
+                raise Refused("no answer\nfrom the server")
+
+        def get_experiment_by_name(self, name):
+            self._up()
+            found = server.experiments.get(name)
+            return found and types.SimpleNamespace(experiment_id=found)
+
+        def create_experiment(self, name):
+            return server.experiments.setdefault(name, str(len(server.experiments) + 1))
+
+        def create_run(self, experiment_id, run_name=None):
+            run = f"run{len(server.runs)}"
+            server.runs[run] = {"name": run_name, "experiment": experiment_id, "status": "RUNNING", "rows": []}
+            server.runs[run]["params"] = {}
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id=run))
+
+        def update_run(self, run_id, status=None):
+            server.runs[run_id]["status"] = status
+
+        def log_batch(self, run_id, metrics=(), params=()):
+            self._up()
+            assert len(params) <= 100, "the server takes no more at once"
+            server.runs[run_id]["rows"] += metrics
+            server.runs[run_id]["params"] |= dict(params)
+
+        def set_terminated(self, run_id):
+            server.runs[run_id]["status"] = "FINISHED"
+
+    package = types.ModuleType("mlflow")
+    package.MlflowClient = Client
+    package.exceptions = types.SimpleNamespace(MlflowException=Refused)
+    package.entities = types.SimpleNamespace(
+        Metric=lambda key, value, timestamp, step: (key, value, step), Param=lambda key, value: (key, value)
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    return server
+
+
+def test_mlflow_gets_the_same_lines_and_a_resumed_run_goes_on_in_its_own(tiny, tmp_path, mlflow, monkeypatch):
+    config = tiny().model_dump(mode="json")
+    for step in (3, 4):
+        log = open_log(tmp_path, step - 1, config, trackers={"wandb": None, "mlflow": "small sets"})
+        log.write("train", step, {"loss": 1.5, "similarity/hard": 0.5})
+        log.close()
+    assert mlflow.experiments == {"small sets": "1"}
+    (run,) = mlflow.runs.values()
+    assert (run["name"], run["experiment"], run["status"]) == (tmp_path.name, "1", "FINISHED")
+    assert run["rows"] == [
+        (f"train/{name}", value, step) for step in (3, 4) for name, value in (("loss", 1.5), ("similarity/hard", 0.5))
+    ]
+    assert run["params"]["method.name"] == "synco"
+    assert run["params"]["training.mlflow"] == "None"
+    open_log(tmp_path, 4, config, trackers={"mlflow": "another"}).close()
+    assert len(mlflow.runs) == 2, "another experiment is another run"
+    log = open_log(tmp_path, 4, config, trackers={"mlflow": "another"})
+    mlflow.down = True
+    with pytest.warns(UserWarning, match=r"training\.mlflow: found no way to log step 5 \(no answer\): the rest"):
+        log.write("train", 5, {"loss": 1.0})
+    log.write("train", 6, {"loss": 1.0})
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3, 4, 5, 6], "training goes on"
+    with pytest.raises(UserError, match=r"training\.mlflow: found no way to log to 'a' \(no answer\)"):
+        open_log(tmp_path, 6, config, trackers={"mlflow": "a"})
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(ConfigError, match=r"training\.mlflow: found no package mlflow, expected after pip install"):
+        open_log(tmp_path, 6, config, trackers={"mlflow": "a"})

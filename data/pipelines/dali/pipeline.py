@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from synco_fast.data.augment.draw import draw_views
+from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Decode
+from synco_fast.data.pipelines.dali.decoded import build_decoding, check_sizes, decoding_inputs, gather_decoded
 from synco_fast.data.pipelines.dali.graph import build_evaluation, build_views, evaluation_inputs, view_inputs
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
 from synco_fast.data.pipelines.epochs import EpochBatches, Position
+from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.workers import available_cores
 
@@ -50,6 +52,7 @@ class DaliPipeline:
         device: Device of graph and views.
         dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
         decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
+        fused_dtype: As ``dtype``, of the views that fused kernels make from images that DALI only decodes.
         threads: Threads of DALI; by default one per core.
         rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
@@ -70,26 +73,30 @@ class DaliPipeline:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.uint8,
         decode: Decode = "once",
+        fused_dtype: torch.dtype = torch.uint8,
         threads: int | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        self._decode, self._fused_dtype, self._threads = decode, fused_dtype, threads or available_cores()
+        self._make: MakeViews | None = None
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         self._recipe, self._seed = recipe, seed
-        number = _gpu_number(device)
+        self._number = number = _gpu_number(device)
         self._reader = Reader(split, replace=True)
         self._loader = self._reader.loader(self._batches, workers, seed)
+        #: The recipe of the epoch's views, whose size the graph is built for.
+        self._sized = recipe.at(0)
         build = partial(
             build_views,
-            recipe,
             batch=self._batches.share,
             device=number,
-            threads=threads or available_cores(),
+            threads=self._threads,
             decode=decode,
             dtype=dtype,
             depth=_DEPTH,
         )
-        self._runner = GraphRunner(build, self._inputs, self._reader, device=number, depth=_DEPTH)
+        self._runner = GraphRunner(lambda: build(self._sized), self._inputs, self._reader, device=number, depth=_DEPTH)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -99,6 +106,10 @@ class DaliPipeline:
         self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._take_size(self._recipe.at(self._batches.epoch))
+        if self._make is not None:
+            yield from self._fused(self._make)
+            return
         for files, views in self._runner.run(self._loader):
             first, second = map(_channels_first, views)
             yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
@@ -108,11 +119,69 @@ class DaliPipeline:
         self._runner.close()
         del self._loader
 
-    def _inputs(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
-        draw = partial(
-            draw_views, self._recipe, seed=self._seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes
+    @property
+    def kernel_input(self) -> dict[str, Any] | None:
+        """See `FusedViews`; None where DALI decodes windows."""
+        if self._decode != "once":
+            return None
+        return {
+            "sides": self._recipe.sides,
+            "views": 2 * self._batches.share,
+            "dtype": self._fused_dtype,
+            "image": None,
+            "channels": 3,
+            "planar": False,
+            "sigma": self._recipe.blur_sigma[1],
+        }
+
+    def use_kernels(self, make: MakeViews) -> None:
+        """See `FusedViews`."""
+        self._free_graph()
+        self._make = make
+        build = partial(
+            build_decoding, batch=self._batches.share, device=self._number, threads=self._threads, depth=_DEPTH
         )
-        return view_inputs([draw(views=np.full(len(files), view)) for view in range(2)], self._recipe)
+        self._runner = GraphRunner(
+            build, self._packed, self._reader, device=self._number, depth=_DEPTH, gather=gather_decoded
+        )
+
+    def _fused(self, make: MakeViews) -> Iterator[Batch]:
+        for files, (pixels, offsets, sizes, words, decoded, *_) in self._runner.run(self._loader):
+            check_sizes(decoded, files)
+            rows = torch.arange(len(files), device=pixels.device)
+            buffer = pixels, offsets, sizes
+            size, dtype = self._sized.size, self._fused_dtype
+            first, second = make_pair(make, self._recipe, *buffer, rows, words, size=size, dtype=dtype)
+            yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
+
+    def _packed(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
+        return decoding_inputs(*(packed(self._draw(files, view)) for view in range(2)))
+
+    def _take_size(self, recipe: Recipe) -> None:
+        """Rebuild the graph where the views of an epoch have another size than those before."""
+        if recipe.size == self._sized.size:
+            return
+        self._sized = recipe
+        if self._make is None:
+            self._free_graph()
+
+    def _free_graph(self) -> None:
+        if self._number is not None:
+            torch.cuda.synchronize(self._number)  # the memory of views that the encoder may still read is the graph's
+        self._runner.close()
+
+    def _inputs(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
+        return view_inputs([self._draw(files, view) for view in range(2)], self._recipe)
+
+    def _draw(self, files: EncodedBatch, view: int) -> ViewParameters:
+        return draw_views(
+            self._recipe,
+            seed=self._seed,
+            epoch=files.epoch,
+            images=files.wanted,
+            views=np.full(len(files), view),
+            sizes=files.sizes,
+        )
 
 
 class _InOrder(Sampler[list[Position]]):

@@ -47,11 +47,20 @@ class GraphRunner:
         reader: Reads images again.
         device: Index of the GPU, or None.
         depth: Batches in flight.
+        gather: Makes tensors of the graph's outputs, on the device; by default one of each, all rows of one shape.
     """
 
     def __init__(
-        self, build: Callable[[], Pipeline], inputs: Inputs, reader: Reader, *, device: int | None, depth: int
+        self,
+        build: Callable[[], Pipeline],
+        inputs: Inputs,
+        reader: Reader,
+        *,
+        device: int | None,
+        depth: int,
+        gather: Callable[[Any], list[Tensor]] | None = None,
     ) -> None:
+        self._gather = gather or (lambda outputs: [from_dlpack(views.as_tensor()) for views in outputs])
         self._build, self._inputs, self._reader, self._device, self._depth = build, inputs, reader, device, depth
         self._graph: Pipeline | None = None
         #: The arrays of finished batches, kept for a while: a copy to the GPU may still be in flight.
@@ -152,7 +161,7 @@ class GraphRunner:
         # device continues meanwhile.
         found = self._graph.outputs()
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
-            return [from_dlpack(views.as_tensor()) for views in found]
+            return self._gather(found)
 
     def _hold(self, outputs: list[Tensor]) -> None:
         """Keep views until the kernels that read them are done: their memory is DALI's, which does not track them."""

@@ -11,10 +11,15 @@ from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.ops import blur
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
+from synco_fast.data.pipelines.build import build_pipeline, has_dali
 from synco_fast.data.pipelines.torchvision import make_view, pixels_of
+from synco_fast.data.sources.open import open_source
 from synco_fast.kernels.views import launch, make_views
+from synco_fast.kernels.views.validation import ViewsCase, validate_views
 from tests.data import test_equality as table
 from tests.data.photos import photo
+
+DALI = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 
 
 def tensors(parameters):
@@ -171,6 +176,39 @@ def test_large_crops_are_antialiased(monkeypatch):
     pixels, offsets, sizes = ragged([image])
     found = make_views(pixels, offsets, sizes, torch.zeros(1, dtype=torch.int64), tensors(drawn), size=8)
     assert_near(found, make_view(pixels_of(image), drawn, 8)[None])
+
+
+@pytest.mark.parametrize("name", ["resident", pytest.param("dali", marks=DALI)])
+def test_a_pipeline_hands_its_images_to_the_kernels(name, tmp_path, monkeypatch):
+    """Resident, and DALI's CPU backend, which decodes ragged images; against the torchvision pipeline."""
+    monkeypatch.setattr(launch, "_BLOCK", 256)
+    for number in range(4):
+        size = (20, 16) if name == "resident" else SIZES[number]
+        photo(*size, number).save(tmp_path / f"{number}.jpg", quality=95)
+    split = open_source(str(tmp_path)).train
+    recipe = Recipe(size=12, solarize_probability=0.4, min_size=8, size_step=4, start_ramp=0, end_ramp=1)
+    settings = {"batch": 2, "seed": 0, "workers": 0, "dtype": torch.bfloat16}
+    ours, theirs = (build_pipeline(split, recipe, name=chosen, **settings) for chosen in (name, "torchvision"))
+    ours.use_kernels(make_views)
+    for epoch, size in ((1, 12), (0, 8)):
+        for pipe in (ours, theirs):
+            pipe.set_epoch(epoch, start=epoch)
+        for batch, other in zip(ours, theirs, strict=True):
+            assert torch.equal(batch.image_ids, other.image_ids)
+            assert (batch.first.dtype, batch.first.shape) == (torch.bfloat16, (2, 3, size, size))
+            for view, wanted in ((batch.first, other.first), (batch.second, other.second)):
+                levels = (view.float() - normalise(wanted, recipe)).abs() * 255 * 0.225
+                assert levels.mean() < 2, "rounding to bfloat16, and another decoder"
+    ours.close()
+
+
+def test_a_proof_passes():
+    for case in (
+        ViewsCase(12, 6, torch.uint8, image=(30, 17)),
+        ViewsCase(8, 4, torch.float16, image=(11, 14), channels=1, planar=True, sigma=4.0),
+    ):
+        verdict = validate_views(case, torch.device("cpu"))
+        assert not verdict.misses, verdict
 
 
 def test_no_views():

@@ -1,0 +1,103 @@
+"""DALI decodes and no more: ragged uint8 images in one buffer with offsets, for the kernels that make the views."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from synco_fast.data.errors import DataError
+from synco_fast.data.pipelines.dali.graph import Inputs, _decoder_options, _source
+from synco_fast.data.pipelines.dali.reader import EncodedBatch
+from synco_fast.data.pipelines.fused import WORDS
+
+__all__ = ["Decoded", "build_decoding", "check_sizes", "decoding_inputs", "gather_decoded"]
+
+
+class Decoded(NamedTuple):
+    """A decoded batch.
+
+    Attributes:
+        pixels: All images one after the other, channels innermost, (n,) uint8.
+        offsets: Where each begins, (B,) int64.
+        sizes: Height and width, (B, 2) int64.
+        words: `packed` parameters of both views, those of the first ones before those of the second ones, (2 B, 16).
+    """
+
+    pixels: Tensor
+    offsets: Tensor
+    sizes: Tensor
+    words: Tensor
+
+
+@pipeline_def  # type: ignore[untyped-decorator]
+def _decoding() -> Any:
+    words = _source("words")
+    if Pipeline.current().device_id is not None:
+        words = words.gpu()
+    return fn.decoders.image(_source("encoded"), **_decoder_options()), words
+
+
+def build_decoding(*, batch: int, device: int | None, threads: int, depth: int) -> Pipeline:
+    """A graph from ``encoded`` and the input of `decoding_inputs` to decoded images and the parameters of their views.
+
+    Args:
+        batch: B.
+        device: Number of the GPU, or None for the CPU backend.
+        threads: Threads of DALI's pool.
+        depth: Batches in flight.
+    """
+    graph = _decoding(
+        batch_size=batch, device_id=device, num_threads=threads, prefetch_queue_depth=depth, exec_dynamic=True
+    )
+    graph.build()
+    return graph
+
+
+def decoding_inputs(first: Any, second: Any) -> Inputs:
+    """The graph's input beside ``encoded``: `packed` parameters of first and second views, (B, 16) each."""
+    return {"words": np.concatenate([first, second], axis=1)}
+
+
+def gather_decoded(outputs: Any) -> list[Tensor]:
+    """A `Decoded` of the graph's outputs, as a list, with DALI's own tensors behind it.
+
+    The images are copied into one buffer, in one launch. DALI's memory is in use until the copy is done, so the caller
+    keeps the list until then.
+    """
+    images, words = outputs
+    decoded = [from_dlpack(images[row]) for row in range(len(images))]
+    sizes = torch.tensor([image.shape[:2] for image in decoded])
+    ends = (3 * sizes.prod(dim=1)).cumsum(0)
+    drawn = from_dlpack(words.as_tensor())
+    pixels = torch.cat([image.reshape(-1) for image in decoded])
+    shapes = torch.cat([(ends - 3 * sizes.prod(dim=1))[:, None], sizes], dim=1)
+    if drawn.is_cuda:
+        shapes = shapes.pin_memory().to(drawn.device, non_blocking=True)
+    both = drawn.view(-1, 2, WORDS).transpose(0, 1).reshape(-1, WORDS)
+    return [pixels, shapes[:, 0], shapes[:, 1:], both, sizes, *decoded, drawn]
+
+
+def check_sizes(sizes: Tensor, files: EncodedBatch) -> None:
+    """Check that the images have the sizes in their headers, for which crops were drawn.
+
+    Args:
+        sizes: Of the decoded images, (B, 2) int64 on the CPU.
+        files: The batch.
+
+    Raises:
+        DataError: An image has another size; its crop could lie outside it.
+    """
+    other = np.flatnonzero((sizes.numpy() != files.sizes).any(axis=1))
+    if other.size:
+        row = int(other[0])
+        height, width = sizes[row].tolist()
+        expected = " x ".join(map(str, files.sizes[row].tolist()))
+        raise DataError(
+            f"data: found image {files.images[row]} decoded to {height} x {width} pixels, expected {expected} as in "
+            "its header; use data.pipeline torchvision"
+        )

@@ -1,0 +1,99 @@
+"""Checking a stream: decode every image of its shards once, and count them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.sources.decode import decode_image
+from synco_fast.data.sources.stream import StreamSplit
+from synco_fast.data.sources.stream_reader import ShardError, read_images
+from synco_fast.data.workers import available_cores, start_worker
+
+__all__ = ["CheckedShard", "check_stream"]
+
+
+@dataclass
+class CheckedShard:
+    """The result for one shard.
+
+    Attributes:
+        images: How many it holds.
+        corrupt: Reason by name, for images that do not decode.
+        damage: Why the shard ends early; empty if it does not.
+        error: Why it cannot be read at all; empty if it can.
+    """
+
+    images: int = 0
+    corrupt: dict[str, str] = field(default_factory=dict)
+    damage: str = ""
+    error: str = ""
+
+
+class _Shards(Dataset[CheckedShard]):
+    def __init__(self, split: StreamSplit) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.shards)
+
+    def __getitem__(self, number: int) -> CheckedShard:
+        found = CheckedShard()
+        try:
+            for _, name, content in read_images(self.split.shards[number], lambda _: True, self.split.limits):
+                found.images += 1
+                try:
+                    if isinstance(content, CorruptImageError):
+                        raise content
+                    decode_image(content, name, self.split.limits)
+                except CorruptImageError as error:
+                    found.corrupt[name] = str(error)
+        except ShardError as error:
+            found.damage = str(error)
+        except DataError as error:
+            found.error = str(error)
+        return found
+
+
+def check_stream(
+    split: StreamSplit,
+    *,
+    workers: int | None = None,
+    tick: Callable[[int, int], None] = lambda shards, corrupt: None,
+) -> list[CheckedShard]:
+    """Decode every image of every shard, each worker a shard at a time.
+
+    Args:
+        split: The shards.
+        workers: Processes that read and decode; by default one for each core.
+        tick: Called after each shard with the number of shards done and of corrupt images.
+
+    Raises:
+        DataError: A shard cannot be read.
+    """
+    loader = DataLoader(
+        _Shards(split),
+        batch_size=None,
+        num_workers=available_cores() if workers is None else workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(0),
+    )
+    done: list[CheckedShard] = []
+    corrupt = 0
+    for shard in loader:
+        if shard.error:
+            raise DataError(shard.error)
+        done.append(shard)
+        corrupt += len(shard.corrupt)
+        tick(len(done), corrupt)
+    return done
+
+
+def _as_it_is(shard: Any) -> Any:
+    return shard

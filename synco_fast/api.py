@@ -1,0 +1,370 @@
+"""The Python interface: pretrain from a script or a notebook, and read what a run left."""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from synco_fast.config import Config, Section, build_config, read_config
+from synco_fast.presets import load_config
+from synco_fast.runtime.errors import CheckpointError, ConfigError, UserError
+from synco_fast.runtime.files import read_json
+from synco_fast.runtime.progress import open_console
+from synco_fast.runtime.run_config import holds_run, read_run_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from synco_fast.config import TrainingConfig
+    from synco_fast.runtime.distributed import HostGroup
+    from synco_fast.training.loop import Trainer
+    from synco_fast.training.run_folder import Summary
+
+__all__ = ["Run", "pretrain", "train"]
+
+#: The sections of a configuration; none has an underscore in its name, so ``SECTION_KEY`` is unambiguous.
+_SECTIONS = frozenset(
+    name
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+)
+
+
+class Run:
+    """A run folder: its metrics, its checkpoint and its backbone.
+
+    Attributes:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """An existing run, finished or not.
+
+        Raises:
+            ConfigError: The folder holds no run.
+        """
+        if not holds_run(Path(folder)):
+            raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")
+        return cls(folder)
+
+    @property
+    def config(self) -> Config:
+        """The configuration, which `resume` continues with.
+
+        Raises:
+            ConfigError: ``config.yaml`` is damaged.
+        """
+        return build_config(read_run_config(self.folder))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of ``summary.json``; empty while the run has not ended or stopped."""
+        return read_json(self.folder / "summary.json")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run reached the end that its configuration sets, not a limit of one call or a signal."""
+        summary, training = self.summary, self.config.training
+        if not summary.get("finished"):
+            return False
+        return bool(summary["epochs"] >= training.epochs or summary["steps"] >= (training.max_steps or math.inf))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``, oldest first; ``pandas.DataFrame(run.metrics)`` makes a table.
+
+        Each has ``kind`` (``train`` or ``evaluation``), ``step``, ``epoch`` and the values measured there.
+
+        Raises:
+            UserError: A line is damaged.
+        """
+        from synco_fast.training.metrics import read_metrics
+
+        return read_metrics(self.folder)
+
+    @property
+    def knn(self) -> float | None:
+        """The last kNN accuracy on held-out images, in [0, 1]; None if there was no evaluation."""
+        found = [line["knn"] for line in self.metrics if "knn" in line]
+        return found[-1] if found else None
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        from synco_fast.runtime.checkpoint import checkpoints_in
+
+        newest = checkpoints_in(self.folder / "checkpoints")
+        if not newest:
+            raise CheckpointError(f"checkpoint: found none in {self.folder}, expected at least one")
+        return newest[0]
+
+    @cached_property
+    def backbone(self) -> nn.Module:
+        """The newest checkpoint's backbone on the CPU, in evaluation mode: images (B, 3, H, W) to features (B, F).
+
+        It is read once; `synco_fast.load_backbone` reads it again.
+
+        Raises:
+            CheckpointError: There is no checkpoint that can be read.
+        """
+        from synco_fast.export.load import load_backbone
+
+        return load_backbone(self.folder)
+
+    def resume(
+        self,
+        *,
+        max_steps: int | None = None,
+        max_time: float | None = None,
+        progress: bool = True,
+        settings: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Run:
+        """Train on from the newest checkpoint, as ``synco-fast pretrain --resume`` does.
+
+        Args:
+            max_steps, max_time, progress, settings, overrides: As in `pretrain`. Some settings cannot change in a run.
+
+        Returns:
+            The run, with its new metrics and checkpoint.
+
+        Raises:
+            UserError: A setting cannot change, or the run cannot go on.
+            KeyboardInterrupt: As in `pretrain`.
+        """
+        changes, values = _overrides(settings, overrides), read_run_config(self.folder)
+        return _pretrain(
+            build_config(values, changes), _limits(max_steps, max_time), resume=self.folder, progress=progress
+        )
+
+    def report(self, out: str | Path | None = None) -> Path:
+        """Write the HTML report, ``report.html`` in the run folder by default; its path.
+
+        Raises:
+            ConfigError: The folder holds no run, or a file in it is damaged.
+        """
+        from synco_fast.report.page import write_report
+
+        return write_report(self.folder, None if out is None else Path(out))
+
+    def export(self, format: str, out: str | Path | None = None) -> Path:
+        """Write the backbone for another tool, as ``synco-fast export``; the folder of the files.
+
+        Args:
+            format: ``timm``, ``torchvision``, ``safetensors``, ``moco``, ``detectron2`` or ``onnx``.
+            out: The folder; ``export/FORMAT`` in the run folder by default.
+
+        Raises:
+            ConfigError: The format is unknown, or needs a package that is missing.
+            CheckpointError: There is no checkpoint, or the format does not support the backbone.
+        """
+        from synco_fast.export.save import export_checkpoint
+
+        return export_checkpoint(self.folder, format, None if out is None else Path(out)).folder
+
+    def __repr__(self) -> str:
+        """Folder, steps and accuracy."""
+        summary, knn = self.summary, self.knn
+        words = [f"{self.folder}", f"{summary['steps']:,} steps" if "steps" in summary else "not ended"]
+        return f"Run({', '.join(words if knn is None else [*words, f'kNN {knn:.1%}'])})"
+
+
+def pretrain(
+    config: str | Path | Mapping[str, Any] | Config,
+    data: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    max_steps: int | None = None,
+    max_time: float | None = None,
+    progress: bool = True,
+    settings: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Run:
+    """Pretrain an encoder, as ``synco-fast pretrain`` does, and return the run when it ends.
+
+    What it changes in the process is restored: signal handlers, PyTorch's random state, and the flags ``benchmark`` and
+    ``allow_tf32`` of cuDNN. It can be called again in the same process. Under ``torchrun`` or Slurm every process
+    calls it.
+
+    Args:
+        config: A preset's name, a YAML file, a `synco_fast.config.Config`, or its sections and keys.
+        data: The images: a folder, or any source that ``data.source`` takes; that of the configuration by default.
+        out: The run folder, which must hold no run; ``runs/PRESET-DATE-TIME`` by default.
+        max_steps: Stop after this many steps this time; the run does not keep it.
+        max_time: Stop after this many minutes this time; the run does not keep it.
+        progress: Whether to print: a progress bar on a terminal and in a notebook, else lines.
+        settings: Keys of the configuration by dotted name, such as ``{"training.epochs": 10}``.
+        overrides: The same as keyword arguments: ``SECTION_KEY=value``, such as ``training_epochs=10``, a whole
+            section's mapping, such as ``training={"epochs": 10}``, or ``seed=1``.
+
+    Raises:
+        ConfigError: A preset, key or value is wrong, or the folder holds a run.
+        DataError: The images cannot be read, or too many are corrupt.
+        DivergedError: Training diverged.
+        LostProcessError: Another process of the job is gone.
+        KeyboardInterrupt: On the first Ctrl-C (or a notebook's interrupt), once the step is finished and a checkpoint
+            is written; at once on the second. `Run.resume` goes on. Likewise SIGTERM and SIGHUP reach the handlers
+            that were installed before.
+    """
+    changes = _overrides(settings, overrides)
+    if isinstance(data, Mapping):
+        raise ConfigError("data: found a mapping, expected a folder or a source; the section's keys are data_KEY=value")
+    if data is not None:
+        if "data.source" in changes:
+            raise ConfigError(f"data.source: found {changes['data.source']} beside data={data}, expected one of them")
+        changes["data.source"] = str(data)
+    return _pretrain(
+        _read(config, changes), _limits(max_steps, max_time), out=None if out is None else Path(out), progress=progress
+    )
+
+
+def _pretrain(
+    config: Config,
+    limits: dict[str, Any],
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    progress: bool,
+) -> Run:
+    console = open_console() if progress else Console(quiet=True)
+    limited = build_config(config.model_dump(mode="json"), limits).training
+    with _state_kept():
+        trainer, _ = train(config, out=out, resume=resume, limits=limited, console=console)
+    folder, received = trainer.folder, trainer.stopping.received
+    # Networks and optimizer lie in cycles of references, and a next run needs their memory.
+    del trainer
+    gc.collect()
+    if received is not None:
+        said = f"stopped on request: synco_fast.Run.open({str(folder)!r}).resume() goes on"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        signal.raise_signal(received)
+    return Run(folder)
+
+
+def train(
+    config: Config,
+    *,
+    out: Path | None = None,
+    resume: Path | None = None,
+    limits: TrainingConfig | None = None,
+    console: Console | None = None,
+) -> tuple[Trainer[Summary], Summary]:
+    """Join the job, train, and leave the job: what `pretrain` and ``synco-fast pretrain`` share.
+
+    Args:
+        config: The configuration, which the run keeps.
+        out: The folder of a new run.
+        resume: The run to resume; then ``out`` is not read.
+        limits: Its ``max_steps`` and ``max_time`` are those of this start.
+        console: Where progress is shown.
+
+    Returns:
+        The trainer, which has ended, and the summary.
+
+    Raises:
+        UserError: As `pretrain`.
+    """
+    from synco_fast.evaluation.knn import PeriodicKnn
+    from synco_fast.evaluation.monitor import HealthMonitor
+    from synco_fast.runtime.distributed import DistEnv, init_distributed
+    from synco_fast.training.loop import Trainer
+    from synco_fast.training.pretraining import Pretraining
+
+    with init_distributed(DistEnv.detect(), config.training.device, timeout=config.training.timeout) as control:
+        folder = resume or _new_folder(out, config, control)
+        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
+        trainer = Trainer(task, folder, resume=resume, console=console)
+        return trainer, trainer.run()
+
+
+def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
+    """The folder of a new run; rank 0 chooses it, since the name holds the time."""
+    from synco_fast.training.run_folder import choose_run_folder
+
+    chosen: Path | UserError | None = None
+    if control.env.is_main:
+        try:
+            chosen = choose_run_folder(out, config.preset)
+        except UserError as error:
+            chosen = error
+    chosen = control.broadcast(chosen)
+    if isinstance(chosen, UserError):
+        raise chosen
+    assert chosen is not None
+    return chosen
+
+
+def _read(config: str | Path | Mapping[str, Any] | Config, overrides: dict[str, Any]) -> Config:
+    if isinstance(config, Config):
+        return build_config(config.model_dump(mode="json"), overrides)
+    if isinstance(config, Mapping):
+        return build_config(dict(config), overrides)
+    if isinstance(config, Path):
+        return read_config(config, overrides)
+    if isinstance(config, str):
+        return load_config(config, overrides)
+    raise ConfigError(f"config: found {type(config).__name__}, expected a preset's name, a YAML file or a Config")
+
+
+def _overrides(settings: Mapping[str, Any] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Both forms of overrides by dotted name.
+
+    Raises:
+        ConfigError: A key is given twice, or a section's name without a mapping.
+    """
+    found: dict[str, Any] = {}
+    for name, value in (*(settings or {}).items(), *keywords.items()):
+        for dotted, each in _dotted(name, value):
+            if dotted in found:
+                raise ConfigError(f"{dotted}: found it given twice, expected once")
+            found[dotted] = str(each) if isinstance(each, Path) else each
+    return found
+
+
+def _dotted(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    section, _, key = name.partition("_")
+    if name in _SECTIONS:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{name}: found {value!r}, expected the section's keys, or {name}_KEY=value")
+        yield from ((f"{name}.{inner}", each) for inner, each in value.items())
+    elif "." not in name and section in _SECTIONS:
+        yield f"{section}.{key}", value
+    else:
+        yield name, value
+
+
+def _limits(max_steps: int | None, max_time: float | None) -> dict[str, Any]:
+    given = {"training.max_steps": max_steps, "training.max_time": max_time}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+@contextmanager
+def _state_kept() -> Iterator[None]:
+    """Restore what training changes in PyTorch for the whole process."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    # The device of a job's process is chosen inside; others are not touched.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before
