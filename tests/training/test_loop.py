@@ -61,6 +61,7 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     assert summary.finished
     assert summary.chance == pytest.approx(1 / 3)
     assert summary.knn_after == lines[-1]["knn"]
+    assert summary.feature_rank == lines[-1]["feature_rank"] > 1
     assert Path(summary.checkpoint).is_file()
     assert summary.best is None
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004.pt", "step-00000008.pt"]

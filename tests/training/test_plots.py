@@ -38,6 +38,13 @@ def test_it_is_marked_in_loss_and_hardness():
     assert drawn(2, BEFORE) == [], "no evaluation, no panel"
 
 
+def test_a_panel_takes_its_curves_from_both_kinds_of_lines():
+    evaluation = {"kind": "evaluation", "step": 20, "epoch": 2.0, "knn": 0.5, "feature_rank": 30.0}
+    ranks = next(number for number, panel in enumerate(PANELS) if panel.title.startswith("effective rank"))
+    assert drawn(ranks, [train(10, key_rank=12.0), evaluation]) == ["keys", "backbone features"]
+    assert drawn(ranks, [train(10, key_rank=12.0)]) == ["keys"]
+
+
 def test_a_picture_of_everything_and_of_nothing(tmp_path):
     evaluation = {"kind": "evaluation", "step": 40, "epoch": 4.0, "knn": 0.5}
     draw_curves([*BEFORE, *AFTER, evaluation], tmp_path / "curves.png", title="run", chance=0.1)
