@@ -335,7 +335,9 @@ def test_run_folder_and_checkpoint_name_the_forms(tiny, tmp_path, served, monkey
     assert "norm: using native instead of the fused kernel: it is wrong" in text.getvalue()
     assert newest(tmp_path / "run")["forms"]["names"] == expected
     _print_summary(summary, console)
-    assert "loss triton, norm native, momentum triton, views torchvision, engine eager" in text.getvalue()
+    assert (
+        "loss triton, norm native, momentum triton, precision fp32, views torchvision, engine eager" in text.getvalue()
+    )
     prover.passing = ()
     console, text = screen()
     trainer(tiny({**short, "training.max_steps": 2}), tmp_path / "run", resume=tmp_path / "run", console=console)
