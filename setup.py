@@ -20,6 +20,7 @@ DETECTION = ["torchmetrics>=1.4", "pycocotools>=2.0.8"]
 EMBED = ["pyarrow>=15"]
 REPORT = ["scikit-learn>=1.4"]
 DALI = ["nvidia-dali-cuda130>=2.4,<3; platform_system == 'Linux'"]
+JPEG = ["simplejpeg>=1.8"]
 GENERATOR = ["torchmetrics>=1.4"]
 COMPLETION = ["argcomplete>=3"]
 #: An example that a test runs.
@@ -108,6 +109,7 @@ setup(
         "embed": EMBED,
         "report": REPORT,
         "dali": DALI,
+        "jpeg": JPEG,
         "generator": GENERATOR,
         "completion": COMPLETION,
         "docs": DOCS,
@@ -128,6 +130,7 @@ setup(
             *EMBED,
             *REPORT,
             *DALI,
+            *JPEG,
             *GENERATOR,
             *COMPLETION,
             *LIGHTNING,

@@ -30,10 +30,10 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames
 from synco_fast.data.sources.open import ArraySplit, Source, Split, open_shards
 from synco_fast.data.sources.pack import PackSettings, pack_source
 from synco_fast.data.sources.splits import FileSplit, SubsetSplit
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import available_cores, keep_freed_memory
 from synco_fast.kernels.views import make_views, unserved_by_triton
 
-__all__ = ["has_pipeline", "make_photos", "measure_pipelines"]
+__all__ = ["busy_seconds", "has_pipeline", "make_photos", "measure_pipelines"]
 
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
@@ -83,35 +83,44 @@ def measure_pipelines(
         pipelines: Some of `synco_fast.bench.subjects.PIPELINES`.
         device: Device of the encoder, to which the pipelines deliver.
         batch: Images in a batch.
-        workers: Decoding processes of every pipeline.
+        workers: Decoding processes of every pipeline; 0: none, and one thread in PyTorch's operations, so that CPU time
+            depends little on what else runs.
         seconds: Duration of one round of one pipeline.
         rounds: Rounds through all pipelines.
         recipe: The augmentation.
         tick: Called after each round of each pipeline.
 
     Returns:
-        For each pipeline: images per second of every round and their median, views per second, and the fraction of the
-        machine's cores that were busy, None if the system does not report it.
+        For each pipeline: images per second of every round and their median; views per second; CPU time per image in
+        milliseconds, of this process and its workers, for every round and the median; and the fraction of the machine's
+        cores that were busy. The last two are None if the system does not report them.
     """
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
+        if workers == 0:
+            keep_freed_memory()  # as workers do
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
         streams = []
         for name in pipelines:
             pipe = _pipeline(name, folder, names, device, batch, workers, recipe)
             stack.enter_context(closing(pipe))
             streams.append(_endless(pipe))
-            found.append({"pipeline": name, "rounds": [], "busy": []})
+            found.append({"pipeline": name, "rounds": [], "processor_rounds": []})
         for _ in range(rounds):
             for result, stream in zip(found, streams, strict=True):
                 images, busy = _round(stream, device, seconds, settle=2 * workers + 4)
                 result["rounds"].append(images)
-                result["busy"].append(busy)
+                result["processor_rounds"].append(None if busy is None else 1e3 * busy)
                 tick()
     for result in found:
         result["images_per_second"] = statistics.median(result["rounds"])
         result["views_per_second"] = 2 * result["images_per_second"]
-        shares = [share for share in result.pop("busy") if share is not None]
-        result["core_share"] = statistics.median(shares) if shares else None
+        told = None not in result["processor_rounds"]
+        processor = statistics.median(result["processor_rounds"]) if told else None
+        result["processor_milliseconds"] = processor
+        share = None if processor is None else 1e-3 * processor * result["images_per_second"] / available_cores()
+        result["core_share"] = share
     return found
 
 
@@ -190,19 +199,17 @@ def _endless(pipe: Pipeline) -> Iterator[Batch]:
 
 
 def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
-    """Images per second and the fraction of busy cores, measured after the prefetched batches are consumed."""
+    """Images per second and CPU seconds per image, measured after the prefetched batches are consumed."""
     for _ in range(settle):
         next(stream).to(device)
     _wait(device)
-    images, busy, start = 0, _busy_seconds(), time.perf_counter()
+    images, busy, start = 0, busy_seconds(), time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = next(stream).to(device)
         images += len(batch.image_ids)
     _wait(device)
-    spent = time.perf_counter() - start
-    after = _busy_seconds()
-    cores = available_cores()
-    return images / spent, None if busy is None or after is None else (after - busy) / (spent * cores)
+    spent, after = time.perf_counter() - start, busy_seconds()
+    return images / spent, None if busy is None or after is None else (after - busy) / images
 
 
 def _wait(device: torch.device) -> None:
@@ -210,8 +217,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _busy_seconds() -> float | None:
-    """Processor time of this process and its workers so far. Only Linux reports it for live processes."""
+def busy_seconds() -> float | None:
+    """CPU time of this process and its workers so far. Only Linux reports it for live processes."""
     total = 0.0
     for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
         try:

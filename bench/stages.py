@@ -127,16 +127,16 @@ def _select(a: Arguments, expected: _Expected) -> Iterator[Finding]:
 
 
 def _fill(a: Arguments, expected: _Expected) -> Iterator[Finding]:
-    """The similarities of flagged rows, as order-preserving integers."""
-    some = _rows_of(a["p_flag"], a["B"])
-    flagged = (a["p_flag"] != 0).nonzero()[:, 0]
-    bits = a["p_room"][flagged]
+    """The similarities of the first flagged rows, as order-preserving integers."""
+    some = _rows_of(a["p_flag"])
+    flagged = (a["p_flag"] != 0).nonzero()[: a["places"], 0]
+    bits = a["p_room"][: len(flagged)]
     found = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     yield "similarity", _largest(found, expected.similarity[some][flagged]), 1e-6
 
 
 def _choose(a: Arguments, expected: _Expected) -> Iterator[Finding]:
-    some = _rows_of(a["p_flag"], len(a["p_flag"]))
+    some = _rows_of(a["p_flag"])
     done = torch.zeros_like(expected.flagged)
     done[some] = True
     hard = a["p_hard_index"].shape[1]
@@ -145,10 +145,10 @@ def _choose(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     yield from _hard(index, value, expected, done)
 
 
-def _rows_of(flag: Tensor, count: int) -> slice:
+def _rows_of(flag: Tensor) -> slice:
     """The rows of a slice of the flags."""
     begin = flag.storage_offset()
-    return slice(begin, begin + count)
+    return slice(begin, begin + len(flag))
 
 
 def _hard(index: Tensor, value: Tensor, expected: _Expected, done: Tensor) -> Iterator[Finding]:

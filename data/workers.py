@@ -1,4 +1,4 @@
-"""Worker processes of the data loaders."""
+"""Worker processes and threads of the data loaders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-__all__ = ["available_cores", "start_worker"]
+__all__ = ["available_cores", "keep_freed_memory", "start_threads", "start_worker"]
 
 #: PR_SET_PDEATHSIG of prctl(2) in Linux: the signal that a process receives when its parent dies.
 _SET_DEATH_SIGNAL = 1
@@ -29,7 +31,28 @@ def start_worker(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
-    _keep_freed_memory()
+    keep_freed_memory()
+
+
+def start_threads(count: int) -> ThreadPoolExecutor:
+    """Threads of this process whose PyTorch operations take one core each; other threads keep their number of cores.
+
+    The number of cores of an operation is OpenMP's, which each thread has its own of. PyTorch's call also sets the one
+    that later threads begin with, which is put back here.
+    """
+    import torch
+
+    cores, all_started = torch.get_num_threads(), threading.Barrier(count)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        all_started.wait()
+
+    pool = ThreadPoolExecutor(count, "views")
+    for started in [pool.submit(start) for _ in range(count)]:
+        started.result()
+    torch.set_num_threads(cores)
+    return pool
 
 
 def _die_with_parent() -> None:
@@ -42,7 +65,7 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make the allocator keep freed memory: fresh pages for each image would take half of a view's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt

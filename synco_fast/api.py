@@ -280,15 +280,15 @@ def train(
     Raises:
         UserError: As `pretrain`.
     """
-    from synco_fast.evaluation.health import contraction
     from synco_fast.evaluation.knn import PeriodicKnn
+    from synco_fast.evaluation.monitor import HealthMonitor
     from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
 
     with init_distributed(DistEnv.detect(), config.training.device, timeout=config.training.timeout) as control:
         folder = resume or _new_folder(out, config, control)
-        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), watch=contraction, limits=limits)
+        task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
         trainer = Trainer(task, folder, resume=resume, console=console)
         return trainer, trainer.run()
 

@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.names import Decode, PipelineName
 from synco_fast.data.section import Section
 from synco_fast.data.sources.decode import Limits
@@ -50,6 +51,17 @@ class DataConfig(Section):
         description="Data pipeline; auto: by the device, in a long run the one that is measured to serve the step",
     )
     decode: Decode = Field("once", description="DALI: decode the image once, or the window of each view")
+    hw_decoder_load: float | None = Field(
+        None, ge=0, le=1, description="DALI: fraction of the JPEG files for the GPU's JPEG decoder; null: by the GPU"
+    )
+    preallocate_width_hint: int | None = Field(
+        None, ge=0, le=65_535, description="DALI: width of images to allocate decoder memory for; null: by the GPU"
+    )
+    preallocate_height_hint: int | None = Field(
+        None, ge=0, le=65_535, description="DALI: height of images to allocate decoder memory for; null: by the GPU"
+    )
+    jpeg_fancy_upsampling: bool = Field(True, description="DALI: interpolate chroma as Pillow does")
+    dali_threads: int | None = Field(None, ge=1, le=1024, description="DALI: its threads on a rank; null: by the GPU")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
     images: int | None = Field(
         None, ge=1, lt=1 << 48, description="stream: images in an epoch; null: those that an index counts"
@@ -83,6 +95,17 @@ class DataConfig(Section):
     def limits(self) -> Limits:
         """The size limits of an image."""
         return Limits(self.max_file_bytes, self.max_pixels)
+
+    @property
+    def dali(self) -> DaliSettings:
+        """The settings of DALI's decoder."""
+        return DaliSettings(
+            self.hw_decoder_load,
+            self.preallocate_width_hint,
+            self.preallocate_height_hint,
+            self.jpeg_fancy_upsampling,
+            self.dali_threads,
+        )
 
 
 class ModelConfig(Section):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from rich.console import Console
 
 from synco_fast.cli import main
+from synco_fast.commands.pretrain import _print_summary
 from synco_fast.presets import PRESETS
 from tests.support.rotation import in_turn
 
@@ -305,7 +309,7 @@ def test_data_show(run, image_folder, tmp_path):
 @in_turn(0, 3)
 def test_bench_data(run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    words = ["--photos", "3", "--folder", tmp_path, "--batch", "2", "--seconds", "1", "--rounds", "1", "--workers", "1"]
+    words = ["--photos", "3", "--folder", tmp_path, "--batch", "2", "--seconds", "1", "--rounds", "1", "--workers", "0"]
     code, out, _ = run("bench", "data", *words, "--device", "cpu", "--json", tmp_path / "data.json")
     assert code == 0
     assert "1.00x" in out
@@ -349,3 +353,15 @@ def test_a_wrong_word_is_answered_by_the_nearest_one(words, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "title"), [(0.450855, "0.45 epochs"), (1.0, "1 epoch"), (199.5, "199.5 epochs"), (24.0, "24 epochs")]
+)
+def test_the_closing_table_counts_epochs_as_people_do(epochs, title):
+    known = dict.fromkeys(("knn_before", "knn_after", "chance"), 0.5) | {"finished": True, "forms": {}}
+    known |= dict.fromkeys(("images_per_second", "data_wait", "training_seconds", "steps", "corrupt_images"), 0)
+    known |= dict.fromkeys(("run", "checkpoint", "curves", "pairs"), "x")
+    out = io.StringIO()
+    _print_summary(SimpleNamespace(method="synco", source="demo", epochs=epochs, **known), Console(file=out, width=80))
+    assert out.getvalue().splitlines()[0].strip() == f"synco on demo: {title}"

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from synco_fast.data.augment.recipe import Recipe
 
-__all__ = ["two_crop_loader"]
+__all__ = ["TwoCrops", "two_crop_loader"]
 
 
 class _Blur:
@@ -27,7 +27,14 @@ class _Blur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
-class _TwoCrops(Dataset[tuple[Tensor, Tensor]]):
+class TwoCrops(Dataset[tuple[Tensor, Tensor]]):
+    """Two normalised views of each file, (3, size, size) float32.
+
+    Args:
+        files: Their paths.
+        recipe: The augmentation.
+    """
+
     def __init__(self, files: list[str], recipe: Recipe) -> None:
         self.files = files
         jitter = transforms.ColorJitter(recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
@@ -47,16 +54,21 @@ class _TwoCrops(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def read(self, index: int) -> Image.Image:
+        """The decoded file."""
         with open(self.files[index], "rb") as file, Image.open(file) as opened:  # noqa: PTH123
-            image = opened.convert("RGB")
+            return opened.convert("RGB")
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Both views of a file."""
+        image = self.read(index)
         return self.transform(image), self.transform(image)
 
 
 def two_crop_loader(files: list[str], recipe: Recipe, *, batch: int, workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
     """Shuffled batches of two normalised views, (batch, 3, size, size) float32 each."""
     return DataLoader(
-        _TwoCrops(files, recipe),
+        TwoCrops(files, recipe),
         batch,
         shuffle=True,
         num_workers=workers,

@@ -73,7 +73,8 @@ class Cost:
         resident, waves: Resident programs of a multiprocessor, and the number of waves.
         instructions: Warp instructions of the whole launch.
         requested: Bytes that the warps load from and store to L2, by the machine code.
-        l2: Bytes through L2: ``requested``, or as stated.
+        l2: Bytes through L2, in whole sectors: ``requested``, or as stated.
+        used: Those of them that are used.
         hbm: Bytes of inputs that this launch is the first to read.
         flops: Tensor-core operations; None if the machine code does not show them (compute capability 10.0).
         bounds: Microseconds of each bound, by name.
@@ -94,6 +95,7 @@ class Cost:
     instructions: float
     requested: float
     l2: float
+    used: float
     hbm: float
     flops: float | None
     bounds: dict[str, float]
@@ -150,7 +152,7 @@ def _cost(
     fullest = math.ceil(launch.programs / device.processors)
     at_once = min(resident, fullest)
     requested = (counts.loaded + counts.stored) * launch.programs
-    l2 = stated.moved(launch, shape) if stated.moved else requested
+    used, l2 = stated.moved(launch, shape) if stated.moved else (requested, requested)
     hbm = _first_read(launch, counts.loaded * launch.programs, seen)
     warp_clocks = fullest * launch.warps / device.clock
     issue = counts.instructions * warp_clocks / 4 / device.issue
@@ -184,6 +186,7 @@ def _cost(
         instructions=counts.instructions * launch.warps * launch.programs,
         requested=requested,
         l2=l2,
+        used=used,
         hbm=hbm,
         flops=None if capability >= 100 else counts.flops * launch.programs,
         bounds=bounds,
@@ -204,10 +207,11 @@ def _first_read(launch: Launch, loaded: float, seen: set[int]) -> float:
 
 
 def total(costs: Sequence[Cost]) -> dict[str, float]:
-    """Sums over the launches: warp instructions, bytes through L2 and from HBM, and modelled microseconds."""
+    """Sums over the launches: warp instructions, bytes through L2 (all, used) and from HBM, modelled microseconds."""
     return {
         "instructions": sum(cost.instructions for cost in costs),
         "l2": sum(cost.l2 for cost in costs),
+        "used": sum(cost.used for cost in costs),
         "hbm": sum(cost.hbm for cost in costs),
         "microseconds": sum(cost.microseconds for cost in costs),
     }

@@ -3,18 +3,33 @@
 For random unit rows it states the trip counts of data-dependent branches and loops. It also states the bytes through
 the L2 cache where the machine code counts too many, because of masked lanes or lanes that read the same word. Other
 launches are counted from the machine code only.
+
+L2 moves whole sectors of 32 bytes, so there are two counts: the bytes that are used, and all bytes of the sectors that
+hold them. A sector counts once for all lanes of an instruction, and again for each other instruction: no reuse in L1 is
+assumed. The one exception is Q^N of a row (8 bytes a key). Each program of `mix` picks from it in a few instructions in
+a row, so it counts once for each program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from synco_fast.bench.cost.launches import Launch
 from synco_fast.bench.loss import Shape
 from synco_fast.kernels.triton.config import sampling_of
 
-__all__ = ["STATED", "Stated", "candidates"]
+__all__ = ["STATED", "Moved", "Stated", "candidates"]
+
+_SECTOR = 32
+
+
+class Moved(NamedTuple):
+    """Bytes between multiprocessors and L2: those that are used, and those of all sectors that hold them."""
+
+    used: float
+    sectors: float
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class Stated:
     """
 
     turns: dict[str, Callable[[Shape], float]] = field(default_factory=dict)
-    moved: Callable[[Launch, Shape], float] | None = None
+    moved: Callable[[Launch, Shape], Moved] | None = None
 
     def turns_of(self, line: str, shape: Shape) -> float | None:
         """The stated trip count of a loop or branch; None if there is none."""
@@ -46,37 +61,54 @@ def _row(shape: Shape) -> int:
     return shape.dim * shape.itemsize
 
 
-def _scan(launch: Launch, shape: Shape) -> float:
+def _scan(launch: Launch, shape: Shape) -> Moved:
     values = launch.arguments
     rows = min(values["ROWS"], shape.rows)
     read: float = launch.programs * (values["tiles"] * values["KEYS"] + rows) * _row(shape)
-    # A similarity and an index for each candidate, and the sums of each split.
-    return read + shape.rows * (8 * candidates(shape) + launch.grid[1] * (4 * shape.dim + 12))
+    sums = shape.rows * launch.grid[1] * (4 * shape.dim + 12)
+    # A similarity and an index for each candidate, stored alone, and the sums of each split.
+    found = shape.rows * candidates(shape)
+    return Moved(read + sums + 8 * found, read + sums + _SECTOR * found)
 
 
-def _select(launch: Launch, shape: Shape) -> float:
-    return shape.rows * 8.0 * (candidates(shape) + shape.negatives.hard)
+def _select(launch: Launch, shape: Shape) -> Moved:
+    lists, found, hard = launch.arguments["lists"], candidates(shape), shape.negatives.hard
+    used = 8 * found + 4 * lists + 8 * hard
+    # A list ends in the middle of a sector. Of 32 candidates some are stored side by side, from anywhere on.
+    ends = lists * _SECTOR / 2 + 2 * found / 32 * (_SECTOR - 4)
+    return Moved(shape.rows * used, shape.rows * (used + ends))
 
 
-def _mix(launch: Launch, shape: Shape) -> float:
+def _mix(launch: Launch, shape: Shape) -> Moved:
     negatives, values = shape.negatives, launch.arguments
-    picks = drawn = 0
+    picks = drawn = picked = 0
     for _, count, *numbers in values["TABLE"]:
         _, _, _, a_slope, _, first_slope, second, second_slope, sigma, eta, _, _ = numbers
         paired, sloped = bool(second or second_slope), bool(a_slope or first_slope or second_slope)
         known = not (paired or sigma or eta)
         picks += count * (1 + paired)
         # The draws are written and read once, and what they pick is read once: t, keys, and q.n_i if no x is formed.
-        drawn += 4 * count * (2 * (1 + paired + sloped + known) + 1 + paired + known)
+        drawn += 4 * count * 2 * (1 + paired + sloped + known)
+        picked += 4 * count * (1 + paired + known)
     shared = values["PARTS"] * (4 * shape.dim + _row(shape) + 16) + 4 * negatives.synthetic
-    return float(shape.rows * (picks * _row(shape) + drawn + shared))
+    once = picks * _row(shape) + drawn + shared
+    return Moved(shape.rows * (once + picked), shape.rows * (once + values["PARTS"] * 8 * negatives.hard))
 
 
-def _reduce(launch: Launch, shape: Shape) -> float:
+def _reduce(launch: Launch, shape: Shape) -> Moved:
     negatives, values = shape.negatives, launch.arguments
     shares: int = values["SPLITS"] + values["PARTS"]
-    alone = 4 * (negatives.hard + negatives.synthetic)
-    return float(shape.rows * (shares * (4 * shape.dim + 8) + alone + 2 * _row(shape)))
+    alone = 4 * (negatives.hard + negatives.synthetic) + 2 * _row(shape)
+    # Of each split a sum and a rank beside its vector.
+    return Moved(
+        float(shape.rows * (shares * 4 * shape.dim + values["SPLITS"] * 8 + alone)),
+        float(shape.rows * (shares * 4 * shape.dim + values["SPLITS"] * 2 * _SECTOR + alone)),
+    )
+
+
+def _flags(launch: Launch, shape: Shape) -> Moved:
+    bytes_read = 4.0 * launch.programs * shape.rows
+    return Moved(bytes_read, bytes_read)
 
 
 _NEVER: Callable[[Shape], float] = lambda shape: 0.0  # noqa: E731
@@ -98,10 +130,10 @@ STATED: dict[str, Stated] = {
     ),
     # On ordinary features no row takes the slow path.
     "fill": Stated(
-        dict.fromkeys(("if tl.max(m_row.to(tl.int32)) > 0", "for tile in", "for begin in"), _NEVER),
-        lambda launch, shape: 4.0 * launch.programs,
+        dict.fromkeys(("if tl.max(b_flag) > 0", "for tile in", "for begin in"), _NEVER),
+        _flags,
     ),
-    "choose": Stated({"if tl.load(p_flag + row) != 0": _NEVER}),
+    "choose": Stated({"for number in": _NEVER}, _flags),
     "mix": Stated({"if available > 0": _ALWAYS, "if tl.max(cancelled.to(tl.int32), axis=0) > 0": _NEVER}, _mix),
     "reduce": Stated(moved=_reduce),
 }

@@ -17,7 +17,18 @@ from torch.nn.functional import interpolate, pad
 
 from synco_fast.data.augment.draw import OPERATIONS, ViewParameters
 
-__all__ = ["APPLY", "BLUR_SIGMAS", "LUMA", "blur", "crop_and_resize", "finish_views", "grayscale", "jitter", "solarize"]
+__all__ = [
+    "APPLY",
+    "BLUR_SIGMAS",
+    "LUMA",
+    "blur",
+    "crop_and_resize",
+    "finish_views",
+    "grayscale",
+    "jitter",
+    "round_views",
+    "solarize",
+]
 
 #: Weights of red, green and blue in an image's luma (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
@@ -38,7 +49,14 @@ def finish_views(views: Tensor, parameters: ViewParameters) -> Tensor:
     for operation in OPERATIONS:
         if operation.name != "crop":
             views = APPLY[operation.name](views, parameters)
-    return views.add_(0.5).to(torch.uint8)
+    return round_views(views)
+
+
+def round_views(views: Tensor) -> Tensor:
+    """Float views from 0 to 255 rounded to uint8, of any shape; modifies them in place."""
+    views.add_(0.5)
+    # On a CPU two conversions cost a third of one: PyTorch converts floats to uint8 one by one.
+    return (views.to(torch.int16) if views.device.type == "cpu" else views).to(torch.uint8)
 
 
 def jitter(views: Tensor, parameters: ViewParameters) -> Tensor:
@@ -92,7 +110,10 @@ def _brightness(views: Tensor, factor: Tensor) -> Tensor:
 def _contrast(views: Tensor, factor: Tensor) -> Tensor:
     red, green, blue = views.mean((2, 3), keepdim=True).split(1, dim=1)
     mean = red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]
-    return torch.addcmul((1 - factor) * mean, views, factor).clamp_(0, 255)
+    offset = (1 - factor) * mean
+    if len(views) == 1 and views.device.type == "cpu":  # the same sum, which PyTorch then computes in vectors
+        return torch.add(offset, views, alpha=factor.item()).clamp_(0, 255)
+    return torch.addcmul(offset, views, factor).clamp_(0, 255)
 
 
 def _saturation(views: Tensor, factor: Tensor) -> Tensor:
@@ -114,9 +135,10 @@ def _hue(views: Tensor, shift: Tensor) -> Tensor:
     corner.div_(6).add_(shift.squeeze(1))
     corner.sub_(corner.floor()).mul_(6)
     turned = torch.empty_like(views)
-    # Around the hexagon a channel is full on two sides of six and empty on two: clamp(sign |corner - middle| + start).
-    for channel, (sign, middle, start) in enumerate(((1, 3, -1), (-1, 2, 2), (-1, 4, 2))):
-        share = (corner - middle).abs_().mul_(sign).add_(start).clamp_(0, 1)
+    # Around the hexagon a channel is full on two sides of six and empty on two.
+    for channel, middle in enumerate((3, 2, 4)):
+        share = (corner - middle).abs_()
+        share = (share.sub_(1) if channel == 0 else 2 - share).clamp_(0, 1)
         turned[:, channel] = share.mul_(chroma).add_(low)
     return turned
 

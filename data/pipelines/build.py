@@ -11,6 +11,7 @@ from torch import Tensor
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Decode, Pipeline, PipelineName
+from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.epochs import replace_corrupt
 from synco_fast.data.pipelines.resident import ResidentPipeline, room_on
 from synco_fast.data.pipelines.stream import StreamPipeline
@@ -33,7 +34,7 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
     """The pipeline that a name stands for.
 
     ``auto`` is resident for images already in memory, DALI on a GPU if it is installed, and torchvision elsewhere: on a
-    CPU it is several times faster than DALI's CPU backend.
+    CPU it is faster than DALI's CPU backend.
 
     Raises:
         DataError: ``dali`` is not installed, or the pipeline needs random access and the split is a stream.
@@ -60,7 +61,7 @@ def choose_pipeline(name: PipelineName, split: Split, device: torch.device) -> P
 def pipelines_for(split: Split, device: torch.device) -> list[PipelineName]:
     """The pipelines worth a measurement, what ``auto`` takes without one first.
 
-    DALI's CPU backend is none of them, being several times slower than torchvision. Resident is, for images of one size
+    DALI's CPU backend is none of them, being slower than torchvision. Resident is, for images of one size
     that fit: arrays, or files whose first few are alike and that take up to 4 GiB decoded.
     """
     if isinstance(split, StreamSplit):
@@ -88,6 +89,7 @@ def build_pipeline(
     dtype: torch.dtype = torch.float32,
     workers: int | None = None,
     decode: Decode = "once",
+    dali: DaliSettings = DaliSettings(),  # noqa: B008 - frozen
     rank: int = 0,
     world: int = 1,
 ) -> Pipeline:
@@ -104,6 +106,7 @@ def build_pipeline(
             which keeps all eight bits of a pixel); the others yield uint8.
         workers: Processes that read and decode, by default one for each core.
         decode: How DALI decodes.
+        dali: Settings of DALI's decoder on a GPU.
         rank, world: Rank of this process, and number of processes.
 
     Raises:
@@ -141,6 +144,7 @@ def build_pipeline(
             device=device,
             dtype=views,
             decode=decode,
+            settings=dali,
             fused_dtype=dtype,
             rank=rank,
             world=world,

@@ -1,14 +1,16 @@
-"""Torchvision pipeline: worker processes decode with Pillow and make both views on tensors."""
+"""Torchvision pipeline: worker processes decode and make both views on tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
 from synco_fast.data.augment.draw import ViewParameters, draw_views
@@ -17,6 +19,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
+from synco_fast.data.pipelines.pixels import pixels_of, read_pixels
 from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.sources.stream import refuse_stream
@@ -28,15 +31,12 @@ __all__ = [
     "evaluation_loader",
     "evaluation_view",
     "make_view",
+    "pixels_of",
     "views_of",
 ]
 
-_Sample = tuple[Tensor, Tensor, int, dict[int, str]]
-
-
-def pixels_of(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 (3, H, W), channels innermost in memory, as torchvision's fastest resize needs it."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+#: Images decoded before the parameters of their views are drawn, and the bytes of pixels from which fewer suffice.
+_TOGETHER, _BYTES_TOGETHER = 8, 64 << 20
 
 
 def make_view(pixels: Tensor, parameters: ViewParameters, size: int) -> Tensor:
@@ -71,24 +71,51 @@ def views_of(image: Image.Image, recipe: Recipe, *, seed: int, epoch: int, wante
     return first, second
 
 
-class _Views(Dataset[_Sample]):
-    """Two views of an image by (epoch, number); they depend on seed, epoch and number, not on the worker."""
+class _Views(Dataset[Batch]):
+    """A batch of two views of images by (epoch, number); they depend on seed, epoch and number, not on the worker."""
 
     def __init__(self, split: Split, recipe: Recipe, seed: int) -> None:
         self.split, self.recipe, self.seed = split, recipe, seed
 
-    def __getitem__(self, place: Position) -> _Sample:
-        epoch, wanted = place
-        image, index, corrupt = replace_corrupt(len(self.split), wanted, self.split.read)
-        first, second = views_of(image, self.recipe, seed=self.seed, epoch=epoch, wanted=wanted)
-        return first, second, index, corrupt
+    def __getitem__(self, places: list[Position]) -> Batch:
+        """The batch, in shared memory if a worker makes it."""
+        first, second, images = list[Tensor](), list[Tensor](), list[int]()
+        corrupt: dict[int, str] = {}
+        size = self.recipe.size_at(places[0][0])
+        for wanted, found in self._read(places):
+            images += [index for _, index, _ in found]
+            corrupt |= {number: reason for _, _, reasons in found for number, reason in reasons.items()}
+            parameters = draw_views(
+                self.recipe,
+                seed=self.seed,
+                epoch=places[0][0],
+                images=np.repeat(wanted, 2),
+                views=np.tile([0, 1], len(found)),
+                sizes=np.repeat([pixels.shape[1:] for pixels, _, _ in found], 2, axis=0),
+            )
+            for row, (pixels, _, _) in enumerate(found):
+                for views, view in ((first, 2 * row), (second, 2 * row + 1)):
+                    views.append(make_view(pixels, parameters[view : view + 1], size))
+        return Batch(default_collate(first), default_collate(second), torch.tensor(images), corrupt)
+
+    def _read(self, places: list[Position]) -> Iterator[tuple[list[int], list[tuple[Tensor, int, dict[int, str]]]]]:
+        """Numbers due and images read, a few at a time: drawing for several costs little more than for one."""
+        wanted, found = list[int](), list[tuple[Tensor, int, dict[int, str]]]()
+        for _, number in places:
+            wanted.append(number)
+            found.append(replace_corrupt(len(self.split), number, partial(read_pixels, self.split)))
+            if len(found) == _TOGETHER or sum(pixels.numel() for pixels, _, _ in found) >= _BYTES_TOGETHER:
+                yield wanted, found
+                wanted, found = [], []
+        if found:
+            yield wanted, found
 
 
-def collate_views(samples: list[_Sample]) -> Batch:
+def collate_views(samples: list[tuple[Tensor, Tensor, int, dict[int, str]]]) -> Batch:
     """A batch of views, from the views of each image, its number, and the corrupt ones on the way."""
     first, second, images, corrupt = zip(*samples, strict=True)
     merged = {index: reason for part in corrupt for index, reason in part.items()}
-    return Batch(torch.stack(first), torch.stack(second), torch.tensor(images), merged)
+    return Batch(default_collate(list(first)), default_collate(list(second)), torch.tensor(images), merged)
 
 
 class TorchvisionPipeline:
@@ -122,10 +149,11 @@ class TorchvisionPipeline:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         workers = available_cores() if workers is None else workers
         self._loader: DataLoader[Batch] = DataLoader(
-            _Views(split, recipe, seed),  # type: ignore[arg-type]
-            batch_sampler=self._batches,
+            _Views(split, recipe, seed),
+            sampler=self._batches,
+            batch_size=None,
             num_workers=workers,
-            collate_fn=collate_views,
+            collate_fn=_as_it_is,
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
             worker_init_fn=start_worker,
@@ -148,6 +176,10 @@ class TorchvisionPipeline:
         del self._loader
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 class _Whole(Dataset[tuple[Tensor, int, str | None]]):
     def __init__(self, split: Split, recipe: Recipe, numbers: list[int]) -> None:
         self.split, self.numbers, self.recipe = split, numbers, recipe
@@ -158,7 +190,7 @@ class _Whole(Dataset[tuple[Tensor, int, str | None]]):
     def __getitem__(self, place: int) -> tuple[Tensor, int, str | None]:
         index = self.numbers[place]
         try:
-            return evaluation_view(pixels_of(self.split.read(index)), self.recipe), index, None
+            return evaluation_view(read_pixels(self.split, index), self.recipe), index, None
         except CorruptImageError as error:
             return torch.zeros(3, self.recipe.size, self.recipe.size, dtype=torch.uint8), index, str(error)
 

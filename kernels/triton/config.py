@@ -160,7 +160,8 @@ class Form:
     Attributes:
         dot, precision: Dtype and `tl.dot` precision of the first product, queries times keys.
         weight, weight_precision: The same for the second product, softmax weights times keys.
-        three: Multiply float32 as three bfloat16 products; see `sample.multiply`.
+        three, weight_three: Dtype of the `sample.halves` by which float32 is multiplied in three products, in the first
+            and in the second product; None to multiply directly.
         rows, keys: Tile size.
         chunk: Columns of V held by one program.
         piece: Columns per step of the first product.
@@ -173,7 +174,8 @@ class Form:
     precision: str
     weight: Any
     weight_precision: str
-    three: bool
+    three: Any
+    weight_three: Any
     rows: int
     keys: int
     chunk: int
@@ -204,7 +206,8 @@ class Formats:
     precision: str
     weight: Any
     weight_precision: str
-    three: bool = False
+    three: Any = None
+    weight_three: Any = None
     margin: float = 0.0
     every: bool = False
 
@@ -213,12 +216,14 @@ class Formats:
 #: the softmax weights are rounded to bfloat16. With float16 keys they use TF32, which holds a float16 key exactly and
 #: keeps small weights that float16 would lose.
 #:
-#: A float32 number is the sum of two bfloat16 numbers to one part in 2^18. The three products that matter are off by
-#: at most 3 |q| |n| / 2^18, plus the rounding of the sum. TF32 rounds each factor to one part in 2^10.
+#: A number of a unit row is the sum of two float16 numbers to 2^-25 or to one part in 2^22, so that the three products
+#: that matter are off by a few units in the last place of float32. Softmax weights may be above 65,504. So the second
+#: product takes sums of two bfloat16 numbers, to one part in 2^18, and V is off by at most 3 in 2^18 of the sum of its
+#: terms. TF32 rounds each factor to one part in 2^10.
 FORMATS = {
     "bfloat16": Formats(tl.bfloat16, "tf32", tl.bfloat16, "tf32"),
     "float16": Formats(tl.float16, "tf32", tl.float32, "tf32"),
-    "three": Formats(tl.float32, "ieee", tl.float32, "ieee", three=True, margin=2.0**-14),
+    "three": Formats(tl.float32, "ieee", tl.float32, "ieee", tl.float16, tl.bfloat16, margin=2.0**-16),
     "tf32": Formats(tl.float32, "tf32", tl.float32, "tf32", margin=2.0**-8, every=True),
     "ieee": Formats(tl.float32, "ieee", tl.float32, "ieee"),
 }
@@ -243,6 +248,7 @@ TILES_OF = {
     (9, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),
+    (9, "three", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "tf32", False): Tile(64, 64, 128, 64, 8, 1),
     (10, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (10, "float16", False): Tile(128, 64, 128, 64, 8, 1),
@@ -267,8 +273,8 @@ def formats_of(dtype: torch.dtype, generation: int) -> str:
     """The entry of `FORMATS` for a dtype.
 
     Float32 follows `torch.backends.cuda.matmul.fp32_precision`: "tf32" uses TF32, "ieee" uses no tensor cores. If
-    neither is set, compute capability 9 and 10 use three bfloat16 products, which are nearly as exact as float32. Other
-    devices use "ieee", since the three products need more registers than older ones have.
+    neither is set, compute capability 9 and 10 use three products of halves, which are nearly as exact as float32.
+    Other devices use "ieee", since the three products need more registers than older ones have.
     """
     if dtype != torch.float32:
         return str(dtype).removeprefix("torch.")
@@ -296,8 +302,8 @@ def form_of(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> Form
     tile = TILES_OF.get((generation, name, narrow), TILES[name, narrow])
     chunk = min(tile.chunk, triton.next_power_of_2(max(dim, TILE)))
     sizes = (tile.rows, tile.keys, chunk, min(tile.piece, chunk), tile.warps, tile.stages)
-    multiplied = (formats.dot, formats.precision, formats.weight, formats.weight_precision, formats.three)
-    return Form(*multiplied, *sizes, formats.margin, formats.every)
+    multiplied = (formats.dot, formats.precision, formats.weight, formats.weight_precision)
+    return Form(*multiplied, formats.three, formats.weight_three, *sizes, formats.margin, formats.every)
 
 
 @dataclass(frozen=True)

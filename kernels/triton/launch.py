@@ -150,6 +150,10 @@ def _launch(
     )
     width = triton.next_power_of_2(size)
     dims = {"D": dim, "DIM": wide}
+    # A program of the scan that holds whole rows of q takes them as halves.
+    halves = None
+    if form.three and form.piece >= dim:
+        halves = empty(2, rows, dim, dtype=torch.float16, device=device)
     rank[(rows,)](
         q,
         k,
@@ -157,6 +161,7 @@ def _launch(
         threshold,
         outputs.positive,
         shift,
+        halves,
         size,
         wanted,
         **dims,
@@ -182,7 +187,7 @@ def _launch(
     scan_total = empty(splits, rows, dim, device=device)
     scan_rank = empty(splits, rows, dtype=torch.int32, device=device)
     scan[(triton.cdiv(rows, form.rows), splits, triton.cdiv(dim, form.chunk))](
-        q,
+        q if halves is None else halves,
         queue,
         images,
         queue_images,
@@ -206,6 +211,7 @@ def _launch(
         CHUNK=form.chunk,
         WEIGHT=form.weight,
         WEIGHT_PRECISION=form.weight_precision,
+        WEIGHT_THREE=form.weight_three,
         EVEN=rows % form.rows == 0 and length == splits * tiles * form.keys,
         SEGMENT=segment,
         DEVICE=not interpreted(),
@@ -252,7 +258,9 @@ def _launch(
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
         room = both.view(torch.int32)[: at_once * length].view(at_once, length)
-        full_select(q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form)
+        full_select(
+            q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form, not capacity
+        )
 
     # Step 4: mix.
     families = table(negatives)

@@ -1,6 +1,6 @@
 """Step 4, mix: the synthetic negatives.
 
-A slot is one synthetic negative. A program takes every PARTS-th slot of each family of a row. First it draws the random
+A slot is one synthetic negative. A program takes consecutive slots of each family of a row. First it draws the random
 numbers of all its slots, one slot per thread, and writes them to scratch memory. The threads that share a slot read
 them there; otherwise each of these threads would have to draw them again. Then the program forms
 
@@ -32,8 +32,14 @@ _CANCELLED = tl.constexpr(0.1)
 
 
 @triton.constexpr_function
+def run_of(TABLE, PARTS, SLOTS, family):
+    """Slots of a part that a family takes, rounded up to whole blocks."""
+    return -(-TABLE[family][1] // (PARTS * SLOTS)) * SLOTS
+
+
+@triton.constexpr_function
 def share(TABLE, PARTS, SLOTS, family):
-    """Slots of a part taken by the families before this one, each rounded up to whole blocks."""
+    """Slots of a part that the families before this one take."""
     return sum(-(-row[1] // (PARTS * SLOTS)) * SLOTS for row in TABLE[:family])
 
 
@@ -76,7 +82,7 @@ def _draw(
         o_own = o_mine - share(TABLE, PARTS, SLOTS, family)
         here = o_own >= 0
         number = tl.where(here, TABLE[family][0], number)
-        slot = tl.where(here, o_own * PARTS + part, slot)
+        slot = tl.where(here, part * run_of(TABLE, PARTS, SLOTS, family) + o_own, slot)
         count = tl.where(here, TABLE[family][1], count)
         paired = TABLE[family][8] != 0 or TABLE[family][9] != 0
         affine = not paired and TABLE[family][10] == 0 and TABLE[family][11] == 0
@@ -187,9 +193,10 @@ def _family(
     SLOPED: tl.constexpr = A_SLOPE != 0 or FIRST_SLOPE != 0 or SECOND_SLOPE != 0
     RUN: tl.constexpr = 128 // p_queue.dtype.element_ty.primitive_bitwidth
     p_drawn += share(TABLE, PARTS, SLOTS, FAMILY)
-    for start in range(0, (COUNT + PARTS - 1) // PARTS, SLOTS):
+    OWN: tl.constexpr = run_of(TABLE, PARTS, SLOTS, FAMILY)
+    for start in range(0, OWN, SLOTS):
         o_mine = start + tl.arange(0, SLOTS)
-        o_slot = o_mine * PARTS + part
+        o_slot = part * OWN + o_mine
         m_slot = o_slot < COUNT
         t = tl.load(p_drawn + o_mine, m_slot, 0) if SLOPED else tl.zeros([SLOTS], tl.float32)
         a = A + A_SLOPE * t

@@ -19,24 +19,35 @@ import triton.language as tl
 
 from synco_fast.kernels.triton.overlap import begin
 
-__all__ = ["multiply", "product", "rank", "sample"]
+__all__ = ["halves", "multiply", "product", "rank", "sample", "three"]
+
+
+@triton.jit
+def halves(x, FORMAT: tl.constexpr):
+    """A float32 block as the sum of a high and a low one in ``FORMAT``.
+
+    With bfloat16 the sum is off by one part in 2^18. With float16 it is off by one part in 2^22, or by 2^-25 for small
+    numbers, and the numbers must be below 65,504.
+    """
+    high = x.to(FORMAT)
+    return high, (x - high.to(tl.float32)).to(FORMAT)
+
+
+@triton.jit
+def three(left_high, left_low, right_high, right_low, b_total):
+    """``b_total`` plus the product of two blocks given as `halves`, without low times low."""
+    b_total = tl.dot(left_high, right_low, b_total)
+    b_total = tl.dot(left_low, right_high, b_total)
+    return tl.dot(left_high, right_high, b_total)
 
 
 @triton.jit
 def multiply(left, right, b_total, FORMAT: tl.constexpr, PRECISION: tl.constexpr, THREE: tl.constexpr):
-    """``b_total`` plus the product of two blocks.
-
-    With THREE each float32 number is split into two bfloat16 numbers, high and low, exact to one part in 2^17. Three
-    tensor-core products (all but low times low) are then nearly as exact as float32.
-    """
-    if THREE:
-        left_high = left.to(tl.bfloat16)
-        right_high = right.to(tl.bfloat16)
-        left_low = (left - left_high.to(tl.float32)).to(tl.bfloat16)
-        right_low = (right - right_high.to(tl.float32)).to(tl.bfloat16)
-        b_total = tl.dot(left_high, right_low, b_total)
-        b_total = tl.dot(left_low, right_high, b_total)
-        return tl.dot(left_high, right_high, b_total)
+    """``b_total`` plus the product of two blocks; in `three` products if THREE is a format of `halves`, not None."""
+    if THREE is not None:
+        left_high, left_low = halves(left, THREE)
+        right_high, right_low = halves(right, THREE)
+        return three(left_high, left_low, right_high, right_low, b_total)
     return tl.dot(left.to(FORMAT), right.to(FORMAT), b_total, input_precision=PRECISION)
 
 
@@ -109,6 +120,7 @@ def rank(
     p_threshold,
     p_positive,
     p_shift,
+    p_halves,
     SAMPLE,
     wanted,
     D: tl.constexpr,
@@ -117,7 +129,10 @@ def rank(
     ESTIMATE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (B,). Writes t, q.k and m of each row. Without ESTIMATE t is +inf, which no key exceeds."""
+    """Grid (B,). Writes t, q.k and m of each row, and q as `halves`, (2, B, D) float16, if p_halves is not None.
+
+    Without ESTIMATE t is +inf, which no key exceeds.
+    """
     begin(OVERLAP)
     row = tl.program_id(0)
     o_dim = tl.arange(0, DIM)
@@ -125,6 +140,10 @@ def rank(
     q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
     k = tl.load(p_k + row * D + o_dim, m_dim, 0).to(tl.float32)
     positive = tl.sum(q * k)
+    if p_halves is not None:
+        high, low = halves(q, p_halves.dtype.element_ty)
+        tl.store(p_halves + row * D + o_dim, high, m_dim)
+        tl.store(p_halves + (tl.num_programs(0) + row) * D + o_dim, low, m_dim)
 
     o_sample = tl.arange(0, WIDTH)
     b_sample = tl.load(p_sample + row.to(tl.int64) * SAMPLE + o_sample, o_sample < SAMPLE, float("-inf"))

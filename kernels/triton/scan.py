@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.overlap import begin
-from synco_fast.kernels.triton.sample import multiply, product
+from synco_fast.kernels.triton.sample import halves, multiply, product, three
 
 __all__ = ["OVERHANG", "scan"]
 
@@ -129,6 +129,7 @@ def scan(
     WEIGHT: tl.constexpr,
     WEIGHT_PRECISION: tl.constexpr,
     THREE: tl.constexpr,
+    WEIGHT_THREE: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -166,7 +167,11 @@ def scan(
     ONE: tl.constexpr = CHUNK >= D and PIECE >= D
     if ONE:
         m_q = m_row[:, None] & m_out[None, :]
-        b_q = tl.load(p_q + o_row[:, None] * D + o_out[None, :], m_q, 0)
+        p_own = p_q + o_row[:, None] * D + o_out[None, :]
+        b_q = tl.load(p_own, m_q, 0)
+        if THREE is not None:
+            # `rank` has split q. What is loaded as it is multiplied stays in shared memory and takes no registers.
+            b_low = tl.load(p_own + B * D, m_q, 0)
     if MASKED:
         image = tl.load(p_image + o_row, m_row, 0)
     if SEGMENT:
@@ -187,7 +192,11 @@ def scan(
         b_n = tl.load(p_n, m_n, None if EVEN and D % CHUNK == 0 else 0.0)
         if ONE:
             b_similarity = tl.zeros([ROWS, KEYS], tl.float32)
-            b_similarity = multiply(b_q, tl.trans(b_n), b_similarity, DOT, PRECISION, THREE)
+            if THREE is None:
+                b_similarity = multiply(b_q, tl.trans(b_n), b_similarity, DOT, PRECISION, None)
+            else:
+                n_high, n_low = halves(b_n, THREE)
+                b_similarity = three(b_q, b_low, tl.trans(n_high), tl.trans(n_low), b_similarity)
         else:
             b_similarity = product(p_q, p_queue, o_row, o_key, m_row, m_key, D, PIECE, DOT, PRECISION, THREE)
         if MASKED:
@@ -205,7 +214,7 @@ def scan(
             b_rank += tl.sum((b_similarity > positive[:, None]).to(tl.int32), axis=1)
         b_p = tl.exp2(b_similarity * scale - shift[:, None])
         b_sum += tl.sum(b_p, axis=1)
-        b_total = multiply(b_p, b_n, b_total, WEIGHT, WEIGHT_PRECISION, THREE)
+        b_total = multiply(b_p, b_n, b_total, WEIGHT, WEIGHT_PRECISION, WEIGHT_THREE)
     if SEGMENT:
         b_rank = tl.sum(b_ranks, axis=1)
     o_part = split.to(tl.int64) * B + o_row

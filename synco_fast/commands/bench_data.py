@@ -12,7 +12,7 @@ from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
 from synco_fast.commands.options import add_options, path
-from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.parser import Commands, positive, whole
 
 __all__ = ["add"]
 
@@ -35,18 +35,26 @@ def add(commands: Commands) -> None:
         help="packed: the same photos after data pack as well, compared with the unpacked ones",
     )
     add_options(command, "device")
-    command.add_argument("--workers", type=positive, help="processes for each pipeline; one per core by default")
+    command.add_argument(
+        "--workers",
+        type=whole,
+        help="processes for each pipeline, one per core by default; 0: all in one thread, to compare CPU time",
+    )
     command.add_argument("--batch", type=positive, default=64, help="images per batch, 64 by default")
     command.add_argument("--photos", type=positive, default=256, help="number of files")
     command.add_argument("--folder", type=path, help="where to keep them; the user's cache by default")
     command.add_argument("--seconds", type=positive, default=6, help="length of one round of one pipeline")
     command.add_argument("--rounds", type=positive, default=3, help="rounds; the median counts")
+    command.add_argument(
+        "--parts", action="store_true", help="CPU time of each part of pil, torchvision and dali instead"
+    )
     add_options(command, "json")
 
 
 def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
+    from synco_fast.bench.data_parts import MEASURED, measure_parts
     from synco_fast.data.augment.recipe import Recipe
     from synco_fast.data.sources.manifest import cache_folder
     from synco_fast.data.workers import available_cores
@@ -64,9 +72,20 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
         why = "the kernels run on CUDA devices" if missing[0].endswith("-fused") else "DALI is not installed"
         raise UserError(f"pipelines: found {missing[0]}, expected {', '.join(here)} here, where {why}")
     folder = options.folder or cache_folder() / "bench-photos"
-    workers = options.workers or available_cores()
+    workers = available_cores() if options.workers is None else options.workers
     with ProgressBar(console, "drawing photos", None) as bar:
         names = make_photos(folder, options.photos)
+        if options.parts:
+            pipelines = [name for name in MEASURED if name in pipelines]
+            bar.restart("measuring", len(pipelines) * options.rounds)
+            spent = measure_parts(
+                folder, names, pipelines=pipelines, recipe=Recipe(), rounds=options.rounds, tick=bar.advance
+            )
+            environment = describe_environment()
+            if options.json is not None:
+                write_json(options.json, {"environment": environment, "photos": len(names), "parts": spent})
+            _print_parts(spent, console)
+            return 0
         bar.restart("measuring", len(pipelines) * options.rounds)
         results = measure_pipelines(
             folder,
@@ -93,14 +112,36 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("pipeline", no_wrap=True)
-    first = results[0]["pipeline"]
-    for name in ("images/s", "views/s", "CPU", f"against {first}"):
+    first = results[0]
+    for name in ("images/s", "views/s", "CPU", f"against {first['pipeline']}", "CPU ms", "against"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in results:
-        speed = result["images_per_second"] / results[0]["images_per_second"]
-        share = "-" if result["core_share"] is None else f"{result['core_share']:.0%}"
-        figures = [f"{result[name]:,.0f}" for name in ("images_per_second", "views_per_second")]
-        same = not result["pipeline"].startswith("resident") or first.startswith("resident")
-        table.add_row(result["pipeline"], *figures, share, f"{speed:.2f}x" if same else "-")
+        share, spent = result["core_share"], result["processor_milliseconds"]
+        same = not result["pipeline"].startswith("resident") or first["pipeline"].startswith("resident")
+        speed = result["images_per_second"] / first["images_per_second"]
+        row = [f"{result[name]:,.0f}" for name in ("images_per_second", "views_per_second")]
+        row += ["-" if share is None else f"{share:.0%}", f"{speed:.2f}x" if same else "-"]
+        row += ["-", "-"] if spent is None else [f"{spent:.1f}", "-"]
+        if same and spent is not None:
+            row[-1] = f"{first['processor_milliseconds'] / spent:.2f}x"
+        table.add_row(result["pipeline"], *row)
     console.print(table)
-    console.print("CPU: share of all cores. resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
+    console.print("CPU: share of all cores. CPU ms: CPU time per image, and against the first row.")
+    console.print("resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
+
+
+def _print_parts(spent: dict[str, dict[str, float]], console: Console) -> None:
+    from synco_fast.bench.data_parts import PARTS
+    from synco_fast.data.augment.draw import JITTER
+
+    table = Table(title="CPU time, ms per image", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("part", no_wrap=True)
+    for name in spent:
+        table.add_column(name, justify="right", no_wrap=True)
+    for part in PARTS:
+        figures = [f"{parts[part]:.2f}" if part in parts else "-" for parts in spent.values()]
+        table.add_row(f"  {part}" if part in JITTER else part, *figures)
+    table.add_section()
+    totals = [sum(value for part, value in parts.items() if part not in JITTER) for parts in spent.values()]
+    table.add_row("all", *(f"{total:.2f}" for total in totals))
+    console.print(table)

@@ -273,6 +273,8 @@ def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
     figures = [f"{sums['instructions'] / 1e6:.1f}", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
     table.add_row("sum", *[""] * 6, *figures)
     console.print(table)
+    line = f"MB L2: in whole sectors of 32 bytes; {sums['used'] / 1e6:.0f} MB of them are used"
+    console.print(line, style="dim", highlight=False)
     for cost in costs:
         for loop in cost.loops:
             line = f"{cost.name}: {loop['source']}: {loop['instructions']:,} instructions, {loop['trips']:,.1f} trips"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["GROUPS", "Commands", "Run", "positive", "two_columns"]
+__all__ = ["GROUPS", "Commands", "Run", "positive", "two_columns", "whole"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
@@ -72,6 +72,14 @@ def two_columns(title: str) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def whole(word: str) -> int:
+    """Argument type: a whole number, 0 or more."""
+    number = int(word)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def positive(word: str) -> int:

@@ -132,6 +132,7 @@ def _print_summary(summary: Any, console: Console) -> None:
         ("kNN after", percent(summary.knn_after)),
         *([("best kNN", f"{best['knn']:.1%} at epoch {best['epoch']:g}: {best['checkpoint']}")] if best else []),
         ("chance", percent(summary.chance)),
+        ("effective rank", "not evaluated" if summary.feature_rank is None else f"{summary.feature_rank:.1f}"),
         (
             "images per second",
             f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",

@@ -10,7 +10,16 @@ from torch.nn.functional import normalize
 
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["age_gap", "alignment", "class_share", "contraction", "rankme", "rows_for_health", "uniformity"]
+__all__ = [
+    "age_gap",
+    "alignment",
+    "class_share",
+    "collapse",
+    "contraction",
+    "rankme",
+    "rows_for_health",
+    "uniformity",
+]
 
 #: Rows compared at a time in `uniformity`: 16 MiB of squared distances at the default number of rows.
 _BLOCK = 1024
@@ -184,6 +193,32 @@ def contraction(
         f"top-1 against the queue fell from {then:.0%} to {now:.0%} while similarities rose from {near:.2f} to "
         f"{nearer:.2f}: the embeddings contract; try a lower optimizer.lr, a higher model.momentum, a smaller "
         "method.count_scale or a higher method.temperature"
+    )
+
+
+def collapse(ranks: Sequence[float], *, window: int = 5, fall: float = 0.7, name: str = "effective rank") -> str | None:
+    """Detect a collapsing representation: its effective rank has lost most of what it had.
+
+    Compares the mean of the last ``window`` figures with the best mean of ``window`` earlier ones in a row.
+
+    Args:
+        ranks: From `rankme`, always of equally many features, in order of time.
+        window: Number of figures in a mean.
+        fall: Fraction of its best mean that the rank must have lost.
+        name: The figure's name in the warning.
+
+    Returns:
+        A warning of one line; None if there is no such sign or the run is shorter than two windows.
+    """
+    if len(ranks) < 2 * window:
+        return None
+    means = [sum(ranks[end - window : end]) / window for end in range(window, len(ranks) + 1)]
+    best, now = max(means[: len(means) - window]), means[-1]
+    if now > (1 - fall) * best:
+        return None
+    return (
+        f"{name} fell from {best:.1f} to {now:.1f}: the representation collapses; try a lower optimizer.lr, "
+        "a longer optimizer.warmup_epochs or a higher model.momentum"
     )
 
 

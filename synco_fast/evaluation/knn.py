@@ -6,7 +6,7 @@ Wu et al., arXiv 1805.01978 section 3.4: a neighbour of cosine similarity c has 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from synco_fast.evaluation.context import (
     weights_sha256,
 )
 from synco_fast.evaluation.features import cached_features, extract_features
+from synco_fast.evaluation.monitor import feature_figures
 from synco_fast.runtime.distributed import rank, sum_over_ranks, world
 from synco_fast.runtime.errors import ConfigError
 
@@ -204,13 +205,17 @@ def evaluate_knn(
 
 @dataclass(frozen=True)
 class KnnResult:
-    """Accuracy and chance level in [0, 1], images in the bank, images classified, and why some could not be read."""
+    """Accuracy and chance level in [0, 1], images in the bank, images classified, and why some could not be read.
+
+    ``figures`` describe the features of the bank, see `feature_figures`.
+    """
 
     accuracy: float
     chance: float
     bank: int
     queries: int
     corrupt: tuple[str, ...]
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def check_periodic_knn(evaluation: EvaluationConfig, source: Source) -> None:
@@ -286,6 +291,7 @@ def periodic_knn(
         bank=len(bank.labels),
         queries=len(queries.labels),
         corrupt=(*bank.corrupt.values(), *queries.corrupt.values()),
+        figures=feature_figures(bank.values.to(device)),
     )
 
 

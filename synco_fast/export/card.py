@@ -19,7 +19,7 @@ __all__ = ["known_results", "write_card"]
 
 
 def known_results(run: Path | None, step: int | None = None) -> dict[str, str]:
-    """The results in a run folder: its own kNN, and every evaluation below ``evaluation/``.
+    """The results in a run folder: its own kNN and effective rank, and every evaluation below ``evaluation/``.
 
     Args:
         run: The run folder.
@@ -33,6 +33,8 @@ def known_results(run: Path | None, step: int | None = None) -> dict[str, str]:
     knn = best["knn"] if step is not None and best.get("step") == step else summary.get("knn_after")
     if knn is not None:
         found["kNN during pretraining"] = f"{knn:.1%} (chance {summary['chance']:.1%})"
+    if summary.get("feature_rank") is not None and not (step is not None and best.get("step") == step):
+        found["effective rank of the features (RankMe)"] = f"{summary['feature_rank']:.1f}"
     for file in sorted((run / "evaluation").glob("*.json")):
         result = _json(file)
         chance = f" (chance {result['chance']:.1%})" if result.get("chance") is not None else ""

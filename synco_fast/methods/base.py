@@ -19,7 +19,7 @@ from synco_fast.data.sources.splits import Split
 from synco_fast.kernels.momentum import MomentumBackend
 from synco_fast.models.encoder import Encoder
 
-__all__ = ["Encoders", "Method", "RunInfo", "StepInputs", "StepOutput", "Views"]
+__all__ = ["Encoders", "Method", "Recent", "RunInfo", "StepInputs", "StepOutput", "Views"]
 
 
 class Views(NamedTuple):
@@ -64,6 +64,24 @@ class StepOutput(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+class Recent(NamedTuple):
+    """Embeddings to look at beside the training: the last step's queries, and the keys that the next one meets.
+
+    Attributes:
+        queries: Unit rows of this process's images, of one view each, (b, D).
+        query_ids: Their image ids, (b,) int64.
+        keys: Unit rows, (K, D).
+        key_ids: Their image ids, (K,) int64; negative for a row that is no key of a real image.
+        hard: N, the number of hard negatives to look at.
+    """
+
+    queries: Tensor
+    query_ids: Tensor
+    keys: Tensor
+    key_ids: Tensor
+    hard: int
 
 
 @dataclass(frozen=True)
@@ -205,6 +223,13 @@ class Method(nn.Module):
             step: Completed steps.
         """
         return {}, []
+
+    def recent(self, epoch: int) -> Recent | None:
+        """The last step's embeddings, for monitors; None without a queue.
+
+        Called after a step of ``epoch``, counted from 0. It costs a step nothing, and must change nothing.
+        """
+        return None
 
     def artifacts(self, folder: Path, step: int, *, closing: bool = False) -> None:
         """Draw plots into ``folder``, the run's ``plots/``: at the start, after every epoch, and at the end."""

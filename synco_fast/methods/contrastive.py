@@ -25,7 +25,7 @@ from synco_fast.config import Config
 from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, Negatives, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
 from synco_fast.kernels.proof import loss_shapes
-from synco_fast.methods.base import Encoders, Method, RunInfo, StepInputs, StepOutput, Views
+from synco_fast.methods.base import Encoders, Method, Recent, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.models.encoder import Encoder
@@ -37,6 +37,9 @@ from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import QUEUE_DTYPES, resolve_device, resolve_queue_dtype
 
 __all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
+
+#: K / N as published: 65,536 and 1,024.
+_KEYS_A_HARD = 64
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class MomentumContrast(Method):
         #: By direction, this step's keys of the global batch, (B, D), and their image ids, (B,).
         self._keys: list[tuple[Tensor, Tensor]] = []
         self._queued = 0
+        #: By graph key, queries and image ids of the last step: each CUDA graph writes to tensors of its own.
+        self._queries: dict[int, tuple[Tensor, Tensor]] = {}
         self._slow_path = SlowPathMonitor()
 
     @property
@@ -221,6 +226,7 @@ class MomentumContrast(Method):
         keys, _ = self._keys[direction]
         begin = rank() * len(inputs.image_ids) + micro_batch * len(views)
         image_ids = inputs.image_ids.chunk(micro_batches)[micro_batch]
+        self._queries[self.graph_key(epoch)] = q.detach(), image_ids
         with phase("loss"), torch.autocast(q.device.type, enabled=False):
             return synthetic_contrast(
                 q,
@@ -300,6 +306,17 @@ class MomentumContrast(Method):
     def graph_key(self, epoch: int) -> int:
         """The first epoch with the same negatives."""
         return self.settings.schedule.graph_key(epoch)
+
+    def recent(self, epoch: int) -> Recent | None:
+        """The queries of the last direction and micro-batch, and the queue.
+
+        N is that of the synthetic negatives; without them K / 64, the published proportion.
+        """
+        kept = self._queries.get(self.graph_key(epoch))
+        if kept is None:
+            return None
+        hard = self.settings.schedule.negatives.hard or max(1, len(self.queue) // _KEYS_A_HARD)
+        return Recent(*kept, self.queue.rows, self.queue.image_ids, hard)
 
     def figures(self, values: dict[str, float], step: int) -> tuple[dict[str, float], list[str]]:
         """``queue_age``, the age of the oldest key in steps; a warning if the slow path is taken all the time."""

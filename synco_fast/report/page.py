@@ -66,12 +66,14 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
         return "none" if value is None else f"{value:.1%}"
 
     summary = run.summary
+    rank = summary.get("feature_rank")
     return [
         ("kNN before", percent(summary.get("knn_before"))),
         ("kNN after", percent(run.knn)),
         *([("best kNN", f"{best['knn']:.1%}, epoch {best['epoch']:g}")] if (best := summary.get("best")) else []),
         ("linear", percent(run.linear)),
         ("chance", percent(run.chance)),
+        ("effective rank", "none" if rank is None else f"{rank:.1f}"),
         ("epochs", f"{summary.get('epochs', 0):.3g}"),
         ("images/s", f"{run.throughput:,.0f}" if run.throughput else "none"),
         ("data wait", percent(summary.get("data_wait"))),

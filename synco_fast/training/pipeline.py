@@ -48,6 +48,7 @@ def open_pipeline(
         dtype=dtype,
         workers=config.data.workers,
         decode=config.data.decode,
+        dali=config.data.dali,
         rank=env.rank,
         world=env.world,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.kernels import FAMILIES
@@ -28,21 +29,21 @@ class Panel:
 
     Attributes:
         title: What is drawn, with its unit.
-        curves: Name in ``metrics.jsonl``, label and colour of each curve.
-        kind: The kind of lines in ``metrics.jsonl``.
+        curves: Name in ``metrics.jsonl``, label and colour of each curve, from whichever lines have it.
         top: The upper end of the axis, where it is fixed.
         from_zero: Whether the axis begins at 0.
         percent: Whether values are shares.
         marks: Whether the start of the synthetic negatives is marked.
+        chance: Whether the chance level of a classification is marked.
     """
 
     title: str
     curves: tuple[tuple[str, str, str], ...]
-    kind: str = "train"
     top: float | None = None
     from_zero: bool = False
     percent: bool = False
     marks: bool = False
+    chance: bool = False
 
 
 PANELS = (
@@ -57,10 +58,10 @@ PANELS = (
     Panel(
         "kNN accuracy on the held-out split",
         (("knn", "kNN", COLOURS[2]),),
-        kind="evaluation",
         top=1.0,
         from_zero=True,
         percent=True,
+        chance=True,
     ),
     Panel(
         "hardness: cosine to the query",
@@ -73,6 +74,25 @@ PANELS = (
             ),
         ),
         marks=True,
+    ),
+    Panel(
+        "alignment and uniformity: lower is better",
+        (("alignment", "alignment of queries and keys", COLOURS[0]), ("uniformity", "uniformity of keys", COLOURS[1])),
+        marks=True,
+    ),
+    Panel(
+        "effective rank (RankMe)",
+        (("key_rank", "keys", COLOURS[0]), ("feature_rank", "backbone features", COLOURS[2])),
+        from_zero=True,
+        marks=True,
+    ),
+    Panel(
+        "false negatives among the N nearest keys",
+        (("false_negatives", "of the query's class", COLOURS[3]),),
+        from_zero=True,
+        percent=True,
+        marks=True,
+        chance=True,
     ),
     Panel("throughput, images per second", (("images_per_second", "images/s", COLOURS[0]),), from_zero=True),
     Panel("time spent waiting for data", (("data_wait", "data wait", COLOURS[3]),), from_zero=True, percent=True),
@@ -88,12 +108,11 @@ def draw_panel(
         axes: Where.
         panel: What.
         lines: From `read_metrics`, each with its ``epoch``.
-        chance: Chance level of kNN, drawn as a line.
+        chance: Chance level of a classification, drawn as a line where the panel asks for it.
         size: Points of the small text.
     """
-    rows = [line for line in lines if line["kind"] == panel.kind]
     for name, label, colour in panel.curves:
-        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        points = [(line["epoch"], line[name]) for line in lines if name in line]
         if points:
             style = "--" if colour == "gray" else "-"
             marker = "o" if len(points) < 30 else None
@@ -104,7 +123,7 @@ def draw_panel(
         return False
     if panel.marks and (start := synthetic_start(lines)) is not None:
         axes.axvline(start, color="gray", linestyle=":", linewidth=1.2, label="synthetic negatives begin")
-    if panel.kind == "evaluation" and chance:
+    if panel.chance and chance:
         axes.axhline(chance, color="gray", linestyle=":", label="chance")
     if panel.percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -133,11 +152,11 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, chance: 
         lines: From `read_metrics`.
         path: Where the PNG goes.
         title: The title.
-        chance: Chance level of kNN, drawn as a line.
+        chance: Chance level of a classification.
     """
-    figure = Figure(figsize=(14, 7.2), layout="constrained")
+    figure = Figure(figsize=(14, 10.8), layout="constrained")
     figure.suptitle(title, fontsize=13)
-    for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
+    for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
         if not draw_panel(axes, panel, lines, chance=chance):
             axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="gray", transform=axes.transAxes)
         axes.set_title(panel.title)
@@ -157,14 +176,16 @@ def draw_pairs(batch: Batch, path: Path, *, pairs: int = 24) -> None:
     count = min(pairs, len(batch.image_ids))
     columns = 6
     rows = -(-count // columns)
-    figure = Figure(figsize=(columns * 1.9, rows * 1.15 + 0.5), layout="constrained")
+    # Far more space than inside a pair.
+    layout = ConstrainedLayoutEngine(wspace=0.15)
+    figure = Figure(figsize=(columns * 1.9, rows * 1.15 + 0.5), layout=layout)
     figure.suptitle("pairs of views, as the encoder saw them before normalisation", fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False)
     for place, axes in enumerate(grid.flat):
         axes.axis("off")
         if place < count:
             views = [part[place].permute(1, 2, 0).numpy() for part in (batch.first, batch.second)]
-            gap = np.full((views[0].shape[0], max(1, views[0].shape[1] // 16), 3), 255, np.uint8)
+            gap = np.full((views[0].shape[0], max(1, views[0].shape[1] // 64), 3), 255, np.uint8)
             axes.imshow(np.concatenate([views[0], gap, views[1]], axis=1), interpolation="nearest")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)

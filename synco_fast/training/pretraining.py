@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from synco_fast.config import Config, EvaluationConfig, TrainingConfig, build_config
@@ -20,6 +21,7 @@ from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
 from synco_fast.data.workers import available_cores
 from synco_fast.export.initial import load_initial, read_initial
+from synco_fast.methods.base import Recent
 from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError
@@ -31,6 +33,7 @@ from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
+from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.task import Notes, TrainerSettings
@@ -38,17 +41,14 @@ from synco_fast.training.throughput import Throughput
 from synco_fast.training.trials import try_largest
 from synco_fast.training.writers import TRACKERS, MetricLog
 
-__all__ = ["Curves", "Evaluate", "Evaluation", "Pretraining", "Watch"]
+__all__ = ["Evaluate", "Evaluation", "Monitor", "Pretraining"]
 
 #: More would hang a machine before the first batch; a network disk that is slow is read well by fewer.
 _WORKERS_A_CORE = 32
 
-Watch = Callable[[Sequence[float], Sequence[float]], str | None]
-"""Takes `Curves.top1` and `Curves.similarity`; returns a warning or None."""
-
 
 class Evaluation(Protocol):
-    """The result of a periodic evaluation: accuracy in [0, 1], number of images, and corrupt images."""
+    """The result of a periodic evaluation: accuracy in [0, 1], number of images, corrupt images, further figures."""
 
     @property
     def accuracy(self) -> float:
@@ -63,6 +63,11 @@ class Evaluation(Protocol):
     @property
     def corrupt(self) -> Sequence[str]:
         """Images that could not be read."""
+        ...
+
+    @property
+    def figures(self) -> Mapping[str, float]:
+        """Further figures of its line in the log."""
         ...
 
 
@@ -88,27 +93,20 @@ class Evaluate(Protocol):
         ...
 
 
-@dataclass
-class Curves:
-    """Curves that distinguish a learning from a contracting run, one value per log line since the start.
+class Monitor(Protocol):
+    """Looks at a run without changing it, such as `synco_fast.evaluation.monitor.HealthMonitor`."""
 
-    Attributes:
-        top1: Share of queries nearer to their key than to every key of the queue.
-        similarity: Mean cosine of queries to their hard negatives, or to their keys where there are none.
-    """
+    def begin(self, labels: NDArray[np.int64] | None, lines: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Take the training images' labels by image id, and the lines logged before the step of a resumed run."""
+        ...
 
-    top1: list[float] = field(default_factory=list)
-    similarity: list[float] = field(default_factory=list)
+    def measure(self, values: Mapping[str, float], recent: Recent | None) -> dict[str, float]:
+        """Further figures of a log line; called by all processes at the same step."""
+        ...
 
-    def add(self, values: dict[str, float]) -> bool:
-        """Add a log line; false if the method has no queue."""
-        near = [values.get(f"similarity/{name}", math.nan) for name in ("hard", "positive")]
-        known = [value for value in near if math.isfinite(value)]
-        if "queue_top1" not in values or not known:
-            return False
-        self.top1.append(values["queue_top1"])
-        self.similarity.append(known[0])
-        return True
+    def look(self, values: Mapping[str, Any]) -> list[str]:
+        """Take the figures of one line of the log; returns warnings."""
+        ...
 
 
 class Pretraining:
@@ -119,8 +117,7 @@ class Pretraining:
         control: Communication between the processes; one process by default.
         evaluate: The periodic evaluation, such as `synco_fast.evaluation.knn.PeriodicKnn`; without one,
             nothing is evaluated, regardless of ``evaluation.every``.
-        watch: Called with the curves at every log line, such as `synco_fast.evaluation.health.contraction`; the first
-            text that it returns is shown as a warning.
+        monitor: Adds figures to the log and warns, such as `synco_fast.evaluation.monitor.HealthMonitor`.
         limits: Its ``max_steps`` and ``max_time`` apply to this start of the run alone; the configuration's by default.
 
     Attributes:
@@ -137,7 +134,7 @@ class Pretraining:
         *,
         control: HostGroup | None = None,
         evaluate: Evaluate | None = None,
-        watch: Watch | None = None,
+        monitor: Monitor | None = None,
         limits: TrainingConfig | None = None,
     ) -> None:
         training = config.training
@@ -150,7 +147,7 @@ class Pretraining:
         other = config.evaluation.source if self._evaluate is not None else None
         #: The images that the periodic evaluation takes.
         self._labelled = self.source if other is None else open_source(other, config.data.limits)
-        self._watch, self._curves = watch, Curves()
+        self._monitor, self._resumed_at = monitor, 0
         if self._evaluate is not None:
             self._evaluate.check(config.evaluation, self._labelled)
         for line in self.source.notes:
@@ -205,6 +202,9 @@ class Pretraining:
         self._auto.begin(self._kept)
         for line in self.method.begin_run(self._train, self.config.data.workers, fresh=fresh):
             self.note(line)
+        if self._monitor is not None:
+            lines = read_metrics(folder) if self._resumed_at and self.env.is_main else []
+            self._monitor.begin(self._train.labels, [line for line in lines if line["step"] <= self._resumed_at])
 
     def round_end(self, step: int) -> int:
         """The end of the epoch."""
@@ -292,23 +292,17 @@ class Pretraining:
         values |= self.engine.figures(step)
         further, warnings = self.method.figures(values, step)
         values |= further
-        for line in [*warnings, *self._look_at_curves(values)]:
+        if self._monitor is not None:
+            recent = self.method.recent((step - 1) // self.steps_per_epoch)
+            values |= self._monitor.measure(values, recent)
+            warnings += self._monitor.look(values)
+        for line in warnings:
             self.note(line)
         if "images_per_second" not in values:
             return values, []
         words = [form.format(values[name]) for name, form in self.method.headline.items() if name in values]
         words += [f"{values['images_per_second']:,.0f} img/s", f"data wait {values['data_wait']:.0%}"]
         return values, words
-
-    def _look_at_curves(self, values: dict[str, float]) -> list[str]:
-        """The first warning about a contracting run."""
-        if self._watch is None or not self._curves.add(values):
-            return []
-        warning = self._watch(self._curves.top1, self._curves.similarity)
-        if warning is None:
-            return []
-        self._watch = None
-        return [f"{warning} (docs/curves.md)"]
 
     def artifacts(self, step: int) -> None:
         """Those of the method."""
@@ -336,11 +330,13 @@ class Pretraining:
             workers=config.data.workers,
         )
         self.corrupt_images.excluded(result.corrupt)
-        values = {"epoch": epochs, "knn": result.accuracy}
+        values = {"epoch": epochs, "knn": result.accuracy, **result.figures}
         if config.training.keep_best and step:
             values["best_knn"] = self._best_knn = max(self._best_knn, result.accuracy)
         log.write("evaluation", step, values)
         self.note(f"epoch {round(epochs, 2):g}: kNN {result.accuracy:.1%} on {result.queries:,} held-out images", None)
+        for line in self._monitor.look(values) if self._monitor is not None else []:
+            self.note(line)
         return result.accuracy
 
     def describe_step(self, step: int) -> str:
@@ -398,6 +394,7 @@ class Pretraining:
             )
         self.engine.load_state_dict(state, path)
         self.corrupt_images.load_state_dict(state["corrupt"])
+        self._resumed_at = state["step"]
         self._best_knn = (state.get("best") or {}).get("score", 0.0)
         forms = state.get("forms", {})
         self._kept = {**forms, "names": dict(forms.get("names", {}))}

@@ -28,9 +28,9 @@ class Summary:
     """The summary of a run; fractions are in [0, 1], None if nothing was evaluated.
 
     ``finished`` is false if the run was stopped. ``images_per_second`` counts only training steps, without the first
-    few, evaluations and checkpoints. ``best``, with `training.keep_best`, has ``knn``, ``epoch``, ``step`` and
-    ``checkpoint`` of the best checkpoint. ``forms`` names the implementation of each part of a step, and why it was
-    chosen.
+    few, evaluations and checkpoints. ``feature_rank`` is the backbone's effective rank at the end. ``best``, with
+    `training.keep_best`, has ``knn``, ``epoch``, ``step`` and ``checkpoint`` of the best checkpoint. ``forms`` names
+    the implementation of each part of a step, and why it was chosen.
     ``images_per_second_by_size`` has the images per second by side of the views; empty if it does not change.
     """
 
@@ -41,6 +41,7 @@ class Summary:
     finished: bool
     knn_before: float | None
     knn_after: float | None
+    feature_rank: float | None
     chance: float | None
     best: dict[str, Any] | None
     images_per_second: float
@@ -129,6 +130,7 @@ def close_run(
     """
     lines = read_metrics(folder)
     knn = [line["knn"] for line in lines if line["kind"] == "evaluation" and "knn" in line]
+    ranks = [line["feature_rank"] for line in lines if "feature_rank" in line]
     classes = source.validation.classes if source.validation else None
     chance = 1 / len(classes) if classes and knn else None
     curves = folder / "plots" / "curves.png"
@@ -141,6 +143,7 @@ def close_run(
         finished=finished,
         knn_before=knn[0] if knn else None,
         knn_after=knn[-1] if len(knn) > 1 else None,
+        feature_rank=ranks[-1] if len(knn) > 1 and ranks else None,
         chance=chance,
         best=None
         if best is None

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from synco_fast.config import build_config
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.build import has_dali
 from synco_fast.data.sources.open import open_source
@@ -16,9 +19,20 @@ from tests.data.test_pipelines import damage, epoch, special
 if not has_dali():
     pytest.skip("DALI is not installed", allow_module_level=True)
 
+from nvidia.dali import types
+from nvidia.dali.backend import GetSchema
+
+from synco_fast.data.augment.draw import ViewParameters, draw_views
+from synco_fast.data.augment.ops import finish_views
+from synco_fast.data.pipelines.dali import graph as dali_graph
+from synco_fast.data.pipelines.dali import pipeline as dali_pipeline
 from synco_fast.data.pipelines.dali import reader as dali_reader
+from synco_fast.data.pipelines.dali.finish import finish_crops
+from synco_fast.data.pipelines.dali.graph import build_crops
 from synco_fast.data.pipelines.dali.pipeline import DaliPipeline, dali_evaluation
+from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.torchvision import evaluation_loader
+from synco_fast.data.workers import start_threads
 
 RECIPE = Recipe(size=16)
 
@@ -72,7 +86,7 @@ def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch
     def wrong(batch):
         found = inputs(batch)
         if len(batch) > 1:
-            found["extent_0"] = found["extent_0"][:, :1]
+            found["end_0"] = found["end_0"][:, :1]
         return found
 
     monkeypatch.setattr(pipe._runner, "_inputs", wrong)
@@ -85,6 +99,84 @@ def test_both_ways_to_decode_make_the_same_views(folder, decode):
     for batch, other in zip(epoch(pipeline(folder, decode=decode), 1), epoch(pipeline(folder), 1), strict=True):
         assert torch.equal(batch.image_ids, other.image_ids)
         assert (batch.second.int() - other.second.int()).abs().float().mean() < 1.5
+
+
+def test_the_graph_has_few_operators():
+    """Sources of the files and of two crops, the decoder and two resizes; a graph of all operations had 310."""
+    counts = [
+        len(build_crops(RECIPE, batch=2, device=None, threads=1, decode=decode, depth=1)._ops)
+        for decode in ("once", "windows")
+    ]
+    assert counts == [8, 9]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that compute: a launch or more each on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, kinds, args=(), options=None):
+        views = any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.arguments)
+        self.count += not views
+        return operator(*args, **(options or {}))
+
+
+def test_a_batch_takes_few_launches_after_the_crop():
+    """For both views of any batch together, here as a GPU would get them; the text names about 180."""
+    options = {"seed": 0, "epoch": 0, "images": np.arange(128), "sizes": np.tile([40, 50], (128, 1))}
+    drawn = ViewParameters.join([draw_views(Recipe(), views=np.full(128, view), **options) for view in range(2)])
+    with Calls() as calls:
+        finish_views(torch.zeros(256, 3, 8, 8, dtype=torch.uint8), drawn)
+    assert 100 < calls.count <= 190
+
+
+H100, A100, T4 = ((9, 0), 80 << 30), ((8, 0), 40 << 30), ((7, 5), 16 << 30)
+
+
+def test_the_decoder_takes_published_values_where_none_are_set():
+    keys = ("hw_decoder_load", "preallocate_width_hint", "preallocate_height_hint", "jpeg_fancy_upsampling")
+    for gpu, values in ((H100, (0.99, 5980, 6430)), (A100, (0.75, 5980, 6430)), (T4, (0.65, 0, 0))):
+        assert DaliSettings().decoder(*gpu) == dict(zip(keys, (*values, True), strict=True))
+    assert DaliSettings().decoder((12, 0), 96 << 30)["hw_decoder_load"] == 0.65
+    assert DaliSettings().decoder((9, 0), 16 << 30)["preallocate_width_hint"] == 0, "a part of a GPU"
+    assert DaliSettings().decoder(*H100, allocate=False)["preallocate_width_hint"] == 0
+    sizes = {"preallocate_width_hint": 640, "preallocate_height_hint": 480}
+    config = build_config({"data": {"hw_decoder_load": 0, "jpeg_fancy_upsampling": False, "dali_threads": 3, **sizes}})
+    assert config.data.dali.decoder(*H100) == dict(zip(keys, (0, 640, 480, False), strict=True))
+    assert [DaliSettings().count_threads(64, capability) for capability in (None, (7, 5), (9, 0))] == [64, 64, 6]
+    assert config.data.dali.count_threads(64, (9, 0)) == 3
+    for operator in ("decoders__Image", "decoders__ImageSlice"):
+        assert set(keys) <= set(GetSchema(operator).GetArgumentNames())
+
+
+def test_on_a_gpu_the_settings_reach_the_decoder(folder, monkeypatch):
+    monkeypatch.setattr(dali_pipeline, "_about", lambda number: H100)
+    pipe = pipeline(folder, settings=DaliSettings(hw_decoder_load=0.5))
+    assert pipe._decoder == DaliSettings(hw_decoder_load=0.5).decoder(*H100)
+    assert pipe._threads <= 6
+    assert dali_graph._decode_options(pipe._decoder, "cpu") == {"device": "cpu", "output_type": types.RGB}
+    on_gpu = dali_graph._decode_options(pipe._decoder, "gpu")
+    assert on_gpu == {"device": "mixed", "output_type": types.RGB, **pipe._decoder}
+
+
+def test_one_core_a_thread_makes_the_views_of_one_thread():
+    before = torch.get_num_threads()
+    crops = [torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8) for _ in range(2)]
+    options = {"seed": 0, "epoch": 0, "images": np.arange(5), "sizes": np.tile([40, 50], (5, 1))}
+    drawn = [draw_views(RECIPE, views=np.full(5, view), **options) for view in range(2)]
+    with start_threads(3) as pool:
+        assert set(pool.map(lambda _: torch.get_num_threads(), range(20))) == {1}
+        assert torch.get_num_threads() == before
+        for one, other in zip(
+            finish_crops(crops, drawn, RECIPE, torch.uint8, pool),
+            finish_crops(crops, drawn, RECIPE, torch.uint8),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == before
 
 
 def test_evaluation_is_that_of_the_portable_pipeline(folder):

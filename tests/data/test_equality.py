@@ -132,17 +132,17 @@ def by_resident():
 
 
 def by_dali(decode, dtype=torch.uint8):
-    from synco_fast.data.pipelines.dali.graph import build_views, view_inputs
+    from synco_fast.data.pipelines.dali.finish import finish_crops
+    from synco_fast.data.pipelines.dali.graph import build_crops, crop_inputs
 
-    graph = build_views(RECIPE, batch=len(CASES), device=None, threads=1, decode=decode, dtype=dtype, depth=1)
-    files = np.frombuffer(encode_pixels(np.asarray(IMAGE)), np.uint8)
-    inputs = view_inputs([all_cases(), all_cases()[::-1]], RECIPE)
-    graph.feed_input("encoded", [files] * len(CASES))
-    for name, values in inputs.items():
+    graph = build_crops(RECIPE, batch=len(CASES), device=None, threads=1, decode=decode, depth=1)
+    drawn = (all_cases(), all_cases()[::-1])
+    graph.feed_input("encoded", [np.frombuffer(encode_pixels(np.asarray(IMAGE)), np.uint8)] * len(CASES))
+    for name, values in crop_inputs(drawn, decode).items():
         graph.feed_input(name, values)
-    first, second = (torch.from_dlpack(views.as_tensor()).clone().permute(0, 3, 1, 2) for views in graph.run())
+    crops = [torch.from_dlpack(views.as_tensor()) for views in graph.run()]
+    first, second = finish_crops(crops, drawn, RECIPE, dtype)
     assert torch.equal(first, second.flip(0)), "the two views go the same way"
-    assert first.is_contiguous(memory_format=torch.channels_last)
     return list(first)
 
 

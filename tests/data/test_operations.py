@@ -40,12 +40,6 @@ def tables(executor):
     """What an executor says that it carries out, by operation."""
     if executor == "differentiable":
         return [differentiable.APPLY]
-    if executor == "dali":
-        pytest.importorskip("nvidia.dali")
-        from synco_fast.data.pipelines.dali import graph
-
-        # The crop takes the encoded image; the flip is an argument of the normalisation.
-        return [graph.INPUTS, graph.APPLY | {"crop": None, "flip": None}]
     return [ops.APPLY | {"crop": None}]
 
 
@@ -77,13 +71,15 @@ def by_resident(recipe):
 
 
 def by_dali(recipe):
-    from synco_fast.data.pipelines.dali.graph import build_views, view_inputs
+    from synco_fast.data.pipelines.dali.finish import finish_crops
+    from synco_fast.data.pipelines.dali.graph import build_crops, crop_inputs
 
-    graph = build_views(recipe, batch=4, device=None, threads=1, decode="once", dtype=torch.uint8, depth=1)
+    graph = build_crops(recipe, batch=4, device=None, threads=1, decode="once", depth=1)
     graph.feed_input("encoded", [np.frombuffer(encode_pixels(np.asarray(IMAGE)), np.uint8)] * 4)
-    for name, values in view_inputs([drawn(recipe), drawn(recipe)], recipe).items():
+    for name, values in crop_inputs([drawn(recipe), drawn(recipe)], "once").items():
         graph.feed_input(name, values)
-    return torch.from_dlpack(graph.run()[0].as_tensor()).clone().permute(0, 3, 1, 2)
+    crops = torch.from_dlpack(graph.run()[0].as_tensor())
+    return finish_crops([crops], [drawn(recipe)], recipe, torch.uint8)[0]
 
 
 def by_differentiable(recipe):

@@ -1,5 +1,8 @@
 """The one draw of parameters: its distribution is torchvision's, and it depends on what it should, alone."""
 
+from dataclasses import replace
+from itertools import permutations
+
 import numpy as np
 import pytest
 import torch
@@ -156,6 +159,24 @@ def test_parts_that_the_recipe_leaves_out_change_nothing():
     assert not list(views.steps())
     assert not views.grayscale.any()
     assert not views.sigma.any()
+
+
+def test_the_jitter_is_applied_to_every_row_in_its_own_order_and_the_hue_once():
+    views = replace(
+        draw(Recipe(), 48),
+        order=np.array([*permutations(range(4))] * 2),
+        factors=np.repeat([[0.9, 1.1, 1.2, 0.05], [0.9, 1, 1.2, 0]], 24, axis=0).astype(np.float32),
+    )
+    for taken in (views, *(views[row : row + 1] for row in range(48))):
+        applied = [[] for _ in range(len(taken))]
+        for part, rows in taken.steps():
+            for row in rows:
+                applied[row].append(part)
+        for row, parts in enumerate(applied):
+            changed = [part for part in taken.order[row].tolist() if taken.factors[row, part] != (1, 1, 1, 0)[part]]
+            assert parts == changed
+    assert [part for part, _ in views.steps()].count(JITTER.index("hue")) == 1
+    assert len(list(views.steps())) <= 15
 
 
 def test_uniforms_are_even_and_follow_the_fold_of_derived_seeds():

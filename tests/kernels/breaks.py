@@ -13,6 +13,7 @@ INTERPRETED = ("-o", "python_files=check_*.py")
 LOSS = (*INTERPRETED, "tests/kernels/triton/interpreted/check_loss.py")
 SELECTION = (*INTERPRETED, "tests/kernels/triton/interpreted/check_selection.py")
 FULL = (*INTERPRETED, "tests/kernels/triton/interpreted/check_full_select.py")
+FORMATS = (*INTERPRETED, "tests/kernels/triton/interpreted/check_formats.py")
 KERNEL_EDGES = (*INTERPRETED, "tests/kernels/triton/interpreted/check_edges.py")
 
 
@@ -357,6 +358,30 @@ BREAKS = (
         "for digit in range(3):",
         FULL,
         "ordinary and 63",
+    ),
+    Break(
+        "kernels: the slow path ends with its buffer",
+        "kernels/triton/full_select.py",
+        "for number in range(place, flagged, places):",
+        "for number in range(place, tl.minimum(flagged, places), places):",
+        FULL,
+        "more_rows",
+    ),
+    Break(
+        "kernels: a row that is filled alone ignores the mask",
+        "kernels/triton/full_select.py",
+        "tl.where(queue_image == tl.load(p_image + row), ",
+        "tl.where(queue_image == -5, ",
+        FULL,
+        "more_rows",
+    ),
+    Break(
+        "kernels: float32 without its low halves",
+        "kernels/triton/sample.py",
+        "return high, (x - high.to(tl.float32)).to(FORMAT)",
+        "return high, (x * 0).to(FORMAT)",
+        FORMATS,
+        "three",
     ),
     Break(
         "kernels: launches go to the current device",

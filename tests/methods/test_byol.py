@@ -90,7 +90,8 @@ def test_a_run_learns_without_collapse_and_resumes_to_the_bit(tiny, tmp_path):
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     assert lines[-1]["embedding_std"] > 0.5, "1 is spread evenly, 0 is collapse"
     assert {"key_momentum", "gradient_norm", "parameter_norm"} <= lines[-1].keys()
-    assert "queue_age" not in lines[-1]
+    assert lines[-1]["alignment"] == pytest.approx(2 - 2 * lines[-1]["similarity/positive"])
+    assert not {"queue_age", "key_rank"} & lines[-1].keys(), "without a queue"
 
 
 @pytest.mark.slow

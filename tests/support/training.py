@@ -14,6 +14,7 @@ from rich.console import Console
 
 from synco_fast.config import Config
 from synco_fast.evaluation.knn import PeriodicKnn
+from synco_fast.evaluation.monitor import HealthMonitor
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.training.loop import Trainer
 from synco_fast.training.metrics import read_metrics
@@ -27,7 +28,7 @@ OF_THE_MACHINE = ("images_per_second", "data_wait", "memory_mib", "generators_ti
 def trainer(config: Config, folder: Path, **settings: Any) -> Trainer[Summary]:
     """A trainer as the command makes it, silent unless ``console`` is given."""
     settings.setdefault("console", Console(quiet=True))
-    return Trainer(Pretraining(config, evaluate=PeriodicKnn()), folder, **settings)
+    return Trainer(Pretraining(config, evaluate=PeriodicKnn(), monitor=HealthMonitor()), folder, **settings)
 
 
 def pretrain(config: Config, folder: Path, resume: Path | None = None) -> Summary:

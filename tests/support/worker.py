@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from synco_fast.config import read_config
+from synco_fast.evaluation.monitor import HealthMonitor
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import DataError, UserError
 from synco_fast.training.loop import Trainer
@@ -78,7 +79,7 @@ try:
         config = read_config(FOLDER / "job.yaml")
         console = Console(file=words, width=200)
         trainer = Trainer(
-            Pretraining(config, control=control),
+            Pretraining(config, control=control, monitor=HealthMonitor()),
             FOLDER,
             resume=FOLDER if RESUME else None,
             console=console,

@@ -27,7 +27,7 @@ class Told:
         pass
 
     def __call__(self, *_, **__):
-        return SimpleNamespace(accuracy=self.scores.pop(0), queries=12, corrupt=())
+        return SimpleNamespace(accuracy=self.scores.pop(0), queries=12, corrupt=(), figures={})
 
 
 def run(config, folder, *scores, resume=None, **settings):

@@ -14,6 +14,7 @@ from synco_fast.runtime import distributed
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import ConfigError, LostProcessError
+from synco_fast.training.metrics import read_metrics
 from tests.support.rotation import in_turn, todays
 
 from ..support.job import Job, losses, run_job, under_torchrun
@@ -52,6 +53,9 @@ def test_losses_and_queue_are_those_of_one_process(tiny, tmp_path, world, change
     job = run_job(world, config, tmp_path / "job")
     assert_same_state(job, alone.states[0])
     assert torch.allclose(losses(tmp_path / "job"), losses(tmp_path / "alone"), atol=1e-5)
+    health = [read_metrics(tmp_path / name)[-1] for name in ("job", "alone")]
+    assert health[0]["key_rank"] == pytest.approx(health[1]["key_rank"], rel=1e-3)
+    assert [0 <= line["false_negatives"] <= 1 for line in health] == [True, True]
     if config.training.accumulate > 1:
         return  # running statistics move once for each part
     mean = find_checkpoint(tmp_path / "job")[0]["method"]["encoder.backbone.bn1.running_mean"]

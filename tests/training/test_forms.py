@@ -326,7 +326,7 @@ def test_run_folder_and_checkpoint_name_the_forms(tiny, tmp_path, served, monkey
     monkeypatch.setattr(momentum, "_note", lambda reason: None)
     summary = trainer(tiny(short), tmp_path / "run", console=console).run()
     expected = {"loss": "triton", "norm": "native", "momentum": "triton"}
-    others = {"views": "torchvision", "engine": "eager"}
+    others = {"views": "torchvision", "engine": "eager", "precision": "fp32"}
     assert {part: form["name"] for part, form in summary.forms.items()} == expected | others
     for file in ("environment.json", "summary.json"):
         found = json.loads((tmp_path / "run" / file).read_text())["forms"]
@@ -335,7 +335,9 @@ def test_run_folder_and_checkpoint_name_the_forms(tiny, tmp_path, served, monkey
     assert "norm: using native instead of the fused kernel: it is wrong" in text.getvalue()
     assert newest(tmp_path / "run")["forms"]["names"] == expected
     _print_summary(summary, console)
-    assert "loss triton, norm native, momentum triton, views torchvision, engine eager" in text.getvalue()
+    assert (
+        "loss triton, norm native, momentum triton, precision fp32, views torchvision, engine eager" in text.getvalue()
+    )
     prover.passing = ()
     console, text = screen()
     trainer(tiny({**short, "training.max_steps": 2}), tmp_path / "run", resume=tmp_path / "run", console=console)

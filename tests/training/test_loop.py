@@ -61,6 +61,7 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     assert summary.finished
     assert summary.chance == pytest.approx(1 / 3)
     assert summary.knn_after == lines[-1]["knn"]
+    assert summary.feature_rank == lines[-1]["feature_rank"] > 1
     assert Path(summary.checkpoint).is_file()
     assert summary.best is None
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004.pt", "step-00000008.pt"]
@@ -509,19 +510,3 @@ def test_what_cannot_work_is_said_before_the_first_step(tiny, image_folder, tmp_
     shutil.rmtree(image_folder / "val")
     refused(DataError, "found no held-out split")
     assert trainer(tiny({"evaluation.every": 0}), tmp_path).steps == 8
-
-
-@pytest.mark.slow
-def test_the_lines_of_the_page_on_training(tmp_path, monkeypatch):
-    """As they are printed, at one small step."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    small = {"training.batch": 8, "data.workers": 0, "evaluation.train_images": 40, "evaluation.images": 20}
-    few = {"training.max_steps": 1, "training.device": "cpu", **small}
-    assert '{"training.max_steps": 20}' in block
-    monkeypatch.chdir(tmp_path)
-    found: dict = {}
-    exec(block.replace('{"training.max_steps": 20}', repr(few)), found)
-    assert found["summary"].steps == 1
-    assert found["summary"].knn_after is not None
-    assert (tmp_path / "runs" / "mine" / "summary.json").is_file()

@@ -1,8 +1,14 @@
 """The panels of a run's picture and of its report are the same, and mark where synthetic negatives begin."""
 
-from matplotlib.figure import Figure
+from itertools import groupby
 
-from synco_fast.training.plots import PANELS, draw_curves, draw_panel, synthetic_start
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from synco_fast.data.pipelines.base import Batch
+from synco_fast.training.plots import PANELS, draw_curves, draw_pairs, draw_panel, synthetic_start
 
 
 def train(step: int, **values: float) -> dict:
@@ -32,9 +38,28 @@ def test_it_is_marked_in_loss_and_hardness():
     assert drawn(2, BEFORE) == [], "no evaluation, no panel"
 
 
+def test_a_panel_takes_its_curves_from_both_kinds_of_lines():
+    evaluation = {"kind": "evaluation", "step": 20, "epoch": 2.0, "knn": 0.5, "feature_rank": 30.0}
+    ranks = next(number for number, panel in enumerate(PANELS) if panel.title.startswith("effective rank"))
+    assert drawn(ranks, [train(10, key_rank=12.0), evaluation]) == ["keys", "backbone features"]
+    assert drawn(ranks, [train(10, key_rank=12.0)]) == ["keys"]
+
+
 def test_a_picture_of_everything_and_of_nothing(tmp_path):
     evaluation = {"kind": "evaluation", "step": 40, "epoch": 4.0, "knn": 0.5}
     draw_curves([*BEFORE, *AFTER, evaluation], tmp_path / "curves.png", title="run", chance=0.1)
     draw_curves([], tmp_path / "empty.png", title="run", chance=None)
     for name in ("curves.png", "empty.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_are_told_apart_by_their_gaps(tmp_path):
+    """The white gap between two pairs is several times the one between the views of a pair."""
+    dark = torch.zeros(12, 3, 32, 32, dtype=torch.uint8)
+    draw_pairs(Batch(dark, dark.clone(), torch.arange(12)), tmp_path / "pairs.png")
+    with Image.open(tmp_path / "pairs.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    row = pixels[(pixels < 100).sum(axis=1).argmax()] > 128
+    inside = [len(list(run)) for white, run in groupby(row) if white][1:-1]
+    assert len(inside) == 11, "six pairs a row"
+    assert min(inside[1::2]) > 4 * max(inside[::2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from synco_fast.data.errors import DataError
-from synco_fast.data.pipelines.dali.graph import Inputs, _decoder_options, _source
+from synco_fast.data.pipelines.dali.graph import Inputs, _backend, _decode_options, _source
 from synco_fast.data.pipelines.dali.reader import EncodedBatch
 from synco_fast.data.pipelines.fused import WORDS
 
@@ -35,14 +37,21 @@ class Decoded(NamedTuple):
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _decoding() -> Any:
+def _decoding(decoder: Mapping[str, Any]) -> Any:
     words = _source("words")
     if Pipeline.current().device_id is not None:
         words = words.gpu()
-    return fn.decoders.image(_source("encoded"), **_decoder_options()), words
+    return fn.decoders.image(_source("encoded"), **_decode_options(decoder, _backend())), words
 
 
-def build_decoding(*, batch: int, device: int | None, threads: int, depth: int) -> Pipeline:
+def build_decoding(
+    *,
+    batch: int,
+    device: int | None,
+    threads: int,
+    depth: int,
+    decoder: Mapping[str, Any] = MappingProxyType({}),
+) -> Pipeline:
     """A graph from ``encoded`` and the input of `decoding_inputs` to decoded images and the parameters of their views.
 
     Args:
@@ -50,9 +59,15 @@ def build_decoding(*, batch: int, device: int | None, threads: int, depth: int) 
         device: Number of the GPU, or None for the CPU backend.
         threads: Threads of DALI's pool.
         depth: Batches in flight.
+        decoder: Arguments of the decoder on a GPU, see `DaliSettings.decoder`.
     """
     graph = _decoding(
-        batch_size=batch, device_id=device, num_threads=threads, prefetch_queue_depth=depth, exec_dynamic=True
+        decoder,
+        batch_size=batch,
+        device_id=device,
+        num_threads=threads,
+        prefetch_queue_depth=depth,
+        exec_dynamic=True,
     )
     graph.build()
     return graph

@@ -21,13 +21,15 @@ from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Decode
 from synco_fast.data.pipelines.dali.decoded import build_decoding, check_sizes, decoding_inputs, gather_decoded
-from synco_fast.data.pipelines.dali.graph import build_evaluation, build_views, evaluation_inputs, view_inputs
+from synco_fast.data.pipelines.dali.finish import finish_crops
+from synco_fast.data.pipelines.dali.graph import build_crops, build_evaluation, crop_inputs, evaluation_inputs
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
+from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.epochs import EpochBatches, Position
 from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import Split
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import available_cores, start_threads
 
 __all__ = ["DaliPipeline", "dali_evaluation"]
 
@@ -53,10 +55,11 @@ class DaliPipeline:
         dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
         decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
         fused_dtype: As ``dtype``, of the views that fused kernels make from images that DALI only decodes.
-        threads: Threads of DALI; by default one per core.
+        threads: Threads of DALI; by default those of the settings.
+        settings: Of the decoder on a GPU.
         rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
-    The views are channels-last. Corrupt images are replaced as in every pipeline.
+    On a GPU the views are channels-last. Corrupt images are replaced as in every pipeline.
 
     Raises:
         DataError: The split holds fewer images than a step takes.
@@ -75,28 +78,34 @@ class DaliPipeline:
         decode: Decode = "once",
         fused_dtype: torch.dtype = torch.uint8,
         threads: int | None = None,
+        settings: DaliSettings = DaliSettings(),  # noqa: B008 - frozen
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self._decode, self._fused_dtype, self._threads = decode, fused_dtype, threads or available_cores()
+        self._decode, self._fused_dtype = decode, fused_dtype
         self._make: MakeViews | None = None
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
-        self._recipe, self._seed = recipe, seed
+        self._recipe, self._dtype = recipe, dtype
         self._number = number = _gpu_number(device)
-        self._reader = Reader(split, replace=True)
+        gpu = _about(number)
+        self._threads = threads or settings.count_threads(available_cores(), gpu and gpu[0])
+        self._decoder = {} if gpu is None else settings.decoder(*gpu)
+        self._reader = Reader(split, replace=True, draw=partial(_draw, recipe, seed))
         self._loader = self._reader.loader(self._batches, workers, seed)
         #: The recipe of the epoch's views, whose size the graph is built for.
         self._sized = recipe.at(0)
         build = partial(
-            build_views,
+            build_crops,
             batch=self._batches.share,
             device=number,
             threads=self._threads,
             decode=decode,
-            dtype=dtype,
             depth=_DEPTH,
+            decoder=self._decoder,
         )
-        self._runner = GraphRunner(lambda: build(self._sized), self._inputs, self._reader, device=number, depth=_DEPTH)
+        inputs = partial(_crop_inputs, decode)
+        self._runner = GraphRunner(lambda: build(self._sized), inputs, self._reader, device=number, depth=_DEPTH)
+        self._pool = start_threads(self._threads) if number is None else None
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -110,13 +119,15 @@ class DaliPipeline:
         if self._make is not None:
             yield from self._fused(self._make)
             return
-        for files, views in self._runner.run(self._loader):
-            first, second = map(_channels_first, views)
+        for files, crops in self._runner.run(self._loader):
+            first, second = finish_crops(crops, files.views, self._recipe, self._dtype, self._pool)
             yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
 
     def close(self) -> None:
         """End the workers and free DALI's memory; the pipeline yields nothing afterwards."""
         self._runner.close()
+        if self._pool is not None:
+            self._pool.shutdown()
         del self._loader
 
     @property
@@ -139,10 +150,15 @@ class DaliPipeline:
         self._free_graph()
         self._make = make
         build = partial(
-            build_decoding, batch=self._batches.share, device=self._number, threads=self._threads, depth=_DEPTH
+            build_decoding,
+            batch=self._batches.share,
+            device=self._number,
+            threads=self._threads,
+            depth=_DEPTH,
+            decoder=self._decoder,
         )
         self._runner = GraphRunner(
-            build, self._packed, self._reader, device=self._number, depth=_DEPTH, gather=gather_decoded
+            build, _packed, self._reader, device=self._number, depth=_DEPTH, gather=gather_decoded
         )
 
     def _fused(self, make: MakeViews) -> Iterator[Batch]:
@@ -153,9 +169,6 @@ class DaliPipeline:
             size, dtype = self._sized.size, self._fused_dtype
             first, second = make_pair(make, self._recipe, *buffer, rows, words, size=size, dtype=dtype)
             yield Batch(first, second, torch.from_numpy(files.images), files.corrupt)
-
-    def _packed(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
-        return decoding_inputs(*(packed(self._draw(files, view)) for view in range(2)))
 
     def _take_size(self, recipe: Recipe) -> None:
         """Rebuild the graph where the views of an epoch have another size than those before."""
@@ -170,18 +183,18 @@ class DaliPipeline:
             torch.cuda.synchronize(self._number)  # the memory of views that the encoder may still read is the graph's
         self._runner.close()
 
-    def _inputs(self, files: EncodedBatch) -> dict[str, NDArray[Any]]:
-        return view_inputs([self._draw(files, view) for view in range(2)], self._recipe)
 
-    def _draw(self, files: EncodedBatch, view: int) -> ViewParameters:
-        return draw_views(
-            self._recipe,
-            seed=self._seed,
-            epoch=files.epoch,
-            images=files.wanted,
-            views=np.full(len(files), view),
-            sizes=files.sizes,
-        )
+def _draw(recipe: Recipe, seed: int, files: EncodedBatch) -> tuple[ViewParameters, ...]:
+    draw = partial(draw_views, recipe, seed=seed, epoch=files.epoch, images=files.wanted, sizes=files.sizes)
+    return tuple(draw(views=np.full(len(files), view)) for view in range(2))
+
+
+def _crop_inputs(decode: Decode, files: EncodedBatch) -> dict[str, NDArray[Any]]:
+    return crop_inputs(files.views, decode)
+
+
+def _packed(files: EncodedBatch) -> dict[str, NDArray[Any]]:
+    return decoding_inputs(*map(packed, files.views))
 
 
 class _InOrder(Sampler[list[Position]]):
@@ -218,6 +231,7 @@ def dali_evaluation(
         threads: Threads of DALI; by default one per core.
     """
     number = _gpu_number(device)
+    gpu, settings = _about(number), DaliSettings()
     reader = Reader(split, replace=False)
     places = _InOrder(list(range(len(split))) if numbers is None else numbers, batch)
     build = partial(
@@ -225,9 +239,10 @@ def dali_evaluation(
         recipe,
         batch=batch,
         device=number,
-        threads=threads or available_cores(),
+        threads=threads or settings.count_threads(available_cores(), gpu and gpu[0]),
         dtype=torch.uint8,
         depth=_DEPTH,
+        decoder={} if gpu is None else settings.decoder(*gpu, allocate=False),
     )
     runner = GraphRunner(
         build, lambda files: evaluation_inputs(recipe, files.sizes), reader, device=number, depth=_DEPTH
@@ -245,3 +260,10 @@ def _gpu_number(device: torch.device | None) -> int | None:
     if device is None or device.type != "cuda":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _about(number: int | None) -> tuple[tuple[int, int], int] | None:
+    """Compute capability and memory in bytes of a GPU; None for the CPU."""
+    if number is None:
+        return None
+    return torch.cuda.get_device_capability(number), torch.cuda.get_device_properties(number).total_memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from synco_fast.data.augment.draw import ViewParameters
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines.epochs import Position, replace_corrupt
 from synco_fast.data.sources.decode import LONGEST_RATIO, central_part, decode_image, encode_pixels, plain_jpeg_size
@@ -36,6 +37,7 @@ class EncodedBatch:
         content: The bytes of all files, concatenated, uint8.
         ends: End of each file in ``content``, (b,) int64.
         corrupt: Reason by number, for corrupt images.
+        views: The parameters of each of their views, b rows each; none for an evaluation.
     """
 
     epoch: int
@@ -45,6 +47,7 @@ class EncodedBatch:
     content: Tensor
     ends: NDArray[np.int64]
     corrupt: dict[int, str]
+    views: tuple[ViewParameters, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,10 +80,17 @@ class Reader(Dataset[EncodedBatch]):
     Args:
         split: The images.
         replace: Whether the next image takes a corrupt one's place; otherwise it is skipped.
+        draw: Draws the parameters of a batch's views.
     """
 
-    def __init__(self, split: Split, *, replace: bool) -> None:
-        self.split, self.replace = split, replace
+    def __init__(
+        self,
+        split: Split,
+        *,
+        replace: bool,
+        draw: Callable[[EncodedBatch], tuple[ViewParameters, ...]] = lambda batch: (),
+    ) -> None:
+        self.split, self.replace, self._draw = split, replace, draw
 
     def __getitem__(self, places: list[Position]) -> EncodedBatch:
         """A batch, without the images that are skipped.
@@ -88,7 +98,7 @@ class Reader(Dataset[EncodedBatch]):
         Raises:
             DataError: Too many consecutive images are corrupt.
         """
-        return self._gather(places[0][0], [self._sample(wanted, by_pillow=False) for _, wanted in places])
+        return self.gather(places[0][0], [self._sample(wanted, by_pillow=False) for _, wanted in places])
 
     def again_by_pillow(self, batch: EncodedBatch, rows: Iterable[int]) -> EncodedBatch:
         """The same batch with these rows decoded by Pillow, or replaced if it cannot decode them."""
@@ -101,11 +111,12 @@ class Reader(Dataset[EncodedBatch]):
             else:
                 height, width = batch.sizes[row].tolist()
                 gathered.append((wanted, (files[row].tobytes(), (height, width), int(batch.images[row]), {})))
-        again = self._gather(batch.epoch, gathered)
+        again = self.gather(batch.epoch, gathered)
         again.corrupt = {**batch.corrupt, **again.corrupt}
         return again
 
-    def _gather(self, epoch: int, gathered: list[tuple[int, _Sample | dict[int, str]]]) -> EncodedBatch:
+    def gather(self, epoch: int, gathered: list[tuple[int, _Sample | dict[int, str]]]) -> EncodedBatch:
+        """A batch from the number that is due and what was read of it, or the reasons why nothing was."""
         found = [(wanted, sample) for wanted, sample in gathered if isinstance(sample, tuple)]
         excluded = {index: reason for _, part in gathered if isinstance(part, dict) for index, reason in part.items()}
         if not found:
@@ -115,6 +126,7 @@ class Reader(Dataset[EncodedBatch]):
             )
         batch = _collate(epoch, *zip(*found, strict=True))
         batch.corrupt |= excluded
+        batch.views = self._draw(batch)
         return batch
 
     def _sample(self, wanted: int, *, by_pillow: bool) -> tuple[int, _Sample | dict[int, str]]:

@@ -21,7 +21,7 @@ from synco_fast.data.sources.decode import encode_pixels
 
 __all__ = ["GraphRunner"]
 
-_PIXEL = np.frombuffer(encode_pixels(np.zeros((1, 1, 3), np.uint8)), np.uint8)
+_PIXEL = encode_pixels(np.zeros((1, 1, 3), np.uint8))
 
 Inputs = Callable[[EncodedBatch], dict[str, NDArray[Any]]]
 #: A batch with the arrays fed beside its files, kept alive because DALI reads them in place. An empty batch has no
@@ -132,15 +132,7 @@ class GraphRunner:
     def _start(self) -> Pipeline:
         """Build the graph and run blank pixels through it, since its first run takes several batches at once."""
         graph = self._build()
-        pixel = EncodedBatch(
-            0,
-            np.zeros(1, np.int64),
-            np.zeros(1, np.int64),
-            np.ones((1, 2), np.int64),
-            torch.from_numpy(_PIXEL.copy()),
-            np.array([len(_PIXEL)]),
-            {},
-        )
+        pixel = self._reader.gather(0, [(0, (_PIXEL, (1, 1), 0, {}))])
         inputs = self._inputs(pixel)
         for _ in range(self._depth):
             graph.feed_input("encoded", pixel.files())

@@ -16,14 +16,15 @@ def exact(similarity, hard):
     return values, index.masked_fill(values.isneginf(), 0)
 
 
-def select(inputs, hard, flag=None, ids=None):
+def select(inputs, hard, flag=None, ids=None, every=False):
     rows, length = len(inputs.q), len(inputs.queue)
     flag = torch.ones(rows, dtype=torch.int32) if flag is None else flag
     images, queue_images, available = compact_ids(*ids) if ids else (None, None, None)
     room = torch.full((module.rows_at_once(rows, length), length), 5, dtype=torch.int32)
     index, similarity = torch.full((rows, hard), -7, dtype=torch.int32), torch.full((rows, hard), torch.nan)
     form = form_of(inputs.q.dtype, inputs.q.shape[1], generation_of(inputs.q.device), masked=bool(ids))
-    module.full_select(inputs.q, inputs.queue, images, queue_images, available, flag, room, index, similarity, form)
+    given = (inputs.q, inputs.queue, images, queue_images, available, flag, room, index, similarity, form, every)
+    module.full_select(*given)
     return similarity, index.long()
 
 
@@ -65,7 +66,7 @@ def test_exact(make, case, hard):
 
 
 def test_only_flagged_rows_are_touched(make, monkeypatch):
-    # Three groups of two rows; the second has none that is flagged.
+    # Room for two of them.
     monkeypatch.setattr(module, "_ROOM", 2 * 4 * 300)
     inputs = make(5, 300, 16)
     flag = torch.tensor([0, 3, 0, 0, 1], dtype=torch.int32)
@@ -77,6 +78,26 @@ def test_only_flagged_rows_are_touched(make, monkeypatch):
         assert torch.equal(values[row], expected[row])
     assert index[[0, 2, 3]].eq(-7).all()
     assert values[[0, 2, 3]].isnan().all()
+
+
+@pytest.mark.parametrize(("masked", "every"), [(False, False), (True, False), (True, True)])
+def test_more_rows_than_there_is_room_for(make, monkeypatch, masked, every):
+    # Over two blocks of rows where few are flagged; whole numbers, so that every way of adding up gives the same.
+    monkeypatch.setattr(module, "_ROOM", 2 * 4 * 130)
+    rows = 5 if every else 70
+    inputs = make(rows, 130, 16)
+    inputs = inputs._replace(q=(inputs.q * 16).round(), queue=(inputs.queue * 16).round()).guarded()
+    flag = torch.zeros(rows, dtype=torch.int32)
+    flag[torch.arange(5) if every else [3, 20, 63, 64, 69]] = 1
+    image_ids, queue_ids = torch.arange(rows), torch.arange(130) // 2 + 3
+    values, index = select(inputs, 20, flag, (image_ids, queue_ids) if masked else None, every)
+    similarity = inputs.q @ inputs.queue.T
+    if masked:
+        similarity = similarity.masked_fill(image_ids[:, None] == queue_ids, -torch.inf)
+    expected, order = exact(similarity, 20)
+    assert torch.equal(index[flag == 1], order[flag == 1])
+    assert torch.equal(values[flag == 1], expected[flag == 1])
+    assert index[flag == 0].eq(-7).all()
 
 
 def test_masked_rows_with_fewer_keys_than_wanted(make):
