@@ -136,8 +136,8 @@ def test_presets(run, monkeypatch):
 def test_data_demo(run, tmp_path):
     code, out, _ = run("data", "demo", tmp_path / "set", "--train", "1", "--validation", "1")
     assert code == 0
-    assert "12 classes" in out
-    assert len(list((tmp_path / "set").rglob("*.jpg"))) == 24
+    assert "11 classes" in out
+    assert len(list((tmp_path / "set").rglob("*.jpg"))) == 22
 
 
 def test_validate(run, tmp_path, monkeypatch):
