@@ -84,8 +84,13 @@ def test_a_configuration_in_every_form_is_the_same(preset, tiny, tmp_path):
     assert "seed: 4" in found[0]
 
 
-def test_stop_signals_leave_a_checkpoint_and_are_delivered_again(tiny, tmp_path, signalled, unpictured, capsys):
+def test_stop_signals_leave_a_checkpoint_and_are_delivered_again(
+    tiny, tmp_path, signalled, unpictured, capsys, request
+):
     signalled |= {2: signal.SIGINT, 5: signal.SIGTERM}
+    # A shell starts its background jobs with SIGINT ignored.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
     with pytest.raises(KeyboardInterrupt):
         synco_fast.pretrain(tiny(), out=tmp_path / "run", evaluation_every=0)
     assert f"synco_fast.Run.open('{tmp_path / 'run'}').resume() goes on" in capsys.readouterr().out

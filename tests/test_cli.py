@@ -362,6 +362,7 @@ def test_the_closing_table_counts_epochs_as_people_do(epochs, title):
     known = dict.fromkeys(("knn_before", "knn_after", "chance"), 0.5) | {"finished": True, "forms": {}}
     known |= dict.fromkeys(("images_per_second", "data_wait", "training_seconds", "steps", "corrupt_images"), 0)
     known |= dict.fromkeys(("run", "checkpoint", "curves", "pairs"), "x")
+    known |= {"best": None, "feature_rank": None, "images_per_second_by_size": {}}
     out = io.StringIO()
     _print_summary(SimpleNamespace(method="synco", source="demo", epochs=epochs, **known), Console(file=out, width=80))
     assert out.getvalue().splitlines()[0].strip() == f"synco on demo: {title}"
