@@ -147,7 +147,8 @@ def load_hf(name: str, options: Mapping[str, str], limits: Limits = LIMITS) -> t
 def _load(name: str, config: str | None) -> Mapping[str, Any]:
     """The splits of a dataset by name."""
     try:
-        import datasets
+        # By name: a folder "datasets" in the working directory can be imported too, without the library.
+        from datasets import load_dataset, load_from_disk
     except ImportError as error:
         raise DataError("data: found no datasets, which hf: needs; pip install 'synco-fast[hf]'") from error
     path = Path(name).expanduser()
@@ -155,9 +156,9 @@ def _load(name: str, config: str | None) -> Mapping[str, Any]:
         raise DataError(f"data: found no folder {path}, expected one or a name on the Hub behind hf:")
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            found = datasets.load_from_disk(os.fspath(path))
+            found = load_from_disk(os.fspath(path))
         else:
-            found = datasets.load_dataset(os.fspath(path) if path.exists() else name, config)
+            found = load_dataset(os.fspath(path) if path.exists() else name, config)
     except Exception as error:  # of the network, of the cache, of the files: many kinds
         reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         where = "a folder" if path.exists() else "a name on the Hub within reach, or one in the library's cache"
