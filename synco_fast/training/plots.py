@@ -132,8 +132,13 @@ def draw_panel(
     if panel.top is not None:
         axes.set_ylim(top=panel.top)
     axes.set_xlabel("epoch", fontsize=size)
-    if len(axes.get_lines()) > 1:
-        axes.legend(fontsize=size - 1, ncol=2 if len(axes.get_lines()) > 4 else 1)
+    if len(axes.get_lines()) > 4:
+        # Room above the curves, since so large a legend would cover some of them.
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.5 * (high - low))
+        axes.legend(fontsize=size - 1, ncol=2, loc="upper center")
+    elif len(axes.get_lines()) > 1:
+        axes.legend(fontsize=size - 1)
     return True
 
 
