@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,21 +115,11 @@ def build_pipeline(
     """
     device = device or torch.device("cpu")
     chosen = choose_pipeline(name, split, device)
+    shared: dict[str, Any] = {"batch": batch, "seed": seed, "workers": workers, "rank": rank, "world": world}
     if isinstance(split, StreamSplit):
-        return StreamPipeline(
-            split,
-            recipe,
-            batch=batch,
-            seed=seed,
-            workers=workers,
-            pin_memory=device.type == "cuda",
-            rank=rank,
-            world=world,
-        )
+        return StreamPipeline(split, recipe, pin_memory=device.type == "cuda", **shared)
     if chosen == "resident":
-        return ResidentPipeline(
-            split, recipe, batch=batch, seed=seed, device=device, dtype=dtype, workers=workers, rank=rank, world=world
-        )
+        return ResidentPipeline(split, recipe, device=device, dtype=dtype, **shared)
     if chosen == "dali":
         from synco_fast.data.pipelines.dali.pipeline import DaliPipeline
 
@@ -136,29 +127,9 @@ def build_pipeline(
         if device.type == "cuda":
             views = torch.float32 if dtype == torch.float32 else torch.float16
         return DaliPipeline(
-            split,
-            recipe,
-            batch=batch,
-            seed=seed,
-            workers=workers,
-            device=device,
-            dtype=views,
-            decode=decode,
-            settings=dali,
-            fused_dtype=dtype,
-            rank=rank,
-            world=world,
+            split, recipe, device=device, dtype=views, decode=decode, settings=dali, fused_dtype=dtype, **shared
         )
-    return TorchvisionPipeline(
-        split,
-        recipe,
-        batch=batch,
-        seed=seed,
-        workers=workers,
-        pin_memory=device.type == "cuda",
-        rank=rank,
-        world=world,
-    )
+    return TorchvisionPipeline(split, recipe, pin_memory=device.type == "cuda", **shared)
 
 
 def evaluation_batches(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from synco_fast.commands.options import SOURCE, add_options, check_source, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.runtime.dist_env import DistEnv
 
 if TYPE_CHECKING:
     from synco_fast.config import Config, TrainingConfig
@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
 def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     config, limits, resume = _what_to_do(options, overrides_of(rest))
     check_source(config.data.source)
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if DistEnv.detect().is_main:
         console.print(f"{config.method.name} on {config.data.source}", markup=False, highlight=False, soft_wrap=True)
     load_torch(console)
     from synco_fast.api import train
