@@ -48,8 +48,11 @@ def unpictured(monkeypatch):
     monkeypatch.setattr("synco_fast.training.pretraining.draw_pairs", lambda batch, path: None)
 
 
-def test_a_run_and_what_it_leaves(preset, image_folder, tmp_path, monkeypatch, capsys):
+def test_a_run_and_what_it_leaves(preset, image_folder, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
+    # Another backend than the one that a plot would choose, and that the tests run with.
+    request.addfinalizer(lambda: matplotlib.use("Agg"))
+    matplotlib.use("svg")
     torch.manual_seed(7)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     handlers, drawn, backend = signal.getsignal(signal.SIGINT), torch.get_rng_state(), matplotlib.get_backend()

@@ -130,7 +130,7 @@ STATED: dict[str, Stated] = {
     ),
     # On ordinary features no row takes the slow path.
     "fill": Stated(
-        dict.fromkeys(("if tl.max(b_flag) > 0", "for tile in", "for begin in"), _NEVER),
+        dict.fromkeys(("if tl.max(b_flag) > 0", "for tile in"), _NEVER),
         _flags,
     ),
     "choose": Stated({"for number in": _NEVER}, _flags),

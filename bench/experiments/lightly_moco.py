@@ -25,14 +25,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from synco_fast.bench.experiments.common import must, over_seeds, read_json
+from synco_fast.bench.experiments.common import must, over_seeds
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.knn import periodic_knn
 from synco_fast.methods.build import build_encoder
 from synco_fast.presets import load_config
-from synco_fast.runtime.files import write_json, write_text
+from synco_fast.runtime.files import read_json, write_json, write_text
 from synco_fast.runtime.style import COLOURS
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.optimizer import learning_rate
@@ -60,7 +60,7 @@ def config_of(options: argparse.Namespace, seed: int, more: dict[str, Any] | Non
 
 def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:
     """A run by ``synco-fast pretrain``, which resumes."""
-    if not read_json_or_nothing(folder / "summary.json").get("finished"):
+    if not read_json(folder / "summary.json").get("finished"):
         folder.mkdir(parents=True, exist_ok=True)
         file = folder.with_suffix(".yaml")
         file.write_text(config_of(options, seed).to_yaml(), encoding="utf-8")
@@ -76,7 +76,7 @@ def train_ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str
 
 def train_lightly(options: argparse.Namespace, seed: int, file: Path) -> dict[str, Any]:
     """MoCo v2 as lightly's own example has it, in a plain PyTorch loop; the result is kept in ``file``."""
-    found = read_json_or_nothing(file)
+    found = read_json(file)
     if found:
         return found
     from lightly.loss import NTXentLoss
@@ -134,11 +134,6 @@ def train_lightly(options: argparse.Namespace, seed: int, file: Path) -> dict[st
     result = {"knn": knn, "loss": losses, "seconds": time.monotonic() - started}
     write_json(file, result)
     return result
-
-
-def read_json_or_nothing(file: Path) -> dict[str, Any]:
-    """A JSON file's object; empty if there is no such file."""
-    return read_json(file) if file.is_file() else {}
 
 
 def draw(record: dict[str, Any], path: Path) -> None:

@@ -120,8 +120,8 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "# Progressive resizing: images a second, and kNN at equal time",
         "",
-        "Made by `python -m synco_fast.bench.experiments.progressive`; the figures are in `record.json`. One thread, "
-        "processor time.",
+        f"Made by `python -m synco_fast.bench.experiments.progressive --presets {' '.join(record['runs'])}`; the "
+        "figures are in `record.json`. One thread, processor time.",
         "",
         f"Steps of `{_PRESET}` (ResNet-50, {_BATCH} images, one batch-norm group), median of {_ROUNDS} rounds:",
         "",

@@ -6,7 +6,7 @@ one typeface in a square of two by two. Size, place and ink of the four differ f
 little. The letters and digits of the held-out images occur in no training image: only the style of the drawing tells
 the class.
 
-The fonts are 465 designs by Brian Kent (1995 to 2008). He permits use, change and redistribution with attribution; the
+The fonts are by Brian Kent (1995 to 2008). He permits use, change and redistribution with attribution; the
 package's copyright file quotes him. Variants of a design (outlined, shadowed, second versions) begin with the same four
 letters of their file name, and only the first of them is taken. The images depend on the fonts and on FreeType alone;
 ``typefaces.json`` holds the versions and a checksum of all pixels.

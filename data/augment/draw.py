@@ -32,8 +32,8 @@ _SCHEDULE = (0, 2, 0, 1, 0, 2, 0, 3, 0, 2, 0, 1, 0, 2, 0)
 #: Draws of a crop before the central one is used, as in torchvision.
 _ATTEMPTS = 10
 
-#: The executors of the operations: `data.augment.ops` for the torchvision and the resident pipeline, DALI's graph, and
-#: the differentiable operations of generated pairs.
+#: The executors of the operations: `data.augment.ops` for the torchvision, the resident and the DALI pipeline, and the
+#: differentiable operations of generated pairs.
 EXECUTORS = ("torchvision", "resident", "dali", "differentiable")
 
 

@@ -106,6 +106,8 @@ class ResidentPipeline:
         count, channels, height, width = self._pixels.shape
         pixels = self._pixels if self._pixels.is_contiguous() else self._pixels.permute(0, 2, 3, 1)
         self._make = make
+        given = self.kernel_input
+        self._given = {name: given[name] for name in ("channels", "planar", "dtype")}
         self._flat = pixels.reshape(-1)  # a view: the images lie one after the other
         self._offsets = torch.arange(count, device=self._device) * (channels * height * width)
         self._sizes = (
@@ -125,12 +127,11 @@ class ResidentPipeline:
             sizes=np.tile(np.array([height, width]), (2 * count, 1)),
         )
         if self._make is not None:
-            given = {name: self.kernel_input[name] for name in ("channels", "planar", "dtype")}
             words = torch.from_numpy(packed(parameters))
             if self._device.type == "cuda":
                 words = words.pin_memory().to(self._device, non_blocking=True)
             buffer = self._flat, self._offsets, self._sizes
-            return make_pair(self._make, self._recipe, *buffer, rows, words, size=size, **given)
+            return make_pair(self._make, self._recipe, *buffer, rows, words, size=size, **self._given)
         pixels = self._pixels[rows].to(torch.float32)
         crops = crop_and_resize_batch(pixels.repeat(2, 1, 1, 1), parameters.crop, size)
         first, second = finish_views(crops.expand(-1, 3, -1, -1).contiguous(), parameters).chunk(2)

@@ -209,7 +209,7 @@ class _Parts(Dataset[Batch | str]):
         found = []
         for _ in range(self.each):
             wanted = next(reader)
-            found.append(self._views(wanted, [*done], reader.others, epoch))
+            found.append(self._views(wanted, done, reader.others, epoch))
             done.append(wanted)
         return found
 

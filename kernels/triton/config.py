@@ -294,8 +294,8 @@ def tile_key(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> tup
 def form_of(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> Form:
     """The form for a dtype, an embedding dimension and a `generation_of` device.
 
-    No form spills registers on sm_80, sm_90 or sm_100. The interpreter cannot round to TF32, so it multiplies float32
-    as "ieee".
+    The scan spills with no form on sm_80, sm_90 or sm_100. The interpreter cannot round to TF32, so it multiplies
+    float32 as "ieee".
     """
     name, narrow = tile_key(dtype, dim, generation, masked)
     formats = FORMATS[name]

@@ -7,8 +7,9 @@ N-th largest by radix selection (four histograms of eight bits). It stores the k
 missing, in queue order. If more rows are flagged than the buffer holds, each program of `choose` goes on with another
 row and computes its similarities alone.
 
-Counts are integers, so nothing depends on scheduling. The result is exact for every input and every N up to K. The
-buffer has a fixed size, and the host never waits.
+Counts are integers, so nothing depends on scheduling. The result is exact for every input and every N up to K,
+as exact as float32 sums: `fill` and `choose` add up in different orders, so that keys closer than rounding may differ.
+The buffer has a fixed size, and the host never waits.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"

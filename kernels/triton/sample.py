@@ -27,7 +27,7 @@ def halves(x, FORMAT: tl.constexpr):
     """A float32 block as the sum of a high and a low one in ``FORMAT``.
 
     With bfloat16 the sum is off by one part in 2^18. With float16 it is off by one part in 2^22, or by 2^-25 for small
-    numbers, and the numbers must be below 65,504.
+    numbers, and the numbers must be below 65,520.
     """
     high = x.to(FORMAT)
     return high, (x - high.to(tl.float32)).to(FORMAT)

@@ -27,7 +27,7 @@ import triton.language as tl
 from synco_fast.kernels.triton.overlap import begin
 from synco_fast.kernels.triton.sample import halves, multiply, product, three
 
-__all__ = ["OVERHANG", "scan"]
+__all__ = ["LANES", "OVERHANG", "scan"]
 
 #: Places after a row's last segment that a tile may overwrite, in addition to one for each of its keys.
 OVERHANG = 16

@@ -13,6 +13,7 @@ from synco_fast.runtime.errors import ConfigError
 __all__ = [
     "age_gap",
     "alignment",
+    "best_window",
     "class_share",
     "collapse",
     "contraction",
@@ -154,8 +155,31 @@ def age_gap(queries: Tensor, queue: Tensor, pointer: int | Tensor, count: int) -
     return (newest.mean(dim=0) - oldest.mean(dim=0)) @ mean
 
 
+def best_window(values: Sequence[float], window: int, before: int | None = None) -> int | None:
+    """The window of the highest mean among those that end where the last window begins, or sooner.
+
+    Args:
+        values: Figures in order of time.
+        window: Number of figures in a mean.
+        before: The result without the last figure, which leaves one window to compare; None compares all.
+
+    Returns:
+        Where it begins, the earliest of equal ones; None if there are fewer figures than two windows.
+    """
+    last = len(values) - 2 * window
+    if last < 0:
+        return None
+    return max(range(last + 1) if before is None else (before, last), key=lambda start: _mean(values, start, window))
+
+
 def contraction(
-    top1: Sequence[float], similarity: Sequence[float], *, window: int = 5, fall: float = 0.5, rise: float = 0.2
+    top1: Sequence[float],
+    similarity: Sequence[float],
+    *,
+    window: int = 5,
+    fall: float = 0.5,
+    rise: float = 0.2,
+    best: int | None = None,
 ) -> str | None:
     """Detect a contracting run: top-1 against the queue keeps falling while similarities rise.
 
@@ -170,6 +194,7 @@ def contraction(
         window: Number of figures in a mean, one per log line or epoch.
         fall: Fraction of its best mean that top-1 must have lost.
         rise: How much the similarity must have risen since then.
+        best: `best_window` of ``top1`` where it is known.
 
     Returns:
         A warning of one line; None if there is no such sign or the run is shorter than two windows.
@@ -179,14 +204,11 @@ def contraction(
     """
     if len(top1) != len(similarity):
         raise ConfigError(f"contraction: found {len(top1)} and {len(similarity)} figures, expected equal numbers")
-    if len(top1) < 2 * window:
+    best = best_window(top1, window) if best is None else best
+    if best is None:
         return None
-    means = [sum(top1[end - window : end]) / window for end in range(window, len(top1) + 1)]
-    earlier = means[: len(means) - window]
-    best = max(range(len(earlier)), key=earlier.__getitem__)
-    then, now = earlier[best], means[-1]
-    near = sum(similarity[best : best + window]) / window
-    nearer = sum(similarity[-window:]) / window
+    then, now = (_mean(top1, start, window) for start in (best, len(top1) - window))
+    near, nearer = (_mean(similarity, start, window) for start in (best, len(similarity) - window))
     if now > (1 - fall) * then or nearer < near + rise:
         return None
     return (
@@ -196,7 +218,14 @@ def contraction(
     )
 
 
-def collapse(ranks: Sequence[float], *, window: int = 5, fall: float = 0.7, name: str = "effective rank") -> str | None:
+def collapse(
+    ranks: Sequence[float],
+    *,
+    window: int = 5,
+    fall: float = 0.7,
+    name: str = "effective rank",
+    best: int | None = None,
+) -> str | None:
     """Detect a collapsing representation: its effective rank has lost most of what it had.
 
     Compares the mean of the last ``window`` figures with the best mean of ``window`` earlier ones in a row.
@@ -206,20 +235,25 @@ def collapse(ranks: Sequence[float], *, window: int = 5, fall: float = 0.7, name
         window: Number of figures in a mean.
         fall: Fraction of its best mean that the rank must have lost.
         name: The figure's name in the warning.
+        best: `best_window` of ``ranks`` where it is known.
 
     Returns:
         A warning of one line; None if there is no such sign or the run is shorter than two windows.
     """
-    if len(ranks) < 2 * window:
+    best = best_window(ranks, window) if best is None else best
+    if best is None:
         return None
-    means = [sum(ranks[end - window : end]) / window for end in range(window, len(ranks) + 1)]
-    best, now = max(means[: len(means) - window]), means[-1]
-    if now > (1 - fall) * best:
+    then, now = (_mean(ranks, start, window) for start in (best, len(ranks) - window))
+    if now > (1 - fall) * then:
         return None
     return (
-        f"{name} fell from {best:.1f} to {now:.1f}: the representation collapses; try a lower optimizer.lr, "
+        f"{name} fell from {then:.1f} to {now:.1f}: the representation collapses; try a lower optimizer.lr, "
         "a longer optimizer.warmup_epochs or a higher model.momentum"
     )
+
+
+def _mean(values: Sequence[float], start: int, window: int) -> float:
+    return sum(values[start : start + window]) / window
 
 
 def _check_rows(name: str, features: Tensor, least: int) -> None:

@@ -14,7 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synco_fast.evaluation.health import class_share, collapse, contraction, rankme, rows_for_health, uniformity
+from synco_fast.evaluation.health import (
+    best_window,
+    class_share,
+    collapse,
+    contraction,
+    rankme,
+    rows_for_health,
+    uniformity,
+)
 from synco_fast.methods.base import Recent
 from synco_fast.runtime.distributed import mean_over_ranks
 
@@ -26,6 +34,8 @@ _KEYS = 1024
 _QUERIES = 64
 #: Measures of the effective rank by name in ``metrics.jsonl``, and how many figures make a mean.
 _RANKS = {"key_rank": 5, "feature_rank": 1}
+#: How many figures of top-1 and of the similarities make a mean.
+_WINDOW = 5
 
 
 def feature_figures(features: Tensor) -> dict[str, float]:
@@ -54,6 +64,8 @@ class HealthMonitor:
         self._top1: list[float] = []
         self._similarity: list[float] = []
         self._ranks: dict[str, list[float]] = {name: [] for name in _RANKS}
+        #: `best_window` of each curve, which one figure more changes by one comparison.
+        self._best: dict[str, int | None] = {}
         self._warned: set[str] = set()
 
     def begin(self, labels: NDArray[np.int64] | None, lines: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -85,10 +97,10 @@ class HealthMonitor:
             found["alignment"] = 2 - 2 * values["similarity/positive"]
         if recent is None:
             return found
-        keys = recent.keys[recent.key_ids >= 0]
-        rows = rows_for_health(keys)
+        real = (recent.key_ids >= 0).nonzero().squeeze(1)
+        rows = recent.keys[rows_for_health(real)]
         if len(rows) >= 2 and bool(torch.isfinite(rows).all()):
-            found |= {"uniformity": uniformity(rows_for_health(keys, _KEYS)), "key_rank": rankme(rows)}
+            found |= {"uniformity": uniformity(recent.keys[rows_for_health(real, _KEYS)]), "key_rank": rankme(rows)}
         if self._labels is not None:
             share = torch.tensor(self._false_negatives(recent), dtype=torch.float64, device=recent.keys.device)
             mean_over_ranks([share])
@@ -114,17 +126,25 @@ class HealthMonitor:
 
     def look(self, values: Mapping[str, Any]) -> list[str]:
         """Take the figures of one line; returns each warning that is due, once a run."""
-        found = []
+        found = {}
         near = [values.get(f"similarity/{name}", math.nan) for name in ("hard", "positive")]
         known = [value for value in near if math.isfinite(value)]
         if "queue_top1" in values and known:
             self._top1.append(values["queue_top1"])
             self._similarity.append(known[0])
-            found.append(("contraction", contraction(self._top1, self._similarity)))
+            best = self._best_of("contraction", self._top1, _WINDOW)
+            if "contraction" not in self._warned:
+                found["contraction"] = contraction(self._top1, self._similarity, window=_WINDOW, best=best)
         for name, window in _RANKS.items():
             if name in values:
                 self._ranks[name].append(values[name])
-                found.append((name, collapse(self._ranks[name], window=window, name=name)))
-        new = [(kind, warning) for kind, warning in found if warning is not None and kind not in self._warned]
-        self._warned |= {kind for kind, _ in new}
-        return [f"{warning} (docs/curves.md)" for _, warning in new]
+                best = self._best_of(name, self._ranks[name], window)
+                if name not in self._warned:
+                    found[name] = collapse(self._ranks[name], window=window, name=name, best=best)
+        new = {kind: warning for kind, warning in found.items() if warning is not None}
+        self._warned |= new.keys()
+        return [f"{warning} (docs/curves.md)" for warning in new.values()]
+
+    def _best_of(self, kind: str, curve: list[float], window: int) -> int | None:
+        self._best[kind] = best_window(curve, window, self._best.get(kind))
+        return self._best[kind]

@@ -7,6 +7,7 @@ from torch.nn.functional import normalize
 from synco_fast.evaluation.health import (
     age_gap,
     alignment,
+    best_window,
     class_share,
     contraction,
     rankme,
@@ -166,6 +167,16 @@ LEARNED = (
 def test_recorded_runs_are_told_apart():
     assert "from 20% to 9%" in (contraction(*CONTRACTED) or "")
     assert contraction(*LEARNED) is None
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_the_best_window_is_kept_up_figure_by_figure(window):
+    values = [float(value) for value in torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(window))]
+    best = None
+    for count in range(1, len(values) + 1):
+        means = [sum(values[at : at + window]) / window for at in range(count - 2 * window + 1)]
+        best = best_window(values[:count], window, best)
+        assert best == (means.index(max(means)) if means else None)
 
 
 def test_a_short_run_is_not_judged():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +17,7 @@ from synco_fast.data.pipelines.dali.graph import Inputs, _backend, _decode_optio
 from synco_fast.data.pipelines.dali.reader import EncodedBatch
 from synco_fast.data.pipelines.fused import WORDS
 
-__all__ = ["Decoded", "build_decoding", "check_sizes", "decoding_inputs", "gather_decoded"]
-
-
-class Decoded(NamedTuple):
-    """A decoded batch.
-
-    Attributes:
-        pixels: All images one after the other, channels innermost, (n,) uint8.
-        offsets: Where each begins, (B,) int64.
-        sizes: Height and width, (B, 2) int64.
-        words: `packed` parameters of both views, those of the first ones before those of the second ones, (2 B, 16).
-    """
-
-    pixels: Tensor
-    offsets: Tensor
-    sizes: Tensor
-    words: Tensor
+__all__ = ["build_decoding", "check_sizes", "decoding_inputs", "gather_decoded"]
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
@@ -79,18 +63,23 @@ def decoding_inputs(first: Any, second: Any) -> Inputs:
 
 
 def gather_decoded(outputs: Any) -> list[Tensor]:
-    """A `Decoded` of the graph's outputs, as a list, with DALI's own tensors behind it.
+    """The decoded batch of the graph's outputs.
 
     The images are copied into one buffer, in one launch. DALI's memory is in use until the copy is done, so the caller
     keeps the list until then.
+
+    Returns:
+        All images one after the other, channels innermost, (n,) uint8; where each begins, (B,) int64; height and width,
+        (B, 2) int64; the `packed` parameters of the first and then of the second views, (2 B, 16); the sizes again, on
+        the CPU; and DALI's own tensors.
     """
     images, words = outputs
     decoded = [from_dlpack(images[row]) for row in range(len(images))]
     sizes = torch.tensor([image.shape[:2] for image in decoded])
-    ends = (3 * sizes.prod(dim=1)).cumsum(0)
+    lengths = 3 * sizes.prod(dim=1)
     drawn = from_dlpack(words.as_tensor())
     pixels = torch.cat([image.reshape(-1) for image in decoded])
-    shapes = torch.cat([(ends - 3 * sizes.prod(dim=1))[:, None], sizes], dim=1)
+    shapes = torch.cat([(lengths.cumsum(0) - lengths)[:, None], sizes], dim=1)
     if drawn.is_cuda:
         shapes = shapes.pin_memory().to(drawn.device, non_blocking=True)
     both = drawn.view(-1, 2, WORDS).transpose(0, 1).reshape(-1, WORDS)

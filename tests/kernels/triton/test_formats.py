@@ -89,7 +89,7 @@ def test_three_products_of_other_rows(within, temperature, peaked):
 
 
 def test_halves_hold_small_and_large_numbers():
-    """To one part in 2^22, or to 2^-25; above 65,504 they hold nothing, and the result shows it."""
+    """To one part in 2^22, or to 2^-25; from 65,520 on they hold nothing, and the result shows it."""
     x = torch.logspace(-8, 4.8, 2000) * (1 + torch.rand(2000))
     x = x[x < 65504]
     high, low = halves(x, torch.float16)
