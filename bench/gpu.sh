@@ -11,9 +11,13 @@
 #   variants    tuning variants of the launches
 #   norm        the batch norm kernels
 #   ncu         Nsight Compute on each launch, if installed
-#   tests       the GPU tests
-#   sanitizers  memcheck, initcheck and racecheck on one small call, if compute-sanitizer is installed
 #   compare     the loss by backend, and the selection alone
+#
+# and, beside each other, since they time nothing:
+#
+#   tests       the GPU tests; without pydantic those of the kernels only
+#   sanitizers  memcheck, initcheck and racecheck on one small call, if compute-sanitizer is installed
+#   train       the demo run, which makes its own images
 #
 # The stage `step` (the training step by backend and engine) runs only if named. The results in OUT_DIR are summary.txt and
 # gpu.tar.gz, with all figures as JSON lines and all logs; it is packed again after each stage. --cache takes the output of
@@ -21,7 +25,7 @@
 # of the worst stage.
 set -u
 usage() { echo "usage: bench/gpu.sh [--stage NAME]... [--cache FILE] [--dry] OUT_DIR" >&2; exit 2; }
-ALL=(stages launches variants norm ncu tests sanitizers compare)
+TIMED=(stages launches variants norm ncu compare step) UNTIMED=(tests sanitizers train)
 WANTED=() CACHE="" DRY=0 TARGET=""
 while [ $# -gt 0 ]; do
   case $1 in
@@ -34,12 +38,12 @@ while [ $# -gt 0 ]; do
 done
 [ -n "$TARGET" ] || usage
 for stage in ${WANTED[@]+"${WANTED[@]}"}; do
-  case " ${ALL[*]} step " in
+  case " ${TIMED[*]} ${UNTIMED[*]} " in
     *" $stage "*) ;;
-    *) echo "error: stage: found $stage, expected one of ${ALL[*]} step" >&2; exit 2 ;;
+    *) echo "error: stage: found $stage, expected one of ${TIMED[*]} ${UNTIMED[*]}" >&2; exit 2 ;;
   esac
 done
-[ ${#WANTED[@]} -gt 0 ] || WANTED=("${ALL[@]}")
+[ ${#WANTED[@]} -gt 0 ] || WANTED=(stages launches variants norm ncu compare "${UNTIMED[@]}")
 [ -z "$CACHE" ] || [ -f "$CACHE" ] || { echo "error: cache: found no file $CACHE, expected the output of bench/compile_cache.sh" >&2; exit 2; }
 mkdir -p "$TARGET" || exit 2
 OUT=$(cd "$TARGET" && pwd)
@@ -49,7 +53,7 @@ ROOT=$PWD
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo "$ROOT/.venv/bin/python" || command -v python3)}
 [ -n "$PYTHON" ] || { echo "error: found no Python, expected one with PyTorch: PYTHON=..." >&2; exit 2; }
 WORK=$(mktemp -d)
-CLOCKS=""
+CLOCKS="" JOBS=()
 finish() { [ -z "$CLOCKS" ] || kill "$CLOCKS" 2>/dev/null; rm -rf "$WORK"; }
 trap finish EXIT
 mkdir "$WORK/gpu"
@@ -85,11 +89,12 @@ SYNCO=("$PYTHON" -m synco_fast)
 # All stages together end before this many seconds, even if each reaches its limit.
 SLOWER=$((DRY ? 10 : 1))
 DEADLINE=$((SECONDS + 535 * SLOWER))
-WORST=0
+mkdir "$WORK/codes"
 : > "$WORK/gpu/parts.txt"
 
-pack() { # Pack the results so far, atomically.
-  tar -czf "$OUT/.gpu.tar.gz" -C "$WORK" gpu && mv "$OUT/.gpu.tar.gz" "$OUT/gpu.tar.gz"
+pack() { # Pack the results so far, atomically. A stage beside this one may still be writing, which is no error.
+  tar -czf "$OUT/.gpu.$BASHPID" -C "$WORK" gpu 2> /dev/null
+  mv "$OUT/.gpu.$BASHPID" "$OUT/gpu.tar.gz"
 }
 
 note() { printf '%-24s %-9s %4s s\n' "$1" "$2" "$3" | tee -a "$WORK/gpu/parts.txt"; }
@@ -105,11 +110,11 @@ part() { # part NAME SECONDS COMMAND...: JSON lines on standard output go to NAM
     return
   fi
   printf '%s\n' "$*" > "$WORK/gpu/$name.log"
-  timeout --kill-after=3 "$limit" "$@" > "$WORK/said" 2>> "$WORK/gpu/$name.log"
+  timeout --kill-after=3 "$limit" "$@" > "$WORK/said-$name" 2>> "$WORK/gpu/$name.log"
   code=$?
-  cat "$WORK/said" >> "$WORK/gpu/$name.log"
-  grep '^{' "$WORK/said" > "$WORK/gpu/$name.jsonl" || rm -f "$WORK/gpu/$name.jsonl"
-  [ "$code" -gt "$WORST" ] && WORST=$code
+  cat "$WORK/said-$name" >> "$WORK/gpu/$name.log"
+  grep '^{' "$WORK/said-$name" > "$WORK/gpu/$name.jsonl" || rm -f "$WORK/gpu/$name.jsonl"
+  : > "$WORK/codes/$code"
   if [ "$code" = 124 ] || [ "$code" = 137 ]; then note "$name" "time out" $((SECONDS - start)); else
     note "$name" "exit $code" $((SECONDS - start))
   fi
@@ -171,10 +176,15 @@ do_ncu() {
 }
 
 do_tests() {
-  local options=(-m gpu -v -p no:cacheprovider --confcutdir tests/kernels --junitxml "$WORK/gpu/tests.xml")
-  "$PYTHON" -c 'import pytest_timeout' 2> /dev/null && options+=(--timeout 60)
-  if "$PYTHON" -c 'import xdist' 2> /dev/null; then options+=(--numprocesses "$([ "$DRY" = 1 ] && echo 0 || echo 6)"); fi
-  part tests 100 "$PYTHON" -m pytest "${options[@]}" tests/kernels
+  local options=(-m gpu -v -p no:cacheprovider --junitxml "$WORK/gpu/tests.xml") files=(tests/kernels)
+  if "$PYTHON" -c 'import pydantic' 2> /dev/null; then
+    files+=(tests/data/test_gpu.py tests/training/test_gpu.py tests/bench/test_timing.py)
+  else
+    options+=(--confcutdir tests/kernels)
+  fi
+  "$PYTHON" -c 'import pytest_timeout' 2> /dev/null && options+=(--timeout 100)
+  if "$PYTHON" -c 'import xdist' 2> /dev/null; then options+=(--numprocesses "$([ "$DRY" = 1 ] && echo 0 || echo 8)"); fi
+  part tests 150 "$PYTHON" -m pytest "${options[@]}" "${files[@]}"
 }
 
 do_sanitizers() {
@@ -186,13 +196,23 @@ do_sanitizers() {
     part sanitizers 60 "$PYTHON" -m synco_fast.bench.launches --once --dtypes float32 "${ONCE[@]}"
   elif [ -n "$sanitizer" ]; then
     for tool in memcheck initcheck racecheck; do
-      part "$tool" 18 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
-        "$PYTHON" -m synco_fast.bench.launches --once --dtypes bfloat16 float32 "${ONCE[@]}"
+      part "$tool" 150 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+        "$PYTHON" -m synco_fast.bench.launches --once --dtypes bfloat16 float32 "${ONCE[@]}" &
     done
+    wait
   else
     note sanitizers "not there" 0
   fi
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
+}
+
+do_train() {
+  local limit=() device=auto
+  if [ "$DRY" = 1 ]; then limit=(--max-steps 2) device=cpu; fi
+  # The interpreter is for the kernels, which a run on a CPU does not use.
+  part train 150 env --unset TRITON_INTERPRET XDG_CACHE_HOME="$WORK/cache" "${SYNCO[@]}" pretrain --config demo --data demo \
+    --training.device $device --out "$WORK/run" "${limit[@]}"
+  [ ! -f "$WORK/run/metrics.jsonl" ] || cp "$WORK/run/metrics.jsonl" "$WORK/gpu/train-metrics.txt"
 }
 
 do_compare() {
@@ -211,8 +231,8 @@ do_compare() {
 }
 
 do_step() {
-  part step 300 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder encoder-plain synco moco \
-    --engines graph eager --backends blockwise triton --steps 10 --rounds 1 --json "$WORK/gpu/step.json"
+  part step 120 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder-plain encoder synco moco \
+    --engines graph eager --backends triton --steps 10 --rounds 1 --json "$WORK/gpu/step.json"
 }
 
 "$PYTHON" - > "$WORK/gpu/environment.json" <<'PY'
@@ -228,13 +248,25 @@ if command -v nvidia-smi > /dev/null && [ "$DRY" = 0 ]; then
     > "$WORK/gpu/clocks.csv" 2>&1 &
   CLOCKS=$!
 fi
-for stage in "${WANTED[@]}"; do "do_$stage"; done
+beside=()
+for stage in "${WANTED[@]}"; do
+  case " ${UNTIMED[*]} " in
+    *" $stage "*) beside+=("$stage") ;;
+    *) "do_$stage" ;;
+  esac
+done
+for stage in ${beside[@]+"${beside[@]}"}; do
+  # A dry run has a core or two.
+  if [ "$DRY" = 1 ]; then "do_$stage"; else "do_$stage" & JOBS+=($!); fi
+done
+[ ${#JOBS[@]} = 0 ] || wait "${JOBS[@]}"
 
-"$PYTHON" -m synco_fast.bench.summary "$WORK/gpu" > "$WORK/gpu/summary.txt" 2>&1 || WORST=1
+"$PYTHON" -m synco_fast.bench.summary "$WORK/gpu" > "$WORK/gpu/summary.txt" 2>&1 || : > "$WORK/codes/1"
 # Return the compiled kernels, so that the next run need not compile them.
 bench/compile_cache.sh --prune "$TRITON_CACHE_DIR" "$WORK/gpu/triton-cache.tar.gz" > /dev/null 2>&1
 if [ "$(wc -c < "$WORK/gpu/triton-cache.tar.gz" 2>/dev/null || echo 0)" -gt $((12 << 20)) ]; then rm "$WORK/gpu/triton-cache.tar.gz"; fi
 pack
 cp "$WORK/gpu/summary.txt" "$OUT/summary.txt"
 cat "$OUT/summary.txt"
-exit "$WORST"
+WORST=$(ls "$WORK/codes" | sort -n | tail -1)
+exit "${WORST:-0}"

@@ -90,13 +90,16 @@ def recorded(run: Callable[[], object]) -> list[Recorded]:
     return found
 
 
-def time_launches(run: Callable[[], object], device: torch.device, *, repeats: int) -> list[dict[str, Any]]:
+def time_launches(
+    run: Callable[[], object], device: torch.device, *, repeats: int, only: str | None = None
+) -> list[dict[str, Any]]:
     """The time of each launch of ``run`` on its own, in order.
 
     Args:
         run: A function that launches kernels.
         device: On a GPU a CUDA graph holds some twenty copies of a launch; on a CPU the launch is called.
         repeats: Timed runs.
+        only: Name of the launches to time; all by default.
 
     Returns:
         For each launch its name and ``microseconds``. On a GPU also ``cold_us``, the time of one launch with a cold L2
@@ -105,6 +108,8 @@ def time_launches(run: Callable[[], object], device: torch.device, *, repeats: i
     found = []
     # In order, since launches share buffers: each reads what the previous ones have just written.
     for number, launch in enumerate(recorded(run)):
+        if only not in (None, launch.name):
+            continue
         line: dict[str, Any] = {"launch": launch.name, "number": number}
         if device.type == "cuda":
             many = capture(launch, device, copies=_COPIES)

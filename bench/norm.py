@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from synco_fast.bench.norm_model import Layer, passes
-from synco_fast.bench.timing import seconds_of
+from synco_fast.bench.timing import capture, seconds_of
 from synco_fast.kernels.norm import NormBackend, batch_norm, unserved_by_triton
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 
 __all__ = ["measure_norm", "prepare_norm", "totals", "unavailable"]
+
+#: Copies of a run in the CUDA graph that times it.
+_COPIES = 4
 
 
 def unavailable(subject: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -191,7 +194,8 @@ def measure_norm(
         Subject and layer; ``seconds`` of every run and their median; ``cpu_seconds``, processor time of all threads,
         which other programs disturb less, and their median; ``gb_s``, bytes per second as `synco_fast.bench.norm_model`
         counts them; ``floor``, the time of the fused kernels' bytes at the bandwidth, as a fraction of the median. Or
-        ``failed``, the reason of the failure.
+        ``failed``, the reason of the failure. On a GPU also ``graph_s``, the median without the host's time: of copies
+        in a CUDA graph.
     """
     for layer in layers:
         size = batch * layer.channels * layer.height * layer.width * dtype.itemsize
@@ -209,6 +213,7 @@ def measure_norm(
                 clocked = _Clocked(run)
                 seconds[subject] += seconds_of(clocked, device, repeats=repeats, warmup=1 + (number == 0))
                 busy[subject] += clocked.seconds[-repeats:]
+        captured = {subject: _in_graph(run, device, repeats * rounds) for subject, run in runs.items()}
         for subject in runs:
             form = {"grouped": "grouped", "split": "plain", "plain": "plain"}.get(subject, "triton")
             median = statistics.median(seconds[subject])
@@ -221,7 +226,16 @@ def measure_norm(
                 "cpu_median_s": statistics.median(busy[subject]),
                 "gb_s": sum(passes(layer, form)) * size / median / 1e9,
                 "floor": sum(passes(layer, "triton")) * size / bandwidth / median,
+                **({} if captured[subject] is None else {"graph_s": captured[subject]}),
             }
+
+
+def _in_graph(run: Callable[[], object], device: torch.device, repeats: int) -> float | None:
+    """Median seconds of a run among some copies in a CUDA graph; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    replay = capture(run, device, copies=_COPIES)
+    return statistics.median(seconds_of(replay, device, repeats=repeats)) / _COPIES
 
 
 def totals(results: Sequence[dict[str, Any]], figure: str = "median_s") -> dict[str, float]:
@@ -229,7 +243,7 @@ def totals(results: Sequence[dict[str, Any]], figure: str = "median_s") -> dict[
 
     Args:
         results: Results of `measure_norm`.
-        figure: ``median_s`` or ``cpu_median_s``.
+        figure: ``median_s``, ``cpu_median_s`` or ``graph_s``.
     """
     found: dict[str, float] = {}
     for result in results:

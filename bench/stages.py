@@ -27,7 +27,7 @@ __all__ = ["CHECKS", "check_stages"]
 
 _SEED, _STEP = 3, 7
 #: Rounding of the softmax weights of queue keys before the second product, relative to the largest.
-_WEIGHTS = {"float32": 1e-5, "bfloat16": 2.0**-7, "float16": 2.0**-9}
+_WEIGHTS = {"float32": 2e-5, "bfloat16": 2.0**-7, "float16": 2.0**-9}
 
 #: A quantity's name, error and bound.
 Finding = tuple[str, float, float]

@@ -80,8 +80,12 @@ def _launches(folder: Path, model: Path) -> str:
 def _variants(folder: Path) -> str:
     rows = []
     for line in _lines(folder / "variants.jsonl"):
-        said = line.get("failed") or f"{line['microseconds']:10.1f} us{'' if line['agrees'] else '  DIFFERS'}"
-        rows.append(f"  {line['variant']:28} {said}")
+        said = line.get("failed")
+        if not said:
+            own = line.get("launches", {}) if line["variant"] != "as it is" else {}
+            said = f"{line['microseconds']:10.1f} us{'' if line['agrees'] else '  DIFFERS'}"
+            said += "".join(f"   {name} {each:.1f}" for name, each in own.items())
+        rows.append(f"  {line['variant']:44} {said}")
     return "\n".join(["variants", *rows]) if rows else ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,21 @@ _TILES = (
 )
 
 
-#: The mix: programs for each row, pieces of a vector, and warps of a program.
-_MIXES = ((4, 4, 1), (8, 4, 1), (16, 4, 1), (8, 2, 1), (8, 4, 2))
+#: The mix: programs for each row, pieces of a vector, warps of a program, and stages.
+_MIXES = (
+    (4, 4, 1, 1),
+    (4, 4, 1, 2),
+    (4, 4, 1, 3),
+    (8, 4, 1, 3),
+    (4, 2, 1, 3),
+    (8, 2, 1, 3),
+    (8, 1, 1, 3),
+    (2, 4, 2, 3),
+    (4, 4, 2, 3),
+    (2, 2, 2, 3),
+    (2, 4, 4, 3),
+    (1, 4, 4, 3),
+)
 
 
 @dataclass(frozen=True)
@@ -46,12 +60,14 @@ class Variant:
 
     Attributes:
         name: Name of the variant.
+        launch: The launch that it changes; None for all.
         holder: Module or dictionary that holds the value.
         key: Attribute or key.
         value: The changed value.
     """
 
     name: str
+    launch: str | None
     holder: Any
     key: Any
     value: Any
@@ -80,12 +96,9 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
     """The variants for a shape."""
     from synco_fast.kernels.triton import config
 
-    chosen = config.MIXES[shape.itemsize]
-    found = [
-        Variant("mix in {} parts, {} pieces, {} warps".format(*mix), config.MIXES, shape.itemsize, mix)
-        for mix in _MIXES
-        if mix != chosen
-    ]
+    found = []
+    for value in (256, 1024):
+        found.append(Variant(f"select with {value} places a warp", "select", config, "SELECT_PER_WARP", value))
     generation, dtype = config.generation_of(device), shape.torch_dtype
     name, narrow = config.tile_key(dtype, shape.dim, generation, masked=False)
     key = (generation, name, narrow)
@@ -95,13 +108,23 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
         other = config.Tile(rows, keys, present.chunk, min(present.piece, piece), warps, stages)
         if other != present and dtype != torch.float32:
             name = f"scan {other.rows} x {other.keys}, {other.warps} warps, {other.stages} stages"
-            found.append(Variant(name, config.TILES_OF, key, other))
+            found.append(Variant(name, "scan", config.TILES_OF, key, other))
+    if generation >= 9:
+        found.append(Variant("programmatic dependent launch", None, config, "OVERLAP", not config.OVERLAP))
+    text = "mix in {} parts, {} pieces, {} warps, {} stages"
+    found += [
+        Variant(text.format(*mix), "mix", config.MIXES, shape.itemsize, mix)
+        for mix in _MIXES
+        if mix != config.MIXES[shape.itemsize]
+    ]
     return found
 
 
 def _outputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, ...]:
     inputs = exact_inputs(shape.rows, shape.length, shape.dim, shape.torch_dtype).to(device=device)
-    settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": 3, "step": 7}
+    # The step on the device, as `bare` has it, so that each variant is compiled once.
+    step = torch.tensor(7, device=device)
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": 3, "step": step}
     return tuple(contrast_and_gradient(*inputs, shape.negatives, **settings))
 
 
@@ -125,18 +148,21 @@ def main() -> None:
     shape = shape_of(options, options.dtype)
     expected = _outputs(shape, device)
     for variant in [None, *variants_of(shape, device)[: options.most]]:
+        begun = time.monotonic()
         line: dict[str, Any] = {"variant": variant.name if variant else "as it is", "dtype": shape.dtype}
         try:
             with applied(variant):
                 line["agrees"] = _agree(_outputs(shape, device), expected)
                 run = bare("triton", shape, device)
                 line |= time_all(run, device, repeats=options.repeats)
-                if device.type == "cuda":
-                    timed = time_launches(run, device, repeats=options.repeats)
+                if device.type == "cuda" and (variant is None or variant.launch):
+                    only = variant.launch if variant else None
+                    timed = time_launches(run, device, repeats=options.repeats, only=only)
                     line["launches"] = {one["launch"]: one["microseconds"] for one in timed}
         except Exception as error:
             # A tile that does not fit on the device must not stop the others.
             line["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        line["wall_s"] = round(time.monotonic() - begun, 1)
         print(json.dumps(line), flush=True)
 
 

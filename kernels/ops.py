@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from synco_fast.kernels import blockwise, reference
+from synco_fast.kernels.autocast import without_autocast
 from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.checks import check_arguments, check_backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
@@ -99,7 +99,7 @@ def synthetic_contrast(
     if operand_dtype is not None:
         _check_operand_dtype(operand_dtype, q)
     if backend == "reference":
-        with _without_autocast(q.device):
+        with without_autocast(q.device):
             result = reference.contrast(
                 q if operand_dtype is None else _rounded(q, operand_dtype),
                 k if operand_dtype is None else _rounded(k, operand_dtype),
@@ -149,11 +149,6 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x + (x.to(dtype).to(x.dtype) - x).detach()
 
 
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else contextlib.nullcontext()
-
-
 def _wide(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
@@ -171,6 +166,11 @@ def _numbers(negatives: Negatives) -> list[float]:
 
 def _describe(counts: Sequence[int], numbers: Sequence[float], extrapolation: str) -> Negatives:
     """The inverse of `_counts` and `_numbers`."""
+    return _described(tuple(counts), tuple(numbers), extrapolation)
+
+
+@functools.lru_cache(maxsize=64)
+def _described(counts: tuple[int, ...], numbers: tuple[float, ...], extrapolation: str) -> Negatives:
     given = iter(numbers)
     fields: dict[str, Any] = dict(zip(("hard", *(family.name for family in FAMILIES)), counts, strict=True))
     for family in FAMILIES:
@@ -237,7 +237,7 @@ def _contrast(
     if operand_dtype is not None:
         q, k = q.to(operand_dtype), k.to(operand_dtype)
     compute = _choose(backend, q, queue, temperature)
-    with _without_autocast(q.device):
+    with without_autocast(q.device):
         outputs = compute(
             q,
             k,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from synco_fast.kernels.autocast import without_autocast
 from synco_fast.kernels.norm import native, reference
 from synco_fast.kernels.norm.arguments import Arguments, check_arguments
 
@@ -86,18 +86,13 @@ def batch_norm(
         residual=None if residual is None else residual.to(x.dtype),
         eps=float(eps),
     )
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device):
         if backend == "triton":
             return _by_operators(given)
         # A compiler fuses the formula into two kernels, but not the loop over groups.
         if backend == "reference" or (given.groups > 1 and torch.compiler.is_compiling()):
             return reference.batch_norm(given)
         return native.batch_norm(given)
-
-
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Disable autocast, since dtypes are explicit here. The "meta" device has no autocast."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _by_operators(given: Arguments) -> Tensor:

@@ -7,6 +7,7 @@ All of it follows from shapes, dtypes and the device.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ __all__ = [
     "MIXES",
     "OVERLAP",
     "SAMPLES",
+    "SELECT_PER_WARP",
     "TILE",
     "TILES",
     "TILES_OF",
@@ -60,6 +62,8 @@ CHUNK = 128
 SAMPLES = (2048, 4096)
 #: Programmatic dependent launch (see `overlap.py`). Off until a measurement shows a gain.
 OVERLAP = False
+#: Places of the candidate lists for each warp of `select`.
+SELECT_PER_WARP = 512
 _SMALLEST_TEMPERATURE = 0.03
 _LARGEST_DIM = 512
 #: The kernels use 32-bit integers for queue indices and for their next power of two.
@@ -93,6 +97,7 @@ def unserved(q: Tensor, queue: Tensor, temperature: float) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=64)
 def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
     """The active families in the general form, as a constant that is compiled into `mix`."""
     rows = []
@@ -244,7 +249,7 @@ TILES = {
 }
 #: Larger tiles for some devices, by the major compute capability as well.
 TILES_OF = {
-    (9, "bfloat16", True): Tile(128, 128, 128, 128, 8, 2),
+    (9, "bfloat16", True): Tile(128, 64, 128, 128, 8, 3),
     (9, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),
@@ -316,26 +321,28 @@ class Mix:
             that is the same for a whole vector.
         slots: Synthetic negatives that a program makes at a time.
         warps: Warps of a program.
+        stages: Blocks of slots whose keys are read ahead; 1 reads none.
     """
 
     parts: int
     pieces: int
     slots: int
     warps: int
+    stages: int
 
 
-#: Parts, pieces and warps by the item size of the queue's dtype, in bytes. A program takes as many slots as its threads
-#: hold with 16 bytes of each piece. Not yet tuned on a GPU.
-MIXES = {2: (4, 4, 1), 4: (8, 4, 1)}
+#: Parts, pieces, warps and stages by the item size of the queue's dtype, in bytes. A program takes as many slots as
+#: its threads hold with 16 bytes of each piece. Tuned on an H100.
+MIXES = {2: (4, 4, 1, 3), 4: (8, 4, 1, 1)}
 
 
 def mix_of(itemsize: int, wide: int) -> Mix:
     """The `Mix` for vectors of ``wide`` numbers, a power of two, of ``itemsize`` bytes each."""
     if interpreted():
-        return Mix(2, max(1, wide // 64), 16, 1)
-    parts, pieces, warps = MIXES[itemsize]
+        return Mix(2, max(1, wide // 64), 16, 1, 1)
+    parts, pieces, warps, stages = MIXES[itemsize]
     pieces = min(pieces, wide // 32)
-    return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * itemsize)), warps)
+    return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * itemsize)), warps, stages)
 
 
 def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.negatives import FAMILIES, Negatives
+from synco_fast.kernels.triton import config
 from synco_fast.kernels.triton.config import (
     SAMPLES,
     TILE,
@@ -252,8 +253,9 @@ def _launch(
                 KEYS=max(1, 4096 // wide),
                 MARGIN=form.margin,
                 EVERY=form.every,
+                DEVICE=not interpreted(),
                 **overlap,
-                num_warps=max(1, min(capacity // 512, 32)),
+                num_warps=max(1, min(many * segment // config.SELECT_PER_WARP, 32)),
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
@@ -296,6 +298,7 @@ def _launch(
             SLOTS=tile.slots,
             PARTS=parts,
             WIDTH=width,
+            STAGES=tile.stages,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
             **overlap,

@@ -177,6 +177,7 @@ def _family(
     SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Add one family's slots of this part to the sum of vectors, (SLOTS, D) in pieces, and to the weight of q."""
     NUMBER: tl.constexpr = TABLE[FAMILY][0]
@@ -194,7 +195,7 @@ def _family(
     RUN: tl.constexpr = 128 // p_queue.dtype.element_ty.primitive_bitwidth
     p_drawn += share(TABLE, PARTS, SLOTS, FAMILY)
     OWN: tl.constexpr = run_of(TABLE, PARTS, SLOTS, FAMILY)
-    for start in range(0, OWN, SLOTS):
+    for start in tl.range(0, OWN, SLOTS, num_stages=STAGES):
         o_mine = start + tl.arange(0, SLOTS)
         o_slot = part * OWN + o_mine
         m_slot = o_slot < COUNT
@@ -285,6 +286,7 @@ def mix(
     SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
     MASKED: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -349,6 +351,7 @@ def mix(
                 SLOTS,
                 PARTS,
                 WIDTH,
+                STAGES,
             )
     else:
         for start in range(0, COUNT, WIDTH):

@@ -34,43 +34,60 @@ def ordered(similarity):
 
 @triton.jit
 def _cut(b_order, needed, low, high, reached):
-    """Bisect for the threshold: the largest integer with at least `needed` numbers at or above it.
+    """Search for the threshold: the largest integer with at least `needed` numbers at or above it.
 
     Stops early at an integer with exactly `needed`. On entry `reached` numbers are at or above low, and none is above
-    high. Both bounds are int64, so that the midpoint cannot overflow.
+    high. Both bounds are int64, so that their difference cannot overflow.
+
+    The logarithm of the count falls about linearly near the threshold, so that most steps interpolate it between the
+    bounds: some eight steps where bisection takes over twenty. Every fourth step bisects, which bounds their number.
 
     Returns the integer, and how many numbers are at or above it.
     """
+    above = 0
+    step = 0
+    target = tl.log2(needed.to(tl.float32))
     while (low < high) & (reached != needed):
-        middle = (low + high + 1) >> 1
+        most = tl.log2(reached.to(tl.float32))
+        share = (most - target) / (most - tl.log2(above.to(tl.float32) + 0.5))
+        share = tl.where(step % 4 == 3, 0.5, share)
+        ahead = (share * (high - low).to(tl.float32)).to(tl.int64)
+        middle = low + tl.minimum(tl.maximum(ahead, 1), high - low)
         count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
         enough = count >= needed
         low = tl.where(enough, middle, low)
         reached = tl.where(enough, count, reached)
+        above = tl.where(enough, above, count)
         high = tl.where(enough, high, middle - 1)
+        step += 1
     return low.to(tl.int32), reached
 
 
 @triton.jit
-def _running(b_number, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """`tl.cumsum` of SIZE small integers, any 32 of which sum to less than 2^BITS.
+def _places(b_number):
+    """Place of each 1 among all ones of a (LISTS, SEGMENT) tensor of zeros and ones, list by list."""
+    b_own = tl.sum(b_number, axis=1)
+    b_before = tl.cumsum(b_own, 0) - b_own
+    return b_before[:, None] + tl.cumsum(b_number, 1) - b_number
 
-    Several of them are packed into one word before warps exchange them.
-    """
-    if SIZE < 512:
-        return tl.cumsum(b_number, 0)
+
+# As in the scan, inline assembly keeps the layout: `tl.store` would first move every tensor to another one.
+_PUT = tl.constexpr(
+    "{ .reg .pred kept; .reg .b64 address; setp.ge.s32 kept, $3, 0; mad.wide.s32 address, $3, 4, $1;"
+    " @kept st.global.b32 [address], $4; mad.wide.s32 address, $3, 4, $2; @kept st.global.b32 [address], $5;"
+    " mov.b32 $0, $3; }"
+)
+
+
+@triton.jit
+def _put(p_index, p_similarity, b_place, b_index, b_similarity, DEVICE: tl.constexpr):
+    """Store indices and similarities at their places, those at negative places nowhere."""
+    if DEVICE:
+        given = [p_index.to(tl.int64), p_similarity.to(tl.int64), b_place, b_index, b_similarity]
+        tl.inline_asm_elementwise(_PUT, "=r,l,l,r,r,f", given, dtype=tl.int32, is_pure=False, pack=1)
     else:
-        WARPS: tl.constexpr = SIZE // 512
-        FIELDS: tl.constexpr = 32 // BITS
-        GROUPS: tl.constexpr = 16 // FIELDS
-        LEAST: tl.constexpr = 2**BITS - 1
-        o_shift = (BITS * tl.arange(0, FIELDS))[None, :, None]
-        b_packed = tl.sum(tl.reshape(b_number, [GROUPS, FIELDS, WARPS, 32]) << o_shift[:, :, :, None], axis=1)
-        b_count = (tl.sum(b_packed, axis=2)[:, None, :] >> o_shift) & LEAST
-        b_count = tl.reshape(b_count, [16 * WARPS])
-        b_before = tl.reshape(tl.cumsum(b_count, 0) - b_count, [GROUPS, FIELDS, WARPS])
-        b_within = (tl.cumsum(b_packed, 2)[:, None, :, :] >> o_shift[:, :, :, None]) & LEAST
-        return tl.reshape(b_within + b_before[:, :, :, None], [SIZE])
+        tl.store(p_index + b_place, b_index, b_place >= 0)
+        tl.store(p_similarity + b_place, b_similarity, b_place >= 0)
 
 
 @triton.jit(do_not_specialize=["K", "N"])
@@ -99,6 +116,7 @@ def select(
     KEYS: tl.constexpr,
     MARGIN: tl.constexpr,
     EVERY: tl.constexpr,
+    DEVICE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag for rows that need the slow path.
@@ -121,14 +139,11 @@ def select(
     flag = (total < needed) | (total > CAPACITY) | (longest > SEGMENT)
     tl.store(p_flag + row, flag.to(tl.int32))
     if flag == 0:
-        # The start of each list after compaction. A place belongs to the last list that starts at or before it.
-        b_before = tl.cumsum(b_count, 0) - b_count
-        o_all = tl.arange(0, CAPACITY)
-        m_all = o_all < total
-        b_list = _running(tl.histogram(b_before, CAPACITY, b_before < total), CAPACITY, 16) - 1
-        o_from = o_all + tl.gather(o_list * SEGMENT - b_before, tl.where(m_all, b_list, 0), 0)
-        b_found = tl.load(p_found + row * room + o_from, m_all, 0)
-        b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
+        o_place = tl.arange(0, SEGMENT)
+        m_all = o_place[None, :] < b_count[:, None]
+        p_found += row * room
+        o_found = o_list[:, None] * SEGMENT + o_place[None, :]
+        b_found = tl.load(p_found + o_found, m_all, 0)
         b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         b_order = tl.where(m_all, ordered(b_similarity), -(2**31))
 
@@ -143,9 +158,11 @@ def select(
             b_near = m_all & ~(b_similarity < border - margin)
             if not EVERY:
                 b_near = b_near & ~(b_similarity >= border + margin)
-            b_place = _running(b_near.to(tl.int32), CAPACITY, 8) - 1
-            near = tl.max(b_place) + 1
-            tl.store(p_place + row * CAPACITY + b_place, b_index, b_near)
+            b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
+            b_place = _places(b_near.to(tl.int32))
+            near = tl.sum(b_near.to(tl.int32))
+            p_place += row * CAPACITY
+            tl.store(p_place + b_place, b_index, b_near)
             tl.debug_barrier()
             o_dim = tl.arange(0, DIM)
             m_dim = o_dim < D
@@ -153,13 +170,13 @@ def select(
             for start in range(0, near, KEYS):
                 o_near = start + tl.arange(0, KEYS)
                 m_near = o_near < near
-                key = tl.load(p_place + row * CAPACITY + o_near, m_near, 0).to(tl.int64)
+                key = tl.load(p_place + o_near, m_near, 0).to(tl.int64)
                 m_n = m_near[:, None] & m_dim[None, :]
                 n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_n, 0).to(tl.float32)
                 exact = tl.sum(n * q[None, :], axis=1).to(tl.int32, bitcast=True)
-                tl.store(p_place + row * CAPACITY + o_near, exact, m_near)
+                tl.store(p_place + o_near, exact, m_near)
             tl.debug_barrier()
-            exact = tl.load(p_place + row * CAPACITY + b_place, b_near, 0).to(tl.float32, bitcast=True)
+            exact = tl.load(p_place + b_place, b_near, 0).to(tl.float32, bitcast=True)
             b_similarity = tl.where(b_near, exact, b_similarity)
             # Keys above the margin are chosen in any case.
             sure = tl.where(m_all & ~(b_similarity < border - margin), 0x7FFFFFFF, -(2**31))
@@ -172,13 +189,19 @@ def select(
             b_tie = (b_order == last).to(tl.int32)
             spare = reached - needed
             tied = tl.sum(b_tie)
-            b_chosen = tl.where((b_tie == 1) & (_running(b_tie, CAPACITY, 8) > tied - spare), 0, b_chosen)
+            b_chosen = tl.where((b_tie == 1) & (_places(b_tie) >= tied - spare), 0, b_chosen)
         p_hard_index += row * N
         p_hard += row * N
-        o_to = _running(b_chosen, CAPACITY, 8) - 1
-        tl.store(p_hard_index + o_to, b_index, b_chosen == 1)
-        tl.store(p_hard + o_to, b_similarity, b_chosen == 1)
+        b_to = tl.where(b_chosen == 1, _places(b_chosen), -1)
+        if MARGIN == 0:
+            # Read what is chosen once more. The registers that would hold it during the search would halve the number
+            # of programs at a time.
+            b_found = tl.load(p_found + o_found, b_chosen == 1, 0)
+            b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
+            b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        _put(p_hard_index, p_hard, b_to, b_index, b_similarity, DEVICE)
         if MASKED:
+            o_all = tl.arange(0, CAPACITY)
             m_beyond = (o_all >= needed) & (o_all < N)
             tl.store(p_hard_index + o_all, 0, m_beyond)
             tl.store(p_hard + o_all, float("-inf"), m_beyond)

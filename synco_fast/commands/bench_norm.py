@@ -109,6 +109,8 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
             if options.json is not None:
                 # After each layer, so that nothing is lost where the time ends early.
                 sums = {"totals_s": totals(results), "cpu_totals_s": totals(results, "cpu_median_s")}
+                if on_gpu:
+                    sums["graph_totals_s"] = totals(results, "graph_s")
                 write_json(options.json, {**about, **sums, "results": results})
             bar.advance()
     title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"

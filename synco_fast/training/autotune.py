@@ -1,7 +1,8 @@
 """The choice of engine and pipeline for ``auto``: a long run measures them before its first step.
 
-The fastest engine that agrees with eager is used, and the first pipeline that keeps up with it. The checkpoint holds
-the choice, so that a resumed run stays equal bit for bit; ``engines.json`` holds the measurements.
+The fastest engine that agrees with eager is used, and the first pipeline that keeps up with it. A shorter run on a GPU
+only tries the CUDA graph, which takes a second: in eager, the host limits every small model. The checkpoint holds the
+choice, so that a resumed run stays equal bit for bit; ``engines.json`` holds the measurements.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_eng
 __all__ = ["FILE", "Auto", "engines_for", "fastest"]
 
 FILE = "engines.json"
-#: In a shorter run a measurement costs more than it can save.
+#: In a shorter run a whole measurement costs more than it can save.
 MIN_STEPS = 5_000
+#: From so many steps on, a run on a GPU tries the CUDA graph, for so many seconds of timed steps of each engine.
+MIN_GRAPH_STEPS = 200
+_GRAPH_SECONDS = 0.5
 #: Another engine must save this share of eager's time; less is noise.
 GAIN = 0.03
 #: Compiling on a CPU takes minutes; it is not tried if the whole run takes fewer seconds than this in eager.
@@ -104,10 +108,12 @@ class Auto:
             return False
         measured = False
         engine = self._engine
-        if any(self._open.values()) and steps >= MIN_STEPS and not engine.method.extra_state():
-            names = pipelines_for(self._split, engine.device) if self._open["pipeline"] else [self.name]
+        short = steps < MIN_STEPS
+        least = MIN_GRAPH_STEPS if engine.device.type == "cuda" and self._open["engine"] else MIN_STEPS
+        if any(self._open.values()) and steps >= least and not engine.method.extra_state():
+            names = pipelines_for(self._split, engine.device) if self._open["pipeline"] and not short else [self.name]
             if self._open["engine"] or len(names) > 1:
-                self._measure(names, steps, folder)
+                self._measure(names, steps, folder, short=short)
                 measured = True
         found = {"engine": engine.form, "pipeline": self.name}
         self._chosen = {key: found[key] for key, is_open in self._open.items() if is_open}
@@ -132,18 +138,28 @@ class Auto:
 
     # -- measuring ----------------------------------------------------------------------------------------------
 
-    def _measure(self, pipelines: list[PipelineName], steps: int, folder: Path) -> None:
+    def _measure(self, pipelines: list[PipelineName], steps: int, folder: Path, *, short: bool) -> None:
         engine, measured = self._engine, self._open["engine"]
         place = {"step": engine.steps // 2, "epoch": engine.config.training.epochs // 2}
         batches = [each.to(engine.device) for each in islice(feed(self.pipeline, self._first), _BATCHES)]
         names, without = engines_for(engine) if measured else ([engine.form], {})
+        if short:
+            without |= {name: "the run is too short to compile for" for name in names if name.startswith("compile")}
+            names = [name for name in names if name not in without]
 
         def unless(name: EngineName, seconds: float) -> str | None:
             short = engine.device.type == "cpu" and name == "compile" and steps * seconds < COMPILE_PAYS
             return "the run is too short to compile for" if short else None
 
         tried = try_engines(
-            engine, names, batches, self._control, unless=unless, say=lambda line: self._note(line, "dim"), **place
+            engine,
+            names,
+            batches,
+            self._control,
+            seconds=_GRAPH_SECONDS if short else None,
+            unless=unless,
+            say=lambda line: self._note(line, "dim"),
+            **place,
         )
         chosen = fastest(tried)
         del batches

@@ -128,6 +128,7 @@ def try_engines(
     *,
     step: int,
     epoch: int,
+    seconds: float | None = None,
     unless: Callable[[EngineName, float], str | None] = lambda name, seconds: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[EngineTrial]:
@@ -139,6 +140,7 @@ def try_engines(
         batches: This process's share of two batches or more, on the device.
         control: Communication between the processes.
         step, epoch: Position in the run that the steps assume; it decides learning rate and negatives.
+        seconds: Seconds of timed steps of each engine; `SECONDS` by default.
         unless: Maps an engine and eager's seconds per step to a reason not to try that engine, or None.
         say: Called with each line of progress.
     """
@@ -169,9 +171,9 @@ def try_engines(
                 if name == names[0]:
                     return found
                 continue
-            steps = steps or _how_many(engine, batches, control, step, epoch)
-            seconds = statistics.median(_timed(engine, batches, steps, step, epoch))
-            found.append(EngineTrial(name, control.max(round(1e9 * seconds))[0] / 1e9, ready, *errors))
+            steps = steps or _how_many(engine, batches, control, step, epoch, seconds or SECONDS)
+            median = statistics.median(_timed(engine, batches, steps, step, epoch))
+            found.append(EngineTrial(name, control.max(round(1e9 * median))[0] / 1e9, ready, *errors))
     return found
 
 
@@ -212,11 +214,13 @@ def _compared(
     return (of_losses, of_weights), None
 
 
-def _how_many(engine: Engine, batches: Sequence[Batch], control: HostGroup, step: int, epoch: int) -> int:
-    """The number of steps that takes about `SECONDS`, the same on every process."""
+def _how_many(
+    engine: Engine, batches: Sequence[Batch], control: HostGroup, step: int, epoch: int, seconds: float
+) -> int:
+    """The number of steps that takes about so many seconds, the same on every process."""
     once = statistics.median(_timed(engine, batches, _BLOCKS, step, epoch))
     slowest = control.max(round(1e9 * once))[0] / 1e9
-    return int(min(_MOST, max(_FEWEST, SECONDS / max(slowest, 1e-9))))
+    return int(min(_MOST, max(_FEWEST, seconds / max(slowest, 1e-9))))
 
 
 def _timed(engine: Engine, batches: Sequence[Batch], steps: int, step: int, epoch: int) -> list[float]:

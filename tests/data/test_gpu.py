@@ -40,7 +40,7 @@ def test_dali_makes_the_views_of_the_portable_pipeline(split, decode, dtype):
         for pipe in (ours, theirs):
             pipe.set_epoch(number, start=number)
         for batch, other in zip(ours, theirs, strict=True):
-            assert torch.equal(batch.image_ids, other.image_ids)
+            assert torch.equal(batch.image_ids.cpu(), other.image_ids)
             for view, wanted in ((batch.first, other.first), (batch.second, other.second)):
                 assert view.is_cuda
                 assert view.dtype == (torch.float32 if dtype == torch.float32 else torch.float16)
@@ -113,7 +113,7 @@ def test_fused_views_are_those_of_the_portable_pipeline(tmp_path, name, dtype):
         for pipe in (ours, theirs):
             pipe.set_epoch(number)
         for batch, other in zip(ours, theirs, strict=True):
-            assert torch.equal(batch.image_ids, other.image_ids)
+            assert torch.equal(batch.image_ids.cpu(), other.image_ids)
             for view, wanted in ((batch.first, other.first), (batch.second, other.second)):
                 assert view.is_cuda
                 assert view.dtype == dtype

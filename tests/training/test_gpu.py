@@ -35,7 +35,8 @@ def losses(config, steps=STEPS):
 
 @pytest.mark.parametrize("engine", ["graph", "compile", "compile+graph"])
 def test_each_engine_trains_as_eager_does(tiny, engine):
-    cuda = {"training.device": "cuda", "optimizer.lr": 0.1}
+    # Without 16-bit numbers, whose rounding differs where a compiler fuses operations.
+    cuda = {"training.device": "cuda", "training.precision": "fp32", "optimizer.lr": 0.1}
     eager = losses(tiny({**cuda, "training.engine": "eager"}))
     assert torch.allclose(losses(tiny({**cuda, "training.engine": engine})), eager, rtol=1e-3)
 

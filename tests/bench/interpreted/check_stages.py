@@ -89,7 +89,7 @@ def test_launches_are_recorded_and_timed_one_by_one():
 def test_variants_give_the_same_and_leave_nothing_behind():
     before = dict(config.MIXES)
     expected = _outputs(SMALL, CPU)
-    variants = variants_of(SMALL, CPU)
+    variants = [variant for variant in variants_of(SMALL, CPU) if variant.holder is config.MIXES]
     assert variants
     with applied(variants[0]):
         assert before != config.MIXES
