@@ -75,6 +75,7 @@ def measure_pipelines(
     rounds: int,
     recipe: Recipe,
     tick: Callable[[], None] = lambda: None,
+    keep: Callable[[list[dict[str, Any]]], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
     """Throughput of each pipeline.
 
@@ -89,6 +90,7 @@ def measure_pipelines(
         rounds: Rounds through all pipelines.
         recipe: The augmentation.
         tick: Called after each round of each pipeline.
+        keep: Called with the results so far after each round of each pipeline, in case time ends early.
 
     Returns:
         For each pipeline: images per second of every round and their median; views per second; CPU time per image in
@@ -113,7 +115,14 @@ def measure_pipelines(
                 result["rounds"].append(images)
                 result["processor_rounds"].append(None if busy is None else 1e3 * busy)
                 tick()
-    for result in found:
+                keep(_summarised(found))
+    return _summarised(found)
+
+
+def _summarised(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pipelines that were measured, with medians over their rounds so far."""
+    measured = [result for result in found if result["rounds"]]
+    for result in measured:
         result["images_per_second"] = statistics.median(result["rounds"])
         result["views_per_second"] = 2 * result["images_per_second"]
         told = None not in result["processor_rounds"]
@@ -121,7 +130,7 @@ def measure_pipelines(
         result["processor_milliseconds"] = processor
         share = None if processor is None else 1e-3 * processor * result["images_per_second"] / available_cores()
         result["core_share"] = share
-    return found
+    return measured
 
 
 def _pipeline(

@@ -134,14 +134,14 @@ fi
 do_stages() {
   local dtype
   for dtype in "${DTYPES[@]}"; do
-    part "stages-$dtype" 25 "$PYTHON" -m synco_fast.bench.stages --dtype "$dtype" "${SHAPE[@]}"
+    part "stages-$dtype" 60 "$PYTHON" -m synco_fast.bench.stages --dtype "$dtype" "${SHAPE[@]}"
   done
 }
 
 do_launches() {
   local dtype
   for dtype in "${DTYPES[@]}"; do
-    [ "$dtype" = float16 ] || part "launches-$dtype" 30 "$PYTHON" -m synco_fast.bench.launches --dtypes "$dtype" \
+    [ "$dtype" = float16 ] || part "launches-$dtype" 40 "$PYTHON" -m synco_fast.bench.launches --dtypes "$dtype" \
       --repeats "$REPEATS" "${SHAPE[@]}"
   done
 }
@@ -160,8 +160,8 @@ do_norm() {
     # Interpreted cases take minutes, so a dry run compares the backends that run on a CPU.
     cases=(--dtypes float32) plain=(env --unset TRITON_INTERPRET)
   fi
-  part norm 20 "${SYNCO[@]}" bench norm "${size[@]}" --json "$WORK/gpu/norm.json"
-  part norm-validate 20 "${plain[@]}" "${SYNCO[@]}" validate --part norm "${cases[@]}" --json "$WORK/gpu/norm-validate.json"
+  part norm 60 "${SYNCO[@]}" bench norm "${size[@]}" --json "$WORK/gpu/norm.json"
+  part norm-validate 90 "${plain[@]}" "${SYNCO[@]}" validate --part norm "${cases[@]}" --json "$WORK/gpu/norm-validate.json"
 }
 
 do_ncu() {
@@ -220,9 +220,9 @@ do_compare() {
   if [ "$DRY" = 1 ]; then backends=(blockwise topk) choices=(topk) device=cpu; fi
   "$PYTHON" -c 'import flashinfer' 2> /dev/null && choices+=(topk-flashinfer topk-flashinfer-only)
   "$PYTHON" -c 'import liger_kernel' 2> /dev/null && backends+=(linear-ce-liger)
-  part selection 20 "${SYNCO[@]}" bench loss --part selection --backends "${choices[@]}" --device $device "${SHAPE[@]}" \
+  part selection 45 "${SYNCO[@]}" bench loss --part selection --backends "${choices[@]}" --device $device "${SHAPE[@]}" \
     --repeats "$REPEATS" --rounds 1 --lines "$WORK/gpu/selection.jsonl.part"
-  part compare 40 "${SYNCO[@]}" bench loss --backends "${backends[@]}" --device $device "${SHAPE[@]}" \
+  part compare 120 "${SYNCO[@]}" bench loss --backends "${backends[@]}" --device $device "${SHAPE[@]}" \
     --repeats $((REPEATS < 5 ? REPEATS : 5)) --rounds 1 --lines "$WORK/gpu/compare.jsonl.part"
   local name
   for name in selection compare; do

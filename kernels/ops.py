@@ -66,9 +66,9 @@ def synthetic_contrast(
         image_ids: The image id of each query, (B,) int64, -1 if unknown. Together with ``queue_ids`` it masks queue
             keys of the same image: they are no negatives of that query and no candidates for Q^N.
         queue_ids: The image id of each queue key, (K,) int64, -1 if unknown.
-        backend: ``"auto"`` is the blockwise form, which runs on any device. ``"triton"`` is the fused kernels. They are
-            experimental: tested in Triton's interpreter only, and opt-in, except in a training run that has validated
-            them on its GPU. Unsupported arguments go to the blockwise form, with one warning. ``"reference"`` is plain
+        backend: ``"auto"`` is the blockwise form, which runs on any device. ``"triton"`` is the fused kernels, tested
+            in Triton's interpreter and on an H100. They are opt-in, except in a training run that has validated them
+            on its GPU. Unsupported arguments go to the blockwise form, with one warning. ``"reference"`` is plain
             PyTorch and has derivatives of any order.
         operand_dtype: ``torch.bfloat16`` or ``torch.float16``: rounds float32 q and k to this dtype; loss and gradient
             stay in float32. With a queue of the same dtype the kernels use it in all products. None: no rounding.

@@ -73,10 +73,12 @@ def _scan(launch: Launch, shape: Shape) -> Moved:
 
 def _select(launch: Launch, shape: Shape) -> Moved:
     lists, found, hard = launch.arguments["lists"], candidates(shape), shape.negatives.hard
-    used = 8 * found + 4 * lists + 8 * hard
-    # A list ends in the middle of a sector. Of 32 candidates some are stored side by side, from anywhere on.
-    ends = lists * _SECTOR / 2 + 2 * found / 32 * (_SECTOR - 4)
-    return Moved(shape.rows * used, shape.rows * (used + ends))
+    # The chosen are read twice, and their indices and similarities written.
+    used = 8 * found + 4 * lists + 16 * hard
+    # A list ends in the middle of a sector. Nearly every sector with candidates holds a chosen one. Of 32 candidates
+    # some are stored side by side, from anywhere on.
+    sectors = 2 * (8 * found + lists * _SECTOR / 2) + 4 * lists + 8 * hard + 2 * found / 32 * (_SECTOR - 4)
+    return Moved(shape.rows * used, shape.rows * sectors)
 
 
 def _mix(launch: Launch, shape: Shape) -> Moved:
@@ -123,8 +125,8 @@ STATED: dict[str, Stated] = {
             "if flag == 0": _ALWAYS,
             # No two similarities are equal.
             "if reached != needed": _NEVER,
-            # From about 2^23 numbers between threshold and maximum to about 2^10 between two similarities.
-            "while (low < high) & (reached != needed)": lambda shape: 12.2,
+            # Simulated in tests/bench/test_cost.py, on similarities of random rows.
+            "while (low < high) & (reached != needed)": lambda shape: 9.7,
         },
         _select,
     ),

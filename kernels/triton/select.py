@@ -1,9 +1,12 @@
 """Step 3, select: the N hardest keys of each row from its candidates, in queue order.
 
-The scan leaves a row's candidates in segments, one for each lane of a split, each in queue order. `select` compacts
-them. It then bisects the order-preserving integers of their similarities until exactly N of them are at or above the
-midpoint, or until the N-th largest is known. In the second case it breaks ties in favour of the smallest indices. No
-sort is needed, since Q^N is ordered by queue index.
+The scan leaves a row's candidates in segments, one for each lane of a split, each in queue order. `select` holds them
+as a tensor with a row for each segment. It searches the order-preserving integers of their similarities until exactly N
+of them are at or above a number, or until the N-th largest is known. In the second case it breaks ties in favour of the
+smallest indices. No sort is needed, since Q^N is ordered by queue index.
+
+A histogram, a gather or a scan over all candidates in one dimension exchanges them through shared memory. On an H100
+`tl.histogram` alone took more than half of this launch (bench/records/h100).
 
 If the scan multiplied in lower precision than float32, its similarities do not decide which keys near the N-th belong
 to Q^N. Keys within a margin of it (twice the largest error of the scan) are recomputed in float32, and the choice is
@@ -39,8 +42,8 @@ def _cut(b_order, needed, low, high, reached):
     Stops early at an integer with exactly `needed`. On entry `reached` numbers are at or above low, and none is above
     high. Both bounds are int64, so that their difference cannot overflow.
 
-    The logarithm of the count falls about linearly near the threshold, so that most steps interpolate it between the
-    bounds: some eight steps where bisection takes over twenty. Every fourth step bisects, which bounds their number.
+    The logarithm of the count falls about linearly near the threshold, so most steps interpolate it between the bounds.
+    Every fourth step bisects, which bounds their number.
 
     Returns the integer, and how many numbers are at or above it.
     """

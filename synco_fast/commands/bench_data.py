@@ -87,6 +87,15 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             _print_parts(spent, console)
             return 0
         bar.restart("measuring", len(pipelines) * options.rounds)
+        environment = describe_environment()
+        sizes = [(folder / name).stat().st_size for name in names]
+        about = {"device": device.type, "workers": workers, "batch": options.batch, "photos": len(names)}
+        about["kilobytes"] = round(sum(sizes) / len(sizes) / 1e3)
+
+        def keep(results: list[dict[str, Any]]) -> None:
+            if options.json is not None:
+                write_json(options.json, {"environment": environment, **about, "results": results})
+
         results = measure_pipelines(
             folder,
             names,
@@ -98,13 +107,8 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             rounds=options.rounds,
             recipe=Recipe(),
             tick=bar.advance,
+            keep=keep,
         )
-    sizes = [(folder / name).stat().st_size for name in names]
-    about = {"device": device.type, "workers": workers, "batch": options.batch, "photos": len(names)}
-    about["kilobytes"] = round(sum(sizes) / len(sizes) / 1e3)
-    environment = describe_environment()
-    if options.json is not None:
-        write_json(options.json, {"environment": environment, **about, "results": results})
     _print(results, f"{environment['device']}, {environment['cores']} cores, {workers} workers", console)
     return 0
 

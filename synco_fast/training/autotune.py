@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ from synco_fast.training.forms import choose_views
 from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_engines, try_pipeline
 
-__all__ = ["FILE", "Auto", "engines_for", "fastest"]
+__all__ = ["FILE", "Auto", "engines_for", "fastest", "scope_of"]
 
 FILE = "engines.json"
 #: In a shorter run a whole measurement costs more than it can save.
@@ -108,12 +108,12 @@ class Auto:
             return False
         measured = False
         engine = self._engine
-        short = steps < MIN_STEPS
-        least = MIN_GRAPH_STEPS if engine.device.type == "cuda" and self._open["engine"] else MIN_STEPS
-        if any(self._open.values()) and steps >= least and not engine.method.extra_state():
-            names = pipelines_for(self._split, engine.device) if self._open["pipeline"] and not short else [self.name]
+        scope = scope_of(steps, engine.device, engine_open=self._open["engine"])
+        if scope and any(self._open.values()) and not engine.method.extra_state():
+            every = self._open["pipeline"] and scope == "all"
+            names = pipelines_for(self._split, engine.device) if every else [self.name]
             if self._open["engine"] or len(names) > 1:
-                self._measure(names, steps, folder, short=short)
+                self._measure(names, steps, folder, short=scope == "graph")
                 measured = True
         found = {"engine": engine.form, "pipeline": self.name}
         self._chosen = {key: found[key] for key, is_open in self._open.items() if is_open}
@@ -212,6 +212,13 @@ class Auto:
             if best >= SERVES * need:
                 break
         return fed
+
+
+def scope_of(steps: int, device: torch.device, *, engine_open: bool) -> Literal["all", "graph"] | None:
+    """What a run of so many steps on a device measures: everything, only the CUDA graph beside eager, or nothing."""
+    if steps >= MIN_STEPS:
+        return "all"
+    return "graph" if engine_open and device.type == "cuda" and steps >= MIN_GRAPH_STEPS else None
 
 
 def engines_for(engine: Engine) -> tuple[list[EngineName], dict[EngineName, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
@@ -204,12 +205,27 @@ def halvings(order, low, high, wanted, most, middle=None):
     return steps, low
 
 
-def test_bisections_turn_as_often_as_stated():
+def searches(order, low, high, needed):
+    """How often `_cut` of the selection counts."""
+    reached, above, steps = len(order), 0, 0
+    while low < high and reached != needed:
+        most = math.log2(reached)
+        share = 0.5 if steps % 4 == 3 else (most - math.log2(needed)) / (most - math.log2(above + 0.5))
+        middle = low + min(max(int(share * (high - low)), 1), high - low)
+        count, steps = int((order >= middle).sum()), steps + 1
+        if count >= needed:
+            low, reached = middle, count
+        else:
+            high, above = middle - 1, count
+    return steps
+
+
+def test_searches_turn_as_often_as_stated():
     shape = Shape(256, 65536, 128, 1024)
     stride, wanted, _ = sampling_of(shape.length, shape.hard)
     random = np.random.default_rng(0)
     found = []
-    for _ in range(6):
+    for _ in range(12):
         # The similarity of two random unit rows: its square has a beta distribution.
         similarity = random.beta(0.5, (shape.dim - 1) / 2, shape.length) ** 0.5 * random.choice((-1, 1), shape.length)
         bits = torch.from_numpy(similarity).float().view(torch.int32)
@@ -219,7 +235,7 @@ def test_bisections_turn_as_often_as_stated():
         eighth = int((sample.max().int().view(torch.float32) / 8).view(torch.int32))
         once, threshold = halvings(sample, int(sample.min()), high, wanted, wanted + wanted // 16, eighth)
         candidates = order[order > threshold]
-        again, _ = halvings(candidates, threshold, int(candidates.max()), shape.hard, shape.hard)
+        again = searches(candidates, threshold, int(candidates.max()), shape.hard)
         found.append((once, again, len(candidates)))
     rank, select, many = (sum(numbers) / len(numbers) for numbers in zip(*found, strict=True))
     (of_rank,), (*_, of_select) = (STATED[name].turns.values() for name in ("rank", "select"))
@@ -232,11 +248,11 @@ def test_bisections_turn_as_often_as_stated():
 CEILINGS = {
     "sample": 0.3,
     "rank": 1.2,
-    "scan": 9,
-    "select": 5.8,
+    "scan": 9.8,
+    "select": 8.0,
     "fill": 0.2,
     "choose": 0.3,
-    "mix": 11.5,
+    "mix": 13.2,
     "reduce": 1.6,
 }
 
@@ -267,10 +283,10 @@ def test_no_launch_costs_more_than_its_ceiling(tmp_path):
         if launches[name]["instructions"] > 1e6 * ceiling
     }
     assert not above
-    assert found["total"]["instructions"] < 28e6
-    assert found["total"]["used"] < 168e6
-    assert found["total"]["l2"] < 193e6
-    assert found["total"]["microseconds"] < 58.5
+    assert found["total"]["instructions"] < 33.5e6
+    assert found["total"]["used"] < 170e6
+    assert found["total"]["l2"] < 199e6
+    assert found["total"]["microseconds"] < 88
     assert not [name for name, launch in launches.items() if launch["spilled"]]
     assert not [launch["assumed"] for launch in found["launches"] if launch["assumed"]], "every branch is known"
     # The two products, each of 2 B K D operations.

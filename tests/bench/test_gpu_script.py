@@ -87,14 +87,17 @@ def test_a_missing_package_is_named_before_anything_runs(tmp_path):
     assert done.stderr.strip().count("\n") == 0
 
 
-def test_limits_add_up_to_less_than_nine_minutes():
-    """Of one pass through each stage; besides, none gets more than what is left of the whole."""
+def test_limits_leave_time_for_what_comes_last():
+    """None gets more than what is left of the whole; and the limits of what is timed leave time for the rest."""
     text = SCRIPT.read_text()
     assert "DEADLINE=$((SECONDS + 535 * SLOWER))" in text
-    limits = dict(re.findall(r"part \"?([\w$-]+)\"? (\d+) ", text))
-    times = {"stages-$dtype": 3, "launches-$dtype": 2, "$tool": 3, "sanitizers": 0, "step": 0}
-    assert set(times) < set(limits)
-    assert sum(times.get(name, 1) * int(limit) for name, limit in limits.items()) < 540
+    limits = {name: int(limit) for name, limit in re.findall(r"part \"?([\w$-]+)\"? (\d+) ", text)}
+    times = {"stages-$dtype": 3, "launches-$dtype": 2, "step": 0}
+    beside = {"tests", "$tool", "train", "sanitizers"}
+    assert {*times, *beside} < set(limits)
+    timed = sum(times.get(name, 1) * limit for name, limit in limits.items() if name not in beside)
+    # On the first GPU each stage took half of its limit or less, but for two that were cut off.
+    assert timed / 2 + max(limits[name] for name in beside) < 535
 
 
 def test_the_summary_shows_what_broke(tmp_path):

@@ -133,6 +133,37 @@ def test_a_short_run_measures_nothing(tiny, tmp_path, monkeypatch):
     assert list(tmp_path.glob("*.json")) == []
 
 
+@pytest.mark.parametrize(
+    ("steps", "device", "engine_open", "scope"),
+    [
+        (autotune.MIN_STEPS, "cpu", False, "all"),
+        (autotune.MIN_STEPS - 1, "cpu", True, None),
+        (autotune.MIN_STEPS - 1, "cuda", True, "graph"),
+        (autotune.MIN_GRAPH_STEPS, "cuda", True, "graph"),
+        (autotune.MIN_GRAPH_STEPS, "cuda", False, None),
+        (autotune.MIN_GRAPH_STEPS - 1, "cuda", True, None),
+    ],
+)
+def test_a_shorter_run_on_a_gpu_tries_only_the_graph(steps, device, engine_open, scope):
+    assert autotune.scope_of(steps, torch.device(device), engine_open=engine_open) == scope
+
+
+def test_a_short_measurement_neither_compiles_nor_takes_long(tiny, tmp_path, fake, monkeypatch):
+    tried = []
+
+    def try_engines(engine, names, *rest, seconds, **more):
+        tried.append((list(names), seconds))
+        return [EngineTrial("eager", 1.0)]
+
+    monkeypatch.setattr(autotune, "try_engines", try_engines)
+    task = Pretraining(tiny(ENGINE_ALONE))
+    task._auto._measure([task._auto.name], 300, tmp_path, short=True)
+    assert tried == [(["eager"], autotune._GRAPH_SECONDS)]
+    rows = {row["engine"]: row["reason"] for row in table(tmp_path)["engines"]}
+    assert rows["compile"] == "the run is too short to compile for"
+    task.close()
+
+
 def test_compiling_on_a_cpu_must_pay(tiny, tmp_path, fake, monkeypatch):
     """Eager takes a second a step by the fake clock: 59 minutes are too few, 61 are not."""
     monkeypatch.setattr(autotune, "COMPILE_PAYS", 3600.0)
