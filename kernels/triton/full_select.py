@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from synco_fast.kernels.triton.config import TILE, Form
+from synco_fast.kernels.triton.order import ordered, unordered
 from synco_fast.kernels.triton.sample import product
-from synco_fast.kernels.triton.select import ordered
 
 __all__ = ["choose", "fill", "full_select", "rows_at_once"]
 
@@ -233,7 +233,7 @@ def _choose(p_room, p_hard_index, p_hard, needed, K, N, MASKED: tl.constexpr, BL
         b_ties = ties + (b_both >> 16)
         place = above + (b_both & 0xFFFF) + tl.minimum(b_ties, wanted) - 1
         m_chosen = m_above | (m_tie & (b_ties <= wanted))
-        b_similarity = (b_order ^ ((b_order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        b_similarity = unordered(b_order)
         tl.store(p_hard_index + place, o_key, m_chosen)
         tl.store(p_hard + place, b_similarity, m_chosen)
         above += tl.sum(m_above.to(tl.int32))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.order import unordered
 from synco_fast.kernels.triton.overlap import begin
 
 __all__ = ["halves", "multiply", "product", "rank", "sample", "three"]
@@ -156,7 +157,7 @@ def rank(
         low, high = tl.min(b_order, axis=0).to(tl.int64), tl.max(b_order, axis=0).to(tl.int64)
         reached = tl.full([], WIDTH, tl.int32)
         # Bisecting the integers bisects exponents. Start at an eighth of the largest, which is closer.
-        largest = (high.to(tl.int32) ^ ((high.to(tl.int32) >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        largest = unordered(high.to(tl.int32))
         eighth = (largest * 0.125).to(tl.int32, bitcast=True).to(tl.int64)
         middle = tl.where(largest > 0, tl.maximum(eighth, low + 1), (low + high + 1) >> 1)
         while (low < high) & (reached > wanted + wanted // 16):
@@ -167,7 +168,7 @@ def rank(
             high = tl.where(enough, high, middle - 1)
             middle = (low + high + 1) >> 1
         found = low.to(tl.int32)
-        threshold = (found ^ ((found >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        threshold = unordered(found)
         # No similarity compares above NaN; every unmasked one exceeds -inf.
         threshold = tl.where(threshold == threshold, threshold, float("-inf"))
     tl.store(p_threshold + row, threshold)

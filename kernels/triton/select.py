@@ -23,16 +23,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.order import ordered, unordered
 from synco_fast.kernels.triton.overlap import begin
 
-__all__ = ["ordered", "select"]
-
-
-@triton.jit
-def ordered(similarity):
-    """Order-preserving int32 of float32 numbers: NaN is the largest, -0 equals 0, and -2^31 never occurs."""
-    bits = (similarity + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(similarity == similarity, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+__all__ = ["select"]
 
 
 @triton.jit
@@ -154,7 +148,7 @@ def select(
         low, high = ordered(threshold).to(tl.int64), tl.max(b_order).to(tl.int64)
         last, reached = _cut(b_order, needed, low, high, total)
         if MARGIN > 0:
-            border = (last ^ ((last >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            border = unordered(last)
             margin = MARGIN * tl.maximum(1, tl.load(p_shift + row))
             flag = (total < available) & ~(border - margin > threshold)
             tl.store(p_flag + row, flag.to(tl.int32))

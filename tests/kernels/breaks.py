@@ -90,8 +90,8 @@ BREAKS = (
     Break(
         "kernels: ties go to the larger queue index",
         "kernels/triton/select.py",
-        "_running(b_tie, CAPACITY, 8) > tied - spare",
-        "_running(b_tie, CAPACITY, 8) <= spare",
+        "_places(b_tie) >= tied - spare",
+        "_places(b_tie) < spare",
         SELECTION,
         "boundary",
     ),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rotation import todays
+from tests.support.rotation import in_turn, todays
 
 pytest.importorskip("triton")
 
@@ -41,6 +41,15 @@ def test_no_kernel_spills_or_waits_after_every_product(capability):
 def test_the_scan_at_every_width_and_in_every_dtype(capability):
     lines = compiled(capability, "--dims", "64", "128", "256", "512", "--only", "scan")
     assert len(lines) == 12
+    assert not any("serialised" in line for line in lines)
+
+
+@pytest.mark.slow
+@in_turn(1, 3)
+def test_the_three_products_of_float32_without_a_mask():
+    lines = compiled("90", "--plain", "--dtypes", "float32", "--only", "rank,scan,select")
+    assert {line.split()[0] for line in lines} == {"rank", "scan", "select"}
+    assert all("stack 0 local 0 " in line for line in lines)
     assert not any("serialised" in line for line in lines)
 
 
