@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from synco_fast.kernels.autocast import without_autocast
 from synco_fast.kernels.norm import native, reference
@@ -103,6 +104,20 @@ def _by_operators(given: Arguments) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
+    if given.training and not _traced() and _served(x):
+        direct: Tensor = _Direct.apply(  # type: ignore[no-untyped-call]
+            x,
+            given.weight,
+            given.bias,
+            residual,
+            *running,
+            given.num_batches_tracked,
+            given.groups,
+            given.relu,
+            given.momentum,
+            given.eps,
+        )
+        return direct
     if given.training:
         mean, variance = _statistics(x.detach(), *running, given.num_batches_tracked, given.groups, given.momentum)
     else:
@@ -112,6 +127,65 @@ def _by_operators(given: Arguments) -> Tensor:
     settings = given.relu, given.training, given.eps
     y: Tensor = _normalise(x, mean, variance, given.weight, given.bias, residual, *settings)
     return y
+
+
+def _traced() -> bool:
+    """Whether a compiler, an export or a transform of `torch.func` looks on, which must see operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """The kernels in training, without PyTorch's custom operators.
+
+    Those would take the host more time than everything else here, and in eager mode the host is the limit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        tracked: Tensor | None,
+        groups: int,
+        relu: bool,
+        momentum: float | None,
+        eps: float,
+    ) -> Tensor:
+        """Compute y, and update the running statistics."""
+        from synco_fast.kernels.norm import triton
+
+        mean, variance = triton.statistics(x, running_mean, running_var, tracked, groups=groups, momentum=momentum)
+        y = triton.apply(x, mean, variance, weight, bias, residual, relu=relu, eps=eps)
+        _keep(ctx, (x, mean, variance, weight, bias, residual, relu, True, eps), y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight, bias and residual, as `_differentiate` orders them for the operator."""
+        _refuse_second()
+        from synco_fast.kernels.norm import triton
+
+        x, y, mean, variance, weight, bias = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_x, of_residual, of_weight, of_bias = triton.backward(
+            gradient, x, y, mean, variance, weight, bias, relu=ctx.relu, training=True, eps=ctx.eps
+        )
+        return (
+            of_x,
+            None if weight is None else of_weight.to(weight.dtype),
+            None if bias is None else of_bias.to(bias.dtype),
+            (of_residual if y is not None else gradient) if ctx.needs_input_grad[3] else None,
+            *(None,) * 7,
+        )
 
 
 def unserved_by_triton(x: Tensor) -> str | None:
@@ -242,9 +316,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.relu, ctx.training, ctx.eps = relu, training, eps
 
 
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _refuse_second() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError("backend: this one has a first derivative only; expected 'reference' for higher ones")
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second()
     x, y, mean, variance, weight, bias = ctx.saved_tensors
     gradient = gradient.contiguous(memory_format=torch.channels_last)
     of_x, of_residual, of_weight, of_bias = _backward(

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from synco_fast.kernels.norm import batch_norm
+from synco_fast.kernels.norm import batch_norm, ops
 from synco_fast.kernels.norm.triton import config, launch
 from synco_fast.kernels.norm.triton.config import shape_of
 from synco_fast.kernels.norm.validation import NormCase, validate_norm
@@ -225,3 +225,35 @@ def test_each_byte_is_moved_once():
 
 def test_kinds_are_all():
     assert set(KINDS) == set(itertools.product((False, True), repeat=2))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_call_equals_the_operators_that_a_compiler_sees(monkeypatch, kind):
+    """Training calls the kernels directly; with something that traces it goes through the operators."""
+    relu, added = kind
+    x, weight, bias, r = inputs((4, 24, 5, 3), torch.bfloat16)
+    up, (calls, whole) = torch.randn(x.shape).bfloat16(), ([], ops._normalise)
+    monkeypatch.setattr(ops, "_normalise", lambda *given: calls.append(1) or whole(*given))
+
+    def step():
+        leaves = [value.clone().requires_grad_() for value in (x, weight, bias, r)]
+        mean, variance, tracked = torch.zeros(24), torch.ones(24), torch.zeros((), dtype=torch.int64)
+        settings = {"groups": 2, "relu": relu, "num_batches_tracked": tracked, "backend": "triton"}
+        y = batch_norm(*leaves[:3], mean, variance, residual=leaves[3] if added else None, **settings)
+        gradients = torch.autograd.grad(y, leaves[: 3 + added], up)
+        return [y.detach(), *gradients, mean, variance, tracked]
+
+    direct = step()
+    assert not calls
+    monkeypatch.setattr(ops, "_traced", lambda: True)
+    for one, other in zip(direct, step(), strict=True):
+        assert torch.equal(one, other)
+    assert calls
+
+
+def test_a_second_derivative_is_refused():
+    x, weight, bias, _ = inputs((4, 8, 3, 3), torch.float32)
+    x.requires_grad_()
+    y = batch_norm(x, weight, bias, torch.zeros(8), torch.ones(8), groups=2, backend="triton")
+    with pytest.raises(RuntimeError, match="first derivative only"):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)
