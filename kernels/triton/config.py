@@ -46,7 +46,6 @@ __all__ = [
     "overlap_of",
     "sampling_of",
     "segments_of",
-    "select_warps",
     "splits_of",
     "table",
     "tile_key",
@@ -345,15 +344,6 @@ def mix_of(itemsize: int, wide: int) -> Mix:
     parts, pieces, warps, stages = MIXES[itemsize]
     pieces = min(pieces, wide // 32)
     return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * itemsize)), warps, stages)
-
-
-def select_warps(places: int, *, margin: bool, masked: bool) -> int:
-    """Warps of a program of `select` that holds so many places of candidate lists.
-
-    Twice as many where a margin and a mask would together spill registers.
-    """
-    share = SELECT_PER_WARP // (2 if margin and masked else 1)
-    return max(1, min(places // share, 32))
 
 
 def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.negatives import FAMILIES, Negatives
+from synco_fast.kernels.triton import config
 from synco_fast.kernels.triton.config import (
     SAMPLES,
     TILE,
@@ -27,7 +28,6 @@ from synco_fast.kernels.triton.config import (
     overlap_of,
     sampling_of,
     segments_of,
-    select_warps,
     splits_of,
     table,
     unserved,
@@ -255,7 +255,7 @@ def _launch(
                 EVERY=form.every,
                 DEVICE=not interpreted(),
                 **overlap,
-                num_warps=select_warps(many * segment, margin=form.margin > 0, masked=masked),
+                num_warps=max(1, min(many * segment // config.SELECT_PER_WARP, 32)),
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)

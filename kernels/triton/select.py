@@ -141,8 +141,7 @@ def select(
         p_found += row * room
         o_found = o_list[:, None] * SEGMENT + o_place[None, :]
         b_found = tl.load(p_found + o_found, m_all, 0)
-        b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        b_order = tl.where(m_all, ordered(b_similarity), -(2**31))
+        b_order = tl.where(m_all, ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)), -(2**31))
 
         threshold = tl.load(p_threshold + row)
         low, high = ordered(threshold).to(tl.int64), tl.max(b_order).to(tl.int64)
@@ -152,14 +151,15 @@ def select(
             margin = MARGIN * tl.maximum(1, tl.load(p_shift + row))
             flag = (total < available) & ~(border - margin > threshold)
             tl.store(p_flag + row, flag.to(tl.int32))
+            b_similarity = unordered(b_order)
             b_near = m_all & ~(b_similarity < border - margin)
             if not EVERY:
                 b_near = b_near & ~(b_similarity >= border + margin)
-            b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
             b_place = _places(b_near.to(tl.int32))
             near = tl.sum(b_near.to(tl.int32))
             p_place += row * CAPACITY
-            tl.store(p_place + b_place, b_index, b_near)
+            b_found = tl.load(p_found + o_found, b_near, 0)
+            tl.store(p_place + b_place, (b_found & 0xFFFFFFFF).to(tl.int32), b_near)
             tl.debug_barrier()
             o_dim = tl.arange(0, DIM)
             m_dim = o_dim < D
@@ -190,11 +190,11 @@ def select(
         p_hard_index += row * N
         p_hard += row * N
         b_to = tl.where(b_chosen == 1, _places(b_chosen), -1)
+        # Read what is chosen once more. The registers that would hold it during the search would halve the number of
+        # programs at a time.
+        b_found = tl.load(p_found + o_found, b_chosen == 1, 0)
+        b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
         if MARGIN == 0:
-            # Read what is chosen once more. The registers that would hold it during the search would halve the number
-            # of programs at a time.
-            b_found = tl.load(p_found + o_found, b_chosen == 1, 0)
-            b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
             b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         _put(p_hard_index, p_hard, b_to, b_index, b_similarity, DEVICE)
         if MASKED:
