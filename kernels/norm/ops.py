@@ -105,7 +105,7 @@ def _by_operators(given: Arguments) -> Tensor:
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     if given.training and not _traced() and _served(x):
-        direct: Tensor = _Direct.apply(  # type: ignore[no-untyped-call]
+        direct: Tensor = _Direct.apply(
             x,
             given.weight,
             given.bias,

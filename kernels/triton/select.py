@@ -16,7 +16,7 @@ A row is flagged for the slow path (`full_select.py`) if it has too few candidat
 in one segment than the segment holds, or if the margin reaches the threshold.
 """
 
-# mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+# mypy: disable-error-code="attr-defined, misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
