@@ -123,7 +123,7 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     bars.set_title("evaluations, deviation over seeds")
     chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
     for axes in (curves, bars):
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         if chance is not None:
             axes.axhline(chance, color="gray", linestyle=":")
     bars.set_ylim(0, 1)

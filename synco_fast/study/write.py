@@ -95,7 +95,7 @@ def page(study: Study, command: str) -> str:
                 f"{found.method} - {found.baseline}",
                 found.figure,
                 f"{100 * found.mean:+.1f}",
-                f"{100 * found.deviation:.1f}",
+                f"{100 * found.deviation:.1f}" if len(found.values) > 1 else "",
                 "" if found.error is None else f"{100 * found.error:.1f}",
                 str(len(found.values)),
                 ", ".join(f"{100 * value:+.1f}" for value in found.values.values()),
@@ -152,7 +152,7 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
         axes.set_title(", ".join(part for part in group if part), fontsize=10)
         axes.set_xlabel("epoch")
         axes.set_ylabel("kNN accuracy")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_lines():

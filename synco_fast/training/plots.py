@@ -126,7 +126,7 @@ def draw_panel(
     if panel.chance and chance:
         axes.axhline(chance, color="gray", linestyle=":", label="chance")
     if panel.percent:
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     if panel.from_zero:
         axes.set_ylim(bottom=0)
     if panel.top is not None:

@@ -64,6 +64,13 @@ def test_means_spread_and_paired_differences(tmp_path):
     assert "Not finished: demo-synco-seed2." in text
 
 
+def test_one_seed_has_no_deviation(tmp_path):
+    trials = plan(["demo"], methods=["moco", "synco"], seeds=[0])
+    for trial, accuracy in zip(trials, (0.5, 0.52), strict=True):
+        pretend(tmp_path, trial, accuracy)
+    assert "| synco - moco | kNN in training | +2.0 |  |  | 1 | +2.0 |" in page(collect(tmp_path, trials), "study")
+
+
 def test_settings_are_not_compared_with_one_another(tmp_path):
     trials = plan(["demo"], methods=["moco", "synco"], seeds=[0], vary={"training.precision": ["fp32", "bf16"]})
     figures = dict(zip([trial.name for trial in trials], (0.5, 0.6, 0.7, 0.9), strict=True))
