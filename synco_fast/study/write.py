@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.environment import describe_environment
@@ -148,9 +150,16 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
                     label = None
         chance = next((run.chance for run in study.runs.values() if run.chance), None)
         if chance is not None:
-            axes.axhline(chance, color="gray", linestyle=":", label="chance")
+            low, high = axes.get_ylim()
+            # Far below the curves, a line for chance would leave them no room.
+            if chance > low - (high - low):
+                axes.axhline(chance, color="gray", linestyle=":", label="chance")
+            else:
+                place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "fontsize": 8, "color": "gray"}
+                axes.annotate(f"chance: {chance:.1%}", (0.98, 0.03), **place)
         axes.set_title(", ".join(part for part in group if part), fontsize=10)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("kNN accuracy")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axes.grid(alpha=0.25)
