@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -170,22 +171,13 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, weight, bias and residual, as `_differentiate` orders them for the operator."""
-        _refuse_second()
+        """Gradients of x, weight, bias and residual."""
         from synco_fast.kernels.norm import triton
 
-        x, y, mean, variance, weight, bias = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=torch.channels_last)
-        of_x, of_residual, of_weight, of_bias = triton.backward(
-            gradient, x, y, mean, variance, weight, bias, relu=ctx.relu, training=True, eps=ctx.eps
-        )
-        return (
-            of_x,
-            None if weight is None else of_weight.to(weight.dtype),
-            None if bias is None else of_bias.to(bias.dtype),
-            (of_residual if y is not None else gradient) if ctx.needs_input_grad[3] else None,
-            *(None,) * 7,
-        )
+        def compute(*given: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+            return triton.backward(*given[:7], relu=given[7], training=given[8], eps=given[9])
+
+        return (*_gradients(ctx, gradient, compute, ctx.needs_input_grad[3]), *(None,) * 7)
 
 
 def unserved_by_triton(x: Tensor) -> str | None:
@@ -316,29 +308,28 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.relu, ctx.training, ctx.eps = relu, training, eps
 
 
-def _refuse_second() -> None:
+def _gradients(
+    ctx: Any, gradient: Tensor, compute: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor]], added: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias and residual, by `_backward` or what it calls; ``added``: whether r wants one."""
     if torch.is_grad_enabled():
         raise RuntimeError("backend: this one has a first derivative only; expected 'reference' for higher ones")
-
-
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    _refuse_second()
     x, y, mean, variance, weight, bias = ctx.saved_tensors
     gradient = gradient.contiguous(memory_format=torch.channels_last)
-    of_x, of_residual, of_weight, of_bias = _backward(
+    of_x, of_residual, of_weight, of_bias = compute(
         gradient, x, y, mean, variance, weight, bias, ctx.relu, ctx.training, ctx.eps
     )
     return (
         of_x,
-        None,
-        None,
         None if weight is None else of_weight.to(weight.dtype),
         None if bias is None else of_bias.to(bias.dtype),
-        (of_residual if y is not None else gradient) if ctx.needs_input_grad[5] else None,
-        None,
-        None,
-        None,
+        (of_residual if y is not None else gradient) if added else None,
     )
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, of_weight, of_bias, of_residual = _gradients(ctx, gradient, _backward, ctx.needs_input_grad[5])
+    return (of_x, None, None, of_weight, of_bias, of_residual, None, None, None)
 
 
 _normalise.register_autograd(_differentiate, setup_context=_keep)
