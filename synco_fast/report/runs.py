@@ -98,6 +98,7 @@ PROBES: dict[str, Callable[[Run], float | None]] = {
     "linear, cached": lambda run: run.top1("linear_fast"),
     "1 % labels": lambda run: run.top1("finetune_1"),
     "10 % labels": lambda run: run.top1("finetune_10"),
+    "100 % labels": lambda run: run.top1("finetune_100"),
 }
 """Accuracies that comparisons and studies have a column for, by its title; a column never mixes two protocols."""
 
