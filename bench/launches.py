@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from synco_fast.bench.loss import Shape, bare
 from synco_fast.bench.subjects import DTYPES
-from synco_fast.bench.timing import capture, seconds_of
+from synco_fast.bench.timing import capture, graph_seconds, seconds_of
 
 __all__ = ["Recorded", "add_shape", "intercepted", "recorded", "shape_of", "time_all", "time_launches"]
 
@@ -112,8 +112,7 @@ def time_launches(
             continue
         line: dict[str, Any] = {"launch": launch.name, "number": number}
         if device.type == "cuda":
-            many = capture(launch, device, copies=_COPIES)
-            line["microseconds"] = 1e6 / _COPIES * statistics.median(seconds_of(many, device, repeats=repeats))
+            line["microseconds"] = 1e6 * graph_seconds(launch, device, copies=_COPIES, repeats=repeats)
             once = capture(launch, device)
             line["cold_us"] = 1e6 * statistics.median(seconds_of(once, device, repeats=repeats, cold=True))
         else:
@@ -163,10 +162,10 @@ def time_all(run: Callable[[], object], device: torch.device, *, repeats: int) -
     """Microseconds of all launches of ``run``. On a GPU: from one graph with several copies, and with a cold cache."""
     if device.type != "cuda":
         return {"microseconds": 1e6 * statistics.median(seconds_of(run, device, repeats=repeats, warmup=0))}
-    many, once = capture(run, device, copies=_COPIES), capture(run, device)
+    many = graph_seconds(run, device, copies=_COPIES, repeats=repeats)
     return {
-        "microseconds": 1e6 / _COPIES * statistics.median(seconds_of(many, device, repeats=repeats)),
-        "cold_us": 1e6 * statistics.median(seconds_of(once, device, repeats=repeats, cold=True)),
+        "microseconds": 1e6 * many,
+        "cold_us": 1e6 * statistics.median(seconds_of(capture(run, device), device, repeats=repeats, cold=True)),
     }
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from synco_fast.bench.baselines.field import linear_cross_entropy, product_loss, top_k
 from synco_fast.bench.baselines.loss import baseline_loss
-from synco_fast.bench.timing import capture, peak_memory, reset_peak_memory, seconds_of
+from synco_fast.bench.timing import capture, graph_seconds, peak_memory, reset_peak_memory, seconds_of
 from synco_fast.kernels import FAMILIES, Negatives, reference, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
 
@@ -218,8 +218,7 @@ def measure(
         found["graph_s"] = statistics.median(seconds_of(replay, device, repeats=repeats))
         found["graph_cold_s"] = statistics.median(seconds_of(replay, device, repeats=repeats, cold=True))
         if alone is not None:
-            several = capture(alone, device, copies=_COPIES)
-            found["bare_s"] = statistics.median(seconds_of(several, device, repeats=repeats)) / _COPIES
+            found["bare_s"] = graph_seconds(alone, device, copies=_COPIES, repeats=repeats)
     except RuntimeError as error:
         found["graph"] = f"cannot be captured: {str(error).splitlines()[0]}"
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from synco_fast.bench.norm_model import Layer, passes
-from synco_fast.bench.timing import capture, seconds_of
+from synco_fast.bench.timing import graph_seconds, seconds_of
 from synco_fast.kernels.norm import NormBackend, batch_norm, unserved_by_triton
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 
@@ -213,7 +213,10 @@ def measure_norm(
                 clocked = _Clocked(run)
                 seconds[subject] += seconds_of(clocked, device, repeats=repeats, warmup=1 + (number == 0))
                 busy[subject] += clocked.seconds[-repeats:]
-        captured = {subject: _in_graph(run, device, repeats * rounds) for subject, run in runs.items()}
+        captured: dict[str, float] = {}
+        if device.type == "cuda":
+            for subject, run in runs.items():
+                captured[subject] = graph_seconds(run, device, copies=_COPIES, repeats=repeats * rounds)
         for subject in runs:
             form = {"grouped": "grouped", "split": "plain", "plain": "plain"}.get(subject, "triton")
             median = statistics.median(seconds[subject])
@@ -226,16 +229,8 @@ def measure_norm(
                 "cpu_median_s": statistics.median(busy[subject]),
                 "gb_s": sum(passes(layer, form)) * size / median / 1e9,
                 "floor": sum(passes(layer, "triton")) * size / bandwidth / median,
-                **({} if captured[subject] is None else {"graph_s": captured[subject]}),
+                **({"graph_s": captured[subject]} if subject in captured else {}),
             }
-
-
-def _in_graph(run: Callable[[], object], device: torch.device, repeats: int) -> float | None:
-    """Median seconds of a run among some copies in a CUDA graph; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    replay = capture(run, device, copies=_COPIES)
-    return statistics.median(seconds_of(replay, device, repeats=repeats)) / _COPIES
 
 
 def totals(results: Sequence[dict[str, Any]], figure: str = "median_s") -> dict[str, float]:

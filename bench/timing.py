@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-__all__ = ["capture", "peak_memory", "reset_peak_memory", "seconds_of"]
+__all__ = ["capture", "graph_seconds", "peak_memory", "reset_peak_memory", "seconds_of"]
 
 
 def seconds_of(
@@ -70,6 +71,16 @@ def capture(run: Callable[[], object], device: torch.device, *, copies: int = 1)
         for _ in range(copies):
             run()
     return graph.replay
+
+
+def graph_seconds(run: Callable[[], object], device: torch.device, *, copies: int, repeats: int) -> float:
+    """Median seconds of a run among several copies in one CUDA graph, so that neither host nor graph launch counts.
+
+    Args:
+        run, device, copies: As in `capture`.
+        repeats: Timed replays.
+    """
+    return statistics.median(seconds_of(capture(run, device, copies=copies), device, repeats=repeats)) / copies
 
 
 def peak_memory(device: torch.device) -> int:

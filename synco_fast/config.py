@@ -288,7 +288,7 @@ class TrainingConfig(Section):
     engine: EngineName = Field(
         "auto",
         description="How a step runs: eager, as one CUDA graph, under torch.compile, or both; auto: the fastest as "
-        "measured in a long run, else eager",
+        "measured, if the run is long enough, else eager",
     )
     cudnn_benchmark: bool = Field(True, description="cuDNN chooses convolution algorithms by trial, on a GPU")
     timeout: float = Field(300, gt=0, le=604_800, description="Seconds to wait for the other processes")

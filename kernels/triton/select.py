@@ -6,7 +6,7 @@ of them are at or above a number, or until the N-th largest is known. In the sec
 smallest indices. No sort is needed, since Q^N is ordered by queue index.
 
 A histogram, a gather or a scan over all candidates in one dimension exchanges them through shared memory. On an H100
-`tl.histogram` alone took more than half of this launch (bench/records/h100).
+the three together took more than half of this launch (bench/records/h100).
 
 If the scan multiplied in lower precision than float32, its similarities do not decide which keys near the N-th belong
 to Q^N. Keys within a margin of it (twice the largest error of the scan) are recomputed in float32, and the choice is

@@ -185,7 +185,11 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
             f"{result['floor']:.0%}",
         )
     console.print(table)
-    for about, together in (("", totals(results)), (" (processor time)", totals(results, "cpu_median_s"))):
+    figures = {"": "median_s", " (processor time)": "cpu_median_s"}
+    if any("graph_s" in result for result in results):
+        figures[" (CUDA graph)"] = "graph_s"
+    for about, figure in figures.items():
+        together = totals(results, figure)
         first = next(iter(together.values()))
         for subject, seconds in together.items():
             line = f"all layers, {subject}: {1e3 * seconds:,.1f} ms{about}, {seconds / first:.2f} of the first"

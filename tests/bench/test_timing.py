@@ -71,3 +71,11 @@ def test_a_graph_holds_as_many_copies_as_asked():
     before = count.item()
     replay()
     assert count.item() == before + 5
+
+
+def test_seconds_in_a_graph_are_those_of_one_copy(monkeypatch):
+    calls = []
+    monkeypatch.setattr(timing, "capture", lambda run, device, copies: lambda: [run() for _ in range(copies)])
+    monkeypatch.setattr(timing, "seconds_of", lambda replay, device, repeats: replay() and [6.0, 8.0, 20.0][:repeats])
+    assert timing.graph_seconds(lambda: calls.append(1), CPU, copies=4, repeats=3) == 2.0
+    assert len(calls) == 4
