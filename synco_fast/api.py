@@ -79,7 +79,8 @@ class Run:
         summary, training = self.summary, self.config.training
         if not summary.get("finished"):
             return False
-        return bool(summary["epochs"] >= training.epochs or summary["steps"] >= (training.max_steps or math.inf))
+        limit = math.inf if training.max_steps is None else training.max_steps
+        return bool(summary["epochs"] >= training.epochs or summary["steps"] >= limit)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

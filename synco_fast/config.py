@@ -268,7 +268,9 @@ class TrainingConfig(Section):
     epochs: int = Field(200, ge=1, le=100_000, description="Length of the run in epochs")
     batch: int = Field(256, ge=1, le=1 << 20, description="Images per step, over all processes")
     accumulate: int = Field(1, ge=1, le=65_536, description="Micro-batches per step (gradient accumulation)")
-    max_steps: int | None = Field(None, ge=1, lt=1 << 31, description="Stop after this many steps")
+    max_steps: int | None = Field(
+        None, ge=0, lt=1 << 31, description="Stop after this many steps; 0 saves the untrained encoder"
+    )
     max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after this many minutes, with a checkpoint")
     max_skipped: int = Field(
         16,

@@ -152,7 +152,7 @@ def test_overrides():
         ("demo", {"data": {"workers": 0}}, "data: found a mapping, expected a folder or a source"),
         ("demo", {"data": "here", "data_source": "there"}, "data.source: found there beside data=here"),
         ("demo", {"settings": {"seed": 1}, "seed": 2}, "seed: found it given twice, expected once"),
-        ("demo", {"max_steps": 0}, "training.max_steps: found 0, expected 1 or more"),
+        ("demo", {"max_steps": -1}, "training.max_steps: found -1, expected 0 or more"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_read(config, words, said):

@@ -52,6 +52,14 @@ def add(commands: Commands) -> None:
         metavar="WORDS",
         help="an evaluation such as 'knn' or 'linear --fast'; may be repeated",
     )
+    command.add_argument(
+        "--untrained", action="store_true", help="add a row of untrained encoders, with the same evaluations"
+    )
+    command.add_argument(
+        "--supervised",
+        metavar="WORDS",
+        help="also add a row of encoders trained on labels alone, by an evaluation such as 'finetune --percent 100'",
+    )
     command.add_argument("--parallel", type=positive, default=1, metavar="N", help="runs at a time")
     command.add_argument(
         "--threads", type=positive, metavar="N", help="threads of each run; cores / --parallel by default"
@@ -69,14 +77,16 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     overrides = overrides_of(rest)
     if options.data is not None:
         overrides["data.source"] = options.data
+    supervised, column = _supervised(options.supervised)
     trials = plan(
         options.configs,
         methods=options.methods,
         seeds=options.seeds,
         vary=dict(_varied(word) for word in options.vary),
         overrides=overrides,
+        untrained=options.untrained or supervised is not None,
     )
-    methods = list(dict.fromkeys(trial.method for trial in trials))
+    methods = list(dict.fromkeys(trial.method for trial in trials if trial.trained))
     if options.baseline is not None and options.baseline not in methods:
         raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
     failure: StudyError | None = None
@@ -88,6 +98,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
                 options.out,
                 trials,
                 evaluations=[shlex.split(words) for words in options.evaluate],
+                supervised=supervised,
                 parallel=options.parallel,
                 threads=options.threads,
                 note=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
@@ -96,7 +107,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
             failure = error
         finally:
             signal.signal(signal.SIGTERM, before)
-    study = collect(options.out, trials, baseline=options.baseline)
+    study = collect(options.out, trials, baseline=options.baseline, supervised=column)
     command = _command(options, rest)
     record = options.record or options.out
     write_record(record, trials, study, command)
@@ -109,6 +120,21 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
+
+
+def _supervised(given: str | None) -> tuple[list[str] | None, str | None]:
+    """The words of the evaluation that trains on labels from the start, and the title of its column."""
+    from synco_fast.report.runs import probe_title
+    from synco_fast.runtime.errors import ConfigError
+    from synco_fast.study.execute import result_name
+
+    if given is None:
+        return None, None
+    words = shlex.split(given)
+    column = probe_title(result_name(words)) if words[:1] == ["finetune"] else None
+    if column is None:
+        raise ConfigError(f"supervised: found {given!r}, expected 'finetune --percent N' with N = 1, 10 or 100")
+    return words, column
 
 
 def _varied(word: str) -> tuple[str, list[Any]]:
@@ -130,6 +156,10 @@ def _command(options: argparse.Namespace, rest: Sequence[str]) -> str:
     for name in ("vary", "evaluate"):
         for word in getattr(options, name):
             words += [f"--{name}", word]
+    if options.untrained:
+        words.append("--untrained")
+    if options.supervised is not None:
+        words += ["--supervised", options.supervised]
     if options.data is not None:
         words += ["--data", options.data]
     if options.baseline is not None:

@@ -14,7 +14,7 @@ from synco_fast.runtime.files import read_json
 from synco_fast.runtime.run_config import read_run_config
 from synco_fast.training.metrics import read_metrics
 
-__all__ = ["PROBES", "Run", "mean_and_deviation", "read_run"]
+__all__ = ["PROBES", "Run", "mean_and_deviation", "probe_title", "read_run"]
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,29 @@ def read_run(folder: Path) -> Run:
     )
 
 
+#: The results in ``evaluation/`` that comparisons and studies have a column for, by its title.
+_RESULTS = {
+    "linear": "linear",
+    "linear, cached": "linear_fast",
+    "1 % labels": "finetune_1",
+    "10 % labels": "finetune_10",
+    "100 % labels": "finetune_100",
+}
+
 PROBES: dict[str, Callable[[Run], float | None]] = {
-    "linear": lambda run: run.top1("linear"),
-    "linear, cached": lambda run: run.top1("linear_fast"),
-    "1 % labels": lambda run: run.top1("finetune_1"),
-    "10 % labels": lambda run: run.top1("finetune_10"),
-    "100 % labels": lambda run: run.top1("finetune_100"),
+    title: lambda run, name=name: run.top1(name)  # type: ignore[misc]
+    for title, name in _RESULTS.items()
 }
 """Accuracies that comparisons and studies have a column for, by its title; a column never mixes two protocols."""
+
+
+def probe_title(result: str) -> str | None:
+    """The title of a result's column; None for a result without one.
+
+    Args:
+        result: The name of its file in ``evaluation/``, such as ``finetune_100``.
+    """
+    return next((title for title, name in _RESULTS.items() if name == result), None)
 
 
 def mean_and_deviation(values: Collection[float]) -> tuple[float, float] | None:

@@ -15,7 +15,7 @@ from synco_fast.report.runs import read_run
 from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.study.plan import Trial
 
-__all__ = ["StudyError", "execute", "run_folder", "state_of"]
+__all__ = ["StudyError", "execute", "result_name", "run_folder", "state_of"]
 
 
 class StudyError(UserError):
@@ -54,6 +54,7 @@ def execute(
     trials: Sequence[Trial],
     *,
     evaluations: Sequence[Sequence[str]] = (),
+    supervised: Sequence[str] | None = None,
     parallel: int = 1,
     threads: int | None = None,
     note: Callable[[str], None] = lambda line: None,
@@ -67,6 +68,7 @@ def execute(
         folder: The study's folder.
         trials: From `plan`.
         evaluations: The words after ``evaluate`` of each evaluation, such as ``["linear", "--fast"]``.
+        supervised: Those of a further evaluation, of untrained encoders only.
         parallel: Trials at a time.
         threads: Threads of each process; the cores divided by ``parallel`` by default.
         note: Called with a line when a trial starts or ends.
@@ -86,7 +88,7 @@ def execute(
         trial, run = trials[number], run_folder(folder, trials[number])
         log = folder / "logs" / f"{trial.name}.txt"
         steps = [] if states[number] == "finished" else [["pretrain", *trial.words(), "--out", str(run), "--continue"]]
-        for words in evaluations:
+        for words in [*evaluations, *([supervised] if supervised and not trial.trained else [])]:
             if not evaluated(run, words):
                 steps.append(["evaluate", words[0], str(run), *words[1:]])
         if not steps:

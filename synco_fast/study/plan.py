@@ -14,7 +14,13 @@ from synco_fast.explain import known_keys
 from synco_fast.presets import load_config
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["Trial", "plan"]
+__all__ = ["UNTRAINED", "Trial", "plan"]
+
+#: Stands for a method in the trials of encoders that are not trained.
+UNTRAINED = "untrained"
+
+#: Sections whose settings change an untrained encoder or its accuracy.
+_WITHOUT_TRAINING = ("data", "augment", "model", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Trial:
     Attributes:
         config: A preset, or the path of a YAML file.
         setting: The varied values by dotted key.
-        method: The value of ``method.name``.
+        method: The value of ``method.name``, or `UNTRAINED`.
         seed: The run's seed.
         overrides: Everything that differs from ``config``, by dotted key, including what all trials share.
     """
@@ -40,6 +46,11 @@ class Trial:
         """Configuration and setting as text, shared by the runs whose methods are compared."""
         described = ", ".join(f"{key.rpartition('.')[2]} {_text(value)}" for key, value in self.setting.items())
         return self.config, described
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run has any step."""
+        return self.method != UNTRAINED
 
     @property
     def name(self) -> str:
@@ -71,6 +82,7 @@ def plan(
     seeds: Sequence[int] = (0,),
     vary: Mapping[str, Sequence[Any]] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    untrained: bool = False,
 ) -> list[Trial]:
     """Every trial of a study, seed by seed, so that an interrupted study holds complete comparisons.
 
@@ -80,6 +92,7 @@ def plan(
         seeds: The same for every method, so that differences can be paired.
         vary: Values of a setting by dotted key; several keys give every combination.
         overrides: Settings of all trials, by dotted key.
+        untrained: Add a trial of no steps for each seed and each setting of data, augmentation or model.
 
     Raises:
         ConfigError: A list is empty or has repeats, a key is unknown or given twice, or a trial's configuration is
@@ -104,9 +117,13 @@ def plan(
         if key in overrides:
             raise ConfigError(f"{key}: found both varied and fixed, expected one of them")
     settings = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
-    trials = []
+    trials: list[Trial] = []
     for seed, config, setting in itertools.product(seeds, configs, settings):
-        for method in methods or (load_config(config, {**overrides, **setting}).method.name,):
+        named = methods or (load_config(config, {**overrides, **setting}).method.name,)
+        if untrained:
+            found = _untrained(config, setting, named[0], seed, overrides)
+            trials += [found] if found.name not in {trial.name for trial in trials} else []
+        for method in named:
             chosen = {**overrides, **setting, "method.name": method, "seed": seed}
             trial = Trial(config, setting, method, seed, chosen)
             trial.resolved()
@@ -116,6 +133,15 @@ def plan(
         if names.count(name) > 1:
             raise ConfigError(f"config: found two trials named {name}, expected names that differ; rename a YAML file")
     return trials
+
+
+def _untrained(config: str, setting: Mapping[str, Any], method: str, seed: int, overrides: Mapping[str, Any]) -> Trial:
+    """The trial of no steps; settings of the method or of training are dropped, so that several settings share it."""
+    kept = {key: value for key, value in setting.items() if key.partition(".")[0] in _WITHOUT_TRAINING}
+    chosen = {**overrides, **kept, "method.name": method, "training.max_steps": 0, "seed": seed}
+    trial = Trial(config, kept, UNTRAINED, seed, chosen)
+    trial.resolved()
+    return trial
 
 
 def _text(value: Any) -> str:

@@ -11,9 +11,12 @@ from typing import Any
 
 from synco_fast.report.runs import PROBES, Run, mean_and_deviation, read_run
 from synco_fast.study.execute import run_folder
-from synco_fast.study.plan import Trial
+from synco_fast.study.plan import UNTRAINED, Trial
 
-__all__ = ["FIGURES", "Difference", "Row", "Study", "collect"]
+__all__ = ["FIGURES", "SUPERVISED", "Difference", "Row", "Study", "collect"]
+
+#: Stands for a method in the row of encoders that were trained on labels from the start.
+SUPERVISED = "supervised"
 
 FIGURES: dict[str, Callable[[Run], float | None]] = {
     "kNN in training": lambda run: run.summary.get("knn_after"),
@@ -29,7 +32,7 @@ class Row:
     """The runs of one method in one setting.
 
     Attributes:
-        config, setting, method: Shared by the runs.
+        config, setting, method: Shared by the runs; the method may be ``untrained`` or ``supervised``.
         seeds: Seeds of the finished runs, in order.
         values: By figure and seed.
         untrained: kNN before the first step, by seed.
@@ -130,13 +133,16 @@ class Study:
         }
 
 
-def collect(folder: Path, trials: Sequence[Trial], *, baseline: str | None = None) -> Study:
+def collect(
+    folder: Path, trials: Sequence[Trial], *, baseline: str | None = None, supervised: str | None = None
+) -> Study:
     """Read the finished runs of a study.
 
     Args:
         folder: The study's folder.
         trials: From `plan`.
         baseline: The method that the others are compared with; the first by default.
+        supervised: The column of the evaluation that trained untrained encoders on labels: it gets a row of its own.
 
     Raises:
         ConfigError: A run cannot be read.
@@ -150,7 +156,7 @@ def collect(folder: Path, trials: Sequence[Trial], *, baseline: str | None = Non
     grouped: dict[tuple[str, str, str], list[Trial]] = {}
     for trial in trials:
         grouped.setdefault((*trial.group, trial.method), []).append(trial)
-    rows = []
+    rows, bounds = [], []
     for (config, setting, method), inside in grouped.items():
         done = {trial.seed: runs[trial.name] for trial in inside if trial.name in runs}
         values = {
@@ -161,14 +167,18 @@ def collect(folder: Path, trials: Sequence[Trial], *, baseline: str | None = Non
             seed: float(value) for seed, run in done.items() if (value := run.summary.get("knn_before")) is not None
         }
         present = {name: by_seed for name, by_seed in values.items() if by_seed}
+        labelled = present.pop(supervised, None) if supervised and method == UNTRAINED else None
         rows.append(Row(config, setting, method, tuple(done), present, untrained))
+        if supervised and labelled:
+            bounds.append(Row(config, setting, SUPERVISED, tuple(labelled), {supervised: labelled}, {}))
+    rows += bounds
     missing = tuple(trial.name for trial in trials if trial.name not in runs)
     return Study(tuple(rows), tuple(_differences(rows, baseline)), runs, missing)
 
 
 def _differences(rows: list[Row], baseline: str | None) -> list[Difference]:
     found = []
-    first = baseline or (rows[0].method if rows else "")
+    first = baseline or next((row.method for row in rows if row.method not in (UNTRAINED, SUPERVISED)), "")
     for row in rows:
         same = [other for other in rows if (other.config, other.setting) == (row.config, row.setting)]
         base = next((other for other in same if other.method == first), None)

@@ -127,7 +127,11 @@ def _mean(values: list[float]) -> str:
 
 
 def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> None:
-    """Plot kNN accuracy over epochs: one panel per configuration and setting, one colour per method."""
+    """Plot kNN accuracy over epochs: one panel per configuration and setting, one colour per method.
+
+    Untrained encoders are the curves' first points, so they have no curve of their own.
+    """
+    trials = [trial for trial in trials if trial.trained]
     groups = list(dict.fromkeys(trial.group for trial in trials))
     methods = list(dict.fromkeys(trial.method for trial in trials))
     columns = min(3, len(groups))

@@ -349,7 +349,8 @@ class Engine:
         load_optimizer(self.optimizer, state["optimizer"], path)
         if self._rates_are_tensors:
             self._rates_on_device()
-        self._set_rate(state["step"] - 1)  # a checkpoint that is written before the next step holds it
+        if state["step"]:
+            self._set_rate(state["step"] - 1)  # a checkpoint that is written before the next step holds it
         self.update.load_state_dict(state["precision"])
         self.means.load_state_dict(state["means"], self.device)
         if "extra" in state:

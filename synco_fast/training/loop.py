@@ -152,7 +152,7 @@ class Trainer(Generic[SummaryT]):
         try:
             with self.stopping.on_signals():
                 # Without this save, every later resume from the same checkpoint would repeat the evaluation.
-                if self._evaluate_if_due() and self.step:
+                if (self._evaluate_if_due() and self.step) or not self.steps:
                     self._save()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()

@@ -84,6 +84,33 @@ def test_settings_are_not_compared_with_one_another(tmp_path):
     assert study.differences[0].error is None
 
 
+def test_settings_that_concern_training_share_an_untrained_encoder():
+    vary = {"method.count_scale": [0.5, 1.0], "augment.size": [16, 32]}
+    trials = plan(["demo"], methods=["moco", "synco"], seeds=[0, 1], vary=vary, untrained=True)
+    bounds = [trial for trial in trials if not trial.trained]
+    assert [(trial.seed, dict(trial.setting)) for trial in bounds] == [
+        (seed, {"augment.size": size}) for seed in (0, 1) for size in (16, 32)
+    ]
+    assert {trial.resolved().training.max_steps for trial in bounds} == {0}
+    assert len(trials) == len(bounds) + 16
+
+
+def test_untrained_and_supervised_rows_are_bounds_and_no_baseline(tmp_path):
+    trials = plan(["demo"], methods=["moco", "synco"], seeds=[0], untrained=True)
+    assert [trial.method for trial in trials] == ["untrained", "moco", "synco"]
+    for trial, accuracy in zip(trials, (0.1, 0.5, 0.52), strict=True):
+        labelled = {} if trial.trained else {"finetune_100": {"top1": 0.9}}
+        pretend(tmp_path, trial, accuracy, linear_fast={"top1": accuracy}, **labelled)
+    study = collect(tmp_path, trials, supervised="100 % labels")
+    assert [row.method for row in study.rows] == ["untrained", "moco", "synco", "supervised"]
+    assert study.rows[-1].values == {"100 % labels": {0: 0.9}}
+    assert "100 % labels" not in study.rows[0].values
+    found = {(row.method, row.figure): row.mean for row in study.differences}
+    assert found["untrained", "linear, cached"] == pytest.approx(-0.4)
+    assert {row.baseline for row in study.differences} == {"moco"}
+    assert "| supervised | 0 |  |  |  | 90.0% |" in page(study, "synco-fast study")
+
+
 def test_a_run_that_is_not_finished_does_not_count(tmp_path):
     trials = plan(["demo"], seeds=[0])
     pretend(tmp_path, trials[0], 0.9, finished=False)
@@ -107,6 +134,7 @@ def test_another_study_in_the_same_folder_is_refused(tmp_path, capsys):
         (["--vary", "training.precision"], "vary: found 'training.precision', expected KEY=A,B"),
         (["--baseline", "mochi"], "baseline: found mochi, expected one of synco"),
         (["--training.epoch", "3"], "training.epoch: found an unknown key"),
+        (["--supervised", "linear"], "supervised: found 'linear', expected 'finetune --percent N' with N"),
     ],
 )
 def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
@@ -119,18 +147,20 @@ def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
 def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, capsys):
     folder = tmp_path / "study"
     words = ["study", tiny, "--methods", "moco", "synco", "--seeds", "0", "--out", str(folder), "--parallel", "2"]
-    assert main([*words, "--evaluate", "knn --k 3 --workers 0"]) == 0
+    tuned = "finetune --percent 100 --lr 0.1 --epochs 1 --batch 8 --workers 0"
+    assert main([*words, "--evaluate", "knn --k 3 --workers 0", "--supervised", tuned]) == 0
     capsys.readouterr()
     record = json.loads((folder / "study.json").read_text())
-    assert [row["method"] for row in record["rows"]] == ["moco", "synco"]
+    assert [row["method"] for row in record["rows"]] == ["untrained", "moco", "synco", "supervised"]
     assert record["missing"] == []
+    assert list(record["rows"][-1]["figures"]) == ["100 % labels"]
     assert len(record["differences"]) >= 1
     assert (folder / "curves.png").stat().st_size > 1000
-    runs = sorted((folder / "runs").iterdir())
+    runs = sorted(folder.glob("runs/*-seed0"))
     assert all((run / "evaluation" / "knn.json").is_file() for run in runs)
     before = [(run / "summary.json").stat().st_mtime_ns for run in runs]
     (runs[1] / "summary.json").unlink()
-    assert main(words) == 0
+    assert main([*words, "--supervised", tuned]) == 0
     after = [(run / "summary.json").stat().st_mtime_ns for run in runs]
     assert after[0] == before[0], "what is finished is not run again"
     assert json.loads((folder / "study.json").read_text())["rows"] == record["rows"], "and what is run again agrees"

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from synco_fast.api import Run
 from synco_fast.config import Config, read_config
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.evaluation.context import EvalOptions
@@ -174,6 +175,20 @@ def test_a_kill_between_an_evaluation_and_its_checkpoint_leaves_no_trace(tiny, t
         assert_identical(newest(tmp_path / "whole"), newest(run))
         assert figures(tmp_path / "whole") == figures(run)
         assert evaluated_once(run) == evaluated_once(tmp_path / "whole") == [0, 4, 8]
+
+
+def test_a_run_of_no_steps_saves_the_untrained_encoder(tiny, tmp_path):
+    none, run = tiny({"training.max_steps": 0}), tmp_path / "run"
+    summary = pretrain(none, run)
+    assert (summary.finished, summary.steps, summary.knn_after) == (True, 0, None)
+    assert Run(run).finished
+    assert Run(run).knn == summary.knn_before
+    assert evaluate_knn(run, EvalOptions(workers=0))["knn"] == summary.knn_before
+    pretrain(none, run, resume=run)
+    assert [(line["kind"], line["step"]) for line in read_metrics(run)] == [("evaluation", 0)]
+    pretrain(tiny(), run, resume=run)
+    pretrain(tiny(), tmp_path / "whole")
+    assert_identical(newest(tmp_path / "whole"), newest(run))
 
 
 def test_what_an_early_kill_left_out_is_written_by_the_resume(tiny, tmp_path):
