@@ -147,7 +147,7 @@ class _MethodChoice(Section):
     queue: int = Field(65536, ge=1, le=1 << 22, description="K, length of the queue of past keys")
     temperature: float = Field(0.2, ge=1e-4, le=100, description="T, temperature of the loss")
     count_scale: float = Field(
-        1.0, ge=1e-6, le=64, description="Factor on the published counts, for the counts below that are null"
+        1.0, ge=0, le=64, description="Factor on the published counts, for the counts below that are null; 0: none"
     )
     hard: Count | None = Field(None, description="N, size of Q^N: hard negatives that the synthetic ones are made from")
 

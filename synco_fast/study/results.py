@@ -52,10 +52,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A method minus the baseline at the same seeds.
+    """A method minus the baseline, or a setting minus the first one, at the same seeds.
 
     Attributes:
-        config, setting, method, baseline, figure: The comparison.
+        config, setting, method, figure: What is compared.
+        baseline: The method, or the setting, that it is compared with.
         values: By seed, in [-1, 1].
     """
 
@@ -81,6 +82,18 @@ class Difference:
         """The standard error of the mean; None for one seed."""
         return self.deviation / math.sqrt(len(self.values)) if len(self.values) > 1 else None
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "config": self.config,
+            "setting": self.setting,
+            "method": self.method,
+            "baseline": self.baseline,
+            "figure": self.figure,
+            **_described(self.values),
+            "standard_error": self.error,
+        }
+
 
 @dataclass(frozen=True)
 class Study:
@@ -88,13 +101,15 @@ class Study:
 
     Attributes:
         rows: Rows in the order of the trials.
-        differences: Every method minus the baseline, over shared seeds.
+        differences: Every method minus the baseline in the same setting, over shared seeds.
+        setting_differences: Every setting minus the first one with the same method, over shared seeds.
         runs: Finished runs by trial.
         missing: Trials without a finished run.
     """
 
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
+    setting_differences: tuple[Difference, ...]
     runs: dict[str, Run]
     missing: tuple[str, ...]
 
@@ -117,18 +132,8 @@ class Study:
                 }
                 for row in self.rows
             ],
-            "differences": [
-                {
-                    "config": found.config,
-                    "setting": found.setting,
-                    "method": found.method,
-                    "baseline": found.baseline,
-                    "figure": found.figure,
-                    **_described(found.values),
-                    "standard_error": found.error,
-                }
-                for found in self.differences
-            ],
+            "differences": [found.as_dict() for found in self.differences],
+            "setting_differences": [found.as_dict() for found in self.setting_differences],
             "missing": list(self.missing),
         }
 
@@ -173,25 +178,39 @@ def collect(
             bounds.append(Row(config, setting, SUPERVISED, tuple(labelled), {supervised: labelled}, {}))
     rows += bounds
     missing = tuple(trial.name for trial in trials if trial.name not in runs)
-    return Study(tuple(rows), tuple(_differences(rows, baseline)), runs, missing)
+    methods, settings = _differences(rows, baseline), _setting_differences(rows)
+    return Study(tuple(rows), tuple(methods), tuple(settings), runs, missing)
 
 
 def _differences(rows: list[Row], baseline: str | None) -> list[Difference]:
-    found = []
+    found: list[Difference] = []
     first = baseline or next((row.method for row in rows if row.method not in (UNTRAINED, SUPERVISED)), "")
     for row in rows:
         same = [other for other in rows if (other.config, other.setting) == (row.config, row.setting)]
         base = next((other for other in same if other.method == first), None)
         if base is None or row.method == first:
             continue
-        for figure, values in row.values.items():
-            shared = {
-                seed: value - base.values[figure][seed]
-                for seed, value in values.items()
-                if seed in base.values.get(figure, {})
-            }
-            if shared:
-                found.append(Difference(row.config, row.setting, row.method, first, figure, shared))
+        found += _paired(row, base, first)
+    return found
+
+
+def _setting_differences(rows: list[Row]) -> list[Difference]:
+    found: list[Difference] = []
+    for row in rows:
+        base = next(other for other in rows if (other.config, other.method) == (row.config, row.method))
+        if base.setting != row.setting:
+            found += _paired(row, base, base.setting)
+    return found
+
+
+def _paired(row: Row, base: Row, name: str) -> list[Difference]:
+    """The differences of two rows in every figure that they share a seed of."""
+    found = []
+    for figure, values in row.values.items():
+        others = base.values.get(figure, {})
+        shared = {seed: value - others[seed] for seed, value in values.items() if seed in others}
+        if shared:
+            found.append(Difference(row.config, row.setting, row.method, name, figure, shared))
     return found
 
 

@@ -14,9 +14,11 @@ from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json, write_text
 from synco_fast.runtime.style import COLOURS
 from synco_fast.study.plan import Trial
-from synco_fast.study.results import Row, Study
+from synco_fast.study.results import Difference, Row, Study
 
 __all__ = ["draw_learning_curves", "page", "write_record"]
+
+_SPREAD = ["difference", "figure", "mean", "deviation", "standard error", "seeds", "each seed"]
 
 
 def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: str) -> None:
@@ -48,10 +50,10 @@ def page(study: Study, command: str) -> str:
     figures = study.figures
     varied = any(row.setting for row in study.rows)
     several = len({row.config for row in study.rows}) > 1
-    heads = [*(["config"] if several else []), *(["setting"] if varied else []), "method", "seeds", "untrained kNN"]
+    heads = [*(["config"] if several else []), *(["setting"] if varied else [])]
 
-    def lead(row: Row) -> list[str]:
-        return [*([row.config] if several else []), *([row.setting] if varied else []), row.method]
+    def lead(row: Row | Difference) -> list[str]:
+        return [*([row.config] if several else []), *([row.setting] if varied else [])]
 
     lines = [
         f"# Study: {', '.join(dict.fromkeys(row.config for row in study.rows))}",
@@ -60,10 +62,11 @@ def page(study: Study, command: str) -> str:
         "percent and percentage points.",
         "",
         *_table(
-            [*heads, *figures],
+            [*heads, "method", "seeds", "untrained kNN", *figures],
             [
                 [
                     *lead(row),
+                    row.method,
                     ", ".join(map(str, row.seeds)),
                     _mean(list(row.untrained.values())),
                     *(_mean(list(row.values.get(name, {}).values())) for name in figures),
@@ -75,10 +78,11 @@ def page(study: Study, command: str) -> str:
         "By seed:",
         "",
         *_table(
-            [*heads[:-2], "figure", "lowest", "highest", "each seed"],
+            [*heads, "method", "figure", "lowest", "highest", "each seed"],
             [
                 [
                     *lead(row),
+                    row.method,
                     name,
                     f"{min(values.values()):.1%}",
                     f"{max(values.values()):.1%}",
@@ -90,22 +94,15 @@ def page(study: Study, command: str) -> str:
         ),
     ]
     if study.differences:
-        rows = [
-            [
-                *([found.config] if several else []),
-                *([found.setting] if varied else []),
-                f"{found.method} - {found.baseline}",
-                found.figure,
-                f"{100 * found.mean:+.1f}",
-                f"{100 * found.deviation:.1f}" if len(found.values) > 1 else "",
-                "" if found.error is None else f"{100 * found.error:.1f}",
-                str(len(found.values)),
-                ", ".join(f"{100 * value:+.1f}" for value in found.values.values()),
-            ]
-            for found in study.differences
+        told = [[*lead(found), f"{found.method} - {found.baseline}", *_spread(found)] for found in study.differences]
+        lines += ["", "Differences at the same seed, in percentage points:", "", *_table([*heads, *_SPREAD], told)]
+    if study.setting_differences:
+        told = [
+            [*lead(found)[:-1], found.method, f"{found.setting} - {found.baseline}", *_spread(found)]
+            for found in study.setting_differences
         ]
-        heads = [*heads[:-3], "difference", "figure", "mean", "deviation", "standard error", "seeds", "each seed"]
-        lines += ["", "Differences at the same seed, in percentage points:", "", *_table(heads, rows)]
+        table = _table([*heads[:-1], "method", *_SPREAD], told)
+        lines += ["", "Differences from the first setting at the same seed:", "", *table]
     if study.missing:
         lines += ["", f"Not finished: {', '.join(study.missing)}."]
     return "\n".join(lines) + "\n"
@@ -116,6 +113,17 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
         f"| {' | '.join(heads)} |",
         "|" + "---|" * len(heads),
         *(f"| {' | '.join(cells)} |" for cells in rows),
+    ]
+
+
+def _spread(found: Difference) -> list[str]:
+    return [
+        found.figure,
+        f"{100 * found.mean:+.1f}",
+        f"{100 * found.deviation:.1f}" if len(found.values) > 1 else "",
+        "" if found.error is None else f"{100 * found.error:.1f}",
+        str(len(found.values)),
+        ", ".join(f"{100 * value:+.1f}" for value in found.values.values()),
     ]
 
 

@@ -119,6 +119,7 @@ def test_the_key_encoder_follows_by_its_momentum():
         ({"method.name": "synco", "method.noisy": 0}, Negatives.synco(noisy=0)),
         ({"method.extrapolation": "paper"}, Negatives.synco(extrapolation="paper")),
         ({"method.name": "mochi", "method.count_scale": 0.25}, Negatives.mochi(256, 128, 64)),
+        ({"method.count_scale": 0.0, "method.hard": 64}, Negatives.moco()),
     ],
 )
 def test_three_methods_are_one_loss_with_three_settings(overrides, expected):

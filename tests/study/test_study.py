@@ -71,7 +71,7 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert "| synco - moco | kNN in training | +2.0 |  |  | 1 | +2.0 |" in page(collect(tmp_path, trials), "study")
 
 
-def test_settings_are_not_compared_with_one_another(tmp_path):
+def test_methods_are_compared_in_a_setting_and_settings_in_a_method(tmp_path):
     trials = plan(["demo"], methods=["moco", "synco"], seeds=[0], vary={"training.precision": ["fp32", "bf16"]})
     figures = dict(zip([trial.name for trial in trials], (0.5, 0.6, 0.7, 0.9), strict=True))
     for trial in trials:
@@ -82,6 +82,13 @@ def test_settings_are_not_compared_with_one_another(tmp_path):
         ("precision bf16", -0.2),
     }
     assert study.differences[0].error is None
+    assert {(row.method, row.setting, row.baseline, round(row.mean, 3)) for row in study.setting_differences} == {
+        ("moco", "precision bf16", "precision fp32", 0.2),
+        ("synco", "precision bf16", "precision fp32", 0.3),
+    }
+    text = page(study, "synco-fast study")
+    assert "| precision fp32 | moco - synco | kNN in training | -10.0 |  |  | 1 | -10.0 |" in text
+    assert "| synco | precision bf16 - precision fp32 | kNN in training | +30.0 |  |  | 1 | +30.0 |" in text
 
 
 def test_settings_that_concern_training_share_an_untrained_encoder():
