@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from synco_fast.data.augment.draw import OPERATIONS, ViewParameters
+from synco_fast.data.transfer import to_device
 
 __all__ = [
     "APPLY",
@@ -68,13 +69,13 @@ def jitter(views: Tensor, parameters: ViewParameters) -> Tensor:
 
 
 def _rows(views: Tensor, rows: NDArray[np.int64]) -> Tensor:
-    return views if len(rows) == len(views) else views[torch.from_numpy(rows).to(views.device, non_blocking=True)]
+    return views if len(rows) == len(views) else views[to_device(rows, views.device)]
 
 
 def _on_rows(views: Tensor, rows: NDArray[np.int64], changed: Tensor) -> Tensor:
     if len(rows) == len(views):
         return changed
-    return views.index_copy_(0, torch.from_numpy(rows).to(views.device, non_blocking=True), changed)
+    return views.index_copy_(0, to_device(rows, views.device), changed)
 
 
 def _where(views: Tensor, drawn: NDArray[np.bool_], change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -85,7 +86,7 @@ def _where(views: Tensor, drawn: NDArray[np.bool_], change: Callable[[Tensor], T
 
 def _column(values: NDArray[np.float32], like: Tensor) -> Tensor:
     """One number per image, (n, 1, 1, 1), on the device of ``like``."""
-    return torch.from_numpy(values).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
+    return to_device(values, like.device).view(-1, 1, 1, 1)
 
 
 def _luma(views: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def blur(views: Tensor, sigma: NDArray[np.float32]) -> Tensor:
     weights = np.exp(-0.5 * (offsets / sigma[:, None].astype(np.float64)) ** 2)
     weights[offsets > np.ceil(BLUR_SIGMAS * sigma)[:, None]] = 0
     weights /= weights[:, :1] + 2 * weights[:, 1:].sum(axis=1, keepdims=True)
-    column = torch.from_numpy(weights.astype(np.float32)).to(views.device, non_blocking=True)
+    column = to_device(weights.astype(np.float32), views.device)
     return _blur_along(_blur_along(views, column, 2), column, 3)
 
 

@@ -19,6 +19,7 @@ from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, replace_corrupt
 from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import ArraySplit, Split
+from synco_fast.data.transfer import to_device
 from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"]
@@ -77,7 +78,7 @@ class ResidentPipeline:
             images = self._replacements[wanted]
             # A corrupt image counts where it is due, not where it is tried as a replacement.
             corrupt = {number: self._corrupt[number] for number in wanted.tolist() if number in self._corrupt}
-            rows = torch.from_numpy(images).to(self._device, non_blocking=True)
+            rows = to_device(images, self._device)
             first, second = self._views(rows, epoch, wanted)
             yield Batch(first, second, rows, corrupt)
 
@@ -127,9 +128,7 @@ class ResidentPipeline:
             sizes=np.tile(np.array([height, width]), (2 * count, 1)),
         )
         if self._make is not None:
-            words = torch.from_numpy(packed(parameters))
-            if self._device.type == "cuda":
-                words = words.pin_memory().to(self._device, non_blocking=True)
+            words = to_device(packed(parameters), self._device)
             buffer = self._flat, self._offsets, self._sizes
             return make_pair(self._make, self._recipe, *buffer, rows, words, size=size, **self._given)
         pixels = self._pixels[rows].to(torch.float32)
@@ -151,7 +150,7 @@ def crop_and_resize_batch(images: Tensor, crops: NDArray[np.int64], size: int) -
     Returns:
         (n, C, size, size), rounded to whole numbers.
     """
-    windows = torch.from_numpy(crops).to(images.device, non_blocking=True).to(torch.float32)
+    windows = to_device(crops, images.device).to(torch.float32)
     rows = _resize_matrix(windows[:, 0], windows[:, 2], images.shape[2], size)
     columns = _resize_matrix(windows[:, 1], windows[:, 3], images.shape[3], size)
     return torch.matmul(torch.matmul(rows[:, None], images), columns[:, None].mT).round_()

@@ -9,6 +9,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.resident import room_on
 from synco_fast.data.pipelines.torchvision import evaluation_loader
 from synco_fast.data.sources.open import Split
+from synco_fast.data.transfer import to_device
 from synco_fast.runtime.errors import DataError
 
 __all__ = ["ResidentImages"]
@@ -53,5 +54,5 @@ class ResidentImages:
 
     def take(self, numbers: Tensor) -> Tensor:
         """Images by number, (n,) int64, as uint8 (n, 3, size, size) on the device."""
-        rows = self._rows[numbers.to(self._rows.device, non_blocking=True)]
+        rows = self._rows[to_device(numbers, self._rows.device)]
         return self._images[rows].to(self._device, non_blocking=True)

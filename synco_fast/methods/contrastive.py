@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from synco_fast.config import Config
+from synco_fast.data.transfer import to_device
 from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, Negatives, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
 from synco_fast.kernels.proof import loss_shapes
@@ -176,7 +177,7 @@ class MomentumContrast(Method):
         return StepInputs(
             queries=tuple(query for query, _ in pairs),
             keys=tuple(exchange_rows(key, order) for (_, key), order in zip(pairs, orders, strict=True)),
-            orders=tuple(order.to(device, non_blocking=True) for order in orders),
+            orders=tuple(to_device(order, device) for order in orders),
             image_ids=views.image_ids,
         )
 

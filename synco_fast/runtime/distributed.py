@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from synco_fast.data.transfer import to_device
 from synco_fast.runtime.dist_env import DistEnv
 from synco_fast.runtime.errors import ConfigError, LostProcessError
 from synco_fast.runtime.heartbeat import Heartbeat
@@ -271,9 +272,9 @@ def exchange_rows(rows: Tensor, order: Tensor) -> Tensor:
     leaving = owner == rank()
     sent = leaving.sum(dim=1).tolist()
     received = owner[rank()].bincount(minlength=world()).tolist()
-    source = (wanted % block)[leaving].to(rows.device, non_blocking=True)
+    source = to_device((wanted % block)[leaving], rows.device)
     # Received rows are sorted by source rank, and within one rank in the requested order.
-    place = owner[rank()].argsort(stable=True).to(rows.device, non_blocking=True)
+    place = to_device(owner[rank()].argsort(stable=True), rows.device)
     outgoing = rows[source].contiguous()
     incoming = torch.empty_like(outgoing[:1].expand(block, *rows.shape[1:]), memory_format=torch.contiguous_format)
     dist.all_to_all_single(incoming, outgoing, received, sent)

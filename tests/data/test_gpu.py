@@ -8,6 +8,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
 from synco_fast.data.sources.open import ArraySplit, open_source
+from synco_fast.data.transfer import to_device
 from synco_fast.kernels.views import make_views
 from tests.data.photos import photo
 from tests.data.test_pipelines import CORRUPT, damage, special
@@ -25,6 +26,18 @@ def split(tmp_path):
     for number in range(40):
         photo(200 + number, 150, number).save(tmp_path / f"good{number:02d}.jpg", quality=92)
     return open_source(str(tmp_path)).train
+
+
+def test_the_host_does_not_wait_to_copy_a_small_array():
+    cuda, values = torch.device("cuda"), np.arange(5000)
+    to_device(values, cuda)  # page-locked memory is taken once
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)
+    done.record()
+    copy = to_device(values, cuda)
+    assert not done.query(), "a second of work before the copy is still running"
+    assert copy.tolist() == values.tolist()
 
 
 @DALI

@@ -16,6 +16,7 @@ from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.dali.graph import Inputs, _backend, _decode_options, _source
 from synco_fast.data.pipelines.dali.reader import EncodedBatch
 from synco_fast.data.pipelines.fused import WORDS
+from synco_fast.data.transfer import to_device
 
 __all__ = ["build_decoding", "check_sizes", "decoding_inputs", "gather_decoded"]
 
@@ -80,8 +81,7 @@ def gather_decoded(outputs: Any) -> list[Tensor]:
     drawn = from_dlpack(words.as_tensor())
     pixels = torch.cat([image.reshape(-1) for image in decoded])
     shapes = torch.cat([(lengths.cumsum(0) - lengths)[:, None], sizes], dim=1)
-    if drawn.is_cuda:
-        shapes = shapes.pin_memory().to(drawn.device, non_blocking=True)
+    shapes = to_device(shapes, drawn.device)
     both = drawn.view(-1, 2, WORDS).transpose(0, 1).reshape(-1, WORDS)
     return [pixels, shapes[:, 0], shapes[:, 1:], both, sizes, *decoded, drawn]
 

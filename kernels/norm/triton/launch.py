@@ -17,6 +17,10 @@ Other buffers are small: a few numbers for each channel, and partial sums of 12 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -35,6 +39,9 @@ from synco_fast.kernels.norm.triton.statistics import finish_statistics, partial
 
 __all__ = ["apply", "backward", "statistics", "unserved"]
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
     """Memory for a kernel to fill. Tests replace this to fill it with poison values."""
@@ -46,6 +53,17 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
+def _on_its_device(launch: Callable[Concatenate[Tensor, P], Result]) -> Callable[Concatenate[Tensor, P], Result]:
+    """Triton launches on the current device and stream, which may differ from those of the first argument."""
+
+    @wraps(launch)
+    def launched(first: Tensor, /, *arguments: P.args, **options: P.kwargs) -> Result:
+        with torch.cuda.device_of(first):
+            return launch(first, *arguments, **options)
+
+    return launched
+
+
 def _adding(shape: Shape) -> dict[str, int]:
     """Arguments for adding partial sums: usually all of a channel in one or two iterations."""
     return {"GROUPS": shape.at_once, "SPLITS": SHARES // shape.at_once, "CHANNELS": SHARED_CHANNELS}
@@ -55,6 +73,7 @@ def _tile(shape: Shape) -> dict[str, int]:
     return {"BLOCK_ROWS": shape.block_rows, "BLOCK_CHANNELS": shape.block_channels, "num_warps": 8}
 
 
+@_on_its_device
 def statistics(
     x: Tensor,
     running_mean: Tensor | None,
@@ -104,6 +123,7 @@ def statistics(
     return mean, variance
 
 
+@_on_its_device
 def apply(
     x: Tensor,
     mean: Tensor,
@@ -146,6 +166,7 @@ def apply(
     return y
 
 
+@_on_its_device
 def backward(
     gradient: Tensor,
     x: Tensor,

@@ -105,6 +105,7 @@ def test_cuda_graph(cuda, masked):
         ids = {"image_ids": torch.arange(256, device=cuda), "queue_ids": torch.arange(65536, device=cuda) % 999}
     compute(static, Negatives.synco(), step=step, **ids)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             compute(static, Negatives.synco(), step=step, **ids)

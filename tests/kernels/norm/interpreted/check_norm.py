@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -249,6 +250,30 @@ def test_a_call_equals_the_operators_that_a_compiler_sees(monkeypatch, kind):
     for one, other in zip(direct, step(), strict=True):
         assert torch.equal(one, other)
     assert calls
+
+
+def test_launches_go_to_the_device_of_x(monkeypatch):
+    """All memory of the kernels is taken in a launcher, so each place says which device was current there."""
+    current, places = [], []
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    def recorded(true):
+        return lambda *shape, **options: places.append(list(current)) or true(*shape, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(launch, name, recorded(getattr(launch, name)))
+    x, weight, bias, r = inputs((4, 8, 3, 3), torch.float32)
+    y = batch_norm(x.requires_grad_(), weight, bias, None, None, groups=2, relu=True, residual=r, backend="triton")
+    forward = len(places)
+    y.sum().backward()
+    assert 0 < forward < len(places)
+    assert all(len(found) == 1 and found[0].shape == x.shape for found in places)
 
 
 def test_a_second_derivative_is_refused():

@@ -1,5 +1,6 @@
 """The views' kernels against torchvision by the table of the pipelines, and against the pipelines themselves."""
 
+from contextlib import contextmanager
 from dataclasses import fields
 
 import numpy as np
@@ -209,6 +210,23 @@ def test_a_proof_passes():
     ):
         verdict = validate_views(case, torch.device("cpu"))
         assert not verdict.misses, verdict
+
+
+def test_launches_go_to_the_device_of_the_pixels(monkeypatch):
+    current, launched, true = [], [], launch._launch
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(launch, "_launch", lambda *given: launched.append(list(current)) or true(*given))
+    pixels, offsets, sizes = ragged([photo(9, 9, 5)])
+    nothing = {name: value[:0] for name, value in tensors(table.all_cases()).items()}
+    make_views(pixels, offsets, sizes, torch.zeros(0, dtype=torch.int64), nothing, size=8)
+    assert [found[0] for found in launched] == [pixels]
 
 
 def test_no_views():
