@@ -1,4 +1,6 @@
-"""Tuning variants of the launches: tiles of the scan, programs of the mix. All must give equal results.
+"""Tuning variants of the launches: tiles of the scan, programs of the mix, blocks of rows on streams of their own.
+
+All must give equal results.
 
 ``python -m synco_fast.bench.variants`` prints a line of JSON for each. The chosen values are tables and constants of
 `synco_fast.kernels.triton`. A variant changes one of them, and a measurement may justify making the change permanent.
@@ -10,7 +12,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +21,11 @@ import torch
 from synco_fast.bench.launches import add_shape, shape_of, time_all, time_launches
 from synco_fast.bench.loss import TEMPERATURE, Shape, bare
 from synco_fast.bench.subjects import DTYPES
+from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.triton import contrast_and_gradient
 from synco_fast.kernels.validation import exact_inputs
 
-__all__ = ["Variant", "applied", "variants_of"]
+__all__ = ["Variant", "applied", "in_parts", "variants_of"]
 
 
 #: The scan's tile: rows, keys, columns per step, warps and stages.
@@ -74,11 +77,8 @@ class Variant:
 
 
 @contextlib.contextmanager
-def applied(variant: Variant | None) -> Iterator[None]:
+def applied(variant: Variant) -> Iterator[None]:
     """Context in which the launcher uses the variant."""
-    if variant is None:
-        yield
-        return
     values = variant.holder if isinstance(variant.holder, dict) else vars(variant.holder)
     absent = object()
     before = values.get(variant.key, absent)
@@ -120,12 +120,48 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
     return found
 
 
-def _outputs(shape: Shape, device: torch.device) -> tuple[torch.Tensor, ...]:
+def in_parts(shape: Shape, device: torch.device, parts: int) -> Callable[[], list[Outputs]]:
+    """The operator on blocks of rows, each on a stream of its own.
+
+    The device may run the scan of one block beside the selection and the mixtures of another. On a CPU the blocks
+    follow one another.
+
+    Args:
+        shape: The shape of the whole.
+        device: The device.
+        parts: Number of blocks.
+    """
     inputs = exact_inputs(shape.rows, shape.length, shape.dim, shape.torch_dtype).to(device=device)
-    # The step on the device, as `bare` has it, so that each variant is compiled once.
+    # On the device, as `bare` has it, so that each variant is compiled once.
     step = torch.tensor(7, device=device)
     settings: dict[str, Any] = {"temperature": TEMPERATURE, "seed": 3, "step": step}
-    return tuple(contrast_and_gradient(*inputs, shape.negatives, **settings))
+    blocks = list(torch.arange(shape.rows).tensor_split(parts))
+    streams = [torch.cuda.Stream(device) if device.type == "cuda" and parts > 1 else None for _ in blocks]
+
+    def run() -> list[Outputs]:
+        here = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        found = []
+        for block, stream in zip(blocks, streams, strict=True):
+            some = slice(int(block[0]), int(block[-1]) + 1)
+            if stream is not None:
+                stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                found.append(
+                    contrast_and_gradient(
+                        inputs.q[some], inputs.k[some], inputs.queue, shape.negatives, **settings, first_row=some.start
+                    )
+                )
+        for stream in streams:
+            if stream is not None and here is not None:
+                here.wait_stream(stream)
+        return found
+
+    return run
+
+
+def _outputs(shape: Shape, device: torch.device, parts: int = 1) -> tuple[torch.Tensor, ...]:
+    found = in_parts(shape, device, parts)()
+    return tuple(torch.cat(blocks) for blocks in zip(*found, strict=True))
 
 
 def _agree(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
@@ -147,23 +183,29 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = shape_of(options, options.dtype)
     expected = _outputs(shape, device)
-    for variant in [None, *variants_of(shape, device)[: options.most]]:
+
+    def report(name: str, launch: str | None, run: Callable[[], object], *, parts: int = 1, each: bool = True) -> None:
         begun = time.monotonic()
-        line: dict[str, Any] = {"variant": variant.name if variant else "as it is", "dtype": shape.dtype}
+        line: dict[str, Any] = {"variant": name, "dtype": shape.dtype}
         try:
-            with applied(variant):
-                line["agrees"] = _agree(_outputs(shape, device), expected)
-                run = bare("triton", shape, device)
-                line |= time_all(run, device, repeats=options.repeats)
-                if device.type == "cuda" and (variant is None or variant.launch):
-                    only = variant.launch if variant else None
-                    timed = time_launches(run, device, repeats=options.repeats, only=only)
-                    line["launches"] = {one["launch"]: one["microseconds"] for one in timed}
+            line["agrees"] = _agree(_outputs(shape, device, parts), expected)
+            line |= time_all(run, device, repeats=options.repeats)
+            if each and device.type == "cuda":
+                timed = time_launches(run, device, repeats=options.repeats, only=launch)
+                line["launches"] = {one["launch"]: one["microseconds"] for one in timed}
         except Exception as error:
             # A tile that does not fit on the device must not stop the others.
             line["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         line["wall_s"] = round(time.monotonic() - begun, 1)
         print(json.dumps(line), flush=True)
+
+    report("as it is", None, bare("triton", shape, device))
+    for parts in (2, 4)[: options.most]:
+        run = in_parts(shape, device, parts)
+        report(f"rows in {parts} parts, each on its stream", None, run, parts=parts, each=False)
+    for variant in variants_of(shape, device)[: options.most]:
+        with applied(variant):
+            report(variant.name, variant.launch, bare("triton", shape, device), each=variant.launch is not None)
 
 
 if __name__ == "__main__":

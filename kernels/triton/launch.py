@@ -133,8 +133,9 @@ def _launch(
     size = triton.cdiv(length, stride)
     similarities = empty(rows, max(size, capacity), device=device)
     threshold, shift = empty(rows, device=device), empty(rows, device=device)
-    keys = min(form.keys, TILE)
-    grid = (triton.cdiv(rows, form.rows), triton.cdiv(size, keys))
+    # On compute capability 10.0 a taller tile keeps a few bytes on the stack.
+    height, keys = min(form.rows, TILE) if generation >= 10 else form.rows, min(form.keys, TILE)
+    grid = (triton.cdiv(rows, height), triton.cdiv(size, keys))
     sample[grid](
         q,
         queue,
@@ -145,7 +146,7 @@ def _launch(
         size,
         stride,
         **common,
-        ROWS=form.rows,
+        ROWS=height,
         KEYS=keys,
         num_warps=8,
     )
@@ -336,5 +337,6 @@ def _launch(
         HARD=hard > 0,
         BLOCK=256,
         **overlap,
-        num_warps=8 if wide > 256 else 4,
+        # At D = 64, four warps keep 8 bytes on the stack on compute capability 10.0.
+        num_warps=4 if TILE < wide <= 256 else 8,
     )

@@ -45,6 +45,14 @@ def test_the_scan_at_every_width_and_in_every_dtype(capability):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", todays(["100", "80", "90"]))
+def test_the_small_launches_at_every_width_and_in_every_dtype(capability):
+    lines = compiled(capability, "--dims", "64", "128", "256", "512", "--plain", "--only", "sample,reduce")
+    assert len(lines) == 24
+    assert all("stack 0 local 0 " in line for line in lines)
+
+
+@pytest.mark.slow
 @in_turn(1, 3)
 def test_the_three_products_of_float32_without_a_mask():
     lines = compiled("90", "--plain", "--dtypes", "float32", "--only", "rank,scan,select")
