@@ -27,7 +27,7 @@ from synco_fast.bench.timing import capture, graph_seconds, peak_memory, reset_p
 from synco_fast.kernels import FAMILIES, Negatives, reference, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
 
-__all__ = ["Shape", "bare", "extra_bytes", "measure", "prepare", "prepare_selection", "sweep"]
+__all__ = ["Shape", "bare", "extra_bytes", "failure", "measure", "prepare", "prepare_selection", "sweep"]
 
 TEMPERATURE = 0.2
 _MIB = 1 << 20
@@ -323,6 +323,13 @@ def _in_a_process(
         yield {"backend": backend, "part": part, **asdict(shape), "failed": last[-1]}
 
 
+def failure(error: Exception) -> dict[str, str]:
+    """``failed``, one line, and ``message``, the end of the whole message: a compiler's first line says little."""
+    message = str(error).strip()
+    first, _, _ = message.partition("\n")
+    return {"failed": f"{type(error).__name__}: {first}", "message": message[-4000:]}
+
+
 def main() -> None:
     """Measure the request in the first argument (JSON from `sweep`), and print a line of JSON for each shape."""
     task = json.loads(sys.argv[1])
@@ -334,13 +341,7 @@ def main() -> None:
             found = measure(task["backend"], shape, device=device, repeats=task["repeats"], part=task["part"])
         except Exception as error:
             # A failure at one shape, such as no memory or no compiler, must not lose the other results.
-            first = (str(error).strip().splitlines() or [""])[0]
-            found = {
-                "backend": task["backend"],
-                "part": task["part"],
-                **values,
-                "failed": f"{type(error).__name__}: {first}",
-            }
+            found = {"backend": task["backend"], "part": task["part"], **values, **failure(error)}
         print(json.dumps(found), flush=True)
 
 

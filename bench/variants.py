@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from synco_fast.bench.launches import add_shape, shape_of, time_all, time_launches
-from synco_fast.bench.loss import TEMPERATURE, Shape, bare
+from synco_fast.bench.loss import TEMPERATURE, Shape, bare, failure
 from synco_fast.bench.subjects import DTYPES
 from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.triton import contrast_and_gradient
@@ -195,7 +195,7 @@ def main() -> None:
                 line["launches"] = {one["launch"]: one["microseconds"] for one in timed}
         except Exception as error:
             # A tile that does not fit on the device must not stop the others.
-            line["failed"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            line |= failure(error)
         line["wall_s"] = round(time.monotonic() - begun, 1)
         print(json.dumps(line), flush=True)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from synco_fast.bench import loss
-from synco_fast.bench.loss import Shape, measure, prepare, sweep
+from synco_fast.bench.loss import Shape, failure, measure, prepare, sweep
 from synco_fast.bench.loss_report import best_seconds, draw_loss
 from synco_fast.bench.profile_loss import profile_loss
 from synco_fast.bench.roofline import Ceilings, floor_seconds, measure_ceilings
@@ -72,6 +72,11 @@ def test_floor():
 def test_best_effort_is_the_graph_where_it_is_faster():
     assert best_seconds({"median_s": 2.0}) == 2.0
     assert best_seconds({"median_s": 2.0, "graph_s": 1.0}) == 1.0
+
+
+def test_a_failure_keeps_its_whole_message():
+    found = failure(RuntimeError("at 14:11:\n  tmp4 = tmp3\n  wrong type\n"))
+    assert found == {"failed": "RuntimeError: at 14:11:", "message": "at 14:11:\n  tmp4 = tmp3\n  wrong type"}
 
 
 def test_picture_leaves_out_what_failed(tmp_path):
