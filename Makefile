@@ -25,7 +25,7 @@ else
   INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --root-user-action=ignore
 endif
 
-.PHONY: demo test docs lint types unit install format record-fashion-mnist clean
+.PHONY: demo test docs lint types unit install format clean
 
 demo: $(RUN)
 	@echo "[2/3] drawing the demo images into $(DEMO)"
@@ -79,9 +79,6 @@ docs: $(DOCS_STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-record-fashion-mnist: $(STAMP)
-	$(BIN)/python -m synco_fast.bench.experiments.fashion_mnist
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info

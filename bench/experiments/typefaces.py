@@ -28,7 +28,7 @@ from synco_fast.data.files import atomic_write
 from synco_fast.runtime.errors import DataError
 from synco_fast.runtime.files import write_json
 
-__all__ = ["FONTS", "draw_image", "draw_set", "glyphs", "raw_pixels", "typefaces"]
+__all__ = ["FONTS", "draw_image", "draw_set", "glyphs", "typefaces"]
 
 #: Where the package puts its fonts.
 FONTS = Path("/usr/share/fonts/truetype/aenigma")
@@ -147,28 +147,11 @@ def draw_set(fonts: Path, folder: Path) -> dict[str, Any]:
     return about
 
 
-def raw_pixels(folder: Path) -> float:
-    """The kNN accuracy of the pixels themselves, k 20, by the protocol of a run's periodic kNN."""
-    import torch
-    from torch import nn
-
-    from synco_fast.config import build_config
-    from synco_fast.data.sources.open import open_source
-    from synco_fast.evaluation.knn import periodic_knn
-
-    plain = {"size": 32, "evaluation_resize": 32, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
-    config = build_config({"augment": plain, "evaluation": {"k": 20}})
-    source, device = open_source(str(folder)), torch.device("cpu")
-    found = periodic_knn(nn.Flatten(), source, config.augment, config.evaluation, device=device, workers=0)
-    return found.accuracy
-
-
 def main(words: Sequence[str] | None = None) -> None:
     """Draw the set from the command line."""
     parser = argparse.ArgumentParser(description="Draw the typefaces of fonts-aenigma as a set of images.")
     parser.add_argument("folder", type=Path, help="where the set goes; must not exist")
     parser.add_argument("--fonts", type=Path, default=FONTS, help="folder of the font files")
-    parser.add_argument("--raw", action="store_true", help="then measure the kNN accuracy of raw pixels")
     options = parser.parse_args(words)
     try:
         about = draw_set(options.fonts, options.folder)
@@ -178,8 +161,6 @@ def main(words: Sequence[str] | None = None) -> None:
         f"{options.folder}: {about['typefaces']} typefaces, {about['images']['train']:,} training and "
         f"{about['images']['val']:,} held-out images, sha256 {about['sha256'][:16]}"
     )
-    if options.raw:
-        print(f"raw pixels: kNN {raw_pixels(options.folder):.1%}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from synco_fast.bench.experiments import typefaces
+from synco_fast.bench.experiments import raw_pixels, typefaces
 from synco_fast.data.sources.open import open_source
 from synco_fast.runtime.errors import DataError
 
@@ -35,10 +35,9 @@ def fonts(tmp_path) -> Path:
 
 
 def test_the_set_is_a_source_and_the_same_again(fonts, tmp_path, capsys):
-    typefaces.main([str(tmp_path / "one"), "--fonts", str(fonts), "--raw"])
+    typefaces.main([str(tmp_path / "one"), "--fonts", str(fonts)])
     said = capsys.readouterr().out
     assert "2 typefaces, 64 training and 16 held-out images" in said
-    assert "raw pixels: kNN " in said
     about = json.loads((tmp_path / "one" / "typefaces.json").read_text())
     assert about["skipped"] == ["symbols.ttf"]
     again = typefaces.draw_set(fonts, tmp_path / "two")
@@ -49,6 +48,20 @@ def test_the_set_is_a_source_and_the_same_again(fonts, tmp_path, capsys):
     pixels = np.asarray(source.train.read(0))
     assert pixels.shape == (48, 48, 3)
     assert 0 < (pixels > 0).mean() < 0.7
+
+
+def test_raw_pixels_are_measured_by_both_protocols(fonts, tmp_path, capsys):
+    typefaces.draw_set(fonts, tmp_path / "set")
+    config = tmp_path / "set.yaml"
+    config.write_text(
+        "preset: demo\naugment: {size: 32, grayscale_probability: 1.0, evaluation_resize: 32}\nevaluation: {k: 20}\n"
+    )
+    file = tmp_path / "raw.json"
+    raw_pixels.main([str(config), "--data", str(tmp_path / "set"), "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert list(found["accuracies"]) == ["20"], "200 are more than there are"
+    assert found["accuracies"]["20"] == found["knn_in_training"] > 0.5, "both take all images of so small a set"
+    assert f"kNN, k 20, all labels {found['accuracies']['20']:.1%}" in capsys.readouterr().out
 
 
 def test_no_character_is_in_both_splits_and_a_design_has_one_font(fonts):
