@@ -32,7 +32,11 @@ def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: s
     """
     folder.mkdir(parents=True, exist_ok=True)
     environments = [run.environment for run in study.runs.values() if run.environment]
-    environment = environments[0] if environments else describe_environment()
+    # Runs that were added later may be of other commits; the rest is that of the first run.
+    commits = list(dict.fromkeys(str(found["commit"]) for found in environments if "commit" in found))
+    environment = {**(environments[0] if environments else describe_environment())}
+    if commits:
+        environment["commit"] = ", ".join(commits)
     configs = {name: run.config.model_dump(mode="json") for name, run in study.runs.items()}
     write_json(
         folder / "study.json",

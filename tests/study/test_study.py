@@ -13,7 +13,7 @@ from synco_fast.runtime.files import write_json
 from synco_fast.study.execute import execute, run_folder, state_of
 from synco_fast.study.plan import plan
 from synco_fast.study.results import collect
-from synco_fast.study.write import page
+from synco_fast.study.write import page, write_record
 from tests.support.rotation import in_turn
 
 from ..conftest import TINY
@@ -116,6 +116,16 @@ def test_untrained_and_supervised_rows_are_bounds_and_no_baseline(tmp_path):
     assert found["untrained", "linear, cached"] == pytest.approx(-0.4)
     assert {row.baseline for row in study.differences} == {"moco"}
     assert "| supervised | 0 |  |  |  | 90.0% |" in page(study, "synco-fast study")
+
+
+def test_a_record_names_the_commits_of_all_runs(tmp_path):
+    trials = plan(["demo"], methods=["moco", "synco"], seeds=[0, 1])
+    for trial, commit in zip(trials, ("a1", "a1", "b2", "a1"), strict=True):
+        pretend(tmp_path, trial, 0.5)
+        write_json(run_folder(tmp_path, trial) / "environment.json", {"device": "CPU", "cores": 2, "commit": commit})
+    write_record(tmp_path / "record", trials, collect(tmp_path, trials), "synco-fast study")
+    assert json.loads((tmp_path / "record" / "study.json").read_text())["environment"]["commit"] == "a1, b2"
+    assert "Measured on CPU, 2 cores; commit a1, b2." in (tmp_path / "record" / "README.md").read_text()
 
 
 def test_a_run_that_is_not_finished_does_not_count(tmp_path):
