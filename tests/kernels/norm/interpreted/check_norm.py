@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from synco_fast.kernels.norm import batch_norm, ops
 from synco_fast.kernels.norm.triton import config, launch
 from synco_fast.kernels.norm.triton.config import shape_of
 from synco_fast.kernels.norm.validation import NormCase, validate_norm
+from tests.support.devices import devices_entered
 from tests.support.rotation import todays
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -254,18 +254,11 @@ def test_a_call_equals_the_operators_that_a_compiler_sees(monkeypatch, kind):
 
 def test_launches_go_to_the_device_of_x(monkeypatch):
     """All memory of the kernels is taken in a launcher, so each place says which device was current there."""
-    current, places = [], []
-
-    @contextmanager
-    def device_of(tensor):
-        current.append(tensor)
-        yield
-        current.pop()
+    current, places = devices_entered(monkeypatch), []
 
     def recorded(true):
         return lambda *shape, **options: places.append(list(current)) or true(*shape, **options)
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(launch, name, recorded(getattr(launch, name)))
     x, weight, bias, r = inputs((4, 8, 3, 3), torch.float32)

@@ -10,6 +10,7 @@ import torch
 
 from synco_fast.kernels import Negatives, synthetic_contrast
 from synco_fast.kernels.triton import contrast_and_gradient
+from tests.support.devices import devices_entered
 from tests.support.rotation import in_turn, todays
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,19 +130,10 @@ def test_step_on_the_device_and_global_rows(make):
 
 
 def test_launches_go_to_the_device_of_q(make, monkeypatch):
-    from contextlib import contextmanager
-
     from synco_fast.kernels.triton import launch
 
-    current, launched, true = [], [], launch._launch
+    current, launched, true = devices_entered(monkeypatch), [], launch._launch
 
-    @contextmanager
-    def device_of(tensor):
-        current.append(tensor)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(launch, "_launch", lambda *arguments: launched.append(list(current)) or true(*arguments))
     inputs = make(2, 64, 16)
     contrast_and_gradient(*inputs, some(4), **SETTINGS)

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
 
 import pytest
 import torch
 
 from synco_fast.kernels import momentum, momentum_update
 from synco_fast.kernels.triton import momentum as kernel
+from tests.support.devices import devices_entered
 
 
 @pytest.fixture(autouse=True)
@@ -82,19 +82,12 @@ def test_plans_are_kept_and_few():
 
 
 def test_launches_go_to_the_device_of_the_tensors(monkeypatch):
-    current, launched = [], []
-
-    @contextmanager
-    def device_of(tensor):
-        current.append(tensor)
-        yield
-        current.pop()
+    current, launched = devices_entered(monkeypatch), []
 
     class Launch:
         def __getitem__(self, grid):
             return lambda *_, **__: launched.append(list(current))
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(kernel, "_update", Launch())
     plan = kernel.Plan([torch.ones(3)], [torch.ones(3)])
     kernel.update(plan, 0.5)

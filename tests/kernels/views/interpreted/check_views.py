@@ -1,6 +1,5 @@
 """The views' kernels against torchvision by the table of the pipelines, and against the pipelines themselves."""
 
-from contextlib import contextmanager
 from dataclasses import fields
 
 import numpy as np
@@ -19,6 +18,7 @@ from synco_fast.kernels.views import launch, make_views
 from synco_fast.kernels.views.validation import ViewsCase, validate_views
 from tests.data import test_equality as table
 from tests.data.photos import photo
+from tests.support.devices import devices_entered
 
 DALI = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
 
@@ -213,15 +213,8 @@ def test_a_proof_passes():
 
 
 def test_launches_go_to_the_device_of_the_pixels(monkeypatch):
-    current, launched, true = [], [], launch._launch
+    current, launched, true = devices_entered(monkeypatch), [], launch._launch
 
-    @contextmanager
-    def device_of(tensor):
-        current.append(tensor)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(launch, "_launch", lambda *given: launched.append(list(current)) or true(*given))
     pixels, offsets, sizes = ragged([photo(9, 9, 5)])
     nothing = {name: value[:0] for name, value in tensors(table.all_cases()).items()}
