@@ -1,4 +1,4 @@
-"""Break the batch norm in fifteen ways, one at a time, and see that the tests catch each.
+"""Break the batch norm in sixteen ways, one at a time, and see that the tests catch each.
 
 Works on a copy of the folders, never on this one:
 
@@ -144,6 +144,14 @@ BREAKS = (
         "",
         REFERENCE,
         "closed_form",
+    ),
+    Break(
+        "kernels: launches go to the current device",
+        f"{TRITON}/launch.py",
+        "with torch.cuda.device_of(first):",
+        "with torch.no_grad():",
+        KERNELS,
+        "go_to_the_device",
     ),
 )
 
