@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from synco_fast.bench.cost.launches import compiled_for
 from synco_fast.bench.launches import intercepted
 from synco_fast.bench.loss import TEMPERATURE, Shape
 from synco_fast.bench.subjects import CAPABILITIES
-from synco_fast.bench.variants import applied, variants_of
+from synco_fast.bench.variants import PARTS, applied, variants_of
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.triton import launch
 from synco_fast.kernels.validation import cases
@@ -70,6 +71,8 @@ def _calls(shapes: tuple[Shape, ...], tests: Path | None) -> Iterator[tuple[Shap
             yield shape, shape.negatives, False, step, None
     shape = shapes[0]
     yield shape, Negatives(hard=shape.negatives.hard), False, on_device, None
+    for parts in PARTS:
+        yield replace(shape, rows=shape.rows // parts), shape.negatives, False, on_device, None
     for variant in variants_of(shape, cpu):
         yield shape, shape.negatives, False, on_device, variant
     if tests is not None:

@@ -25,7 +25,7 @@ from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.triton import contrast_and_gradient
 from synco_fast.kernels.validation import exact_inputs
 
-__all__ = ["Variant", "applied", "in_parts", "variants_of"]
+__all__ = ["PARTS", "Variant", "applied", "in_parts", "variants_of"]
 
 
 #: The scan's tile: rows, keys, columns per step, warps and stages.
@@ -57,6 +57,10 @@ _MIXES = (
 )
 
 
+#: Blocks of rows that run side by side.
+PARTS = (2, 4)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A changed value in the launch configuration.
@@ -77,8 +81,11 @@ class Variant:
 
 
 @contextlib.contextmanager
-def applied(variant: Variant) -> Iterator[None]:
+def applied(variant: Variant | None) -> Iterator[None]:
     """Context in which the launcher uses the variant."""
+    if variant is None:
+        yield
+        return
     values = variant.holder if isinstance(variant.holder, dict) else vars(variant.holder)
     absent = object()
     before = values.get(variant.key, absent)
@@ -200,7 +207,7 @@ def main() -> None:
         print(json.dumps(line), flush=True)
 
     report("as it is", None, bare("triton", shape, device))
-    for parts in (2, 4)[: options.most]:
+    for parts in PARTS[: options.most]:
         run = in_parts(shape, device, parts)
         report(f"rows in {parts} parts, each on its stream", None, run, parts=parts, each=False)
     for variant in variants_of(shape, device)[: options.most]:

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from synco_fast.bench import compile_cache
 from synco_fast.bench.cost.counts import count
 from synco_fast.bench.cost.model import DEVICES, occupancy
 from synco_fast.bench.cost.sass import read, spans
@@ -24,6 +25,7 @@ from synco_fast.bench.cost.stated import STATED
 from synco_fast.bench.cost.stated import candidates as candidates_of
 from synco_fast.bench.cost.trips import Unknown, constructs_of, mean_trips
 from synco_fast.bench.loss import Shape
+from synco_fast.kernels.triton import config
 from synco_fast.kernels.triton.config import sampling_of
 from tests.support.rotation import in_turn
 
@@ -307,3 +309,17 @@ def test_the_record_is_of_what_the_page_says():
     found = json.loads(record.read_text())
     assert found["capability"] == 90
     assert "assumed" in found
+
+
+def test_the_carried_cache_covers_blocks_of_rows_and_every_variant(monkeypatch):
+    asked, used = [], []
+
+    def call(shape, *_):
+        asked.append(shape.rows)
+        used.append(config.SELECT_PER_WARP)
+
+    monkeypatch.setattr(compile_cache, "_call", call)
+    compile_cache.compile_all(90, compile_cache.SHAPES[:1])
+    assert {256, 128, 64} == set(asked)
+    assert len(set(used)) > 1, "a variant is in force while its kernels are compiled"
+    assert used[0] == config.SELECT_PER_WARP
