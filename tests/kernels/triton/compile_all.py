@@ -2,14 +2,15 @@
 
 Usage: python compile_all.py CAPABILITY [--wide] [--dims 64 128] [--dtypes bfloat16] [--only scan]
 
-CAPABILITY is 80, 90 or 100. Alone it compiles D = 128 with a mask in three dtypes; --wide adds the widths 64, 256 and
-512 and D = 128 without a mask. The exit code is 1 where a kernel spills, needs more shared memory than there is, or has
-its tensor-core products serialised.
+CAPABILITY is 80, 90 or 100. Alone it compiles D = 128 with a mask in three dtypes; with --wide the widths 64, 128, 256
+and 512, with and without a mask. The exit code is 1 where a kernel spills, needs more shared memory than there is, or
+has its tensor-core products serialised.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -130,5 +131,6 @@ if __name__ == "__main__":
     config.OVERLAP = given.overlap
     cases = [(dim, DTYPES[name], not given.plain) for dim in given.dims for name in given.dtypes]
     if given.wide:
-        cases += [(dim, DTYPES[name], dim != 128) for dim in (64, 128, 256, 512) for name in given.dtypes]
+        wide = itertools.product((64, 128, 256, 512), given.dtypes, (True, False))
+        cases = [(dim, DTYPES[name], masked) for dim, name, masked in wide]
     sys.exit(main(given.capability, cases, given.only))
