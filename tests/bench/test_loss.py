@@ -113,3 +113,20 @@ def test_suites_run():
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
     assert ("5 passed" if torch.cuda.is_available() else "3 passed, 2 skipped") in done.stdout
+
+
+def test_blocks_of_rows_are_the_rows_of_the_whole(monkeypatch):
+    pytest.importorskip("triton")
+    from synco_fast.bench import variants
+
+    seen = []
+
+    def contrast_and_gradient(q, k, queue, negatives, **settings):
+        seen.append((settings["first_row"], len(q), len(k), len(queue)))
+        return torch.arange(len(q)) + settings["first_row"], q.sum(dim=1)
+
+    monkeypatch.setattr(variants, "contrast_and_gradient", contrast_and_gradient)
+    shape, cpu = Shape(10, 30, 8, 4, synthetic=12), torch.device("cpu")
+    whole, parts = variants._outputs(shape, cpu), variants._outputs(shape, cpu, 4)
+    assert seen == [(0, 10, 10, 30), (0, 3, 3, 30), (3, 3, 3, 30), (6, 2, 2, 30), (8, 2, 2, 30)]
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
