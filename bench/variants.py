@@ -150,7 +150,7 @@ def in_parts(shape: Shape, device: torch.device, parts: int) -> Callable[[], lis
         found = []
         for block, stream in zip(blocks, streams, strict=True):
             some = slice(int(block[0]), int(block[-1]) + 1)
-            if stream is not None:
+            if stream is not None and here is not None:
                 stream.wait_stream(here)
             with torch.cuda.stream(stream):
                 found.append(
