@@ -146,13 +146,15 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
     trials = [trial for trial in trials if trial.trained]
     groups = list(dict.fromkeys(trial.group for trial in trials))
     methods = list(dict.fromkeys(trial.method for trial in trials))
-    columns = min(3, len(groups))
+    columns = 2 if len(groups) == 4 else min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(1.5 + 4.5 * columns, 0.8 + 3.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes in list(panels.flat)[len(groups) :]:
         axes.axis("off")
-    for axes, group in zip(panels.flat, groups, strict=False):
+    for number, (axes, group) in enumerate(zip(panels.flat, groups, strict=False)):
+        # With shared axes only the last row has numbers, also where nothing is below a panel.
+        axes.tick_params(labelbottom=number + columns >= len(groups))
         for method, colour in zip(methods, COLOURS * len(methods), strict=False):
             label: str | None = method
             for trial in trials:
@@ -174,7 +176,8 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
                 place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "fontsize": 8, "color": "gray"}
                 axes.annotate(f"chance: {chance:.1%}", (0.98, 0.03), **place)
         axes.set_title(", ".join(part for part in group if part), fontsize=10)
-        axes.set_xlabel("epoch")
+        if number + columns >= len(groups):
+            axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("kNN accuracy")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
