@@ -140,7 +140,9 @@ def test_torchrun_restarts_after_a_kill(tiny, tmp_path, monkeypatch):
     words = ["pretrain", "--config", str(tmp_path / "job.yaml"), "--out", str(run), "--continue"]
     under_torchrun(words, run, world=2, restarts=1)
     said = {name: (tmp_path / f"rank{name}.txt").read_text() for name in ("0-0", "1-1", "0-1")}
-    assert "rank 0 lost the connection to the other processes" in said["0-0"], said
+    # Whether rank 0 says that it lost the connection depends on the machine: torchrun ends it at the same time.
+    assert "resumed from" not in said["0-0"], said
+    assert "16 of 16" not in said["0-0"], said
     assert f"resumed from {run}" in said["0-1"], said
     assert find_checkpoint(run)[0]["step"] == 16
 
