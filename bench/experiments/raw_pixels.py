@@ -17,7 +17,7 @@ from torch import nn
 
 from synco_fast.config import Config
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.sources.open import open_source
+from synco_fast.data.sources.open import Split, open_source
 from synco_fast.evaluation.features import extract_features
 from synco_fast.evaluation.knn import knn_accuracy, periodic_knn
 from synco_fast.presets import load_config
@@ -25,6 +25,8 @@ from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json
 
 __all__ = ["raw_pixels"]
+
+_PIXELS, _CPU = nn.Flatten(), torch.device("cpu")
 
 
 def raw_pixels(config: Config, k: Sequence[int] = (20, 200)) -> dict[str, Any]:
@@ -41,11 +43,10 @@ def raw_pixels(config: Config, k: Sequence[int] = (20, 200)) -> dict[str, Any]:
         DataError: The source has no labelled held-out split.
     """
     recipe = config.augment.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
-    source, device = open_source(config.data.source), torch.device("cpu")
-    pixels, evaluation = nn.Flatten(), config.evaluation
-    during = periodic_knn(pixels, source, recipe, evaluation, device=device, workers=0).accuracy
+    source, evaluation = open_source(config.data.source), config.evaluation
+    during = periodic_knn(_PIXELS, source, recipe, evaluation, device=_CPU, workers=0).accuracy
     assert source.validation is not None  # periodic_knn has read it
-    bank, queries = (_features(pixels, split, recipe) for split in (source.train, source.validation))
+    bank, queries = (_features(split, recipe) for split in (source.train, source.validation))
     accuracies = {
         str(each): knn_accuracy(*bank, *queries, k=each, temperature=evaluation.temperature)
         for each in k
@@ -54,8 +55,8 @@ def raw_pixels(config: Config, k: Sequence[int] = (20, 200)) -> dict[str, Any]:
     return {"knn_in_training": during, "accuracies": accuracies}
 
 
-def _features(pixels: nn.Module, split: Any, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    found = extract_features(pixels, split, recipe, device=torch.device("cpu"), workers=0)
+def _features(split: Split, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    found = extract_features(_PIXELS, split, recipe, device=_CPU, workers=0)
     return found.values, found.labels
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,7 @@ _RESULTS = {
 }
 
 PROBES: dict[str, Callable[[Run], float | None]] = {
-    title: lambda run, name=name: run.top1(name)  # type: ignore[misc]
-    for title, name in _RESULTS.items()
+    title: partial(Run.top1, evaluation=name) for title, name in _RESULTS.items()
 }
 """Accuracies that comparisons and studies have a column for, by its title; a column never mixes two protocols."""
 
