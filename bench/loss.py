@@ -110,7 +110,8 @@ def prepare(backend: str, shape: Shape, device: torch.device) -> Callable[[], Te
 
     forms = {"released": released, "reference": plain, "blockwise": ours, "triton": ours}
     if backend == "compiled":
-        form: Callable[[Tensor, Tensor], Tensor] = torch.compile(plain)
+        # Not dynamic: the smaller shape before this one would make all sizes symbolic, which is slower.
+        form: Callable[[Tensor, Tensor], Tensor] = torch.compile(plain, dynamic=False)
     elif backend.startswith("topk"):
         choose = top_k("flashinfer" if backend.endswith("flashinfer") else "torch")
         product = product_loss(choose, hard=negatives.hard, temperature=TEMPERATURE)

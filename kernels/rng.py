@@ -71,6 +71,8 @@ def philox(counter: tuple[Tensor | int, ...], key: tuple[Tensor | int, Tensor | 
     c0, c1, c2, c3 = (
         word if isinstance(word, Tensor) else torch.full((), word, dtype=torch.int64, device=device) for word in counter
     )
+    # `torch.compile` takes the product of an index and a number for an index of 32 bits, but not that of a masked one.
+    c0, c2 = c0 & _MASK, c2 & _MASK
     k0, k1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap, but both 32-bit halves are those of the true product. The odd words keep the upper half

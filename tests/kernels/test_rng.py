@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from synco_fast.kernels import FAMILIES, Negatives, draw
-from synco_fast.kernels.rng import largest_below, normal, philox, pick, uniform
+from synco_fast.kernels.rng import _MULTIPLIERS, _ROUNDS, largest_below, normal, philox, pick, uniform
 
 SYNCO = Negatives.synco(64, interpolated=9, extrapolated=8, mixed=7, noisy=6, perturbed=5, adversarial=4)
 
@@ -92,6 +93,14 @@ def test_step_may_stay_on_the_device():
     plain, tensor = (draw(SYNCO, 3, 6, seed=1, step=step) for step in (77, torch.tensor(77)))
     assert torch.equal(plain["noisy"].noise, tensor["noisy"].noise)
     assert torch.equal(plain["mixed"].first, tensor["mixed"].first)
+
+
+def test_a_compiler_sees_no_product_of_an_index():
+    """Inductor computes such a product as an index of 32 bits: on a GPU it does not compile, or it overflows."""
+    graph = make_fx(lambda: draw(SYNCO, 3, 8, seed=1, step=2))().graph
+    products = [node for node in graph.nodes if node.args[1:] in {(factor,) for factor in _MULTIPLIERS}]
+    assert len(products) >= 2 * _ROUNDS
+    assert {product.args[0].target.overloadpacket.__name__ for product in products} <= {"bitwise_and", "bitwise_and_"}
 
 
 def test_picks_stay_below_what_is_available():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from synco_fast.kernels import Negatives, momentum_update, ops, synthetic_contrast
+from synco_fast.kernels import Negatives, draw, momentum_update, ops, synthetic_contrast
 from synco_fast.kernels.validation import cases, exact_inputs, reference_answer, validate
 
 pytestmark = [
@@ -150,6 +150,17 @@ def test_compiled_equals_eager(cuda):
     # The mean over rows is another program's when compiled; the loss itself is the same.
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=0)
     torch.testing.assert_close(compiled(q, step), loss(q, step), rtol=1e-6, atol=0)
+
+
+def test_compiled_draws_equal_eager_ones(cuda):
+    def drawn(step):
+        found = draw(Negatives.synco(), 256, 128, seed=3, step=step, first_row=7, device=cuda)
+        return [value for one in found.values() for value in one if value is not None]
+
+    step = torch.tensor(7, device=cuda)
+    for compiled, expected in zip(torch.compile(drawn, fullgraph=True)(step), drawn(step), strict=True):
+        # Compiled, Box-Muller and a range are fused into other roundings.
+        torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_opcheck(cuda):
