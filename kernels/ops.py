@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from synco_fast.kernels import blockwise, reference
 from synco_fast.kernels.autocast import without_autocast
@@ -17,6 +16,7 @@ from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.checks import check_arguments, check_backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.kernels.reference import Contrast, Statistics
+from synco_fast.kernels.tracing import traced, transformed
 
 __all__ = ["Backend", "synthetic_contrast", "unserved_by_triton"]
 
@@ -113,11 +113,26 @@ def synthetic_contrast(
                 queue_ids=queue_ids,
             )
         return Contrast(_wide(result.loss), Statistics(*(_wide(value) for value in result.statistics)))
-    # A custom op's backward formula supports neither `torch.func` nor forward mode, and does not raise a clear error.
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if not traced(q):
+        direct = _Direct.apply(
+            q,
+            k.detach(),
+            queue.detach(),
+            negatives,
+            float(temperature),
+            seed,
+            step,
+            first_row,
+            image_ids,
+            queue_ids,
+            backend,
+            operand_dtype,
+        )
+        return Contrast(direct[0], Statistics(*direct[2:]))
     on_device = isinstance(step, Tensor)
+    # A custom op's backward formula supports neither `torch.func` nor forward mode, and does not raise a clear error.
     # Hide `_Transformed` from compilers, which differentiate it wrongly or not at all.
-    loss, _, *statistics = (torch.compiler.disable(_Transformed.apply) if transformed else _contrast)(
+    loss, _, *statistics = (torch.compiler.disable(_Transformed.apply) if transformed() else _contrast)(
         q,
         k.detach(),
         queue.detach(),
@@ -215,6 +230,40 @@ def _note(reason: str) -> None:
     warnings.warn(f"the loss uses the blockwise form: {reason}", stacklevel=2)
 
 
+def _compute(
+    q: Tensor,
+    k: Tensor,
+    queue: Tensor,
+    negatives: Negatives,
+    temperature: float,
+    seed: int,
+    step: int | Tensor,
+    first_row: int,
+    image_ids: Tensor | None,
+    queue_ids: Tensor | None,
+    backend: str,
+    operand_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`blockwise.Outputs` as a tuple, by any backend but the reference."""
+    if operand_dtype is not None:
+        q, k = q.to(operand_dtype), k.to(operand_dtype)
+    compute = _choose(backend, q, queue, temperature)
+    with without_autocast(q.device):
+        outputs = compute(
+            q,
+            k,
+            queue,
+            negatives,
+            temperature=temperature,
+            seed=seed,
+            step=step,
+            first_row=first_row,
+            image_ids=image_ids,
+            queue_ids=queue_ids,
+        )
+    return (*outputs,)
+
+
 @torch.library.custom_op("synco_fast::contrast", mutates_args=())
 def _contrast(
     q: Tensor,
@@ -234,23 +283,20 @@ def _contrast(
     operand_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`blockwise.Outputs` as a flat tuple of tensors. The arguments are those of `synthetic_contrast`."""
-    if operand_dtype is not None:
-        q, k = q.to(operand_dtype), k.to(operand_dtype)
-    compute = _choose(backend, q, queue, temperature)
-    with without_autocast(q.device):
-        outputs = compute(
-            q,
-            k,
-            queue,
-            _describe(counts, numbers, extrapolation),
-            temperature=temperature,
-            seed=seed,
-            step=step if step_on_device is None else step_on_device,
-            first_row=first_row,
-            image_ids=image_ids,
-            queue_ids=queue_ids,
-        )
-    return (*outputs,)
+    return _compute(
+        q,
+        k,
+        queue,
+        _describe(counts, numbers, extrapolation),
+        temperature,
+        seed,
+        step if step_on_device is None else step_on_device,
+        first_row,
+        image_ids,
+        queue_ids,
+        backend,
+        operand_dtype,
+    )
 
 
 @_contrast.register_fake
@@ -287,6 +333,22 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, loss: Tensor | None, *_:
 
 
 _contrast.register_autograd(_backward, setup_context=_keep)
+
+
+class _Direct(torch.autograd.Function):
+    """The loss without a custom operator, where nothing needs to see one."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        """The arguments and results of `_compute`."""
+        outputs: tuple[Tensor, ...] = _compute(*inputs)
+        _keep(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+        """The gradient of q."""
+        return _backward(ctx, loss)[:12]
 
 
 class _Transformed(torch.autograd.Function):

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from synco_fast.kernels.autocast import without_autocast
 from synco_fast.kernels.norm import native, reference
 from synco_fast.kernels.norm.arguments import Arguments, check_arguments
+from synco_fast.kernels.tracing import traced
 
 __all__ = ["NormBackend", "batch_norm", "unserved_by_triton"]
 
@@ -105,7 +105,7 @@ def _by_operators(given: Arguments) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    if given.training and not _traced() and _served(x):
+    if given.training and not traced(x) and _served(x):
         direct: Tensor = _Direct.apply(
             x,
             given.weight,
@@ -128,16 +128,6 @@ def _by_operators(given: Arguments) -> Tensor:
     settings = given.relu, given.training, given.eps
     y: Tensor = _normalise(x, mean, variance, given.weight, given.bias, residual, *settings)
     return y
-
-
-def _traced() -> bool:
-    """Whether a compiler, an export or a transform of `torch.func` looks on, which must see operators."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-    )
 
 
 class _Direct(torch.autograd.Function):

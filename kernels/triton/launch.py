@@ -89,7 +89,7 @@ def contrast_and_gradient(
         for begin in range(0, rows, _ROWS):
             some = slice(begin, begin + _ROWS)
             ids = None if image_ids is None else image_ids[some]
-            part = Outputs(*(output[some] for output in outputs))
+            part = outputs if rows <= _ROWS else Outputs(*(output[some] for output in outputs))
             _launch(
                 q[some], k[some], queue, negatives, temperature, seed, step, first_row + begin, ids, queue_ids, part
             )

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from synco_fast.kernels import Negatives, ops, synthetic_contrast
+from synco_fast.kernels.tracing import traced
 
 NEGATIVES = Negatives.synco(16, interpolated=5, extrapolated=4, mixed=6, noisy=3, perturbed=2, adversarial=3)
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
@@ -27,6 +30,55 @@ def test_opcheck(make, dtype, ids):
     inputs.q.requires_grad_()
     torch.library.opcheck(ops._contrast, flat(inputs, ids=ids))
     torch.library.opcheck(ops._contrast, flat(inputs, ids=ids, step=0, step_on_device=torch.tensor(7)))
+
+
+class _Seen(TorchDispatchMode):
+    """Records the operators of this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "synco_fast":
+            self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ids", [{}, IDS], ids=["plain", "masked"])
+@pytest.mark.parametrize("step", [7, torch.tensor(7)], ids=["host", "device"])
+def test_without_an_onlooker_no_operator_is_called(make, monkeypatch, ids, step):
+    inputs = make(5, 200, 16)
+    inputs.q.requires_grad_()
+
+    def answer():
+        contrast = synthetic_contrast(*inputs, NEGATIVES, **SETTINGS | {"step": step}, **ids, backend="blockwise")
+        return *torch.autograd.grad(contrast.loss.sum(), inputs.q), contrast.loss, *contrast.statistics
+
+    with _Seen() as seen:
+        expected = answer()
+    assert seen.names == ["synco_fast::contrast"]
+    monkeypatch.setattr(ops, "_contrast", None)
+    assert all(torch.equal(value, wanted) for value, wanted in zip(answer(), expected, strict=True))
+
+
+@pytest.mark.parametrize("onlooker", ["none", "mode"])
+def test_only_queries_get_a_gradient(make, onlooker):
+    inputs = make(5, 200, 16)
+    inputs.k.requires_grad_()
+    inputs.queue.requires_grad_()
+    with _Seen() if onlooker == "mode" else contextlib.nullcontext():
+        assert not synthetic_contrast(*inputs, NEGATIVES, **SETTINGS).loss.requires_grad
+
+
+def test_a_subclass_meets_the_operator(make):
+    class Own(torch.Tensor):
+        pass
+
+    q = make(5, 200, 16).q
+    assert traced(q.as_subclass(Own))
+    assert not traced(q)
+    assert not traced(torch.nn.Parameter(q))
 
 
 def test_description_survives_the_schema():
