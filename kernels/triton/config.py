@@ -20,6 +20,7 @@ from torch import Tensor
 
 from synco_fast.kernels.negatives import FAMILIES, Negatives
 from synco_fast.kernels.rng import largest_below
+from synco_fast.kernels.sizes import next_power_of_2
 from synco_fast.kernels.topk import stride_and_rank
 
 __all__ = [
@@ -124,7 +125,7 @@ def capacity_of(stride: int, wanted: int) -> int | None:
     """Buffer size for a row's candidates (about wanted * stride are expected); None if it exceeds `CAPACITY`."""
     spread = 6 * math.sqrt(wanted) if stride > 1 else 0
     # The threshold of `rank` may admit up to 1/16 more of the sample.
-    room = max(TILE, triton.next_power_of_2(math.ceil((wanted + wanted // 16 + spread) * stride)))
+    room = max(TILE, next_power_of_2(math.ceil((wanted + wanted // 16 + spread) * stride)))
     return room if room <= CAPACITY else None
 
 
@@ -306,7 +307,7 @@ def form_of(dtype: torch.dtype, dim: int, generation: int, masked: bool) -> Form
     name, narrow = tile_key(dtype, dim, generation, masked)
     formats = FORMATS[name]
     tile = TILES_OF.get((generation, name, narrow), TILES[name, narrow])
-    chunk = min(tile.chunk, triton.next_power_of_2(max(dim, TILE)))
+    chunk = min(tile.chunk, next_power_of_2(max(dim, TILE)))
     sizes = (tile.rows, tile.keys, chunk, min(tile.piece, chunk), tile.warps, tile.stages)
     multiplied = (formats.dot, formats.precision, formats.weight, formats.weight_precision)
     return Form(*multiplied, formats.three, formats.weight_three, *sizes, formats.margin, formats.every)
@@ -358,5 +359,5 @@ def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:
         The number of lists rounded up to a power of two, and the size of a list's segment. A segment has twice the room
         of an even spread, and at least 32 places, since few candidates spread less evenly.
     """
-    many = triton.next_power_of_2(lists)
-    return many, min(triton.next_power_of_2(share), max(2 * capacity // many, 32))
+    many = next_power_of_2(lists)
+    return many, min(next_power_of_2(share), max(2 * capacity // many, 32))

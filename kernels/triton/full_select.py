@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from synco_fast.kernels.sizes import cdiv, next_power_of_2
 from synco_fast.kernels.triton.config import TILE, Form
 from synco_fast.kernels.triton.order import ordered, unordered
 from synco_fast.kernels.triton.sample import product
@@ -66,16 +67,16 @@ def full_select(
     """
     (rows, dim), length, hard = q.shape, len(queue), hard_index.shape[1]
     keys = min(form.keys, TILE)
-    tiles = triton.cdiv(triton.cdiv(length, keys), _SPLITS)
-    splits = triton.cdiv(triton.cdiv(length, keys), tiles)
+    tiles = cdiv(cdiv(length, keys), _SPLITS)
+    splits = cdiv(cdiv(length, keys), tiles)
     masked = images is not None
     step = len(room) if every else rows
     for begin in range(0, rows, step):
         some = slice(begin, begin + step)
         count = len(flag[some])
-        many = triton.next_power_of_2(count)
+        many = next_power_of_2(count)
         own = images[some] if images is not None else None
-        fill[(triton.cdiv(count, TILE), splits)](
+        fill[(cdiv(count, TILE), splits)](
             q[some],
             queue,
             own,
@@ -98,7 +99,7 @@ def full_select(
             num_warps=8,
             num_stages=2,
         )
-        wide = triton.next_power_of_2(dim)
+        wide = next_power_of_2(dim)
         choose[(min(count, len(room)),)](
             q[some],
             queue,

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from synco_fast.kernels.blockwise import Outputs
 from synco_fast.kernels.negatives import FAMILIES, Negatives
+from synco_fast.kernels.sizes import cdiv, next_power_of_2
 from synco_fast.kernels.triton import config
 from synco_fast.kernels.triton.config import (
     SAMPLES,
@@ -120,7 +120,7 @@ def _launch(
     if masked := image_ids is not None:
         assert queue_ids is not None
         images, queue_images, available = compact_ids(image_ids, queue_ids)
-    wide = triton.next_power_of_2(max(dim, TILE))
+    wide = next_power_of_2(max(dim, TILE))
     scale = math.log2(math.e) / temperature
     generation = generation_of(device)
     form, overlap = form_of(q.dtype, dim, generation, masked), overlap_of(generation)
@@ -129,13 +129,13 @@ def _launch(
 
     # Step 1: sample. The shift needs the sample even where no threshold is estimated.
     sampling = sampling_of(length, hard) if hard else None
-    stride, wanted, capacity = sampling or (triton.cdiv(length, SAMPLES[0]), 0, 0)
-    size = triton.cdiv(length, stride)
+    stride, wanted, capacity = sampling or (cdiv(length, SAMPLES[0]), 0, 0)
+    size = cdiv(length, stride)
     similarities = empty(rows, max(size, capacity), device=device)
     threshold, shift = empty(rows, device=device), empty(rows, device=device)
     # On compute capability 10.0 a taller tile keeps a few bytes on the stack.
     height, keys = min(form.rows, TILE) if generation >= 10 else form.rows, min(form.keys, TILE)
-    grid = (triton.cdiv(rows, height), triton.cdiv(size, keys))
+    grid = (cdiv(rows, height), cdiv(size, keys))
     sample[grid](
         q,
         queue,
@@ -150,7 +150,7 @@ def _launch(
         KEYS=keys,
         num_warps=8,
     )
-    width = triton.next_power_of_2(size)
+    width = next_power_of_2(size)
     dims = {"D": dim, "DIM": wide}
     # A program of the scan that holds whole rows of q takes them as halves.
     halves = None
@@ -175,8 +175,8 @@ def _launch(
 
     # Step 2: scan.
     splits = splits_of(rows, length, form, device)
-    tiles = triton.cdiv(triton.cdiv(length, form.keys), splits)
-    splits = triton.cdiv(triton.cdiv(length, form.keys), tiles)
+    tiles = cdiv(cdiv(length, form.keys), splits)
+    splits = cdiv(cdiv(length, form.keys), tiles)
     lists = splits * LANES
     many, segment = segments_of(capacity, lists, tiles * form.keys // LANES) if capacity else (0, 0)
     room = lists * segment + form.keys + OVERHANG if capacity else 0
@@ -188,7 +188,7 @@ def _launch(
     scan_sum = empty(splits, rows, device=device)
     scan_total = empty(splits, rows, dim, device=device)
     scan_rank = empty(splits, rows, dtype=torch.int32, device=device)
-    scan[(triton.cdiv(rows, form.rows), splits, triton.cdiv(dim, form.chunk))](
+    scan[(cdiv(rows, form.rows), splits, cdiv(dim, form.chunk))](
         q if halves is None else halves,
         queue,
         images,
@@ -260,9 +260,9 @@ def _launch(
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
-        room = both.view(torch.int32)[: at_once * length].view(at_once, length)
+        scratch = both.view(torch.int32)[: at_once * length].view(at_once, length)
         full_select(
-            q, queue, images, queue_images, available, flag, room, hard_index, hard_similarity, form, not capacity
+            q, queue, images, queue_images, available, flag, scratch, hard_index, hard_similarity, form, not capacity
         )
 
     # Step 4: mix.
@@ -273,7 +273,7 @@ def _launch(
     similarities = empty(rows, negatives.synthetic, device=device)
     if parts:
         on_device = isinstance(step, Tensor)
-        width = triton.next_power_of_2(sum(triton.cdiv(family[1], parts * tile.slots) for family in families))
+        width = next_power_of_2(sum(cdiv(int(family[1]), parts * tile.slots) for family in families))
         width *= tile.slots
         mix[(rows, parts)](
             q,
@@ -329,10 +329,10 @@ def _launch(
         scale,
         COUNTS=tuple((family[-1], family[1]) for family in families),
         COLUMNS=len(FAMILIES),
-        WIDTH=triton.next_power_of_2(len(FAMILIES)),
+        WIDTH=next_power_of_2(len(FAMILIES)),
         **dims,
         SPLITS=splits,
-        STEP=min(triton.next_power_of_2(splits), max(8, 8192 // wide)),
+        STEP=min(next_power_of_2(splits), max(8, 8192 // wide)),
         PARTS=parts,
         HARD=hard > 0,
         BLOCK=256,

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from synco_fast.kernels.sizes import cdiv, next_power_of_2
+
 __all__ = ["PARAMETERS", "make_views", "unserved_by_triton"]
 
 #: The parameters of V views, as `data.augment.draw` draws them: name, trailing shape and kind of dtype.
@@ -147,7 +149,6 @@ def _launch(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> Tensor:
-    import triton
 
     from synco_fast.kernels.views import stages
 
@@ -155,7 +156,7 @@ def _launch(
     out = torch.empty((count, size, size, 3), dtype=dtype, device=device)
     if not count:
         return out.permute(0, 3, 1, 2)
-    blocks = triton.cdiv(area, _BLOCK)
+    blocks = cdiv(area, _BLOCK)
     grid = (count, blocks)
     crop, order = (parameters[name].to(torch.int32).contiguous() for name in ("crop", "order"))
     factors, sigma = (parameters[name].to(torch.float32).contiguous() for name in ("factors", "sigma"))
@@ -188,7 +189,7 @@ def _launch(
         blocks,
         SIZE=size,
         BLOCK=_BLOCK,
-        SUMS=triton.next_power_of_2(blocks),
+        SUMS=next_power_of_2(blocks),
     )
     stages.blur_rows[grid](planes, blurred, sigma, SIZE=size, BLOCK=_BLOCK)
     stages.blur_columns[grid](

@@ -8,8 +8,9 @@ import os
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
+
+from synco_fast.kernels.sizes import cdiv, next_power_of_2
 
 __all__ = ["Shape", "interpreted", "shape_of", "unserved"]
 
@@ -91,12 +92,12 @@ def shape_of(x: Tensor, groups: int) -> Shape:
     """The `Shape` of x, (B, C, H, W), with this number of groups."""
     channels = x.shape[1]
     count = x.numel() // (channels * groups)
-    block_channels = min(CHANNELS, max(16, triton.next_power_of_2(channels)))
+    block_channels = min(CHANNELS, max(16, next_power_of_2(channels)))
     block_rows = TILE // block_channels
-    tiles = triton.cdiv(count, block_rows)
-    wanted = max(1, PROGRAMS // (groups * triton.cdiv(channels, block_channels)))
-    each = triton.cdiv(tiles, wanted)
-    at_once = min(SHARES, triton.next_power_of_2(groups))
+    tiles = cdiv(count, block_rows)
+    wanted = max(1, PROGRAMS // (groups * cdiv(channels, block_channels)))
+    each = cdiv(tiles, wanted)
+    at_once = min(SHARES, next_power_of_2(groups))
     return Shape(
         channels,
         count,
@@ -104,7 +105,7 @@ def shape_of(x: Tensor, groups: int) -> Shape:
         block_rows,
         block_channels,
         each,
-        triton.cdiv(tiles, each),
-        triton.cdiv(tiles, TILES),
+        cdiv(tiles, each),
+        cdiv(tiles, TILES),
         at_once,
     )
