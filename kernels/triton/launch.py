@@ -177,6 +177,9 @@ def _launch(
     splits = splits_of(rows, length, form, device)
     tiles = cdiv(cdiv(length, form.keys), splits)
     splits = cdiv(cdiv(length, form.keys), tiles)
+    # A mask and a short split together would need more registers than there are on compute capability 8.0.
+    short = splits * tiles * form.keys > length
+    even = rows % form.rows == 0 and length % form.keys == 0 and not (short and masked)
     lists = splits * LANES
     many, segment = segments_of(capacity, lists, tiles * form.keys // LANES) if capacity else (0, 0)
     room = lists * segment + form.keys + OVERHANG if capacity else 0
@@ -214,7 +217,8 @@ def _launch(
         WEIGHT=form.weight,
         WEIGHT_PRECISION=form.weight_precision,
         WEIGHT_THREE=form.weight_three,
-        EVEN=rows % form.rows == 0 and length == splits * tiles * form.keys,
+        EVEN=even,
+        SHORT=even and short,
         SEGMENT=segment,
         DEVICE=not interpreted(),
         LANES=LANES,

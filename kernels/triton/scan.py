@@ -132,6 +132,7 @@ def scan(
     WEIGHT_THREE: tl.constexpr,
     MASKED: tl.constexpr,
     EVEN: tl.constexpr,
+    SHORT: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -139,7 +140,7 @@ def scan(
     LANES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (row blocks, splits, chunks of D). A split has ``tiles`` key tiles; scale is log2(e) / T.
+    """Grid (row blocks, splits, chunks of D). A split has up to ``tiles`` key tiles; scale is log2(e) / T.
 
     Writes
 
@@ -149,15 +150,18 @@ def scan(
     - sum, float32, and rank, int32, (splits, B),
     - total, (splits, B, D) float32.
 
-    EVEN states that all tiles are whole.
+    EVEN states that all tiles are whole, SHORT that they are and that the last split has fewer of them.
     """
     begin(OVERLAP)
     # As in the layout of a product, a lane holds pairs of neighbouring columns: its keys are then consecutive.
     SHARE: tl.constexpr = KEYS // LANES
     o_column = tl.arange(0, KEYS)
     o_lane = tl.arange(0, LANES)
-    o_first = (o_column // 2 % LANES) * (tiles * SHARE) + o_column // (2 * LANES) * 2 + o_column % 2
     split, chunk = tl.program_id(1), tl.program_id(2)
+    turns = tiles
+    if SHORT:
+        turns = tl.minimum(tiles, K // KEYS - split * tiles)
+    o_first = (o_column // 2 % LANES) * (turns * SHARE) + o_column // (2 * LANES) * 2 + o_column % 2
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_row = o_row < B
     o_out = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -184,7 +188,7 @@ def scan(
     b_sum = tl.zeros([ROWS], tl.float32)
     b_total = tl.zeros([ROWS, CHUNK], tl.float32)
     b_rank = tl.zeros([ROWS], tl.int32)
-    for tile in range(tiles):
+    for tile in range(turns):
         o_key = split * tiles * KEYS + tile * SHARE + o_first
         m_key = o_key < K
         p_n = p_queue + o_key[:, None].to(tl.int64) * D + o_out[None, :]
@@ -205,7 +209,10 @@ def scan(
         if not EVEN:
             b_similarity = tl.where(m_row[:, None] & m_key[None, :], b_similarity, float("-inf"))
         if SEGMENT:
-            key = (split * LANES + o_lane) * (tiles * SHARE) + tile * SHARE
+            if SHORT:
+                key = split * tiles * KEYS + o_lane * (turns * SHARE) + tile * SHARE
+            else:
+                key = (split * LANES + o_lane) * (tiles * SHARE) + tile * SHARE
             b_place, b_ranks = keep(
                 p_row, b_similarity, threshold, positive, key, b_place, b_ranks, ROWS, KEYS, LANES, DEVICE
             )

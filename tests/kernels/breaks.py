@@ -88,6 +88,14 @@ BREAKS = (
         "ordinary or boundary",
     ),
     Break(
+        "kernels: the last split has as many tiles as the others",
+        "kernels/triton/scan.py",
+        "turns = tl.minimum(tiles, K // KEYS - split * tiles)",
+        "turns = tiles",
+        LOSS,
+        "fewer_whole",
+    ),
+    Break(
         "kernels: ties go to the larger queue index",
         "kernels/triton/select.py",
         "_places(b_tie) >= tied - spare",

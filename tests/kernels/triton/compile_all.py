@@ -125,10 +125,13 @@ if __name__ == "__main__":
     parser.add_argument("--float32", choices=["none", "ieee", "tf32"], default="none", help="precision allowed")
     parser.add_argument("--overlap", action="store_true", help="programmatic dependent launch")
     parser.add_argument("--plain", action="store_true", help="no mask")
+    parser.add_argument("--splits", type=int, help="of the queue; by default as many as an H100 gets")
     parser.add_argument("--only", default="", help="names of kernels, with commas")
     given = parser.parse_args()
     torch.backends.cuda.matmul.fp32_precision = given.float32
     config.OVERLAP = given.overlap
+    if given.splits:
+        launch.splits_of = lambda *_: given.splits
     cases = [(dim, DTYPES[name], not given.plain) for dim in given.dims for name in given.dtypes]
     if given.wide:
         wide = itertools.product((64, 128, 256, 512), given.dtypes, (True, False))

@@ -45,6 +45,16 @@ def test_the_scan_at_every_width_and_in_every_dtype(capability):
 
 
 @pytest.mark.slow
+@in_turn(2, 3)
+def test_the_scan_with_a_short_last_split():
+    # 54 splits, as many as an A100 gets.
+    for mask in ([], ["--plain"]):
+        lines = compiled("80", *mask, "--splits", "54", "--only", "scan")
+        assert len(lines) == 3
+        assert all("stack 0 local 0 " in line for line in lines)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", todays(["100", "80", "90"]))
 def test_the_small_launches_at_every_width_and_in_every_dtype(capability):
     lines = compiled(capability, "--dims", "64", "128", "256", "512", "--plain", "--only", "sample,reduce")

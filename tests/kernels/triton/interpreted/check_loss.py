@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from synco_fast.kernels import Negatives, synthetic_contrast
-from synco_fast.kernels.triton import contrast_and_gradient
+from synco_fast.kernels.triton import config, contrast_and_gradient
 from tests.support.devices import devices_entered
 from tests.support.rotation import in_turn, todays
 
@@ -51,6 +51,12 @@ def test_shapes(make, answer, within, shape):
 def test_a_queue_that_ends_within_a_tile(make, answer, within, dtype):
     # One key beyond the last whole tile of 32, 64 or 128.
     check(make, answer, within, (1, 4097, 16), Negatives(hard=63, mixed=2), dtype=dtype)
+
+
+def test_a_last_split_with_fewer_whole_tiles(make, answer, within, monkeypatch):
+    # 67 tiles of 32 keys for 64 splits at most: two tiles each, and one for the last. Few rows, to save time.
+    monkeypatch.setitem(config.TILES, ("ieee", True), replace(config.TILES["ieee", True], rows=16))
+    check(make, answer, within, (16, 2144, 16), Negatives(hard=40, mixed=2))
 
 
 @pytest.mark.parametrize(
