@@ -13,7 +13,7 @@ from pathlib import Path
 from synco_fast.data.workers import available_cores
 from synco_fast.report.runs import read_run
 from synco_fast.runtime.errors import ConfigError, UserError
-from synco_fast.study.plan import Trial
+from synco_fast.study.plan import WITHOUT_TRAINING, Trial
 
 __all__ = ["StudyError", "execute", "result_name", "run_folder", "state_of"]
 
@@ -38,6 +38,9 @@ def state_of(folder: Path, trial: Trial) -> str:
         return "new"
     found = read_run(run)
     wanted, there = trial.resolved().model_dump(mode="json"), found.config.model_dump(mode="json")
+    if not trial.trained and there["training"]["max_steps"] == 0:
+        # Studies of other methods and other training share this run.
+        wanted = {section: wanted[section] for section in (*WITHOUT_TRAINING, "seed")}
     for section, values in wanted.items():
         if values != there[section]:
             inside = values if isinstance(values, dict) else {}

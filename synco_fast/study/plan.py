@@ -14,13 +14,13 @@ from synco_fast.explain import known_keys
 from synco_fast.presets import load_config
 from synco_fast.runtime.errors import ConfigError
 
-__all__ = ["UNTRAINED", "Trial", "plan"]
+__all__ = ["UNTRAINED", "WITHOUT_TRAINING", "Trial", "plan"]
 
 #: Stands for a method in the trials of encoders that are not trained.
 UNTRAINED = "untrained"
 
 #: Sections whose settings change an untrained encoder or its accuracy.
-_WITHOUT_TRAINING = ("data", "augment", "model", "evaluation")
+WITHOUT_TRAINING = ("data", "augment", "model", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def plan(
     for seed, config, setting in itertools.product(seeds, configs, settings):
         named = methods or (load_config(config, {**overrides, **setting}).method.name,)
         if untrained:
-            found = _untrained(config, setting, named[0], seed, overrides)
+            found = _untrained(config, setting, seed, overrides)
             trials += [found] if found.name not in {trial.name for trial in trials} else []
         for method in named:
             chosen = {**overrides, **setting, "method.name": method, "seed": seed}
@@ -135,10 +135,10 @@ def plan(
     return trials
 
 
-def _untrained(config: str, setting: Mapping[str, Any], method: str, seed: int, overrides: Mapping[str, Any]) -> Trial:
+def _untrained(config: str, setting: Mapping[str, Any], seed: int, overrides: Mapping[str, Any]) -> Trial:
     """The trial of no steps; settings of the method or of training are dropped, so that several settings share it."""
-    kept = {key: value for key, value in setting.items() if key.partition(".")[0] in _WITHOUT_TRAINING}
-    chosen = {**overrides, **kept, "method.name": method, "training.max_steps": 0, "seed": seed}
+    kept = {key: value for key, value in setting.items() if key.partition(".")[0] in WITHOUT_TRAINING}
+    chosen = {**overrides, **kept, "training.max_steps": 0, "seed": seed}
     trial = Trial(config, kept, UNTRAINED, seed, chosen)
     trial.resolved()
     return trial

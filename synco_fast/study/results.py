@@ -104,7 +104,7 @@ class Study:
         differences: Every method minus the baseline in the same setting, over shared seeds.
         setting_differences: Every setting minus the first one with the same method, over shared seeds.
         runs: Finished runs by trial.
-        missing: Trials without a finished run.
+        missing: Trials without a finished run, and untrained ones that were not trained on labels.
     """
 
     rows: tuple[Row, ...]
@@ -177,9 +177,15 @@ def collect(
         if supervised and labelled:
             bounds.append(Row(config, setting, SUPERVISED, tuple(labelled), {supervised: labelled}, {}))
     rows += bounds
-    missing = tuple(trial.name for trial in trials if trial.name not in runs)
+    missing = [trial.name for trial in trials if trial.name not in runs]
+    if supervised:
+        missing += [
+            f"{trial.name}, {supervised}"
+            for trial in trials
+            if not trial.trained and trial.name in runs and FIGURES[supervised](runs[trial.name]) is None
+        ]
     methods, settings = _differences(rows, baseline), _setting_differences(rows)
-    return Study(tuple(rows), tuple(methods), tuple(settings), runs, missing)
+    return Study(tuple(rows), tuple(methods), tuple(settings), runs, tuple(missing))
 
 
 def _differences(rows: list[Row], baseline: str | None) -> list[Difference]:

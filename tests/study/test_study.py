@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from synco_fast.cli import main
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json
 from synco_fast.study.execute import execute, run_folder, state_of
 from synco_fast.study.plan import plan
@@ -116,6 +117,28 @@ def test_untrained_and_supervised_rows_are_bounds_and_no_baseline(tmp_path):
     assert found["untrained", "linear, cached"] == pytest.approx(-0.4)
     assert {row.baseline for row in study.differences} == {"moco"}
     assert "| supervised | 0 |  |  |  | 90.0% |" in page(study, "synco-fast study")
+
+
+def test_studies_of_other_methods_share_an_untrained_encoder(tmp_path):
+    first = plan(["demo"], methods=["moco"], untrained=True)[0]
+    pretend(tmp_path, first, 0.1)
+    other = {"training.epochs": 3, "method.temperature": 0.5}
+    for trial in plan(["demo"], methods=["simclr", "synco"], overrides=other, untrained=True)[:1]:
+        assert (trial.name, state_of(tmp_path, trial)) == (first.name, "finished")
+    for trial in plan(["demo"], overrides={"augment.size": 16}, untrained=True)[:1]:
+        with pytest.raises(ConfigError, match=r"another augment\.size than this study"):
+            state_of(tmp_path, trial)
+
+
+def test_an_encoder_that_was_not_trained_on_labels_is_missing(tmp_path):
+    trials = plan(["demo"], seeds=[0, 1], untrained=True)
+    for trial in trials:
+        results = {"finetune_100": {"top1": 0.9}} if (trial.trained, trial.seed) == (False, 0) else {}
+        pretend(tmp_path, trial, 0.5, **results)
+    study = collect(tmp_path, trials, supervised="100 % labels")
+    assert study.missing == ("demo-untrained-seed1, 100 % labels",)
+    assert "Not finished: demo-untrained-seed1, 100 % labels." in page(study, "synco-fast study")
+    assert not collect(tmp_path, trials).missing
 
 
 def test_a_record_names_the_commits_of_all_runs(tmp_path):
