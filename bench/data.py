@@ -7,9 +7,11 @@ Rounds alternate between the pipelines, so that other load on the machine affect
 from __future__ import annotations
 
 import io
+import math
 import multiprocessing
 import os
 import statistics
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from synco_fast.bench.baselines.data import two_crop_loader
 from synco_fast.data.augment.recipe import Recipe
+from synco_fast.data.files import atomic_write
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
 from synco_fast.data.pipelines.fused import FusedViews
@@ -30,6 +33,7 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames
 from synco_fast.data.sources.open import ArraySplit, Source, Split, open_shards
 from synco_fast.data.sources.pack import PackSettings, pack_source
 from synco_fast.data.sources.splits import FileSplit, SubsetSplit
+from synco_fast.data.sources.stream import StreamSettings, StreamSplit
 from synco_fast.data.workers import available_cores, keep_freed_memory
 from synco_fast.kernels.views import make_views, unserved_by_triton
 
@@ -138,7 +142,9 @@ def _pipeline(
 ) -> Pipeline:
     # Treat many epochs as one: with a set of ImageNet's size the pause between epochs is rare.
     many = names * max(1, 100_000 // len(names))
-    split: Split = FileSplit(folder, Manifest(PackedNames.pack(many)), None, "")
+    split: Split | StreamSplit = FileSplit(folder, Manifest(PackedNames.pack(many)), None, "")
+    if name.endswith("-stream"):
+        split = _streamed(folder, names, len(many), batch)
     if name.endswith("-packed"):
         split = SubsetSplit(_packed(folder, names), np.arange(len(many)) % len(names))
     if name == "pil":
@@ -176,6 +182,20 @@ def _packed(folder: Path, names: list[str]) -> Split:
     files = FileSplit(folder, Manifest(PackedNames.pack(names)), None, "")
     pack_source(Source(os.fspath(folder), files, None), out, PackSettings())
     return open_shards(out).train
+
+
+def _streamed(folder: Path, names: list[str], images: int, batch: int) -> StreamSplit:
+    """The same files in tar shards beside them, as a stream of some images."""
+    readers = math.gcd(batch, 8)
+    shards = []
+    for number in range(readers):
+        shard = folder / f"stream-{len(names)}-{number}-of-{readers}.tar"
+        shards.append(os.fspath(shard))
+        if not shard.exists():
+            with atomic_write(shard) as file, tarfile.open(file, "w") as members:
+                for name in names[number::readers]:
+                    members.add(folder / name, arcname=name)
+    return StreamSplit(shards, settings=StreamSettings(images=images, buffer=len(names), readers=readers))
 
 
 class _Plain:

@@ -93,7 +93,7 @@ OPTIMIZERS = {
 }
 
 #: Data pipelines. The others are compared with the first. Those that end in ``-fused`` make their views
-#: by the kernels, on a GPU.
+#: by the kernels, on a GPU; ``-stream`` reads the same files from tar shards, front to back.
 PIPELINES = (
     "pil",
     "torchvision",
@@ -104,6 +104,11 @@ PIPELINES = (
     "resident-32-fused",
     "torchvision-packed",
     "dali-packed",
+    "torchvision-stream",
 )
 #: The default pipelines, by source.
-PIPELINES_OF = {"photos": PIPELINES[:7], "packed": ("pil", "torchvision", "dali", *PIPELINES[7:])}
+PIPELINES_OF = {
+    "photos": PIPELINES[:7],
+    "packed": ("pil", "torchvision", "dali", "torchvision-packed", "dali-packed"),
+    "stream": ("pil", "torchvision", "torchvision-stream"),
+}

@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from synco_fast.data.sources.decode import decode_image, plain_jpeg_size
+from synco_fast.data.sources.decode import LIMITS, Limits, decode_image, plain_jpeg_size
 from synco_fast.data.sources.splits import ArraySplit, Split
 
 try:
@@ -25,7 +25,7 @@ try:
 except ImportError:
     decode_jpeg = None
 
-__all__ = ["pixels_of", "read_pixels"]
+__all__ = ["decode_pixels", "pixels_of", "read_pixels"]
 
 #: EXIF orientations in which the stored rows are not the upright image's.
 _TURNED = range(2, 9)
@@ -44,11 +44,24 @@ def read_pixels(split: Split, index: int) -> Tensor:
     """
     if isinstance(split, ArraySplit):
         return pixels_of(split.read(index))
-    content = split.read_bytes(index)
-    if decode_jpeg is not None and plain_jpeg_size(content, split.limits) is not None and _is_upright(content):
+    return decode_pixels(split.read_bytes(index), split.name(index), split.limits)
+
+
+def decode_pixels(content: bytes, name: str, limits: Limits = LIMITS) -> Tensor:
+    """The upright image as uint8 (3, H, W), channels innermost in memory; the pixels are those of `decode_image`.
+
+    Args:
+        content: The file.
+        name: For messages.
+        limits: Size limits.
+
+    Raises:
+        CorruptImageError: It cannot be decoded.
+    """
+    if decode_jpeg is not None and plain_jpeg_size(content, limits) is not None and _is_upright(content):
         with suppress(ValueError):  # it refuses files with slight damage too: Pillow decides
             return torch.from_numpy(decode_jpeg(content, "RGB")).permute(2, 0, 1)
-    return pixels_of(decode_image(content, split.name(index), split.limits))
+    return pixels_of(decode_image(content, name, limits))
 
 
 def _is_upright(content: bytes) -> bool:

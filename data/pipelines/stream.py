@@ -8,14 +8,15 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.pipelines.base import Batch
+from synco_fast.data.pipelines.pixels import decode_pixels
 from synco_fast.data.pipelines.stream_order import Piece, ShuffleBuffer, plan_epoch
-from synco_fast.data.pipelines.torchvision import collate_views, views_of
-from synco_fast.data.sources.decode import decode_image
+from synco_fast.data.pipelines.torchvision import Decoded, batch_of_views
 from synco_fast.data.sources.stream import StreamSplit
 from synco_fast.data.sources.stream_reader import ShardError, read_images
 from synco_fast.data.workers import available_cores, start_worker
@@ -111,8 +112,7 @@ class StreamPipeline:
                 raise DataError(found)
             parts.append(found)
             if len(parts) == self._parts:
-                batch = _joined(parts)
-                yield batch.pin_memory() if self._pinned else batch
+                yield _joined(parts, pinned=self._pinned)
                 parts = []
 
     def close(self) -> None:
@@ -177,11 +177,12 @@ class _Parts(Dataset[Batch | str]):
         try:
             if self._next.get(part) != (epoch, step):
                 self._begin(epoch, step, part)
-            samples = [sample for reader in self._open[part] for sample in self._of_step(reader, epoch)]
+            images = (image for reader in self._open[part] for image in self._of_step(reader))
+            batch = batch_of_views(images, self.recipe, seed=self.seed, epoch=epoch)
         except DataError as error:
             return str(error)
         self._next[part] = epoch, step + 1
-        return collate_views(samples)
+        return batch
 
     def _begin(self, epoch: int, step: int, part: int) -> None:
         for reader in self._open.pop(part, []):
@@ -203,20 +204,16 @@ class _Parts(Dataset[Batch | str]):
             for number in self.shares[part]
         ]
 
-    def _of_step(self, reader: _Reader, epoch: int) -> list[Any]:
-        """The views of a reader's share of a step."""
+    def _of_step(self, reader: _Reader) -> Iterator[Decoded]:
+        """A reader's share of a step."""
         done: list[_Sample] = []
-        found = []
         for _ in range(self.each):
             wanted = next(reader)
-            found.append(self._views(wanted, done, reader.others, epoch))
+            yield self._decoded(wanted, done, reader.others)
             done.append(wanted)
-        return found
 
-    def _views(
-        self, wanted: _Sample, before: list[_Sample], others: Callable[[], Iterator[_Sample]], epoch: int
-    ) -> Any:
-        """Views of an image, or of the first one that decodes among those in the buffer and those of the same step."""
+    def _decoded(self, wanted: _Sample, before: list[_Sample], others: Callable[[], Iterator[_Sample]]) -> Decoded:
+        """An image, or the first one that decodes among those in the buffer and those of the same step."""
         corrupt: dict[int, str] = {}
 
         def candidates() -> Iterator[_Sample]:
@@ -229,12 +226,11 @@ class _Parts(Dataset[Batch | str]):
                 corrupt[sample.image] = str(sample.content)
                 continue
             try:
-                image = decode_image(sample.content, sample.name, self.split.limits)
+                pixels = decode_pixels(sample.content, sample.name, self.split.limits)
             except CorruptImageError as error:
                 corrupt[sample.image] = str(error)
                 continue
-            first, second = views_of(image, self.recipe, seed=self.seed, epoch=epoch, wanted=wanted.image)
-            return first, second, sample.image, corrupt
+            return Decoded(wanted.image, pixels, sample.image, corrupt)
         raise DataError(
             f"data: found {len(corrupt)} corrupt images in a row, the first: {next(iter(corrupt.values()))}"
         )
@@ -343,13 +339,18 @@ def _missing(split: StreamSplit, piece: Piece, number: int, reason: str) -> _Sam
     return _Sample(piece.shard << 32 | number, name, CorruptImageError(reason))
 
 
-def _joined(parts: list[Batch]) -> Batch:
+def _joined(parts: list[Batch], *, pinned: bool) -> Batch:
+    """The batch of some parts, in page-locked memory on request; one copy of each part."""
     if len(parts) == 1:
         return parts[0]
-    first, second, images = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("first", "second", "image_ids")
-    )
-    return Batch(first, second, images, {image: reason for part in parts for image, reason in part.corrupt.items()})
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        size = (sum(map(len, tensors)), *tensors[0].shape[1:])
+        return torch.cat(tensors, out=torch.empty(size, dtype=tensors[0].dtype, pin_memory=pinned))
+
+    corrupt = {image: reason for part in parts for image, reason in part.corrupt.items()}
+    return Batch(joined("first"), joined("second"), joined("image_ids"), corrupt)
 
 
 def _as_it_is(part: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
@@ -26,13 +25,13 @@ from synco_fast.data.sources.stream import refuse_stream
 from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = [
+    "Decoded",
     "TorchvisionPipeline",
-    "collate_views",
+    "batch_of_views",
     "evaluation_loader",
     "evaluation_view",
     "make_view",
     "pixels_of",
-    "views_of",
 ]
 
 #: Images decoded before the parameters of their views are drawn, and the bytes of pixels from which fewer suffice.
@@ -55,20 +54,57 @@ def evaluation_view(pixels: Tensor, recipe: Recipe) -> Tensor:
     return view
 
 
-def views_of(image: Image.Image, recipe: Recipe, *, seed: int, epoch: int, wanted: int) -> tuple[Tensor, Tensor]:
-    """Both views of an RGB image, (3, size, size) uint8 each, by the draws for the image that was due, ``wanted``."""
-    pixels = pixels_of(image)
-    parameters = draw_views(
-        recipe,
-        seed=seed,
-        epoch=epoch,
-        images=np.full(2, wanted),
-        views=np.arange(2),
-        sizes=np.tile(pixels.shape[1:], (2, 1)),
-    )
+class Decoded(NamedTuple):
+    """An image for two views of a batch.
+
+    Attributes:
+        wanted: Number of the image that was due; the draws depend on it.
+        pixels: (3, H, W) uint8.
+        image: Number of the image that was read; another one if that which was due is corrupt.
+        corrupt: The corrupt images on the way, and why, by number.
+    """
+
+    wanted: int
+    pixels: Tensor
+    image: int
+    corrupt: dict[int, str]
+
+
+def batch_of_views(images: Iterable[Decoded], recipe: Recipe, *, seed: int, epoch: int) -> Batch:
+    """Both views of some images, (N, 3, size, size) uint8 each, in shared memory if a worker makes them.
+
+    A view depends on seed, epoch, the number that was due and the pixels alone. Images are drawn for a few at a time,
+    since this costs little more than for one.
+    """
+    first, second, numbers = list[Tensor](), list[Tensor](), list[int]()
+    corrupt: dict[int, str] = {}
     size = recipe.size_at(epoch)
-    first, second = (make_view(pixels, parameters[view : view + 1], size) for view in range(2))
-    return first, second
+    for some in _groups(images):
+        numbers += [one.image for one in some]
+        corrupt |= {number: reason for one in some for number, reason in one.corrupt.items()}
+        parameters = draw_views(
+            recipe,
+            seed=seed,
+            epoch=epoch,
+            images=np.repeat([one.wanted for one in some], 2),
+            views=np.tile([0, 1], len(some)),
+            sizes=np.repeat([one.pixels.shape[1:] for one in some], 2, axis=0),
+        )
+        for row, one in enumerate(some):
+            for views, view in ((first, 2 * row), (second, 2 * row + 1)):
+                views.append(make_view(one.pixels, parameters[view : view + 1], size))
+    return Batch(default_collate(first), default_collate(second), torch.tensor(numbers), corrupt)
+
+
+def _groups(images: Iterable[Decoded]) -> Iterator[list[Decoded]]:
+    some: list[Decoded] = []
+    for one in images:
+        some.append(one)
+        if len(some) == _TOGETHER or sum(each.pixels.numel() for each in some) >= _BYTES_TOGETHER:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 class _Views(Dataset[Batch]):
@@ -79,43 +115,11 @@ class _Views(Dataset[Batch]):
 
     def __getitem__(self, places: list[Position]) -> Batch:
         """The batch, in shared memory if a worker makes it."""
-        first, second, images = list[Tensor](), list[Tensor](), list[int]()
-        corrupt: dict[int, str] = {}
-        size = self.recipe.size_at(places[0][0])
-        for wanted, found in self._read(places):
-            images += [index for _, index, _ in found]
-            corrupt |= {number: reason for _, _, reasons in found for number, reason in reasons.items()}
-            parameters = draw_views(
-                self.recipe,
-                seed=self.seed,
-                epoch=places[0][0],
-                images=np.repeat(wanted, 2),
-                views=np.tile([0, 1], len(found)),
-                sizes=np.repeat([pixels.shape[1:] for pixels, _, _ in found], 2, axis=0),
-            )
-            for row, (pixels, _, _) in enumerate(found):
-                for views, view in ((first, 2 * row), (second, 2 * row + 1)):
-                    views.append(make_view(pixels, parameters[view : view + 1], size))
-        return Batch(default_collate(first), default_collate(second), torch.tensor(images), corrupt)
+        return batch_of_views(map(self._read, places), self.recipe, seed=self.seed, epoch=places[0][0])
 
-    def _read(self, places: list[Position]) -> Iterator[tuple[list[int], list[tuple[Tensor, int, dict[int, str]]]]]:
-        """Numbers due and images read, a few at a time: drawing for several costs little more than for one."""
-        wanted, found = list[int](), list[tuple[Tensor, int, dict[int, str]]]()
-        for _, number in places:
-            wanted.append(number)
-            found.append(replace_corrupt(len(self.split), number, partial(read_pixels, self.split)))
-            if len(found) == _TOGETHER or sum(pixels.numel() for pixels, _, _ in found) >= _BYTES_TOGETHER:
-                yield wanted, found
-                wanted, found = [], []
-        if found:
-            yield wanted, found
-
-
-def collate_views(samples: list[tuple[Tensor, Tensor, int, dict[int, str]]]) -> Batch:
-    """A batch of views, from the views of each image, its number, and the corrupt ones on the way."""
-    first, second, images, corrupt = zip(*samples, strict=True)
-    merged = {index: reason for part in corrupt for index, reason in part.items()}
-    return Batch(default_collate(list(first)), default_collate(list(second)), torch.tensor(images), merged)
+    def _read(self, place: Position) -> Decoded:
+        _, wanted = place
+        return Decoded(wanted, *replace_corrupt(len(self.split), wanted, partial(read_pixels, self.split)))
 
 
 class TorchvisionPipeline:

@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
         dest="kind",
         choices=tuple(PIPELINES_OF),
         default="photos",
-        help="packed: the same photos after data pack as well, compared with the unpacked ones",
+        help="packed: the same photos after data pack as well; stream: from tar shards as well",
     )
     add_options(command, "device")
     command.add_argument(

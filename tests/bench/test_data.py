@@ -31,6 +31,15 @@ def test_fused_subjects_make_their_views_by_the_kernels(name, tmp_path, monkeypa
     assert len(batch.first) == 2
 
 
+def test_a_stream_has_the_same_photos(tmp_path):
+    names = data.make_photos(tmp_path, 6)
+    pipe = data._pipeline("torchvision-stream", tmp_path, names, CPU, 2, 0, Recipe(size=16))
+    images = torch.cat([batch.image_ids for batch, _ in zip(pipe, range(30), strict=False)])
+    pipe.close()
+    assert len(set(images.tolist())) == len(names)
+    assert len(pipe) > 10_000
+
+
 def test_they_are_measured_where_the_kernels_run(monkeypatch, capsys):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert {"dali-fused", "resident-32-fused"} <= set(PIPELINES_OF["photos"])

@@ -1,5 +1,7 @@
 """The pipelines on a GPU against the same ones on the CPU."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ import torch
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
+from synco_fast.data.pipelines.stream import StreamPipeline
 from synco_fast.data.sources.open import ArraySplit, open_source
+from synco_fast.data.sources.stream import StreamSettings, StreamSplit
 from synco_fast.data.transfer import to_device
 from synco_fast.kernels.views import make_views
 from tests.data.photos import photo
@@ -26,6 +30,21 @@ def split(tmp_path):
     for number in range(40):
         photo(200 + number, 150, number).save(tmp_path / f"good{number:02d}.jpg", quality=92)
     return open_source(str(tmp_path)).train
+
+
+def test_the_parts_of_a_stream_are_joined_in_page_locked_memory(split, tmp_path):
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as shard:
+            for file in sorted(tmp_path.glob("*.jpg"))[number::2]:
+                shard.add(file, arcname=file.name)
+    stream = StreamSplit([str(tmp_path / f"{number}.tar") for number in range(2)], settings=StreamSettings(images=40))
+    joined, alone = (
+        StreamPipeline(stream, RECIPE, batch=8, seed=0, workers=2, pin_memory=pinned) for pinned in (True, False)
+    )
+    for batch, other in zip(joined, alone, strict=True):
+        for name in ("first", "second", "image_ids"):
+            assert getattr(batch, name).is_pinned()
+            assert torch.equal(getattr(batch, name), getattr(other, name))
 
 
 def test_the_host_does_not_wait_to_copy_a_small_array():
