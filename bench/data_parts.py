@@ -152,7 +152,7 @@ def _torchvision(folder: Path, names: list[str], recipe: Recipe, number: int) ->
 def _dali(folder: Path, names: list[str], recipe: Recipe, number: int) -> dict[str, float]:
     from nvidia.dali import Pipeline, fn, types
 
-    from synco_fast.data.pipelines.dali.graph import build_crops, crop_inputs
+    from synco_fast.data.pipelines.dali.graph import GraphOptions, build_crops, crop_inputs
     from synco_fast.data.pipelines.dali.reader import Reader
 
     clock, count = _Clock(), len(names)
@@ -164,7 +164,7 @@ def _dali(folder: Path, names: list[str], recipe: Recipe, number: int) -> dict[s
     with decoding:
         encoded = fn.external_source(name="encoded", no_copy=True)
         decoding.set_outputs(fn.decoders.image(encoded, output_type=types.RGB))
-    graph = build_crops(recipe, batch=count, device=None, threads=1, decode="once", depth=1)
+    graph = build_crops(recipe, "once", GraphOptions(count))
     for name, inputs, pipe in (("decode", {}, decoding), ("crop", crop_inputs(drawn, "once"), graph)):
         _run(pipe, files.files(), inputs)  # it allocates
         with clock.part(name):

@@ -1,5 +1,6 @@
 """What is DALI's own: getting over files that its decoder refuses, forked workers, evaluation."""
 
+import dataclasses
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +25,10 @@ from nvidia.dali.backend import GetSchema
 
 from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.ops import finish_views
-from synco_fast.data.pipelines.dali import graph as dali_graph
 from synco_fast.data.pipelines.dali import pipeline as dali_pipeline
 from synco_fast.data.pipelines.dali import reader as dali_reader
 from synco_fast.data.pipelines.dali.finish import finish_crops
-from synco_fast.data.pipelines.dali.graph import build_crops
+from synco_fast.data.pipelines.dali.graph import GraphOptions, build_crops
 from synco_fast.data.pipelines.dali.pipeline import DaliPipeline, dali_evaluation
 from synco_fast.data.pipelines.dali.settings import DaliSettings
 from synco_fast.data.pipelines.torchvision import evaluation_loader
@@ -103,10 +103,7 @@ def test_both_ways_to_decode_make_the_same_views(folder, decode):
 
 def test_the_graph_has_few_operators():
     """Sources of the files and of two crops, the decoder and two resizes; a graph of all operations had 310."""
-    counts = [
-        len(build_crops(RECIPE, batch=2, device=None, threads=1, decode=decode, depth=1)._ops)
-        for decode in ("once", "windows")
-    ]
+    counts = [len(build_crops(RECIPE, decode, GraphOptions(2))._ops) for decode in ("once", "windows")]
     assert counts == [8, 9]
 
 
@@ -154,11 +151,12 @@ def test_the_decoder_takes_published_values_where_none_are_set():
 def test_on_a_gpu_the_settings_reach_the_decoder(folder, monkeypatch):
     monkeypatch.setattr(dali_pipeline, "_about", lambda number: H100)
     pipe = pipeline(folder, settings=DaliSettings(hw_decoder_load=0.5))
-    assert pipe._decoder == DaliSettings(hw_decoder_load=0.5).decoder(*H100)
-    assert pipe._threads <= 6
-    assert dali_graph._decode_options(pipe._decoder, "cpu") == {"device": "cpu", "output_type": types.RGB}
-    on_gpu = dali_graph._decode_options(pipe._decoder, "gpu")
-    assert on_gpu == {"device": "mixed", "output_type": types.RGB, **pipe._decoder}
+    options = pipe._options
+    assert options.decoder == DaliSettings(hw_decoder_load=0.5).decoder(*H100)
+    assert options.threads <= 6
+    assert options.decode_options == {"device": "cpu", "output_type": types.RGB}
+    on_gpu = dataclasses.replace(options, device=0).decode_options
+    assert on_gpu == {"device": "mixed", "output_type": types.RGB, **options.decoder}
 
 
 def test_one_core_a_thread_makes_the_views_of_one_thread():

@@ -133,9 +133,9 @@ def by_resident():
 
 def by_dali(decode, dtype=torch.uint8):
     from synco_fast.data.pipelines.dali.finish import finish_crops
-    from synco_fast.data.pipelines.dali.graph import build_crops, crop_inputs
+    from synco_fast.data.pipelines.dali.graph import GraphOptions, build_crops, crop_inputs
 
-    graph = build_crops(RECIPE, batch=len(CASES), device=None, threads=1, decode=decode, depth=1)
+    graph = build_crops(RECIPE, decode, GraphOptions(len(CASES)))
     drawn = (all_cases(), all_cases()[::-1])
     graph.feed_input("encoded", [np.frombuffer(encode_pixels(np.asarray(IMAGE)), np.uint8)] * len(CASES))
     for name, values in crop_inputs(drawn, decode).items():

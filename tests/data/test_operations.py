@@ -72,9 +72,9 @@ def by_resident(recipe):
 
 def by_dali(recipe):
     from synco_fast.data.pipelines.dali.finish import finish_crops
-    from synco_fast.data.pipelines.dali.graph import build_crops, crop_inputs
+    from synco_fast.data.pipelines.dali.graph import GraphOptions, build_crops, crop_inputs
 
-    graph = build_crops(recipe, batch=4, device=None, threads=1, decode="once", depth=1)
+    graph = build_crops(recipe, "once", GraphOptions(4))
     graph.feed_input("encoded", [np.frombuffer(encode_pixels(np.asarray(IMAGE)), np.uint8)] * 4)
     for name, values in crop_inputs([drawn(recipe), drawn(recipe)], "once").items():
         graph.feed_input(name, values)

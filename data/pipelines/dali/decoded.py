@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from synco_fast.data.errors import DataError
-from synco_fast.data.pipelines.dali.graph import Inputs, _backend, _decode_options, _source
+from synco_fast.data.pipelines.dali.graph import GraphOptions, Inputs, source
 from synco_fast.data.pipelines.dali.reader import EncodedBatch
 from synco_fast.data.pipelines.fused import WORDS
 from synco_fast.data.transfer import to_device
@@ -22,40 +21,20 @@ __all__ = ["build_decoding", "check_sizes", "decoding_inputs", "gather_decoded"]
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _decoding(decoder: Mapping[str, Any]) -> Any:
-    words = _source("words")
+def _decoding(options: Mapping[str, Any]) -> Any:
+    words = source("words")
     if Pipeline.current().device_id is not None:
         words = words.gpu()
-    return fn.decoders.image(_source("encoded"), **_decode_options(decoder, _backend())), words
+    return fn.decoders.image(source("encoded"), **options), words
 
 
-def build_decoding(
-    *,
-    batch: int,
-    device: int | None,
-    threads: int,
-    depth: int,
-    decoder: Mapping[str, Any] = MappingProxyType({}),
-) -> Pipeline:
+def build_decoding(options: GraphOptions) -> Pipeline:
     """A graph from ``encoded`` and the input of `decoding_inputs` to decoded images and the parameters of their views.
 
     Args:
-        batch: B.
-        device: Number of the GPU, or None for the CPU backend.
-        threads: Threads of DALI's pool.
-        depth: Batches in flight.
-        decoder: Arguments of the decoder on a GPU, see `DaliSettings.decoder`.
+        options: How it runs.
     """
-    graph = _decoding(
-        decoder,
-        batch_size=batch,
-        device_id=device,
-        num_threads=threads,
-        prefetch_queue_depth=depth,
-        exec_dynamic=True,
-    )
-    graph.build()
-    return graph
+    return options.build(_decoding)
 
 
 def decoding_inputs(first: Any, second: Any) -> Inputs:

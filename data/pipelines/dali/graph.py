@@ -7,8 +7,8 @@ conditions around them it took 133 operators a view.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from synco_fast.data.augment.draw import ViewParameters
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Decode
 
-__all__ = ["build_crops", "build_evaluation", "crop_inputs", "evaluation_inputs"]
+__all__ = ["GraphOptions", "Inputs", "build_crops", "build_evaluation", "crop_inputs", "evaluation_inputs", "source"]
 
 _TYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.float32: types.FLOAT}
 Inputs = dict[str, NDArray[Any]]
@@ -50,89 +50,75 @@ def evaluation_inputs(recipe: Recipe, sizes: NDArray[np.int64]) -> Inputs:
 # -- graphs -----------------------------------------------------------------------------------------------------------
 
 
-def build_crops(
-    recipe: Recipe,
-    *,
-    batch: int,
-    device: int | None,
-    threads: int,
-    decode: Decode,
-    depth: int,
-    decoder: Mapping[str, Any] = MappingProxyType({}),
-) -> Pipeline:
+@dataclass(frozen=True)
+class GraphOptions:
+    """How a graph runs.
+
+    Attributes:
+        batch: B, the most images at a time.
+        device: Number of the GPU, or None for the CPU backend.
+        threads: Threads of DALI's pool.
+        depth: Batches in flight.
+        decoder: Arguments of the decoder on a GPU, see `DaliSettings.decoder`.
+    """
+
+    batch: int
+    device: int | None = None
+    threads: int = 1
+    depth: int = 1
+    decoder: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, definition: Callable[..., Pipeline], *arguments: Any) -> Pipeline:
+        """The graph of a definition and its arguments, ready to run."""
+        graph = definition(
+            *arguments,
+            self.decode_options,
+            batch_size=self.batch,
+            device_id=self.device,
+            num_threads=self.threads,
+            prefetch_queue_depth=self.depth,
+            exec_dynamic=True,
+        )
+        graph.build()
+        return graph
+
+    @property
+    def decode_options(self) -> dict[str, Any]:
+        """Arguments of DALI's decoders."""
+        if self.device is None:
+            return {"device": "cpu", "output_type": types.RGB}
+        return {"device": "mixed", "output_type": types.RGB, **self.decoder}
+
+
+def build_crops(recipe: Recipe, decode: Decode, options: GraphOptions) -> Pipeline:
     """A graph from ``encoded`` and the inputs of `crop_inputs` to two batches of crops (B, size, size, 3) uint8.
 
     Args:
         recipe: Gives the size.
-        batch: B.
-        device: Number of the GPU, or None for the CPU backend.
-        threads: Threads of DALI's pool.
         decode: Whether to decode once or by window.
-        depth: Batches in flight.
-        decoder: Arguments of the decoder on a GPU, see `DaliSettings.decoder`.
+        options: How it runs.
     """
-    graph = _crops(
-        recipe.size,
-        decode,
-        decoder,
-        batch_size=batch,
-        device_id=device,
-        num_threads=threads,
-        prefetch_queue_depth=depth,
-        exec_dynamic=True,
-    )
-    graph.build()
-    return graph
+    return options.build(_crops, recipe.size, decode)
 
 
-def build_evaluation(
-    recipe: Recipe,
-    *,
-    batch: int,
-    device: int | None,
-    threads: int,
-    dtype: torch.dtype,
-    depth: int,
-    decoder: Mapping[str, Any] = MappingProxyType({}),
-) -> Pipeline:
+def build_evaluation(recipe: Recipe, dtype: torch.dtype, options: GraphOptions) -> Pipeline:
     """A graph from ``encoded`` and the inputs of `evaluation_inputs` to central crops (b, size, size, 3), b <= B."""
-    graph = _central_crops(
-        recipe,
-        dtype,
-        decoder,
-        batch_size=batch,
-        device_id=device,
-        num_threads=threads,
-        prefetch_queue_depth=depth,
-        exec_dynamic=True,
-    )
-    graph.build()
-    return graph
+    return options.build(_central_crops, recipe, dtype)
 
 
-def _source(name: str) -> Any:
+def source(name: str) -> Any:
+    """An input of a graph."""
     return fn.external_source(name=name, device="cpu", no_copy=True)
 
 
-def _backend() -> str:
-    return "cpu" if Pipeline.current().device_id is None else "gpu"
-
-
-def _decode_options(decoder: Mapping[str, Any], backend: str) -> dict[str, Any]:
-    if backend == "cpu":
-        return {"device": "cpu", "output_type": types.RGB}
-    return {"device": "mixed", "output_type": types.RGB, **decoder}
-
-
 @pipeline_def  # type: ignore[untyped-decorator]
-def _crops(size: int, decode: Decode, decoder: Mapping[str, Any]) -> Any:
-    encoded = _source("encoded")
-    options = _decode_options(decoder, _backend())
+def _crops(size: int, decode: Decode, options: Mapping[str, Any]) -> Any:
+    encoded = source("encoded")
     image = fn.decoders.image(encoded, **options) if decode == "once" else None
     resize = {"size": [size] * 2, "interp_type": types.INTERP_LINEAR, "antialias": True}
     crops = []
     for number in range(2):
-        start, end = _source(f"start_{number}"), _source(f"end_{number}")
+        start, end = source(f"start_{number}"), source(f"end_{number}")
         if image is not None:
             crops.append(fn.resize(image, roi_start=start, roi_end=end, **resize))
         else:
@@ -142,12 +128,12 @@ def _crops(size: int, decode: Decode, decoder: Mapping[str, Any]) -> Any:
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _central_crops(recipe: Recipe, dtype: torch.dtype, decoder: Mapping[str, Any]) -> Any:
-    image = fn.decoders.image(_source("encoded"), **_decode_options(decoder, _backend()))
-    image = fn.resize(image, size=_source("resized"), interp_type=types.INTERP_LINEAR, antialias=True)
+def _central_crops(recipe: Recipe, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+    image = fn.decoders.image(source("encoded"), **options)
+    image = fn.resize(image, size=source("resized"), interp_type=types.INTERP_LINEAR, antialias=True)
     size = [recipe.size, recipe.size]
-    view = fn.slice(image, _source("start"), size, axes=[0, 1], out_of_bounds_policy="pad")
-    options: dict[str, Any] = {}
+    view = fn.slice(image, source("start"), size, axes=[0, 1], out_of_bounds_policy="pad")
+    normalised: dict[str, Any] = {}
     if dtype != torch.uint8:
-        options = {"mean": [255 * mean for mean in recipe.mean], "std": [255 * std for std in recipe.std]}
-    return fn.crop_mirror_normalize(view, dtype=_TYPES[dtype], output_layout="HWC", **options)
+        normalised = {"mean": [255 * mean for mean in recipe.mean], "std": [255 * std for std in recipe.std]}
+    return fn.crop_mirror_normalize(view, dtype=_TYPES[dtype], output_layout="HWC", **normalised)

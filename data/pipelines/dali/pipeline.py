@@ -22,7 +22,13 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Decode
 from synco_fast.data.pipelines.dali.decoded import build_decoding, check_sizes, decoding_inputs, gather_decoded
 from synco_fast.data.pipelines.dali.finish import finish_crops
-from synco_fast.data.pipelines.dali.graph import build_crops, build_evaluation, crop_inputs, evaluation_inputs
+from synco_fast.data.pipelines.dali.graph import (
+    GraphOptions,
+    build_crops,
+    build_evaluation,
+    crop_inputs,
+    evaluation_inputs,
+)
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
 from synco_fast.data.pipelines.dali.settings import DaliSettings
@@ -88,24 +94,25 @@ class DaliPipeline:
         self._recipe, self._dtype = recipe, dtype
         self._number = number = _gpu_number(device)
         gpu = _about(number)
-        self._threads = threads or settings.count_threads(available_cores(), gpu and gpu[0])
-        self._decoder = {} if gpu is None else settings.decoder(*gpu)
+        self._options = GraphOptions(
+            self._batches.share,
+            number,
+            threads or settings.count_threads(available_cores(), gpu and gpu[0]),
+            _DEPTH,
+            {} if gpu is None else settings.decoder(*gpu),
+        )
         self._reader = Reader(split, replace=True, draw=partial(_draw, recipe, seed))
         self._loader = self._reader.loader(self._batches, workers, seed)
         #: The recipe of the epoch's views, whose size the graph is built for.
         self._sized = recipe.at(0)
-        build = partial(
-            build_crops,
-            batch=self._batches.share,
+        self._runner = GraphRunner(
+            lambda: build_crops(self._sized, decode, self._options),
+            partial(_crop_inputs, decode),
+            self._reader,
             device=number,
-            threads=self._threads,
-            decode=decode,
             depth=_DEPTH,
-            decoder=self._decoder,
         )
-        inputs = partial(_crop_inputs, decode)
-        self._runner = GraphRunner(lambda: build(self._sized), inputs, self._reader, device=number, depth=_DEPTH)
-        self._pool = start_threads(self._threads) if number is None else None
+        self._pool = start_threads(self._options.threads) if number is None else None
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -149,16 +156,13 @@ class DaliPipeline:
         """See `FusedViews`."""
         self._free_graph()
         self._make = make
-        build = partial(
-            build_decoding,
-            batch=self._batches.share,
-            device=self._number,
-            threads=self._threads,
-            depth=_DEPTH,
-            decoder=self._decoder,
-        )
         self._runner = GraphRunner(
-            build, _packed, self._reader, device=self._number, depth=_DEPTH, gather=gather_decoded
+            partial(build_decoding, self._options),
+            _packed,
+            self._reader,
+            device=self._number,
+            depth=_DEPTH,
+            gather=gather_decoded,
         )
 
     def _fused(self, make: MakeViews) -> Iterator[Batch]:
@@ -234,18 +238,19 @@ def dali_evaluation(
     gpu, settings = _about(number), DaliSettings()
     reader = Reader(split, replace=False)
     places = _InOrder(list(range(len(split))) if numbers is None else numbers, batch)
-    build = partial(
-        build_evaluation,
-        recipe,
-        batch=batch,
-        device=number,
-        threads=threads or settings.count_threads(available_cores(), gpu and gpu[0]),
-        dtype=torch.uint8,
-        depth=_DEPTH,
-        decoder={} if gpu is None else settings.decoder(*gpu, allocate=False),
+    options = GraphOptions(
+        batch,
+        number,
+        threads or settings.count_threads(available_cores(), gpu and gpu[0]),
+        _DEPTH,
+        {} if gpu is None else settings.decoder(*gpu, allocate=False),
     )
     runner = GraphRunner(
-        build, lambda files: evaluation_inputs(recipe, files.sizes), reader, device=number, depth=_DEPTH
+        partial(build_evaluation, recipe, torch.uint8, options),
+        lambda files: evaluation_inputs(recipe, files.sizes),
+        reader,
+        device=number,
+        depth=_DEPTH,
     )
     nothing = torch.empty((0, recipe.size, recipe.size, 3), dtype=torch.uint8, device=device)
     try:
