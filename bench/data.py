@@ -37,7 +37,7 @@ from synco_fast.data.sources.stream import StreamSettings, StreamSplit
 from synco_fast.data.workers import available_cores, keep_freed_memory
 from synco_fast.kernels.views import make_views, unserved_by_triton
 
-__all__ = ["busy_seconds", "has_pipeline", "make_photos", "measure_pipelines"]
+__all__ = ["busy_seconds", "draw_photo", "has_pipeline", "make_photos", "measure_pipelines"]
 
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
@@ -50,21 +50,25 @@ def make_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
         Their names. Existing files are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    frequency = np.hypot(np.fft.fftfreq(_HEIGHT)[:, None], np.fft.rfftfreq(_WIDTH)[None])
-    frequency[0, 0] = 1
     names = [f"{number:05d}.jpg" for number in range(count)]
     for number, name in enumerate(names):
-        if (folder / name).exists():
-            continue
-        rng = np.random.default_rng([seed, number])
-        phases = rng.uniform(0, 2 * np.pi, (3, *frequency.shape))
-        fields = np.fft.irfft2(np.exp(1j * phases) / frequency**1.1, s=(_HEIGHT, _WIDTH))
-        fields = np.moveaxis(fields / fields.std(axis=(1, 2), keepdims=True), 0, -1)
-        pixels = 118 + 50 * (0.75 * fields[..., :1] + 0.5 * fields) + rng.normal(0, 4, fields.shape)
-        file = io.BytesIO()
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=_QUALITY)
-        (folder / name).write_bytes(file.getvalue())
+        if not (folder / name).exists():
+            (folder / name).write_bytes(draw_photo(seed, number))
     return names
+
+
+def draw_photo(seed: int, number: int, width: int = _WIDTH, height: int = _HEIGHT) -> bytes:
+    """A JPEG file with a power spectrum like that of a photograph."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    frequency[0, 0] = 1
+    rng = np.random.default_rng([seed, number])
+    phases = rng.uniform(0, 2 * np.pi, (3, *frequency.shape))
+    fields = np.fft.irfft2(np.exp(1j * phases) / frequency**1.1, s=(height, width))
+    fields = np.moveaxis(fields / fields.std(axis=(1, 2), keepdims=True), 0, -1)
+    pixels = 118 + 50 * (0.75 * fields[..., :1] + 0.5 * fields) + rng.normal(0, 4, fields.shape)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=_QUALITY)
+    return file.getvalue()
 
 
 def measure_pipelines(
