@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from synco_fast.bench.data import draw_photo
+from synco_fast.data.workers import keep_freed_memory
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json
 
@@ -39,7 +40,8 @@ def _pillow(content: bytes, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def _torchvision(content: bytes) -> Tensor:
-    return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    decoded: Tensor = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    return decoded
 
 
 def _simplejpeg(content: bytes, **options: object) -> Tensor:
@@ -80,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the workers of a run do
     found = {}
     for number, (width, height) in enumerate(SIZES):
         # The small image is below the size that a scaling decoder would keep.
