@@ -40,7 +40,7 @@ _TILES = (
 )
 
 
-#: The mix: programs for each row, pieces of a vector, warps of a program, and stages. Those not yet measured come first.
+#: The mix: programs for each row, pieces of a vector, warps of a program, and stages; first those not measured so far.
 #: With two pieces and eight programs a row, all programs fit on an H100 at once, four warps for each scheduler.
 _MIXES = (
     (8, 2, 1, 1),

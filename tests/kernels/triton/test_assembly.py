@@ -1,0 +1,75 @@
+"""The inline assembly of the kernels against what the interpreter runs in its place."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import math
+import struct
+import textwrap
+
+import pytest
+
+from tests.support.ptx import run
+
+pytest.importorskip("triton")
+
+from synco_fast.kernels.triton import scan, select
+
+NUMBERS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 0.25, 0.5, -0.5)
+
+
+def word(number: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", number))[0]
+
+
+def call_of(kernel):
+    """The constraints and the operands, as source, of the one call of inline assembly in a kernel."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
+    (call,) = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and "inline_asm" in ast.unparse(node.func))
+    given = call.args[2]
+    if isinstance(given, ast.Name):
+        (given,) = (
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == given.id
+        )
+    return call.args[1].value, [ast.unparse(operand) for operand in given.elts]
+
+
+def test_the_scan_keeps_what_is_not_at_most_the_threshold():
+    constraints, operands = call_of(scan.keep)
+    base, place, rank, key = 1 << 40, 30_000, 7, 123_456
+    for similarity, threshold, positive in itertools.product(NUMBERS, repeat=3):
+        values = {
+            "p_found.to(tl.int64)": base,
+            "b_place": place,
+            "b_rank": rank,
+            "b_own": similarity,
+            "threshold[:, None]": threshold,
+            "positive[:, None]": positive,
+            "o_key": key,
+        }
+        outputs, memory = run(scan._KEEP.value, constraints, [values[operand] for operand in operands])
+        kept = not similarity <= threshold
+        assert outputs == [place + kept, rank + (similarity > positive)]
+        address = base + 8 * place
+        assert memory == ({address: key, address + 4: word(similarity)} if kept else {})
+
+
+@pytest.mark.parametrize("place", [-5, -1, 0, 1, 1023])
+def test_the_selection_stores_at_places_that_are_not_negative(place):
+    constraints, operands = call_of(select._put)
+    indices, similarities, index, similarity = 1 << 40, 1 << 41, 65_535, -0.125
+    values = {
+        "p_index.to(tl.int64)": indices,
+        "p_similarity.to(tl.int64)": similarities,
+        "b_place": place,
+        "b_index": index,
+        "b_similarity": similarity,
+    }
+    (returned,), memory = run(select._PUT.value, constraints, [values[operand] for operand in operands])
+    assert returned == place % 2**32
+    expected = {indices + 4 * place: index, similarities + 4 * place: word(similarity)}
+    assert memory == (expected if place >= 0 else {})
