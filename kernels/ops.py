@@ -336,7 +336,7 @@ _contrast.register_autograd(_backward, setup_context=_keep)
 
 
 class _Direct(torch.autograd.Function):
-    """The loss without a custom operator, where nothing needs to see one."""
+    """The loss in eager mode, without a custom operator (see `synco_fast.kernels.tracing`)."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -348,7 +348,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
         """The gradient of q."""
-        return _backward(ctx, loss)[:12]
+        return _backward(ctx, loss)[0], *(None,) * 11
 
 
 class _Transformed(torch.autograd.Function):

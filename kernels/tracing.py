@@ -1,4 +1,4 @@
-"""Who looks on at a call. An operator costs the host more than many kernels, so eager calls do without."""
+"""Whether a call has to be a custom operator. One costs the host more than many kernels, so eager calls do without."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def transformed() -> bool:
 
 
 def traced(x: Tensor) -> bool:
-    """Whether an operator must show: to a compiler, an export, a trace, a mode, a transform, or x's own subclass.
+    """Whether a compiler, an export, a trace, a mode, a transform or the subclass of x has to see an operator.
 
     Args:
         x: The main argument of the call. On the meta device only an operator has a shape function.

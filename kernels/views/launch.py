@@ -149,7 +149,6 @@ def _launch(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> Tensor:
-
     from synco_fast.kernels.views import stages
 
     count, device, area = len(images), pixels.device, size * size

@@ -119,7 +119,12 @@ def test_a_healthy_run_is_not_warned_of():
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("healthy", []), ("contracting", ["key_rank", "top-1"]), ("collapsing", ["key_rank", "feature_rank"])],
+    [
+        ("healthy", []),
+        ("contracting", ["key_rank", "top-1"]),
+        ("contracting-today", ["key_rank", "top-1"]),
+        ("collapsing", ["key_rank", "feature_rank"]),
+    ],
 )
 def test_recorded_runs_are_told_apart(name, kinds):
     text = (Path(__file__).parents[2] / "bench" / "records" / "health" / f"{name}.jsonl").read_text()

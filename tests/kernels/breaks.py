@@ -309,7 +309,7 @@ BREAKS = (
         "        or torch._C._len_torch_dispatch_stack() > 0\n",
         "",
         OPS,
-        "without_an_onlooker",
+        "eager_call_makes",
     ),
     Break(
         "operator: keys of unknown images are masked for queries of unknown images",
