@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from synco_fast import SynthContrastLoss
+from synco_fast.kernels import Negatives
 
 
 class SynCo(nn.Module):
@@ -33,14 +34,16 @@ class SynCo(nn.Module):
         self.projection_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
         self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
         self.projection_head_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
-        # lightly: NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
-        self.criterion = SynthContrastLoss("synco", dim=128, queue=queue, temperature=0.1)
+        # lightly: NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128)). SynCo's T is 0.2, and its counts belong to
+        # a queue of 65,536.
+        negatives = Negatives.synco().scaled(queue / 65536)
+        self.criterion = SynthContrastLoss(negatives, dim=128, queue=queue, temperature=0.2)
 
     def training_step(self, batch: tuple[list[Tensor], Any, Any], batch_idx: int) -> Tensor:
         """The loss of one of lightly's batches."""
         (x_query, x_key), _, _ = batch
-        update_momentum(self.backbone, self.backbone_momentum, m=0.99)
-        update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
+        update_momentum(self.backbone, self.backbone_momentum, m=0.996)
+        update_momentum(self.projection_head, self.projection_head_momentum, m=0.996)
         query = self.projection_head(self.backbone(x_query).flatten(start_dim=1))
         with torch.no_grad():
             key = self.projection_head_momentum(self.backbone_momentum(x_key).flatten(start_dim=1))

@@ -26,6 +26,7 @@ from synco_fast.data.pipelines.base import Batch, Pipeline, normalise
 from synco_fast.data.pipelines.build import build_pipeline
 from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.knn import periodic_knn
+from synco_fast.kernels import Negatives
 
 
 class Views(lightning.LightningDataModule):
@@ -102,7 +103,7 @@ class SynCo(lightning.LightningModule):
         dim: int = 128,
         queue: int = 4096,
         temperature: float = 0.2,
-        momentum: float = 0.99,
+        momentum: float = 0.996,
         lr: float = 0.03,
     ) -> None:
         super().__init__()
@@ -113,7 +114,9 @@ class SynCo(lightning.LightningModule):
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim))
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.criterion = SynthContrastLoss(method, dim=dim, queue=queue, temperature=temperature)
+        # The published counts belong to a queue of 65,536.
+        negatives = getattr(Negatives, method)().scaled(queue / 65536)
+        self.criterion = SynthContrastLoss(negatives, dim=dim, queue=queue, temperature=temperature)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 512) of normalised images (B, 3, H, W)."""

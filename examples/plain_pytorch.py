@@ -18,6 +18,7 @@ from torchvision import datasets, models
 from torchvision.transforms import v2
 
 from synco_fast import SynthContrastLoss
+from synco_fast.kernels import Negatives
 
 
 class TwoViews:
@@ -65,7 +66,9 @@ def main(words: list[str] | None = None) -> list[float]:
     encoder.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), encoder.fc)  # type: ignore[assignment]
     encoder = encoder.to(device)
     momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    criterion = SynthContrastLoss("synco", dim=128, queue=options.queue, temperature=0.2).to(device)
+    # The published counts, 960 synthetic negatives of 1,024 hard ones, belong to a queue of 65,536.
+    negatives = Negatives.synco().scaled(options.queue / 65536)
+    criterion = SynthContrastLoss(negatives, dim=128, queue=options.queue, temperature=0.2).to(device)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.03, momentum=0.9, weight_decay=1e-4)
 
     losses = []
@@ -73,7 +76,7 @@ def main(words: list[str] | None = None) -> list[float]:
         for (first, second), _ in loader:
             with torch.no_grad():
                 for slow, fast in zip(momentum_encoder.parameters(), encoder.parameters(), strict=True):
-                    slow.lerp_(fast, 0.01)
+                    slow.lerp_(fast, 0.004)
                 key = momentum_encoder(second.to(device))
             loss = criterion(encoder(first.to(device)), key)
             optimizer.zero_grad()

@@ -201,7 +201,8 @@ else:
 class Negatives(_Fields):
     """The synthetic negatives of a query: how many of each family, and their settings. Frozen and hashable.
 
-    Use the constructors `moco`, `mochi` and `synco`; `replace(negatives, mixed=0)` changes one field.
+    Use the constructors `moco`, `mochi` and `synco`; `replace(negatives, mixed=0)` changes one field, and `scaled` fits
+    all counts to a shorter queue.
 
     Attributes:
         hard: N, the size of Q^N: the number of most similar queue keys that synthetic negatives are made from.
@@ -262,6 +263,25 @@ class Negatives(_Fields):
     def synthetic(self) -> int:
         """M, the number of synthetic negatives per query over all families."""
         return sum(self.count_of(family) for family in FAMILIES)
+
+    def scaled(self, factor: float, **changes: Any) -> Negatives:
+        """The same with N and every count multiplied by a factor and rounded: ``scaled(K / 65536)`` for a queue of K.
+
+        The published counts belong to a queue of 65,536 keys. Beside a shorter one they would outweigh its keys.
+
+        Args:
+            factor: The factor, at least 0.
+            changes: Fields to set instead, by name, such as ``hard``.
+
+        Raises:
+            ValueError: The factor is negative or not finite, or there would be synthetic negatives but no Q^N.
+        """
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(f"factor: found {factor}, expected a finite number from 0 up")
+        counts: dict[str, Any] = {
+            name: round(getattr(self, name) * factor) for name in ("hard", *(family.name for family in FAMILIES))
+        }
+        return replace(self, **counts | changes)
 
     def without_synthetic(self) -> Negatives:
         """The same with every family's count 0 (warm-up and cool-down). N stays, for its statistic."""

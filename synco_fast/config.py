@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -200,17 +201,14 @@ class MethodConfig(_MethodCounts):
         known = with_queue()
         if self.name not in known:
             raise ConfigError(f"method.name: found {self.name}, expected one with a queue: {', '.join(known)}")
-        published = known[self.name]()
-        counts = {}
-        for name in ("hard", *(family.name for family in FAMILIES)):
-            own = getattr(self, name)
-            counts[name] = round(getattr(published, name) * self.count_scale) if own is None else own
-        if not any(counts[family.name] for family in FAMILIES):
-            counts["hard"] = 0  # nothing is made from Q^N: a preset's N is dropped with its synthetic negatives
+        names = ("hard", *(family.name for family in FAMILIES))
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         try:
-            return Negatives(**counts, extrapolation=self.extrapolation)
+            found = known[self.name]().scaled(self.count_scale, **own, extrapolation=self.extrapolation)
         except ValueError as error:
             raise ConfigError(f"method.{error}") from error
+        # Where nothing is made from Q^N, a preset's N is dropped with its synthetic negatives.
+        return found if found.synthetic else replace(found, hard=0)
 
 
 class GeneratedConfig(Section):

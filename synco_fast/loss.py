@@ -36,7 +36,9 @@ class SynthContrastLoss(nn.Module):
     raises ValueError if the settings differ. Without that entry, only queue and count are loaded.
 
     Args:
-        method: The name of a method with a queue, such as ``"synco"``, or a `Negatives` of your own.
+        method: The name of a method with a queue, such as ``"synco"``, for its published counts, or a `Negatives` of
+            your own. The published counts belong to 65,536 keys: for K of them, use
+            ``Negatives.synco().scaled(K / 65536)``.
         dim: D, width of the embeddings.
         queue: K, past keys; at least the keys of a step.
         temperature: T.

@@ -23,6 +23,20 @@ def test_mochi_is_two_families_and_moco_none():
     assert Negatives.moco().synthetic == Negatives.moco().hard == 0
 
 
+def test_counts_scale_with_the_queue():
+    found = Negatives.synco(extrapolation="paper").scaled(4096 / 65536)
+    assert [found.count_of(family) for family in FAMILIES] == [16, 16, 16, 4, 4, 4]
+    assert (found.hard, found.extrapolation) == (64, "paper")
+    assert Negatives.mochi().scaled(1 / 16, hard=100, mixed=7) == Negatives(hard=100, mixed=7, interpolated=16)
+    assert Negatives.moco().scaled(0.25) == Negatives.moco()
+    assert Negatives.synco().scaled(1) == Negatives.synco()
+    for factor in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"factor: found (-1|nan|inf), expected a finite number from 0 up"):
+            Negatives.synco().scaled(factor)
+    with pytest.raises(ValueError, match="hard: found 0"):
+        Negatives.synco().scaled(0.5, hard=0)
+
+
 def test_without_synthetic_keeps_the_hard_negatives():
     assert Negatives.synco().without_synthetic() == Negatives(hard=1024)
 
