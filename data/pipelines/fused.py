@@ -6,7 +6,6 @@ validated on the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,9 +16,9 @@ from torch import Tensor
 from synco_fast.data.augment.draw import ViewParameters
 from synco_fast.data.augment.recipe import Recipe
 
-__all__ = ["WORDS", "FusedViews", "MakeViews", "make_pair", "packed", "unpacked"]
+__all__ = ["WORDS", "FusedViews", "MakeViews", "make_pair", "packed"]
 
-#: Numbers of a view's parameters in `packed`.
+#: Words of a view's parameters in `packed`.
 WORDS = 16
 
 
@@ -32,7 +31,7 @@ class MakeViews(Protocol):
         offsets: Tensor,
         sizes: Tensor,
         images: Tensor,
-        parameters: Mapping[str, Tensor],
+        parameters: Tensor,
         *,
         size: int,
         channels: int = 3,
@@ -60,24 +59,10 @@ class FusedViews(Protocol):
 
 
 def packed(drawn: ViewParameters) -> NDArray[np.int32]:
-    """The parameters of V views as (V, 16) int32, floats by their bits: one copy to a device instead of seven."""
+    """The parameters of V views as (V, 16) int32, the words of `synco_fast.kernels.views`: one copy to a device."""
     flags = np.stack([drawn.grayscale, drawn.solarize, drawn.flip], axis=1).astype(np.int32)
     floats = np.concatenate([drawn.factors, drawn.sigma[:, None]], axis=1).astype(np.float32).view(np.int32)
     return np.concatenate([drawn.crop.astype(np.int32), drawn.order.astype(np.int32), flags, floats], axis=1)
-
-
-def unpacked(words: Tensor) -> dict[str, Tensor]:
-    """The parameters by name from what `packed` returned, (V, 16) int32 on any device."""
-    flags, floats = words[:, 8:11] != 0, words[:, 11:].view(torch.float32)
-    return {
-        "crop": words[:, :4],
-        "order": words[:, 4:8],
-        "factors": floats[:, :4],
-        "grayscale": flags[:, 0],
-        "sigma": floats[:, 4],
-        "solarize": flags[:, 1],
-        "flip": flags[:, 2],
-    }
 
 
 def make_pair(
@@ -109,8 +94,8 @@ def make_pair(
         pixels,
         offsets,
         sizes,
-        images.repeat(2),
-        unpacked(words),
+        images,
+        words,
         size=size,
         channels=channels,
         planar=planar,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from synco_fast.data.augment.draw import draw_views
+from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.ops import finish_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.epochs import EpochBatches, replace_corrupt
+from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
 from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import ArraySplit, Split
 from synco_fast.data.transfer import to_device
@@ -26,6 +28,12 @@ __all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"
 
 #: Fraction of the device's free memory that a dataset may take.
 _SHARE_OF_MEMORY = 0.5
+#: Batches whose parameters a thread draws ahead, where a GPU would wait for them.
+_AHEAD = 2
+
+
+#: A batch: its epoch, the images that are due, and the parameters of all first views before those of the second ones.
+_Drawn = tuple[int, NDArray[np.int64], ViewParameters]
 
 
 class ResidentPipeline:
@@ -39,6 +47,8 @@ class ResidentPipeline:
         device: Device of dataset and views.
         dtype: Of the views that fused kernels make; PyTorch's operations make uint8.
         workers: Processes that decode the files once, at the start; by default one for each core.
+        ahead: Batches whose parameters a thread draws ahead; by default two on a GPU and none on a CPU, where the
+            training itself has all cores.
         rank, world: Rank of this process, and number of processes; each holds the whole dataset and yields its part of
             every batch.
 
@@ -56,6 +66,7 @@ class ResidentPipeline:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.uint8,
         workers: int | None = None,
+        ahead: int | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -63,6 +74,7 @@ class ResidentPipeline:
         self._make: MakeViews | None = None
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         self._recipe, self._seed, self._device = recipe, seed, device or torch.device("cpu")
+        self._ahead = ahead if ahead is not None else _AHEAD if self._device.type == "cuda" else 0
         self._pixels, self._replacements, self._corrupt = load_pixels(split, self._device, workers)
 
     def __len__(self) -> int:
@@ -73,14 +85,39 @@ class ResidentPipeline:
         self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
-        for places in self._batches:
-            epoch, wanted = places[0][0], np.array([number for _, number in places], dtype=np.int64)
-            images = self._replacements[wanted]
+        for epoch, wanted, parameters in self._drawn():
             # A corrupt image counts where it is due, not where it is tried as a replacement.
             corrupt = {number: self._corrupt[number] for number in wanted.tolist() if number in self._corrupt}
-            rows = to_device(images, self._device)
-            first, second = self._views(rows, epoch, wanted)
+            rows = to_device(self._replacements[wanted], self._device)
+            first, second = self._views(rows, epoch, parameters)
             yield Batch(first, second, rows, corrupt)
+
+    def _drawn(self) -> Iterator[_Drawn]:
+        """The batches of the epoch, drawn ahead by a thread."""
+        if not self._ahead:
+            yield from map(self._draw, self._batches)
+            return
+        waiting: deque[Future[_Drawn]] = deque()
+        with ThreadPoolExecutor(1, thread_name_prefix="draws") as pool:
+            for places in self._batches:
+                waiting.append(pool.submit(self._draw, places))
+                if len(waiting) > self._ahead:
+                    yield waiting.popleft().result()
+            for future in waiting:
+                yield future.result()
+
+    def _draw(self, places: list[Position]) -> _Drawn:
+        epoch, wanted = places[0][0], np.array([number for _, number in places], dtype=np.int64)
+        count, (height, width) = len(wanted), self._pixels.shape[2:]
+        parameters = draw_views(
+            self._recipe,
+            seed=self._seed,
+            epoch=epoch,
+            images=np.tile(wanted, 2),
+            views=np.repeat(np.arange(2), count),
+            sizes=np.tile(np.array([height, width]), (2 * count, 1)),
+        )
+        return epoch, wanted, parameters
 
     def close(self) -> None:
         """Free the memory; the pipeline yields nothing afterwards."""
@@ -115,18 +152,9 @@ class ResidentPipeline:
             torch.tensor([height, width], dtype=torch.int32, device=self._device).expand(count, 2).contiguous()
         )
 
-    def _views(self, rows: Tensor, epoch: int, wanted: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def _views(self, rows: Tensor, epoch: int, parameters: ViewParameters) -> tuple[Tensor, Tensor]:
         """First and second views, (B, 3, size, size) each: uint8, or as the kernels make them."""
-        count, size = len(wanted), self._recipe.size_at(epoch)
-        height, width = self._pixels.shape[2:]
-        parameters = draw_views(
-            self._recipe,
-            seed=self._seed,
-            epoch=epoch,
-            images=np.tile(wanted, 2),
-            views=np.repeat(np.arange(2), count),
-            sizes=np.tile(np.array([height, width]), (2 * count, 1)),
-        )
+        size = self._recipe.size_at(epoch)
         if self._make is not None:
             words = to_device(packed(parameters), self._device)
             buffer = self._flat, self._offsets, self._sizes

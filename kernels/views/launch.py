@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 
 from synco_fast.kernels.sizes import cdiv, next_power_of_2
+from synco_fast.kernels.views.words import PARAMETERS, WORDS, as_words
 
-__all__ = ["PARAMETERS", "make_views", "unserved_by_triton"]
+__all__ = ["make_views", "unserved_by_triton"]
 
-#: The parameters of V views, as `data.augment.draw` draws them: name, trailing shape and kind of dtype.
-PARAMETERS: dict[str, tuple[tuple[int, ...], str]] = {
-    "crop": ((4,), "integer"),
-    "order": ((4,), "integer"),
-    "factors": ((4,), "floating"),
-    "grayscale": ((), "bool"),
-    "sigma": ((), "floating"),
-    "solarize": ((), "bool"),
-    "flip": ((), "bool"),
-}
 #: Pixels for each program.
 _BLOCK = 512
 _DTYPES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -48,7 +39,7 @@ def make_views(
     offsets: Tensor,
     sizes: Tensor,
     images: Tensor,
-    parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor] | Tensor,
     *,
     size: int,
     channels: int = 3,
@@ -68,11 +59,11 @@ def make_views(
         pixels: (n,) uint8: the concatenated images, in any order, with or without gaps.
         offsets: Start of each image in ``pixels``, (N,) int64.
         sizes: Height and width of each image, (N, 2) integers.
-        images: The image index of each view, (V,) integers.
+        images: Image indices, (I,) integers with V a multiple of I: view v is of image v % I.
         parameters: The tensors of `PARAMETERS` by name, each (V, ...): crops as top, left, height and width in pixels;
             the jitter operations (0 brightness, 1 contrast, 2 saturation, 3 hue) in the order of each view, and their
-            factors (hue in turns of the color circle); grayscale; sigma of the blur in pixels, 0 for none; solarize;
-            flip.
+            factors (hue in turns of the colour circle); grayscale; sigma of the blur in pixels, 0 for none; solarize;
+            flip. Or all of them as the words of `as_words`, (V, 16) int32, which saves the operations that make these.
         size: Side of a view in pixels, 2 or more.
         channels: Channels of the images, 3 or 1.
         planar: Whether images are (C, H, W), not (H, W, C).
@@ -87,12 +78,13 @@ def make_views(
         RuntimeError: The kernels do not run on this device; see `unserved_by_triton`.
     """
     _check(pixels, offsets, sizes, images, parameters, size, channels, dtype)
+    words = parameters if isinstance(parameters, Tensor) else as_words(parameters)
     reason = unserved_by_triton(pixels)
     if reason is not None:
         raise RuntimeError(f"make_views: {reason}")
     # Triton launches on the current device and stream, which may differ from those of the pixels.
     with torch.cuda.device_of(pixels):
-        return _launch(pixels, offsets, sizes, images, parameters, size, channels, planar, dtype, mean, std)
+        return _launch(pixels, offsets, sizes, images, words, size, channels, planar, dtype, mean, std)
 
 
 def _check(
@@ -100,21 +92,31 @@ def _check(
     offsets: Tensor,
     sizes: Tensor,
     images: Tensor,
-    parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor] | Tensor,
     size: int,
     channels: int,
     dtype: torch.dtype,
 ) -> None:
     if pixels.dtype != torch.uint8 or pixels.dim() != 1:
         raise TypeError(f"pixels: found {pixels.dtype} of shape {tuple(pixels.shape)}, expected uint8 of shape (n,)")
-    if set(parameters) != set(PARAMETERS):
-        wrong = sorted(set(parameters) ^ set(PARAMETERS))
-        raise ValueError(f"parameters: found {wrong[0]} missing or unknown, expected {', '.join(PARAMETERS)}")
-    kinds = {
+    kinds: dict[str, tuple[Tensor, tuple[int, ...], str]] = {
         "offsets": (offsets, (len(sizes),), "integer"),
         "sizes": (sizes, (len(offsets), 2), "integer"),
         "images": (images, (len(images),), "integer"),
-    } | {name: (parameters[name], (len(images), *shape), kind) for name, (shape, kind) in PARAMETERS.items()}
+    }
+    if isinstance(parameters, Tensor):
+        views = len(parameters)
+        kinds["parameters"] = parameters, (views, WORDS), "integer"
+        if parameters.dtype != torch.int32:
+            raise TypeError(f"parameters: found {parameters.dtype}, expected torch.int32")
+    elif set(parameters) != set(PARAMETERS):
+        wrong = sorted(set(parameters) ^ set(PARAMETERS))
+        raise ValueError(f"parameters: found {wrong[0]} missing or unknown, expected {', '.join(PARAMETERS)}")
+    else:
+        views = len(parameters["crop"])
+        kinds |= {name: (parameters[name], (views, *shape), kind) for name, (shape, kind) in PARAMETERS.items()}
+    if views % len(images) if len(images) else views:
+        raise ValueError(f"images: found {len(images)} for {views} views, expected a divisor of these")
     for name, (tensor, shape, kind) in kinds.items():
         if tensor.shape != shape or tensor.device != pixels.device:
             raise ValueError(
@@ -141,7 +143,7 @@ def _launch(
     offsets: Tensor,
     sizes: Tensor,
     images: Tensor,
-    parameters: Mapping[str, Tensor],
+    words: Tensor,
     size: int,
     channels: int,
     planar: bool,
@@ -151,29 +153,24 @@ def _launch(
 ) -> Tensor:
     from synco_fast.kernels.views import stages
 
-    count, device, area = len(images), pixels.device, size * size
+    count, device, area = len(words), pixels.device, size * size
     out = torch.empty((count, size, size, 3), dtype=dtype, device=device)
     if not count:
         return out.permute(0, 3, 1, 2)
     blocks = cdiv(area, _BLOCK)
     grid = (count, blocks)
-    crop, order = (parameters[name].to(torch.int32).contiguous() for name in ("crop", "order"))
-    factors, sigma = (parameters[name].to(torch.float32).contiguous() for name in ("factors", "sigma"))
-    grayscale, solarize, flip = (
-        parameters[name].to(torch.uint8).contiguous() for name in ("grayscale", "solarize", "flip")
-    )
+    words = words.contiguous()
     planes, blurred = (torch.empty((count, 3, area), dtype=torch.float32, device=device) for _ in range(2))
     sums = torch.empty((count, blocks), dtype=torch.float32, device=device)
     stages.crop[grid](
         pixels.contiguous(),
         offsets.to(torch.int64).contiguous(),
         sizes.to(torch.int32).contiguous(),
-        images.to(torch.int32).contiguous(),
-        crop,
-        order,
-        factors,
+        images.contiguous(),
+        words,
         planes,
         sums,
+        len(images),
         SIZE=size,
         CHANNELS=channels,
         PLANAR=planar,
@@ -182,21 +179,17 @@ def _launch(
     stages.colour[grid](
         planes,
         sums,
-        order,
-        factors,
-        grayscale,
+        words,
         blocks,
         SIZE=size,
         BLOCK=_BLOCK,
         SUMS=next_power_of_2(blocks),
     )
-    stages.blur_rows[grid](planes, blurred, sigma, SIZE=size, BLOCK=_BLOCK)
+    stages.blur_rows[grid](planes, blurred, words, SIZE=size, BLOCK=_BLOCK)
     stages.blur_columns[grid](
         planes,
         blurred,
-        sigma,
-        solarize,
-        flip,
+        words,
         out,
         *(255.0 * value for value in mean),
         *(1 / (255.0 * value) for value in std),

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from synco_fast.kernels.views.words import as_parameters
+
 __all__ = ["plain_views"]
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -24,7 +26,7 @@ def plain_views(
     offsets: Tensor,
     sizes: Tensor,
     images: Tensor,
-    parameters: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor] | Tensor,
     *,
     size: int,
     channels: int = 3,
@@ -34,10 +36,13 @@ def plain_views(
     std: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
     """Arguments and result as in `synco_fast.kernels.views.make_views`; floating dtypes also take float64."""
+    if isinstance(parameters, Tensor):
+        parameters = as_parameters(parameters)
     host = {name: values.tolist() for name, values in parameters.items()}
-    starts, shapes = offsets.tolist(), sizes.tolist()
+    starts, shapes, of = offsets.tolist(), sizes.tolist(), images.tolist()
     views = []
-    for row, image in enumerate(images.tolist()):
+    for row in range(len(host["crop"])):
+        image = of[row % len(of)]
         height, width = shapes[image]
         flat = pixels[starts[image] : starts[image] + height * width * channels].double()
         whole = flat.view(channels, height, width) if planar else flat.view(height, width, channels).permute(2, 0, 1)

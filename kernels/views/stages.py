@@ -1,4 +1,4 @@
-"""The four augmentation kernels: crop, color, and the two axes of the blur.
+"""The four augmentation kernels: crop, colour, and the two axes of the blur.
 
 They compute in floats from 0 to 255, clamp after each jitter operation, and round after the crop and at the end, like
 `synco_fast.data.augment.ops`. Between the kernels a view is stored as float32 planes.
@@ -21,6 +21,21 @@ _HUE = tl.constexpr(3)
 _PARTS = tl.constexpr(4)
 #: Half the width of the blur's window, in standard deviations.
 _SIGMAS = tl.constexpr(3.0)
+#: Words of a view, and the first word of each parameter (`words.py`).
+_WORDS = tl.constexpr(16)
+_CROP = tl.constexpr(0)
+_ORDER = tl.constexpr(4)
+_GRAYSCALE = tl.constexpr(8)
+_SOLARIZE = tl.constexpr(9)
+_FLIP = tl.constexpr(10)
+_FACTORS = tl.constexpr(11)
+_SIGMA = tl.constexpr(15)
+
+
+@triton.jit
+def _number(p_word):
+    """The float32 number of a word."""
+    return tl.load(p_word).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -76,12 +91,12 @@ def _part(part, factor, red, green, blue):
 
 
 @triton.jit
-def _contrast_place(p_order, p_factors, view):
+def _contrast_place(p_words, view):
     """Position of contrast in the order of a view; after all operations if the view has none."""
     found = view * 0 + _PARTS
     for place in tl.static_range(_PARTS):
-        part = tl.load(p_order + view * _PARTS + place)
-        if (part == _CONTRAST) & (tl.load(p_factors + view * _PARTS + _CONTRAST) != 1.0):
+        part = tl.load(p_words + _ORDER + place)
+        if (part == _CONTRAST) & (_number(p_words + _FACTORS + _CONTRAST) != 1.0):
             found = view * 0 + place
     return found
 
@@ -117,11 +132,10 @@ def crop(
     p_offsets,
     p_sizes,
     p_images,
-    p_crop,
-    p_order,
-    p_factors,
+    p_words,
     p_planes,
     p_sums,
+    IMAGES,
     SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PLANAR: tl.constexpr,
@@ -135,11 +149,12 @@ def crop(
     view, block = tl.program_id(0), tl.program_id(1)
     o_pixel = block * BLOCK + tl.arange(0, BLOCK)
     m_pixel = o_pixel < PIXELS
-    image = tl.load(p_images + view)
+    image = tl.load(p_images + view % IMAGES)
+    p_words += view.to(tl.int64) * _WORDS
     height, width = tl.load(p_sizes + 2 * image), tl.load(p_sizes + 2 * image + 1)
     p_image = p_pixels + tl.load(p_offsets + image)
-    top, left = tl.load(p_crop + 4 * view), tl.load(p_crop + 4 * view + 1)
-    rows, columns = tl.load(p_crop + 4 * view + 2), tl.load(p_crop + 4 * view + 3)
+    top, left = tl.load(p_words + _CROP), tl.load(p_words + _CROP + 1)
+    rows, columns = tl.load(p_words + _CROP + 2), tl.load(p_words + _CROP + 3)
     if PLANAR:
         s_channel, s_column = height.to(tl.int64) * width, 1
     else:
@@ -177,11 +192,11 @@ def crop(
     else:
         green, blue = red, red
 
-    end = _contrast_place(p_order, p_factors, view)
+    end = _contrast_place(p_words, view)
     for place in tl.static_range(_PARTS):
         if place < end:
-            part = tl.load(p_order + view * _PARTS + place)
-            red, green, blue = _part(part, tl.load(p_factors + view * _PARTS + part), red, green, blue)
+            part = tl.load(p_words + _ORDER + place)
+            red, green, blue = _part(part, _number(p_words + _FACTORS + part), red, green, blue)
     _store(p_planes, view, o_pixel, m_pixel, red, green, blue, PIXELS)
     tl.store(p_sums + view * tl.num_programs(1) + block, tl.sum(tl.where(m_pixel, _luma(red, green, blue), 0.0)))
 
@@ -190,9 +205,7 @@ def crop(
 def colour(
     p_planes,
     p_sums,
-    p_order,
-    p_factors,
-    p_grayscale,
+    p_words,
     BLOCKS,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -201,8 +214,9 @@ def colour(
     """Contrast, the jitter operations after it, and grayscale, in place. Grid (views, blocks of pixels)."""
     PIXELS: tl.constexpr = SIZE * SIZE
     view, block = tl.program_id(0), tl.program_id(1)
-    begin = _contrast_place(p_order, p_factors, view)
-    grayscale = tl.load(p_grayscale + view) != 0
+    p_words += view.to(tl.int64) * _WORDS
+    begin = _contrast_place(p_words, view)
+    grayscale = tl.load(p_words + _GRAYSCALE) != 0
     if (begin < _PARTS) | grayscale:
         o_pixel = block * BLOCK + tl.arange(0, BLOCK)
         m_pixel = o_pixel < PIXELS
@@ -210,13 +224,13 @@ def colour(
         if begin < _PARTS:
             o_sum = tl.arange(0, SUMS)
             mean = tl.sum(tl.load(p_sums + view * BLOCKS + o_sum, o_sum < BLOCKS, 0.0)) / PIXELS
-            factor = tl.load(p_factors + view * _PARTS + _CONTRAST)
+            factor = _number(p_words + _FACTORS + _CONTRAST)
             base = (1.0 - factor) * mean
             red, green, blue = _clamp(base + red * factor), _clamp(base + green * factor), _clamp(base + blue * factor)
             for place in tl.static_range(_PARTS):
                 if place > begin:
-                    part = tl.load(p_order + view * _PARTS + place)
-                    red, green, blue = _part(part, tl.load(p_factors + view * _PARTS + part), red, green, blue)
+                    part = tl.load(p_words + _ORDER + place)
+                    red, green, blue = _part(part, _number(p_words + _FACTORS + part), red, green, blue)
         if grayscale:
             red = _luma(red, green, blue)
             green, blue = red, red
@@ -254,11 +268,11 @@ def _blurred(p_planes, view, row, column, m_pixel, sigma, DOWN: tl.constexpr, SI
 
 
 @triton.jit
-def blur_rows(p_planes, p_blurred, p_sigma, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def blur_rows(p_planes, p_blurred, p_words, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Blur along the rows, for the views that have a blur. Grid (views, blocks of pixels)."""
     PIXELS: tl.constexpr = SIZE * SIZE
     view, block = tl.program_id(0), tl.program_id(1)
-    sigma = tl.load(p_sigma + view)
+    sigma = _number(p_words + view.to(tl.int64) * _WORDS + _SIGMA)
     if sigma > 0.0:
         o_pixel = block * BLOCK + tl.arange(0, BLOCK)
         m_pixel = o_pixel < PIXELS
@@ -280,9 +294,7 @@ def _finish(p_out, x, m_pixel, solarize, mean, scale, NORMALISE: tl.constexpr):
 def blur_columns(
     p_planes,
     p_blurred,
-    p_sigma,
-    p_solarize,
-    p_flip,
+    p_words,
     p_out,
     mean_red,
     mean_green,
@@ -300,13 +312,14 @@ def blur_columns(
     o_pixel = block * BLOCK + tl.arange(0, BLOCK)
     m_pixel = o_pixel < PIXELS
     row, column = o_pixel // SIZE, o_pixel % SIZE
-    sigma = tl.load(p_sigma + view)
+    p_words += view.to(tl.int64) * _WORDS
+    sigma = _number(p_words + _SIGMA)
     if sigma > 0.0:
         red, green, blue = _blurred(p_blurred, view, row, column, m_pixel, sigma, True, SIZE, BLOCK)
     else:
         red, green, blue = _load(p_planes, view, o_pixel, m_pixel, PIXELS)
-    solarize = tl.load(p_solarize + view) != 0
-    if tl.load(p_flip + view) != 0:
+    solarize = tl.load(p_words + _SOLARIZE) != 0
+    if tl.load(p_words + _FLIP) != 0:
         column = SIZE - 1 - column
     p_view = p_out + view.to(tl.int64) * 3 * PIXELS + (row * SIZE + column) * 3
     _finish(p_view, red, m_pixel, solarize, mean_red, scale_red, NORMALISE)

@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from synco_fast.config import build_config
 from synco_fast.data.augment.recipe import Recipe
@@ -16,6 +15,7 @@ from synco_fast.data.pipelines.build import has_dali
 from synco_fast.data.sources.open import open_source
 from tests.data.photos import photo
 from tests.data.test_pipelines import damage, epoch, special
+from tests.support.calls import Calls
 
 if not has_dali():
     pytest.skip("DALI is not installed", allow_module_level=True)
@@ -105,19 +105,6 @@ def test_the_graph_has_few_operators():
     """Sources of the files and of two crops, the decoder and two resizes; a graph of all operations had 310."""
     counts = [len(build_crops(RECIPE, decode, GraphOptions(2))._ops) for decode in ("once", "windows")]
     assert counts == [8, 9]
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators that compute: a launch or more each on a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operator, kinds, args=(), options=None):
-        views = any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.arguments)
-        self.count += not views
-        return operator(*args, **(options or {}))
 
 
 def test_a_batch_takes_few_launches_after_the_crop():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import types
 from dataclasses import fields
 
 import numpy as np
@@ -13,12 +16,16 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
-from synco_fast.data.pipelines.fused import WORDS, FusedViews, packed, unpacked
+from synco_fast.data.pipelines.fused import WORDS, FusedViews, packed
+from synco_fast.data.pipelines.resident import ResidentPipeline
 from synco_fast.data.sources.open import ArraySplit, open_source
+from synco_fast.kernels import views
 from synco_fast.kernels.proof import augment_shapes
+from synco_fast.kernels.views import as_parameters, as_words
 from synco_fast.kernels.views.reference import plain_views
 from tests.data.photos import photo
 from tests.data.test_pipelines import CORRUPT, damage, special
+from tests.support.calls import Calls
 
 RECIPE = Recipe(size=24, min_size=16, size_step=8, start_ramp=0, end_ramp=1, solarize_probability=0.3)
 DALI = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -106,6 +113,46 @@ def test_arrays_of_one_and_of_three_channels_are_read_where_they_lie():
         assert sizes.tolist() == [[20, 26]] * 9
 
 
+def test_a_batch_takes_few_operations_of_the_host(monkeypatch):
+    """Beside the four kernels only buffers and views of tensors: an operation that launches costs the host more."""
+    launches = []
+
+    class Stage:
+        def __getitem__(self, grid):
+            return lambda *given, **options: launches.append(grid)
+
+    stages = types.ModuleType("stages")
+    stages.crop = stages.colour = stages.blur_rows = stages.blur_columns = Stage()
+    monkeypatch.setattr(views, "stages", stages, raising=False)
+    monkeypatch.setitem(sys.modules, "synco_fast.kernels.views.stages", stages)
+    monkeypatch.setattr(views.launch, "unserved_by_triton", lambda pixels: None)
+    ours = pipeline(ArraySplit(np.zeros((9, 20, 26, 3), np.uint8), None, "noise"), "resident", dtype=torch.bfloat16)
+    ours.use_kernels(views.make_views)
+    batches = iter(ours)
+    next(batches)
+    with Calls() as seen:
+        next(batches)
+    assert launches == [(8, 1)] * 8
+    assert seen.names == 4 * ["empty"]
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_a_thread_that_draws_ahead_changes_nothing(split, ahead):
+    plain, ours = (ResidentPipeline(split, RECIPE, batch=2, seed=3, workers=0, ahead=many) for many in (0, ahead))
+    for number, start in ((0, 0), (1, 2)):
+        found, wanted = epoch(ours, number, start), epoch(plain, number, start)
+        assert len(found) == len(wanted) == 4 - start
+        for batch, other in zip(found, wanted, strict=True):
+            assert torch.equal(batch.image_ids, other.image_ids)
+            assert torch.equal(batch.first, other.first)
+            assert torch.equal(batch.second, other.second)
+    batches = iter(ours)
+    next(batches)
+    assert any(thread.name.startswith("draws") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("draws") for thread in threading.enumerate())
+
+
 @DALI
 def test_ragged_special_and_corrupt_files_reach_the_kernels_with_offsets(tmp_path):
     for number, size in enumerate(((40, 30), (17, 61), (64, 9))):
@@ -126,7 +173,7 @@ def test_ragged_special_and_corrupt_files_reach_the_kernels_with_offsets(tmp_pat
     assert offsets.tolist() == [0, *(3 * sizes.prod(1)).cumsum(0).tolist()[:-1]]
     assert pixels.numel() == 3 * sizes.prod(1).sum()
     assert len({tuple(size) for size in sizes.tolist()}) > 3, "ragged"
-    assert images.tolist() == 2 * list(range(len(split)))
+    assert images.tolist() == list(range(len(split))), "both views of each"
     assert (options["planar"], options["channels"]) == (False, 3)
     ours.close()
 
@@ -177,7 +224,8 @@ def test_parameters_survive_their_packing():
     )
     words = packed(drawn)
     assert (words.shape, words.dtype) == ((count, WORDS), np.int32)
-    found = unpacked(torch.from_numpy(words))
+    found = as_parameters(torch.from_numpy(words))
+    assert torch.equal(as_words(found), torch.from_numpy(words))
     assert set(found) == {field.name for field in fields(drawn)}
     for name, values in found.items():
         wanted = torch.from_numpy(getattr(drawn, name))

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from synco_fast.kernels.views import launch
+from synco_fast.kernels.views import PARAMETERS, launch
 
 DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -59,9 +59,7 @@ def main(capability: int) -> None:
     JITFunction.run = compile_only
     launch.unserved_by_triton = lambda pixels: None
     shapes = {"integer": torch.int64, "floating": torch.float32, "bool": torch.bool}
-    parameters = {
-        name: torch.zeros(512, *shape, dtype=shapes[kind]) for name, (shape, kind) in launch.PARAMETERS.items()
-    }
+    parameters = {name: torch.zeros(512, *shape, dtype=shapes[kind]) for name, (shape, kind) in PARAMETERS.items()}
     images = torch.zeros(512, dtype=torch.int64)
     for size, channels, planar, dtype in (
         (224, 3, False, torch.bfloat16),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from synco_fast.data.augment.draw import JITTER, ViewParameters
-from synco_fast.kernels.views import launch, make_views
+from synco_fast.kernels.views import PARAMETERS, WORDS, as_parameters, as_words, make_views
 from tests.support.rotation import in_turn, todays
 
 pytest.importorskip("triton")
@@ -44,7 +44,7 @@ def test_compiles_without_spills(capability):
 
 
 def test_parameters_are_those_that_are_drawn():
-    assert list(launch.PARAMETERS) == [field.name for field in fields(ViewParameters)]
+    assert list(PARAMETERS) == [field.name for field in fields(ViewParameters)]
     assert JITTER == ("brightness", "contrast", "saturation", "hue"), "the kernels know the parts by number"
 
 
@@ -56,10 +56,25 @@ def arguments(views=2):
         "sizes": torch.tensor([[10, 10]]),
         "images": torch.zeros(views, dtype=torch.int64),
         "parameters": {
-            name: torch.ones(views, *shape, dtype=kinds[kind]) for name, (shape, kind) in launch.PARAMETERS.items()
+            name: torch.ones(views, *shape, dtype=kinds[kind]) for name, (shape, kind) in PARAMETERS.items()
         },
         "size": 8,
     }
+
+
+def test_words_hold_the_parameters():
+    given = arguments(3)["parameters"] | {
+        "crop": torch.arange(12).view(3, 4),
+        "factors": torch.tensor([[0.5, 1.25, -3.0, 1e-30]]).expand(3, 4),
+        "sigma": torch.tensor([0.0, 0.1, 2.0]),
+        "flip": torch.tensor([True, False, True]),
+    }
+    words = as_words(given)
+    assert (words.shape, words.dtype) == ((3, WORDS), torch.int32)
+    found = as_parameters(words)
+    assert list(found) == list(PARAMETERS)
+    for name, values in found.items():
+        assert torch.equal(values, given[name].to(values.dtype)), name
 
 
 def with_parameter(name, value):
@@ -73,7 +88,10 @@ def with_parameter(name, value):
         ({"pixels": torch.zeros(3, 100, dtype=torch.uint8)}, TypeError, "pixels: found torch.uint8 of shape"),
         ({"offsets": torch.tensor([0, 1])}, ValueError, "offsets: found shape"),
         ({"sizes": torch.tensor([[10.0, 10.0]])}, TypeError, "sizes: found torch.float32, expected integer"),
-        ({"images": torch.zeros(3, dtype=torch.int64)}, ValueError, "crop: found shape"),
+        ({"images": torch.zeros(3, dtype=torch.int64)}, ValueError, "images: found 3 for 2 views, expected a divisor"),
+        ({"images": torch.zeros(0, dtype=torch.int64)}, ValueError, "images: found 0 for 2 views, expected a divisor"),
+        ({"parameters": torch.zeros(2, 15, dtype=torch.int32)}, ValueError, r"parameters: found shape \(2, 15\)"),
+        ({"parameters": torch.zeros(2, 16, dtype=torch.int64)}, TypeError, "parameters: found torch.int64, expected"),
         ({"parameters": {}}, ValueError, "parameters: found crop missing or unknown"),
         (with_parameter("sigma", torch.ones(2, dtype=torch.int64)), TypeError, "sigma: found torch.int64"),
         (with_parameter("flip", torch.ones(2)), TypeError, "flip: found torch.float32, expected bool"),

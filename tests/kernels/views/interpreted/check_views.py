@@ -14,7 +14,7 @@ from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
 from synco_fast.data.pipelines.torchvision import make_view, pixels_of
 from synco_fast.data.sources.open import open_source
-from synco_fast.kernels.views import launch, make_views
+from synco_fast.kernels.views import as_words, launch, make_views
 from synco_fast.kernels.views.validation import ViewsCase, validate_views
 from tests.data import test_equality as table
 from tests.data.photos import photo
@@ -220,6 +220,19 @@ def test_launches_go_to_the_device_of_the_pixels(monkeypatch):
     nothing = {name: value[:0] for name, value in tensors(table.all_cases()).items()}
     make_views(pixels, offsets, sizes, torch.zeros(0, dtype=torch.int64), nothing, size=8)
     assert [found[0] for found in launched] == [pixels]
+
+
+def test_words_are_read_as_the_parameters_are(monkeypatch):
+    """Also where the views of an image are not side by side, and where the words are rows of a larger tensor."""
+    monkeypatch.setattr(launch, "_BLOCK", 256)
+    images = [photo(width, height, number) for number, (width, height) in enumerate(SIZES)]
+    sizes = np.tile([(image.height, image.width) for image in images], (2, 1))
+    drawn = tensors(draw_views(RECIPE, seed=1, epoch=0, images=np.arange(8) % 4, views=np.arange(8) // 4, sizes=sizes))
+    buffer = ragged(images)
+    expected = make_views(*buffer, torch.arange(4).repeat(2), drawn, size=24)
+    words = as_words(drawn)
+    assert torch.equal(make_views(*buffer, torch.arange(4), words, size=24), expected)
+    assert torch.equal(make_views(*buffer, torch.arange(4), torch.cat([words, words], 1)[:, :16], size=24), expected)
 
 
 def test_no_views():
