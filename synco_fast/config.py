@@ -278,7 +278,7 @@ class TrainingConfig(Section):
     )
     device: Device = Field("auto", description="auto: a GPU if there is one")
     precision: Format = Field(
-        "auto", description="Number format of the encoders; auto: bf16 where the device is fast in it, else fp32"
+        "auto", description="Number format of the encoders; auto: bf16 where the device has it at full speed, else fp32"
     )
     channels_last: bool = Field(True, description="Channels-last memory layout")
     fused: Literal["auto", "none"] = Field(

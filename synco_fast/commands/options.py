@@ -44,7 +44,7 @@ def _device(command: argparse.ArgumentParser, about: str) -> None:
 
 
 def _precision(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "auto: fp32 for frozen features, else bf16 where the device is fast in it"
+    about = about or "auto: fp32 for frozen features, else bf16 where the device has it at full speed"
     command.add_argument("--precision", choices=get_args(Format), default="auto", help=about)
 
 

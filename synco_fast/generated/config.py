@@ -47,7 +47,7 @@ class GeneratorConfig(Section):
     )
     device: Device = Field("auto", description="auto: a GPU if there is one")
     precision: Literal["auto", "fp32", "tf32", "bf16"] = Field(
-        "auto", description="Number format; auto: bf16 where the device is fast in it, else fp32"
+        "auto", description="Number format; auto: bf16 where the device has it at full speed, else fp32"
     )
     channels_last: bool = Field(True, description="Channels-last memory layout")
     max_time: float | None = Field(None, gt=0, le=1e6, description="Stop after this many minutes, with a checkpoint")

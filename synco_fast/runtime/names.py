@@ -13,7 +13,7 @@ EngineName = Literal["auto", "eager", "graph", "compile", "compile+graph"]
 """How a training step runs: launch by launch, as one CUDA graph, with encoders under torch.compile, or both."""
 
 Format = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-"""``auto`` is bf16 where the device is fast in it, else fp32."""
+"""``auto`` is bf16 where the device has it at full speed, else fp32."""
 
 QueueDtype = Literal["auto", "float32", "bfloat16", "float16"]
 """``auto`` is bfloat16 on a GPU that is fast in it, else float32."""
