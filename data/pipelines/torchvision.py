@@ -62,19 +62,21 @@ class Decoded(NamedTuple):
         pixels: (3, H, W) uint8.
         image: Number of the image that was read; another one if that which was due is corrupt.
         corrupt: The corrupt images on the way, and why, by number.
+        turn: How often the image that was due came in the epoch before.
     """
 
     wanted: int
     pixels: Tensor
     image: int
     corrupt: dict[int, str]
+    turn: int = 0
 
 
 def batch_of_views(images: Iterable[Decoded], recipe: Recipe, *, seed: int, epoch: int) -> Batch:
     """Both views of some images, (N, 3, size, size) uint8 each, in shared memory if a worker makes them.
 
-    A view depends on seed, epoch, the number that was due and the pixels alone. Images are drawn for a few at a time,
-    since this costs little more than for one.
+    A view depends on seed, epoch, the number that was due, its turn and the pixels alone. Images are drawn for a few at
+    a time, since this costs little more than for one.
     """
     first, second, numbers = list[Tensor](), list[Tensor](), list[int]()
     corrupt: dict[int, str] = {}
@@ -87,7 +89,7 @@ def batch_of_views(images: Iterable[Decoded], recipe: Recipe, *, seed: int, epoc
             seed=seed,
             epoch=epoch,
             images=np.repeat([one.wanted for one in some], 2),
-            views=np.tile([0, 1], len(some)),
+            views=np.array([2 * one.turn + view for one in some for view in (0, 1)]),
             sizes=np.repeat([one.pixels.shape[1:] for one in some], 2, axis=0),
         )
         for row, one in enumerate(some):
