@@ -59,6 +59,8 @@ class Source:
                 found.append(f"{self.spec}: {len(excluded):,} excluded as corrupt, the first: {first[0]}: {first[1]}")
         if isinstance(self.train, ParquetSplit) and self.train.note:
             found.append(f"{self.spec}: {self.train.note}")
+        if isinstance(self.train, StreamSplit) and self.train.note:
+            found.append(self.train.note)
         return found
 
 
