@@ -56,7 +56,7 @@ class StreamPipeline:
         batch: B, images in a batch, over all ranks.
         seed: Seed of order and views, together with the epoch.
         workers: Processes that read and decode, at most one for each reader of this rank; 0 reads in the training
-            process. By default one for each core.
+            process. By default one for each core of this rank.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
         rank, world: Rank of this process, and number of processes; each reads the shards of its own readers.
 

@@ -22,7 +22,7 @@ from synco_fast.data.pipelines.pixels import pixels_of, read_pixels
 from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.sources.stream import refuse_stream
-from synco_fast.data.workers import available_cores, start_worker
+from synco_fast.data.workers import available_cores, machine_cores, start_worker
 
 __all__ = [
     "Decoded",
@@ -132,7 +132,8 @@ class TorchvisionPipeline:
         recipe: How views are made.
         batch: B, images in a batch, over all ranks.
         seed: Seed of order and views, together with the epoch.
-        workers: Processes that decode; 0 decodes in the training process. By default one for each core.
+        workers: Processes that decode; 0 decodes in the training process. By default one for each core
+            of this rank.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
         rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
@@ -227,7 +228,7 @@ def evaluation_loader(
     """
     refuse_stream(split, "an evaluation")
     dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
-    workers = available_cores() if workers is None else workers
+    workers = machine_cores() if workers is None else workers
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import machine_cores
 from synco_fast.export.initial import load_initial, read_initial
 from synco_fast.methods.base import Recent
 from synco_fast.runtime.checkpoint import load_weights
@@ -155,7 +155,7 @@ class Pretraining:
         self._train = share_of(self.source.train, config.data.fraction)
         self.engine = Engine(config, len(self._train) // training.batch, self.env, note=self.note)
         self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
-        most = _WORKERS_A_CORE * available_cores()
+        most = _WORKERS_A_CORE * machine_cores()
         if (config.data.workers or 0) > most:
             raise ConfigError(f"data.workers: found {config.data.workers}, expected up to {most} on this machine")
         self._auto = Auto(self.engine, self._train, self.control, self.note)
