@@ -29,7 +29,7 @@ def digest_of(split: Split) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in _parts(split):
-        content = part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        content = part if isinstance(part, bytes) else part.tobytes()
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()

@@ -98,7 +98,7 @@ class Manifest:
             stamps=self.stamps,
             unread=self.unread,
             excluded={**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
-            **{name: values[keep] for name, values in self.arrays().items()},  # type: ignore[arg-type]
+            **{name: values[keep] for name, values in self.arrays().items()},
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:

@@ -124,7 +124,8 @@ def open_idx(folder: str | os.PathLike[str]) -> Source:
         if len(images) != len(labels):
             raise DataError(f"{folder}: found {len(images)} {prefix} images and {len(labels)} labels")
         splits.append(ArraySplit(images, labels, f"{folder}/{prefix}"))
-    return Source(f"idx:{folder}", *splits)
+    train, held_out = splits
+    return Source(f"idx:{folder}", train, held_out)
 
 
 def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Source:
