@@ -45,6 +45,8 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.runtime.files import write_json
 
     source = open_afresh(options.source)
+    if source.layout:
+        _warn(f"{options.source}: {source.layout}", console)
     start = time.perf_counter()
     figures: dict[str, Any] = {"source": options.source, "images": 0, "corrupt": {}, "lists": [], "truncated": {}}
     unread: Counter[str] = Counter()

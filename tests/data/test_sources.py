@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from synco_fast.cli import main
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.check import keep_list
 from synco_fast.data.sources.open import ArraySplit, open_source, read_image
@@ -210,3 +211,10 @@ def test_a_share_of_an_array_stays_an_array_and_is_the_same_images():
     found = [int(np.flatnonzero((whole.images == image).all(axis=(1, 2)))[0]) for image in part.images]
     assert part.labels.tolist() == whole.labels[found].tolist()
     assert len(set(found)) == 30
+
+
+def test_data_check_says_which_files_are_in_no_split(image_folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (image_folder / "test").mkdir()
+    assert main(["data", "check", str(image_folder), "--workers", "0"]) == 0
+    assert f"{image_folder}: not read: test/" in capsys.readouterr().out
