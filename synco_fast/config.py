@@ -63,7 +63,7 @@ class DataConfig(Section):
     )
     jpeg_fancy_upsampling: bool = Field(True, description="DALI: interpolate chroma as Pillow does")
     dali_threads: int | None = Field(None, ge=1, le=1024, description="DALI: its threads on a rank; null: by the GPU")
-    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
+    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes a rank; null: its cores, 0: none")
     images: int | None = Field(
         None, ge=1, lt=1 << 48, description="stream: images in an epoch; null: those that an index counts"
     )

@@ -236,7 +236,7 @@ def draw_views(
         recipe: The recipe.
         seed, epoch: Whole numbers from 0.
         images: Image number of each view, (n,).
-        views: View of the image, 0 or 1, (n,).
+        views: View of the image, (n,): 0 or 1, and 2 and 3 where the image comes again in the epoch, and so on.
         sizes: Height and width of each image in pixels, (n, 2).
     """
     count = max(operation.uniforms.stop for operation in OPERATIONS)

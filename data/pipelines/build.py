@@ -19,6 +19,7 @@ from synco_fast.data.pipelines.stream import StreamPipeline
 from synco_fast.data.pipelines.torchvision import TorchvisionPipeline, evaluation_loader
 from synco_fast.data.sources.splits import ArraySplit, Split
 from synco_fast.data.sources.stream import StreamSplit, refuse_stream
+from synco_fast.data.workers import machine_cores
 
 __all__ = ["build_pipeline", "choose_pipeline", "evaluation_batches", "has_dali", "pipelines_for"]
 
@@ -105,7 +106,7 @@ def build_pipeline(
         device: Where the encoder is; the CPU by default.
         dtype: The encoder's dtype. Fused kernels normalise to it, and so does DALI on a GPU (to float16 for bfloat16,
             which keeps all eight bits of a pixel); the others yield uint8.
-        workers: Processes that read and decode, by default one for each core.
+        workers: Processes that read and decode, by default one for each core of this rank.
         decode: How DALI decodes.
         dali: Settings of DALI's decoder on a GPU.
         rank, world: Rank of this process, and number of processes.
@@ -154,7 +155,7 @@ def evaluation_batches(
         batch: Batch size; corrupt images are skipped, so b can be smaller.
         pipeline: ``data.pipeline`` of the run.
         device: Where the encoder is; the CPU by default.
-        workers: Processes that read and decode, by default one for each core.
+        workers: Processes that read and decode, by default one for each core, since other ranks wait meanwhile.
         numbers: Which images, by default all.
 
     Raises:
@@ -162,6 +163,7 @@ def evaluation_batches(
     """
     refuse_stream(split, "an evaluation")
     device = device or torch.device("cpu")
+    workers = machine_cores() if workers is None else workers
     if device.type == "cuda" and has_dali() and choose_pipeline(pipeline, split, device) == "dali":
         from synco_fast.data.pipelines.dali.pipeline import dali_evaluation
 

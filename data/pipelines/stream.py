@@ -34,11 +34,12 @@ _Place = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class _Sample:
-    """An image as it was read: its id, its name, and its bytes or why there are none."""
+    """An image as it was read: its id, its name, its bytes or why there are none, and how often it came before."""
 
     image: int
     name: str
     content: bytes | CorruptImageError
+    turn: int
 
 
 class StreamPipeline:
@@ -46,7 +47,8 @@ class StreamPipeline:
 
     The order depends on seed, epoch, shards, index, and the settings of the stream, but not on ranks and workers; see
     `synco_fast.data.pipelines.stream_order`. An epoch that begins in the middle reads what comes before in its shards,
-    without decoding it. An image that cannot be decoded is replaced by another one of its reader's buffer.
+    without decoding it. An image that cannot be decoded is replaced by another one of its reader's buffer. One that
+    comes again in an epoch has other views.
 
     Args:
         split: The shards, and how they are read.
@@ -54,7 +56,7 @@ class StreamPipeline:
         batch: B, images in a batch, over all ranks.
         seed: Seed of order and views, together with the epoch.
         workers: Processes that read and decode, at most one for each reader of this rank; 0 reads in the training
-            process. By default one for each core.
+            process. By default one for each core of this rank.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
         rank, world: Rank of this process, and number of processes; each reads the shards of its own readers.
 
@@ -230,7 +232,7 @@ class _Parts(Dataset[Batch | str]):
             except CorruptImageError as error:
                 corrupt[sample.image] = str(error)
                 continue
-            return Decoded(wanted.image, pixels, sample.image, corrupt)
+            return Decoded(wanted.image, pixels, sample.image, corrupt, wanted.turn)
         raise DataError(
             f"data: found {len(corrupt)} corrupt images in a row, the first: {next(iter(corrupt.values()))}"
         )
@@ -301,6 +303,7 @@ def _positions(
             raise DataError(
                 f"data: found no image in {len(pieces)} shards of {split.title}, such as {_shard(split, piece)}"
             )
+        turn = piece.turn + place // len(pieces)
         start, end = position, None if piece.count is None else position + piece.count
         if end is not None and not any(map(keep, range(start, end))):
             position, found = end, True
@@ -310,7 +313,7 @@ def _positions(
         images = read_images(_shard(split, piece), wanted, split.limits, stop=stop)
         try:
             for number, name, content in images:
-                yield start + number - piece.first, _Sample(piece.shard << 32 | number, name, content)
+                yield start + number - piece.first, _Sample(piece.shard << 32 | number, name, content, turn)
         except ShardError as error:
             reason = str(error)
         finally:
@@ -320,12 +323,12 @@ def _positions(
             position = start + wanted.met
             if reason:
                 if keep(position):
-                    yield position, _missing(split, piece, _WHOLE, reason)
+                    yield position, _missing(split, piece, _WHOLE, reason, turn)
                 position += 1
             continue
         reason = reason or f"the shard holds {piece.first + wanted.met} images, fewer than the index says"
         for position in filter(keep, range(start + wanted.met, end)):
-            yield position, _missing(split, piece, piece.first + position - start, reason)
+            yield position, _missing(split, piece, piece.first + position - start, reason, turn)
         position = end
 
 
@@ -333,10 +336,10 @@ def _shard(split: StreamSplit, piece: Piece) -> str:
     return split.shards[piece.shard]
 
 
-def _missing(split: StreamSplit, piece: Piece, number: int, reason: str) -> _Sample:
+def _missing(split: StreamSplit, piece: Piece, number: int, reason: str, turn: int) -> _Sample:
     name = _shard(split, piece)
     reason = reason if reason.startswith(name) else f"{name}: {reason}"
-    return _Sample(piece.shard << 32 | number, name, CorruptImageError(reason))
+    return _Sample(piece.shard << 32 | number, name, CorruptImageError(reason), turn)
 
 
 def _joined(parts: list[Batch], *, pinned: bool) -> Batch:

@@ -32,11 +32,13 @@ class Piece:
         shard: Its number.
         first: The first image, from 0.
         count: How many; None for all that follow.
+        turn: How often they came in the epoch before.
     """
 
     shard: int
     first: int = 0
     count: int | None = None
+    turn: int = 0
 
 
 def plan_epoch(
@@ -67,11 +69,11 @@ def _pieces(order: list[int], ends: NDArray[np.int64], start: int, length: int) 
     found: list[Piece] = []
     total = int(ends[-1])
     while length:
-        start %= total
-        place = int(np.searchsorted(ends, start, side="right"))
-        first = start - (int(ends[place - 1]) if place else 0)
-        count = min(length, int(ends[place]) - start)
-        found.append(Piece(order[place], first, count))
+        turn, inside = divmod(start, total)
+        place = int(np.searchsorted(ends, inside, side="right"))
+        first = inside - (int(ends[place - 1]) if place else 0)
+        count = min(length, int(ends[place]) - inside)
+        found.append(Piece(order[place], first, count, turn))
         start, length = start + count, length - count
     return found
 

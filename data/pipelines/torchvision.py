@@ -22,7 +22,7 @@ from synco_fast.data.pipelines.pixels import pixels_of, read_pixels
 from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.sources.stream import refuse_stream
-from synco_fast.data.workers import available_cores, start_worker
+from synco_fast.data.workers import available_cores, machine_cores, start_worker
 
 __all__ = [
     "Decoded",
@@ -62,19 +62,21 @@ class Decoded(NamedTuple):
         pixels: (3, H, W) uint8.
         image: Number of the image that was read; another one if that which was due is corrupt.
         corrupt: The corrupt images on the way, and why, by number.
+        turn: How often the image that was due came in the epoch before.
     """
 
     wanted: int
     pixels: Tensor
     image: int
     corrupt: dict[int, str]
+    turn: int = 0
 
 
 def batch_of_views(images: Iterable[Decoded], recipe: Recipe, *, seed: int, epoch: int) -> Batch:
     """Both views of some images, (N, 3, size, size) uint8 each, in shared memory if a worker makes them.
 
-    A view depends on seed, epoch, the number that was due and the pixels alone. Images are drawn for a few at a time,
-    since this costs little more than for one.
+    A view depends on seed, epoch, the number that was due, its turn and the pixels alone. Images are drawn for a few at
+    a time, since this costs little more than for one.
     """
     first, second, numbers = list[Tensor](), list[Tensor](), list[int]()
     corrupt: dict[int, str] = {}
@@ -87,7 +89,7 @@ def batch_of_views(images: Iterable[Decoded], recipe: Recipe, *, seed: int, epoc
             seed=seed,
             epoch=epoch,
             images=np.repeat([one.wanted for one in some], 2),
-            views=np.tile([0, 1], len(some)),
+            views=np.array([2 * one.turn + view for one in some for view in (0, 1)]),
             sizes=np.repeat([one.pixels.shape[1:] for one in some], 2, axis=0),
         )
         for row, one in enumerate(some):
@@ -130,7 +132,8 @@ class TorchvisionPipeline:
         recipe: How views are made.
         batch: B, images in a batch, over all ranks.
         seed: Seed of order and views, together with the epoch.
-        workers: Processes that decode; 0 decodes in the training process. By default one for each core.
+        workers: Processes that decode; 0 decodes in the training process. By default one for each core
+            of this rank.
         pin_memory: Whether batches lie in page-locked memory, for a GPU.
         rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
@@ -225,7 +228,7 @@ def evaluation_loader(
     """
     refuse_stream(split, "an evaluation")
     dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
-    workers = available_cores() if workers is None else workers
+    workers = machine_cores() if workers is None else workers
     generator = torch.Generator().manual_seed(0)
     return DataLoader(
         dataset,  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.sources.decode import LIMITS, Limits
-from synco_fast.data.sources.manifest import manifest_path, write_manifest
+from synco_fast.data.sources.manifest import ignore_manifests, manifest_path, write_manifest
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import FileSplit, Split
@@ -68,13 +68,8 @@ def open_afresh(spec: str, limits: Limits = LIMITS) -> Source:
     Raises:
         DataError: As `open_source`.
     """
-    source, kept = open_source(spec, limits), False
-    for split in (source.train, source.validation):
-        if isinstance(split, FileSplit | ShardSplit):
-            path = manifest_path(split.key)
-            kept |= path.exists()
-            path.unlink(missing_ok=True)
-    return open_source(spec, limits) if kept else source
+    with ignore_manifests():
+        return open_source(spec, limits)
 
 
 def keep_list(split: Split, corrupt: dict[int, str]) -> str | None:
@@ -86,8 +81,11 @@ def keep_list(split: Split, corrupt: dict[int, str]) -> str | None:
     Raises:
         OSError: The user's cache cannot be written.
     """
-    if not isinstance(split, FileSplit | ShardSplit) or len(corrupt) == len(split):
+    if not isinstance(split, FileSplit | ShardSplit):
         return None
     path = manifest_path(split.key)
+    if len(corrupt) == len(split):
+        path.unlink(missing_ok=True)
+        return None
     write_manifest(path, split.manifest.without(corrupt))
     return str(path)

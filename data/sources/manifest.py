@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,19 @@ from numpy.typing import NDArray
 
 from synco_fast.data.files import atomic_write
 
-__all__ = ["Manifest", "PackedNames", "cache_folder", "manifest_path", "read_manifest", "write_manifest"]
+__all__ = [
+    "Manifest",
+    "PackedNames",
+    "cache_folder",
+    "ignore_manifests",
+    "manifest_path",
+    "read_manifest",
+    "write_manifest",
+]
 
 #: Incremented when the format changes, so that older files are rebuilt.
 _VERSION = 2
+_ignored = ContextVar("ignored", default=False)
 #: Names of a `Manifest`'s arrays with one row per image.
 _ARRAYS = ("labels", "places", "checksums")
 
@@ -65,7 +76,7 @@ class Manifest:
         checksums: For images of a pack, the CRC-32 of their bytes, (n,) uint32.
         stamps: Modification times in nanoseconds of the folders, list files and shards that were read.
         excluded: Reason by name, for excluded corrupt images and shards.
-        unread: Number of files that are not read, by kind; known after a walk, not saved.
+        unread: Number of files that are not read, by kind.
     """
 
     names: PackedNames
@@ -85,8 +96,9 @@ class Manifest:
             PackedNames.pack(self.names[index] for index in np.flatnonzero(keep).tolist()),
             classes=self.classes,
             stamps=self.stamps,
+            unread=self.unread,
             excluded={**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
-            **{name: values[keep] for name, values in self.arrays().items()},  # type: ignore[arg-type]
+            **{name: values[keep] for name, values in self.arrays().items()},
         )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -118,14 +130,27 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "classes": manifest.classes,
         "stamps": manifest.stamps,
         "excluded": manifest.excluded,
+        "unread": manifest.unread,
     }
     arrays: dict[str, Any] = {"text": manifest.names.text, "ends": manifest.names.ends, **manifest.arrays()}
     with atomic_write(path) as temporary:
         np.savez(temporary, about=np.frombuffer(json.dumps(about).encode(), np.uint8), **arrays)
 
 
+@contextmanager
+def ignore_manifests() -> Iterator[None]:
+    """Within the block, no manifest is read."""
+    token = _ignored.set(True)
+    try:
+        yield
+    finally:
+        _ignored.reset(token)
+
+
 def read_manifest(path: Path) -> Manifest | None:
-    """The manifest in a file; None if it is missing, damaged or out of date."""
+    """The manifest in a file; None if it is missing, damaged, out of date or ignored."""
+    if _ignored.get():
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(file["about"].tobytes())
@@ -139,6 +164,7 @@ def read_manifest(path: Path) -> Manifest | None:
         classes=None if about["classes"] is None else tuple(about["classes"]),
         stamps=about["stamps"],
         excluded=about["excluded"],
+        unread=about.get("unread", {}),  # earlier versions kept none
         **arrays,
     )
     return manifest if manifest.is_current() else None

@@ -12,6 +12,8 @@ import math
 import os
 import struct
 import zlib
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,15 @@ from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.demo import make_demo
 from synco_fast.data.sources.hf import OPTIONS as HF_OPTIONS
 from synco_fast.data.sources.hf import load_hf
+from synco_fast.data.sources.layout import (
+    HELD_OUT,
+    TRAIN,
+    fixed_folder,
+    list_unread,
+    names_a_split,
+    split_of,
+    split_shards,
+)
 from synco_fast.data.sources.manifest import cache_folder
 from synco_fast.data.sources.parquet import ParquetSplit, find_parquet
 from synco_fast.data.sources.shards import ShardSplit
@@ -32,8 +43,6 @@ from synco_fast.data.sources.stream import StreamSettings, StreamSplit, expand_s
 
 __all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
 
-#: Names of the held-out split's folder.
-_HELD_OUT = ("val", "validation", "test")
 #: Largest array of an IDX file in bytes, since it is kept in memory.
 _LARGEST_IDX = 8 << 30
 #: Upper bound of the compression ratio.
@@ -42,23 +51,36 @@ _DEFLATE = 1032
 
 @dataclass(frozen=True)
 class Source:
-    """Training images and, if any, held-out images."""
+    """Training images and, if any, held-out images.
+
+    Attributes:
+        spec: Its name.
+        train, validation: The splits.
+        layout: A warning about files in neither split, or in the wrong one.
+    """
 
     spec: str
     train: Split
     validation: Split | None
+    layout: str | None = None
 
     @property
     def notes(self) -> list[str]:
-        """Warnings about images excluded by an earlier check, truncated shards, and slow random reads."""
-        found = []
+        """Warnings: files that are not read, images excluded by an earlier check, truncated shards, slow reads."""
+        found = [f"{self.spec}: {self.layout}"] if self.layout else []
+        unread: Counter[str] = Counter()
         for split in (self.train, self.validation):
+            unread.update(split.manifest.unread if isinstance(split, FileSplit | ShardSplit) else {})
             excluded = split.manifest.excluded if isinstance(split, FileSplit | ShardSplit) else {}
             if excluded:
                 first = next(iter(excluded.items()))
                 found.append(f"{self.spec}: {len(excluded):,} excluded as corrupt, the first: {first[0]}: {first[1]}")
+        kinds = list_unread(f"{count:,} {kind}" for kind, count in unread.most_common())
+        found += [f"{self.spec}: {kinds}"] if kinds else []
         if isinstance(self.train, ParquetSplit) and self.train.note:
             found.append(f"{self.spec}: {self.train.note}")
+        if isinstance(self.train, StreamSplit) and self.train.note:
+            found.append(self.train.note)
         return found
 
 
@@ -102,21 +124,31 @@ def open_idx(folder: str | os.PathLike[str]) -> Source:
         if len(images) != len(labels):
             raise DataError(f"{folder}: found {len(images)} {prefix} images and {len(labels)} labels")
         splits.append(ArraySplit(images, labels, f"{folder}/{prefix}"))
-    return Source(f"idx:{folder}", *splits)
+    train, held_out = splits
+    return Source(f"idx:{folder}", train, held_out)
 
 
 def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Source:
     """A folder in ImageNet's layout (``train/CLASS/*``, ``val/CLASS/*``), or one with only images.
 
+    The held-out folder is the first of `HELD_OUT`.
+
     Raises:
         DataError: There is no such folder, or no image in it.
     """
     root = Path(folder).expanduser()
-    if not (root / "train").is_dir():
-        return Source(os.fspath(root), FolderSplit(root, None, limits), None)
-    train = FolderSplit(root / "train", None, limits)
-    held_out = next((root / name for name in _HELD_OUT if (root / name).is_dir()), None)
-    return Source(os.fspath(root), train, FolderSplit(held_out, train.classes, limits) if held_out else None)
+    if not (root / TRAIN).is_dir():
+        alone = FolderSplit(root, None, limits)
+        splits = [name for name in alone.classes or () if names_a_split(name)]
+        note = f"found {', '.join(splits)} among the classes, expected train/ and val/ for splits" if splits else None
+        return Source(os.fspath(root), alone, None, note)
+    train = FolderSplit(root / TRAIN, None, limits)
+    held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
+    note = None
+    with suppress(OSError):  # without the right to list the folder, nothing is known of others in it
+        others = (path for path in sorted(root.iterdir()) if path.is_dir() and path not in (root / TRAIN, held_out))
+        note = list_unread(f"{path.name}/" for path in others if not path.name.startswith("."))
+    return Source(os.fspath(root), train, FolderSplit(held_out, train.classes, limits) if held_out else None, note)
 
 
 def open_list(spec: str, limits: Limits = LIMITS) -> Source:
@@ -133,7 +165,7 @@ def open_list(spec: str, limits: Limits = LIMITS) -> Source:
 
 
 def open_shards(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Source:
-    """Tar shards: ``train/*.tar`` and ``val/*.tar``, or ``*train*.tar`` and ``*val*.tar``, or ``*.tar`` alone.
+    """Tar shards: ``train/*.tar`` and ``val/*.tar``, or shards named so, or ``*.tar`` alone; see `split_shards`.
 
     Raises:
         DataError: There is no shard, one is not a tar file, or no image is in them.
@@ -141,20 +173,14 @@ def open_shards(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise DataError(f"data: found no folder {root}")
-
-    def shards(name: str) -> list[Path]:
-        return sorted((root / name).glob("*.tar")) or sorted(root.glob(f"*{name}*.tar"))
-
-    train = ShardSplit(shards("train") or sorted(root.glob("*.tar")), title=f"{root}", limits=limits)
-    held_out = next((found for found in map(shards, _HELD_OUT) if found), None)
-    split = (
-        ShardSplit(held_out, train.classes, title=f"{root}", limits=limits) if held_out and shards("train") else None
-    )
-    return Source(f"tar:{root}", train, split)
+    own, held_out, others = split_shards(root)
+    train = ShardSplit(own, title=f"{root}", limits=limits)
+    split = ShardSplit(held_out, train.classes, title=f"{root}", limits=limits) if held_out else None
+    return Source(f"tar:{root}", train, split, list_unread(others))
 
 
 def open_parquet(spec: str, limits: Limits = LIMITS) -> Source:
-    """Parquet files in a folder or by a pattern; those named ``val``, ``validation`` or ``test`` are held out.
+    """Parquet files in a folder or by a pattern; the first of `HELD_OUT` by name or folder is held out.
 
     Args:
         spec: ``FOLDER`` or ``PATTERN``, and behind it ``,image=COLUMN``, ``,label=COLUMN`` (``none`` for no labels) and
@@ -166,18 +192,24 @@ def open_parquet(spec: str, limits: Limits = LIMITS) -> Source:
     """
     name, options = split_options(spec, ("image", "label", "validation"))
     columns = {"image": options.get("image"), "label": options.get("label")}
-    files = find_parquet(name)
-    words = {file: file.stem.lower().replace("_", "-").split("-")[0] for file in files}
-    held_out = next((found for word in _HELD_OUT if (found := [file for file in files if words[file] == word])), [])
+    files, root = find_parquet(name), fixed_folder(name)
+    splits = {file: split_of(file.relative_to(root).with_suffix("").parts) for file in files}
+    held_out = next((found for word in HELD_OUT if (found := [file for file in files if splits[file] == word])), [])
     if "validation" in options:
         held_out = [] if options["validation"] == NONE else find_parquet(options["validation"])
         if not held_out and options["validation"] != NONE:
             raise DataError(f"data: found no *.parquet in {options['validation']}")
     apart = {file.resolve() for file in held_out}
-    own = [file for file in files if words[file] not in _HELD_OUT and file.resolve() not in apart]
+    own = [file for file in files if splits[file] not in HELD_OUT and file.resolve() not in apart]
+    if files and not own:
+        raise DataError(
+            f"data: found only held-out files in {spec}, such as {held_out[0] if held_out else files[0]}, expected "
+            "training files"
+        )
+    others = [str(file.relative_to(root)) for file in files if file not in own and file.resolve() not in apart]
     train = ParquetSplit(own, None, spec, limits, **columns)
     split = ParquetSplit(held_out, train.classes, spec, limits, **columns) if held_out else None
-    return Source(f"parquet:{spec}", train, split)
+    return Source(f"parquet:{spec}", train, split, list_unread(others))
 
 
 def open_hf(spec: str, limits: Limits = LIMITS) -> Source:

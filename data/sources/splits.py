@@ -288,24 +288,24 @@ class SubsetSplit:
     """
 
     def __init__(self, whole: Split, numbers: NDArray[np.int64]) -> None:
-        self._whole, self._numbers, self.limits = whole, numbers, whole.limits
+        self.whole, self.numbers, self.limits = whole, numbers, whole.limits
         self.classes = whole.classes
         self.labels = None if whole.labels is None else whole.labels[numbers]
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def name(self, index: int) -> str:
         """As in the whole split."""
-        return self._whole.name(int(self._numbers[index]))
+        return self.whole.name(int(self.numbers[index]))
 
     def read_bytes(self, index: int) -> bytes:
         """As in the whole split."""
-        return self._whole.read_bytes(int(self._numbers[index]))
+        return self.whole.read_bytes(int(self.numbers[index]))
 
     def read(self, index: int) -> Image.Image:
         """As in the whole split."""
-        return self._whole.read(int(self._numbers[index]))
+        return self.whole.read(int(self.numbers[index]))
 
 
 def share_of(split: Split, share: float) -> Split:

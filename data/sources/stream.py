@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,13 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from synco_fast.data.errors import DataError
-from synco_fast.data.files import atomic_write
 from synco_fast.data.sources.decode import LIMITS, Limits
-from synco_fast.data.sources.manifest import cache_folder
-from synco_fast.data.sources.pack_index import INDEX, counts_in
-from synco_fast.data.sources.stream_reader import PIPE, is_url, read_whole
+from synco_fast.data.sources.stream_counts import find_counts
+from synco_fast.data.sources.stream_reader import PIPE, is_url
 
-__all__ = ["StreamSettings", "StreamSplit", "expand_shards", "keep_counts", "refuse_stream"]
+__all__ = ["StreamSettings", "StreamSplit", "expand_shards", "refuse_stream"]
 
 #: Upper bound of the number of shards.
 _MOST_SHARDS = 1_000_000
@@ -59,7 +54,8 @@ class StreamSplit:
         limits: Size limits of an image.
 
     Attributes:
-        counts: Images in each shard, if an index has them.
+        counts: Images in each shard, if an index or an earlier check of the same files has them.
+        note: A warning where these may be out of date.
     """
 
     def __init__(
@@ -73,7 +69,7 @@ class StreamSplit:
         self.settings = settings or StreamSettings()
         self.labels: NDArray[np.int64] | None = None
         self.classes: tuple[str, ...] | None = None
-        self.counts = _kept_counts(self.shards) or _counts_beside(self.shards)
+        self.counts, self.note = find_counts(self.shards, self.title)
 
     def __len__(self) -> int:
         """The images of an epoch.
@@ -84,6 +80,8 @@ class StreamSplit:
         if self.settings.images is not None:
             return self.settings.images
         if self.counts is None:
+            if self.note:
+                raise DataError(f"data.images: found none, expected the number of images in an epoch; {self.note}")
             raise DataError(
                 f"data.images: found none and no index beside the shards of {self.title}, expected the number of "
                 f"images in an epoch; 'synco-fast data check {self.title}' counts them once and keeps the number"
@@ -180,66 +178,3 @@ def _matching_urls(pattern: str) -> list[str]:
     except Exception as error:  # of the network, of a missing package, of the protocol
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"data: cannot list {pattern} ({reason})") from error
-
-
-# -- images in each shard -------------------------------------------------------------------------------------------
-
-
-def _kept_file(shards: Sequence[str]) -> Any:
-    key = hashlib.sha256("\n".join(shards).encode(errors="surrogateescape")).hexdigest()[:24]
-    return cache_folder() / "lists" / f"{key}.json"
-
-
-def keep_counts(split: StreamSplit, counts: Sequence[int]) -> str:
-    """Keep the number of images in each shard in the user's cache, for later runs; returns the file.
-
-    Raises:
-        OSError: The cache cannot be written.
-    """
-    file = _kept_file(split.shards)
-    with atomic_write(file) as temporary:
-        temporary.write_text(json.dumps({"shards": split.shards, "counts": [*counts]}), encoding="utf-8")
-    return str(file)
-
-
-def _kept_counts(shards: tuple[str, ...]) -> tuple[int, ...] | None:
-    """What an earlier check counted."""
-    try:
-        found = json.loads(_kept_file(shards).read_text(encoding="utf-8"))
-        return _checked(found["counts"], len(shards)) if found["shards"] == [*shards] else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _checked(counts: Any, shards: int) -> tuple[int, ...] | None:
-    good = (
-        isinstance(counts, list) and len(counts) == shards and all(type(each) is int and each >= 0 for each in counts)
-    )
-    return tuple(counts) if good and sum(counts) else None
-
-
-def _counts_beside(shards: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The counts in an index beside the shards: a pack's, ``sizes.json``, or WebDataset's ``index.json``.
-
-    An index counts only if it has every shard.
-    """
-    if any(shard.startswith(PIPE) for shard in shards):
-        return None
-    found: dict[str, int] = {}
-    for folder in dict.fromkeys(shard.rpartition("/")[0] for shard in shards):
-        for name, read in ((INDEX, counts_in), ("sizes.json", _sizes), ("index.json", _wids)):
-            with suppress(Exception):  # no such file, no access, another layout: no index
-                beside = read(read_whole(f"{folder}/{name}" if folder else name))
-                found |= {f"{folder}/{shard}" if folder else shard: count for shard, count in beside.items()}
-                if beside:
-                    break
-    return _checked([found.get(shard) for shard in shards], len(shards))
-
-
-def _sizes(content: bytes) -> dict[str, int]:
-    return dict(json.loads(content))
-
-
-def _wids(content: bytes) -> dict[str, int]:
-    rows = json.loads(content)["shardlist"]
-    return {str(row["url"]).rpartition("/")[2]: row["nsamples"] for row in rows}

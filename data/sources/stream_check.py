@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import decode_image
 from synco_fast.data.sources.stream import StreamSplit
+from synco_fast.data.sources.stream_counts import Stamp, stamp_of
 from synco_fast.data.sources.stream_reader import ShardError, read_images
 from synco_fast.data.workers import available_cores, start_worker
 
@@ -24,12 +25,14 @@ class CheckedShard:
 
     Attributes:
         images: How many it holds.
+        stamp: Its stamp before it was read, see `synco_fast.data.sources.stream_counts`.
         corrupt: Reason by name, for images that do not decode.
         damage: Why the shard ends early; empty if it does not.
         error: Why it cannot be read at all; empty if it can.
     """
 
     images: int = 0
+    stamp: Stamp = None
     corrupt: dict[str, str] = field(default_factory=dict)
     damage: str = ""
     error: str = ""
@@ -43,7 +46,7 @@ class _Shards(Dataset[CheckedShard]):
         return len(self.split.shards)
 
     def __getitem__(self, number: int) -> CheckedShard:
-        found = CheckedShard()
+        found = CheckedShard(stamp=stamp_of(self.split.shards[number]))
         try:
             for _, name, content in read_images(self.split.shards[number], lambda _: True, self.split.limits):
                 found.images += 1

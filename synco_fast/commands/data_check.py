@@ -42,10 +42,11 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
     from synco_fast.data.sources.stream import StreamSplit
     from synco_fast.runtime.environment import describe_environment
-    from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import write_json
 
     source = open_afresh(options.source)
+    if source.layout:
+        _warn(f"{options.source}: {source.layout}", console)
     start = time.perf_counter()
     figures: dict[str, Any] = {"source": options.source, "images": 0, "corrupt": {}, "lists": [], "truncated": {}}
     unread: Counter[str] = Counter()
@@ -63,18 +64,19 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
         try:
             kept = keep_list(split, corrupt)
         except OSError as error:
-            raise UserError(f"cache: cannot write the manifest of {options.source} ({error})") from error
-        figures["lists"] += [kept] if kept else []
+            _warn(f"cache: cannot write the manifest of {options.source} ({error}); runs do without", console)
+        else:
+            figures["lists"] += [kept] if kept else []
     spent = time.perf_counter() - start
     figures |= {"seconds": spent, "unread": dict(unread)}
     if options.json is not None:
         write_json(options.json, figures | {"environment": describe_environment()})
     if unread:
         kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in unread.most_common())
-        console.print(f"not read: {kinds}", style="yellow", highlight=False, soft_wrap=True, markup=False)
+        _warn(f"not read: {kinds}", console)
     wrong = [*figures["corrupt"].values(), *(f"{printable(name)}: {why}" for name, why in figures["truncated"].items())]
     for reason in wrong[:_NAMED]:
-        console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        _warn(reason, console)
     if len(wrong) > _NAMED:
         console.print(f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", style="yellow")
     table = two_columns(f"check of {printable(options.source)}")
@@ -90,9 +92,8 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
 def _check_stream(split: StreamSplit, figures: dict[str, Any], workers: int | None, console: Console) -> None:
     """Count and decode the images of every shard, and keep the counts."""
-    from synco_fast.data.sources.stream import keep_counts
     from synco_fast.data.sources.stream_check import check_stream
-    from synco_fast.runtime.errors import UserError
+    from synco_fast.data.sources.stream_counts import counts_beside, keep_counts
     from synco_fast.runtime.progress import ProgressBar
 
     with ProgressBar(console, "shards", len(split.shards)) as bar:
@@ -103,11 +104,25 @@ def _check_stream(split: StreamSplit, figures: dict[str, Any], workers: int | No
     for name, shard in zip(split.shards, found, strict=True):
         figures["corrupt"] |= shard.corrupt
         figures["truncated"] |= {name: shard.damage} if shard.damage else {}
-    figures["counts"] = {name: shard.images for name, shard in zip(split.shards, found, strict=True)}
+    counts = [shard.images for shard in found]
+    figures["counts"] = dict(zip(split.shards, counts, strict=True))
+    beside = counts_beside(split.shards)
+    if beside is not None and [*beside] != counts:
+        _warn(
+            f"index beside the shards: found {sum(beside):,} images in it, expected {sum(counts):,}, as in the shards; "
+            "runs follow the index, so correct or remove it",
+            console,
+        )
     try:
-        figures["lists"].append(keep_counts(split, [shard.images for shard in found]))
+        figures["lists"].append(keep_counts(split.shards, counts, [shard.stamp for shard in found]))
     except OSError as error:
-        raise UserError(f"cache: cannot write the index of {split.title} ({error})") from error
+        _warn(f"cache: cannot write the index of {split.title} ({error}); runs need data.images", console)
+
+
+def _warn(line: str, console: Console) -> None:
+    from synco_fast.data.errors import printable
+
+    console.print(printable(line), style="yellow", highlight=False, soft_wrap=True, markup=False)
 
 
 def _with_progress(

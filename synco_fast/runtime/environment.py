@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import machine_cores
 from synco_fast.version import __version__
 
 __all__ = ["describe_environment"]
@@ -26,7 +26,7 @@ def describe_environment() -> dict[str, str | int]:
         except metadata.PackageNotFoundError:
             continue
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    found["cores"] = available_cores()
+    found["cores"] = machine_cores()
     found["threads"] = torch.get_num_threads()
     if commit := _commit():
         found["commit"] = commit

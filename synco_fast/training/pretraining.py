@@ -19,7 +19,7 @@ from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
-from synco_fast.data.workers import available_cores
+from synco_fast.data.workers import machine_cores
 from synco_fast.export.initial import load_initial, read_initial
 from synco_fast.methods.base import Recent
 from synco_fast.runtime.checkpoint import load_weights
@@ -36,6 +36,7 @@ from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_sta
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
+from synco_fast.training.same_images import SameImages
 from synco_fast.training.task import Notes, TrainerSettings
 from synco_fast.training.throughput import Throughput
 from synco_fast.training.trials import try_largest
@@ -153,9 +154,10 @@ class Pretraining:
         for line in self.source.notes:
             self.note(line)
         self._train = share_of(self.source.train, config.data.fraction)
+        self._images = SameImages(self._train, config.data.source, self.control)
         self.engine = Engine(config, len(self._train) // training.batch, self.env, note=self.note)
         self.method, self.device, self.skipped = self.engine.method, self.engine.device, self.engine.skipped
-        most = _WORKERS_A_CORE * available_cores()
+        most = _WORKERS_A_CORE * machine_cores()
         if (config.data.workers or 0) > most:
             raise ConfigError(f"data.workers: found {config.data.workers}, expected up to {most} on this machine")
         self._auto = Auto(self.engine, self._train, self.control, self.note)
@@ -363,6 +365,7 @@ class Pretraining:
             "steps_per_epoch": self.steps_per_epoch,
             "stream": self.method.stream,
             "corrupt": self.corrupt_images.state_dict(),
+            "training_images": self._images.state_dict(),
             "forms": forms_state(self.engine),
             **self._auto.state_dict(),
         }
@@ -399,7 +402,8 @@ class Pretraining:
         forms = state.get("forms", {})
         self._kept = {**forms, "names": dict(forms.get("names", {}))}
         self._auto.load_state_dict(state)
-        for line in [*notes, *([changes] if changes else [])]:
+        others = self._images.changes_since(state.get("training_images"), path)
+        for line in [*notes, *(line for line in (changes, others) if line)]:
             self.note(line)
 
     def close(self) -> None:

@@ -69,6 +69,33 @@ def test_shards(shards):
     assert source.train.name(5).endswith("00001.tar:'11.jpg'")
 
 
+@pytest.mark.parametrize(
+    ("files", "train", "held_out", "unread"),
+    [
+        ("trainval-0 test-0", "trainval-0", "test-0", ""),
+        ("train-0 valid-0 train-1", "train-0 train-1", "valid-0", ""),
+        ("a-train-0 a-dev-0 a-test-0", "a-train-0", "a-dev-0", "a-test-0.tar"),
+        ("train2017 val2017 extra", "train2017", "val2017", "extra.tar"),
+        ("0 1 val-0", "0 1", "val-0", ""),
+        ("latest-0 interval-0", "interval-0 latest-0", "", ""),
+        ("mytrain0 mytrainval0 myval0", "mytrain0 mytrainval0", "myval0", ""),
+        ("trainset-0 valset-0", "trainset-0", "valset-0", ""),
+        ("test-0 test-1", "test-0 test-1", "", ""),
+        ("train/val-0 val/0 test/0 more/0 0", "train/val-0", "val/0", "more/, test/, 0.tar"),
+        ("train/0 test-0", "train/0", "test-0", ""),
+    ],
+)
+def test_which_shards_are_held_out(tmp_path, files, train, held_out, unread):
+    """Whole words decide, and no shard is in two splits; a run says what it does not read."""
+    for name in files.split():
+        write_shard(tmp_path / f"{name}.tar", [("a.jpg", b"")])
+    source = open_source(f"tar:{tmp_path}")
+    for split, expected in ((source.train, train), (source.validation, held_out)):
+        names = [split.name(index).partition(".tar:")[0] for index in range(len(split))] if split else []
+        assert names == [f"{tmp_path}/{name}" for name in expected.split()]
+    assert source.notes == ([f"tar:{tmp_path}: not read: {unread}"] if unread else [])
+
+
 def test_labels_in_json_by_folder_or_none(tmp_path):
     write_shard(
         tmp_path / "j" / "a.tar",

@@ -66,6 +66,25 @@ def test_files_of_the_hub(hub):
     assert (len(pattern.train), pattern.validation) == (10, None)
 
 
+def test_folders_name_splits_too(hub, tmp_path):
+    """The layout of the Hub's converted files; where a pattern begins, names tell nothing any more."""
+    (tmp_path / "test" / "default").mkdir(parents=True)
+    for split, old in (("train", "train-00000-of-00002"), ("validation", "test-00000-of-00001")):
+        (tmp_path / "test" / "default" / split).mkdir()
+        (hub / f"{old}.parquet").rename(tmp_path / "test" / "default" / split / "0000.parquet")
+    (tmp_path / "test" / "default" / "extra-dev_0001.parquet").symlink_to(hub / "validation-00000-of-00001.parquet")
+    for spec in ("test", "test/**/*.parquet"):
+        source = open_source(f"parquet:{tmp_path}/{spec},label=none")
+        assert (len(source.train), source.validation.name(0)) == (
+            5,
+            f"{tmp_path}/test/default/validation/0000.parquet[0]",
+        )
+        assert source.notes == [f"parquet:{tmp_path}/{spec},label=none: not read: default/extra-dev_0001.parquet"]
+    assert len(open_source(f"parquet:{tmp_path}/test/default/validation").train) == 1
+    with pytest.raises(DataError, match=r"found only held-out files in .*, such as .*0000\.parquet, expected training"):
+        open_source(f"parquet:{tmp_path}/test/default/val*/*.parquet")
+
+
 def test_options_choose_columns_and_files(tmp_path):
     """Behind a comma; a folder whose own name has one is still a folder."""
     folder = tmp_path / "a,label=b"
@@ -106,9 +125,11 @@ def test_few_files_are_open_at_a_time_and_large_row_groups_are_noted(hub, monkey
     for index in (7, 0, 9, 4):
         assert source.train.read_bytes(index) == encoded(10 * (index // 5) + index % 5)
         assert len(source.train._opened) == 1
-    assert source.notes == []
+    unread = f"parquet:{hub}: not read: test-00000-of-00001.parquet"
+    assert source.notes == [unread]
     monkeypatch.setattr("synco_fast.data.sources.parquet._LARGE_GROUP", 100)
-    (note,) = source.notes
+    (first, note) = source.notes
+    assert first == unread
     assert note.startswith(f"parquet:{hub}: each image read in random order unpacks a row group of")
 
 

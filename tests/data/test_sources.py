@@ -1,12 +1,15 @@
 import gzip
 import os
+import shutil
 import struct
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from synco_fast.cli import main
 from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.sources.check import keep_list
 from synco_fast.data.sources.open import ArraySplit, open_source, read_image
 from synco_fast.data.sources.splits import SubsetSplit, share_of
 
@@ -38,6 +41,28 @@ def test_folder_with_classes(image_folder):
     image = source.train.read(0)
     assert (image.mode, image.size) == ("RGB", (44, 40))
     assert "class0" in source.train.name(0)
+
+
+def test_a_folder_says_what_it_does_not_read(image_folder, tmp_path, monkeypatch):
+    """Also from a kept manifest."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert open_source(str(image_folder)).notes == []
+    for name in ("test", "extra"):
+        shutil.copytree(image_folder / "val" / "class0", image_folder / name / "class0")
+    shutil.copy(image_folder / "val" / "class0" / "0.jpg", image_folder / "train")
+    expected = [
+        f"{image_folder}: not read: extra/, test/",
+        f"{image_folder}: not read: 1 image outside the class folders",
+    ]
+    source = open_source(str(image_folder))
+    assert source.notes == expected
+    keep_list(source.train, {})
+    assert open_source(str(image_folder)).notes == expected
+    (image_folder / "val").rename(image_folder / "valid")
+    assert len(open_source(str(image_folder)).validation) == 12
+    (image_folder / "train").rename(image_folder / "train2017")
+    (note,) = open_source(str(image_folder)).notes
+    assert note.endswith(": found test, train2017, valid among the classes, expected train/ and val/ for splits")
 
 
 def test_labels_follow_the_training_classes_where_the_held_out_split_lacks_one(image_folder):
@@ -186,3 +211,10 @@ def test_a_share_of_an_array_stays_an_array_and_is_the_same_images():
     found = [int(np.flatnonzero((whole.images == image).all(axis=(1, 2)))[0]) for image in part.images]
     assert part.labels.tolist() == whole.labels[found].tolist()
     assert len(set(found)) == 30
+
+
+def test_data_check_says_which_files_are_in_no_split(image_folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (image_folder / "test").mkdir()
+    assert main(["data", "check", str(image_folder), "--workers", "0"]) == 0
+    assert f"{image_folder}: not read: test/" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import tarfile
 import time
 from collections import Counter
@@ -168,6 +169,29 @@ def test_without_an_index_every_step_is_full(shards):
     assert set(found.values()) == {2}, "twice as many images as there are"
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_an_image_that_comes_again_has_other_views(shards, known):
+    """At its first time those of an epoch without repeats; afterwards new ones, also after a resume."""
+    if known:
+        index(shards)
+    once = read(pipeline(opened(f"{shards}/*.tar", images=24, buffer=4, readers=1)))
+    split = opened(f"{shards}/*.tar", images=72, buffer=1, readers=1)
+    batches = read(pipeline(split))
+    views = {}
+    for batch in batches:
+        for image, first, second in zip(batch.image_ids.tolist(), batch.first, batch.second, strict=True):
+            views.setdefault(image, []).append((first, second))
+    assert {len(found) for found in views.values()} == {3}
+    for batch in once:
+        for image, first, second in zip(batch.image_ids.tolist(), batch.first, batch.second, strict=True):
+            assert first.equal(views[image][0][0])
+            assert second.equal(views[image][0][1])
+    for found in views.values():
+        assert not any(found[0][side].equal(found[turn][side]) for turn in (1, 2) for side in (0, 1))
+        assert not found[1][0].equal(found[2][0])
+    same(read(pipeline(split, workers=0), start=5), batches[5:])
+
+
 def test_a_plan_with_counts_cuts_the_permuted_shards():
     counts = [5, 0, 7, 4]
     plan = plan_epoch(4, counts, readers=3, share=5, seed=1, epoch=2)
@@ -175,7 +199,7 @@ def test_a_plan_with_counts_cuts_the_permuted_shards():
     assert len(taken) == len(set(taken)) == 15
     assert all(image < counts[shard] for shard, image in taken)
     assert plan_epoch(1, [4], readers=1, share=10, seed=0, epoch=0) == [
-        [Piece(0, 0, 4), Piece(0, 0, 4), Piece(0, 0, 2)]
+        [Piece(0, 0, 4, 0), Piece(0, 0, 4, 1), Piece(0, 0, 2, 2)]
     ]
 
 
@@ -362,6 +386,62 @@ def test_how_many_images_comes_from_the_configuration_or_an_index(shards, capsys
         assert opened(f"file://{shards}/*.tar").counts == SIZES
         (shards / name).write_text("{}")
         assert opened(f"file://{shards}/*.tar").counts is None
+
+
+def check(spec, capsys):
+    assert main(["data", "check", f"stream:{spec}", "--workers", "0"]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_counts_are_those_of_the_files_as_they_are(shards, content, capsys):
+    """A check's counts end with the files that it counted; an index beside the shards comes first."""
+    spec = f"{shards}/*.tar"
+    check(spec, capsys)
+    assert open_source(f"stream:{spec}").notes == []
+    (shards / "001.tar").write_bytes(content[0])
+    split = opened(spec, images=16)
+    assert (split.counts, len(split)) == (None, 16)
+    (note,) = open_source(f"stream:{spec}").notes
+    assert re.search(r": 1 of 5 shards changed since the check of 20\d\d-\d\d-\d\d; 'synco-fast data check str", note)
+    with pytest.raises(DataError, match=r"data\.images: found none, .*; stream:.*: 1 of 5 shards changed since"):
+        len(opened(spec))
+    assert "index beside" not in check(spec, capsys)
+    assert opened(spec).counts == (5, 5, 7, 4, 5)
+    index(shards, (5, 4, 7, 4, 5))
+    assert opened(spec).counts == (5, 4, 7, 4, 5), "it moves with the shards"
+    assert "index beside the shards: found 25 images in it, expected 26, as in the shards" in check(spec, capsys)
+
+
+def test_counts_of_an_older_version_are_those_of_a_url_alone(shards, content, capsys):
+    """It kept neither size nor time: of a URL the date is said, of a file nothing is known."""
+    system = fsspec.filesystem("memory")
+    for number, shard in enumerate(content):
+        with system.open(f"/counted/{number:03d}.tar", "wb") as file:
+            file.write(shard)
+    for spec, counts, says in (
+        ("memory://counted/*.tar", SIZES, "24 images, as counted on 20"),
+        (f"{shards}/*.tar", None, "did not keep size and time of the shards"),
+    ):
+        check(spec, capsys)
+        file = max((shards.parent / "cache/synco-fast/lists").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        kept = json.loads(file.read_text())
+        del kept["stamps"]
+        file.write_text(json.dumps(kept))
+        assert opened(spec).counts == counts
+        assert says in opened(spec).note
+
+
+def test_a_check_without_a_cache_says_what_it_found(shards, capsys, monkeypatch, tmp_path):
+    (tmp_path / "no-folder").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no-folder"))
+    (shards / "001.tar").write_bytes(tar([b"no image"]))
+    for source in (f"stream:{shards}/*.tar", f"tar:{shards}"):
+        assert main(["data", "check", source, "--workers", "0", "--json", str(tmp_path / "found.json")]) == 1
+        said = capsys.readouterr().out
+        assert "cache: cannot write the" in said
+        assert "001.tar:'000000.jpg': not an image" in said
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert (found["images"], len(found["corrupt"]), found["lists"]) == (22, 1, [])
 
 
 def test_a_pack_streams_by_its_own_index(image_folder, tmp_path):

@@ -152,7 +152,7 @@ class Reader(Dataset[EncodedBatch]):
         return encode_pixels(pixels), (pixels.shape[0], pixels.shape[1])
 
     def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:
-        """The sampler's batches, read by ``workers`` processes (default: one per core; 0: this one)."""
+        """The sampler's batches, read by ``workers`` processes (default: one per core of this rank; 0: this one)."""
         workers = available_cores() if workers is None else workers
         options: dict[str, Any] = {
             "sampler": batches,
