@@ -90,6 +90,7 @@ def test_data_and_words_that_cannot_be_used(refused, make_run, image_folder):
 
 def test_the_default_folder_is_checked_before_anything_is_computed(refused, make_run, tmp_path, voc, monkeypatch):
     """On a folder that takes no files, as /proc does for every user."""
+    pytest.importorskip("torchmetrics", reason="the extra 'detection' is not installed")
     pytest.importorskip("pycocotools", reason="the extra 'detection' is not installed")
     run, free, page = make_run(), make_run(name="free"), tmp_path / "page.html"
     results = run / "evaluation"
