@@ -159,10 +159,13 @@ class Run:
 
         Raises:
             ConfigError: The folder holds no run, or a file in it is damaged.
+            UserError: The page cannot be written there.
         """
+        from synco_fast.evaluation.context import EvalOptions
         from synco_fast.report.page import write_report
 
-        return write_report(self.folder, None if out is None else Path(out))
+        page = self.folder / "report.html" if out is None else Path(out)
+        return write_report(self.folder, page, EvalOptions(out=page.parent))
 
     def export(self, format: str, out: str | Path | None = None) -> Path:
         """Write the backbone for another tool, as ``synco-fast export``; the folder of the files.

@@ -88,6 +88,29 @@ def test_data_and_words_that_cannot_be_used(refused, make_run, image_folder):
     assert "found 3 classes among the training images" in refused("evaluate", "linear", run)
 
 
+def test_the_default_folder_is_checked_before_anything_is_computed(refused, make_run, tmp_path, voc, monkeypatch):
+    """On a folder that takes no files, as /proc does for every user."""
+    pytest.importorskip("torchmetrics", reason="the extra 'detection' is not installed")
+    pytest.importorskip("pycocotools", reason="the extra 'detection' is not installed")
+    run, free, page = make_run(), make_run(name="free"), tmp_path / "page.html"
+    results = run / "evaluation"
+    results.symlink_to("/proc")
+    monkeypatch.setattr(torch.nn.Module, "__call__", lambda *arguments, **named: pytest.fail("something was computed"))
+    for words in (*SUBCOMMANDS[:4], ["evaluate", "detection", "--data", f"voc:{voc}"]):
+        assert f"out: found {results}, expected a place where this user can write" in refused(*words, run)
+    results.unlink()
+    results.write_text("")
+    assert f"out: found a file {results}, expected a folder" in refused("evaluate", "knn", run)
+    assert "out: found a folder" in refused("report", free, "--out", results.parent)
+    (run / "report.html").mkdir()
+    assert "out: found a folder" in refused("report", run)
+    (free / "evaluation").symlink_to("/proc")
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "images")
+    assert main(["report", str(free), "--out", str(page)]) == 0, "a page can go where results cannot"
+    assert page.is_file()
+
+
 def test_an_imported_checkpoint_asks_for_its_images(refused, tmp_path, capsys):
     import torchvision
 

@@ -57,7 +57,8 @@ def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], consol
     result = evaluate_detection(options.checkpoint, eval_options(options), protocol=protocol, console=console)
     rows = [
         ("detector", result["detector"]),
-        ("images", f"{result['train_images']:,} to train on, {result['test_images']:,} to test on"),
+        ("trained on", f"{result['train_set']}, {result['train_images']:,} images"),
+        ("tested on", f"{result['test_set']}, {result['test_images']:,} images"),
         ("iterations, batch, lr", f"{protocol.steps:,}, {protocol.batch}, {protocol.lr:g}"),
     ]
     print_result(result, options, console, rows, chance="AP before training")

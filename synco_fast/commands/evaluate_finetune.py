@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     add_eval_options(command)
     command.add_argument("--percent", type=float, default=1.0, help="percentage of each class's training images")
     command.add_argument("--list", type=Path, metavar="FILE", help="train on the images listed in this file instead")
-    command.add_argument("--epochs", type=int, help="60 on 1 percent, 30 on more by default")
+    command.add_argument("--epochs", type=int, help="60 on 1 percent of the images, 30 on more by default")
     command.add_argument("--batch", type=int, help="images per step over all processes, 1024 by default")
     command.add_argument("--lr", type=float, nargs="+", help="learning rates of the backbone; 0.005 to 0.1 by default")
     command.add_argument("--head-lr", type=float, help="learning rate of the classifier, 0.5 by default")
@@ -52,7 +52,7 @@ def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console
         percent=options.percent,
         listed=options.list,
         rates=tuple(options.lr) if options.lr else RATES,
-        protocol=replace(published_protocol(options.percent), seed=options.seed, **given),
+        protocol=lambda percent: replace(published_protocol(percent), seed=options.seed, **given),
         console=console,
     )
     rows = [

@@ -29,10 +29,16 @@ def add(commands: Commands) -> None:
 
 
 def _report(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.runtime.files import check_writable
+
+    out = options.out or options.run_folder / "report.html"
+    check_writable(out, "out", file=True)
     load_torch(console)
     from synco_fast.evaluation.context import EvalOptions
     from synco_fast.report.page import write_report
 
-    page = write_report(options.run_folder, options.out, EvalOptions(data=options.data, workers=options.workers))
+    page = write_report(
+        options.run_folder, out, EvalOptions(data=options.data, out=out.parent, workers=options.workers)
+    )
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.pipelines.build import evaluation_batches
 from synco_fast.evaluation.context import EvalContext, check_unchanged, progress, weights_sha256
-from synco_fast.evaluation.labelled import LabelledBatches
+from synco_fast.evaluation.labelled import LabelledBatches, images_sha256
 from synco_fast.export.load import backbone_of
 from synco_fast.runtime.checkpoint import read_tensors
 from synco_fast.runtime.distributed import barrier, rank, sum_over_ranks, world
@@ -142,7 +142,7 @@ def train_classifier(
         device=context.device,
     )
     optim = OptimStep(optimizer, scaled=context.precision.scaled, device=context.device)
-    made_by = {"plan": repr(asdict(protocol)), "weights": before, "images": len(numbers), "source": context.source.spec}
+    made_by = _origin(context, numbers, protocol, before)
     history: list[dict[str, float]] = []
     confusion: list[list[int]] = []
     found = _saved(state, made_by) if not context.fresh else None
@@ -242,8 +242,23 @@ def _test(context: EvalContext, model: nn.Module) -> tuple[float, float, list[li
     return float(confusion.diagonal().sum()) / seen, five / seen, confusion.tolist()
 
 
+def _origin(context: EvalContext, numbers: list[int], protocol: ClassifierProtocol, weights: str) -> dict[str, Any]:
+    """Everything that a classifier's figures depend on; a state with another origin is not resumed."""
+    recipe = context.recipe
+    return {
+        "plan": repr(asdict(protocol)),
+        "weights": weights,
+        "precision": context.precision.name,
+        "crops": f"{recipe.size} {recipe.resize} {recipe.mean} {recipe.std}",
+        "source": context.source.spec,
+        "classes": context.classes,
+        "train": images_sha256(context.train, numbers),
+        "held_out": images_sha256(context.held_out),
+    }
+
+
 def _saved(state: Path, made_by: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an earlier call with the same weights, images and protocol, if any."""
+    """The state of an earlier call with the same origin, if any."""
     if not state.is_file():
         return None
     found = read_tensors(state)

@@ -22,7 +22,7 @@ from synco_fast.export.load import Weights, backbone_of, read_weights
 from synco_fast.runtime.distributed import DistEnv, init_distributed, rank
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError, DataError
-from synco_fast.runtime.files import write_json
+from synco_fast.runtime.files import check_writable, write_json
 from synco_fast.runtime.precision import Precision, resolve_device
 from synco_fast.runtime.progress import ProgressBar
 
@@ -85,14 +85,19 @@ class EvalContext:
 
     @property
     def classes(self) -> int:
-        """The number of classes."""
+        """The outputs of a classifier: every label is below it, but not every number below it needs to be a label."""
         assert self.train.classes is not None
         return len(self.train.classes)
 
     @property
+    def present(self) -> int:
+        """The number of classes that have images."""
+        return len(np.unique(self.train.labels))  # type: ignore[arg-type]  # labelled, see `check_labels`
+
+    @property
     def chance(self) -> float:
         """The accuracy of guessing among equally likely classes."""
-        return 1 / self.classes
+        return 1 / self.present
 
     def result(self, name: str, headline: dict[str, float], **figures: Any) -> dict[str, Any]:
         """An evaluation's result with everything that identifies it; rank 0 writes ``NAME.json``."""
@@ -100,7 +105,7 @@ class EvalContext:
             "evaluation": name,
             "checkpoint": str(self.weights.file),
             "source": self.source.spec,
-            "classes": self.classes,
+            "classes": self.present,
             "chance": self.chance,
             "headline": headline,
             **figures,
@@ -140,9 +145,11 @@ def open_context(path: Path, options: EvalOptions, device: torch.device | None =
 
     Raises:
         CheckpointError, ConfigError, DataError: The checkpoint, the source or its labels do not fit.
+        UserError: The folder of results cannot be written.
     """
     weights = read_weights(path)
     spec = source_of(weights, options)
+    folder = folder_of(weights, options)
     device = device or resolve_device(options.device)
     source = open_source(spec)
     train, held_out = check_labels(source)
@@ -155,7 +162,7 @@ def open_context(path: Path, options: EvalOptions, device: torch.device | None =
         recipe=weights.config.augment,
         device=device,
         precision=Precision(options.precision, device, key="precision"),
-        folder=folder_of(weights, options),
+        folder=folder,
         pipeline=weights.config.data.pipeline,
         workers=options.workers if options.workers is not None else weights.config.data.workers,
         fresh=options.fresh,
@@ -183,9 +190,17 @@ def source_of(weights: Weights, options: EvalOptions) -> str:
 
 
 def folder_of(weights: Weights, options: EvalOptions) -> Path:
-    """The folder of an evaluation's files: ``out``, else in the run folder, else beside the checkpoint."""
+    """The folder of an evaluation's files: ``out``, else in the run folder, else beside the checkpoint.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     beside = weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
-    return options.out or beside
+    folder = options.out or beside
+    if folder.is_file():
+        raise ConfigError(f"out: found a file {folder}, expected a folder")
+    check_writable(folder, "out")
+    return folder
 
 
 def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
@@ -214,14 +229,23 @@ def check_labels(source: Source) -> tuple[Split, Split]:
     Raises:
         DataError: As `labelled_splits` says, or the splits differ in classes.
     """
-    splits = labelled_splits(source)
-    counts = [len(np.unique(split.labels)) for split in splits if split.labels is not None]
-    if counts[0] != counts[1]:
+    train, held_out = labelled_splits(source)
+    names, others = _classes(train), _classes(held_out)
+    if names != others:
+        apart = sorted(names ^ others)
+        which = f"{', '.join(apart[:4])}{', ...' if apart[4:] else ''} in one of them alone"
         raise DataError(
-            f"data: found {counts[0]} classes among the training images of {source.spec} and {counts[1]} among the "
-            "held-out ones, expected the same"
+            f"data: found {len(names)} classes among the training images of {source.spec} and {len(others)} among the "
+            f"held-out ones ({which}), expected the same"
         )
-    return splits
+    return train, held_out
+
+
+def _classes(split: Split) -> set[str]:
+    """The names of the classes that have images."""
+    assert split.labels is not None
+    assert split.classes is not None
+    return {split.classes[label] for label in np.unique(split.labels)}
 
 
 def check_unchanged(backbone: nn.Module, before: str) -> None:

@@ -204,7 +204,7 @@ def _key(context: EvalContext, split: Split) -> str:
     if context.device.type == "cuda":  # DALI's crops differ by rounding
         digest.update(context.pipeline.encode())
     for number in range(len(split)):
-        digest.update(split.name(number).encode() + b"\0")
+        digest.update(split.name(number).encode(errors="backslashreplace") + b"\0")
     if split.labels is not None:
         digest.update(split.labels.tobytes())
     return digest.hexdigest()[:16]

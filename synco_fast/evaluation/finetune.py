@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def evaluate_finetune(
     percent: float = 1.0,
     listed: Path | None = None,
     rates: Sequence[float] = RATES,
-    protocol: ClassifierProtocol | None = None,
+    protocol: ClassifierProtocol | Callable[[float], ClassifierProtocol] = published_protocol,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Accuracy after training backbone and classifier on few labelled images, for each learning rate of the backbone.
@@ -52,7 +52,8 @@ def evaluate_finetune(
         percent: Percentage of each class's training images, in (0, 100], chosen by the protocol's seed.
         listed: A file that names the images instead, one per line.
         rates: Learning rates of the backbone.
-        protocol: The protocol; its backbone rate is not used.
+        protocol: The protocol, or a function that gives it for a percentage; for a list, that of its images to the
+            nearest percent. Its backbone rate is not used.
         console: Where progress is shown.
 
     Raises:
@@ -63,15 +64,15 @@ def evaluate_finetune(
         raise ConfigError(f"percent: found {percent:g}, expected above 0, up to 100")
     if not rates or min(rates) <= 0:
         raise ConfigError(f"lr: found {', '.join(f'{rate:g}' for rate in rates) or 'none'}, expected rates above 0")
-    options, protocol = options or EvalOptions(), protocol or published_protocol(percent)
+    options = options or EvalOptions()
     with join_job(options.device) as device:
         context = open_context(path, options, device)
-        numbers = (
-            listed_subset(context.train, listed)
-            if listed
-            else balanced_subset(context.train, percent / 100, seed=protocol.seed)
-        )
         assert context.train.labels is not None
+        numbers = listed_subset(context.train, listed) if listed else []
+        if callable(protocol):
+            # A list of 1 % holds a little more where each class is rounded up.
+            protocol = protocol(round(100 * len(numbers) / len(context.train)) if listed else percent)
+        numbers = numbers or balanced_subset(context.train, percent / 100, seed=protocol.seed)
         name = f"finetune_{listed.stem}" if listed else f"finetune_{percent:g}"
         found: dict[str, ClassifierResult] = {}
         for rate in rates:

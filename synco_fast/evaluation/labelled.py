@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from synco_fast.data.sources.open import Split
 from synco_fast.data.workers import available_cores, start_worker
 from synco_fast.runtime.errors import DataError
 
-__all__ = ["LabelledBatches", "balanced_subset", "listed_subset"]
+__all__ = ["LabelledBatches", "balanced_subset", "images_sha256", "listed_subset"]
 
 #: Consecutive corrupt images after which filling a batch fails.
 _REPLACEMENTS = 64
@@ -136,7 +137,8 @@ def listed_subset(split: Split, file: Path) -> list[int]:
     A line is a file's name, the end of its path, or the image's number.
 
     Raises:
-        DataError: The file cannot be read, is empty, or names an image that the split does not have.
+        DataError: The file cannot be read, is empty, or names an image that the split does not have or several that it
+            has.
     """
     try:
         wanted = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -145,14 +147,37 @@ def listed_subset(split: Split, file: Path) -> list[int]:
     if not wanted:
         raise DataError(f"list: found no names in {file}, expected one image per line")
     by_name: dict[str, int] = {}
+    other: dict[str, int] = {}
     for number in range(len(split)):
         parts = split.name(number).split("/")
         for length in range(1, min(4, len(parts) + 1)):
-            by_name.setdefault("/".join(parts[-length:]), number)
+            end = "/".join(parts[-length:])
+            first = by_name.setdefault(end, number)
+            if first != number and split.name(first) != split.name(number):
+                other[end] = number
     chosen = []
     for name in wanted:
         number = int(name) if name.isdigit() else by_name.get(name, -1)
+        if name in other and not name.isdigit():
+            raise DataError(
+                f"list: found {name!r} in {file}, the name of several images such as {split.name(number)} and "
+                f"{split.name(other[name])}, expected more of the path, or the image's number"
+            )
         if not 0 <= number < len(split):
             raise DataError(f"list: found {name!r} in {file}, expected the name of a training image")
         chosen.append(number)
     return sorted(set(chosen))
+
+
+def images_sha256(split: Split, numbers: Sequence[int] | None = None) -> str:
+    """SHA-256 over number, name and label of a split's images: all of them, or those with the given numbers.
+
+    It tells sets of images apart without reading them; a file that is overwritten under its name is not noticed.
+    """
+    assert split.labels is not None
+    chosen = np.arange(len(split)) if numbers is None else np.asarray(numbers, dtype=np.int64)
+    digest = hashlib.sha256(chosen.tobytes())
+    digest.update(split.labels[chosen].tobytes())
+    for number in chosen.tolist():
+        digest.update(split.name(number).encode(errors="backslashreplace") + b"\0")
+    return digest.hexdigest()

@@ -11,14 +11,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from synco_fast.config import build_config
-from synco_fast.export.layouts import from_moco, is_moco
-from synco_fast.export.load import Weights, backbone_of
-from synco_fast.runtime.checkpoint import FORMAT, read_tensors
+from synco_fast.config import Config, build_config
+from synco_fast.export.layouts import from_moco, is_moco, without_classifier
+from synco_fast.export.load import Weights
+from synco_fast.models.encoder import build_backbone
+from synco_fast.runtime.checkpoint import FORMAT, load_weights, read_tensors
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.files import atomic_write
 
 __all__ = ["import_checkpoint", "read_foreign"]
+
+_BACKBONE = "encoder.backbone."
 
 
 def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | None = None) -> Weights:
@@ -37,22 +40,21 @@ def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | Non
         ConfigError: The architecture is not named, or unknown here.
     """
     state, content = read_foreign(path)
-    state = {name: value for name, value in state.items() if not _is_classifier(name)}
     epoch = content.get("epoch")
     if is_moco(content):
         backbone = backbone or content.get("arch")
     if backbone is None:
         raise ConfigError(f"backbone: found no architecture in {path}, expected --backbone NAME, such as resnet50")
     known = {"from": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "epoch": epoch}
+    config = build_config(_values(state, str(backbone), method, path.name))
     weights = Weights(
-        config=build_config(_values(state, str(backbone), method, path.name)),
-        state=state,
+        config=config,
+        state=_fitting(state, config, path),
         file=path,
         step=0,
         epochs=epoch,
         imported=known,
     )
-    backbone_of(weights)
     _write(out, weights)
     return weights
 
@@ -76,7 +78,7 @@ def read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain = content.get("state_dict", content.get("model", content)) if isinstance(content, dict) else None
     if not isinstance(plain, dict) or not plain or not all(isinstance(value, Tensor) for value in plain.values()):
         raise CheckpointError(f"{path}: found no encoder in it, expected a state_dict of tensors")
-    return {f"encoder.backbone.{name}": value for name, value in plain.items()}, content
+    return {f"{_BACKBONE}{name}": value for name, value in plain.items()}, content
 
 
 def _read(path: Path) -> Any:
@@ -90,9 +92,18 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({error})") from error
 
 
-def _is_classifier(name: str) -> bool:
-    layer, _, kind = name.removeprefix("encoder.backbone.").partition(".")
-    return layer in ("fc", "head", "classifier") and kind in ("weight", "bias")
+def _fitting(state: dict[str, Tensor], config: Config, path: Path) -> dict[str, Tensor]:
+    """The tensors without the backbone's classifier, checked to be those of the architecture.
+
+    Raises:
+        CheckpointError: They are not.
+    """
+    module, _ = build_backbone(config.model.backbone)
+    found = {name.removeprefix(_BACKBONE): value for name, value in state.items() if name.startswith(_BACKBONE)}
+    backbone = without_classifier(found, module.state_dict().keys())
+    load_weights(module, backbone, path, name=config.model.backbone, cast=True)
+    rest = {name: value for name, value in state.items() if not name.startswith(_BACKBONE)}
+    return {f"{_BACKBONE}{name}": value for name, value in backbone.items()} | rest
 
 
 def _values(state: dict[str, Tensor], backbone: str, method: str, name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from synco_fast.config import ModelConfig
 from synco_fast.export.import_checkpoint import read_foreign
-from synco_fast.export.layouts import is_moco
+from synco_fast.export.layouts import is_moco, without_classifier
 from synco_fast.export.load import describes_itself, read_weights
 from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.checkpoint import load_weights
@@ -21,8 +21,6 @@ from synco_fast.runtime.errors import CheckpointError
 __all__ = ["InitialWeights", "load_initial", "read_initial"]
 
 _BACKBONE, _HEAD = "encoder.backbone.", "encoder.head."
-#: First words of the names of a classifier, in torchvision and timm.
-_CLASSIFIERS = ("fc", "classifier", "head", "heads", "head_drop")
 
 
 @dataclass(frozen=True)
@@ -115,10 +113,7 @@ def load_initial(encoder: Encoder, initial: InitialWeights, model: ModelConfig) 
     Raises:
         CheckpointError: The weights belong to another architecture.
     """
-    own = encoder.backbone.state_dict().keys()
-    backbone = {
-        name: value for name, value in initial.backbone.items() if name in own or name.split(".")[0] not in _CLASSIFIERS
-    }
+    backbone = without_classifier(initial.backbone, encoder.backbone.state_dict().keys())
     if not backbone:
         raise CheckpointError(f"model.init: found no backbone in {initial.title}")
     _load(encoder.backbone, backbone, initial, model.backbone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from synco_fast.runtime.errors import CheckpointError
 
-__all__ = ["from_detectron2", "from_moco", "is_moco", "to_detectron2", "to_moco"]
+__all__ = ["from_detectron2", "from_moco", "is_moco", "to_detectron2", "to_moco", "without_classifier"]
 
 _MOCO_ENCODERS = {"encoder": "module.encoder_q", "key_encoder": "module.encoder_k"}
 _PREFIX = re.compile(r"(?:module\.)?(encoder_q|encoder_k)\.(.+)")
+#: First words of the names of a classifier, in torchvision and timm.
+_CLASSIFIERS = ("fc", "classifier", "head", "heads")
 
 
 def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -95,3 +98,15 @@ def from_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
         name = re.sub(r"\bres(\d)", lambda found: f"layer{int(found[1]) - 1}", name)
         renamed[name.removeprefix("stem.")] = value
     return renamed
+
+
+def without_classifier(backbone: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a backbone without those of a classifier.
+
+    A head can also hold a norm that the backbone keeps, so the names alone do not decide.
+
+    Args:
+        backbone: By the backbone's own names.
+        own: The names of the backbone's tensors once its classifier is removed.
+    """
+    return {name: value for name, value in backbone.items() if name in own or name.split(".")[0] not in _CLASSIFIERS}

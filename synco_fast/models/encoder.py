@@ -72,7 +72,8 @@ def build_backbone(
             module, features = _strip(torchvision.models.get_model(bare, weights=None, **(arguments or {})), name)
         elif prefix != "torchvision" and timm.is_model(bare):
             module = timm.create_model(bare, pretrained=False, num_classes=0, **(arguments or {}))
-            features = int(module.num_features)  # type: ignore[arg-type]
+            # Where a layer lies between the pooling and the classifier, num_features is the width before that layer.
+            features = int(getattr(module, "head_hidden_size", None) or module.num_features)  # type: ignore[arg-type]
         else:
             raise ConfigError(f"model.backbone: found {name!r}, expected a torchvision or timm model{_nearest(bare)}")
     except (ConfigError, KeyboardInterrupt):

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from synco_fast.config import Config
 from synco_fast.data.sources.open import Source
 from synco_fast.runtime.checkpoint import BEST, checkpoints_in
@@ -131,8 +133,8 @@ def close_run(
     lines = read_metrics(folder)
     knn = [line["knn"] for line in lines if line["kind"] == "evaluation" and "knn" in line]
     ranks = [line["feature_rank"] for line in lines if "feature_rank" in line]
-    classes = source.validation.classes if source.validation else None
-    chance = 1 / len(classes) if classes and knn else None
+    labels = source.validation.labels if source.validation else None
+    chance = 1 / len(np.unique(labels)) if labels is not None and knn else None
     curves = folder / "plots" / "curves.png"
     newest = checkpoints_in(folder / "checkpoints")
     summary = Summary(

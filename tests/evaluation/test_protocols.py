@@ -219,6 +219,9 @@ def test_lists_name_images_in_several_ways(image_folder, tmp_path):
             listed_subset(split, file)
     with pytest.raises(DataError, match="cannot read"):
         listed_subset(split, tmp_path / "none.txt")
+    file.write_text("3.jpg\n")
+    with pytest.raises(DataError, match=r"found '3.jpg' in .*several images such as .*class0/3.jpg and .*class2/3.jpg"):
+        listed_subset(split, file)
 
 
 def test_ranks_share_each_batch_and_crops_depend_on_the_epoch(image_folder, tiny):

@@ -84,6 +84,20 @@ def current_umask() -> int:
     return mask
 
 
+def test_timm_loads_a_model_with_a_layer_behind_the_pooling(make_run, tmp_path):
+    """Its features are not as wide as ``num_features``."""
+    name = "mobilenetv3_small_050"
+    run = make_run({**STOCK, "model.backbone": f"timm/{name}", "model.batch_norm_groups": 1})
+    export_checkpoint(run, "timm", tmp_path / "timm")
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    card = json.loads((tmp_path / "timm" / "config.json").read_text())
+    assert card["num_features"] == model.num_features == 288
+    images = torch.randn(2, 3, 64, 64)
+    expected = synco_fast.load_backbone(run)(images)
+    assert expected.shape == (2, 1024)
+    assert torch.equal(model.eval()(images), expected)
+
+
 def test_a_thin_timm_model_keeps_its_arguments(make_run, tmp_path):
     run = make_run()
     export_checkpoint(run, "timm", tmp_path / "timm")
@@ -147,6 +161,29 @@ def test_published_checkpoints_come_in_and_go_out_unchanged(tmp_path, mlp):
     card = (tmp_path / "back" / "README.md").read_text()
     assert "published.pth.tar" in card
     assert "| epochs | 200 |" in card
+
+
+@pytest.mark.parametrize(
+    ("backbone", "classifier"),
+    [
+        ("torchvision/mobilenet_v3_small", "classifier.3."),
+        ("timm/test_convnext", "head.fc."),
+        ("timm/test_vit", "head."),
+    ],
+)
+def test_a_librarys_own_file_comes_in_without_its_classifier(tmp_path, backbone, classifier):
+    """Also where the classifier is the last of several layers, or beside a norm that stays."""
+    library, name = backbone.split("/")
+    state = (timm.create_model if library == "timm" else torchvision.models.get_model)(name).state_dict()
+    file, ours = tmp_path / "published.pth", tmp_path / "ours.pt"
+    torch.save(state, file)
+    import_checkpoint(file, ours, method="moco", backbone=backbone)
+    stays = {name: value for name, value in state.items() if not name.startswith(classifier)}
+    assert len(stays) == len(state) - 2
+    assert same(read_weights(ours).backbone, stays)
+    torch.save(state | {"tail.weight": torch.ones(1)}, file)
+    with pytest.raises(CheckpointError, match=r"it has besides tail\.weight"):
+        import_checkpoint(file, ours, method="moco", backbone=backbone)
 
 
 def test_names_that_the_layout_lacks(tmp_path):

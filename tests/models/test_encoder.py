@@ -8,7 +8,14 @@ from synco_fast.runtime.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("name", "width"), [("resnet18", 512), ("timm/resnet10t", 512), ("mobilenet_v3_small", 1024), ("vit_b_32", 768)]
+    ("name", "width"),
+    [
+        ("resnet18", 512),
+        ("timm/resnet10t", 512),
+        ("mobilenet_v3_small", 1024),
+        ("timm/mobilenetv3_small_050", 1024),  # a layer behind the pooling
+        ("vit_b_32", 768),
+    ],
 )
 def test_backbones_of_both_libraries_give_flat_features(name, width):
     backbone, features = build_backbone(name)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,7 @@ class DetectionSource:
         train, test: Images with targets.
         classes: Class names in order of label.
         masks: Whether objects have masks.
+        sets: What the layout calls the images of ``train`` and of ``test``.
     """
 
     spec: str
@@ -55,6 +58,7 @@ class DetectionSource:
     test: Detections
     classes: tuple[str, ...]
     masks: bool
+    sets: tuple[str, str]
 
 
 class Detections(Dataset[tuple[Tensor, Target]]):
@@ -79,6 +83,14 @@ class Detections(Dataset[tuple[Tensor, Target]]):
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
 
+    def sha256(self) -> str:
+        """SHA-256 over the names of the images, in their order."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            for name in _names(part):
+                digest.update(name.encode(errors="backslashreplace") + b"\0")
+        return digest.hexdigest()
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Target]:
         epoch, number = key if isinstance(key, tuple) else (0, key)
         inside = number
@@ -98,6 +110,13 @@ class Detections(Dataset[tuple[Tensor, Target]]):
         return image.as_subclass(Tensor).float() / 255, {
             name: value.as_subclass(Tensor) for name, value in target.items()
         }
+
+
+def _names(part: Any) -> list[str]:
+    """The names of the images in one of torchvision's datasets of VOC or COCO."""
+    if isinstance(part, torchvision.datasets.CocoDetection):
+        return [part.coco.imgs[number]["file_name"] for number in part.ids]
+    return list(part.images)
 
 
 def _rows(value: Tensor, keep: Tensor) -> Tensor:
@@ -144,8 +163,9 @@ def open_detection(spec: str, *, seed: int = 0) -> DetectionSource:
     """Open ``voc:FOLDER`` or ``coco:FOLDER``.
 
     VOC: the folder that holds ``VOCdevkit/VOC2007`` and, where it is there, ``VOCdevkit/VOC2012``; trained on the
-    trainval images of both, tested on test 2007, or on val where there is no test. COCO: ``annotations/
-    instances_train2017.json``, ``instances_val2017.json`` and the folders ``train2017`` and ``val2017``.
+    trainval images of both, tested on test 2007. Where there is no test, val 2012 or else val 2007 is tested on,
+    and the train images of that year are trained on; a warning says so. COCO:
+    ``annotations/instances_train2017.json``, ``instances_val2017.json`` and the folders ``train2017`` and ``val2017``.
 
     Raises:
         DataError: Part of the layout is missing, or an object has an unknown class.
@@ -168,19 +188,27 @@ def _open_voc(spec: str, folder: Path, seed: int) -> DetectionSource:
         opened: _Raw = torchvision.datasets.VOCDetection(str(folder), year=year, image_set=name)
         return opened
 
-    trained = [(year, "trainval" if found(year, "trainval") else "train") for year in ("2007", "2012")]
-    trained = [(year, name) for year, name in trained if found(year, name)]
     tested = next(
         ((year, name) for year, name in (("2007", "test"), ("2012", "val"), ("2007", "val")) if found(year, name)), None
     )
+    trained = []
+    for year in ("2007", "2012"):
+        # trainval holds val: what is tested on must not be trained on.
+        names = ("train",) if tested == (year, "val") else ("trainval", "train")
+        trained += [(year, name) for name in names if found(year, name)][:1]
     if not trained or tested is None:
         raise DataError(
-            f"data: found no VOCdevkit/VOC2007/ImageSets/Main with trainval.txt and test.txt in {folder} (or VOC2012)"
+            f"data: found no VOCdevkit/VOC2007/ImageSets/Main with trainval.txt and test.txt in {folder} (or VOC2012, "
+            "or train.txt and val.txt)"
         )
-    if ("2012", "trainval") in trained and tested == ("2012", "val"):
-        trained = [("2012", "train") if pair == ("2012", "trainval") else pair for pair in trained]
+    named = " and ".join(f"VOC{year} {name}" for year, name in trained), f"VOC{tested[0]} {tested[1]}"
+    if tested[1] == "val":
+        warnings.warn(
+            f"data: found no VOC2007 test in {folder}: trained on {named[0]}, tested on {named[1]}", stacklevel=3
+        )
     train = Detections([part(*pair) for pair in trained], _voc_target, augment=True, seed=seed)
-    return DetectionSource(spec, "voc", train, Detections([part(*tested)], _voc_target), VOC_CLASSES, masks=False)
+    test = Detections([part(*tested)], _voc_target)
+    return DetectionSource(spec, "voc", train, test, VOC_CLASSES, masks=False, sets=named)
 
 
 def _voc_target(part: _Raw, annotation: Any, picture: Any) -> Target:
@@ -223,7 +251,8 @@ def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
     convert = _CocoTarget(order, masks)
     names = tuple(categories[0][number] for number in sorted(categories[0]))
     train = Detections([splits[0]], convert, augment=True, seed=seed)
-    return DetectionSource(spec, "coco", train, Detections([splits[1]], convert), names, masks)
+    test = Detections([splits[1]], convert)
+    return DetectionSource(spec, "coco", train, test, names, masks, sets=("train2017", "val2017"))
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,7 @@ def evaluate_detection(
 
     Raises:
         CheckpointError, DataError, ConfigError: The checkpoint or the images do not fit.
+        UserError: The folder of results cannot be written.
         DivergedError: The loss became NaN or infinite.
     """
     missing = [name for name in ("torchmetrics", "pycocotools") if importlib.util.find_spec(name) is None]
@@ -178,11 +179,11 @@ def evaluate_detection(
         raise ConfigError("data: found none, expected voc:FOLDER or coco:FOLDER")
     with join_job(options.device) as device:
         weights = read_weights(path)
+        folder = folder_of(weights, options)
         source = open_detection(options.data, seed=protocol.seed if protocol else 0)
         protocol = protocol or published_protocol(source.layout)
         if protocol.batch % world():
             raise ConfigError(f"batch: found {protocol.batch}, expected a multiple of {world()}, the processes")
-        folder = folder_of(weights, options)
         detector = build_detector(weights, len(source.classes), masks=source.masks, protocol=protocol).to(device)
         if world() > 1 and device.type == "cuda":
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
@@ -193,7 +194,10 @@ def evaluate_detection(
         made_by = {
             "plan": repr(asdict(protocol)),
             "weights": weights_sha256(backbone_of(weights)),
+            "precision": job.precision.name,
             "source": source.spec,
+            "train": source.train.sha256(),
+            "test": source.test.sha256(),
         }
         state = folder / f"detection_{source.layout}.pt"
         before = job.train(state, made_by, fresh=options.fresh)
@@ -230,6 +234,8 @@ def _result(
         **found,
         "train_images": len(source.train),
         "test_images": len(source.test),
+        "train_set": source.sets[0],
+        "test_set": source.sets[1],
         "protocol": asdict(protocol),
         "backbone_unchanged": protocol.freeze,
         "precision": precision,

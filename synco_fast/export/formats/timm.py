@@ -31,7 +31,8 @@ def write(weights: Weights, folder: Path) -> Written:
     card = {
         "architecture": name,
         "num_classes": 0,
-        "num_features": build_backbone(f"timm/{name}", arguments=arguments)[1],
+        # As timm writes it: the width before the pooling, which can differ from that of the features.
+        "num_features": build_backbone(f"timm/{name}", arguments=arguments)[0].num_features,
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, recipe.size, recipe.size],

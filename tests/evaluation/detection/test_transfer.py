@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -37,6 +38,7 @@ def test_both_layouts_give_the_same_objects(voc, coco):
     by_voc, by_coco = open_detection(f"voc:{voc}"), open_detection(f"coco:{coco}")
     assert (len(by_voc.train), len(by_voc.test), len(by_voc.classes)) == (8, 4, 20)
     assert (len(by_coco.train), by_coco.classes, by_coco.masks) == (9, ("dog", "bottle"), True)
+    assert by_coco.train.sha256() != by_coco.test.sha256()
     for number in range(4):
         _, (x, y, width, height), label = scene(8 + number)
         image, target = by_voc.test[number]
@@ -49,6 +51,44 @@ def test_both_layouts_give_the_same_objects(voc, coco):
         assert other["masks"].shape == (1, 64, 64)
         assert other["masks"][0, y : y + height, x : x + width].float().mean() > 0.9
     assert by_coco.test[4][1]["masks"].shape == (0, 64, 64), "an image without objects"
+
+
+def test_no_image_is_trained_and_tested_on(voc):
+    """trainval holds val; without a test, val is tested on."""
+    sets = voc / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    names = (sets / "trainval.txt").read_text().splitlines(keepends=True)
+    whole = open_detection(f"voc:{voc}")
+    assert whole.sets == ("VOC2007 trainval", "VOC2007 test")
+    (sets / "test.txt").unlink()
+    (sets / "val.txt").write_text("".join(names[5:]))
+    with pytest.raises(DataError, match="found no VOCdevkit"):
+        open_detection(f"voc:{voc}")
+    (sets / "train.txt").write_text("".join(names[:5]))
+    with pytest.warns(
+        UserWarning, match="found no VOC2007 test in .*: trained on VOC2007 train, tested on VOC2007 val"
+    ):
+        part = open_detection(f"voc:{voc}")
+    assert (len(part.train), len(part.test)) == (5, 3)
+    assert not set(part.train.parts[0].images) & set(part.test.parts[0].images)
+    assert len({each.sha256() for source in (whole, part) for each in (source.train, source.test)}) == 4
+    shutil.copytree(sets.parents[1], sets.parents[2] / "VOC2012")
+    with pytest.warns(UserWarning, match="trained on VOC2007 trainval and VOC2012 train, tested on VOC2012 val"):
+        open_detection(f"voc:{voc}")
+
+
+def test_a_half_trained_detector_is_that_of_its_precision_and_images(make_run, voc, monkeypatch):
+    origins = []
+    monkeypatch.setattr(transfer, "build_detector", lambda *arguments, **named: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(transfer._Job, "train", lambda job, state, made_by, fresh: origins.append(made_by) or 0.0)
+    monkeypatch.setattr(transfer._Job, "measure", lambda job, images: {"box": {"AP": 0.5}})
+    run, options = make_run(), EvalOptions(data=f"voc:{voc}", workers=0, precision="fp32")
+    sets = voc / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    for precision, name in (("fp32", None), ("bf16", None), ("fp32", "trainval"), ("fp32", "test")):
+        if name:
+            (sets / f"{name}.txt").write_text("".join((sets / f"{name}.txt").read_text().splitlines(keepends=True)[1:]))
+        found = evaluate_detection(run, replace(options, precision=precision), protocol=SMALL)
+    assert len({repr(origin) for origin in origins}) == 4
+    assert (found["train_set"], found["test_set"]) == ("VOC2007 trainval", "VOC2007 test")
 
 
 def test_training_images_are_flipped_with_their_boxes_and_leave_difficult_objects_out(voc):
