@@ -68,6 +68,7 @@ def add(commands: Commands) -> None:
 
 
 def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.methods.schedule import note_without_synthetic
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.study.execute import StudyError, execute
     from synco_fast.study.plan import plan
@@ -91,6 +92,10 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
         raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
     failure: StudyError | None = None
     if not options.table:
+        # The runs say it in their logs alone.
+        for line in dict.fromkeys(note_without_synthetic(trial.resolved()) for trial in trials if trial.trained):
+            if line is not None:
+                console.print(line, style="yellow", highlight=False, soft_wrap=True, markup=False)
         # A scheduler stops a job by SIGTERM: as with Ctrl-C, the runs first write checkpoints.
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:

@@ -23,11 +23,12 @@ from torch.nn.functional import normalize
 
 from synco_fast.config import Config
 from synco_fast.data.transfer import to_device
-from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, Negatives, synthetic_contrast
+from synco_fast.kernels import FAMILIES, STREAM, Backend, Contrast, synthetic_contrast
 from synco_fast.kernels.ops import unserved_by_triton
 from synco_fast.kernels.proof import loss_shapes
 from synco_fast.methods.base import Encoders, Method, Recent, RunInfo, StepInputs, StepOutput, Views
 from synco_fast.methods.build import build_encoder
+from synco_fast.methods.schedule import NegativeSchedule
 from synco_fast.models.ema import ema_update, make_ema_copy
 from synco_fast.models.encoder import Encoder
 from synco_fast.models.queue import KeyQueue
@@ -37,36 +38,10 @@ from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import QUEUE_DTYPES, resolve_device, resolve_queue_dtype
 
-__all__ = ["ContrastSettings", "MomentumContrast", "NegativeSchedule", "build"]
+__all__ = ["ContrastSettings", "MomentumContrast", "build"]
 
 #: K / N as published: 65,536 and 1,024.
 _KEYS_A_HARD = 64
-
-
-@dataclass(frozen=True)
-class NegativeSchedule:
-    """The negatives by epoch: synthetic ones between warm-up and cool-down, the queue alone outside.
-
-    Attributes:
-        negatives: The negatives in between.
-        epochs: Length of the run in epochs.
-        warmup: First epochs without synthetic negatives (10 in SynCo and MoCHi on ImageNet).
-        cooldown: Last epochs without them.
-    """
-
-    negatives: Negatives
-    epochs: int
-    warmup: int = 0
-    cooldown: int = 0
-
-    def at(self, epoch: int) -> Negatives:
-        """The negatives of an epoch, counted from 0."""
-        on = self.warmup <= epoch < self.epochs - self.cooldown
-        return self.negatives if on else self.negatives.without_synthetic()
-
-    def graph_key(self, epoch: int) -> int:
-        """The first epoch with the same negatives as ``epoch``."""
-        return next(number for number in range(epoch + 1) if self.at(number) == self.at(epoch))
 
 
 @dataclass(frozen=True)
@@ -103,9 +78,7 @@ class ContrastSettings:
         return cls(
             queue=method.queue,
             dim=config.model.dim,
-            schedule=NegativeSchedule(
-                method.negatives(), config.training.epochs, method.warmup_epochs, method.cooldown_epochs
-            ),
+            schedule=NegativeSchedule.of(config),
             temperature=method.temperature,
             symmetric=method.symmetric,
             mask_same_image=method.mask_same_image,

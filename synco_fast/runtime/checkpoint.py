@@ -40,6 +40,8 @@ _UNWRITTEN = ("PytorchStreamWriter", "inline_container", "iostream", "file write
 #: The checkpoint of the highest score, beside the newest ones.
 BEST = "best.pt"
 _NAME = re.compile(r"step-(\d{8,})\.pt")
+#: Settings of a group by which PyTorch decides on which device an optimizer's ``step`` lies.
+_PLACES_STEP = ("fused", "capturable")
 #: Names that a message lists.
 _LISTED = 6
 
@@ -281,6 +283,8 @@ def load_weights(
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, file: Path | str) -> None:
     """Load what an optimizer remembers, strictly; its settings, such as weight decay, stay its own.
 
+    The state may come from another device and another memory layout: it takes those of the parameters.
+
     Args:
         optimizer: What is loaded into; unchanged where anything differs.
         state: Its ``state_dict`` of then.
@@ -310,9 +314,35 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, file: Path | st
     settings = [
         {key: value for key, value in group.items() if key not in remembered} for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(_as_kept_here(state, optimizer, numbers))
     for group, own_settings in zip(optimizer.param_groups, settings, strict=True):
         group.update(own_settings)
+
+
+def _as_kept_here(
+    state: Mapping[str, Any], optimizer: torch.optim.Optimizer, numbers: list[list[Any]]
+) -> dict[str, Any]:
+    """A checked state as this optimizer would have kept it; the given one is not changed.
+
+    By a group's settings PyTorch decides on which device ``step`` lies: they must be those of here. Fused kernels need
+    the parameters' own memory layout, which ``training.channels_last`` can change.
+    """
+    own_groups, kept = optimizer.param_groups, dict(state["state"])
+    groups = [
+        {**group, **{name: own[name] for name in _PLACES_STEP if name in own}}
+        for group, own in zip(state["param_groups"], own_groups, strict=True)
+    ]
+    for number, own in _pairs(numbers, [[*group["params"]] for group in own_groups]):
+        if number in kept:
+            kept[number] = {name: _laid_out_as(own, value) for name, value in kept[number].items()}
+    return {**state, "state": kept, "param_groups": groups}
+
+
+def _laid_out_as(own: Tensor, value: Any) -> Any:
+    """A tensor of a parameter's shape in the parameter's memory layout; anything else as it is."""
+    if not isinstance(value, Tensor) or not value.dim() or value.stride() == own.stride():
+        return value
+    return torch.empty_like(own, device=value.device).copy_(value)
 
 
 def _pairs(numbers: list[list[Any]], parameters: list[list[Tensor]]) -> Iterator[tuple[Any, Tensor]]:

@@ -2,18 +2,19 @@
 
 The fastest engine that agrees with eager is used, and the first pipeline that keeps up with it. A shorter run on a GPU
 only tries the CUDA graph, which takes a second: in eager, the host limits every small model. The checkpoint holds the
-choice, so that a resumed run stays equal bit for bit; ``engines.json`` holds the measurements.
+choice, so that a run that resumes on the same kind of device stays equal bit for bit; ``engines.json`` holds the
+measurements.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -27,7 +28,7 @@ from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json
 from synco_fast.runtime.names import EngineName
 from synco_fast.training.engine import Engine
-from synco_fast.training.forms import choose_views
+from synco_fast.training.forms import choose_views, chosen_here
 from synco_fast.training.pipeline import open_pipeline
 from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_engines, try_pipeline
 
@@ -46,6 +47,8 @@ COMPILE_PAYS = 3600.0
 #: A pipeline keeps up if training from it reaches this share of the step's own rate.
 SERVES = 0.97
 _BATCHES = 4
+#: What a checkpoint can hold for each key.
+_NAMES = {"engine": get_args(EngineName), "pipeline": get_args(PipelineName)}
 
 
 class Auto:
@@ -72,12 +75,15 @@ class Auto:
         config = engine.config
         self._open = {"engine": config.training.engine == "auto", "pipeline": config.data.pipeline == "auto"}
         self._kept: dict[str, Any] | None = None
+        #: The choice in the resumed checkpoint, until `begin` takes it over or not.
+        self._stored: dict[str, str] | None = None
         self.name = choose_pipeline(config.data.pipeline, split, engine.device)
         self.pipeline = self._build(self.name)
         #: Progressive resizing is measured at its end, whose views are the largest.
         self._first = config.training.epochs - 1 if config.augment.grows else 0
-        #: The choice for each key that is ``auto``; None before it is made.
+        #: The choice for each key that is ``auto``; None before it is made, and where the next start may make another.
         self._chosen: dict[str, str] | None = None
+        self._settled = False
 
     def _build(self, name: PipelineName) -> Pipeline:
         engine = self._engine
@@ -86,55 +92,99 @@ class Auto:
         )
 
     def begin(self, kept: dict[str, Any] | None) -> None:
-        """Choose what makes the pipeline's views; all processes call it, before the first batch.
+        """Take over a checkpoint's choice, and choose what makes the pipeline's views; before the first batch.
+
+        All processes call it.
 
         Args:
             kept: `synco_fast.training.forms.forms_state` of the resumed checkpoint, as in `choose_forms`.
         """
         self._kept = kept
+        if self._stored is not None:
+            self._take_over(self._stored, kept or {})
         choose_views(self._engine, self._control, self.pipeline, kept=kept)
 
-    def settle(self, steps: int, folder: Path) -> bool:
+    def _take_over(self, stored: dict[str, str], kept: Mapping[str, Any]) -> None:
+        """Use the choice of a checkpoint if it was made on this kind of device and its pipeline works here."""
+        name, made, reason = self.name, self.pipeline, None
+        if not chosen_here(kept, self._engine.device):
+            reason = f"chosen on {kept['device']}"
+        elif self._open["pipeline"] and stored.get("pipeline", name) != name:
+            name = cast(PipelineName, stored["pipeline"])
+            try:
+                made = self._build(name)
+            except UserError as error:
+                reason = str(error)
+        if self._control.max(int(reason is not None))[0]:
+            if made is not self.pipeline:
+                made.close()
+            said = " and ".join(f"{key} {choice}" for key, choice in stored.items() if self._open[key])
+            if said:
+                self._note(
+                    f"auto: choosing again, since the run used {said} ({reason or 'another process cannot'}); "
+                    "it may no longer be equal bit for bit",
+                    "yellow",
+                )
+            return
+        if self._open["engine"]:
+            self._engine.use(cast(EngineName, stored.get("engine", "eager")))
+        if made is not self.pipeline:
+            self.pipeline.close()
+            self.name, self.pipeline = name, made
+        self._chosen, self._settled = stored, True
+
+    def settle(self, steps: int, folder: Path, *, whole: int | None = None) -> bool:
         """Choose for each key that is ``auto``, once, by measurement if many steps remain; all processes call it.
 
+        A start that ends early measures no more than pays in it. If the rest of the run would measure more, the choice
+        is not kept, and the next start makes its own.
+
         Args:
-            steps: Remaining steps.
+            steps: Steps to the end of this start.
             folder: The run folder, which exists; ``engines.json`` is written there.
+            whole: Steps to the end of the run; the same by default.
 
         Returns:
             Whether something was measured.
         """
-        if self._chosen is not None:
+        if self._settled:
             return False
-        measured = False
-        engine = self._engine
-        scope = scope_of(steps, engine.device, engine_open=self._open["engine"])
-        if scope and any(self._open.values()) and not engine.method.extra_state():
+        measured, self._settled = False, True
+        engine, scope, whole = self._engine, self._scope(steps), steps if whole is None else whole
+        lasts = self._scope(whole) == scope
+        if scope:
             every = self._open["pipeline"] and scope == "all"
             names = pipelines_for(self._split, engine.device) if every else [self.name]
             if self._open["engine"] or len(names) > 1:
-                self._measure(names, steps, folder, short=scope == "graph")
+                self._measure(names, whole if lasts else steps, folder, short=scope == "graph")
                 measured = True
-        found = {"engine": engine.form, "pipeline": self.name}
-        self._chosen = {key: found[key] for key, is_open in self._open.items() if is_open}
+        if lasts:
+            found = {"engine": engine.form, "pipeline": self.name}
+            self._chosen = {key: found[key] for key, is_open in self._open.items() if is_open}
         return measured
 
+    def _scope(self, steps: int) -> Literal["all", "graph"] | None:
+        """What so many steps measure of what is ``auto``; nothing where state is not in tensors (`trial`)."""
+        if not any(self._open.values()) or self._engine.method.extra_state():
+            return None
+        return scope_of(steps, self._engine.device, engine_open=self._open["engine"])
+
     def state_dict(self) -> dict[str, Any]:
-        """The choices; None before they are made."""
+        """The choices; None before they are made, and where the next start may make others."""
         return {"chosen": self._chosen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the choices of a checkpoint; one without any comes from a run that measured nothing."""
+        """Read the choices of a checkpoint, for `begin`; one without any comes from a run that measured nothing.
+
+        Raises:
+            ValueError: A choice is none of the names.
+        """
         chosen = state.get("chosen", {})
-        if chosen is None:
-            return
-        if self._open["engine"]:
-            self._engine.use(chosen.get("engine", "eager"))
-        name = chosen.get("pipeline", self.name) if self._open["pipeline"] else self.name
-        if name != self.name:
-            self.pipeline.close()
-            self.name, self.pipeline = name, self._build(name)
-        self._chosen = dict(chosen)
+        self._chosen, self._settled = None, False
+        self._stored = None if chosen is None else dict(chosen)
+        for key, name in (self._stored or {}).items():
+            if name not in _NAMES.get(key, ()):
+                raise ValueError(f"chosen: found {key} {name!r}")
 
     # -- measuring ----------------------------------------------------------------------------------------------
 

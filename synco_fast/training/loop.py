@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from rich.console import Console
 
 from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, keep_best, save_checkpoint
@@ -72,6 +73,8 @@ class Trainer(Generic[SummaryT]):
         self._save_due = False
         self.throughput = Throughput(task.settings.batch, task.settings.settling)
         self.stopping = StopSignals(self.control, task.settings.max_time)
+        #: Notes for the log, which is opened when the run starts.
+        self._unlogged: list[str] = []
         # Printed at once until the progress bar takes over: the first use of a GPU takes a while.
         task.note.show_by(self._print)
         self._lock, self._fresh = RunLock(folder, task.note), resume is None
@@ -85,6 +88,7 @@ class Trainer(Generic[SummaryT]):
             raise
 
     def _print(self, line: str, style: str | None) -> None:
+        self._unlogged.append(line)
         self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     # -- the run ------------------------------------------------------------------------------------------------
@@ -130,6 +134,8 @@ class Trainer(Generic[SummaryT]):
         )
         log = self.folder / "train.log" if self.env.is_main else None
         self.reporter = Reporter(self.console, self.steps, self.step, log)
+        while self._unlogged:
+            self.reporter.write(self._unlogged.pop(0))
         task.note.show_by(self.reporter.note)
         self.control.last_words = self._last_words
         try:
@@ -336,11 +342,14 @@ class Trainer(Generic[SummaryT]):
 
         Raises:
             CheckpointError: A part is missing or is not what it should be.
-            ConfigError: The run that wrote it had settings that cannot change.
+            UserError: Something else is in the way, such as settings of the run that wrote it, which cannot change.
+            OutOfMemoryError, AcceleratorError: The device has too little free memory, or fails.
         """
         try:
             self.task.load_state_dict(state, path)
             self.throughput.load_state_dict(state)
+        except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # of the data, the settings or the device; an older checkpoint would change nothing
         except _DAMAGE as error:
             reason = (str(error).strip() or "nothing said").splitlines()[0][:120]
             raise CheckpointError(f"{path}: found a damaged part ({type(error).__name__}: {reason})") from error

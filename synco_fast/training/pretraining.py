@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
-
-from synco_fast.config import Config, EvaluationConfig, TrainingConfig, build_config
-from synco_fast.data.augment.recipe import Recipe
+from synco_fast.config import Config, TrainingConfig, build_config
 from synco_fast.data.pipelines.base import Batch, Pipeline
-from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.splits import share_of
 from synco_fast.data.workers import machine_cores
 from synco_fast.export.initial import load_initial, read_initial
-from synco_fast.methods.base import Recent
+from synco_fast.methods.schedule import note_without_synthetic
 from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError
@@ -34,6 +27,7 @@ from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
 from synco_fast.training.metrics import read_metrics
+from synco_fast.training.observers import Evaluate, Evaluation, Monitor
 from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.same_images import SameImages
@@ -46,68 +40,6 @@ __all__ = ["Evaluate", "Evaluation", "Monitor", "Pretraining"]
 
 #: More would hang a machine before the first batch; a network disk that is slow is read well by fewer.
 _WORKERS_A_CORE = 32
-
-
-class Evaluation(Protocol):
-    """The result of a periodic evaluation: accuracy in [0, 1], number of images, corrupt images, further figures."""
-
-    @property
-    def accuracy(self) -> float:
-        """Accuracy on the held-out images."""
-        ...
-
-    @property
-    def queries(self) -> int:
-        """Number of held-out images."""
-        ...
-
-    @property
-    def corrupt(self) -> Sequence[str]:
-        """Images that could not be read."""
-        ...
-
-    @property
-    def figures(self) -> Mapping[str, float]:
-        """Further figures of its line in the log."""
-        ...
-
-
-class Evaluate(Protocol):
-    """A periodic evaluation."""
-
-    def check(self, evaluation: EvaluationConfig, source: Source) -> None:
-        """Raise before the first step if it cannot work on this source."""
-        ...
-
-    def __call__(
-        self,
-        backbone: nn.Module,
-        source: Source,
-        recipe: Recipe,
-        evaluation: EvaluationConfig,
-        *,
-        device: torch.device,
-        pipeline: PipelineName,
-        workers: int | None,
-    ) -> Evaluation:
-        """Evaluate the backbone."""
-        ...
-
-
-class Monitor(Protocol):
-    """Looks at a run without changing it, such as `synco_fast.evaluation.monitor.HealthMonitor`."""
-
-    def begin(self, labels: NDArray[np.int64] | None, lines: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Take the training images' labels by image id, and the lines logged before the step of a resumed run."""
-        ...
-
-    def measure(self, values: Mapping[str, float], recent: Recent | None) -> dict[str, float]:
-        """Further figures of a log line; called by all processes at the same step."""
-        ...
-
-    def look(self, values: Mapping[str, Any]) -> list[str]:
-        """Take the figures of one line of the log; returns warnings."""
-        ...
 
 
 class Pretraining:
@@ -163,6 +95,8 @@ class Pretraining:
         self._auto = Auto(self.engine, self._train, self.control, self.note)
         self.steps_per_epoch = len(self.pipeline)
         steps, limits = self.steps_per_epoch * training.epochs, limits or training
+        #: Steps of the whole run, which the limits of one start do not shorten.
+        self._run_steps = steps if training.max_steps is None else min(steps, training.max_steps)
         self.settings = TrainerSettings(
             steps=steps if limits.max_steps is None else min(steps, limits.max_steps),
             batch=training.batch,
@@ -196,6 +130,9 @@ class Pretraining:
             CheckpointError: The initial weights cannot be read, or belong to another architecture.
         """
         self._folder = folder
+        said = note_without_synthetic(self.config, -(-self._run_steps // self.steps_per_epoch))
+        if said is not None:
+            self.note(said)
         model = self.config.model
         if fresh and model.init is not None:
             self.note(load_initial(self.method.encoder, read_initial(model.init, model), model), None)
@@ -223,7 +160,8 @@ class Pretraining:
         Before the first ones of a long run, what its configuration leaves to ``auto`` is measured.
         """
         self.method.train()
-        if self._auto.settle(self.settings.steps - step, self._folder) and self.env.is_main:
+        measured = self._auto.settle(self.settings.steps - step, self._folder, whole=self._run_steps - step)
+        if measured and self.env.is_main:
             environment = self._folder / "environment.json"
             write_json(environment, {**read_json(environment), **self.facts})
         epoch, done = divmod(step, self.steps_per_epoch)

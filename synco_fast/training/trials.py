@@ -27,6 +27,8 @@ __all__ = ["EngineTrial", "PipelineTrial", "feed", "trial", "try_engines", "try_
 
 #: For each engine or pipeline: seconds of timed steps, number of blocks, fewest and most steps.
 SECONDS, _BLOCKS, _FEWEST, _MOST = 4.0, 5, 5, 500
+#: Loss scales tried before the comparison; each skipped step of a try halves the next one, so the last is far below 1.
+_SCALES = 8
 #: By number format: the largest relative difference from eager in the losses, and in the change of the weights over the
 #: compared steps. Rounding errors grow from step to step.
 ROUNDING = {"fp32": (1e-3, 0.05), "tf32": (1e-2, 0.2), "fp16": (1e-2, 0.2), "bf16": (2e-2, 0.5)}
@@ -148,6 +150,7 @@ def try_engines(
     reference, steps = None, 0
     compared = max(engine.settling_of(name) for name in names)
     start = [parameter.detach().clone() for parameter in engine.trainable.parameters()]
+    scaling = _settled_scaling(engine, batches, start, compared, step, epoch)
     for name in names:
         needless = unless(name, found[0].seconds or 0.0) if found else None
         if needless:
@@ -156,6 +159,7 @@ def try_engines(
         say(f"engine auto: measuring {name}")
         notes: list[str] = []
         with trial(engine, notes.append):
+            engine.update.load_state_dict(scaling)
             begun = time.perf_counter()
             losses, moved, reason = _compared_steps(engine, name, batches, start, compared, step, epoch)
             reason = reason or (notes[-1] if notes and engine.form != name else None)
@@ -175,6 +179,29 @@ def try_engines(
             median = statistics.median(_timed(engine, batches, steps, step, epoch))
             found.append(EngineTrial(name, control.max(round(1e9 * median))[0] / 1e9, ready, *errors))
     return found
+
+
+def _settled_scaling(
+    engine: Engine, batches: Sequence[Batch], start: list[Tensor], steps: int, step: int, epoch: int
+) -> dict[str, float]:
+    """The state of loss scaling in which no compared step of eager overflows; empty where losses are not scaled.
+
+    The first scale of fp16 is meant to overflow and to be halved, but a skipped step has no loss to compare.
+    """
+    scaling: dict[str, float] = engine.update.state_dict()
+    for _ in range(_SCALES if scaling else 0):
+        with trial(engine):
+            engine.update.load_state_dict(scaling)
+            _, _, reason = _compared_steps(engine, "eager", batches, start, steps, step, epoch)
+            # Half of what serves eager, so that rounding decides about no step of another engine.
+            found = {"scale": float(engine.update.state_dict()["scale"]) / 2, "growth": 0}
+            skipped, _, _ = engine.skipped.read()
+        if reason is not None:
+            break  # the trial of eager says so
+        if not skipped:
+            return found
+        scaling = found
+    return scaling
 
 
 def _compared_steps(

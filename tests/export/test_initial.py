@@ -35,7 +35,7 @@ def start(config, folder, **settings):
 def test_a_run_starts_from_a_run(tiny, make_run, tmp_path):
     run = make_run()
     state = find_checkpoint(run)[0]["method"]
-    config = tiny({"model.init": str(run), "seed": 7, "evaluation.every": 0, "training.max_steps": 1})
+    config = tiny({"model.init": str(run), "seed": 7, "evaluation.every": 0, "training.max_steps": 5})
     trainer, text = start(config, tmp_path / "new")
     method = trainer.task.method
     assert equal(method.encoder, state, "encoder.")

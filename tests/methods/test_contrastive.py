@@ -7,7 +7,8 @@ from synco_fast.kernels import Negatives
 from synco_fast.kernels.reference import contrast
 from synco_fast.methods.base import Encoders, Views
 from synco_fast.methods.build import build_method
-from synco_fast.methods.contrastive import NegativeSchedule, SlowPathMonitor
+from synco_fast.methods.contrastive import SlowPathMonitor
+from synco_fast.methods.schedule import NegativeSchedule, note_without_synthetic
 
 from ..conftest import TINY
 
@@ -134,6 +135,31 @@ def test_warm_up_and_cool_down():
     model = method()
     assert torch.isnan(training_step(model, views(), step=0, epoch=0).metrics["similarity/mixed"])
     assert torch.isfinite(training_step(model, views(), step=1, epoch=1).metrics["similarity/mixed"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "begun", "says"),
+    [
+        ({"training.epochs": 4, "method.warmup_epochs": 3}, None, None),
+        ({"training.epochs": 4, "method.warmup_epochs": 4}, None, "whole run of 4 epochs (method.warmup_epochs=4), so"),
+        ({"training.epochs": 1}, None, "whole run of 1 epoch (method.warmup_epochs=1), so"),
+        (
+            {"training.epochs": 4, "method.cooldown_epochs": 3},
+            None,
+            "(method.warmup_epochs=1 and method.cooldown_epochs=3), so",
+        ),
+        ({"training.epochs": 4}, 1, "whole run of 1 epoch that training.max_steps leaves (method.warmup_epochs=1), so"),
+        ({"training.epochs": 4}, 2, None),
+        ({"training.epochs": 4}, 0, None),
+        ({"training.epochs": 1, "method.name": "moco"}, None, None),
+        ({"training.epochs": 1, "method.name": "simclr"}, None, None),
+        ({"training.epochs": 1, "method.count_scale": 0}, None, None),
+        ({"training.epochs": 1, "method.name": "mochi"}, None, "mochi: no synthetic negatives in the whole run of 1"),
+    ],
+)
+def test_a_run_that_never_reaches_its_synthetic_negatives_says_so(changes, begun, says):
+    found = note_without_synthetic(build_config(TINY, changes), begun)
+    assert (found is None) if says is None else (says in found)
 
 
 def test_synthetic_negatives_raise_the_loss():

@@ -103,6 +103,18 @@ def test_settings_that_concern_training_share_an_untrained_encoder():
     assert len(trials) == len(bounds) + 16
 
 
+def test_settings_without_synthetic_negatives_are_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("synco_fast.study.execute.execute", lambda *given, **more: None)
+    words = ["study", "demo", "--methods", "moco", "synco", "--training.epochs", "3", "--out", str(tmp_path)]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("no synthetic negatives in the whole run of 3 epochs") == 1, "not for each seed"
+    assert "synco: no synthetic" in said
+    assert main([*words, "--table"]) == 0
+    assert "no synthetic negatives" not in capsys.readouterr().out
+
+
 def test_untrained_and_supervised_rows_are_bounds_and_no_baseline(tmp_path):
     trials = plan(["demo"], methods=["moco", "synco"], seeds=[0], untrained=True)
     assert [trial.method for trial in trials] == ["untrained", "moco", "synco"]

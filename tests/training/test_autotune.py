@@ -8,10 +8,12 @@ import random
 import pytest
 import torch
 
+from synco_fast.data.pipelines import build
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.build import pipelines_for
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import DataError
+from synco_fast.runtime.optim_step import OptimStep
 from synco_fast.training import autotune, trials
 from synco_fast.training import engine as engine_module
 from synco_fast.training.autotune import Auto, fastest
@@ -305,9 +307,90 @@ def test_a_checkpoint_settles_the_pipeline(tiny):
         (tiny({"data.pipeline": "torchvision"}), "TorchvisionPipeline"),
     ):
         task = Pretraining(config)
-        task._auto.load_state_dict({"chosen": {"engine": "eager", "pipeline": "resident"}})
+        chosen = {"engine": "eager", "pipeline": "resident"}
+        task._auto.load_state_dict({"chosen": chosen})
+        task._auto.begin({"device": "cpu"})
         assert type(task.pipeline).__name__ == expected
+        assert task._auto.state_dict() == {"chosen": chosen}
         task.close()
+
+
+class OneCannot(HostGroup):
+    def max(self, *numbers):
+        return (1,) * len(numbers)
+
+
+@pytest.mark.parametrize(
+    ("device", "pipeline", "control", "reason"),
+    [
+        ("NVIDIA H100", "resident", ALONE, "chosen on NVIDIA H100"),
+        ("cpu", "dali", ALONE, "data.pipeline: found dali, expected auto, torchvision or resident here, where DALI is"),
+        ("cpu", "resident", OneCannot(DistEnv()), "another process cannot"),
+    ],
+)
+def test_a_choice_that_does_not_serve_here_is_made_again(
+    tiny, tmp_path, fake, monkeypatch, device, pipeline, control, reason
+):
+    monkeypatch.setattr(build, "has_dali", lambda: False)
+    task, said = Pretraining(tiny()), []
+    auto = task._auto
+    monkeypatch.setattr(auto, "_control", control)
+    task.note.show_by(lambda line, style: said.append(line))
+    auto.load_state_dict({"chosen": {"engine": "compile", "pipeline": pipeline}})
+    auto.begin({"device": device})
+    assert said[-1].startswith(
+        f"auto: choosing again, since the run used engine compile and pipeline {pipeline} ({reason}"
+    )
+    assert said[-1].endswith("; it may no longer be equal bit for bit")
+    assert (auto.name, task.engine.form, auto.state_dict()) == ("torchvision", "eager", {"chosen": None})
+    monkeypatch.setattr(autotune, "MIN_STEPS", 9)
+    auto.settle(8, tmp_path)
+    assert auto.state_dict() == {"chosen": {"engine": "eager", "pipeline": "torchvision"}}
+    task.close()
+
+
+def test_a_start_cut_short_leaves_the_measurement_to_the_next_one(tiny, tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(autotune, "MIN_STEPS", 5)
+    limits = tiny({"training.max_steps": 2}).training
+    for step, limited, chosen in ((0, limits, None), (2, None, {"engine": "compile"})):
+        task = Pretraining(tiny(ENGINE_ALONE), limits=limited)
+        task._auto.load_state_dict({"chosen": None})
+        task.begin(tmp_path, fresh=step == 0)
+        next(task.batches(step))
+        assert task.state_dict()["chosen"] == chosen
+        assert (tmp_path / "engines.json").exists() == (chosen is not None)
+        task.close()
+
+
+def test_a_choice_that_is_kept_counts_the_steps_of_the_whole_run(tiny, tmp_path, fake, monkeypatch):
+    """Compiling pays in the run, if not in this start: 50 minutes of two hours, by the fake clock."""
+    monkeypatch.setattr(autotune, "COMPILE_PAYS", 3600.0)
+    task = Pretraining(tiny(ENGINE_ALONE))
+    task._auto.settle(50 * 60, tmp_path, whole=120 * 60)
+    assert task._auto.state_dict() == {"chosen": {"engine": "compile"}}
+    task.close()
+
+
+@pytest.mark.parametrize("limit", [65536.0, 2048.0, 0.0])
+def test_loss_scaling_settles_before_engines_are_compared(tiny, fake, monkeypatch, limit):
+    """In fp16 the first steps overflow until the scale is low enough; what always overflows is out."""
+    engine = Engine(tiny(), 4)
+    engine.update.scale = torch.full((), 65536.0)
+    backward = OptimStep.backward
+
+    def overflow(update, loss):
+        backward(update, loss)
+        if float(update.scale) > limit:
+            engine.trainable.get_parameter("backbone.conv1.weight").grad.fill_(torch.inf)
+
+    monkeypatch.setattr(OptimStep, "backward", overflow)
+    found = try_engines(engine, ["eager", "compile"], [batch(0), batch(1)], ALONE, step=4, epoch=1)
+    if not limit:
+        assert [each.reason for each in found] == ["its losses are not finite"]
+    else:
+        assert [each.reason for each in found] == [None, None]
+        assert found[1].loss_error == found[1].weight_error == 0
+    assert engine.update.state_dict() == {"scale": 65536.0, "growth": 0}
 
 
 def test_a_real_clock_measures_both_engines(tiny, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from synco_fast.runtime.checkpoint import (
     checkpoints_in,
     find_checkpoint,
     load_checkpoint,
+    load_optimizer,
     load_weights,
     save_checkpoint,
 )
@@ -149,3 +150,43 @@ def test_another_dtype_is_refused_where_a_run_resumes_and_cast_where_weights_are
     counter = {**model.state_dict(), "num_batches_tracked": torch.tensor(1.0)}
     with pytest.raises(CheckpointError, match=r"num_batches_tracked is torch\.float32"):
         load_weights(model, counter, tmp_path, cast=True)
+
+
+def stepped(kind, parameter, **settings):
+    """An optimizer after a step, as a run on a CPU leaves it."""
+    optimizer = kind([parameter], lr=0.1, **settings)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_an_optimizer_of_a_cpu_goes_on_on_a_gpu_and_back(tmp_path, kind):
+    """``step`` lies where the own optimizer keeps it, whatever the saved settings say; meta stands for a GPU."""
+    state = stepped(kind, nn.Parameter(torch.ones(4, 4)), fused=False, capturable=False).state_dict()
+    there = nn.Parameter(torch.empty(4, 4, device="meta"))
+    optimizer = kind([there], lr=0.1, capturable=True)
+    load_optimizer(optimizer, state, tmp_path)
+    assert {value.device.type for value in optimizer.state[there].values()} == {"meta"}
+    assert optimizer.param_groups[0]["capturable"]
+    assert state["param_groups"][0]["capturable"] is False, "the state is not changed"
+    state["param_groups"][0].update(fused=True, capturable=True)
+    here = nn.Parameter(torch.ones(4, 4))
+    optimizer = kind([here], lr=0.1, fused=False, capturable=False)
+    load_optimizer(optimizer, state, tmp_path)
+    assert optimizer.state[here]["step"] == 1
+    here.grad = torch.ones(4, 4)
+    optimizer.step()
+
+
+def test_momentum_takes_the_memory_layout_of_its_parameter(tmp_path):
+    """As ``training.channels_last`` changes it; fused SGD refuses another one."""
+    plain = nn.Parameter(torch.randn(4, 3, 2, 2))
+    last = nn.Parameter(plain.detach().to(memory_format=torch.channels_last))
+    saved = stepped(torch.optim.SGD, plain, momentum=0.9)
+    optimizer = torch.optim.SGD([last], lr=0.1, momentum=0.9)
+    load_optimizer(optimizer, saved.state_dict(), tmp_path)
+    momentum = optimizer.state[last]["momentum_buffer"]
+    assert momentum.stride() == last.stride() != plain.stride()
+    assert torch.equal(momentum, saved.state[plain]["momentum_buffer"])
+    assert saved.state[plain]["momentum_buffer"].stride() == plain.stride(), "the state is not changed"

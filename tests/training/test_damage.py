@@ -11,7 +11,7 @@ import torch
 from synco_fast.cli import main
 from synco_fast.config import build_config
 from synco_fast.export.load import read_weights
-from synco_fast.runtime.errors import CheckpointError, UserError
+from synco_fast.runtime.errors import CheckpointError, DataError, UserError
 from synco_fast.training.loop import Trainer
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
@@ -94,6 +94,11 @@ VARIANCE = "key_encoder.backbone.bn1.running_var"
         (lambda state: state.update(seconds=None), "found a damaged part (TypeError: "),
         (lambda state: state.update(skipped={"counts": "many"}), "found a damaged part ("),
         (lambda state: state.update(broken=3), "found a damaged part (TypeError: "),
+        (lambda state: state.update(chosen=3), "found a damaged part (TypeError: "),
+        (
+            lambda state: state.update(chosen={"engine": "?"}),
+            "found a damaged part (ValueError: chosen: found engine '?')",
+        ),
     ],
 )
 def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run, tmp_path, how, says):
@@ -116,6 +121,23 @@ def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run,
     assert str(caught.value).startswith(f"{alone / 'checkpoints' / newest.name}: ")
     assert str(caught.value).endswith(": restore it from a copy, or start a new run")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [DataError("data: gone"), torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error")],
+)
+def test_what_the_machine_lacks_is_no_damage(run, monkeypatch, fault):
+    task, folder = run
+
+    def fail(state, path):
+        raise fault
+
+    monkeypatch.setattr(task, "load_state_dict", fail)
+    with pytest.raises(type(fault)) as caught:
+        Trainer(task, folder, resume=folder)
+    assert caught.value is fault
+    task.note._show = None
 
 
 def test_evaluations_and_exports_take_the_older_one_too(run):

@@ -177,6 +177,18 @@ def test_a_kill_between_an_evaluation_and_its_checkpoint_leaves_no_trace(tiny, t
         assert evaluated_once(run) == evaluated_once(tmp_path / "whole") == [0, 4, 8]
 
 
+def test_notes_of_the_start_are_on_the_screen_and_in_the_log(tiny, tmp_path):
+    """Here the one about synthetic negatives that the configured run does not reach; the limit of a start is none."""
+    config = tiny({"method.warmup_epochs": 2, "evaluation.every": 0, "training.max_steps": 1})
+    pretrain(config, tmp_path / "run")
+    for file in ("screen.txt", "train.log"):
+        assert (tmp_path / "run" / file).read_text().count("synco: no synthetic negatives in the whole run of 1 ") == 1
+    console, text = screen()
+    limits = tiny({"training.max_steps": 1}).training
+    Trainer(Pretraining(tiny({"evaluation.every": 0}), limits=limits), tmp_path / "part", console=console).run()
+    assert "no synthetic negatives" not in text.getvalue()
+
+
 def test_a_run_of_no_steps_saves_the_untrained_encoder(tiny, tmp_path):
     none, run = tiny({"training.max_steps": 0}), tmp_path / "run"
     summary = pretrain(none, run)
