@@ -20,6 +20,8 @@ __all__ = ["Manifest", "PackedNames", "cache_folder", "manifest_path", "read_man
 
 #: Incremented when the format changes, so that older files are rebuilt.
 _VERSION = 2
+#: Incremented when other members of tar shards are images than before; `Manifest.rules` says what a file was made by.
+_RULES = 1
 #: Names of a `Manifest`'s arrays with one row per image.
 _ARRAYS = ("labels", "places", "checksums")
 
@@ -66,6 +68,7 @@ class Manifest:
         stamps: Modification times in nanoseconds of the folders, list files and shards that were read.
         excluded: Reason by name, for excluded corrupt images and shards.
         unread: Number of files that are not read, by kind; known after a walk, not saved.
+        rules: The rules by which the images were found; 0 before there were any.
     """
 
     names: PackedNames
@@ -76,6 +79,7 @@ class Manifest:
     stamps: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    rules: int = _RULES
 
     def without(self, corrupt: dict[int, str]) -> Manifest:
         """The same manifest without the images of these numbers."""
@@ -118,6 +122,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "classes": manifest.classes,
         "stamps": manifest.stamps,
         "excluded": manifest.excluded,
+        "rules": manifest.rules,
     }
     arrays: dict[str, Any] = {"text": manifest.names.text, "ends": manifest.names.ends, **manifest.arrays()}
     with atomic_write(path) as temporary:
@@ -139,6 +144,7 @@ def read_manifest(path: Path) -> Manifest | None:
         classes=None if about["classes"] is None else tuple(about["classes"]),
         stamps=about["stamps"],
         excluded=about["excluded"],
+        rules=about.get("rules", 0),
         **arrays,
     )
     return manifest if manifest.is_current() else None
