@@ -1,14 +1,15 @@
-"""Atomic writing of files."""
+"""Atomic writing of files, and locks between processes."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_write", "locked"]
 
 # A process's umask can only be read by setting it, which is safe while nothing else runs.
 _UMASK = os.umask(0o077)
@@ -46,3 +47,38 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock between processes, and wait for the process that has it.
+
+    The kernel releases the lock when its process ends, however that ends. On a file system without locks nothing is
+    waited for.
+
+    Args:
+        path: The file of the lock, which exists only meanwhile; its folder is created if missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _locked_file(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _locked_file(path: Path) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            with suppress(OSError):  # no locks here
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # The process that had it has removed the file: others may hold the lock of a newer one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), path.stat()):
+                    return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)

@@ -43,17 +43,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_input(options)
             code: int = options.run(options, rest, Console())
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 2
+        return _failed(str(error))
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        said = f"{error.filename or 'a file'}: found no way to read or write it ({error.strerror})"
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
-        return 2
+        return _failed(f"{error.filename or 'a file'}: found no way to read or write it ({error.strerror})")
+    except RuntimeError as error:
+        from synco_fast.data.loader import killed_worker
+
+        said = killed_worker(error)
+        if said is None:
+            raise
+        return _failed(said)
     except KeyboardInterrupt:
         return 130
     return code
+
+
+def _failed(said: str) -> int:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):

@@ -252,6 +252,16 @@ def test_a_run_that_cannot_start_leaves_no_folder(run, config_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_killed_worker_is_one_line(run, config_file, tmp_path, monkeypatch):
+    def killed(*arguments, **options):
+        raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("synco_fast.training.loop.Trainer.run", killed)
+    code, _, err = run("pretrain", "--config", config_file, "--out", tmp_path / "run")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: data.workers: found a worker process that was killed (Killed)")
+
+
 def test_divergence_on_the_command_line(run, config_file, tmp_path):
     bad = ["--optimizer.lr", "1e6", "--optimizer.weight_decay", "100"]
     code, _, err = run("pretrain", "--config", config_file, "--out", tmp_path / "run", *bad)

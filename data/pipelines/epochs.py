@@ -9,14 +9,15 @@ from torch.utils.data import Sampler
 
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.pipelines.base import epoch_order
+from synco_fast.data.seeding import uniforms
 
 __all__ = ["EpochBatches", "Position", "replace_corrupt"]
 
 #: An epoch, and the number of the image that is due.
 Position = tuple[int, int]
 
-#: Consecutive corrupt images after which the search for a replacement fails.
-_REPLACEMENTS = 64
+#: Images after a corrupt one that are tried in its place, and those elsewhere in the set that are tried after them.
+_NEIGHBOURS, _ELSEWHERE = 64, 960
 
 T = TypeVar("T")
 
@@ -69,7 +70,10 @@ class EpochBatches(Sampler[list[Position]]):
 
 
 def replace_corrupt(length: int, wanted: int, read: Callable[[int], T]) -> tuple[T, int, dict[int, str]]:
-    """Read image ``wanted``, or the next readable one.
+    """Read image ``wanted``, or a readable one in its place.
+
+    Files beside each other are often damaged together, so the search goes on elsewhere after some neighbours. Which
+    images it tries depends on ``length`` and ``wanted`` alone.
 
     Args:
         length: Images in the set.
@@ -80,13 +84,26 @@ def replace_corrupt(length: int, wanted: int, read: Callable[[int], T]) -> tuple
         The result of ``read``, the number of that image, and the reason by number for corrupt ones on the way.
 
     Raises:
-        DataError: Too many consecutive images are corrupt.
+        DataError: All are corrupt, or, of more than a thousand, all of about a thousand that were tried.
     """
     corrupt: dict[int, str] = {}
-    for shift in range(min(_REPLACEMENTS, length)):
-        index = (wanted + shift) % length
+    for index in _replacements(length, wanted):
+        if index in corrupt:
+            continue
         try:
             return read(index), index, corrupt
         except CorruptImageError as error:
             corrupt[index] = str(error)
-    raise DataError(f"data: found {len(corrupt)} corrupt images in a row, the first: {corrupt[wanted]}")
+    raise DataError(
+        f"data: found {len(corrupt):,} corrupt images, all that were tried of {length:,}; the first: {corrupt[wanted]}"
+    )
+
+
+def _replacements(length: int, wanted: int) -> Iterator[int]:
+    """The images to try for one that is due: itself, its neighbours, some anywhere; of a small set all."""
+    for shift in range(min(_NEIGHBOURS, length)):
+        yield (wanted + shift) % length
+    if length > _NEIGHBOURS:
+        yield from (uniforms(length, wanted, count=_ELSEWHERE)[0] * length).astype(int).tolist()
+    if length <= _NEIGHBOURS + _ELSEWHERE:
+        yield from range(length)

@@ -8,13 +8,11 @@ an image of Pillow's is copied twice on its way to a tensor.
 
 from __future__ import annotations
 
-import io
-import warnings
 from contextlib import suppress
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from synco_fast.data.sources.decode import LIMITS, Limits, decode_image, plain_jpeg_size
@@ -26,9 +24,6 @@ except ImportError:
     decode_jpeg = None
 
 __all__ = ["decode_pixels", "pixels_of", "read_pixels"]
-
-#: EXIF orientations in which the stored rows are not the upright image's.
-_TURNED = range(2, 9)
 
 
 def pixels_of(image: Image.Image) -> Tensor:
@@ -58,14 +53,7 @@ def decode_pixels(content: bytes, name: str, limits: Limits = LIMITS) -> Tensor:
     Raises:
         CorruptImageError: It cannot be decoded.
     """
-    if decode_jpeg is not None and plain_jpeg_size(content, limits) is not None and _is_upright(content):
+    if decode_jpeg is not None and plain_jpeg_size(content, limits) is not None:
         with suppress(ValueError):  # it refuses files with slight damage too: Pillow decides
             return torch.from_numpy(decode_jpeg(content, "RGB")).permute(2, 0, 1)
     return pixels_of(decode_image(content, name, limits))
-
-
-def _is_upright(content: bytes) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        header = Image.open(io.BytesIO(content), formats=("JPEG",))
-        return header.getexif().get(ExifTags.Base.Orientation, 1) not in _TURNED

@@ -11,27 +11,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.ops import finish_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
+from synco_fast.data.loader import Loader
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
 from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import ArraySplit, Split
 from synco_fast.data.transfer import to_device
-from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"]
 
 #: Fraction of the device's free memory that a dataset may take.
 _SHARE_OF_MEMORY = 0.5
+#: Images of a file set that are decoded into one tensor.
+_TOGETHER = 64
 #: Batches whose parameters a thread draws ahead, where a GPU would wait for them.
 _AHEAD = 2
-
-
 #: A batch: its epoch, the images that are due, and the parameters of all first views before those of the second ones.
 _Drawn = tuple[int, NDArray[np.int64], ViewParameters]
 
@@ -210,44 +210,46 @@ def load_pixels(
         _check_room(split.images.nbytes, device)
         pixels = torch.tensor(split.images, device=device)
         return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2), np.arange(len(split)), {}
-    workers = available_cores() if workers is None else workers
-    sizes = np.asarray(replace_corrupt(len(split), 0, split.read)[0]).shape[:2]
-    _check_room(len(split) * 3 * sizes[0] * sizes[1], device)
-    pixels = torch.empty((len(split), 3, *sizes), dtype=torch.uint8, device=device)
+    height, width = sizes = np.asarray(replace_corrupt(len(split), 0, split.read)[0]).shape[:2]
+    _check_room(len(split) * 3 * height * width, device)
+    pixels = torch.empty((len(split), 3, height, width), dtype=torch.uint8, device=device)
     replacements = np.arange(len(split))
     corrupt: dict[int, str] = {}
-    loader = DataLoader(
-        _Pixels(split),
-        batch_size=64,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),
-    )
-    place = 0
-    for images in loader:
-        for image, index, reasons in images:
-            if image.shape != (3, *sizes):
-                raise DataError(
-                    f"data.pipeline: found {split.name(index)} of {image.shape[1]} x {image.shape[2]} pixels among "
-                    f"images of {sizes[0]} x {sizes[1]}, expected one size for resident; use another pipeline"
-                )
-            pixels[place], replacements[place] = image, index
-            corrupt |= reasons
-            place += 1
+    parts = [range(first, min(first + _TOGETHER, len(split))) for first in range(0, len(split), _TOGETHER)]
+    for part, (images, numbers, reasons) in zip(
+        parts, Loader(_Pixels(split, sizes), parts, workers=workers, keep=False), strict=True
+    ):
+        pixels[part.start : part.stop], replacements[part.start : part.stop] = images, numbers
+        corrupt |= reasons
     return pixels, replacements, corrupt
 
 
-class _Pixels(Dataset[tuple[Tensor, int, dict[int, str]]]):
-    def __init__(self, split: Split) -> None:
-        self.split = split
+class _Pixels(Dataset[tuple[Tensor, list[int], dict[int, str]]]):
+    """Images of a split in one tensor, which takes one file descriptor on its way from a worker.
 
-    def __len__(self) -> int:
-        return len(self.split)
+    Args:
+        split: The images.
+        size: Height and width of all.
+    """
 
-    def __getitem__(self, wanted: int) -> tuple[Tensor, int, dict[int, str]]:
-        image, index, corrupt = replace_corrupt(len(self.split), wanted, self.split.read)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), index, corrupt
+    def __init__(self, split: Split, size: tuple[int, int]) -> None:
+        self.split, self.size = split, size
+
+    def __getitem__(self, part: range) -> tuple[Tensor, list[int], dict[int, str]]:
+        images = np.empty((len(part), *self.size, 3), dtype=np.uint8)
+        numbers = []
+        corrupt: dict[int, str] = {}
+        for row, wanted in enumerate(part):
+            image, index, reasons = replace_corrupt(len(self.split), wanted, self.split.read)
+            if image.size != self.size[::-1]:
+                raise DataError(
+                    f"data.pipeline: found {self.split.name(index)} of {image.height} x {image.width} pixels among "
+                    f"images of {self.size[0]} x {self.size[1]}, expected one size for resident; use another pipeline"
+                )
+            images[row] = np.asarray(image)
+            numbers.append(index)
+            corrupt |= reasons
+        return torch.from_numpy(images).permute(0, 3, 1, 2), numbers, corrupt
 
 
 def room_on(device: torch.device) -> float:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.loader import Loader
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.pixels import decode_pixels
 from synco_fast.data.pipelines.stream_order import Piece, ShuffleBuffer, plan_epoch
 from synco_fast.data.pipelines.torchvision import Decoded, batch_of_views
 from synco_fast.data.sources.stream import StreamSplit
 from synco_fast.data.sources.stream_reader import ShardError, read_images
-from synco_fast.data.workers import available_cores, start_worker
+from synco_fast.data.workers import available_cores
 
 __all__ = ["StreamPipeline"]
 
@@ -87,16 +87,12 @@ class StreamPipeline:
         shares = [
             own[part * len(own) // self._parts : (part + 1) * len(own) // self._parts] for part in range(self._parts)
         ]
-        self._loader: DataLoader[Batch | str] = DataLoader(
+        self._loader = Loader(
             _Parts(split, recipe, shares, readers=readers, each=batch // readers, steps=steps, seed=seed),
-            sampler=self._places,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
+            self._places,
+            workers=workers,
+            seed=seed,
             pin_memory=pin_memory and self._parts == 1,
-            persistent_workers=workers > 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator().manual_seed(seed),
         )
         self._pinned = pin_memory and self._parts > 1
 
@@ -109,10 +105,8 @@ class StreamPipeline:
 
     def __iter__(self) -> Iterator[Batch]:
         parts: list[Batch] = []
-        for found in self._loader:
-            if isinstance(found, str):
-                raise DataError(found)
-            parts.append(found)
+        for part in self._loader:
+            parts.append(part)
             if len(parts) == self._parts:
                 yield _joined(parts, pinned=self._pinned)
                 parts = []
@@ -154,7 +148,7 @@ class _Places(Sampler[_Place]):
         return ((epoch, step, part) for step in range(self.start, self.steps) for part in range(self.parts))
 
 
-class _Parts(Dataset[Batch | str]):
+class _Parts(Dataset[Batch]):
     """Parts of steps, each from some readers; reading goes on where the last part of the same readers ended."""
 
     def __init__(
@@ -173,16 +167,13 @@ class _Parts(Dataset[Batch | str]):
         self._next: dict[int, tuple[int, int]] = {}
         self._open: dict[int, list[_Reader]] = {}
 
-    def __getitem__(self, place: _Place) -> Batch | str:
-        """The part's views, or why it cannot be read: an error raised in a worker would lose its one line."""
+    def __getitem__(self, place: _Place) -> Batch:
+        """The part's views."""
         epoch, step, part = place
-        try:
-            if self._next.get(part) != (epoch, step):
-                self._begin(epoch, step, part)
-            images = (image for reader in self._open[part] for image in self._of_step(reader))
-            batch = batch_of_views(images, self.recipe, seed=self.seed, epoch=epoch)
-        except DataError as error:
-            return str(error)
+        if self._next.get(part) != (epoch, step):
+            self._begin(epoch, step, part)
+        images = (image for reader in self._open[part] for image in self._of_step(reader))
+        batch = batch_of_views(images, self.recipe, seed=self.seed, epoch=epoch)
         self._next[part] = epoch, step + 1
         return batch
 
@@ -354,7 +345,3 @@ def _joined(parts: list[Batch], *, pinned: bool) -> Batch:
 
     corrupt = {image: reason for part in parts for image, reason in part.corrupt.items()}
     return Batch(joined("first"), joined("second"), joined("image_ids"), corrupt)
-
-
-def _as_it_is(part: Any) -> Any:
-    return part

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from torchvision.transforms import v2
 
 from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.ops import crop_and_resize, finish_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.loader import Loader
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
 from synco_fast.data.pipelines.pixels import pixels_of, read_pixels
 from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.sources.stream import refuse_stream
-from synco_fast.data.workers import available_cores, machine_cores, start_worker
+from synco_fast.data.workers import machine_cores
 
 __all__ = [
     "Decoded",
@@ -154,19 +155,8 @@ class TorchvisionPipeline:
         world: int = 1,
     ) -> None:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
-        workers = available_cores() if workers is None else workers
-        self._loader: DataLoader[Batch] = DataLoader(
-            _Views(split, recipe, seed),
-            sampler=self._batches,
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            worker_init_fn=start_worker,
-            # The loader draws a base seed from this generator instead of the global one.
-            generator=torch.Generator().manual_seed(seed),
-        )
+        views = _Views(split, recipe, seed)
+        self._loader = Loader(views, self._batches, workers=workers, seed=seed, pin_memory=pin_memory)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -183,35 +173,28 @@ class TorchvisionPipeline:
         del self._loader
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+class _Whole(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):
+    """A batch of central crops by the numbers of its images."""
 
+    def __init__(self, split: Split, recipe: Recipe) -> None:
+        self.split, self.recipe = split, recipe
 
-class _Whole(Dataset[tuple[Tensor, int, str | None]]):
-    def __init__(self, split: Split, recipe: Recipe, numbers: list[int]) -> None:
-        self.split, self.numbers, self.recipe = split, numbers, recipe
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int, str | None]:
-        index = self.numbers[place]
-        try:
-            return evaluation_view(read_pixels(self.split, index), self.recipe), index, None
-        except CorruptImageError as error:
-            return torch.zeros(3, self.recipe.size, self.recipe.size, dtype=torch.uint8), index, str(error)
-
-
-def _collate_whole(samples: list[tuple[Tensor, int, str | None]]) -> tuple[Tensor, Tensor, dict[int, str]]:
-    good = [sample for sample in samples if sample[2] is None]
-    corrupt = {index: reason for _, index, reason in samples if reason is not None}
-    images = torch.stack([image for image, _, _ in good]) if good else samples[0][0].new_empty(0, *samples[0][0].shape)
-    return images, torch.tensor([index for _, index, _ in good], dtype=torch.int64), corrupt
+    def __getitem__(self, numbers: list[int]) -> tuple[Tensor, Tensor, dict[int, str]]:
+        views, good = [], []
+        corrupt: dict[int, str] = {}
+        for number in numbers:
+            try:
+                views.append(evaluation_view(read_pixels(self.split, number), self.recipe))
+                good.append(number)
+            except CorruptImageError as error:
+                corrupt[number] = str(error)
+        empty = torch.empty(0, 3, self.recipe.size, self.recipe.size, dtype=torch.uint8)
+        return torch.stack(views) if views else empty, torch.tensor(good, dtype=torch.int64), corrupt
 
 
 def evaluation_loader(
     split: Split, recipe: Recipe, *, batch: int = 256, workers: int | None = None, numbers: list[int] | None = None
-) -> DataLoader[tuple[Tensor, Tensor, dict[int, str]]]:
+) -> Loader[tuple[Tensor, Tensor, dict[int, str]]]:
     """Central crops in order: uint8 images (b, 3, size, size), their numbers (b,) int64, and the corrupt ones.
 
     Args:
@@ -227,14 +210,7 @@ def evaluation_loader(
         DataError: The split is a stream.
     """
     refuse_stream(split, "an evaluation")
-    dataset = _Whole(split, recipe, list(range(len(split))) if numbers is None else numbers)
+    numbers = list(range(len(split))) if numbers is None else numbers
+    batches = [numbers[first : first + batch] for first in range(0, len(numbers), batch)]
     workers = machine_cores() if workers is None else workers
-    generator = torch.Generator().manual_seed(0)
-    return DataLoader(
-        dataset,  # type: ignore[arg-type]
-        batch,
-        num_workers=workers,
-        collate_fn=_collate_whole,
-        generator=generator,
-        worker_init_fn=start_worker,
-    )
+    return Loader(_Whole(split, recipe), batches, workers=workers, keep=False)

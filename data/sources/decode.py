@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from synco_fast.data.errors import CorruptImageError
 
@@ -29,10 +29,21 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", "
 IMAGE_SUFFIXES = frozenset(_SUFFIXES | ({".avif"} if _AVIF else set()))
 #: Formats that are decoded, whatever the suffix. Pillow knows more, even PostScript, for which it runs an interpreter.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF", *(("AVIF",) if _AVIF else ()))
+#: Formats whose integer pixels Pillow scales to 16 bits, though some of its versions hold them in 32.
+_SCALED = ("PNG", "PPM")
 #: Images with a larger ratio of sides are cropped to their middle before the resize of an evaluation.
 LONGEST_RATIO = 16
 
-_ORIENTATION = 0x0112
+#: What makes an image upright, by its orientation; of others, the stored rows are the image's.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Orientations in which the stored rows are the upright image's columns.
 _LYING = (5, 6, 7, 8)
 #: Bytes from its end within which a complete JPEG file has its end marker; some cameras pad a little.
@@ -70,8 +81,9 @@ LIMITS = Limits()
 def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Image:
     """Decode an image file's bytes to RGB, upright.
 
-    Grayscale, palette, CMYK and transparent images are converted; 16-bit ones keep their upper eight bits; the EXIF
-    orientation is applied.
+    Grayscale, palette, CMYK and transparent images are converted; 16-bit ones keep their upper eight bits; pixels of 32
+    bits and floats are scaled from 1, 255 or 65,535, the first of these that none exceeds. The orientation in EXIF or
+    XMP is applied; metadata that cannot be read is ignored.
 
     Raises:
         CorruptImageError: The file is empty, truncated, no image, or has more pixels than ``limits`` allow; the message
@@ -89,11 +101,15 @@ def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Im
                     "(data.max_pixels)"
                 )
             image.load()
-            ImageOps.exif_transpose(image, in_place=True)
+            scaled = image.format in _SCALED
+            turn = _TURNS.get(_orientation(image))
+            if turn is not None:
+                # Not `ImageOps.exif_transpose`, which also writes the EXIF again and fails on values of a wrong type.
+                image = image.transpose(turn)
             if image.mode == "RGB":
                 return image
             if image.mode.startswith(("I", "F")):
-                return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+                return Image.fromarray(_eight_bits(np.asarray(image), scaled=scaled)).convert("RGB")
             if image.mode in ("P", "PA", "LA", "La"):
                 image = image.convert("RGBA")
             return image.convert("RGB")
@@ -106,11 +122,34 @@ def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Im
         raise CorruptImageError(f"{name}: {reason}") from error
 
 
-def _eight_bits(pixels: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Single-channel pixels of 16 or 32 bits, or floats, as eight bits; integers are scaled from 16 bits."""
-    values = pixels.astype(np.float64)
-    if np.issubdtype(pixels.dtype, np.floating) and values.size and values.max() <= 1:
+def _orientation(image: Image.Image) -> int:
+    """The orientation, 1 to 8, in EXIF or else XMP, as Pillow reads them; 1 if neither can be read."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(found) if found in _TURNS else 1
+    except MemoryError:
+        raise
+    except Exception:  # metadata may hold anything; the pixels are good
+        return 1
+
+
+def _eight_bits(pixels: NDArray[np.generic], *, scaled: bool) -> NDArray[np.uint8]:
+    """Single-channel pixels of 16 or 32 bits, or floats, as eight bits.
+
+    Floats up to 1 are scaled from 1. Floats and integers of 32 bits up to 255 have eight bits already, whatever their
+    type. All others are scaled from 16 bits. NaN is black.
+
+    Args:
+        pixels: The pixels.
+        scaled: Whether integers have 16 bits, also where Pillow holds them in 32.
+    """
+    values = np.nan_to_num(pixels.astype(np.float64), nan=0.0)
+    largest = values.max(initial=0.0, where=np.isfinite(values))
+    floating = np.issubdtype(pixels.dtype, np.floating)
+    if floating and largest <= 1:
         values = values * 65535
+    elif largest <= 255 and (floating or (pixels.dtype.itemsize > 2 and not scaled)):
+        values = values * 257
     return (values.clip(0, 65535) / 257).round().astype(np.uint8)
 
 
@@ -135,11 +174,17 @@ def central_part(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def plain_jpeg_size(content: bytes, limits: Limits = LIMITS) -> tuple[int, int] | None:
+def plain_jpeg_size(content: bytes, limits: Limits = LIMITS, *, turned: bool = False) -> tuple[int, int] | None:
     """Height and width of the upright image if the file is a plain JPEG, else None.
 
-    Not plain are CMYK and directly stored RGB, which decoders read differently, files without a JPEG end marker, and
-    images above ``limits``. Only the header is read.
+    Not plain are CMYK and directly stored RGB, which decoders read differently, files without a JPEG end marker, images
+    above ``limits``, and those that an orientation in EXIF or XMP turns, which other decoders find by other rules or
+    not at all. Only the header is read.
+
+    Args:
+        content: The file.
+        limits: Size limits.
+        turned: Whether an image that an orientation turns is plain too.
     """
     if not content.startswith(b"\xff\xd8\xff") or content.find(b"\xff\xd9", max(0, len(content) - _TAIL)) < 0:
         return None
@@ -147,12 +192,12 @@ def plain_jpeg_size(content: bytes, limits: Limits = LIMITS) -> tuple[int, int] 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             header = Image.open(io.BytesIO(content), formats=("JPEG",))
-            orientation = header.getexif().get(_ORIENTATION, 1)
+            orientation = _orientation(header)
     except Exception:  # the decoder will report it
         return None
     if header.format != "JPEG" or header.mode not in ("RGB", "L") or header.info.get("adobe_transform") == 0:
         return None
     width, height = header.size
-    if width * height > limits.pixels:
+    if width * height > limits.pixels or (orientation in _TURNS and not turned):
         return None
     return (width, height) if orientation in _LYING else (height, width)

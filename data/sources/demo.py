@@ -16,12 +16,16 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from synco_fast.data.files import locked
 
 __all__ = ["CLASSES", "SIDE", "demo_image", "make_demo"]
 
@@ -30,6 +34,7 @@ Array = NDArray[np.float64]
 VERSION = 3
 #: Image size in pixels, the same for all images, so that the set can be kept in memory and augmented in batches.
 SIDE = 64
+_CARD = "demo.json"
 _OVERSAMPLE = 2
 _LUMA = np.array([0.299, 0.587, 0.114])
 #: How far the luma of an image's dark and light tone is from that of the set.
@@ -187,7 +192,7 @@ def make_demo(
     seed: int = 0,
     tick: Callable[[int], None] = lambda images: None,
 ) -> Path:
-    """Write the set to ``folder``, unless the same set is there already.
+    """Write the set to ``folder``, unless the same set is there already, or another process just writes it.
 
     The same seed and counts give the same files, byte for byte, with the same versions of NumPy and Pillow. An image
     depends only on seed, split, class and its number, so a larger set contains the smaller one.
@@ -210,29 +215,44 @@ def make_demo(
         raise ValueError(
             f"demo images: found {train} train and {validation} validation images per class, expected 1 or more"
         )
-    card = folder / "demo.json"
     wanted = {"version": VERSION, "seed": seed, "train": train, "val": validation, "classes": list(CLASSES)}
-    if card.is_file() and json.loads(card.read_text(encoding="utf-8")) == wanted:
-        return folder
-    if folder.is_dir() and any(folder.iterdir()) and not card.is_file():
-        raise ValueError(f"{folder}: found a folder with other files, expected an empty one or an earlier demo set")
+    if not _holds(folder, wanted):
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if not _holds(folder, wanted):
+                _write(folder, wanted, tick)
+    return folder
 
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
+
+def _holds(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether a folder holds this set; it may be replaced otherwise.
+
+    Raises:
+        ValueError: It holds something else than a demo set.
+    """
+    with suppress(FileNotFoundError):
+        return bool(json.loads((folder / _CARD).read_text(encoding="utf-8")) == wanted)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: found a folder with other files, expected an empty one or an earlier demo set")
+    return False
+
+
+def _write(folder: Path, wanted: dict[str, Any], tick: Callable[[int], None]) -> None:
+    scratch, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
+    for left in (scratch, old):
+        shutil.rmtree(left, ignore_errors=True)
     jobs = [
-        (scratch / split / name, count, [VERSION, seed, split == "val", label])
-        for split, count in (("train", train), ("val", validation))
+        (scratch / split / name, wanted[split], [VERSION, wanted["seed"], split == "val", label])
+        for split in ("train", "val")
         for label, name in enumerate(CLASSES)
     ]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for _, (_, count, _) in zip(pool.map(_draw_class, jobs), jobs, strict=True):
             tick(count)
-    (scratch / card.name).write_text(json.dumps(wanted), encoding="utf-8")
+    (scratch / _CARD).write_text(json.dumps(wanted), encoding="utf-8")
     if folder.exists():
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.replace(old)
     scratch.replace(folder)
-    return folder
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _draw_class(job: tuple[Path, int, list[int]]) -> None:

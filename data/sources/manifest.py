@@ -31,6 +31,8 @@ __all__ = [
 #: Incremented when the format changes, so that older files are rebuilt.
 _VERSION = 2
 _ignored = ContextVar("ignored", default=False)
+#: Incremented when other members of tar shards are images than before; `Manifest.rules` says what a file was made by.
+_RULES = 1
 #: Names of a `Manifest`'s arrays with one row per image.
 _ARRAYS = ("labels", "places", "checksums")
 
@@ -77,6 +79,7 @@ class Manifest:
         stamps: Modification times in nanoseconds of the folders, list files and shards that were read.
         excluded: Reason by name, for excluded corrupt images and shards.
         unread: Number of files that are not read, by kind.
+        rules: The rules by which the images were found; 0 before there were any.
     """
 
     names: PackedNames
@@ -87,6 +90,7 @@ class Manifest:
     stamps: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    rules: int = _RULES
 
     def without(self, corrupt: dict[int, str]) -> Manifest:
         """The same manifest without the images of these numbers."""
@@ -131,6 +135,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "stamps": manifest.stamps,
         "excluded": manifest.excluded,
         "unread": manifest.unread,
+        "rules": manifest.rules,
     }
     arrays: dict[str, Any] = {"text": manifest.names.text, "ends": manifest.names.ends, **manifest.arrays()}
     with atomic_write(path) as temporary:
@@ -165,6 +170,7 @@ def read_manifest(path: Path) -> Manifest | None:
         stamps=about["stamps"],
         excluded=about["excluded"],
         unread=about.get("unread", {}),  # earlier versions kept none
+        rules=about.get("rules", 0),
         **arrays,
     )
     return manifest if manifest.is_current() else None

@@ -65,7 +65,7 @@ def shrink(content: bytes, name: str, settings: PackSettings) -> tuple[bytes, tu
     """
     image = decode_image(content, name)
     before = image.height, image.width
-    if plain_jpeg_size(content) is not None and min(before) <= settings.short_side:
+    if plain_jpeg_size(content, turned=True) is not None and min(before) <= settings.short_side:
         return content, before, before
     scale = min(1.0, settings.short_side / min(before))
     height, width = (max(1, round(side * scale)) for side in before)

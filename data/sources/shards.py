@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -35,9 +36,13 @@ _Sample = tuple[str, int, int, tuple[int, int, str] | None]
 class ShardSplit:
     """The images of some tar shards, in order of shard and member.
 
-    Members whose names differ only in the suffix form a sample: its image, and its label in ``.cls`` (a class name or
-    number) or in the key ``label`` of ``.json``. Without either, the image's folder is its class. Only regular members
-    are read, only by offset and size: names in a shard never reach the file system.
+    Members whose names agree up to the first dot behind the folder form a sample: one image, and its label in ``.cls``
+    (a class name or number) or in the key ``label`` of ``.json``. Without either, the image's folder is its class. The
+    image is the member with nothing but a suffix behind the dot (``7.jpg``), before others (``7.mask.png``), and a JPEG
+    before other formats. Names with more dots are names of their own where they have a label of their own, or where no
+    image and no label has nothing but a suffix behind the first dot.
+
+    Only regular members are read, only by offset and size: names in a shard never reach the file system.
 
     A pack (`synco_fast.data.sources.pack`) has its own index, with checksums that every read is compared with. The
     index of other shards is built once from their headers, and cached until a shard changes.
@@ -64,8 +69,8 @@ class ShardSplit:
         self.key = "tar:" + "\n".join(str(shard.resolve()) for shard in shards)
         kept = manifest_path(self.key)
         manifest = read_manifest(kept) or packed_manifest(shards)
-        if manifest is None or manifest.places is None:
-            manifest = index_shards(shards)
+        if manifest is None or manifest.places is None or _is_outdated(manifest):
+            manifest = _newer(manifest, index_shards(shards))
             if len(manifest.names):
                 with suppress(OSError):  # without a writable cache, the next start reads the headers again
                     write_manifest(kept, manifest)
@@ -126,6 +131,24 @@ _OPEN_SHARDS = 256
 _LONGEST_LABEL, _LONGEST_CLASS = 1 << 16, 1000
 
 
+def _is_outdated(manifest: Manifest) -> bool:
+    """Whether an index is of earlier rules, by which all images of a sample were images of their own."""
+    dots = int(np.count_nonzero(manifest.names.text == ord(".")))
+    return (
+        manifest.rules < 1 and dots > len(manifest.names) and any(_key(name) != _stem(name) for name in manifest.names)
+    )
+
+
+def _newer(kept: Manifest | None, found: Manifest) -> Manifest:
+    """The kept index, without what a check excluded, if the rules of today find the same images; else the found one."""
+    if kept is None or kept.places is None or (kept.labels is None) != (found.labels is None):
+        return found
+    names = set(kept.names)
+    if not names <= set(found.names) <= names | set(kept.excluded):
+        return found
+    return replace(kept, rules=found.rules)
+
+
 def index_shards(shards: list[Path]) -> Manifest:
     """Read the headers of tar shards.
 
@@ -171,6 +194,17 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (1 << 62, name)
 
 
+def _stem(name: str) -> str:
+    """A member's name without its suffix."""
+    return os.path.splitext(name)[0]  # noqa: PTH122
+
+
+def _key(name: str) -> str:
+    """WebDataset's key of a member: its name up to the first dot behind the folder."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
 def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[_Sample]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, tuple[int, int, str]] = {}
@@ -181,16 +215,16 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
         with tarfile.open(shard, "r:") as archive:
             try:
                 for member in archive:
-                    key, suffix = os.path.splitext(member.name)  # noqa: PTH122
+                    stem, suffix = os.path.splitext(member.name)  # noqa: PTH122
                     suffix = suffix.lower()
-                    if not member.isreg() or member.sparse or PurePosixPath(key).name.startswith("."):
+                    if not member.isreg() or member.sparse or PurePosixPath(stem).name.startswith("."):
                         continue
                     if member.offset_data + member.size > length:
                         raise tarfile.ReadError("unexpected end of data")
                     if suffix in IMAGE_SUFFIXES:
-                        images[key] = (member.name, member.offset_data, member.size)
+                        images[member.name] = (member.name, member.offset_data, member.size)
                     elif suffix in (".cls", ".json"):
-                        labels[key] = (member.offset_data, member.size, suffix)
+                        labels[stem] = (member.offset_data, member.size, suffix)
                     else:
                         unread[suffix or "without a suffix"] += 1
                     archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
@@ -201,7 +235,28 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
                 excluded[str(shard)] = f"the shard is truncated or corrupt after {len(images):,} images ({error})"
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"data: found no readable tar file at {shard} ({error})") from error
-    return [(*image, labels.get(key)) for key, image in images.items()]
+    return _samples([*images.values()], labels, unread)
+
+
+def _samples(
+    images: list[tuple[str, int, int]], labels: dict[str, tuple[int, int, str]], unread: Counter[str]
+) -> list[_Sample]:
+    """One image of each sample, with its label, by the rules of `ShardSplit`; counts the others."""
+    stems = [_stem(name) for name, _, _ in images]
+    keys = [_key(name) for name, _, _ in images]
+    whole = {key for stem, key in zip(stems, keys, strict=True) if stem == key} | {
+        stem for stem in labels if "." not in stem.rpartition("/")[2]
+    }
+    chosen: dict[str, tuple[tuple[bool, bool], tuple[str, int, int]]] = {}
+    for image, stem, key in zip(images, stems, keys, strict=True):
+        sample = key if key in whole and (stem == key or stem not in labels) else stem
+        better = (stem != sample, not image[0].lower().endswith((".jpg", ".jpeg"))), image
+        if sample in chosen:
+            held = chosen[sample]
+            better, other = (better, held) if better[0] < held[0] else (held, better)
+            unread[other[1][0][len(key) :].lower()] += 1
+        chosen[sample] = better
+    return [(*image, labels.get(sample)) for sample, (_, image) in chosen.items()]
 
 
 def _block(shard: Path, offset: int) -> bytes:

@@ -200,8 +200,8 @@ class ListSplit(FileSplit):
     """The files listed in a text file, one per line: a path, and after a tab its class if there are classes.
 
     Args:
-        file: The list, UTF-8; relative paths start at its folder. Empty lines and those that begin with ``#`` are
-            skipped.
+        file: The list, UTF-8, with or without a byte order mark; relative paths start at its folder. Empty lines and
+            those that begin with ``#`` are skipped.
         classes, limits: As in `FolderSplit`.
 
     Raises:
@@ -222,7 +222,7 @@ def _parse_list(file: Path) -> Manifest:
     try:
         if file.exists() and not file.is_file():
             raise DataError(f"data: found a folder, pipe or device at {file}, expected a list of images")
-        stamp, text = file.stat().st_mtime_ns, file.read_text(encoding="utf-8", errors="surrogateescape")
+        stamp, text = file.stat().st_mtime_ns, file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"data: cannot read the list {file} ({error.strerror})") from error
     lines = [line.partition("\t") for line in text.splitlines() if line.strip() and not line.startswith("#")]

@@ -10,44 +10,38 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 from torchvision.transforms import v2
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.loader import Loader
 from synco_fast.data.pipelines.base import epoch_order
+from synco_fast.data.pipelines.epochs import replace_corrupt
 from synco_fast.data.seeding import derive_seed
 from synco_fast.data.sources.open import Split
-from synco_fast.data.workers import available_cores, start_worker
 from synco_fast.runtime.errors import DataError
 
 __all__ = ["LabelledBatches", "balanced_subset", "images_sha256", "listed_subset"]
 
-#: Consecutive corrupt images after which filling a batch fails.
-_REPLACEMENTS = 64
 
-
-class _Crops(Dataset[tuple[Tensor, int]]):
-    """Random resized crop (area 0.08 to 1) and flip: the standard crops of linear evaluation and fine-tuning."""
+class _Crops(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of random resized crops (area 0.08 to 1) and flips, the standard of linear evaluation and fine-tuning."""
 
     def __init__(self, split: Split, recipe: Recipe, seed: int, numbers: list[int]) -> None:
         assert split.labels is not None
         self.split, self.labels, self.seed, self.numbers = split, split.labels, seed, numbers
         self.transform = v2.Compose([v2.RandomResizedCrop(recipe.size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, place = key
-        for shift in range(_REPLACEMENTS):
-            number = self.numbers[(place + shift) % len(self.numbers)]
-            try:
-                image = self.split.read(number)
-            except CorruptImageError as error:
-                reason = str(error)
-                continue
-            with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(self.seed, epoch, number))
-                return self.transform(image), int(self.labels[number])
-        raise DataError(f"data: found {_REPLACEMENTS} corrupt images in a row, the last: {reason}")
+    def __getitem__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*(self._crop(epoch, place) for epoch, place in keys), strict=True)
+        return default_collate(list(images)), torch.tensor(labels)
+
+    def _crop(self, epoch: int, place: int) -> tuple[Tensor, int]:
+        image, place, _ = replace_corrupt(len(self.numbers), place, lambda found: self.split.read(self.numbers[found]))
+        number = self.numbers[place]
+        with nullcontext() if get_worker_info() else torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, epoch, number))
+            return self.transform(image), int(self.labels[number])
 
 
 class LabelledBatches:
@@ -81,15 +75,7 @@ class LabelledBatches:
     ) -> None:
         self._seed, self._batch, self._rank, self._world, self._length = seed, batch, rank, world, len(numbers)
         self._epoch = 0
-        workers = available_cores() if workers is None else workers
-        self._loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-            _Crops(split, recipe, seed, numbers),  # type: ignore[arg-type]
-            batch_sampler=self,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator().manual_seed(seed),
-        )
+        self._loader = Loader(_Crops(split, recipe, seed, numbers), self, workers=workers, seed=seed)
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -18,7 +18,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-from synco_fast.data.errors import UserError
 from synco_fast.data.pipelines.base import Pipeline
 from synco_fast.data.pipelines.build import choose_pipeline, pipelines_for
 from synco_fast.data.pipelines.names import PipelineName
@@ -30,7 +29,7 @@ from synco_fast.runtime.names import EngineName
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import choose_views, chosen_here
 from synco_fast.training.pipeline import open_pipeline
-from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, try_engines, try_pipeline
+from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, reason_of, try_engines, try_pipeline
 
 __all__ = ["FILE", "Auto", "engines_for", "fastest", "scope_of"]
 
@@ -113,8 +112,8 @@ class Auto:
             name = cast(PipelineName, stored["pipeline"])
             try:
                 made = self._build(name)
-            except UserError as error:
-                reason = str(error)
+            except Exception as error:
+                reason = reason_of(error, self._control.env.world)
         if self._control.max(int(reason is not None))[0]:
             if made is not self.pipeline:
                 made.close()
@@ -233,32 +232,29 @@ class Auto:
         need = self._engine.config.training.batch / seconds
         best, fed = -1.0, []
         for name in names:
-            made, reason = self.pipeline, None
-            if name != self.name:
-                try:
+            made, reason, form = self.pipeline, None, self._engine.forms.get("augment")
+            try:
+                if name != self.name:
                     made = self._build(name)
-                except UserError as error:
-                    reason = str(error)
-            if self._control.max(int(reason is not None))[0]:
+            except Exception as error:
+                reason = reason_of(error, self._control.env.world)
+            rate = None
+            if not self._control.max(int(reason is not None))[0]:
                 if made is not self.pipeline:
-                    made.close()
-                fed.append(PipelineTrial(name, None, reason or "another process refused it"))
-                continue
-            form = self._engine.forms.get("augment")
+                    choose_views(self._engine, self._control, made, kept=self._kept)
+                rate, reason = try_pipeline(
+                    self._engine, using, made, self._control, step_seconds=seconds, first=self._first, **place
+                )
+            dropped = None if rate is not None else reason or "another process refused it"
+            fed.append(PipelineTrial(name, rate, dropped))
             if made is not self.pipeline:
-                choose_views(self._engine, self._control, made, kept=self._kept)
-            rate = try_pipeline(
-                self._engine, using, made, self._control, step_seconds=seconds, first=self._first, **place
-            )
-            fed.append(PipelineTrial(name, rate))
-            if made is not self.pipeline:
-                if rate > best:
+                if rate is not None and rate > best:
                     self.name, self.pipeline, made = name, made, self.pipeline
                 else:
                     self._engine.forms.pop("augment", None)
                     self._engine.forms |= {} if form is None else {"augment": form}
                 made.close()
-            best = max(best, rate)
+            best = max(best, -1.0 if rate is None else rate)
             if best >= SERVES * need:
                 break
         return fed

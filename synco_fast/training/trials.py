@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from torch import Tensor
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.runtime.distributed import HostGroup, lost_process
-from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import RunningMeans
 
-__all__ = ["EngineTrial", "PipelineTrial", "feed", "trial", "try_engines", "try_largest", "try_pipeline"]
+__all__ = ["EngineTrial", "PipelineTrial", "feed", "reason_of", "trial", "try_engines", "try_largest", "try_pipeline"]
 
 #: For each engine or pipeline: seconds of timed steps, number of blocks, fewest and most steps.
 SECONDS, _BLOCKS, _FEWEST, _MOST = 4.0, 5, 5, 500
@@ -204,6 +204,18 @@ def _settled_scaling(
     return scaling
 
 
+def reason_of(error: Exception, world: int) -> str:
+    """Why an engine or a pipeline is dropped: any failure, from the compiler to memory, drops only that one.
+
+    Raises:
+        Exception: The error, if it means that another process of the job is gone.
+    """
+    if world > 1 and lost_process(error):
+        raise error
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line[:160]}"
+
+
 def _compared_steps(
     engine: Engine, name: EngineName, batches: Sequence[Batch], start: list[Tensor], steps: int, step: int, epoch: int
 ) -> tuple[list[float], list[Tensor], str | None]:
@@ -216,10 +228,7 @@ def _compared_steps(
             values = engine.means.pop()
             losses.append(values.get("loss", math.nan))
     except Exception as error:
-        # Any failure, from the compiler to memory, only drops this engine.
-        if engine.env.world > 1 and lost_process(error):
-            raise
-        return [], [], f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+        return [], [], reason_of(error, engine.env.world)
     with torch.no_grad():
         return losses, list(torch._foreach_sub(list(engine.trainable.parameters()), start)), None
 
@@ -289,10 +298,12 @@ def try_pipeline(
     step: int,
     epoch: int,
     first: int = 0,
-) -> float:
-    """Images per second, over all processes, of training from a pipeline.
+) -> tuple[float | None, str | None]:
+    """Images per second, over all processes, of training from a pipeline; or None, and why this process has no figure.
 
-    Only the second half of the steps is timed: the first uses up the batches that workers prepared ahead.
+    Only the second half of the steps is timed: the first uses up the batches that workers prepared ahead. A pipeline
+    that fails at its first batch is dropped on all processes. One that fails later is dropped too, but only without
+    other processes, which would wait in the step.
 
     Args:
         engine, using: The engine, and its name.
@@ -303,16 +314,27 @@ def try_pipeline(
         first: The epoch whose batches come first.
     """
     half = int(min(_MOST, max(_FEWEST, SECONDS / step_seconds)))
-    with trial(engine):
-        engine.use(using)
-        batches = feed(pipeline, first)
-        begun = 0.0
-        for number in range(2 * half):
-            if number == half:
-                _wait(engine)
-                begun = time.perf_counter()
-            engine.step(next(batches), step + number, epoch)
-        _wait(engine)
-        seconds = time.perf_counter() - begun
+    world, batches, reason = control.env.world, feed(pipeline, first), None
+    try:
+        batches = chain([next(batches)], batches)
+    except Exception as error:
+        reason = reason_of(error, world)
+    if control.max(int(reason is not None))[0]:
+        return None, reason
+    try:
+        with trial(engine):
+            engine.use(using)
+            begun = 0.0
+            for number in range(2 * half):
+                if number == half:
+                    _wait(engine)
+                    begun = time.perf_counter()
+                engine.step(next(batches), step + number, epoch)
+            _wait(engine)
+            seconds = time.perf_counter() - begun
+    except Exception as error:
+        if world > 1:
+            raise
+        return None, reason_of(error, world)
     slowest = control.max(round(1e9 * seconds))[0] / 1e9
-    return half * engine.config.training.batch / slowest
+    return half * engine.config.training.batch / slowest, None

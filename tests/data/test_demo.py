@@ -1,7 +1,12 @@
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from synco_fast.data.files import locked
 from synco_fast.data.sources.demo import CLASSES, SIDE, demo_image, folder_sha256, make_demo
 from synco_fast.data.sources.open import open_source
 
@@ -44,6 +49,52 @@ def test_a_set_that_is_there_is_kept(demo):
     before = {file: file.stat().st_mtime_ns for file in demo.rglob("*.jpg")}
     make_demo(demo, train=4, validation=2, seed=5)
     assert before == {file: file.stat().st_mtime_ns for file in demo.rglob("*.jpg")}
+
+
+def test_a_set_that_another_process_just_writes_is_waited_for(demo, tmp_path):
+    """Both found none; the first one's is not replaced while it is read."""
+    folder, drawn, done = tmp_path / "demo", [], threading.Event()
+
+    def second():
+        make_demo(folder, train=4, validation=2, seed=5, tick=drawn.append)
+        done.set()
+
+    with locked(tmp_path / ".demo.lock"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not done.wait(0.2), "it waits"
+        shutil.copytree(demo, folder)
+    thread.join(60)
+    assert done.is_set()
+    assert drawn == []
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"], "no lock stays"
+
+
+def test_a_lock_is_held_by_one_at_a_time_and_ends_with_its_process(tmp_path):
+    inside, most = [], []
+
+    def hold(number):
+        for _ in range(20):
+            with locked(tmp_path / "folder" / "lock"):
+                inside.append(number)
+                most.append(len(inside))
+                inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hold, range(4)))
+    assert most == [1] * 80
+    (tmp_path / "folder" / "lock").write_text("left by a killed process")
+    with locked(tmp_path / "folder" / "lock"):
+        pass
+
+
+def test_another_set_replaces_an_earlier_one(demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("synco_fast.data.sources.demo.ProcessPoolExecutor", lambda mp_context: ThreadPoolExecutor(1))
+    folder = tmp_path / "demo"
+    shutil.copytree(demo, folder)
+    make_demo(folder, train=1, validation=1, seed=5)
+    assert len(list(folder.rglob("*.jpg"))) == 2 * len(CLASSES)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
 def test_all_have_one_size_and_colour_tells_no_class():

@@ -1,5 +1,6 @@
 """Sources beside folders: lists of files, tar shards, and the lists that are kept of them."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.sources import shards as shards_module
 from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
 from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest, write_manifest
 from synco_fast.data.sources.open import ArraySplit, open_source
@@ -117,6 +119,63 @@ def test_numbered_classes_are_in_order_of_value(tmp_path):
     assert open_source(f"tar:{tmp_path}").train.classes == ("2", "9", "10")
 
 
+def names(split):
+    return [split.name(index).rpartition(":")[2].strip("'") for index in range(len(split))]
+
+
+@pytest.mark.parametrize(
+    ("members", "images", "labels", "unread"),
+    [
+        (
+            ["0.jpg", "0.mask.png", "0.cls", "1.mask.png", "1.jpg", "1.cls"],
+            ["0.jpg", "1.jpg"],
+            [0, 1],
+            {".mask.png": 2},
+        ),
+        (["0.png", "0.jpg", "0.cls"], ["0.jpg"], [0], {".png": 1}),
+        (["0.depth.png", "0.rgb.jpg", "0.json"], ["0.rgb.jpg"], [0], {".depth.png": 1}),
+        (["a.b/0.jpg", "a.b/0.left.PNG"], ["a.b/0.jpg"], [0], {".left.png": 1}),
+        (["x.0001.jpg", "x.0002.jpg"], ["x.0001.jpg", "x.0002.jpg"], None, {}),
+        (["x.1.jpg", "x.1.cls", "x.2.jpg", "x.2.cls"], ["x.1.jpg", "x.2.jpg"], [0, 1], {}),
+        (["x.jpg", "x.cls", "x.2.jpg", "x.2.cls"], ["x.jpg", "x.2.jpg"], [0, 1], {}),
+    ],
+)
+def test_a_sample_has_one_image(tmp_path, members, images, labels, unread):
+    contents, label = {".cls": b"%d", ".json": b'{"label": "%d"}'}, 0
+    written = []
+    for name in members:
+        template = contents.get(name[name.rindex(".") :])
+        written.append((name, jpeg() if template is None else template % label))
+        label += template is not None
+    write_shard(tmp_path / "a.tar", written)
+    split = open_source(f"tar:{tmp_path}").train
+    assert names(split) == images
+    assert (split.labels is None) if labels is None else (split.labels.tolist() == labels)
+    assert split.manifest.unread == unread
+
+
+def test_an_index_of_earlier_rules_is_made_anew(tmp_path, monkeypatch):
+    """Unless the same images are found by the rules of today: then what a check excluded stays so."""
+    for folder, part in (("samples", "0.mask.png"), ("dots", "0.2.jpg")):
+        first = "0.jpg" if folder == "samples" else "0.1.jpg"
+        write_shard(tmp_path / folder / "a.tar", [(first, jpeg(1)), (part, jpeg(2)), ("3.jpg", jpeg(3))])
+        split = open_source(f"tar:{tmp_path / folder}").train
+        places = shards_module.index_shards([tmp_path / folder / "a.tar"]).places
+        old = dataclasses.replace(split.manifest, rules=0)
+        if folder == "samples":
+            old = dataclasses.replace(old, names=PackedNames.pack([first, part]), places=places)
+        else:
+            old = dataclasses.replace(old.without({2: "corrupt"}), rules=0)
+        write_manifest(manifest_path(split.key), old)
+        for _ in range(2):
+            again = open_source(f"tar:{tmp_path / folder}").train
+            assert names(again) == (["0.jpg", "3.jpg"] if folder == "samples" else ["0.1.jpg", "0.2.jpg"])
+            assert again.manifest.excluded == ({} if folder == "samples" else {"3.jpg": "corrupt"})
+            monkeypatch.setattr(shards_module, "index_shards", None)
+        monkeypatch.undo()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def test_nothing_in_a_shard_reaches_the_file_system(tmp_path):
     """Names that climb out, absolute ones and links are names: nothing is written, and links are no images."""
     outside = tmp_path / "outside.jpg"
@@ -214,6 +273,13 @@ def test_lists(image_folder, tmp_path):
     assert source.train.read(0).size == source.train.read(1).size == (44, 40)
     held_out.write_text("images/val/class1/0.jpg\n")
     assert open_source(f"list:{held_out}").train.labels is None
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(image_folder, tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfimages/train/class1/3.jpg\r\nimages/train/class0/1.jpg\r\n")
+    split = open_source(f"list:{tmp_path / 'list.txt'}").train
+    assert list(split.manifest.names) == ["images/train/class1/3.jpg", "images/train/class0/1.jpg"]
+    assert split.read(0).size == (44, 40)
 
 
 @pytest.mark.parametrize(

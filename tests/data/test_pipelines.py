@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.errors import DataError
-from synco_fast.data.pipelines import build
+from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.pipelines import build, resident
 from synco_fast.data.pipelines.build import build_pipeline, choose_pipeline, evaluation_batches, has_dali
+from synco_fast.data.pipelines.epochs import replace_corrupt
 from synco_fast.data.sources.open import ArraySplit, open_source
 from tests.data.photos import photo
 
@@ -260,16 +261,63 @@ def test_a_resident_set_replaces_what_is_broken(image_folder):
 def test_a_resident_set_has_images_of_one_size(tmp_path):
     for number, width in enumerate((20, 20, 24)):
         photo(width, 20).save(tmp_path / f"{number}.png")
-    with pytest.raises(DataError, match=r"found .*2\.png of 20 x 24 pixels among images of 20 x 20, expected one size"):
-        pipeline(open_source(str(tmp_path)).train, "resident", batch=2)
+    split, says = (
+        open_source(str(tmp_path)).train,
+        r"found \S+2\.png of 20 x 24 pixels among images of 20 x 20, expected",
+    )
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=f"^data.pipeline: {says} one size for resident; use another pipeline$"):
+            pipeline(split, "resident", batch=2, workers=workers)
+    images, numbers, _ = resident._Pixels(split, (20, 20))[range(2)]
+    assert (images.shape, numbers) == ((2, 3, 20, 20), [0, 1]), "a file descriptor for a batch, not for each image"
 
 
-def test_nothing_but_corrupt_images_is_an_error(tmp_path, name):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_corrupt_images_is_an_error(tmp_path, name, workers):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"")
     split = open_source(str(tmp_path)).train
-    with pytest.raises(DataError, match=r"found 3 corrupt images in a row, the first: .* the file is empty"):
-        next(iter(pipeline(split, name, batch=2)))
+    says = r"^data: found 3 corrupt images, all that were tried of 3; the first: \S+ the file is empty$"
+    with pytest.raises(DataError, match=says):
+        next(iter(pipeline(split, name, batch=2, workers=workers)))
+
+
+def test_a_long_row_of_corrupt_images_is_replaced_from_elsewhere():
+    length, start = 1000, 300
+
+    def read(index):
+        if start <= index < start + 100:
+            raise CorruptImageError(f"{index}: empty")
+        return index
+
+    neighbours = list(range(start, start + 64))
+    for wanted in (start, start + 30):
+        image, index, corrupt = replace_corrupt(length, wanted, read)
+        assert image == index
+        assert not start <= index < start + 100
+        assert list(corrupt)[:64] == neighbours[:64] or wanted > start
+        assert (image, index, corrupt) == replace_corrupt(length, wanted, read)
+    assert len({replace_corrupt(length, wanted, read)[1] for wanted in range(start, start + 30)}) > 20
+    assert replace_corrupt(length, start + 40, read)[1] == start + 100, "the next one, where it is near"
+
+
+@pytest.mark.parametrize(("length", "reads"), [(3, 3), (500, 500), (1024, 1024), (100_000, 1015)])
+def test_a_set_ends_a_run_where_nearly_all_of_it_is_corrupt(length, reads):
+    tried = []
+
+    def read(index):
+        tried.append(index)
+        if len(tried) < reads:
+            raise CorruptImageError("empty")
+        return index
+
+    _, index, corrupt = replace_corrupt(length, 1, read)
+    assert len(tried) == len(set(tried)) == reads
+    assert index not in corrupt
+    tried.clear()
+    reads = length + 1
+    with pytest.raises(DataError, match=f"of {length:,}; the first: empty"):
+        replace_corrupt(length, 1, read)
 
 
 # -- the choice -------------------------------------------------------------------------------------------------------

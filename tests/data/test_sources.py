@@ -142,6 +142,29 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
     assert (values[..., 0] == values[..., 2]).all()
 
 
+def test_pixels_of_more_bits_keep_their_range(tmp_path):
+    grey = np.linspace(0, 255, 20 * 30).reshape(20, 30)
+    eight, sixteen, dark = grey.round().astype(int), grey * 257, grey.astype(np.uint16)
+    cases = {
+        "float-255.tif": (grey.astype(np.float32), eight),
+        "float-1.tif": ((grey / 255).astype(np.float32), eight),
+        "float-65535.tif": (sixteen.astype(np.float32), eight),
+        "float-signed.tif": ((grey / 127.5 - 1).astype(np.float32), (2 * grey - 255).clip(0, 255)),
+        "float-nan.tif": (np.where(grey > 250, np.nan, grey / 255).astype(np.float32), np.where(grey > 250, 0, grey)),
+        "int-255.tif": (grey.round().astype(np.int32), eight),
+        "int-65535.tif": (sixteen.astype(np.int32), eight),
+        "sixteen.tif": (sixteen.astype(np.uint16), eight),
+        "dark.png": (dark, dark / 257),
+        "dark.pgm": (dark, dark / 257),
+    }
+    for name, (stored, expected) in cases.items():
+        Image.fromarray(stored).save(tmp_path / name)
+        if name.endswith("pgm"):
+            (tmp_path / name).write_bytes(b"P5\n30 20\n65535\n" + stored.astype(">u2").tobytes())
+        read = np.asarray(read_image(tmp_path / name)).astype(float)
+        assert np.abs(read[..., 1] - expected).max() <= 1, name
+
+
 def test_exif_orientation_is_applied(tmp_path):
     image = Image.fromarray(pixels())
     exif = Image.Exif()

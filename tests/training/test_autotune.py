@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from synco_fast.training import engine as engine_module
 from synco_fast.training.autotune import Auto, fastest
 from synco_fast.training.engine import Engine
 from synco_fast.training.pretraining import Pretraining
-from synco_fast.training.trials import EngineTrial, trial, try_engines
+from synco_fast.training.trials import EngineTrial, trial, try_engines, try_pipeline
 
 from ..support.training import assert_identical, figures, flat, newest, pretrain, stop_after, trainer
 
@@ -266,8 +267,9 @@ def test_the_need_of_the_step_decides_which_pipeline_serves(tiny, monkeypatch, r
     monkeypatch.setattr(
         autotune,
         "try_pipeline",
-        lambda engine, using, pipeline, control, **place: next(
-            rates[name] for name, one in made.items() if one is pipeline
+        lambda engine, using, pipeline, control, **place: (
+            next(rates[name] for name, one in made.items() if one is pipeline),
+            None,
         ),
     )
     fed = auto._try_pipelines(["torchvision", "dali", "resident"], "eager", 8 / 100.0, {})
@@ -278,6 +280,51 @@ def test_the_need_of_the_step_decides_which_pipeline_serves(tiny, monkeypatch, r
     assert auto.name == taken
     assert auto.pipeline is made[taken]
     assert {name for name, one in made.items() if not one.closed} == {taken}
+
+
+class Failing(Made):
+    """A pipeline that fails at the batch of this number."""
+
+    def __init__(self, whole, good):
+        super().__init__()
+        self.whole, self.good = whole, good
+        self.set_epoch = whole.set_epoch
+
+    def __iter__(self):
+        yield from islice(self.whole, self.good)
+        raise RuntimeError("received 0 items of ancdata\nand more")
+
+
+def test_a_pipeline_that_fails_drops_out(tiny, monkeypatch):
+    """Whatever fails, and when: the run goes on with another pipeline."""
+    monkeypatch.setattr(trials, "SECONDS", 0.0)
+    task = Pretraining(tiny())
+    auto, whole = task._auto, task._auto.pipeline
+    made = {"dali": Failing(whole, 3), "resident": Failing(whole, 0)}
+    monkeypatch.setattr(auto, "_build", lambda name: made[name])
+    before = [parameter.clone() for parameter in auto._engine.trainable.parameters()]
+    place = {"step": 0, "epoch": 0}
+    fed = auto._try_pipelines(["dali", "resident", "none", "torchvision"], "eager", 1e-9, place)
+    assert [each.reason for each in fed[:2]] == ["RuntimeError: received 0 items of ancdata"] * 2
+    assert fed[2].reason == "KeyError: 'none'"
+    assert fed[3].images_per_second > 0
+    assert (auto.name, auto.pipeline) == ("torchvision", whole)
+    assert all(each.closed for each in made.values())
+    for parameter, old in zip(auto._engine.trainable.parameters(), before, strict=True):
+        assert torch.equal(parameter, old), "the steps before the failure leave no trace"
+    task.close()
+
+
+def test_a_pipeline_that_fails_on_another_process_drops_out(tiny, monkeypatch):
+    class Two(HostGroup):
+        def max(self, *numbers):
+            return tuple(max(1, number) for number in numbers)
+
+    task = Pretraining(tiny())
+    pipeline = task._auto.pipeline
+    place = {"step_seconds": 1.0, "step": 0, "epoch": 0}
+    assert try_pipeline(task._auto._engine, "eager", pipeline, Two(DistEnv()), **place) == (None, None)
+    task.close()
 
 
 def test_the_pipeline_of_a_long_run_is_measured(tiny, tmp_path, monkeypatch):

@@ -266,7 +266,7 @@ def test_pipelines_are_timed_with_the_kernels_that_they_would_use(tiny, served, 
 
         def rate(engine, using, pipeline, *rest, left=left, **more):
             tried.append(getattr(pipeline, "_make", None))
-            return next(left)
+            return next(left), None
 
         monkeypatch.setattr(autotune, "try_pipeline", rate)
         auto._try_pipelines(["torchvision", "resident"], "eager", 1e-3, {"step": 0, "epoch": 0})

@@ -84,10 +84,9 @@ class GraphOptions:
 
     @property
     def decode_options(self) -> dict[str, Any]:
-        """Arguments of DALI's decoders."""
-        if self.device is None:
-            return {"device": "cpu", "output_type": types.RGB}
-        return {"device": "mixed", "output_type": types.RGB, **self.decoder}
+        """Arguments of DALI's decoders, which never turn an image: what is turned comes as pixels from the reader."""
+        shared = {"output_type": types.RGB, "adjust_orientation": False}
+        return {"device": "cpu", **shared} if self.device is None else {"device": "mixed", **shared, **self.decoder}
 
 
 def build_crops(recipe: Recipe, decode: Decode, options: GraphOptions) -> Pipeline:

@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, Decode
-from synco_fast.data.pipelines.dali.decoded import build_decoding, check_sizes, decoding_inputs, gather_decoded
+from synco_fast.data.pipelines.dali.decoded import build_decoding, decoding_inputs, gather_decoded, other_sizes
 from synco_fast.data.pipelines.dali.finish import finish_crops
 from synco_fast.data.pipelines.dali.graph import (
     GraphOptions,
@@ -163,11 +163,11 @@ class DaliPipeline:
             device=self._number,
             depth=_DEPTH,
             gather=gather_decoded,
+            wrong=other_sizes,
         )
 
     def _fused(self, make: MakeViews) -> Iterator[Batch]:
-        for files, (pixels, offsets, sizes, words, decoded, *_) in self._runner.run(self._loader):
-            check_sizes(decoded, files)
+        for files, (pixels, offsets, sizes, words, *_) in self._runner.run(self._loader):
             rows = torch.arange(len(files), device=pixels.device)
             buffer = pixels, offsets, sizes
             size, dtype = self._sized.size, self._fused_dtype

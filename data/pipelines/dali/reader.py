@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from synco_fast.data.augment.draw import ViewParameters
 from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.loader import Loader
 from synco_fast.data.pipelines.epochs import Position, replace_corrupt
 from synco_fast.data.sources.decode import LONGEST_RATIO, central_part, decode_image, encode_pixels, plain_jpeg_size
 from synco_fast.data.sources.splits import Split
-from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["EncodedBatch", "Reader"]
 
@@ -151,20 +150,6 @@ class Reader(Dataset[EncodedBatch]):
             pixels = central_part(pixels)
         return encode_pixels(pixels), (pixels.shape[0], pixels.shape[1])
 
-    def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> DataLoader[EncodedBatch]:
+    def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> Loader[EncodedBatch]:
         """The sampler's batches, read by ``workers`` processes (default: one per core of this rank; 0: this one)."""
-        workers = available_cores() if workers is None else workers
-        options: dict[str, Any] = {
-            "sampler": batches,
-            "batch_size": None,
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "worker_init_fn": start_worker,
-            "collate_fn": _as_it_is,
-            "generator": torch.Generator().manual_seed(seed),
-        }
-        return DataLoader(self, **options)
-
-
-def _as_it_is(batch: EncodedBatch) -> EncodedBatch:
-    return batch
+        return Loader(self, batches, workers=workers, seed=seed)

@@ -29,6 +29,10 @@ Inputs = Callable[[EncodedBatch], dict[str, NDArray[Any]]]
 _Fed = tuple[EncodedBatch, dict[str, NDArray[Any]]]
 
 
+class _WrongOutputs(RuntimeError):
+    """DALI decoded images to something else than their headers say; the graph still works."""
+
+
 def _spare_inherited(runner: type[GraphRunner]) -> None:
     """In a forked worker: never free a graph of the training process, whose threads do not exist here."""
     gc.freeze()
@@ -39,7 +43,7 @@ class GraphRunner:
 
     A file that DALI cannot decode fails the batch and the graph. Then the graph is rebuilt, the batches in flight are
     run one by one, and the one that fails again is decoded by Pillow, which names the corrupt images. The failed images
-    are remembered and never reach DALI's decoder again.
+    are remembered and never reach DALI's decoder again. So are those that it decodes to something else than expected.
 
     Args:
         build: Builds the graph.
@@ -48,6 +52,7 @@ class GraphRunner:
         device: Index of the GPU, or None.
         depth: Batches in flight.
         gather: Makes tensors of the graph's outputs, on the device; by default one of each, all rows of one shape.
+        wrong: Rows of the outputs that are not what the batch says; by default none.
     """
 
     def __init__(
@@ -59,7 +64,9 @@ class GraphRunner:
         device: int | None,
         depth: int,
         gather: Callable[[Any], list[Tensor]] | None = None,
+        wrong: Callable[[list[Tensor], EncodedBatch], list[int]] = lambda outputs, batch: [],
     ) -> None:
+        self._wrong = wrong
         self._gather = gather or (lambda outputs: [from_dlpack(views.as_tensor()) for views in outputs])
         self._build, self._inputs, self._reader, self._device, self._depth = build, inputs, reader, device, depth
         self._graph: Pipeline | None = None
@@ -80,12 +87,16 @@ class GraphRunner:
             while under_way:
                 try:
                     outputs = self._outputs(under_way[0])
-                except RuntimeError:
-                    stuck = [batch for batch, _ in under_way]
+                except RuntimeError as error:
+                    stuck = [*under_way]
                     under_way.clear()
-                    self._graph = None
-                    for batch in stuck:
-                        again, outputs = self._run_alone(batch)
+                    if isinstance(error, _WrongOutputs):
+                        self._drain(sum(bool(inputs) for _, inputs in stuck[1:]))
+                        self._done.extend(stuck)
+                    else:
+                        self._graph = None
+                    for batch, _ in stuck:
+                        again, outputs = self._run_alone(self._without_failed(batch))
                         yield again, outputs
                         self._hold(outputs)
                     self._fill(under_way, source)
@@ -153,7 +164,12 @@ class GraphRunner:
         # device continues meanwhile.
         found = self._graph.outputs()
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
-            return self._gather(found)
+            outputs = self._gather(found)
+        wrong = self._wrong(outputs, fed[0])
+        if wrong:
+            self._failed |= set(fed[0].images[wrong].tolist())
+            raise _WrongOutputs
+        return outputs
 
     def _hold(self, outputs: list[Tensor]) -> None:
         """Keep views until the kernels that read them are done: their memory is DALI's, which does not track them."""
@@ -169,6 +185,8 @@ class GraphRunner:
         try:
             self._done.append(self._schedule(batch))
             return batch, self._outputs(self._done[-1])
+        except _WrongOutputs:
+            return self._run_alone(self._without_failed(batch))
         except RuntimeError:
             self._graph = None
         again = self._reader.again_by_pillow(batch, range(len(batch)))

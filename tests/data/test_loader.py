@@ -1,0 +1,69 @@
+"""The loader of all pipelines: what fails in a worker is one line here."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.loader import Loader, killed_worker
+
+
+class Items(Dataset):
+    """Tensors by number; 2 is a user's error, 3 kills its process, 4 is a bug."""
+
+    def __getitem__(self, number):
+        if number == 2:
+            raise CorruptImageError("data: found two, expected another")
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.full((3,), number) if number < 4 else [][number]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_error_is_one_line(workers):
+    loader = Loader(Items(), [0, 1, 2], workers=workers)
+    for _ in range(2):  # the loader stays usable
+        items = iter(loader)
+        assert [next(items).tolist(), next(items).tolist()] == [[0] * 3, [1] * 3]
+        with pytest.raises(DataError, match=r"^data: found two, expected another$"):
+            next(items)
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(IndexError, match="Original Traceback"):
+        list(Loader(Items(), [4], workers=1, keep=False))
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(DataError, match=r"^data.workers: found a worker process that was killed.* use fewer workers$"):
+        list(Loader(Items(), [0, 3], workers=1, keep=False))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (EOFError(), "found a worker process that was killed, expected"),
+        (ConnectionResetError(104, "Connection reset by peer"), "found a worker process that was killed, expected"),
+        (
+            RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "),
+            "that was killed (Killed), expected",
+        ),
+        (RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"), "that was killed, expected"),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 9) is killed by signal: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "found too little shared memory",
+        ),
+        (EOFError("Caught EOFError in DataLoader worker process 0.\nOriginal Traceback ..."), None),
+        (RuntimeError("CUDA error"), None),
+        (FileNotFoundError(2, "No such file or directory"), None),
+    ],
+)
+def test_what_means_that_a_worker_was_killed(error, says):
+    found = killed_worker(error)
+    assert (found is None) if says is None else (says in found)
