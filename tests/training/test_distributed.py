@@ -212,6 +212,10 @@ def test_a_batch_that_cannot_be_spread(tiny):
         build_method(config, processes=3)
     with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 4, expected a multiple or a divisor of 6"):
         groups_of_part(tiny({"training.batch": 24, "model.batch_norm_groups": 4, "training.accumulate": 2}), 3)
+    config = tiny({"model.sync_batch_norm": True, "model.batch_norm_groups": 1})
+    with pytest.raises(ConfigError, match=r"model\.sync_batch_norm: found true in 2 processes on CPUs"):
+        build_method(config, processes=2)
+    build_method(config)
 
 
 def test_processes_that_do_not_come_are_one_line_and_the_end_waits_for_no_connection(monkeypatch):
