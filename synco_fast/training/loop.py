@@ -71,7 +71,8 @@ class Trainer(Generic[SummaryT]):
         self._before_step, self._after_step = before_step, after_step
         self._save_due = False
         self.throughput = Throughput(task.settings.batch, task.settings.settling)
-        self.stopping = StopSignals(self.control, task.settings.max_time)
+        end = task.settings.end
+        self.stopping = StopSignals(self.control, task.settings.max_time, end if end < self.steps else None)
         # Printed at once until the progress bar takes over: the first use of a GPU takes a while.
         task.note.show_by(self._print)
         self._lock, self._fresh = RunLock(folder, task.note), resume is None
@@ -90,7 +91,7 @@ class Trainer(Generic[SummaryT]):
     # -- the run ------------------------------------------------------------------------------------------------
 
     def run(self) -> SummaryT:
-        """Train to the end, or until SIGTERM, SIGINT or the time limit; then write a checkpoint and the summary.
+        """Train to the end, or until SIGTERM, SIGINT or a limit of this start; then write a checkpoint and the summary.
 
         Raises:
             DivergedError: Too many consecutive steps had non-finite gradients, or what they led to is not finite; the
@@ -129,7 +130,7 @@ class Trainer(Generic[SummaryT]):
             self.folder, self.step, config, evaluated=evaluated, trackers=settings.trackers, writes=self.env.is_main
         )
         log = self.folder / "train.log" if self.env.is_main else None
-        self.reporter = Reporter(self.console, self.steps, self.step, log)
+        self.reporter = Reporter(self.console, settings.end, self.step, log)
         task.note.show_by(self.reporter.note)
         self.control.last_words = self._last_words
         try:
@@ -151,8 +152,9 @@ class Trainer(Generic[SummaryT]):
         """Train, evaluate and save to the end of the run, or until it is asked to stop."""
         try:
             with self.stopping.on_signals():
+                self.stopping.begin(self.step)
                 # Without this save, every later resume from the same checkpoint would repeat the evaluation.
-                if (self._evaluate_if_due() and self.step) or not self.steps:
+                if (self._evaluate_if_due() and self.step) or not self.task.settings.end:
                     self._save()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()
@@ -323,13 +325,14 @@ class Trainer(Generic[SummaryT]):
         if self.env.is_main and path.resolve().parent == (self.folder / "checkpoints").resolve():
             # A process that was killed between the two files left an older best.pt.
             self._keep_best(state.get("best"), path)
-        if self.step > self.steps:
+        end = self.task.settings.end
+        if self.step > end:
             raise ConfigError(
-                f"resume: found {path} of step {self.step}, beyond the {self.steps} steps that are asked for, expected "
-                "at least as many; give the run more epochs or steps"
+                f"resume: found {path} of step {self.step}, beyond the {end} steps that are asked for, expected at "
+                "least as many; give the run more epochs or steps"
             )
-        left = "" if self.step < self.steps else ": nothing is left to train"
-        self.task.note(f"resumed from {path} at step {self.step} of {self.steps}{left}")
+        left = "" if self.step < end else ": nothing is left to train"
+        self.task.note(f"resumed from {path} at step {self.step} of {end}{left}")
 
     def _take_over(self, state: dict[str, Any], path: Path) -> None:
         """Load what decides the steps to come.

@@ -162,7 +162,7 @@ class Pretraining:
         self.steps_per_epoch = len(self.pipeline)
         steps, limits = self.steps_per_epoch * training.epochs, limits or training
         self.settings = TrainerSettings(
-            steps=steps if limits.max_steps is None else min(steps, limits.max_steps),
+            steps=steps if training.max_steps is None else min(steps, training.max_steps),
             batch=training.batch,
             log_every=training.log_every,
             keep=training.keep,
@@ -172,6 +172,7 @@ class Pretraining:
             settling=self.engine.settling,
             trackers={name: getattr(training, name) for name in TRACKERS},
             keep_best=training.keep_best,
+            stop_at=limits.max_steps,
         )
         self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
         self._kept: dict[str, Any] | None = None
@@ -221,7 +222,7 @@ class Pretraining:
         Before the first ones of a long run, what its configuration leaves to ``auto`` is measured.
         """
         self.method.train()
-        if self._auto.settle(self.settings.steps - step, self._folder) and self.env.is_main:
+        if self._auto.settle(self.settings.end - step, self._folder) and self.env.is_main:
             environment = self._folder / "environment.json"
             write_json(environment, {**read_json(environment), **self.facts})
         epoch, done = divmod(step, self.steps_per_epoch)

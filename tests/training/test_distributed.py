@@ -152,7 +152,8 @@ def test_all_processes_stop_at_the_same_step_and_differences_are_found(tiny, tmp
     config = tiny({**BASE, "training.epochs": 400})
     job = run_job(2, config, tmp_path / "run", act="ask to stop")
     assert job.codes == [0, 0], job.words
-    assert [state["step"] for state in job.states] == [4, 4], "the processes agree at the end of the epoch"
+    one, other = (state["step"] for state in job.states)
+    assert 2 < one == other <= 4, "the processes agree at the end of the epoch at the latest"
     job = run_job(2, config, tmp_path / "run", resume=True, act="differ")
     assert job.codes == [2, 2], job.words
     assert "rank 1 is out of sync with rank 0 at step 6 (weights or queue differ)" in job.words[0]
