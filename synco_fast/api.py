@@ -287,8 +287,10 @@ def train(
     from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
+    from synco_fast.training.resuming import check_same_start
 
     with init_distributed(DistEnv.detect(), config.training.device, timeout=config.training.timeout) as control:
+        check_same_start(control, "no run" if resume is None else "a run")
         folder = resume or _new_folder(out, config, control)
         task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
         trainer = Trainer(task, folder, resume=resume, console=console)

@@ -9,11 +9,12 @@ from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 
-from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, keep_best, save_checkpoint
+from synco_fast.runtime.checkpoint import checkpoints_in, keep_best, save_checkpoint, set_aside
 from synco_fast.runtime.distributed import lost_process
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError, LostProcessError, UserError
 from synco_fast.runtime.files import UNWRITABLE
 from synco_fast.training.progress import Reporter
+from synco_fast.training.resuming import find_start
 from synco_fast.training.run_folder import describe_run, refuse_run
 from synco_fast.training.run_lock import RunLock
 from synco_fast.training.stopping import StopSignals
@@ -313,16 +314,20 @@ class Trainer(Generic[SummaryT]):
             )
 
     def _load(self, resume: Path) -> None:
-        if resume.is_dir() and (resume / "config.yaml").exists() and not checkpoints_in(resume / "checkpoints"):
+        loaded = find_start(self.control, resume, self._take_over)
+        if loaded is None:
             self.task.note(f"{resume} holds no checkpoint yet: starting at the first step")
             return
-        state, path, problems = find_checkpoint(resume, self._take_over)
+        state, path, problems = loaded
         for problem in problems:
             self.task.note(f"{problem}; resuming from an older one")
         self.step = state["step"]
         self.evaluated_at = state.get("evaluated_at", self.step)
         # The best checkpoint lies in the run folder; a run that goes on in another one begins without.
         if self.env.is_main and path.resolve().parent == (self.folder / "checkpoints").resolve():
+            if problems:  # the others have read by now
+                for moved in set_aside(path.parent, self.step):
+                    self.task.note(f"renamed {moved.name} to {moved.name}.damaged: later resumes do not try it")
             # A process that was killed between the two files left an older best.pt.
             self._keep_best(state.get("best"), path)
         end = self.task.settings.end
