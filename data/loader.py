@@ -35,6 +35,9 @@ class Loader(Generic[T]):
         pin_memory: Whether items lie in page-locked memory, for a GPU.
         keep: Whether the workers are kept for the next epoch.
 
+    Attributes:
+        workers: How many there are.
+
     A `UserError` raised in a worker is raised here as a `DataError` with the same line, where PyTorch would add the
     worker's traceback. A worker that was killed is a `DataError` too.
     """
@@ -49,16 +52,16 @@ class Loader(Generic[T]):
         pin_memory: bool = False,
         keep: bool = True,
     ) -> None:
-        self._workers = available_cores() if workers is None else workers
+        self.workers = available_cores() if workers is None else workers
         self._make = partial(
             DataLoader,
             _Reporting(dataset),
             sampler=places,
             batch_size=None,
-            num_workers=self._workers,
+            num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
-            persistent_workers=keep and self._workers > 0,
+            persistent_workers=keep and self.workers > 0,
             worker_init_fn=start_worker,
         )
         self._seed = seed
@@ -81,7 +84,7 @@ class Loader(Generic[T]):
             except StopIteration:
                 return
             except (RuntimeError, EOFError, OSError) as error:
-                reason = killed_worker(error) if self._workers else None
+                reason = killed_worker(error) if self.workers else None
                 if reason is None:
                     raise
                 item = _Failure(reason)

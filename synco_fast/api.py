@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.config import Config, Section, build_config, read_config
-from synco_fast.presets import load_config
+from synco_fast.config import Config, Section, build_config, read_mapping
+from synco_fast.presets import load_config, load_values
 from synco_fast.runtime.errors import CheckpointError, ConfigError, UserError
 from synco_fast.runtime.files import read_json
 from synco_fast.runtime.progress import open_console
@@ -207,10 +207,11 @@ def pretrain(
     calls it.
 
     Args:
-        config: A preset's name, a YAML file, a `synco_fast.config.Config`, or its sections and keys.
+        config: A preset's name, a YAML file, a `synco_fast.config.Config`, or its sections and keys; ``preset`` among
+            them names the preset that they change.
         data: The images: a folder, or any source that ``data.source`` takes; that of the configuration by default.
         out: The run folder, which must hold no run; ``runs/PRESET-DATE-TIME`` by default.
-        max_steps: Stop after this many steps this time; the run does not keep it.
+        max_steps: Stop after this many steps this time, as after a signal; the run does not keep it.
         max_time: Stop after this many minutes this time; the run does not keep it.
         progress: Whether to print: a progress bar on a terminal and in a notebook, else lines.
         settings: Keys of the configuration by dotted name, such as ``{"training.epochs": 10}``.
@@ -289,8 +290,10 @@ def train(
     from synco_fast.runtime.distributed import DistEnv, init_distributed
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
+    from synco_fast.training.resuming import check_same_start
 
     with init_distributed(DistEnv.detect(), config.training.device, timeout=config.training.timeout) as control:
+        check_same_start(control, "no run" if resume is None else "a run")
         folder = resume or _new_folder(out, config, control)
         task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
         trainer = Trainer(task, folder, resume=resume, console=console)
@@ -318,9 +321,9 @@ def _read(config: str | Path | Mapping[str, Any] | Config, overrides: dict[str, 
     if isinstance(config, Config):
         return build_config(config.model_dump(mode="json"), overrides)
     if isinstance(config, Mapping):
-        return build_config(dict(config), overrides)
+        return load_values(dict(config), overrides)
     if isinstance(config, Path):
-        return read_config(config, overrides)
+        return load_values(read_mapping(config), overrides)
     if isinstance(config, str):
         return load_config(config, overrides)
     raise ConfigError(f"config: found {type(config).__name__}, expected a preset's name, a YAML file or a Config")

@@ -367,17 +367,21 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+_SECTIONS = tuple(name for name, field in Config.model_fields.items() if isinstance(field.default, Section))
+
+
 def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None) -> Config:
     """A configuration from nested values and dotted overrides.
 
     Args:
-        values: By section and key, as in a YAML file; older names are understood.
+        values: By section and key, as in a YAML file; older names are understood. A section of null has its defaults.
         overrides: By dotted name, such as ``{"method.name": "mochi"}``.
 
     Raises:
         ConfigError: An unknown key (with the nearest one), or a value outside its range.
     """
-    merged = _copy(migrate_config(values))
+    empty: dict[str, Any] = {name: {} for name in _SECTIONS if name in values and values[name] is None}
+    merged = _copy(migrate_config({**values, **empty}))
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
         inside = merged

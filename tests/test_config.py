@@ -4,7 +4,7 @@ import yaml
 from synco_fast.config import Config, build_config, read_config
 from synco_fast.explain import known_keys
 from synco_fast.kernels import Negatives
-from synco_fast.presets import PRESETS, load_config
+from synco_fast.presets import PRESETS, load_config, load_values
 from synco_fast.runtime.errors import ConfigError
 
 
@@ -40,6 +40,50 @@ def test_the_papers_presets():
     assert load_config("moco-v2-r50-200").method.negatives() == Negatives.moco()
     for name in ("synco-r50-imagenet100", "synco-r18-cifar", "fashion-mnist", "demo"):
         assert load_config(name).method.mask_same_image, "sets smaller than the queue mask the same image"
+
+
+def test_the_learning_rate_of_mocos_cifar_demo():
+    """0.06 for a batch of 512."""
+    config = load_config("synco-r18-cifar")
+    assert (config.training.batch, config.learning_rate) == (512, pytest.approx(0.06))
+    assert config.optimizer.weight_decay == 5e-4
+
+
+def test_a_file_changes_the_preset_that_it_names(tmp_path, recwarn):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "preset: demo\nabout: mine\ntraining: {epochs: 3}\nmethod:\nmodel: {backbone_args: {layers: [1]}}\n"
+        "evaluation: {neighbours: 5}\n"
+    )
+    mine = {"about": "mine", "training.epochs": 3, "model.backbone_args": {"layers": [1]}, "evaluation.k": 5}
+    expected = load_config("demo", {**mine, "training.batch": 32})
+    assert load_config(str(file), {"training.batch": 32}) == expected
+    assert [str(one.message).partition(" in")[0] for one in recwarn] == ["configuration"], "the older name, once"
+    file.write_text("preset: dmo\n")
+    with pytest.raises(ConfigError, match=r"preset: found no preset 'dmo'; did you mean demo\?"):
+        load_config(str(file))
+    file.write_text("preset: 3\n")
+    with pytest.raises(ConfigError, match="preset: found 3, expected a valid string"):
+        load_config(str(file))
+
+
+def test_the_configuration_of_a_run_takes_nothing_from_its_preset(tmp_path):
+    """It may be of a version with another preset of that name, or with fewer keys."""
+    whole = build_config({}, {"preset": "demo", "training.epochs": 3})
+    file = tmp_path / "config.yaml"
+    file.write_text(whole.to_yaml())
+    assert load_config(str(file)) == whole
+    older = whole.model_dump(mode="json")
+    older["preset"] = "of-then"
+    del older["generated"], older["method"]["count_scale"]
+    assert load_values(older) == build_config({}, {"preset": "of-then", "training.epochs": 3})
+
+
+def test_a_section_without_keys_has_its_defaults():
+    assert build_config({"training": None, "augment": None}) == build_config({})
+    assert build_config({"training": None}, {"training.epochs": 5}).training.epochs == 5
+    with pytest.raises(ConfigError, match="seed: found None"):
+        build_config({"seed": None})
 
 
 def test_one_line_changes_the_method():

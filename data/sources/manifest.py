@@ -102,6 +102,7 @@ class Manifest:
             stamps=self.stamps,
             unread=self.unread,
             excluded={**self.excluded, **{self.names[index]: reason for index, reason in corrupt.items()}},
+            rules=self.rules,
             **{name: values[keep] for name, values in self.arrays().items()},
         )
 

@@ -59,6 +59,11 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
     if model.backbone_args:
         size = _COPIES * 4 * parameters_of(model.backbone, model.backbone_args)
         check_memory(size, device, f"model.backbone_args: found {model.backbone_args}")
+    if model.sync_batch_norm and processes > 1 and device.type == "cpu":
+        raise ConfigError(
+            f"model.sync_batch_norm: found true in {processes} processes on CPUs (training.device), expected false: "
+            "SyncBN runs on GPUs"
+        )
     fused = model.norm != "plain" and not model.sync_batch_norm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)

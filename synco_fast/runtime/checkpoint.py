@@ -8,6 +8,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "load_weights",
     "read_tensors",
     "save_checkpoint",
+    "set_aside",
 ]
 
 #: Incremented when the layout changes incompatibly.
@@ -47,7 +49,7 @@ _LISTED = 6
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write ``folder/step-XXXXXXXX.pt`` atomically, then delete all but the newest ``keep``.
+    """Write ``folder/step-XXXXXXXX.pt`` atomically, then delete older ones, so that ``keep`` are left with it.
 
     Args:
         folder: Created if missing.
@@ -69,9 +71,26 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         if not isinstance(error, OSError) and not any(word in str(error) for word in _UNWRITTEN):
             raise
         raise CheckpointError(f"{target}: {_unwritten(error, folder, state)}") from error
-    for old in checkpoints_in(folder)[keep:]:
+    # A file of a later step, such as a damaged one that this run started below, is none that was kept.
+    older = [path for path in checkpoints_in(folder) if _step_of(path) < step]
+    for old in older[max(keep, 1) - 1 :]:
         old.unlink()
     return target
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which could not be read, to ``NAME.damaged``; returns them as they were.
+
+    A later resume then does not try them first, and nobody takes them for the newest good one. A file that cannot be
+    renamed stays.
+    """
+    moved = []
+    for path in checkpoints_in(folder):
+        if _step_of(path) > step:
+            with suppress(OSError):
+                path.replace(path.with_name(f"{path.name}.damaged"))
+                moved.append(path)
+    return moved
 
 
 def keep_best(checkpoint: Path) -> Path:
@@ -114,7 +133,11 @@ def _unwritten(error: Exception, folder: Path, state: dict[str, Any]) -> str:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first."""
     found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.stem[5:]), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def read_tensors(path: Path) -> Any:

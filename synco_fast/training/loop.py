@@ -10,11 +10,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from rich.console import Console
 
-from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint, keep_best, save_checkpoint
+from synco_fast.runtime.checkpoint import checkpoints_in, keep_best, save_checkpoint, set_aside
 from synco_fast.runtime.distributed import lost_process
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError, LostProcessError, UserError
 from synco_fast.runtime.files import UNWRITABLE
 from synco_fast.training.progress import Reporter
+from synco_fast.training.resuming import find_start
 from synco_fast.training.run_folder import describe_run, refuse_run
 from synco_fast.training.run_lock import RunLock
 from synco_fast.training.stopping import StopSignals
@@ -72,7 +73,8 @@ class Trainer(Generic[SummaryT]):
         self._before_step, self._after_step = before_step, after_step
         self._save_due = False
         self.throughput = Throughput(task.settings.batch, task.settings.settling)
-        self.stopping = StopSignals(self.control, task.settings.max_time)
+        end = task.settings.end
+        self.stopping = StopSignals(self.control, task.settings.max_time, end if end < self.steps else None)
         #: Notes for the log, which is opened when the run starts.
         self._unlogged: list[str] = []
         # Printed at once until the progress bar takes over: the first use of a GPU takes a while.
@@ -94,7 +96,7 @@ class Trainer(Generic[SummaryT]):
     # -- the run ------------------------------------------------------------------------------------------------
 
     def run(self) -> SummaryT:
-        """Train to the end, or until SIGTERM, SIGINT or the time limit; then write a checkpoint and the summary.
+        """Train to the end, or until SIGTERM, SIGINT or a limit of this start; then write a checkpoint and the summary.
 
         Raises:
             DivergedError: Too many consecutive steps had non-finite gradients, or what they led to is not finite; the
@@ -133,7 +135,7 @@ class Trainer(Generic[SummaryT]):
             self.folder, self.step, config, evaluated=evaluated, trackers=settings.trackers, writes=self.env.is_main
         )
         log = self.folder / "train.log" if self.env.is_main else None
-        self.reporter = Reporter(self.console, self.steps, self.step, log)
+        self.reporter = Reporter(self.console, settings.end, self.step, log)
         while self._unlogged:
             self.reporter.write(self._unlogged.pop(0))
         task.note.show_by(self.reporter.note)
@@ -157,8 +159,9 @@ class Trainer(Generic[SummaryT]):
         """Train, evaluate and save to the end of the run, or until it is asked to stop."""
         try:
             with self.stopping.on_signals():
+                self.stopping.begin(self.step)
                 # Without this save, every later resume from the same checkpoint would repeat the evaluation.
-                if (self._evaluate_if_due() and self.step) or not self.steps:
+                if (self._evaluate_if_due() and self.step) or not self.task.settings.end:
                     self._save()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()
@@ -317,25 +320,30 @@ class Trainer(Generic[SummaryT]):
             )
 
     def _load(self, resume: Path) -> None:
-        if resume.is_dir() and (resume / "config.yaml").exists() and not checkpoints_in(resume / "checkpoints"):
+        loaded = find_start(self.control, resume, self._take_over)
+        if loaded is None:
             self.task.note(f"{resume} holds no checkpoint yet: starting at the first step")
             return
-        state, path, problems = find_checkpoint(resume, self._take_over)
+        state, path, problems = loaded
         for problem in problems:
             self.task.note(f"{problem}; resuming from an older one")
         self.step = state["step"]
         self.evaluated_at = state.get("evaluated_at", self.step)
         # The best checkpoint lies in the run folder; a run that goes on in another one begins without.
         if self.env.is_main and path.resolve().parent == (self.folder / "checkpoints").resolve():
+            if problems:  # the others have read by now
+                for moved in set_aside(path.parent, self.step):
+                    self.task.note(f"renamed {moved.name} to {moved.name}.damaged: later resumes do not try it")
             # A process that was killed between the two files left an older best.pt.
             self._keep_best(state.get("best"), path)
-        if self.step > self.steps:
+        end = self.task.settings.end
+        if self.step > end:
             raise ConfigError(
-                f"resume: found {path} of step {self.step}, beyond the {self.steps} steps that are asked for, expected "
-                "at least as many; give the run more epochs or steps"
+                f"resume: found {path} of step {self.step}, beyond the {end} steps that are asked for, expected at "
+                "least as many; give the run more epochs or steps"
             )
-        left = "" if self.step < self.steps else ": nothing is left to train"
-        self.task.note(f"resumed from {path} at step {self.step} of {self.steps}{left}")
+        left = "" if self.step < end else ": nothing is left to train"
+        self.task.note(f"resumed from {path} at step {self.step} of {end}{left}")
 
     def _take_over(self, state: dict[str, Any], path: Path) -> None:
         """Load what decides the steps to come.

@@ -95,10 +95,8 @@ class Pretraining:
         self._auto = Auto(self.engine, self._train, self.control, self.note)
         self.steps_per_epoch = len(self.pipeline)
         steps, limits = self.steps_per_epoch * training.epochs, limits or training
-        #: Steps of the whole run, which the limits of one start do not shorten.
-        self._run_steps = steps if training.max_steps is None else min(steps, training.max_steps)
         self.settings = TrainerSettings(
-            steps=steps if limits.max_steps is None else min(steps, limits.max_steps),
+            steps=steps if training.max_steps is None else min(steps, training.max_steps),
             batch=training.batch,
             log_every=training.log_every,
             keep=training.keep,
@@ -108,6 +106,7 @@ class Pretraining:
             settling=self.engine.settling,
             trackers={name: getattr(training, name) for name in TRACKERS},
             keep_best=training.keep_best,
+            stop_at=limits.max_steps,
         )
         self.corrupt_images = CorruptImages(len(self._train), config.data.max_corrupt, self.note)
         self._kept: dict[str, Any] | None = None
@@ -130,7 +129,7 @@ class Pretraining:
             CheckpointError: The initial weights cannot be read, or belong to another architecture.
         """
         self._folder = folder
-        said = note_without_synthetic(self.config, -(-self._run_steps // self.steps_per_epoch))
+        said = note_without_synthetic(self.config, -(-self.settings.steps // self.steps_per_epoch))
         if said is not None:
             self.note(said)
         model = self.config.model
@@ -160,7 +159,7 @@ class Pretraining:
         Before the first ones of a long run, what its configuration leaves to ``auto`` is measured.
         """
         self.method.train()
-        measured = self._auto.settle(self.settings.steps - step, self._folder, whole=self._run_steps - step)
+        measured = self._auto.settle(self.settings.end - step, self._folder, whole=self.settings.steps - step)
         if measured and self.env.is_main:
             environment = self._folder / "environment.json"
             write_json(environment, {**read_json(environment), **self.facts})

@@ -10,6 +10,7 @@ from synco_fast.data.sources.manifest import cache_folder
 from synco_fast.data.sources.splits import Split
 from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.errors import DataError
+from synco_fast.runtime.spans import name_ranks
 
 __all__ = ["SameImages"]
 
@@ -74,18 +75,6 @@ def _by_rank(found: list[tuple[int, str]]) -> str:
     numbers: set[int] = set()
     said = []
     for (number, _), same in [*ranks.items()][:_NAMED]:
-        said.append(f"{number:,}{' others' if number in numbers else ''} on {_spans(same)}")
+        said.append(f"{number:,}{' others' if number in numbers else ''} on {name_ranks(same)}")
         numbers.add(number)
     return ", ".join([*said, *(["..."] if len(ranks) > _NAMED else [])])
-
-
-def _spans(ranks: list[int]) -> str:
-    """Ascending ranks as spans: ``ranks 0-3, 6``."""
-    spans = [[ranks[0], ranks[0]]]
-    for rank in ranks[1:]:
-        if rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    words = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {words}"

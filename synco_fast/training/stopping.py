@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["StopSignals"]
 
-#: Steps between two agreements of the processes on whether to stop.
-_ASK_EVERY = 10
+#: Seconds between two agreements of several processes on whether to stop, and the most steps. torchrun kills 30 s after
+#: SIGTERM, and the checkpoint must be written by then.
+_SECONDS, _STEPS = 1.0, 10
 
 
 class StopSignals:
@@ -26,16 +27,19 @@ class StopSignals:
     Args:
         control: Communication between the processes.
         minutes: Time limit of this call of the run; None for no limit.
+        at: Step after which this call of the run stops; None for no limit.
 
     Attributes:
         received: The first signal that requested a stop; None if there was none.
         agreed: Whether the run stops.
     """
 
-    def __init__(self, control: HostGroup, minutes: float | None) -> None:
-        self._control = control
+    def __init__(self, control: HostGroup, minutes: float | None, at: int | None = None) -> None:
+        self._control, self._at = control, at
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._asked = self._hung_up = False
+        # The first step is the first that is timed, so the processes agree after it.
+        self._interval, self._steps, self._since = 1, 0, time.monotonic()
         self.received: int | None = None
         self.agreed = False
 
@@ -69,18 +73,32 @@ class StopSignals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def begin(self, step: int) -> None:
+        """Time the steps from here; ``step`` is the number of completed ones."""
+        self._steps, self._since = 0, time.monotonic()
+        self.agreed = self._at is not None and step >= self._at
+
     def after_step(self, step: int) -> bool:
-        """Whether the run stops after this step; the same on all processes."""
-        if self._control.env.world == 1 or step % _ASK_EVERY == 0:
+        """Whether the run stops after ``step`` steps; the same on all processes, which agree about once a second."""
+        self._steps += 1
+        if self._at is not None and step >= self._at:
+            self.agreed = True
+        elif self._control.env.world == 1 or self._steps >= self._interval:
             self.agree()
         return self.agreed
 
     def agree(self) -> bool:
-        """Agree on whether to stop; called by all processes at the same step."""
+        """Agree on whether to stop, and when to agree next; called by all processes at the same step."""
         if self._hung_up:
             _leave_lost_terminal()
-        stop = self._asked or (self._deadline is not None and time.monotonic() >= self._deadline)
-        self.agreed = self.agreed or bool(self._control.max(int(stop))[0])
+        now = time.monotonic()
+        stop = self._asked or (self._deadline is not None and now >= self._deadline)
+        stops, slowest = self._control.max(int(stop), round(1e6 * (now - self._since)))
+        self.agreed = self.agreed or bool(stops)
+        if self._steps:
+            # From the slowest process's time, which all know, so that all count to the same step.
+            self._interval = max(1, min(_STEPS, int(_SECONDS * 1e6 * self._steps / max(slowest, 1))))
+            self._steps, self._since = 0, now
         return self.agreed
 
 

@@ -46,6 +46,7 @@ class TrainerSettings:
         settling: First steps that are excluded from throughput.
         trackers: By name in `synco_fast.training.writers.TRACKERS`, a project or experiment; None for one that is off.
         keep_best: Whether the checkpoint of the highest score is kept as ``best.pt``.
+        stop_at: Step after which this start of the run stops, as after a signal; None for no limit.
     """
 
     steps: int
@@ -58,6 +59,12 @@ class TrainerSettings:
     settling: int = 3
     trackers: Mapping[str, str | None] = field(default_factory=dict)
     keep_best: bool = False
+    stop_at: int | None = None
+
+    @property
+    def end(self) -> int:
+        """The last step of this start."""
+        return self.steps if self.stop_at is None else min(self.steps, self.stop_at)
 
 
 class Notes:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
@@ -124,7 +125,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run on Weights & Biases, continued when the run resumes.
+    """A run on Weights & Biases, continued when the run resumes; ``wandb.json`` in the run folder names it.
 
     Args:
         folder: The run folder; its name becomes the run's name.
@@ -133,12 +134,25 @@ class WandbWriter:
 
     Raises:
         ConfigError: The package is not installed.
+        UserError: ``wandb.json`` is damaged.
     """
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
         wandb = _package("wandb", "wandb")
-        name = folder.resolve().name
-        self._run = wandb.init(project=project, name=name, id=name, dir=str(folder), config=config, resume="allow")
+        name, run = folder.resolve().name, self._id(folder, project)
+        # Kept first: a folder that W&B has written to without it counts as an older one.
+        write_json(folder / "wandb.json", {"project": project, "run": run})
+        self._run = wandb.init(project=project, name=name, id=run, dir=str(folder), config=config, resume="allow")
+
+    @staticmethod
+    def _id(folder: Path, project: str) -> str:
+        """The id of the run, new or continued; random, since folders of one name would share one."""
+        kept = read_json(folder / "wandb.json")
+        if kept.get("project") == project and isinstance(kept.get("run"), str):
+            return str(kept["run"])
+        if not kept and (folder / "wandb").is_dir():  # logged by a version that took the folder's name
+            return folder.resolve().name
+        return token_hex(8)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Log one line."""

@@ -113,5 +113,5 @@ def test_the_default_workers_of_all_ranks_are_one_for_each_core(machine, image_f
     machine(16, 16, TORCHRUN)
     split = open_source(str(image_folder)).train
     made = [TorchvisionPipeline(split, Recipe(size=8), batch=16, seed=0, rank=rank, world=8) for rank in range(8)]
-    assert sum(each._loader.num_workers for each in made) == 16
-    assert evaluation_loader(split, Recipe(size=8)).num_workers == 16, "the other ranks wait"
+    assert sum(each._loader.workers for each in made) == 16
+    assert evaluation_loader(split, Recipe(size=8)).workers == 16, "the other ranks wait"

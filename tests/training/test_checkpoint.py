@@ -14,6 +14,7 @@ from synco_fast.runtime.checkpoint import (
     load_optimizer,
     load_weights,
     save_checkpoint,
+    set_aside,
 )
 from synco_fast.runtime.errors import CheckpointError
 from tests.support.runs import Bomb
@@ -26,6 +27,19 @@ def test_the_newest_are_kept(tmp_path):
     assert not list(tmp_path.glob(".*"))
     state, path, problems = find_checkpoint(tmp_path)
     assert (state["step"], path.name, problems) == (100_000_000_000, "step-100000000000.pt", [])
+
+
+def test_a_later_file_is_none_of_those_that_are_kept(tmp_path):
+    """A run that starts below a damaged checkpoint keeps what it writes; the damaged one can be set aside."""
+    for step in (4, 8):
+        save_checkpoint(tmp_path, step, {}, keep=2)
+    (tmp_path / "step-00000008.pt").write_bytes(b"damaged")
+    assert save_checkpoint(tmp_path, 6, {}, keep=1).exists()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-00000008.pt", "step-00000006.pt"]
+    assert [path.name for path in set_aside(tmp_path, 6)] == ["step-00000008.pt"]
+    assert find_checkpoint(tmp_path)[2] == [], "it is not tried first"
+    save_checkpoint(tmp_path, 8, {}, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008.pt", "step-00000008.pt.damaged"]
 
 
 @contextmanager

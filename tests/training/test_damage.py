@@ -104,6 +104,7 @@ VARIANCE = "key_encoder.backbone.bn1.running_var"
 def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run, tmp_path, how, says):
     task, folder = run
     newest = change(folder, how)
+    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
     console, text = screen(1000)
     resumed = Trainer(task, folder, resume=folder, console=console)
     assert resumed.step == 4
@@ -113,7 +114,8 @@ def test_a_changed_checkpoint_gives_way_and_without_another_one_is_an_error(run,
     assert f"{newest}: " in said
     assert says in said
     assert "; resuming from an older one\n" in said
-    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
+    assert f"renamed {newest.name} to {newest.name}.damaged: later resumes do not try it" in said
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["step-00000004.pt", f"{newest.name}.damaged"]
     (alone / "checkpoints" / "step-00000004.pt").unlink()
     with pytest.raises(CheckpointError) as caught:
         Trainer(task, alone, resume=alone)

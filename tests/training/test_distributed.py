@@ -152,7 +152,8 @@ def test_all_processes_stop_at_the_same_step_and_differences_are_found(tiny, tmp
     config = tiny({**BASE, "training.epochs": 400})
     job = run_job(2, config, tmp_path / "run", act="ask to stop")
     assert job.codes == [0, 0], job.words
-    assert [state["step"] for state in job.states] == [4, 4], "the processes agree at the end of the epoch"
+    one, other = (state["step"] for state in job.states)
+    assert 2 < one == other <= 4, "the processes agree at the end of the epoch at the latest"
     job = run_job(2, config, tmp_path / "run", resume=True, act="differ")
     assert job.codes == [2, 2], job.words
     assert "rank 1 is out of sync with rank 0 at step 6 (weights or queue differ)" in job.words[0]
@@ -212,6 +213,10 @@ def test_a_batch_that_cannot_be_spread(tiny):
         build_method(config, processes=3)
     with pytest.raises(ConfigError, match=r"model\.batch_norm_groups: found 4, expected a multiple or a divisor of 6"):
         groups_of_part(tiny({"training.batch": 24, "model.batch_norm_groups": 4, "training.accumulate": 2}), 3)
+    config = tiny({"model.sync_batch_norm": True, "model.batch_norm_groups": 1})
+    with pytest.raises(ConfigError, match=r"model\.sync_batch_norm: found true in 2 processes on CPUs"):
+        build_method(config, processes=2)
+    build_method(config)
 
 
 def test_processes_that_do_not_come_are_one_line_and_the_end_waits_for_no_connection(monkeypatch):

@@ -17,13 +17,15 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from synco_fast.api import Run
 from synco_fast.config import Config, read_config
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.evaluation.context import EvalOptions
-from synco_fast.evaluation.knn import evaluate_knn
+from synco_fast.evaluation.knn import PeriodicKnn, evaluate_knn
+from synco_fast.evaluation.monitor import HealthMonitor
 from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError, UserError
@@ -114,12 +116,19 @@ def test_seed_decides_everything(tiny, tmp_path):
 
 @pytest.mark.parametrize("stop", todays([1, 3, 4, 6], 2))
 def test_stopped_and_resumed_is_never_stopped(tiny, tmp_path, stop):
-    """A stop at any step, also in the middle of an epoch and of a line of figures, changes no bit of the future."""
+    """A stop at any step, also in the middle of an epoch and of a line of figures, changes no bit of the future.
+
+    First by a signal, then by the limit of one start.
+    """
     config = tiny({"training.log_every": 3})
     whole = pretrain(config, tmp_path / "whole")
     summary = trainer(config, tmp_path / "parts", after_step=stop_after(stop)).run()
     assert not summary.finished
     assert newest(tmp_path / "parts")["step"] == stop
+    limits = tiny({"training.max_steps": stop + 1}).training
+    task = Pretraining(config, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
+    limited = Trainer(task, tmp_path / "parts", resume=tmp_path / "parts", console=Console(quiet=True)).run()
+    assert (limited.finished, limited.steps) == (False, stop + 1)
     resumed = pretrain(config, tmp_path / "parts", resume=tmp_path / "parts")
     assert resumed.finished
     assert_identical(newest(tmp_path / "whole"), newest(tmp_path / "parts"))

@@ -9,7 +9,7 @@ import torch
 
 from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.training.metrics import RunningMeans, read_metrics
-from synco_fast.training.writers import JsonlWriter, MetricLog, TensorBoardWriter, open_log
+from synco_fast.training.writers import JsonlWriter, MetricLog, TensorBoardWriter, WandbWriter, open_log
 
 
 def test_means_over_steps_without_what_was_not_measured():
@@ -96,7 +96,7 @@ def test_weights_and_biases_get_the_same_lines(tiny, tmp_path, monkeypatch):
     log.close()
     assert run.lines == [(3, {"train/loss": 1.5})]
     assert run.finished
-    assert (asked["project"], asked["id"], asked["resume"]) == ("synco", tmp_path.name, "allow")
+    assert (asked["project"], asked["name"], asked["resume"]) == ("synco", tmp_path.name, "allow")
     assert asked["config"]["method"]["name"] == "synco"
     assert read_metrics(tmp_path) == [{"kind": "train", "step": 3, "loss": 1.5}]
     silent = open_log(tmp_path / "nowhere", 0, config, trackers={"wandb": "synco"}, writes=False)
@@ -106,6 +106,31 @@ def test_weights_and_biases_get_the_same_lines(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"training\.wandb: found no package wandb"):
         open_log(tmp_path, 0, config, trackers={"wandb": "synco"})
+
+
+def test_a_run_folder_has_a_run_of_its_own_on_weights_and_biases(tmp_path, monkeypatch):
+    """Folders of one name, and one that was deleted and begun anew, do not write into each other's run."""
+
+    def logged_as(folder, project="synco"):
+        WandbWriter(folder, project, {})
+        return asked["id"]
+
+    asked = {}
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: asked.update(settings)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    one, other, older = (tmp_path / name / "run" for name in ("a", "b", "c"))
+    for folder in (one, other, older):
+        folder.mkdir(parents=True)
+    first = logged_as(one)
+    assert json.loads((one / "wandb.json").read_text()) == {"project": "synco", "run": first}
+    assert logged_as(one) == first, "it resumes"
+    assert logged_as(one, "another") != first
+    assert logged_as(other) != first
+    (older / "wandb").mkdir()  # of a version that took the name
+    assert logged_as(older) == "run"
+    older.rename(tmp_path / "moved")
+    assert logged_as(tmp_path / "moved") == "run"
 
 
 @pytest.fixture

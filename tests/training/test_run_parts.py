@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -73,6 +74,44 @@ def test_a_signal_asks_and_a_second_one_interrupts(number):
     assert stopping.agreed
 
 
+class Processes:
+    """Stands for the communication of two processes: the other one's wish and time, and how often they exchanged."""
+
+    env = DistEnv(world=2)
+
+    def __init__(self) -> None:
+        self.exchanges, self.other = 0, (0, 0)
+
+    def max(self, *numbers: int) -> tuple[int, ...]:
+        self.exchanges += 1
+        return tuple(map(max, numbers, self.other))
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "between"),
+    [(4.0, 0.0, 1), (0.01, 4.0, 1), (0.3, 0.2, 3), (0.01, 0.01, 10), (0.0, 0.0, 10)],
+    ids=["slow", "the other is slow", "between", "fast", "no time"],
+)
+def test_processes_agree_about_once_a_second_and_after_ten_steps_at_the_latest(monkeypatch, own, other, between):
+    """torchrun kills 30 s after SIGTERM: ten steps of four seconds would not get to a checkpoint."""
+    clock, control = [0.0], Processes()
+    monkeypatch.setattr("synco_fast.training.stopping.time.monotonic", lambda: clock[0])
+    stopping = StopSignals(control, minutes=None)
+    exchanged, since = [], 0.0
+    for step in range(1, 41):
+        clock[0], since = clock[0] + own, since + other
+        control.other = (0, round(1e6 * since))
+        before = control.exchanges
+        assert not stopping.after_step(step)
+        if control.exchanges > before:
+            exchanged.append(step)
+            since = 0.0
+    assert exchanged[:2] == [1, 1 + between], "the first step is timed"
+    assert {later - earlier for earlier, later in itertools.pairwise(exchanged)} == {between}
+    control.other = (1, 0)
+    assert any(stopping.after_step(step) for step in range(41, 41 + between)), "the other one's wish is met by then"
+
+
 def test_hanging_up_asks_as_often_as_it_comes_and_nohup_keeps_it_away():
     before = signal.getsignal(signal.SIGHUP)
     try:
@@ -93,7 +132,7 @@ WRITER = """
 import sys, time
 from types import SimpleNamespace
 from synco_fast.training.stopping import StopSignals
-stopping = StopSignals(SimpleNamespace(max=lambda wish: [wish]), None)
+stopping = StopSignals(SimpleNamespace(max=lambda *wishes: wishes), None)
 with stopping.on_signals():
     print("ready", flush=True)
     while not stopping.agree():
@@ -166,6 +205,16 @@ def wait_until(condition) -> None:
 def test_a_time_limit_stops():
     assert not StopSignals(HostGroup(DistEnv()), minutes=60).after_step(1)
     assert StopSignals(HostGroup(DistEnv()), minutes=0).after_step(1)
+
+
+def test_a_limit_of_steps_stops_without_an_exchange():
+    control = Processes()
+    stopping = StopSignals(control, minutes=None, at=2)
+    stopping.begin(0)
+    assert [stopping.after_step(step) for step in (1, 2)] == [False, True]
+    assert control.exchanges == 1
+    stopping.begin(2)
+    assert stopping.agreed
 
 
 def test_corrupt_images_are_named_once_and_too_many_end_the_run():
