@@ -130,7 +130,7 @@ def test_it_runs_outside_the_main_thread(tiny, tmp_path, unpictured):
 
 def test_modes_of_the_process_do_not_reach_a_run(tiny, tmp_path, unpictured, request):
     request.addfinalizer(lambda: setattr(torch.backends, "fp32_precision", "none"))
-    request.addfinalizer(lambda dtype=torch.get_default_dtype(): torch.set_default_dtype(dtype))
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.backends.fp32_precision = "ieee"
     torch.set_default_dtype(torch.float64)
     with torch.inference_mode(), torch.device("meta"):
