@@ -62,6 +62,8 @@ def check_arguments(
         if step.dim() or step.dtype != torch.int64:
             shape = tuple(step.shape)
             raise ValueError(f"step: found {step.dtype} of shape {shape}, expected a 0-dimensional int64 tensor")
+        if step.device != q.device:
+            raise TypeError(f"step: found on {step.device}, expected {q.device}, the device of q")
     else:
         _check_word("step", step, WORD)
     # Where the number of rows is symbolic, a compiler would turn a check of the sum into a bound on it.

@@ -37,7 +37,8 @@ def momentum_update(
     Args:
         params_k: Tensors to update: parameters, and buffers if the method averages them too.
         params_q: Their counterparts, in the same order, with the same shapes, dtypes and devices.
-        m: The momentum, in [0, 1]: 1 keeps params_k, 0 copies params_q. A 0-dimensional tensor on their device lets a
+        m: The momentum, in [0, 1]: 1 keeps params_k. 0 copies params_q exactly only if it is a number and foreach
+            computes; otherwise the subtraction and the sum are rounded. A 0-dimensional tensor on their device lets a
             captured CUDA graph follow a schedule; its value is not checked.
         backend: ``"foreach"`` uses PyTorch's foreach functions: one pass over the parameters if m is a number, three
             passes and a copy if it is a tensor. ``"triton"`` takes one pass in one or two launches. It runs on CUDA and

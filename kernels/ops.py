@@ -60,7 +60,8 @@ def synthetic_contrast(
         negatives: The synthetic negatives: `Negatives.moco()` (none), `.mochi(N, s, s')` or `.synco()`.
         temperature: T, above 0.
         seed: The run's seed, in [0, 2**32).
-        step: The training step, in [0, 2**32), or a 0-dimensional int64 tensor, which a CUDA graph can advance.
+        step: The training step, in [0, 2**32), or a 0-dimensional int64 tensor on the device of q, which a CUDA graph
+            can advance.
         first_row: Global index of the first query. The random draws depend on it, so they do not depend on how a batch
             is split over ranks.
         image_ids: The image id of each query, (B,) int64, -1 if unknown. Together with ``queue_ids`` it masks queue

@@ -6,7 +6,6 @@ import gc
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,9 +201,10 @@ def pretrain(
 ) -> Run:
     """Pretrain an encoder, as ``synco-fast pretrain`` does, and return the run when it ends.
 
-    What it changes in the process is restored: signal handlers, PyTorch's random state, and the flags ``benchmark`` and
-    ``allow_tf32`` of cuDNN. It can be called again in the same process. Under ``torchrun`` or Slurm every process
-    calls it.
+    It trains with gradients, and with float32 and the CPU as PyTorch's defaults, whatever the process has set. What it
+    changes there is restored: signal handlers, PyTorch's random state on all devices, these modes, and ``benchmark``
+    and ``fp32_precision`` of cuDNN. It can be called again in the same process. Under ``torchrun`` or Slurm every
+    process calls it.
 
     Args:
         config: A preset's name, a YAML file, a `synco_fast.config.Config`, or its sections and keys; ``preset`` among
@@ -247,9 +247,11 @@ def _pretrain(
     resume: Path | None = None,
     progress: bool,
 ) -> Run:
+    from synco_fast.runtime.torch_state import torch_state_kept
+
     console = open_console() if progress else Console(quiet=True)
     limited = build_config(config.model_dump(mode="json"), limits).training
-    with _state_kept():
+    with torch_state_kept():
         trainer, _ = train(config, out=out, resume=resume, limits=limited, console=console)
     folder, received = trainer.folder, trainer.stopping.received
     # Networks and optimizer lie in cycles of references, and a next run needs their memory.
@@ -359,19 +361,3 @@ def _dotted(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _limits(max_steps: int | None, max_time: float | None) -> dict[str, Any]:
     given = {"training.max_steps": max_steps, "training.max_time": max_time}
     return {key: value for key, value in given.items() if value is not None}
-
-
-@contextmanager
-def _state_kept() -> Iterator[None]:
-    """Restore what training changes in PyTorch for the whole process."""
-    import torch
-
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.allow_tf32
-    # The device of a job's process is chosen inside; others are not touched.
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        cudnn.benchmark, cudnn.allow_tf32 = before

@@ -128,6 +128,17 @@ def test_it_runs_outside_the_main_thread(tiny, tmp_path, unpictured):
         synco_fast.pretrain(tiny(), out=tmp_path / "run", progress=False)
 
 
+def test_modes_of_the_process_do_not_reach_a_run(tiny, tmp_path, unpictured, request):
+    request.addfinalizer(lambda: setattr(torch.backends, "fp32_precision", "none"))
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.backends.fp32_precision = "ieee"
+    torch.set_default_dtype(torch.float64)
+    with torch.inference_mode(), torch.device("meta"):
+        run = synco_fast.pretrain(tiny(), out=tmp_path / "run", max_steps=1, progress=False, evaluation_every=0)
+        assert torch.tensor(0.5).dtype == torch.float64
+    assert 0 < run.metrics[0]["loss"] < 10
+
+
 def test_overrides():
     assert _overrides(
         {"training.epochs": 3}, {"method_name": "mochi", "model": {"dim": 16}, "seed": 1, "model_batch_norm_groups": 2}

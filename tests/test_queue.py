@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from synco_fast.loss import SynthContrastLoss
 from synco_fast.models.queue import KeyQueue
 from synco_fast.runtime.errors import ConfigError
 
@@ -12,6 +13,30 @@ def test_it_starts_with_unit_rows_of_its_seed():
     assert torch.equal(queue.rows, KeyQueue(50, 8, seed=1).rows)
     assert not torch.equal(queue.rows, KeyQueue(50, 8, seed=2).rows)
     assert (queue.image_ids == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_its_rows_do_not_depend_on_the_default_dtype(dtype, request):
+    expected = KeyQueue(50, 8, seed=1)
+    assert expected.rows[0, :3].tolist() == pytest.approx([-0.4864, -0.2392, -0.2085], abs=1e-4)
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(dtype)
+    assert all(torch.equal(*pair) for pair in zip(expected.buffers(), KeyQueue(50, 8, seed=1).buffers(), strict=True))
+
+
+def test_it_is_made_on_the_default_device(monkeypatch):
+    """Lightning's and Accelerate's way on a GPU, where PyTorch refuses to draw with the CPU's generator."""
+    draw, drawn = torch.randn, []
+    monkeypatch.setattr(torch, "randn", lambda *size, **words: drawn.append(draw(*size, **words)) or drawn[-1])
+    with torch.device("meta"):
+        made = [KeyQueue(50, 8), SynthContrastLoss("moco", dim=8, queue=50)]
+    assert [value.device.type for value in drawn] == ["cpu", "cpu"]
+    assert {value.device.type for module in made for value in module.buffers()} == {"meta"}
+    assert {name: value.dtype for name, value in made[0].named_buffers()} == {
+        "rows": torch.float32,
+        "image_ids": torch.int64,
+        "pointer": torch.int64,
+    }
 
 
 def test_first_in_first_out_with_wrapping():

@@ -80,6 +80,9 @@ def check_arguments(given: Arguments) -> None:
         return
     if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups: found {groups!r}, expected a whole number of at least 1")
+    for name, running in (("running_mean", given.running_mean), ("running_var", given.running_var)):
+        if running is not None and not running.is_contiguous() and running.stride(0) == 0:
+            raise ValueError(f"{name}: found an expanded tensor, expected memory for each channel, updated in training")
     if not x.numel():
         raise ValueError(f"x: found shape {tuple(x.shape)}, expected at least two values a channel in training")
     if batch % groups:

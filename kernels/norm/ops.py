@@ -45,7 +45,8 @@ def batch_norm(
     Args:
         x: (B, C, H, W), floating point. The Triton kernels need channels-last and copy other layouts, with one warning.
         weight, bias: (C,), or None for 1 and 0.
-        running_mean, running_var: (C,), or None to keep none; required in evaluation.
+        running_mean, running_var: (C,), or None to keep none; required in evaluation. Any strides; parameters and
+            statistics that are not contiguous cost a copy.
         groups: G, a divisor of B. It has no effect in evaluation.
         residual: Added before the ReLU. Shape and device of x; converted to its dtype.
         relu: Whether to apply a ReLU.
@@ -83,12 +84,27 @@ def batch_norm(
     check_arguments(given)
     if backend not in get_args(NormBackend):
         raise ValueError(f"backend: found {backend!r}, expected {', '.join(get_args(NormBackend))}")
+    # The kernels, and PyTorch's own on a CPU in the backward pass, take the numbers of channels to lie side by side.
     given = given._replace(
+        weight=None if weight is None else weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
         groups=groups if training else 1,
         residual=None if residual is None else residual.to(x.dtype),
         eps=float(eps),
     )
-    with without_autocast(x.device):
+    if running_mean is None or running_var is None or (running_mean.is_contiguous() and running_var.is_contiguous()):
+        return _compute(given, backend)
+    copies = running_mean.contiguous(), running_var.contiguous()
+    y = _compute(given._replace(running_mean=copies[0], running_var=copies[1]), backend)
+    if training:
+        with torch.no_grad():
+            running_mean.copy_(copies[0])
+            running_var.copy_(copies[1])
+    return y
+
+
+def _compute(given: Arguments, backend: str) -> Tensor:
+    with without_autocast(given.x.device):
         if backend == "triton":
             return _by_operators(given)
         # A compiler fuses the formula into two kernels, but not the loop over groups.

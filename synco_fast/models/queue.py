@@ -18,7 +18,7 @@ class KeyQueue(nn.Module):
     """K unit rows that are overwritten oldest first (MoCo's dictionary, arXiv 1911.05722 section 3.2).
 
     Rows and pointer are buffers: they move, save and load with the module. Enqueueing never waits for the device.
-    The queue starts with random unit rows.
+    The queue starts with random unit rows. As any module's, its buffers are made on PyTorch's default device.
 
     Args:
         length: K.
@@ -38,8 +38,10 @@ class KeyQueue(nn.Module):
 
     def __init__(self, length: int, dim: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("rows", normalize(torch.randn(length, dim, generator=generator), dim=1).to(dtype))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        # Drawn and normalised in float32 on the CPU, so that they do not depend on PyTorch's default device and dtype.
+        drawn = torch.randn(length, dim, generator=generator, device="cpu", dtype=torch.float32)
+        self.register_buffer("rows", normalize(drawn, dim=1).to(torch.get_default_device(), dtype))
         self.register_buffer("image_ids", torch.full((length,), -1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.torch_state import set_cudnn_precision
 
 __all__ = ["QUEUE_DTYPES", "Precision", "memory_format", "resolve_device", "resolve_queue_dtype"]
 
@@ -45,7 +46,7 @@ def resolve_queue_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class Precision:
-    """The number format of the encoders.
+    """The number format of the encoders. For a GPU it sets whether cuDNN uses TF32, for the whole process.
 
     Args:
         name: ``auto`` (bf16 where the device is fast in it, else fp32), ``fp32``, ``tf32``, ``bf16`` or
@@ -64,7 +65,8 @@ class Precision:
         self.name = ("bf16" if _has_fast_bf16(device) else "fp32") if name == "auto" else name
         self.device = device
         if device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = self.name == "tf32"
+            multiplied = "tf32" if self.name == "tf32" else "ieee"
+            set_cudnn_precision(multiplied, multiplied)
 
     @property
     def scaled(self) -> bool:

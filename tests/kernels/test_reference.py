@@ -201,6 +201,7 @@ IDS = {"image_ids": torch.arange(3), "queue_ids": torch.arange(12)}
         ({"temperature": math.nan}, ValueError, "temperature: found nan, expected a finite number above 0"),
         ({"seed": -1}, ValueError, "seed: found -1, expected a whole number from 0 to 4294967295"),
         ({"step": 2**32}, ValueError, "step: found 4294967296, expected a whole number from 0 to 4294967295"),
+        ({"step": torch.tensor(1, device="meta")}, TypeError, "step: found on meta, expected cpu, the device of q"),
         ({"step": torch.tensor([1])}, ValueError, r"step: found torch.int64 of shape \(1,\), expected a 0-dimensional"),
         ({"first_row": 2**32 - 2}, ValueError, "first_row: found 4294967294, expected a whole number from 0 to 42949"),
         ({"image_ids": torch.arange(3)}, ValueError, "queue_ids: found None, expected a tensor where its counterpart"),

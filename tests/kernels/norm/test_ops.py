@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from synco_fast.kernels.norm import batch_norm, native, ops
+from tests.support.norm_strides import results_by_strides
 from tests.support.rotation import todays
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "native", "triton", "reference"])
@@ -250,6 +251,27 @@ def test_without_parameters_and_in_any_layout(backend, layout):
     torch.testing.assert_close(*(torch.autograd.grad(value, x, up)[0] for value in (y, expected)), rtol=1e-4, atol=1e-5)
 
 
+@BACKENDS
+@pytest.mark.parametrize("training", [True, False])
+def test_strides_of_parameters_and_statistics_change_nothing(backend, training):
+    for expected, found in zip(*results_by_strides(backend, training=training), strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_statistics_of_other_strides_move_in_a_compiled_call():
+    x, table = inputs()[0].detach(), torch.stack(state()[:2], dim=1)
+    tables = [table.clone(), table.clone()]
+
+    def step(x, table):
+        return batch_norm(x, None, None, *table.unbind(1), backend="triton")
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(x, tables[0]), compiled(x, tables[1]))
+    torch.testing.assert_close(*tables)
+    assert not (tables[0] == table).any()
+
+
 def test_the_kernels_layout_is_asked_for_once():
     x = inputs(layout=torch.contiguous_format)[0].detach()
     with pytest.warns(UserWarning, match="x is not channels-last, so every call copies it"):
@@ -326,6 +348,11 @@ def test_autocast_does_not_reach_inside(backend):
             r"x: found shape \(6, 5, 1, 1\) in 6 groups, one value a channel in each, expected more than one",
         ),
         ({"weight": torch.zeros(4)}, ValueError, r"weight: found shape \(4,\), expected \(5,\), the channels of x"),
+        (
+            {"running_var": torch.ones(1).expand(5)},
+            ValueError,
+            "running_var: found an expanded tensor, expected memory",
+        ),
         ({"running_var": None}, ValueError, "running_var: found None, expected a tensor where its counterpart"),
         ({"residual": torch.zeros(6, 5, 3, 3)}, ValueError, r"residual: found shape \(6, 5, 3, 3\), expected \(6, 5"),
         ({"eps": float("nan")}, ValueError, "eps: found nan, expected a finite number, 0 or more"),

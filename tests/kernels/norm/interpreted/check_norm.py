@@ -12,6 +12,7 @@ from synco_fast.kernels.norm.triton import config, launch
 from synco_fast.kernels.norm.triton.config import shape_of
 from synco_fast.kernels.norm.validation import NormCase, validate_norm
 from tests.support.devices import devices_entered
+from tests.support.norm_strides import results_by_strides
 from tests.support.rotation import todays
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -250,6 +251,13 @@ def test_a_call_equals_the_operators_that_a_compiler_sees(monkeypatch, kind):
     for one, other in zip(direct, step(), strict=True):
         assert torch.equal(one, other)
     assert calls
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_strides_of_parameters_and_statistics_change_nothing(training):
+    """The kernels read the number of a channel at its index, whatever the strides."""
+    for expected, found in zip(*results_by_strides("triton", training=training), strict=True):
+        assert torch.equal(expected, found)
 
 
 def test_launches_go_to_the_device_of_x(monkeypatch):
