@@ -136,7 +136,7 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
             result["floor_s"] = _floor(result, options.part, getattr(torch, dtype).itemsize, ceilings)
             results.append(result)
             bar.advance()
-    environment = describe_environment()
+    environment = describe_environment(device)
     if options.json is not None:
         about = {"environment": environment, "device": device.type, "ceilings": ceilings._asdict()}
         write_json(options.json, about | {"part": options.part, "results": results})

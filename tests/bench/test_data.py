@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 
 import pytest
 import torch
 
-from synco_fast.bench import data
+from synco_fast.bench import data, data_parts
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
 from synco_fast.cli import main
 from synco_fast.data.augment.recipe import Recipe
@@ -54,6 +55,22 @@ def test_they_are_measured_where_the_kernels_run(monkeypatch, capsys):
     monkeypatch.undo()
     assert main(["bench", "data", "--pipelines", "dali-fused", "--device", "cpu"]) == 2
     assert "found dali-fused, expected pil, torchvision" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(("words", "threads"), [(["--workers", "0"], 1), (["--parts"], 1), (["--workers", "2"], 3)])
+def test_the_record_has_the_threads_and_the_device_that_were_measured(words, threads, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    row = {"pipeline": "pil", "core_share": None, "processor_milliseconds": None}
+    row |= {"images_per_second": 1.0, "views_per_second": 2.0}
+    monkeypatch.setattr(data, "measure_pipelines", lambda *_, keep, **__: keep([row]) or [row])
+    monkeypatch.setattr(data_parts, "measure_parts", lambda *_, **__: {"pil": {"decode": 1.0}})
+    file, common = tmp_path / "data.json", ["--device", "cpu", "--pipelines", "pil", "--photos", "1"]
+    assert main(["bench", "data", *common, "--folder", str(tmp_path), "--json", str(file), *words]) == 0
+    environment = json.loads(file.read_text())["environment"]
+    assert environment["threads"] == threads
+    assert environment["device"] != "a GPU"
 
 
 FORK = multiprocessing.get_context("fork")
