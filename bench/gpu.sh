@@ -282,11 +282,11 @@ if bench/compile_cache.sh --prune "$TRITON_CACHE_DIR" "$FRESH" > /dev/null 2>&1;
   SIZE=$(wc -c < "$FRESH")
   if [ "$SIZE" -gt $((40 << 20)) ]; then
     rm "$FRESH"
-    echo "triton-cache             left out: $((SIZE >> 20)) MiB, expected at most 40" | tee -a "$WORK/gpu/parts.txt"
+    echo "triton-cache             not packed: $((SIZE >> 20)) MiB, expected at most 40" | tee -a "$WORK/gpu/parts.txt"
   fi
 else
   rm -f "$FRESH"
-  echo "triton-cache             left out: cannot be packed" | tee -a "$WORK/gpu/parts.txt"
+  echo "triton-cache             not packed: tar failed" | tee -a "$WORK/gpu/parts.txt"
 fi
 "$PYTHON" -m synco_fast.bench.summary "$WORK/gpu" > "$WORK/gpu/summary.txt" 2>&1 || : > "$WORK/codes/1"
 pack

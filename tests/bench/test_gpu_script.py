@@ -172,7 +172,7 @@ def test_compiled_kernels_come_back_but_for_those_that_were_given(stubbed, tmp_p
         if found:
             with tarfile.open(tmp_path / "gpu" / "triton-cache.tar.gz") as archive:
                 assert set(archive.getnames()) == packed
-        assert ("triton-cache             left out: 41 MiB, expected at most 40" in said) == (not found)
+        assert ("triton-cache             not packed: 41 MiB, expected at most 40" in said) == (not found)
 
 
 def test_the_summary_shows_what_broke(tmp_path):
