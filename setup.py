@@ -119,6 +119,7 @@ setup(
         "stream": STREAM,
         "dev": [
             "mypy>=1.11",
+            "pip>=22.3",  # tests build and install a wheel; environments that uv makes have none
             "pytest>=8.0",
             "pytest-benchmark>=4.0",
             "pytest-xdist>=3.5",

@@ -1,7 +1,8 @@
 """Images and views per second, by pipeline, against the plain loader of the released code.
 
 Every pipeline reads the same JPEG files, similar in size to those of ImageNet, with the same number of processes.
-Rounds alternate between the pipelines, so that other load on the machine affects all of them.
+Rounds alternate between the pipelines, so that other load on the machine affects all of them. A round begins when the
+workers of the others are at rest, and only a pipeline's own workers count.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import statistics
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ from synco_fast.kernels.views import make_views, unserved_by_triton
 __all__ = ["busy_seconds", "draw_photo", "has_pipeline", "make_photos", "measure_pipelines"]
 
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
+#: Seconds between two looks at the CPU time, and the share of one core below which processes are at rest. The system
+#: counts hundredths of a second; timers of idle threads take fewer.
+_LOOK, _IDLE = 0.5, 0.05
 _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
 
 
@@ -113,13 +117,14 @@ def measure_pipelines(
             torch.set_num_threads(1)
         streams = []
         for name in pipelines:
+            before = _children()
             pipe = _pipeline(name, folder, names, device, batch, workers, recipe)
             stack.enter_context(closing(pipe))
-            streams.append(_endless(pipe))
+            streams.append(_Stream(pipe, _children() - before))
             found.append({"pipeline": name, "rounds": [], "processor_rounds": []})
         for _ in range(rounds):
             for result, stream in zip(found, streams, strict=True):
-                images, busy = _round(stream, device, seconds, settle=2 * workers + 4)
+                images, busy = stream.measure(device, seconds, settle=2 * workers + 4)
                 result["rounds"].append(images)
                 result["processor_rounds"].append(None if busy is None else 1e3 * busy)
                 tick()
@@ -223,6 +228,34 @@ class _Plain:
         del self._loader
 
 
+class _Stream:
+    """The batches of a pipeline, one epoch after the other, and the worker processes that it started."""
+
+    def __init__(self, pipe: Pipeline, workers: Set[int] = frozenset()) -> None:
+        self._batches = _endless(pipe)
+        self._workers = set(workers)
+
+    def measure(self, device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
+        """Images per second and CPU seconds per image.
+
+        The workers of all pipelines are at rest when it begins: those of the one before go on until they have
+        prefetched all that they may. The batches that this pipeline prefetched are consumed before the clock starts.
+        """
+        _rest()
+        others = _children() - self._workers
+        for _ in range(settle):
+            next(self._batches).to(device)
+        _wait(device)
+        images, busy, start = 0, busy_seconds(others), time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            batch = next(self._batches).to(device)
+            images += len(batch.image_ids)
+        _wait(device)
+        spent, after = time.perf_counter() - start, busy_seconds(others)
+        self._workers |= _children() - others
+        return images / spent, None if busy is None or after is None else (after - busy) / images
+
+
 def _endless(pipe: Pipeline) -> Iterator[Batch]:
     epoch = 0
     while True:
@@ -231,18 +264,18 @@ def _endless(pipe: Pipeline) -> Iterator[Batch]:
         epoch += 1
 
 
-def _round(stream: Iterator[Batch], device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
-    """Images per second and CPU seconds per image, measured after the prefetched batches are consumed."""
-    for _ in range(settle):
-        next(stream).to(device)
-    _wait(device)
-    images, busy, start = 0, busy_seconds(), time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        batch = next(stream).to(device)
-        images += len(batch.image_ids)
-    _wait(device)
-    spent, after = time.perf_counter() - start, busy_seconds()
-    return images / spent, None if busy is None or after is None else (after - busy) / images
+def _rest(limit: float = 60) -> None:
+    """Wait until this process and all of its workers have used no CPU time for a while, at most ``limit`` seconds.
+
+    Where the system does not report CPU time, the wait is short and fixed.
+    """
+    before, end = busy_seconds(), time.monotonic() + limit
+    while time.monotonic() < end:
+        time.sleep(_LOOK)
+        after = busy_seconds()
+        if before is None or after is None or after - before <= _IDLE * _LOOK:
+            return
+        before = after
 
 
 def _wait(device: torch.device) -> None:
@@ -250,10 +283,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def busy_seconds() -> float | None:
-    """CPU time of this process and its workers so far. Only Linux reports it for live processes."""
+def _children() -> set[int]:
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+def busy_seconds(others: Set[int] = frozenset()) -> float | None:
+    """CPU time of this process and its workers so far. Only Linux reports it for live processes.
+
+    Args:
+        others: Process numbers of workers that do not count.
+    """
     total = 0.0
-    for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+    for process in (os.getpid(), *(_children() - others)):
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()
         except OSError:

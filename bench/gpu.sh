@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Check, time and tune the kernels on a GPU in nine minutes.
 #
-#   bench/gpu.sh [--stage NAME]... [--cache FILE] [--dry] OUT_DIR
+#   bench/gpu.sh [--stage NAME]... [--cache FILE]... [--dry] OUT_DIR
 #
 # Runs from a checkout that is not installed, with the Python of .venv or PYTHON=... It needs PyTorch and Triton, but not
-# pydantic. The stages run in this order. Each has a time limit, and a failure does not stop the others:
+# pydantic. The stages run in this order. Each has a time limit, and a failure does not stop the others. Should the timed
+# ones take long, the last of them get less, so that the tests have their time:
 #
 #   stages      each launch of the loss against float64, one process for each dtype
 #   launches    microseconds of each launch in a CUDA graph
@@ -17,20 +18,21 @@
 #
 #   tests       the GPU tests; without pydantic those of the kernels only
 #   sanitizers  memcheck, initcheck and racecheck on one small call, if compute-sanitizer is installed
-#   train       the demo run, which makes its own images
+#   train       the demo run, which makes its own images; needs pydantic
 #
 # The stage `step` (the training step by backend and engine) runs only if named. The results in OUT_DIR are summary.txt and
 # gpu.tar.gz, with all figures as JSON lines and all logs; it is packed again after each stage. --cache takes the output of
-# bench/compile_cache.sh. --dry runs the stages on a CPU, with interpreted kernels and small shapes. The exit code is that
-# of the worst stage.
+# bench/compile_cache.sh, or triton-cache.tar.gz of an earlier run. That of this run has the kernels that no --cache had,
+# unless they are more than 40 MiB. --dry runs the stages on a CPU, with interpreted kernels and small shapes. The exit code
+# is that of the worst stage.
 set -u
-usage() { echo "usage: bench/gpu.sh [--stage NAME]... [--cache FILE] [--dry] OUT_DIR" >&2; exit 2; }
+usage() { echo "usage: bench/gpu.sh [--stage NAME]... [--cache FILE]... [--dry] OUT_DIR" >&2; exit 2; }
 TIMED=(stages launches variants norm ncu compare step) UNTIMED=(tests sanitizers train)
-WANTED=() CACHE="" DRY=0 TARGET=""
+WANTED=() CACHES=() DRY=0 TARGET=""
 while [ $# -gt 0 ]; do
   case $1 in
     --stage) [ $# -gt 1 ] || usage; WANTED+=("$2"); shift 2 ;;
-    --cache) [ $# -gt 1 ] || usage; CACHE=$2; shift 2 ;;
+    --cache) [ $# -gt 1 ] || usage; CACHES+=("$2"); shift 2 ;;
     --dry) DRY=1; shift ;;
     -*) usage ;;
     *) [ -z "$TARGET" ] || usage; TARGET=$1; shift ;;
@@ -44,10 +46,13 @@ for stage in ${WANTED[@]+"${WANTED[@]}"}; do
   esac
 done
 [ ${#WANTED[@]} -gt 0 ] || WANTED=(stages launches variants norm ncu compare "${UNTIMED[@]}")
-[ -z "$CACHE" ] || [ -f "$CACHE" ] || { echo "error: cache: found no file $CACHE, expected the output of bench/compile_cache.sh" >&2; exit 2; }
+for number in ${CACHES[@]+"${!CACHES[@]}"}; do
+  file=${CACHES[number]}
+  [ -f "$file" ] || { echo "error: cache: found no file $file, expected the output of bench/compile_cache.sh" >&2; exit 2; }
+  CACHES[number]=$(cd "$(dirname "$file")" && pwd)/$(basename "$file")
+done
 mkdir -p "$TARGET" || exit 2
 OUT=$(cd "$TARGET" && pwd)
-[ -z "$CACHE" ] || CACHE=$(cd "$(dirname "$CACHE")" && pwd)/$(basename "$CACHE")
 cd "$(dirname "$0")/.." || exit 2
 ROOT=$PWD
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo "$ROOT/.venv/bin/python" || command -v python3)}
@@ -63,7 +68,10 @@ mkdir "$WORK/gpu"
 export PYTHONSAFEPATH=1 PYTHONPATH="$WORK/links${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR="$WORK/triton"
 mkdir "$TRITON_CACHE_DIR"
-[ -z "$CACHE" ] || tar -xzf "$CACHE" -C "$TRITON_CACHE_DIR" || echo "warning: cache: $CACHE cannot be unpacked, kernels compile anew" >&2
+for file in ${CACHES[@]+"${CACHES[@]}"}; do
+  tar -xzf "$file" -C "$TRITON_CACHE_DIR" || echo "warning: cache: $file cannot be unpacked, kernels compile anew" >&2
+done
+ls -A "$TRITON_CACHE_DIR" > "$WORK/carried"
 [ "$DRY" = 0 ] || export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES=""
 
 if ! "$PYTHON" - "$DRY" <<'PY'
@@ -89,6 +97,11 @@ SYNCO=("$PYTHON" -m synco_fast)
 # All stages together end before this many seconds, even if each reaches its limit.
 SLOWER=$((DRY ? 10 : 1))
 DEADLINE=$((SECONDS + 535 * SLOWER))
+# What runs beside each other comes last; RESERVED seconds are its own, the longest of its limits and a few to end in.
+RESERVED=0 beside=()
+for stage in "${WANTED[@]}"; do
+  case " ${UNTIMED[*]} " in *" $stage "*) beside+=("$stage") RESERVED=$((160 * SLOWER)) ;; esac
+done
 mkdir "$WORK/codes"
 : > "$WORK/gpu/parts.txt"
 
@@ -97,13 +110,15 @@ pack() { # Pack the results so far, atomically. A stage beside this one may stil
   mv "$OUT/.gpu.$BASHPID" "$OUT/gpu.tar.gz"
 }
 
+has() { "$PYTHON" -c "import $1" 2> /dev/null; }
+
 note() { printf '%-24s %-9s %4s s\n' "$1" "$2" "$3" | tee -a "$WORK/gpu/parts.txt"; }
 
 part() { # part NAME SECONDS COMMAND...: JSON lines on standard output go to NAME.jsonl, everything else to NAME.log
   local name=$1 limit=$2 start=$SECONDS code left
   shift 2
   limit=$((limit * SLOWER))
-  left=$((DEADLINE - SECONDS - 3))
+  left=$((DEADLINE - SECONDS - RESERVED - 3))
   [ "$left" -lt "$limit" ] && limit=$left
   if [ "$limit" -lt 2 ]; then
     note "$name" "no time" 0
@@ -176,14 +191,15 @@ do_ncu() {
 }
 
 do_tests() {
+  # -v: a line for each test as it ends, since the XML is missing where the time limit cuts the tests off.
   local options=(-m gpu -v -p no:cacheprovider --junitxml "$WORK/gpu/tests.xml") files=(tests/kernels)
-  if "$PYTHON" -c 'import pydantic' 2> /dev/null; then
+  if has pydantic; then
     files+=(tests/data/test_gpu.py tests/training/test_gpu.py tests/bench/test_timing.py)
   else
     options+=(--confcutdir tests/kernels)
   fi
-  "$PYTHON" -c 'import pytest_timeout' 2> /dev/null && options+=(--timeout 100)
-  if "$PYTHON" -c 'import xdist' 2> /dev/null; then options+=(--numprocesses "$([ "$DRY" = 1 ] && echo 0 || echo 8)"); fi
+  has pytest_timeout && options+=(--timeout 100)
+  if has xdist; then options+=(--numprocesses "$([ "$DRY" = 1 ] && echo 0 || echo 8)"); fi
   part tests 150 "$PYTHON" -m pytest "${options[@]}" "${files[@]}"
 }
 
@@ -208,6 +224,7 @@ do_sanitizers() {
 
 do_train() {
   local limit=() device=auto
+  has pydantic || { note train "not there" 0; return; }
   if [ "$DRY" = 1 ]; then limit=(--max-steps 2) device=cpu; fi
   # The interpreter is for the kernels, which a run on a CPU does not use.
   part train 150 env --unset TRITON_INTERPRET XDG_CACHE_HOME="$WORK/cache" "${SYNCO[@]}" pretrain --config demo --data demo \
@@ -216,10 +233,10 @@ do_train() {
 }
 
 do_compare() {
-  local backends=(triton blockwise topk linear-ce reference compiled released) choices=(triton topk topk-only) device=cuda
+  local backends=(triton blockwise topk linear-ce reference released compiled) choices=(triton topk topk-only) device=cuda
   if [ "$DRY" = 1 ]; then backends=(blockwise topk) choices=(topk) device=cpu; fi
-  "$PYTHON" -c 'import flashinfer' 2> /dev/null && choices+=(topk-flashinfer topk-flashinfer-only)
-  "$PYTHON" -c 'import liger_kernel' 2> /dev/null && backends+=(linear-ce-liger)
+  has flashinfer && choices+=(topk-flashinfer topk-flashinfer-only)
+  has liger_kernel && backends+=(linear-ce-liger)
   part selection 45 "${SYNCO[@]}" bench loss --part selection --backends "${choices[@]}" --device $device "${SHAPE[@]}" \
     --repeats "$REPEATS" --rounds 1 --lines "$WORK/gpu/selection.jsonl.part"
   part compare 120 "${SYNCO[@]}" bench loss --backends "${backends[@]}" --device $device "${SHAPE[@]}" \
@@ -248,23 +265,30 @@ if command -v nvidia-smi > /dev/null && [ "$DRY" = 0 ]; then
     > "$WORK/gpu/clocks.csv" 2>&1 &
   CLOCKS=$!
 fi
-beside=()
 for stage in "${WANTED[@]}"; do
-  case " ${UNTIMED[*]} " in
-    *" $stage "*) beside+=("$stage") ;;
-    *) "do_$stage" ;;
-  esac
+  case " ${UNTIMED[*]} " in *" $stage "*) ;; *) "do_$stage" ;; esac
 done
+RESERVED=0
 for stage in ${beside[@]+"${beside[@]}"}; do
   # A dry run has a core or two.
   if [ "$DRY" = 1 ]; then "do_$stage"; else "do_$stage" & JOBS+=($!); fi
 done
 [ ${#JOBS[@]} = 0 ] || wait "${JOBS[@]}"
 
+# Return the compiled kernels, so that the next run need not compile them; those of --cache are there already.
+FRESH="$WORK/gpu/triton-cache.tar.gz"
+(cd "$TRITON_CACHE_DIR" && tr '\n' '\0' < "$WORK/carried" | xargs -0 -r rm -rf --)
+if bench/compile_cache.sh --prune "$TRITON_CACHE_DIR" "$FRESH" > /dev/null 2>&1; then
+  SIZE=$(wc -c < "$FRESH")
+  if [ "$SIZE" -gt $((40 << 20)) ]; then
+    rm "$FRESH"
+    echo "triton-cache             not packed: $((SIZE >> 20)) MiB, expected at most 40" | tee -a "$WORK/gpu/parts.txt"
+  fi
+else
+  rm -f "$FRESH"
+  echo "triton-cache             not packed: tar failed" | tee -a "$WORK/gpu/parts.txt"
+fi
 "$PYTHON" -m synco_fast.bench.summary "$WORK/gpu" > "$WORK/gpu/summary.txt" 2>&1 || : > "$WORK/codes/1"
-# Return the compiled kernels, so that the next run need not compile them.
-bench/compile_cache.sh --prune "$TRITON_CACHE_DIR" "$WORK/gpu/triton-cache.tar.gz" > /dev/null 2>&1
-if [ "$(wc -c < "$WORK/gpu/triton-cache.tar.gz" 2>/dev/null || echo 0)" -gt $((12 << 20)) ]; then rm "$WORK/gpu/triton-cache.tar.gz"; fi
 pack
 cp "$WORK/gpu/summary.txt" "$OUT/summary.txt"
 cat "$OUT/summary.txt"

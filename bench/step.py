@@ -12,7 +12,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,24 +62,24 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
     if subject == "encoder-plain":
         # The true limit: no grouped batch norm, and cuDNN benchmarks its algorithms.
         values["model"] = {**values["model"], "batch_norm_groups": 1, "norm": "plain"}
-        values["training"]["channels_last"] = True
-        torch.backends.cudnn.benchmark = True
+        values["training"] |= {"channels_last": True, "cudnn_benchmark": True}
     config = build_config(values)
     device = resolve_device(config.training.device)
     held = reset_peak_memory(device)
     notes: list[str] = []
-    run, settling, last = _runner(subject, config, device, notes)
-    for number in range(settling):
-        run(number)
-    _wait(device)
     rates = []
-    for block in range(_BLOCKS):
-        begun = time.perf_counter()
-        each = max(1, steps // _BLOCKS)
-        for number in range(each):
-            run(settling + block * each + number)
+    with _cudnn_setting(benchmark=subject == "plain"):
+        run, settling, last = _runner(subject, config, device, notes)
+        for number in range(settling):
+            run(number)
         _wait(device)
-        rates.append(each * config.training.batch / (time.perf_counter() - begun))
+        for block in range(_BLOCKS):
+            begun = time.perf_counter()
+            each = max(1, steps // _BLOCKS)
+            for number in range(each):
+                run(settling + block * each + number)
+            _wait(device)
+            rates.append(each * config.training.batch / (time.perf_counter() - begun))
     return {
         "subject": subject,
         "engine": "plain" if subject == "plain" else engine,
@@ -89,6 +90,17 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
         "notes": notes,
         "loss": last(),
     }
+
+
+@contextmanager
+def _cudnn_setting(*, benchmark: bool) -> Iterator[None]:
+    """Let cuDNN benchmark its algorithms, or leave that to the engine; the setting before comes back."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or benchmark
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def _runner(
@@ -182,6 +194,7 @@ def bench_step(
         failures with their reasons. Results have ratios to the plain loop, and to the encoders alone with the best
         engine.
     """
+    device = resolve_device(config.training.device)
     values = config.model_dump(mode="json")
     values["method"]["warmup_epochs"] = 0
     jobs = []
@@ -191,7 +204,7 @@ def bench_step(
                 jobs.append((subject, engine, backend))
     found: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {job: [] for job in jobs}
     report: dict[str, Any] = {
-        "environment": {**describe_environment(), **({"threads": threads} if threads else {})},
+        "environment": {**describe_environment(device), **({"threads": threads} if threads else {})},
         "config": values,
         "steps": steps,
         "rounds": rounds,
@@ -209,19 +222,21 @@ def bench_step(
             except RuntimeError as error:
                 say(f"failed: {error}")
                 report["failed"].append(str(error))
-            report["results"] = _results(found, report["forward_operations"])
+            report["results"] = _results(found, report["forward_operations"], str(report["environment"]["device"]))
             keep(report)
     return report
 
 
-def _results(found: dict[tuple[str, str, str | None], list[dict[str, Any]]], operations: int) -> list[dict[str, Any]]:
+def _results(
+    found: dict[tuple[str, str, str | None], list[dict[str, Any]]], operations: int, device: str
+) -> list[dict[str, Any]]:
     """The results of each subject over all rounds, with ratios."""
     results = []
     for runs in filter(None, found.values()):
         rates = [rate for run in runs for rate in run["images_per_second"]]
         peak = max(run["peak_mib"] for run in runs)
         results.append({**runs[-1], "images_per_second": rates, "median": statistics.median(rates), "peak_mib": peak})
-    _relate(results, operations)
+    _relate(results, operations, device)
     return results
 
 
@@ -247,13 +262,12 @@ def forward_operations(config: Config) -> int:
     return int(counter.get_total_flops())
 
 
-def _relate(results: list[dict[str, Any]], operations: int) -> None:
-    """Add ratios to the baselines, and the model FLOP utilisation against the vendor's rate."""
+def _relate(results: list[dict[str, Any]], operations: int, device: str) -> None:
+    """Add ratios to the baselines, and the model FLOP utilisation against the vendor's rate of the measured device."""
     best = {
         name: max((row["median"] for row in results if row["subject"] == name), default=None)
         for name in ("encoder", "encoder-plain", "plain", "moco")
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     stated = next((rate for part, rate in _STATED.items() if part in device), None)
     for row in results:
         for name, rate in best.items():

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import xml.etree.ElementTree as tree
 from pathlib import Path
 from typing import Any
 
 __all__ = ["summarise"]
+
+_BAD = ("FAILED", "ERROR")
+_RESULT = r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+#: Lines of ``pytest -v`` with processes of pytest-xdist and without.
+_BY_WORKER = re.compile(rf"\[gw\d+\] (?:\[ *\d+%\] )?{_RESULT} (\S+\.py::.*?) *$")
+_ALONE = re.compile(rf"(\S+\.py::.+?)(?: {_RESULT}\b.*| *)$")
 
 #: The recorded cost model to print next to the figures.
 _MODEL = Path(__file__).resolve().parent / "records" / "loss-model" / "record.json"
@@ -90,14 +97,38 @@ def _variants(folder: Path) -> str:
 
 
 def _tests(folder: Path) -> str:
-    file = folder / "tests.xml"
-    if not file.exists():
-        return ""
-    cases = list(tree.parse(file).getroot().iter("testcase"))
+    """The results of the tests, from pytest's XML, or from its log if the time limit cut the tests off."""
+    try:
+        cases = list(tree.parse(folder / "tests.xml").getroot().iter("testcase"))
+    except (OSError, tree.ParseError):
+        return _cut_tests(folder / "tests.log")
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)
     names = [f"  {case.get('classname')}::{case.get('name')}" for case in failed]
     return "\n".join([f"tests: {len(cases)}, {len(failed)} failed, {skipped} skipped", *names])
+
+
+def _cut_tests(log: Path) -> str:
+    """What ``pytest -v`` had said of each test: its name when it began, and the result on that line or a later one."""
+    if not log.exists():
+        return ""
+    ended, begun = dict[str, str](), list[str]()
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        if found := _BY_WORKER.match(line):
+            result, name = found.groups()
+        elif found := _ALONE.match(line):
+            name, result = found.groups()
+        else:
+            continue
+        if not result:
+            begun.append(name)
+        elif ended.get(name) not in _BAD:
+            ended[name] = result
+    failed = [f"  {name}" for name, result in ended.items() if result in _BAD]
+    skipped = sum(result == "SKIPPED" for result in ended.values())
+    cut = [f"  {name} did not end" for name in dict.fromkeys(begun) if name not in ended]
+    title = f"tests, cut off: {len(ended)} ended, {len(failed)} failed, {skipped} skipped"
+    return "\n".join([title, *failed, *cut])
 
 
 def _compared(folder: Path, name: str) -> str:

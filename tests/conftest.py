@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from synco_fast.config import Config, build_config
+from tests.support.rotation import keep_the_day
 
 pytest_plugins = ("tests.support.runs", "tests.support.detection")
 
@@ -21,6 +22,7 @@ matplotlib.use("Agg")
 # One test process a core (pytest-xdist), one thread a process, in the programs that tests start as well.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+keep_the_day()
 
 TINY: dict[str, Any] = {
     "preset": "tiny",

@@ -2,7 +2,7 @@
 
 It does what such loops do: float32 in PyTorch's default layout, a momentum update of one parameter at a time, a key
 batch permuted on the host, a loss of whole tensors with loops over negatives, and a queue pointer and a loss that the
-host reads in every step.
+host reads in every step. `synco_fast.bench.step` lets cuDNN choose algorithms by trial, as facebookresearch/moco does.
 """
 
 from __future__ import annotations

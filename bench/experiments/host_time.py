@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for form, seconds in forms.items():
             print(f"{name:5} {form:9} {statistics.median(seconds) * 1e6:6.0f} us")
     if options.json:
-        write_json(options.json, {"environment": describe_environment(), "seconds": found})
+        write_json(options.json, {"environment": describe_environment(torch.device("cpu")), "seconds": found})
 
 
 if __name__ == "__main__":

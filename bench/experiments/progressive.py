@@ -187,7 +187,7 @@ def main() -> None:
         for preset in options.presets
     }
     record = {
-        "environment": describe_environment(),
+        "environment": describe_environment(torch.device("cpu")),
         "rates": read_json(measured),
         "ramp": {str(side): epochs for side, epochs in ramp.items()},
         "fraction": options.fraction,

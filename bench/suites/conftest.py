@@ -27,7 +27,7 @@ def timed(benchmark: Any, device: torch.device) -> Callable[[Callable[[], object
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        benchmark.extra_info.update(describe_environment())
+        benchmark.extra_info.update(describe_environment(device))
         benchmark.pedantic(call, rounds=20 if device.type == "cuda" else 5, warmup_rounds=2)
 
     return run

@@ -52,6 +52,7 @@ def add(commands: Commands) -> None:
 
 
 def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    import torch
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
     from synco_fast.bench.data_parts import MEASURED, measure_parts
@@ -81,13 +82,14 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             spent = measure_parts(
                 folder, names, pipelines=pipelines, recipe=Recipe(), rounds=options.rounds, tick=bar.advance
             )
-            environment = describe_environment()
+            environment = {**describe_environment(torch.device("cpu")), "threads": 1}
             if options.json is not None:
                 write_json(options.json, {"environment": environment, "photos": len(names), "parts": spent})
             _print_parts(spent, console)
             return 0
         bar.restart("measuring", len(pipelines) * options.rounds)
-        environment = describe_environment()
+        # Without workers there is one thread, as `measure_pipelines` says.
+        environment = {**describe_environment(device), **({} if workers else {"threads": 1})}
         sizes = [(folder / name).stat().st_size for name in names]
         about = {"device": device.type, "workers": workers, "batch": options.batch, "photos": len(names)}
         about["kilobytes"] = round(sum(sizes) / len(sizes) / 1e3)

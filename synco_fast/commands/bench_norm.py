@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.table import Table
 from synco_fast.bench.subjects import DTYPES, NORM_SETTINGS, NORMS
 from synco_fast.commands.options import add_options
 from synco_fast.commands.parser import Commands, positive
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["add"]
 
@@ -69,7 +72,7 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.part == "step":
-        return _bench_steps(options, batch, console)
+        return _bench_steps(options, device, batch, console)
     load = os.getloadavg()
     reasons = {subject: unavailable(subject, device, dtype) for subject in NORMS}
     subjects = options.subjects or [subject for subject in NORMS if not reasons[subject]]
@@ -87,9 +90,7 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
     shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
     shape["groups"] = options.groups
     counted = {form: step_work(form, **shape)._asdict() for form in FORMS}
-    environment = describe_environment()
-    if options.threads:
-        environment["threads"] = options.threads
+    environment = describe_environment(device)
     about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype, **shape}
     about |= {"ceilings": ceilings._asdict(), "counted": counted}
     results: list[dict[str, Any]] = []
@@ -119,7 +120,7 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
     return 0
 
 
-def _bench_steps(options: argparse.Namespace, batch: int, console: Console) -> int:
+def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, console: Console) -> int:
     from synco_fast.bench.norm_step import measure_norm_steps
     from synco_fast.presets import load_config
     from synco_fast.runtime.environment import describe_environment
@@ -144,9 +145,9 @@ def _bench_steps(options: argparse.Namespace, batch: int, console: Console) -> i
     load, rounds = os.getloadavg(), 1 if options.dry else options.rounds
     with ProgressBar(console, "measuring", rounds, unit="round") as bar:
         results = measure_norm_steps(config.model_dump(mode="json"), options.norms, rounds=rounds, advance=bar.advance)
-    environment = describe_environment()
+    environment = describe_environment(device)
     if options.json is not None:
-        about = {"environment": environment, "load": load, "device": options.device, "dtype": options.dtype}
+        about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype}
         write_json(options.json, {**about, **shape, "steps": results})
     table = Table(
         title=f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups", box=SIMPLE_HEAD

@@ -53,7 +53,7 @@ def _bench_optimizer(options: argparse.Namespace, rest: Sequence[str], console: 
         results = measure_optimizers(
             subjects, options.backbone, device, repeats=options.repeats, rounds=options.rounds, advance=bar.advance
         )
-    environment = describe_environment()
+    environment = describe_environment(device)
     if options.json is not None:
         without = {subject: reason for subject, reason in reasons.items() if reason}
         about = {"environment": environment, "device": device.type, "backbone": options.backbone}

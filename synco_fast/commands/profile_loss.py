@@ -63,7 +63,7 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
     lines = profile_loss(prepare(backend, shape, device), shape, device, options.trace)
     total = sum(line.seconds for line in lines)
     if options.json is not None:
-        about = {"environment": describe_environment(), "backend": backend, "shape": asdict(shape)}
+        about = {"environment": describe_environment(device), "backend": backend, "shape": asdict(shape)}
         write_json(options.json, about | {"lines": [asdict(line) for line in lines]})
     title = f"{backend}, {dtype}, B = {shape.rows:,}, K = {shape.length:,}: {1e3 * total:,.2f} ms"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))

@@ -80,7 +80,7 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
             verdicts += validate(backends, [case], device)
             bar.advance()
     if options.json is not None:
-        figures = {"environment": describe_environment(), "device": device.type}
+        figures = {"environment": describe_environment(device), "device": device.type}
         write_json(options.json, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
     missed = [verdict for verdict in verdicts if verdict.misses]
     _print(verdicts, missed, device.type, reason if "triton" not in backends else None, console)

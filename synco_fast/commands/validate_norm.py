@@ -40,7 +40,7 @@ def validate_batch_norm(options: argparse.Namespace, device: torch.device, conso
             verdicts += validate_norm([case], device)
             bar.advance()
     if options.json is not None:
-        figures = {"environment": describe_environment(), "device": device.type}
+        figures = {"environment": describe_environment(device), "device": device.type}
         write_json(options.json, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
     skipped = unserved_by_triton(torch.empty(1, 1, 1, 1, device=device))
     _print(verdicts, device.type, skipped, console)

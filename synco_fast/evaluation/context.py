@@ -110,7 +110,7 @@ class EvalContext:
             "headline": headline,
             **figures,
             "precision": self.precision.name,
-            "environment": describe_environment(),
+            "environment": describe_environment(self.device),
         }
         if rank() == 0:
             write_json(self.folder / f"{name}.json", found)

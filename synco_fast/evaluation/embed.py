@@ -83,7 +83,7 @@ def embed(
         "width": values.shape[1],
         "labelled": int((classes >= 0).sum()),
         "corrupt": corrupt,
-        "environment": describe_environment(),
+        "environment": describe_environment(device),
     }
 
 

@@ -312,7 +312,7 @@ class GeneratorTraining:
             "checkpoint": str(newest[0]) if newest else "",
             "samples": str(sheets[-1]) if sheets else "",
             "curves": str(curves),
-            "environment": describe_environment(),
+            "environment": describe_environment(self.device),
         }
         write_json(folder / "summary.json", summary)
         return summary

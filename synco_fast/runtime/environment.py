@@ -17,15 +17,20 @@ __all__ = ["describe_environment"]
 _PACKAGES = ("torch", "torchvision", "triton", "timm", "numpy", "pillow", "nvidia-dali-cuda130")
 
 
-def describe_environment() -> dict[str, str | int]:
-    """Versions of the packages that affect results and speed, the device, and the source tree's commit, if any."""
+def describe_environment(device: torch.device | None = None) -> dict[str, str | int]:
+    """Versions of the packages that affect results and speed, the device, and the source tree's commit, if any.
+
+    Args:
+        device: What was measured; by default the current GPU if there is one, else the CPU.
+    """
     found: dict[str, str | int] = {"synco-fast": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if on_gpu else _processor()
     found["cores"] = machine_cores()
     found["threads"] = torch.get_num_threads()
     if commit := _commit():

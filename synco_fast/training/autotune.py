@@ -220,7 +220,7 @@ class Auto:
             fed = self._try_pipelines(pipelines, chosen, seconds, place)
         if self._control.env.is_main:
             table = _table(tried, without, fed, engine.config.training.batch, chosen, self.name)
-            write_json(folder / FILE, {"environment": describe_environment(), **table})
+            write_json(folder / FILE, {"environment": describe_environment(engine.device), **table})
             if measured or fed:
                 self._note(_line(table, measured=measured, fed=bool(fed)), None)
         engine.use(chosen)

@@ -128,7 +128,7 @@ class Trainer(Generic[SummaryT]):
     def _run(self) -> SummaryT:
         task, settings = self.task, self.task.settings
         if self.env.is_main:
-            describe_run(self.folder, task.config, task.facts)
+            describe_run(self.folder, task.config, task.facts, task.device)
         config = task.config.model_dump(mode="json")
         evaluated = self.evaluated_at == self.step
         self.log: MetricLog = open_log(

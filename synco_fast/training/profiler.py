@@ -139,7 +139,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     phases = {name: statistics.median(whole.get(name, 0.0) for whole in by_step) for name in PHASES}
     phases["other"] = max(0.0, middle - sum(phases.values()))
     return {
-        "environment": describe_environment(),
+        "environment": describe_environment(engine.device),
         "config": values,
         "step_ms": 1000 * middle,
         "images_per_second": config.training.batch / middle,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from synco_fast.config import Config
 from synco_fast.data.sources.open import Source
@@ -16,6 +17,7 @@ from synco_fast.runtime.checkpoint import BEST, checkpoints_in
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import check_writable, write_json
+from synco_fast.runtime.precision import resolve_device
 from synco_fast.runtime.run_config import holds_run, write_run_config
 from synco_fast.training.metrics import read_metrics
 from synco_fast.training.plots import draw_curves
@@ -34,6 +36,7 @@ class Summary:
     `training.keep_best`, has ``knn``, ``epoch``, ``step`` and ``checkpoint`` of the best checkpoint. ``forms`` names
     the implementation of each part of a step, and why it was chosen.
     ``images_per_second_by_size`` has the images per second by side of the views; empty if it does not change.
+    ``environment`` has versions, device and commit.
     """
 
     method: str
@@ -56,10 +59,11 @@ class Summary:
     curves: str
     pairs: str
     images_per_second_by_size: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, str | int] = field(default_factory=describe_environment)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the environment beside it."""
-        return {**asdict(self), "environment": describe_environment()}
+        """For JSON."""
+        return asdict(self)
 
 
 def choose_run_folder(folder: Path | None, name: str) -> Path:
@@ -86,7 +90,9 @@ def refuse_run(folder: Path) -> None:
         raise ConfigError(f"out: found a run in {folder}, expected a new folder, or --resume {folder} to resume it")
 
 
-def describe_run(folder: Path, config: RunConfig, facts: Mapping[str, Any] | None = None) -> None:
+def describe_run(
+    folder: Path, config: RunConfig, facts: Mapping[str, Any] | None = None, device: torch.device | None = None
+) -> None:
     """Create the run folder and write the settings of the run into it, also those that a resumed run was given.
 
     ``config.yaml`` is written again if the configuration has changed, ``environment.json`` if there is none.
@@ -95,12 +101,13 @@ def describe_run(folder: Path, config: RunConfig, facts: Mapping[str, Any] | Non
         folder: The run folder.
         config: Its configuration.
         facts: Further entries of ``environment.json``.
+        device: The device of the run.
     """
     for inner in ("checkpoints", "plots"):
         (folder / inner).mkdir(parents=True, exist_ok=True)
     write_run_config(folder, config.to_yaml())
     if not (folder / "environment.json").exists():
-        write_json(folder / "environment.json", {**describe_environment(), **(facts or {})})
+        write_json(folder / "environment.json", {**describe_environment(device), **(facts or {})})
 
 
 def close_run(
@@ -165,6 +172,7 @@ def close_run(
         curves=str(curves),
         pairs=str(folder / "plots" / "pairs.png"),
         images_per_second_by_size=throughput.images_per_second_by_size,
+        environment=describe_environment(resolve_device(config.training.device)),
     )
     if writes:
         title = f"{config.method.name} on {config.data.source}, {config.model.backbone}, seed {config.seed}"

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from synco_fast.bench.summary import summarise
-from tests.support.rotation import in_turn
+from tests.support.rotation import day, in_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -26,7 +26,8 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 def test_stages_under_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-o", "python_files=check_*.py"]
     command += ["-p", "no:cacheprovider", str(Path(__file__).parent / "interpreted" / "check_stages.py")]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    # All cases take a minute and a half, so they take turns as well, among the days on which this test runs.
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "SYNCO_FAST_DAY": str(day() // 3)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
@@ -87,17 +88,91 @@ def test_a_missing_package_is_named_before_anything_runs(tmp_path):
     assert done.stderr.strip().count("\n") == 0
 
 
-def test_limits_leave_time_for_what_comes_last():
-    """None gets more than what is left of the whole; and the limits of what is timed leave time for the rest."""
-    text = SCRIPT.read_text()
-    assert "DEADLINE=$((SECONDS + 535 * SLOWER))" in text
-    limits = {name: int(limit) for name, limit in re.findall(r"part \"?([\w$-]+)\"? (\d+) ", text)}
-    times = {"stages-$dtype": 3, "launches-$dtype": 2, "step": 0}
-    beside = {"tests", "$tool", "train", "sanitizers"}
-    assert {*times, *beside} < set(limits)
-    timed = sum(times.get(name, 1) * limit for name, limit in limits.items() if name not in beside)
-    # Limits are generous, since a stage that is cut off loses its figures: half of them must leave time for the rest.
-    assert timed / 2 + max(limits[name] for name in beside) < 535
+#: Stands in for Python, which the script starts for everything; and for `timeout`, as a function of the script's own
+#: shell: every part takes all of its time, and the shell's clock goes on by as much.
+PYTHON_STUB = """#!/bin/bash
+case " $* " in
+  *" -c import $MISSING "*) exit 1 ;;
+  *CHECKS*) echo sample ;;
+  *bench.summary*) cat "${!#}/parts.txt" ;;
+esac
+if [ "$1" = - ]; then cat > /dev/null; echo "{}"; fi
+"""
+TIMEOUT_STUB = """() { echo "$SECONDS $2 ${*:3}" >> "$STUB_LOG"; SECONDS=$((SECONDS + $2)); return 124; }"""
+
+
+@pytest.fixture
+def stubbed(tmp_path):
+    """Run the script without Python, and return the start, the limit and the command of each part, and the output."""
+    for name in ("python", "ncu", "compute-sanitizer"):
+        (tmp_path / name).write_text(PYTHON_STUB)
+        (tmp_path / name).chmod(0o755)
+
+    def run(*words, timeout=TIMEOUT_STUB, missing="nothing", **variables):
+        environment = os.environ | {"PYTHON": str(tmp_path / "python"), "STUB_LOG": str(tmp_path / "log")}
+        environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MISSING": missing, **variables}
+        environment |= {"BASH_FUNC_timeout%%": timeout}
+        command = [str(SCRIPT), *words, str(tmp_path / "out")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert "error" not in done.stderr, done.stderr
+        log = (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
+        return [(int(start), int(limit), *rest) for start, limit, *rest in map(str.split, log)], done.stdout
+
+    return run
+
+
+def test_tests_have_their_time_even_if_every_part_takes_all_of_its(stubbed):
+    parts, said = stubbed()
+    limits = dict(re.findall(r"part \"?([\w$-]+)\"? (\d+) ", SCRIPT.read_text()))
+    beside = [part for part in parts if {"pytest", "pretrain", "--tool"} & set(part)]
+    timed = [part for part in parts if part not in beside]
+    assert len(beside) == 5
+    assert {limit for _, limit, *_ in beside} == {150} == {int(limits[name]) for name in ("tests", "train", "$tool")}
+    assert max(start + limit for start, limit, *_ in parts) <= 535
+    # Here the limits of what is timed are more than there is, so that the last ones get less, or nothing and a line.
+    assert timed[0][:2] == (timed[0][0], 60)
+    assert sum(limit for _, limit, *_ in timed) <= 535 - 160
+    assert re.search(r"^compare +no time", said, re.M)
+
+
+def test_every_part_has_its_limit_if_none_takes_more_than_half(stubbed):
+    half = TIMEOUT_STUB.replace("SECONDS + $2", "SECONDS + $2 / 2").replace("return 124", "return 0")
+    parts, said = stubbed(timeout=half)
+    assert "no time" not in said
+    assert "time out" not in said
+    limits = [limit for _, limit, *_ in parts]
+    assert limits[:3] == [60] * 3
+    (compare,) = [limit for _, limit, *rest in parts if "linear-ce" in rest]
+    assert compare >= 60, "the half of its limit"
+
+
+def test_without_pydantic_the_demo_run_is_left_out(stubbed):
+    parts, said = stubbed("--stage", "tests", "--stage", "train", missing="pydantic")
+    ((*_, first, module, name), *_) = [part[2:5] for part in parts]
+    assert (module, name) == ("-m", "pytest")
+    assert first.endswith("python")
+    assert [part[-1] for part in parts] == ["tests/kernels"]
+    assert re.search(r"^train +not there", said, re.M)
+
+
+def test_compiled_kernels_come_back_but_for_those_that_were_given(stubbed, tmp_path):
+    given, kernel = tmp_path / "given.tar.gz", tmp_path / "OLD" / "kernel.cubin"
+    kernel.parent.mkdir()
+    kernel.write_bytes(b"old")
+    with tarfile.open(given, "w:gz") as archive:
+        archive.add(kernel.parent, arcname="OLD")
+    compiles = """() { mkdir "$TRITON_CACHE_DIR/NEW"; echo new > "$TRITON_CACHE_DIR/NEW/k.cubin"; }"""
+    words = ("--cache", str(given), "--cache", str(given), "--stage", "variants")
+    for size, packed in ((40 << 20, {".", "./NEW", "./NEW/k.cubin"}), (41 << 20, None)):
+        _, said = stubbed(*words, timeout=compiles, **{"BASH_FUNC_wc%%": f"() {{ echo {size}; }}"})
+        with tarfile.open(tmp_path / "out" / "gpu.tar.gz") as archive:
+            archive.extractall(tmp_path, filter="data")
+            found = "gpu/triton-cache.tar.gz" in archive.getnames()
+        assert found == (packed is not None)
+        if found:
+            with tarfile.open(tmp_path / "gpu" / "triton-cache.tar.gz") as archive:
+                assert set(archive.getnames()) == packed
+        assert ("triton-cache             not packed: 41 MiB, expected at most 40" in said) == (not found)
 
 
 def test_the_summary_shows_what_broke(tmp_path):
@@ -134,3 +209,36 @@ def test_the_summary_shows_what_broke(tmp_path):
         "triton                       300.0        70.0        60.0",
     ):
         assert words in said, said
+
+
+#: What pytest says with processes of pytest-xdist and without, until it is killed.
+CUT = (
+    """
+tests/kernels/test_gpu.py::test_a[torch.float32-x y]
+tests/kernels/test_gpu.py::test_b
+tests/kernels/test_gpu.py::test_c
+[gw1] [ 33%] PASSED tests/kernels/test_gpu.py::test_a[torch.float32-x y]
+[gw0] [ 66%] FAILED tests/kernels/test_gpu.py::test_b
+tests/kernels/test_gpu.py::test_d
+[gw0] [ 99%] SKIPPED tests/kernels/test_gpu.py::test_d
+""",
+    """
+tests/kernels/test_gpu.py::test_a[torch.float32-x y] PASSED              [ 33%]
+tests/kernels/test_gpu.py::test_b FAILED                                 [ 66%]
+tests/kernels/test_gpu.py::test_d SKIPPED (why)                          [ 99%]
+tests/kernels/test_gpu.py::test_c """,
+)
+
+
+@pytest.mark.parametrize("log", CUT, ids=["processes", "alone"])
+@pytest.mark.parametrize("xml", [None, "<testsuites><testsu"])
+def test_the_summary_reads_the_log_of_tests_that_were_cut_off(log, xml, tmp_path):
+    (tmp_path / "tests.log").write_text("python -m pytest tests/kernels\n" + log)
+    if xml:
+        (tmp_path / "tests.xml").write_text(xml)
+    said = summarise(tmp_path).splitlines()
+    assert said == [
+        "tests, cut off: 3 ended, 1 failed, 1 skipped",
+        "  tests/kernels/test_gpu.py::test_b",
+        "  tests/kernels/test_gpu.py::test_c did not end",
+    ]

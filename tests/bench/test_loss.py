@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from synco_fast.bench import loss
+from synco_fast.bench import loss, roofline
 from synco_fast.bench.loss import Shape, failure, measure, prepare, sweep
 from synco_fast.bench.loss_report import best_seconds, draw_loss
 from synco_fast.bench.profile_loss import profile_loss
@@ -67,6 +67,17 @@ def test_floor():
     measured = measure_ceilings(CPU, torch.float32)
     assert 1e9 < measured.flops < 1e15
     assert 1e8 < measured.bytes < 1e13
+
+
+def test_the_floor_of_float32_on_a_gpu_allows_for_three_half_precision_products(monkeypatch):
+    rates = {torch.float32: 60.0, torch.float16: 720.0, torch.bfloat16: 780.0}
+    monkeypatch.setattr(roofline, "_measured_rate", lambda device, dtype: rates[dtype])
+    gpu = torch.device("cuda")
+    assert roofline._product_rate(gpu, torch.float32) == 260
+    assert roofline._product_rate(gpu, torch.bfloat16) == 780
+    assert roofline._product_rate(CPU, torch.float32) == 60
+    rates[torch.float32] = 390.0  # with TF32
+    assert roofline._product_rate(gpu, torch.float32) == 390
 
 
 def test_best_effort_is_the_graph_where_it_is_faster():

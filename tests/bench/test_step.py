@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from synco_fast.bench import step
 from synco_fast.bench.baselines.step import plain_step
 from synco_fast.bench.step import forward_operations, measure, use_plain_batch_norm
 from synco_fast.cli import main
@@ -16,20 +17,43 @@ SMALL = {"training.batch": 8, "training.device": "cpu"}
 
 
 def test_the_plain_loop_learns(tiny):
-    step = plain_step(tiny({**SMALL, "optimizer.lr": 0.3, "model.momentum": 0.99}), torch.device("cpu"))
+    torch.manual_seed(0)
+    run = plain_step(tiny({**SMALL, "optimizer.lr": 0.3, "model.momentum": 0.99}), torch.device("cpu"))
     torch.manual_seed(0)
     first, noise = torch.randn(2, 8, 3, 32, 32)
-    losses = [step(first, first + noise / 10) for _ in range(20)]
+    losses = [run(first, first + noise / 10) for _ in range(20)]
     # The loss rises while keys replace the queue's random rows. From then on an encoder that learns nothing moves it by
     # less than 0.06 in 14 steps; one that learns took 0.2 to 0.5 off it.
     assert losses[5] - losses[-1] > 0.2, losses
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_chooses_by_trial_for_the_plain_loop_alone_and_is_put_back(before, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    with step._cudnn_setting(benchmark=True):
+        assert torch.backends.cudnn.benchmark
+    with step._cudnn_setting(benchmark=False):
+        assert torch.backends.cudnn.benchmark == before
+        torch.backends.cudnn.benchmark = not before  # as an engine does on a GPU
+    assert torch.backends.cudnn.benchmark == before
+
+
+def test_utilisation_is_of_the_device_that_was_measured():
+    for device, expected in (("AMD EPYC", None), ("NVIDIA H100 80GB HBM3", 4 * 3e9 * 60 / 989e12)):
+        rows = [{"subject": "synco", "median": 60.0}]
+        step._relate(rows, 3_000_000_000, device)
+        assert rows[0]["utilisation"] == (None if expected is None else pytest.approx(expected))
+
+
 @pytest.mark.parametrize("subject", ["encoder", "encoder-plain", "plain", "synco"])
-def test_each_subject_is_measured(tiny, subject):
+def test_each_subject_is_measured(tiny, subject, monkeypatch):
+    seen = []
+    runner = step._runner
+    monkeypatch.setattr(step, "_runner", lambda *words: seen.append(torch.backends.cudnn.benchmark) or runner(*words))
     found = measure(subject, tiny(SMALL).model_dump(mode="json"), engine="graph", steps=5)
     assert len(found["images_per_second"]) == 5
     assert found["median"] > 0
+    assert seen == [subject == "plain"]
     assert (found["loss"] is None) == subject.startswith("encoder")
     assert (found["notes"] == []) == (subject == "plain"), "a graph needs a GPU, and that is said"
 

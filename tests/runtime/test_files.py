@@ -1,6 +1,7 @@
 """JSON and outputs: what is damaged or cannot be written is one line, before anything long begins."""
 
 import pytest
+import torch
 
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import UserError
@@ -44,3 +45,13 @@ def test_the_source_trees_commit_is_found():
 
     inside = (Path(__file__).resolve().parents[2] / ".git").exists()
     assert ("commit" in describe_environment()) == inside
+
+
+def test_the_device_is_the_one_that_was_measured(monkeypatch):
+    """A run on the CPU of a machine with a GPU names the CPU."""
+    processor = describe_environment(torch.device("cpu"))["device"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert describe_environment(torch.device("cpu"))["device"] == processor
+    assert describe_environment(torch.device("cuda", 1))["device"] == "GPU cuda:1"
+    assert describe_environment()["device"] == "GPU None"

@@ -205,7 +205,7 @@ def evaluate_detection(
         if frozen is not None:
             check_unchanged(_body(detector), frozen)
         barrier()
-        return _result(weights, source, protocol, found, before, job.precision.name, folder)
+        return _result(weights, source, protocol, found, before, job.precision.name, folder, device)
 
 
 def _body(detector: nn.Module) -> nn.Module:
@@ -220,6 +220,7 @@ def _result(
     before: float,
     precision: str,
     folder: Path,
+    device: torch.device,
 ) -> dict[str, Any]:
     headline = {
         f"{source.layout.upper()} {kind} {name}": value for kind, part in found.items() for name, value in part.items()
@@ -239,7 +240,7 @@ def _result(
         "protocol": asdict(protocol),
         "backbone_unchanged": protocol.freeze,
         "precision": precision,
-        "environment": describe_environment(),
+        "environment": describe_environment(device),
     }
     if rank() == 0:
         write_json(folder / f"detection_{source.layout}.json", result)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("triton")
+pytest.importorskip("pydantic")  # the other GPU tests of the kernels run without, as bench/gpu.sh does
+
 from synco_fast.data.augment.draw import JITTER, ViewParameters
 from synco_fast.kernels.views import PARAMETERS, WORDS, as_parameters, as_words, make_views
 from tests.support.rotation import in_turn, todays
-
-pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 

@@ -1,0 +1,128 @@
+"""The recorded cost of the loss kernels: the pages' tables have its figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "bench" / "records" / "loss-model"
+SIZES = {"rows": 256, "length": 65536, "dim": 128, "hard": 1024, "synthetic": 960, "dtype": "bfloat16"}
+
+
+def recorded(name):
+    """The record's launches by name, with their sum."""
+    record = json.loads((FOLDER / name).read_text())
+    assert record["capability"] == 90
+    assert record["assumed"]
+    (found,) = record["shapes"]
+    assert {"synthetic": 960} | found["shape"] == SIZES, "the first record does not name M"
+    launches = {launch["name"]: launch for launch in found["launches"]}
+    for figure in ("instructions", "l2", "microseconds"):
+        assert found["total"][figure] == pytest.approx(sum(launch[figure] for launch in launches.values()))
+    return launches | {"sum": found["total"]}
+
+
+def measured():
+    """Microseconds of each launch on the H100, with their sum."""
+    record = json.loads((ROOT / "bench" / "records" / "h100" / "record.json").read_text())
+    found = {name: each["microseconds"] for name, each in record["now"]["launches_us"]["bfloat16"].items()}
+    whole = found.pop("all")
+    return found | {"sum": sum(found.values()), "all": whole}
+
+
+def tables(page):
+    """The page's tables as lists of rows by their header, without marks."""
+    blocks = re.findall(r"(?:^\|.*\|\n)+", re.sub(r"[*`]", "", page.read_text()), re.M)
+    rows = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
+    return [(tuple(header), body) for header, _, *body in rows]
+
+
+def says(text, value):
+    """Whether a number in a table is the value, rounded to the digits that are given."""
+    digits = len(text.partition(".")[2])
+    return abs(float(text.replace(",", "")) - value) <= 0.5001 * 10**-digits
+
+
+#: A column of the record's page, the figure and its unit.
+COLUMNS = {
+    "programs": ("programs", 1),
+    "warps": ("warps", 1),
+    "registers": ("registers", 1),
+    "shared KiB": ("shared", 1024),
+    "M warp instructions": ("instructions", 1e6),
+    "MB through L2": ("l2", 1e6),
+    "MB used": ("used", 1e6),
+    "MB in sectors": ("l2", 1e6),
+    "us": ("microseconds", 1),
+}
+
+
+@pytest.mark.parametrize(("place", "record"), [(0, "before.json"), (1, "record.json")])
+def test_the_page_of_the_record(place, record):
+    found, times = recorded(record), measured()
+    header, rows = [table for table in tables(FOLDER / "README.md") if table[0][:2] == ("launch", "programs")][place]
+    assert {row[0] for row in rows} == set(found), "each launch has a row"
+    wrong = []
+    for name, *cells in rows:
+        for column, cell in zip(header[1:], cells, strict=True):
+            if column == "bound":
+                right = cell == found[name].get("bound", "")
+            elif column == "measured us":
+                right = says(cell, times[name])
+            else:
+                figure, unit = COLUMNS[column]
+                right = says(cell, found[name][figure] / unit) if cell else figure not in found[name]
+            wrong += [] if right else [(name, column, cell)]
+    assert not wrong
+
+
+def test_the_other_compilers_sums():
+    total = recorded("record-triton-3.6.json")["sum"]
+    page = (FOLDER / "README.md").read_text()
+    (stated,) = re.findall(
+        r"`record-triton-3.6.json`\) the same kernels take ([\d.]+) M instructions and (\d+) us", page
+    )
+    assert says(stated[0], total["instructions"] / 1e6)
+    assert says(stated[1], total["microseconds"])
+
+
+#: A row of the page of the kernels, the launches before and those now.
+ROWS = {
+    "sample": (["sample"], ["sample"]),
+    "rank": (["rank"], ["rank"]),
+    "scan": (["scan"], ["scan"]),
+    "collect, score, order -> select": (["collect", "score", "order"], ["select"]),
+    "slow path, no row flagged": (["full_sort"], ["fill", "choose"]),
+    "mix": (["mix"], ["mix"]),
+    "reduce": (["reduce"], ["reduce"]),
+    "sum": (["sum"], ["sum"]),
+}
+
+
+def test_the_page_of_the_kernels():
+    before, now, times = recorded("before.json"), recorded("record.json"), measured()
+    header = ("launch", "million instructions", "L2 MB", "model us", "measured us")
+    (rows,) = [body for found, body in tables(ROOT / "docs" / "kernels.md") if found == header]
+    assert rows[-1] == ["all in one graph", "", "", "", f"{times['all']:.0f}"]
+    assert [row[0] for row in rows[:-1]] == list(ROWS)
+
+    def total(launches, names, figure, unit=1e6):
+        return sum(launches[name][figure] for name in names) / unit
+
+    wrong = []
+    for name, instructions, megabytes, model, clock in rows[:-1]:
+        old, new = ROWS[name]
+        expected = {
+            "instructions": [total(before, old, "instructions"), total(now, new, "instructions")],
+            "megabytes": [total(before, old, "l2"), total(now, new, "used")],
+            "model": [total(now, new, "microseconds", 1)],
+            "measured": [sum(times[one] for one in new)],
+        }
+        for cell, values in zip((instructions, megabytes, model, clock), expected.values(), strict=True):
+            texts = cell.split(" -> ")
+            wrong += [(name, cell, values)] if not all(says(*pair) for pair in zip(texts, values, strict=True)) else []
+    assert not wrong
