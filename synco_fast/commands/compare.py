@@ -36,7 +36,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png, .svg or .pdf")
     load_torch(console)
-    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison
+    from synco_fast.report.compare import SPEED, compare_runs, draw_comparison, shown_figures
     from synco_fast.report.runs import mean_and_deviation
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.files import write_json
@@ -44,13 +44,16 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     groups = compare_runs(options.runs)
     draw_comparison(groups, options.out)
     table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
-    shown = [name for name in FIGURES if any(group.values(name) for group in groups)]
+    shown = shown_figures(groups)
     for column in ("method", "seeds", "epochs x batch", *shown):
         table.add_column(column, overflow="fold")
     for group in groups:
-        cells = [_cell(mean_and_deviation(group.values(name)), name) for name in shown]
+        cells = [_cell(mean_and_deviation(group.values(name)), speed=name == SPEED) for name in shown]
         table.add_row(group.title, str(len(group.runs)), group.budget, *cells)
     console.print(table)
+    for run in (run for group in groups for run in group.runs):
+        for note in run.notes:
+            console.print(f"note: {run.folder}/evaluation/{note}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"picture: {options.out}", highlight=False, soft_wrap=True)
     if options.json is not None:
         figures = [
@@ -71,10 +74,10 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     return 0
 
 
-def _cell(found: tuple[float, float] | None, name: str) -> str:
+def _cell(found: tuple[float, float] | None, *, speed: bool) -> str:
     if found is None:
         return ""
     mean, deviation = found
-    if name == "images per second":
+    if speed:
         return f"{mean:,.0f}" + (f" ± {deviation:,.0f}" if deviation else "")
     return f"{mean:.1%}" + (f" ± {100 * deviation:.1f}" if deviation else "")
