@@ -8,11 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
+
+#: With more figures than these, and than groups, each has a row instead of a column.
+_COLUMNS = 5
 
 
 def add(commands: Commands) -> None:
@@ -43,13 +47,18 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
 
     groups = compare_runs(options.runs)
     draw_comparison(groups, options.out)
-    table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
     shown = shown_figures(groups)
-    for column in ("method", "seeds", "epochs x batch", *shown):
-        table.add_column(column, overflow="fold")
+    rows = [["method", "seeds", "epochs x batch", *shown]]
     for group in groups:
         cells = [_cell(mean_and_deviation(group.values(name)), speed=name == SPEED) for name in shown]
-        table.add_row(group.title, str(len(group.runs)), group.budget, *cells)
+        rows.append([group.title, str(len(group.runs)), group.budget, *cells])
+    if len(shown) > max(_COLUMNS, len(groups)):
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
+    for title in rows[0]:
+        table.add_column(Text(title), overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
     console.print(table)
     for run in (run for group in groups for run in group.runs):
         for note in run.notes:

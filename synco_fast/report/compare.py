@@ -119,7 +119,10 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     curves.set_title("kNN during pretraining")
     if not curves.get_lines():
         curves.text(0.5, 0.5, "not evaluated", ha="center", color="gray", transform=curves.transAxes)
-    _bars(bars, groups, colours, [name for name in shown_figures(groups) if name != SPEED])
+    # On other images, chance is another one.
+    results = [result for group in groups for run in group.runs for result in run.results]
+    others = {title for result in results if result.source for title in result.columns}
+    _bars(bars, groups, colours, [name for name in shown_figures(groups) if name != SPEED and name not in others])
     bars.set_title("evaluations, deviation over seeds")
     chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
     for axes in (curves, bars):
