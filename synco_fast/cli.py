@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,6 +20,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
     from synco_fast.commands.options import check_input, check_output
+    from synco_fast.commands.parser import near
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import UNWRITABLE
 
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complete(parser)
         options, rest = parser.parse_known_args(words)
         if rest and not options.overrides:
-            options.parser.error(f"found the unknown argument {rest[0]}{_near(rest[0], options.parser.words)}")
+            options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
         with warnings.catch_warnings():
             warnings.showwarning = _show_note
             check_output(options)
@@ -65,38 +64,11 @@ def _failed(said: str) -> int:
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument in one line, like all other errors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what `main` prints.
-
-        Raises:
-            UserError: Always.
-        """
-        from synco_fast.runtime.errors import UserError
-
-        if choice := re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
-            names = re.findall(r"[^\s',]+", choice[3])
-            message = f"{choice[1]}: found {choice[2]!r}, expected {', '.join(names)}{_near(choice[2], names)}"
-        raise UserError(f"{message.removeprefix('argument ').removeprefix('--')}; see '{self.prog} --help'")
-
-    @property
-    def words(self) -> list[str]:
-        """The options of this command."""
-        return list(self._option_string_actions)
-
-
-def _near(word: str, names: Sequence[str]) -> str:
-    """The nearest name, as a part of a message; empty if none is near."""
-    near = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _parser() -> argparse.ArgumentParser:
     from synco_fast.commands import COMMANDS, Commands
+    from synco_fast.commands.parser import Parser
 
-    parser = _Parser(
+    parser = Parser(
         prog="synco-fast", description="Contrastive pretraining of image encoders with synthetic hard negatives."
     )
     parser.add_argument("--version", action="version", version=f"synco-fast {__version__}")

@@ -23,7 +23,7 @@ from synco_fast.runtime.phases import PHASES
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules of `synco_fast.commands` that are no subcommand.
-HELPERS = {"options", "overrides", "parser", "validate_norm"}
+HELPERS = {"evaluations", "options", "overrides", "parser", "validate_norm"}
 
 
 def test_every_export_format_is_written_and_documented():

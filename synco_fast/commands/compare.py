@@ -8,11 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.parser import Commands
 
 __all__ = ["add"]
+
+#: With more figures than these, and than groups, each has a row instead of a column.
+_COLUMNS = 5
 
 
 def add(commands: Commands) -> None:
@@ -36,21 +40,29 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png, .svg or .pdf")
     load_torch(console)
-    from synco_fast.report.compare import FIGURES, compare_runs, draw_comparison
+    from synco_fast.report.compare import SPEED, compare_runs, draw_comparison, shown_figures
     from synco_fast.report.runs import mean_and_deviation
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.files import write_json
 
     groups = compare_runs(options.runs)
     draw_comparison(groups, options.out)
-    table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
-    shown = [name for name in FIGURES if any(group.values(name) for group in groups)]
-    for column in ("method", "seeds", "epochs x batch", *shown):
-        table.add_column(column, overflow="fold")
+    shown = shown_figures(groups)
+    rows = [["method", "seeds", "epochs x batch", *shown]]
     for group in groups:
-        cells = [_cell(mean_and_deviation(group.values(name)), name) for name in shown]
-        table.add_row(group.title, str(len(group.runs)), group.budget, *cells)
+        cells = [_cell(mean_and_deviation(group.values(name)), speed=name == SPEED) for name in shown]
+        rows.append([group.title, str(len(group.runs)), group.budget, *cells])
+    if len(shown) > max(_COLUMNS, len(groups)):
+        rows = [list(column) for column in zip(*rows, strict=True)]
+    table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
+    for title in rows[0]:
+        table.add_column(Text(title), overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(Text, row))
     console.print(table)
+    for run in (run for group in groups for run in group.runs):
+        for note in run.notes:
+            console.print(f"note: {run.folder}/evaluation/{note}", highlight=False, soft_wrap=True, markup=False)
     console.print(f"picture: {options.out}", highlight=False, soft_wrap=True)
     if options.json is not None:
         figures = [
@@ -71,10 +83,10 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     return 0
 
 
-def _cell(found: tuple[float, float] | None, name: str) -> str:
+def _cell(found: tuple[float, float] | None, *, speed: bool) -> str:
     if found is None:
         return ""
     mean, deviation = found
-    if name == "images per second":
+    if speed:
         return f"{mean:,.0f}" + (f" ± {deviation:,.0f}" if deviation else "")
     return f"{mean:.1%}" + (f" ± {100 * deviation:.1f}" if deviation else "")

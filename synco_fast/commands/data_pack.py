@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
         "command resumes an interrupted pack. Train with --data tar:OUT.",
         "synco-fast data pack /data/imagenet /data/imagenet-320 --short-side 320 --quality 90",
     )
-    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE or parquet:FOLDER")
+    command.add_argument("source", help="a folder, tar:FOLDER, list:FILE, parquet:FOLDER or hf:NAME")
     command.add_argument("out", type=path, help="a new or empty folder, or an interrupted pack")
     command.add_argument(
         "--short-side",

@@ -36,14 +36,27 @@ def add(commands: Commands) -> None:
     command.add_argument("--size", type=int, help="short side of every image; 800, and several in training, by default")
     command.add_argument("--freeze", action="store_true", help="freeze the backbone")
     add_options(command, "seed")
+    command.set_defaults(check=_check)
+
+
+def _check(options: argparse.Namespace) -> str:
+    """Check source and ranges of the options; the name of the result."""
+    from synco_fast.runtime.errors import ConfigError
+
+    layout, colon, _ = (options.data or "").partition(":")
+    if layout not in ("voc", "coco") or not colon:
+        raise ConfigError(f"data: found {options.data or 'none'}, expected voc:FOLDER or coco:FOLDER")
+    check_ranges(options, steps=0, batch=0, lr=0, size=0)
+    return f"detection_{layout}"
 
 
 def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    layout = _check(options).removeprefix("detection_")
     given = check_ranges(options, steps=0, batch=0, lr=0, size=0)
     load_torch(console)
     from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 
-    protocol = published_protocol("voc" if (options.data or "").startswith("voc:") else "coco")
+    protocol = published_protocol(layout)
     if "steps" in given:
         share = given["steps"] / protocol.steps
         drops, warmup = (

@@ -38,11 +38,24 @@ def add(commands: Commands) -> None:
     command.add_argument("--lr", type=float, nargs="+", help="learning rates of the backbone; 0.005 to 0.1 by default")
     command.add_argument("--head-lr", type=float, help="learning rate of the classifier, 0.5 by default")
     add_options(command, seed="seed of subset, order and crops")
+    command.set_defaults(check=_check)
+
+
+def _check(options: argparse.Namespace) -> str:
+    """Check the ranges of the options; the name of the result."""
+    from synco_fast.runtime.errors import ConfigError
+
+    check_ranges(options, epochs=0, batch=0, head_lr=0, lr=0, percent=0)
+    if options.percent > 100:
+        raise ConfigError(f"percent: found {options.percent:g}, expected above 0, up to 100")
+    if options.list is not None and not options.list.is_file():
+        raise ConfigError(f"list: cannot read {options.list} (no such file)")
+    return f"finetune_{options.list.stem}" if options.list else f"finetune_{options.percent:g}"
 
 
 def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    _check(options)
     given = check_ranges(options, epochs=0, batch=0, head_lr=0)
-    check_ranges(options, lr=0, percent=0)
     load_torch(console)
     from synco_fast.evaluation.finetune import RATES, evaluate_finetune, published_protocol
 

@@ -30,10 +30,17 @@ def add(commands: Commands) -> None:
         help="by default 20, 200 and the run's own, as far as there are enough images",
     )
     command.add_argument("--temperature", type=float, help="temperature of the votes; the run's own by default")
+    command.set_defaults(check=_check)
+
+
+def _check(options: argparse.Namespace) -> str:
+    """Check the ranges of the options; the name of the result."""
+    check_ranges(options, k=0, temperature=0)
+    return "knn"
 
 
 def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    check_ranges(options, k=0, temperature=0)
+    _check(options)
     load_torch(console)
     from synco_fast.evaluation.knn import evaluate_knn
 

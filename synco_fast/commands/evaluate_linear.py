@@ -35,15 +35,22 @@ def add(commands: Commands) -> None:
     command.add_argument("--batch", type=int, help="images per step over all processes, 256 by default")
     command.add_argument("--lr", type=float, nargs="+", help="learning rate, 30 by default; several with --fast")
     add_options(command, "seed")
+    command.set_defaults(check=_check)
+
+
+def _check(options: argparse.Namespace) -> str:
+    """Check the ranges of the options; the name of the result."""
+    from synco_fast.runtime.errors import ConfigError
+
+    check_ranges(options, epochs=0, batch=0, lr=0)
+    if options.lr is not None and len(options.lr) != 1 and not options.fast:
+        raise ConfigError(f"lr: found {len(options.lr)} rates, expected one, or several with --fast")
+    return "linear_fast" if options.fast else "linear"
 
 
 def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    from synco_fast.runtime.errors import ConfigError
-
+    _check(options)
     given = check_ranges(options, epochs=0, batch=0)
-    check_ranges(options, lr=0)
-    if options.lr is not None and len(options.lr) != 1 and not options.fast:
-        raise ConfigError(f"lr: found {len(options.lr)} rates, expected one, or several with --fast")
     load_torch(console)
     from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast
 

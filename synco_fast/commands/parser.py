@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["GROUPS", "Commands", "Run", "positive", "two_columns", "whole"]
+from synco_fast.runtime.errors import UserError
+
+__all__ = ["GROUPS", "Commands", "Parser", "Run", "near", "positive", "two_columns", "whole"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
@@ -21,6 +26,32 @@ GROUPS = {
     "bench": "Measure a component on this machine.",
     "profile": "Profile a component.",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, like all other errors."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what the command line prints.
+
+        Raises:
+            UserError: Always.
+        """
+        if choice := re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
+            names = re.findall(r"[^\s',]+", choice[3])
+            message = f"{choice[1]}: found {choice[2]!r}, expected {', '.join(names)}{near(choice[2], names)}"
+        raise UserError(f"{message.removeprefix('argument ').removeprefix('--')}; see '{self.prog} --help'")
+
+    @property
+    def words(self) -> list[str]:
+        """The options of this command."""
+        return list(self._option_string_actions)
+
+
+def near(word: str, names: Sequence[str]) -> str:
+    """The nearest name, as a part of a message; empty if none is near."""
+    found = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 class Commands:

@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
         "synco-fast pretrain-generator --data demo --out runs/generator --size 64 --steps 20000",
         overrides=True,
     )
-    command.add_argument("--data", metavar="SOURCE", help="a folder, idx:FOLDER or demo")
+    command.add_argument("--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER or demo")
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/generator-DATE-TIME by default")
     command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")
     add_options(command, json="write the summary here as well")

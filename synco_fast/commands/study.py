@@ -68,6 +68,7 @@ def add(commands: Commands) -> None:
 
 
 def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    from synco_fast.commands.evaluations import parse_evaluations, parse_supervised
     from synco_fast.methods.schedule import note_without_synthetic
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.study.execute import StudyError, execute
@@ -78,7 +79,8 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     overrides = overrides_of(rest)
     if options.data is not None:
         overrides["data.source"] = options.data
-    supervised, column = _supervised(options.supervised)
+    evaluations = parse_evaluations(options.evaluate)
+    supervised = parse_supervised(options.supervised, evaluations)
     trials = plan(
         options.configs,
         methods=options.methods,
@@ -102,7 +104,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
             execute(
                 options.out,
                 trials,
-                evaluations=[shlex.split(words) for words in options.evaluate],
+                evaluations=evaluations,
                 supervised=supervised,
                 parallel=options.parallel,
                 threads=options.threads,
@@ -112,7 +114,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
             failure = error
         finally:
             signal.signal(signal.SIGTERM, before)
-    study = collect(options.out, trials, baseline=options.baseline, supervised=column)
+    study = collect(options.out, trials, baseline=options.baseline, evaluations=evaluations, supervised=supervised)
     command = _command(options, rest)
     record = options.record or options.out
     write_record(record, trials, study, command)
@@ -125,21 +127,6 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _supervised(given: str | None) -> tuple[list[str] | None, str | None]:
-    """The words of the evaluation that trains on labels from the start, and the title of its column."""
-    from synco_fast.report.runs import probe_title
-    from synco_fast.runtime.errors import ConfigError
-    from synco_fast.study.execute import result_name
-
-    if given is None:
-        return None, None
-    words = shlex.split(given)
-    column = probe_title(result_name(words)) if words[:1] == ["finetune"] else None
-    if column is None:
-        raise ConfigError(f"supervised: found {given!r}, expected 'finetune --percent N' with N = 1, 10 or 100")
-    return words, column
 
 
 def _varied(word: str) -> tuple[str, list[Any]]:

@@ -25,6 +25,7 @@ from synco_fast.runtime.errors import ConfigError, DataError
 from synco_fast.runtime.files import check_writable, write_json
 from synco_fast.runtime.precision import Precision, resolve_device
 from synco_fast.runtime.progress import ProgressBar
+from synco_fast.runtime.results import result_stem
 
 __all__ = [
     "EvalContext",
@@ -99,11 +100,19 @@ class EvalContext:
         """The accuracy of guessing among equally likely classes."""
         return 1 / self.present
 
+    def file_of(self, name: str) -> Path:
+        """The file of a result; in the run folder, one on other images than the run's own has a name of its own."""
+        run, config = self.weights.run, self.weights.config
+        inside = run is not None and not self.weights.imported and self.folder.resolve() == run / "evaluation"
+        own = (config.evaluation.source or config.data.source) if inside else None
+        return self.folder / f"{result_stem(name, self.source.spec, own)}.json"
+
     def result(self, name: str, headline: dict[str, float], **figures: Any) -> dict[str, Any]:
-        """An evaluation's result with everything that identifies it; rank 0 writes ``NAME.json``."""
+        """An evaluation's result with everything that identifies it; rank 0 writes it, see `file_of`."""
         found = {
             "evaluation": name,
             "checkpoint": str(self.weights.file),
+            "step": self.weights.step,
             "source": self.source.spec,
             "classes": self.present,
             "chance": self.chance,
@@ -113,7 +122,7 @@ class EvalContext:
             "environment": describe_environment(self.device),
         }
         if rank() == 0:
-            write_json(self.folder / f"{name}.json", found)
+            write_json(self.file_of(name), found)
         return found
 
 

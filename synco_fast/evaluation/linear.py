@@ -191,7 +191,7 @@ def sweep_heads(
 
 def _agreement(context: EvalContext, other: str, top1: float) -> dict[str, float] | None:
     """The difference from the other variant's result for the same checkpoint and source, or None."""
-    found = read_json(context.folder / f"{other}.json") if rank() == 0 else {}
+    found = read_json(context.file_of(other)) if rank() == 0 else {}
     if (found.get("checkpoint"), found.get("source")) != (str(context.weights.file), context.source.spec):
         return None
     return {"other_top1": found["top1"], "difference_in_points": 100 * (top1 - found["top1"])}

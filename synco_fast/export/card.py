@@ -14,32 +14,40 @@ from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import UserError
 from synco_fast.runtime.files import read_json, write_text
+from synco_fast.runtime.results import read_results
 
 __all__ = ["known_results", "write_card"]
 
 
-def known_results(run: Path | None, step: int | None = None) -> dict[str, str]:
-    """The results in a run folder: its own kNN and effective rank, and every evaluation below ``evaluation/``.
+def known_results(weights: Weights) -> dict[str, str]:
+    """The results in a run folder that are of these weights: the run's own kNN and effective rank, and evaluations.
 
-    Args:
-        run: The run folder.
-        step: The step of the checkpoint; the best one of a run has its own kNN.
+    The name of each has departures from the published protocol, and images that are not the run's own.
     """
-    if run is None:
+    if weights.run is None:
         return {}
     found: dict[str, str] = {}
-    summary = _json(run / "summary.json")
+    summary, step = _json(weights.run / "summary.json"), weights.step
     best = summary.get("best") or {}
-    knn = best["knn"] if step is not None and best.get("step") == step else summary.get("knn_after")
+    last = step is None or summary.get("steps", step) == step
+    knn = summary.get("knn_after") if last else None
+    if step is not None and best.get("step") == step:
+        knn = best["knn"]
     if knn is not None:
         found["kNN during pretraining"] = f"{knn:.1%} (chance {summary['chance']:.1%})"
-    if summary.get("feature_rank") is not None and not (step is not None and best.get("step") == step):
+    if summary.get("feature_rank") is not None and last:
         found["effective rank of the features (RankMe)"] = f"{summary['feature_rank']:.1f}"
-    for file in sorted((run / "evaluation").glob("*.json")):
-        result = _json(file)
-        chance = f" (chance {result['chance']:.1%})" if result.get("chance") is not None else ""
-        for name, value in result.get("headline", {}).items():
-            found[name] = f"{value:.1%}{chance}"
+    results, _ = read_results(
+        weights.run / "evaluation",
+        own=weights.config.evaluation.source or weights.config.data.source,
+        step=step,
+        checkpoint=weights.file.name,
+        read=_json,
+    )
+    for result in results:
+        chance = result.values.get("chance")
+        said = f" (chance {chance:.1%})" if chance is not None else ""
+        found |= {name: f"{value:.1%}{said}" for name, value in result.headline.items()}
     return found
 
 
@@ -100,7 +108,7 @@ def write_card(
         f"RGB in [0, 1], short side to {recipe.resize} pixels, central crop of {recipe.size}, minus mean "
         f"{recipe.mean}, divided by {recipe.std}"
     )
-    results = known_results(weights.run, weights.step)
+    results = known_results(weights)
     lines = [
         *_front_matter(config, format, licence),
         f"# {config.model.backbone}, pretrained by {config.method.name}",

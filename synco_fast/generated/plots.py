@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import save_image
 
+from synco_fast.runtime.style import plain
+
 __all__ = ["draw_generator_curves", "draw_pair_curves", "draw_samples"]
 
 _SCALE = 2
@@ -92,7 +94,7 @@ def _draw_panels(
     """Draw panels in two rows, each with a heading and curves by name and label."""
     columns = len(panels) // 2
     figure = Figure(figsize=(5.5 * columns, 7.2), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(plain(title), fontsize=13)
     for axes, (heading, curves) in zip(figure.subplots(2, columns).flat, panels, strict=True):
         for name, label in curves:
             points = [(line["step"], line[name]) for line in lines if name in line]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,14 @@ from matplotlib.patches import Patch
 
 from synco_fast.config import Config
 from synco_fast.explain import known_keys
-from synco_fast.report.runs import PROBES, Run, mean_and_deviation, read_run
+from synco_fast.report.runs import Run, accuracy_columns, mean_and_deviation, read_run
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.runtime.style import colour_of
+from synco_fast.runtime.style import colour_of, plain
 
-__all__ = ["FIGURES", "Group", "compare_runs", "draw_comparison"]
+__all__ = ["SPEED", "Group", "compare_runs", "draw_comparison", "shown_figures"]
 
 
-FIGURES: dict[str, Callable[[Run], float | None]] = {
-    "kNN": lambda run: run.results.get("knn", {}).get("knn"),
-    "kNN in training": lambda run: run.summary.get("knn_after"),
-    **PROBES,
-    "images per second": lambda run: run.throughput,
-}
-"""Compared figures by column title; a column never mixes two protocols."""
+SPEED = "images per second"
 
 #: Keys that may differ within a group.
 _FREE = frozenset({"seed", "preset", "about", "data.workers", "training.log_every", "training.keep"})
@@ -49,8 +44,8 @@ class Group:
     runs: tuple[Run, ...]
 
     def values(self, figure: str) -> list[float]:
-        """The values of a figure of `FIGURES`, for the runs that have it."""
-        found = (FIGURES[figure](run) for run in self.runs)
+        """The values of one of `shown_figures`, for the runs that have it."""
+        found = (run.throughput if figure == SPEED else run.accuracies.get(figure) for run in self.runs)
         return [value for value in found if value is not None]
 
     @property
@@ -58,6 +53,12 @@ class Group:
         """Completed epochs, and images per step."""
         epochs = {run.summary.get("epochs", 0) for run in self.runs}
         return f"{'/'.join(f'{value:.3g}' for value in sorted(epochs))} x {self.runs[0].config.training.batch}"
+
+
+def shown_figures(groups: Sequence[Group]) -> list[str]:
+    """The titles of the columns that any group has values in; a column mixes neither protocols nor images."""
+    titles = accuracy_columns([run for group in groups for run in group.runs])
+    return [*titles, *([SPEED] if any(group.values(SPEED) for group in groups) else [])]
 
 
 def compare_runs(folders: Sequence[Path]) -> list[Group]:
@@ -118,8 +119,10 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     curves.set_title("kNN during pretraining")
     if not curves.get_lines():
         curves.text(0.5, 0.5, "not evaluated", ha="center", color="gray", transform=curves.transAxes)
-    names = [name for name in FIGURES if name != "images per second" and any(group.values(name) for group in groups)]
-    _bars(bars, groups, colours, names)
+    # On other images, chance is another one.
+    results = [result for group in groups for run in group.runs for result in run.results]
+    others = {title for result in results if result.source for title in result.columns}
+    _bars(bars, groups, colours, [name for name in shown_figures(groups) if name != SPEED and name not in others])
     bars.set_title("evaluations, deviation over seeds")
     chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
     for axes in (curves, bars):
@@ -127,12 +130,12 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
         if chance is not None:
             axes.axhline(chance, color="gray", linestyle=":")
     bars.set_ylim(0, 1)
-    _bars(speed, groups, colours, ["images per second"])
+    _bars(speed, groups, colours, [SPEED])
     speed.set_title("throughput")
     for axes in (curves, bars, speed):
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
-    keys = [Patch(color=colour, label=group.title) for group, colour in zip(groups, colours, strict=True)]
+    keys = [Patch(color=colour, label=plain(group.title)) for group, colour in zip(groups, colours, strict=True)]
     figure.legend(handles=keys, loc="outside lower center", ncol=min(4, len(keys)), fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
@@ -146,4 +149,4 @@ def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[s
             if found:
                 x = place + (number - (len(groups) - 1) / 2) * width
                 axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, color=colour, capsize=3)
-    axes.set_xticks(range(len(names)), [name.replace(" ", "\n", 1) for name in names], fontsize=8)
+    axes.set_xticks(range(len(names)), [plain(textwrap.fill(name, 13)) for name in names], fontsize=8)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from synco_fast.report.runs import Run
+from synco_fast.runtime.style import plain
 from synco_fast.training.plots import PANELS, draw_panel
 
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
@@ -56,8 +57,9 @@ def draw_confusion(confusion: list[list[int]], names: list[str]) -> str:
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, shrink=0.7, format=lambda value, _: f"{value:.0%}").ax.tick_params(labelsize=7)
     if len(names) == len(counts) <= 20:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(names)), names, fontsize=7)
+        labels = [plain(name) for name in names]
+        axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(names)), labels, fontsize=7)
         if len(names) <= 12:
             for (row, column), share in np.ndenumerate(shares):
                 if share >= 0.005:
@@ -75,7 +77,7 @@ def draw_map(points: Tensor, labels: Tensor, names: list[str], title: str) -> st
     palette = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
     for label in labels.unique().tolist():
         inside = points[labels == label].numpy()
-        name = names[label] if len(names) <= 20 else None
+        name = plain(names[label]) if len(names) <= 20 else None
         axes.scatter(inside[:, 0], inside[:, 1], s=5, color=palette(label % palette.N), label=name, linewidths=0)
     # As vector paths, thousands of points would make the page slow.
     for points_drawn in axes.collections:

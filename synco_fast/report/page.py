@@ -35,7 +35,7 @@ def write_report(folder: Path, out: Path | None = None, options: EvalOptions | N
     run = read_run(folder)
     out = out or folder / "report.html"
     pairs = folder / "plots" / "pairs.png"
-    probe = next((run.results[name] for name in ("linear", "linear_fast") if name in run.results), None)
+    probe = run.probe.values if run.probe else {}
     environment = Environment(
         loader=PackageLoader("synco_fast.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -46,12 +46,12 @@ def write_report(folder: Path, out: Path | None = None, options: EvalOptions | N
         curves={title: _uri(svg) for title, svg in draw_run(run).items()},
         pairs=_uri(pairs.read_bytes(), "image/png") if pairs.is_file() else None,
         **_gallery(folder, options or EvalOptions()),
-        confusion=_uri(draw_confusion(probe["confusion"], probe["class_names"])) if probe else None,
+        confusion=_uri(draw_confusion(probe["confusion"], probe["class_names"])) if "confusion" in probe else None,
         probe=probe,
         results=[
-            (name, f"{value:.1%}", f"{result['chance']:.1%}")
-            for result in run.results.values()
-            for name, value in result.get("headline", {}).items()
+            (name, _percent(value), _percent(result.values.get("chance")))
+            for result in run.results
+            for name, value in result.headline.items()
         ],
         configuration=run.config.to_yaml(),
     )
@@ -59,24 +59,25 @@ def write_report(folder: Path, out: Path | None = None, options: EvalOptions | N
     return out
 
 
+def _percent(value: float | None) -> str:
+    """An accuracy, or that there is none."""
+    return "none" if value is None else f"{value:.1%}"
+
+
 def _tiles(run: Run) -> list[tuple[str, str]]:
     """The key figures at the top."""
-
-    def percent(value: float | None) -> str:
-        return "none" if value is None else f"{value:.1%}"
-
     summary = run.summary
     rank = summary.get("feature_rank")
     return [
-        ("kNN before", percent(summary.get("knn_before"))),
-        ("kNN after", percent(run.knn)),
+        ("kNN before", _percent(summary.get("knn_before"))),
+        ("kNN after", _percent(run.knn)),
         *([("best kNN", f"{best['knn']:.1%}, epoch {best['epoch']:g}")] if (best := summary.get("best")) else []),
-        ("linear", percent(run.linear)),
-        ("chance", percent(run.chance)),
+        *((name, _percent(value)) for name, value in (run.probe.columns if run.probe else {"linear": None}).items()),
+        ("chance", _percent(run.chance)),
         ("effective rank", "none" if rank is None else f"{rank:.1f}"),
         ("epochs", f"{summary.get('epochs', 0):.3g}"),
         ("images/s", f"{run.throughput:,.0f}" if run.throughput else "none"),
-        ("data wait", percent(summary.get("data_wait"))),
+        ("data wait", _percent(summary.get("data_wait"))),
     ]
 
 

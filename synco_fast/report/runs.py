@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from synco_fast.config import Config, build_config
+from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import read_json
+from synco_fast.runtime.results import Result, columns, read_results
 from synco_fast.runtime.run_config import read_run_config
 from synco_fast.training.metrics import read_metrics
 
-__all__ = ["PROBES", "Run", "mean_and_deviation", "probe_title", "read_run"]
+__all__ = ["IN_TRAINING", "Run", "accuracy_columns", "mean_and_deviation", "read_run"]
+
+
+IN_TRAINING = "kNN in training"
+"""The title of the column of a run's last periodic kNN."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Run:
         environment: Versions, device, commit.
         train: Training lines of ``metrics.jsonl``.
         evaluations: Lines of the periodic kNN.
-        results: The JSON files below ``evaluation/`` by name.
+        results: The results below ``evaluation/`` that are of the newest checkpoint.
+        notes: A line about each result of another checkpoint, which is skipped.
     """
 
     folder: Path
@@ -38,26 +44,35 @@ class Run:
     environment: dict[str, Any]
     train: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
-    results: dict[str, dict[str, Any]]
+    results: list[Result]
+    notes: list[str]
+
+    def own(self, name: str) -> Result | None:
+        """The result of an evaluation on the run's own images."""
+        return next((found for found in self.results if found.name == name and found.source is None), None)
 
     @property
     def knn(self) -> float | None:
-        """The kNN accuracy of ``evaluate knn``, else the run's last one."""
-        found = self.results.get("knn", {}).get("knn", self.summary.get("knn_after"))
+        """The kNN accuracy of ``evaluate knn`` with the run's own k and temperature, else the run's last one."""
+        own, result = self.config.evaluation, self.own("knn")
+        values = result.values if result else {}
+        found = None
+        if values.get("temperature", own.temperature) == own.temperature:
+            found = values["accuracies"].get(str(own.k)) if "accuracies" in values else values.get("knn")
+        found = self.summary.get("knn_after") if found is None else found
         return float(found) if found is not None else None
 
     @property
-    def linear(self) -> float | None:
-        """The linear probe's accuracy by the published protocol, else by the fast variant."""
-        for name in ("linear", "linear_fast"):
-            if name in self.results:
-                return float(self.results[name]["top1"])
-        return None
+    def probe(self) -> Result | None:
+        """The linear probe by the published protocol, else by the fast variant, on the run's own images."""
+        return self.own("linear") or self.own("linear_fast")
 
-    def top1(self, evaluation: str) -> float | None:
-        """The top-1 accuracy in ``evaluation/NAME.json``."""
-        found = self.results.get(evaluation, {}).get("top1")
-        return float(found) if found is not None else None
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """The accuracies that comparisons and studies have a column for, by its title, see `accuracy_columns`."""
+        found = {title: value for result in self.results for title, value in result.columns.items()}
+        last = self.summary.get("knn_after")
+        return {**({} if last is None else {IN_TRAINING: float(last)}), **found}
 
     @property
     def throughput(self) -> float | None:
@@ -68,8 +83,15 @@ class Run:
     @property
     def chance(self) -> float | None:
         """The accuracy of guessing."""
-        found = self.summary.get("chance") or next((r["chance"] for r in self.results.values() if "chance" in r), None)
+        others = (found.values.get("chance") for found in self.results if found.source is None)
+        found = self.summary.get("chance") or next((value for value in others if value), None)
         return float(found) if found else None
+
+
+def accuracy_columns(runs: Sequence[Run]) -> list[str]:
+    """The titles of every run's accuracies, in order; a column mixes neither protocols nor images."""
+    first = [IN_TRAINING] if any(IN_TRAINING in run.accuracies for run in runs) else []
+    return first + columns(result for run in runs for result in run.results)
 
 
 def read_run(folder: Path) -> Run:
@@ -81,41 +103,27 @@ def read_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")
     config = build_config(read_run_config(folder))
+    summary = read_json(folder / "summary.json")
     lines = read_metrics(folder)
-    results = {file.stem: read_json(file) for file in sorted((folder / "evaluation").glob("*.json"))}
+    own = config.evaluation.source or config.data.source
+    results, notes = read_results(folder / "evaluation", own=own, step=_step_of(folder, summary))
     return Run(
         folder=folder,
         config=config,
-        summary=read_json(folder / "summary.json"),
+        summary=summary,
         environment=read_json(folder / "environment.json"),
         train=[line for line in lines if line["kind"] == "train" and "epoch" in line],
         evaluations=[line for line in lines if line["kind"] == "evaluation" and {"epoch", "knn"} <= line.keys()],
         results=results,
+        notes=notes,
     )
 
 
-#: The results in ``evaluation/`` that comparisons and studies have a column for, by its title.
-_RESULTS = {
-    "linear": "linear",
-    "linear, cached": "linear_fast",
-    "1 % labels": "finetune_1",
-    "10 % labels": "finetune_10",
-    "100 % labels": "finetune_100",
-}
-
-PROBES: dict[str, Callable[[Run], float | None]] = {
-    title: partial(Run.top1, evaluation=name) for title, name in _RESULTS.items()
-}
-"""Accuracies that comparisons and studies have a column for, by its title; a column never mixes two protocols."""
-
-
-def probe_title(result: str) -> str | None:
-    """The title of a result's column; None for a result without one.
-
-    Args:
-        result: The name of its file in ``evaluation/``, such as ``finetune_100``.
-    """
-    return next((title for title, name in _RESULTS.items() if name == result), None)
+def _step_of(folder: Path, summary: dict[str, Any]) -> int | None:
+    """The step of the newest checkpoint; without any, that of the summary, if it has one."""
+    newest = checkpoints_in(folder / "checkpoints")
+    step = newest[0].stem.removeprefix("step-") if newest else summary.get("steps")
+    return None if step is None else int(step)
 
 
 def mean_and_deviation(values: Collection[float]) -> tuple[float, float] | None:

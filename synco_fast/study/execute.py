@@ -13,9 +13,10 @@ from pathlib import Path
 from synco_fast.data.workers import available_cores
 from synco_fast.report.runs import read_run
 from synco_fast.runtime.errors import ConfigError, UserError
+from synco_fast.study.evaluations import Evaluation
 from synco_fast.study.plan import WITHOUT_TRAINING, Trial
 
-__all__ = ["StudyError", "execute", "result_name", "run_folder", "state_of"]
+__all__ = ["StudyError", "evaluations_of", "execute", "run_folder", "state_of"]
 
 
 class StudyError(UserError):
@@ -52,26 +53,32 @@ def state_of(folder: Path, trial: Trial) -> str:
     return "finished" if found.summary.get("finished") else "begun"
 
 
+def evaluations_of(trial: Trial, evaluations: Sequence[Evaluation], supervised: Evaluation | None) -> list[Evaluation]:
+    """The evaluations of a trial; the supervised one is of untrained encoders only."""
+    return [*evaluations, *([supervised] if supervised and not trial.trained else [])]
+
+
 def execute(
     folder: Path,
     trials: Sequence[Trial],
     *,
-    evaluations: Sequence[Sequence[str]] = (),
-    supervised: Sequence[str] | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    supervised: Evaluation | None = None,
     parallel: int = 1,
     threads: int | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Train and evaluate every trial that is not finished.
 
-    A trial is ``synco-fast pretrain`` and ``synco-fast evaluate`` in subprocesses, with output in ``FOLDER/logs``. A
-    started run resumes from its newest checkpoint. A failing trial does not stop the others.
+    An evaluation is repeated where its result was made with other options, or of an older checkpoint. A trial is
+    ``synco-fast pretrain`` and ``synco-fast evaluate`` in subprocesses, with output in ``FOLDER/logs``. A started run
+    resumes from its newest checkpoint. A failing trial does not stop the others.
 
     Args:
         folder: The study's folder.
         trials: From `plan`.
-        evaluations: The words after ``evaluate`` of each evaluation, such as ``["linear", "--fast"]``.
-        supervised: Those of a further evaluation, of untrained encoders only.
+        evaluations: Of every run.
+        supervised: A further one, of untrained encoders only.
         parallel: Trials at a time.
         threads: Threads of each process; the cores divided by ``parallel`` by default.
         note: Called with a line when a trial starts or ends.
@@ -85,25 +92,33 @@ def execute(
     threads = threads or max(1, available_cores() // parallel)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
     failed: list[str] = []
+    untold: list[Evaluation] = []
     children = _Children(environment)
 
     def one(number: int) -> None:
         trial, run = trials[number], run_folder(folder, trials[number])
         log = folder / "logs" / f"{trial.name}.txt"
-        steps = [] if states[number] == "finished" else [["pretrain", *trial.words(), "--out", str(run), "--continue"]]
-        for words in [*evaluations, *([supervised] if supervised and not trial.trained else [])]:
-            if not evaluated(run, words):
-                steps.append(["evaluate", words[0], str(run), *words[1:]])
-        if not steps:
+        wanted = evaluations_of(trial, evaluations, supervised)
+        finished = states[number] == "finished"
+        found = read_run(run) if finished else None
+        if found is not None and all(evaluation.done(found) for evaluation in wanted):
+            untold.extend(evaluation for evaluation in wanted if not evaluation.told(found))
             return
         note(f"{trial.name}: {'resumes' if states[number] != 'new' else 'starts'} ({number + 1} of {len(trials)})")
-        for words in steps:
+
+        def succeeds(words: list[str]) -> bool:
             code = children.run(words, log)
-            if code is None:
-                return
             if code:
                 failed.append(f"{trial.name} ended with exit code {code}; {log} says why")
-                return
+            return code == 0
+
+        if not finished and not succeeds(["pretrain", *trial.words(), "--out", str(run), "--continue"]):
+            return
+        for evaluation in wanted:
+            if not evaluation.done(read_run(run)):
+                if not succeeds(evaluation.command(run)):
+                    return
+                evaluation.remember(read_run(run))
         note(f"{trial.name}: done")
 
     pool = ThreadPoolExecutor(parallel)
@@ -116,24 +131,11 @@ def execute(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+    if untold:
+        note(f"{len(untold)} results do not say with which options they were made; they count as done")
     if failed:
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise StudyError(f"study: {failed[0]}{more}; run the same command again to retry")
-
-
-def evaluated(run: Path, words: Sequence[str]) -> bool:
-    """Whether an evaluation's result exists."""
-    return (run / "evaluation" / f"{result_name(words)}.json").is_file()
-
-
-def result_name(words: Sequence[str]) -> str:
-    """The name of an evaluation's result file."""
-    if words[0] == "linear" and "--fast" in words:
-        return "linear_fast"
-    if words[0] == "finetune":
-        percent = words[words.index("--percent") + 1] if "--percent" in words else "1"
-        return f"finetune_{percent}"
-    return words[0]
 
 
 class _Children:

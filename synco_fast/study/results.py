@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synco_fast.report.runs import PROBES, Run, mean_and_deviation, read_run
-from synco_fast.study.execute import run_folder
+from synco_fast.report.runs import Run, accuracy_columns, mean_and_deviation, read_run
+from synco_fast.runtime.results import columns
+from synco_fast.study.evaluations import Evaluation
+from synco_fast.study.execute import evaluations_of, run_folder
 from synco_fast.study.plan import UNTRAINED, Trial
 
-__all__ = ["FIGURES", "SUPERVISED", "Difference", "Row", "Study", "collect"]
+__all__ = ["SUPERVISED", "Difference", "Row", "Study", "collect"]
 
 #: Stands for a method in the row of encoders that were trained on labels from the start.
 SUPERVISED = "supervised"
-
-FIGURES: dict[str, Callable[[Run], float | None]] = {
-    "kNN in training": lambda run: run.summary.get("knn_after"),
-    "kNN, k 20": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("20"),
-    "kNN, k 200": lambda run: run.results.get("knn", {}).get("accuracies", {}).get("200"),
-    **PROBES,
-}
-"""Compared accuracies in [0, 1] by column title; a column never mixes two protocols."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +98,8 @@ class Study:
         differences: Every method minus the baseline in the same setting, over shared seeds.
         setting_differences: Every setting minus the first one with the same method, over shared seeds.
         runs: Finished runs by trial.
-        missing: Trials without a finished run, and untrained ones that were not trained on labels.
+        missing: Trials without a finished run, and evaluations that a run lacks or that were made with other options.
+        notes: A line about each result of another checkpoint than the run's newest, which is skipped.
     """
 
     rows: tuple[Row, ...]
@@ -112,11 +107,12 @@ class Study:
     setting_differences: tuple[Difference, ...]
     runs: dict[str, Run]
     missing: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def figures(self) -> list[str]:
-        """The names of `FIGURES` that any run has."""
-        return [name for name in FIGURES if any(row.values.get(name) for row in self.rows)]
+        """The titles of the columns: of accuracies that any run has, in order."""
+        return accuracy_columns(list(self.runs.values()))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -135,11 +131,17 @@ class Study:
             "differences": [found.as_dict() for found in self.differences],
             "setting_differences": [found.as_dict() for found in self.setting_differences],
             "missing": list(self.missing),
+            "notes": list(self.notes),
         }
 
 
 def collect(
-    folder: Path, trials: Sequence[Trial], *, baseline: str | None = None, supervised: str | None = None
+    folder: Path,
+    trials: Sequence[Trial],
+    *,
+    baseline: str | None = None,
+    evaluations: Sequence[Evaluation] = (),
+    supervised: Evaluation | None = None,
 ) -> Study:
     """Read the finished runs of a study.
 
@@ -147,7 +149,8 @@ def collect(
         folder: The study's folder.
         trials: From `plan`.
         baseline: The method that the others are compared with; the first by default.
-        supervised: The column of the evaluation that trained untrained encoders on labels: it gets a row of its own.
+        evaluations: Of every run.
+        supervised: The evaluation that trained untrained encoders on labels: it gets a row of its own.
 
     Raises:
         ConfigError: A run cannot be read.
@@ -164,28 +167,34 @@ def collect(
     rows, bounds = [], []
     for (config, setting, method), inside in grouped.items():
         done = {trial.seed: runs[trial.name] for trial in inside if trial.name in runs}
-        values = {
-            name: {seed: float(value) for seed, run in done.items() if (value := read(run)) is not None}
-            for name, read in FIGURES.items()
+        accuracies = {seed: run.accuracies for seed, run in done.items()}
+        present = {
+            name: {seed: found[name] for seed, found in accuracies.items() if name in found}
+            for name in accuracy_columns(list(done.values()))
         }
         untrained = {
             seed: float(value) for seed, run in done.items() if (value := run.summary.get("knn_before")) is not None
         }
-        present = {name: by_seed for name, by_seed in values.items() if by_seed}
-        labelled = present.pop(supervised, None) if supervised and method == UNTRAINED else None
+        labelled: dict[str, dict[int, float]] = {}
+        if supervised and method == UNTRAINED:
+            results = [result for run in done.values() if (result := supervised.result(run)) is not None]
+            labelled = {title: present.pop(title) for title in columns(results)}
         rows.append(Row(config, setting, method, tuple(done), present, untrained))
-        if supervised and labelled:
-            bounds.append(Row(config, setting, SUPERVISED, tuple(labelled), {supervised: labelled}, {}))
+        if labelled:
+            seeds = tuple(seed for seed in done if any(seed in by_seed for by_seed in labelled.values()))
+            bounds.append(Row(config, setting, SUPERVISED, seeds, labelled, {}))
     rows += bounds
     missing = [trial.name for trial in trials if trial.name not in runs]
-    if supervised:
-        missing += [
-            f"{trial.name}, {supervised}"
-            for trial in trials
-            if not trial.trained and trial.name in runs and FIGURES[supervised](runs[trial.name]) is None
-        ]
+    missing += [
+        f"{trial.name}, {evaluation.text}"
+        for trial in trials
+        if trial.name in runs
+        for evaluation in evaluations_of(trial, evaluations, supervised)
+        if not evaluation.done(runs[trial.name])
+    ]
+    notes = [f"{name}: {note}" for name, run in runs.items() for note in run.notes]
     methods, settings = _differences(rows, baseline), _setting_differences(rows)
-    return Study(tuple(rows), tuple(methods), tuple(settings), runs, tuple(missing))
+    return Study(tuple(rows), tuple(methods), tuple(settings), runs, tuple(missing), tuple(notes))
 
 
 def _differences(rows: list[Row], baseline: str | None) -> list[Difference]:

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json, write_text
-from synco_fast.runtime.style import COLOURS
+from synco_fast.runtime.style import COLOURS, plain
 from synco_fast.study.plan import Trial
 from synco_fast.study.results import Difference, Row, Study
 
@@ -109,6 +109,8 @@ def page(study: Study, command: str) -> str:
         lines += ["", "Differences from the first setting at the same seed:", "", *table]
     if study.missing:
         lines += ["", f"Not finished: {', '.join(study.missing)}."]
+    if study.notes:
+        lines += ["", f"Results of older checkpoints: {'; '.join(study.notes)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -156,7 +158,7 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
         # With shared axes only the last row has numbers, also where nothing is below a panel.
         axes.tick_params(labelbottom=number + columns >= len(groups))
         for method, colour in zip(methods, COLOURS * len(methods), strict=False):
-            label: str | None = method
+            label: str | None = plain(method)
             for trial in trials:
                 if (trial.group, trial.method) != (group, method) or trial.name not in study.runs:
                     continue
@@ -175,7 +177,7 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
             else:
                 place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "fontsize": 8, "color": "gray"}
                 axes.annotate(f"chance: {chance:.1%}", (0.98, 0.03), **place)
-        axes.set_title(", ".join(part for part in group if part), fontsize=10)
+        axes.set_title(plain(", ".join(part for part in group if part)), fontsize=10)
         if number + columns >= len(groups):
             axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

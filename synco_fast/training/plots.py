@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.kernels import FAMILIES
 from synco_fast.runtime.files import atomic_write
-from synco_fast.runtime.style import COLOURS, colour_of
+from synco_fast.runtime.style import COLOURS, colour_of, plain
 
 __all__ = ["PANELS", "Panel", "draw_curves", "draw_pairs", "draw_panel", "is_whole", "synthetic_start"]
 
@@ -111,7 +111,11 @@ def draw_panel(
         chance: Chance level of a classification, drawn as a line where the panel asks for it.
         size: Points of the small text.
     """
+    # Without synthetic negatives, top-1 with them is top-1 against the queue.
+    same = not _with_synthetic(lines) and any("queue_top1" in line for line in lines)
     for name, label, colour in panel.curves:
+        if name == "top1" and same:
+            continue
         points = [(line["epoch"], line[name]) for line in lines if name in line]
         if points:
             style = "--" if colour == "gray" else "-"
@@ -144,10 +148,15 @@ def draw_panel(
 
 def synthetic_start(lines: list[dict[str, Any]]) -> float | None:
     """The epoch of the first logged step with synthetic negatives; None if there are none, or from the first on."""
-    names = {f"similarity/{family.name}" for family in FAMILIES}
     train = [line for line in lines if line["kind"] == "train"]
-    first = next((place for place, line in enumerate(train) if names & line.keys()), 0)
+    first = next((place for place, line in enumerate(train) if _with_synthetic([line])), 0)
     return float(train[first]["epoch"]) if first else None
+
+
+def _with_synthetic(lines: list[dict[str, Any]]) -> bool:
+    """Whether any line is of a step with synthetic negatives."""
+    names = {f"similarity/{family.name}" for family in FAMILIES}
+    return any(names & line.keys() for line in lines)
 
 
 def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, chance: float | None) -> None:
@@ -160,7 +169,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, chance: 
         chance: Chance level of a classification.
     """
     figure = Figure(figsize=(14, 10.8), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(plain(title), fontsize=13)
     for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
         if not draw_panel(axes, panel, lines, chance=chance):
             axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="gray", transform=axes.transAxes)

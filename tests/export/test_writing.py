@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 import synco_fast
+from synco_fast.export.card import known_results
 from synco_fast.export.import_checkpoint import import_checkpoint
 from synco_fast.export.layouts import from_detectron2, from_moco, to_moco
 from synco_fast.export.load import read_weights
@@ -108,10 +109,17 @@ def test_a_thin_timm_model_keeps_its_arguments(make_run, tmp_path):
     assert torch.equal(model.eval()(images), synco_fast.load_backbone(run)(images))
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert torch.equal(model.eval()(images), synco_fast.load_backbone(run)(images))
-    for format in ("torchvision", "detectron2"):
+    for format in ("torchvision", "detectron2", "moco"):
         with pytest.raises(CheckpointError, match="--format timm takes it"):
             export_checkpoint(run, format, tmp_path / format)
         assert not (tmp_path / format).exists()
+
+
+def test_the_authors_scripts_know_no_small_stem(make_run, tmp_path):
+    run = make_run({**STOCK, "model.small_stem": True})
+    with pytest.raises(CheckpointError, match=r"a small stem, .*--format torchvision takes it"):
+        export_checkpoint(run, "moco", tmp_path / "moco")
+    assert not (tmp_path / "moco").exists()
 
 
 def authors_linear_evaluation(file) -> torchvision.models.ResNet:
@@ -253,6 +261,22 @@ def test_the_card_says_what_the_weights_are(make_run, tmp_path):
     for words in ("SynCo", "timm/resnet18", "| epochs | 2 |", "kNN, k 20: 50.0% (chance 33.3%)", "75.0%", "CC-BY-4.0"):
         assert words in card
     assert str(torch.__version__).split("+")[0] in card
+
+
+def test_the_card_has_only_results_of_these_weights_and_names_other_images(make_run):
+    run = make_run()
+    (run / "evaluation").mkdir()
+    for name, values in {
+        "knn": {"headline": {"kNN, k 20": 0.97}, "chance": 0.5, "source": "two", "step": 8, "checkpoint": "best.pt"},
+        "linear": {"headline": {"linear top-1": 0.2}, "epochs": 2, "checkpoint": "step-00000008.pt"},
+        "finetune_1": {"headline": {"fine-tuned": 0.1}, "checkpoint": "step-00000004.pt"},
+    }.items():
+        (run / "evaluation" / f"{name}.json").write_text(json.dumps(values))
+    (run / "summary.json").write_text(json.dumps({"knn_after": 0.75, "chance": 0.5, "steps": 12}))
+    assert known_results(read_weights(run)) == {
+        "linear top-1 (2 epochs)": "20.0%",
+        "kNN, k 20 on two": "97.0% (chance 50.0%)",
+    }, "the kNN in training is that of step 12"
 
 
 def test_bad_words(make_run, tmp_path):

@@ -1,8 +1,12 @@
 import json
+import shutil
 
 import pytest
 
-from synco_fast.report.compare import compare_runs, draw_comparison
+from synco_fast.cli import main
+from synco_fast.evaluation.context import EvalOptions
+from synco_fast.evaluation.knn import evaluate_knn
+from synco_fast.report.compare import compare_runs, draw_comparison, shown_figures
 from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.errors import ConfigError, UserError
 
@@ -18,6 +22,8 @@ def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     (runs[0] / "evaluation" / "linear.json").write_text(json.dumps({"top1": 0.9}))
     (runs[0] / "evaluation" / "linear_fast.json").write_text(json.dumps({"top1": 0.8}))
     (runs[0] / "evaluation" / "knn.json").write_text(json.dumps({"knn": 0.6}))
+    (runs[1] / "evaluation").mkdir()
+    (runs[1] / "evaluation" / "linear.json").write_text(json.dumps({"top1": 0.5, "epochs": 2}))
     groups = compare_runs(runs)
     assert [group.title for group in groups] == [
         "synco, temperature 0.2",
@@ -26,12 +32,30 @@ def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     ]
     assert groups[0].values("kNN in training") == [0.7, 0.8]
     assert groups[0].values("linear") == [0.9]
+    assert groups[0].values("linear (2 epochs)") == [0.5]
     assert groups[0].values("linear, cached") == [0.8], "a column does not mix protocols"
     assert groups[0].values("kNN") == [0.6]
     assert groups[0].budget == "2 x 8"
     assert groups[1].values("linear") == []
     draw_comparison(groups, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_results_of_other_images_and_of_older_checkpoints_are_not_mixed_in(
+    told_run, image_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("synco_fast.report.compare.draw_comparison", lambda groups, path: None)
+    run, other = told_run(), tmp_path / "two"
+    shutil.copytree(image_folder, other)
+    for data in (None, str(other)):
+        evaluate_knn(run, EvalOptions(data=data, workers=0), k=(5,))
+    group = compare_runs([run])[0]
+    assert shown_figures([group]) == ["kNN in training", "kNN, k 5", f"kNN, k 5 on {other}", "images per second"]
+    (run / "checkpoints" / "step-00000008.pt").rename(run / "checkpoints" / "step-00000016.pt")
+    assert main(["compare", str(run), "--out", str(tmp_path / "picture.svg")]) == 0
+    said = capsys.readouterr().out
+    assert f"note: {run}/evaluation/knn.json: skipped, since it is of step-00000008.pt, expected step 16" in said
+    assert "k 5" not in said
 
 
 def test_runs_that_differ_in_many_settings_keep_short_titles(told_run):

@@ -14,6 +14,7 @@ import torch
 
 from synco_fast.evaluation.context import EvalOptions, open_context
 from synco_fast.report import gallery
+from synco_fast.report.figures import draw_confusion, draw_map
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.page import write_report
 from synco_fast.runtime.errors import ConfigError
@@ -87,6 +88,36 @@ def test_what_is_missing_is_named(told_run, image_folder):
     assert "holds no plots/pairs.png" in text
     with pytest.raises(ConfigError, match="found no run in"):
         write_report(folder / "plots")
+
+
+def test_an_older_checkpoint_and_other_images_do_not_pass_for_the_run(told_run, monkeypatch):
+    monkeypatch.setattr("synco_fast.report.page.draw_run", lambda run: {})
+    nothing = {"gallery": None, "map": None, "map_by": None, "missing": ""}
+    monkeypatch.setattr("synco_fast.report.page._gallery", lambda folder, options: nothing)
+    folder = told_run()
+    (folder / "evaluation").mkdir()
+    own = {"headline": {"kNN, k 20": 0.99}, "knn": 0.99, "accuracies": {"20": 0.99}, "chance": 0.5}
+    for name, values in {
+        "knn": own | {"source": "two", "checkpoint": "step-00000008.pt"},
+        "linear": {"headline": {"linear top-1": 0.4}, "epochs": 2, "top1": 0.4, "checkpoint": "step-00000008.pt"},
+        "linear_fast": {"headline": {"linear, cached": 0.3}, "top1": 0.3, "checkpoint": "step-00000004.pt"},
+    }.items():
+        (folder / "evaluation" / f"{name}.json").write_text(json.dumps(values))
+    text = html.unescape(write_report(folder).read_text())
+    assert '<span class="soft">kNN after</span><b>75.0%</b>' in text, "the run's own kNN, not that of other images"
+    assert '<span class="soft">linear (2 epochs)</span><b>40.0%</b>' in text
+    assert "<tr><td>kNN, k 20 on two</td><td>99.0%</td><td>50.0%</td></tr>" in text
+    assert "<tr><td>linear top-1 (2 epochs)</td><td>40.0%</td><td>none</td></tr>" in text
+    assert "linear_fast.json: skipped, since it is of step-00000004.pt, expected step 8" in text
+
+
+def test_names_of_classes_are_no_formulas():
+    """Nor is a class missing from the legend whose name begins with an underscore."""
+    names = ["cost_$5_to_$10", "_under", "$x^2$"]
+    assert draw_confusion([[1, 0, 0], [0, 1, 0], [0, 0, 1]], names).count("<!-- cost_$5_to_$10 -->") == 2
+    text = draw_map(torch.rand(6, 2), torch.tensor([0, 1, 2] * 2), names, "map")
+    for name in names:
+        assert f"{name} -->" in text
 
 
 def test_words_of_the_user_stay_words(told_run):

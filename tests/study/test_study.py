@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from synco_fast.cli import main
+from synco_fast.commands.evaluations import parse_evaluations, parse_supervised
+from synco_fast.report.runs import read_run
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json
 from synco_fast.study.execute import execute, run_folder, state_of
@@ -121,7 +123,7 @@ def test_untrained_and_supervised_rows_are_bounds_and_no_baseline(tmp_path):
     for trial, accuracy in zip(trials, (0.1, 0.5, 0.52), strict=True):
         labelled = {} if trial.trained else {"finetune_100": {"top1": 0.9}}
         pretend(tmp_path, trial, accuracy, linear_fast={"top1": accuracy}, **labelled)
-    study = collect(tmp_path, trials, supervised="100 % labels")
+    study = collect(tmp_path, trials, supervised=parse_supervised("finetune --percent=100.0", ()))
     assert [row.method for row in study.rows] == ["untrained", "moco", "synco", "supervised"]
     assert study.rows[-1].values == {"100 % labels": {0: 0.9}}
     assert "100 % labels" not in study.rows[0].values
@@ -129,6 +131,48 @@ def test_untrained_and_supervised_rows_are_bounds_and_no_baseline(tmp_path):
     assert found["untrained", "linear, cached"] == pytest.approx(-0.4)
     assert {row.baseline for row in study.differences} == {"moco"}
     assert "| supervised | 0 |  |  |  | 90.0% |" in page(study, "synco-fast study")
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "options"),
+    [
+        ("knn --k 5 20 --workers 0", "knn", {"k": [5, 20]}),
+        ("linear --epochs 3 --fast", "linear_fast", {"fast": True, "epochs": 3}),
+        ("finetune --percent=10", "finetune_10", {"percent": 10.0}),
+        ("finetune --perc 10.0 --device cpu", "finetune_10", {"percent": 10.0}),
+        ("finetune --list FILE", "finetune_some", {"list": "FILE"}),
+        ("detection --data voc:there --steps 3", "detection_voc", {"steps": 3}),
+    ],
+)
+def test_the_words_of_an_evaluation_are_read_by_its_own_subcommand(tmp_path, words, name, options):
+    file = tmp_path / "some.txt"
+    file.write_text("0\n")
+    found = parse_evaluations([words.replace("FILE", str(file))])[0]
+    assert found.name == name
+    assert found.options == {key: str(file) if value == "FILE" else value for key, value in options.items()}
+
+
+def test_a_result_counts_as_done_by_its_options_and_its_checkpoint(tmp_path):
+    """One that does not say how it was made counts, as in folders of older versions."""
+    trial = plan(["demo"], seeds=[0])[0]
+    result = {"top1": 0.4, "epochs": 1, "checkpoint": "x/checkpoints/step-00000020.pt", "source": "demo"}
+    pretend(tmp_path, trial, 0.5, linear_fast=result)
+    run = run_folder(tmp_path, trial)
+    short, long = (parse_evaluations([f"linear --fast --epochs {epochs}"])[0] for epochs in (1, 30))
+    assert long.done(read_run(run))
+    assert not long.told(read_run(run))
+    short.remember(read_run(run))
+    assert short.done(read_run(run))
+    assert not long.done(read_run(run))
+    study = collect(tmp_path, [trial], evaluations=[long])
+    assert study.missing == (f"{trial.name}, linear --fast --epochs 30",)
+    assert study.figures == ["kNN in training", "linear, cached (1 epoch)"]
+    elsewhere = parse_evaluations([f"linear --fast --epochs 1 --data {tmp_path}"])[0]
+    assert not elsewhere.done(read_run(run)), "its images are others"
+    write_json(run / "summary.json", {"finished": True, "steps": 40})
+    assert not short.done(read_run(run)), "the run has gone on"
+    study = collect(tmp_path, [trial], evaluations=[short])
+    assert "of step-00000020.pt, expected step 40" in study.notes[0]
 
 
 def test_studies_of_other_methods_share_an_untrained_encoder(tmp_path):
@@ -147,9 +191,9 @@ def test_an_encoder_that_was_not_trained_on_labels_is_missing(tmp_path):
     for trial in trials:
         results = {"finetune_100": {"top1": 0.9}} if (trial.trained, trial.seed) == (False, 0) else {}
         pretend(tmp_path, trial, 0.5, **results)
-    study = collect(tmp_path, trials, supervised="100 % labels")
-    assert study.missing == ("demo-untrained-seed1, 100 % labels",)
-    assert "Not finished: demo-untrained-seed1, 100 % labels." in page(study, "synco-fast study")
+    study = collect(tmp_path, trials, supervised=parse_supervised("finetune --percent 100", ()))
+    assert study.missing == ("demo-untrained-seed1, finetune --percent 100",)
+    assert "Not finished: demo-untrained-seed1, finetune --percent 100." in page(study, "synco-fast study")
     assert not collect(tmp_path, trials).missing
 
 
@@ -186,7 +230,18 @@ def test_another_study_in_the_same_folder_is_refused(tmp_path, capsys):
         (["--vary", "training.precision"], "vary: found 'training.precision', expected KEY=A,B"),
         (["--baseline", "mochi"], "baseline: found mochi, expected one of synco"),
         (["--training.epoch", "3"], "training.epoch: found an unknown key"),
-        (["--supervised", "linear"], "supervised: found 'linear', expected 'finetune --percent N' with N"),
+        (["--supervised", "linear"], "supervised: found 'linear', expected 'finetune --percent N'"),
+        (["--supervised", "finetune --percent 0"], "supervised 'finetune --percent 0': percent: found 0, expected"),
+        (["--evaluate", "linaer --fast"], "evaluate 'linaer --fast': COMMAND: found 'linaer', expected knn"),
+        (["--evaluate", "linear --epoch 3 --slow"], "found the unknown argument --slow"),
+        (["--evaluate", "linear --epochs 0"], "evaluate 'linear --epochs 0': epochs: found 0, expected 1 or more"),
+        (["--evaluate", "knn --out x"], "out: found one, expected none: each result goes into its run's folder"),
+        (["--evaluate", "detection"], "data: found none, expected voc:FOLDER or coco:FOLDER"),
+        (["--evaluate", "finetune --list none.txt"], "list: cannot read none.txt"),
+        (["--evaluate", "knn", "--evaluate", "knn --k 5"], "found 'knn' and 'knn --k 5', expected one: both write knn"),
+        (["--evaluate", "finetune", "--supervised", "finetune --lr 1"], "expected one: both write finetune_1.json"),
+        (["--evaluate", "'"], "found words that cannot be split"),
+        (["--evaluate", "knn --help"], "found a call for help"),
     ],
 )
 def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
@@ -205,7 +260,7 @@ def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, cap
     record = json.loads((folder / "study.json").read_text())
     assert [row["method"] for row in record["rows"]] == ["untrained", "moco", "synco", "supervised"]
     assert record["missing"] == []
-    assert list(record["rows"][-1]["figures"]) == ["100 % labels"]
+    assert list(record["rows"][-1]["figures"]) == ["100 % labels (1 epoch, batch 8, lr 0.1)"]
     assert len(record["differences"]) >= 1
     assert (folder / "curves.png").stat().st_size > 1000
     runs = sorted(folder.glob("runs/*-seed0"))

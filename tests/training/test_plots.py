@@ -38,6 +38,13 @@ def test_it_is_marked_in_loss_and_hardness():
     assert drawn(2, BEFORE) == [], "no evaluation, no panel"
 
 
+def test_top_1_with_synthetic_negatives_is_drawn_where_there_are_any():
+    both = {"top1": 0.1, "queue_top1": 0.2}
+    assert drawn(1, [line | both for line in BEFORE]) == ["queue alone"]
+    assert drawn(1, [line | both for line in AFTER]) == ["queue alone", "with synthetic negatives"]
+    assert len(drawn(1, [line | {"top1": 0.1} for line in BEFORE])) == 1, "a method without a queue"
+
+
 def test_a_panel_takes_its_curves_from_both_kinds_of_lines():
     evaluation = {"kind": "evaluation", "step": 20, "epoch": 2.0, "knn": 0.5, "feature_rank": 30.0}
     ranks = next(number for number, panel in enumerate(PANELS) if panel.title.startswith("effective rank"))
@@ -47,7 +54,7 @@ def test_a_panel_takes_its_curves_from_both_kinds_of_lines():
 
 def test_a_picture_of_everything_and_of_nothing(tmp_path):
     evaluation = {"kind": "evaluation", "step": 40, "epoch": 4.0, "knn": 0.5}
-    draw_curves([*BEFORE, *AFTER, evaluation], tmp_path / "curves.png", title="run", chance=0.1)
+    draw_curves([*BEFORE, *AFTER, evaluation], tmp_path / "curves.png", title="cost_$5_to_$10", chance=0.1)
     draw_curves([], tmp_path / "empty.png", title="run", chance=None)
     for name in ("curves.png", "empty.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
