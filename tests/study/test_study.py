@@ -29,6 +29,7 @@ LONG = {"training.epochs": 2000, "training.engine": "eager", "data.pipeline": "t
 def tiny(tmp_path, image_folder):
     file = tmp_path / "tiny.yaml"
     values = {**TINY, "data": {**TINY["data"], "source": str(image_folder)}}
+    del values["preset"]
     file.write_text(yaml.safe_dump(values))
     return str(file)
 

@@ -178,13 +178,14 @@ def test_a_step_is_compiled_for_every_side(monkeypatch):
     compiled, sides = [], 4
     monkeypatch.setattr("synco_fast.training.compiled.BACKEND", lambda graph, inputs: compiled.append(1) or graph)
     monkeypatch.setattr("synco_fast.training.compiled._CODE_PER_SHAPE", 1)
-    monkeypatch.setattr(dynamo, "recompile_limit", 2)
     torch._dynamo.reset()
-    allow_shapes(sides)
     notes = []
-    double = Compiled(lambda x: x * 2, "the encoder", notes.append)
-    for side in range(2, 2 + sides):
-        assert torch.equal(double(torch.ones(side)), torch.full((side,), 2.0))
+    # Not by `monkeypatch`, which would delete the setting afterwards.
+    with dynamo.patch(recompile_limit=2):
+        allow_shapes(sides)
+        double = Compiled(lambda x: x * 2, "the encoder", notes.append)
+        for side in range(2, 2 + sides):
+            assert torch.equal(double(torch.ones(side)), torch.full((side,), 2.0))
     torch._dynamo.reset()
     assert (len(compiled), notes) == (sides, [])
 
