@@ -173,6 +173,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, chance: 
     for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
         if not draw_panel(axes, panel, lines, chance=chance):
             axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="gray", transform=axes.transAxes)
+            axes.set_axis_off()
         axes.set_title(panel.title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
