@@ -44,7 +44,9 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--continue", action="store_true", dest="go_on", help="resume the run in --out if there is one"
     )
-    command.add_argument("--max-steps", type=int, metavar="N", help="stop this start after step N; not kept in the configuration")
+    command.add_argument(
+        "--max-steps", type=int, metavar="N", help="stop this start after step N; not kept in the configuration"
+    )
     command.add_argument(
         "--max-time", type=float, metavar="MINUTES", help="stop this start after so long; not kept in the configuration"
     )
