@@ -16,7 +16,7 @@ from synco_fast.commands.parser import Commands
 __all__ = ["add"]
 
 #: With more figures than these, and than groups, each has a row instead of a column.
-_COLUMNS = 5
+_COLUMNS = 4
 
 
 def add(commands: Commands) -> None:
@@ -54,9 +54,11 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
         rows.append([group.title, str(len(group.runs)), group.budget, *cells])
     if len(shown) > max(_COLUMNS, len(groups)):
         rows = [list(column) for column in zip(*rows, strict=True)]
-    table = Table(title=f"{len(options.runs)} runs; mean and standard deviation over seeds")
+    many = len(options.runs)
+    table = Table(title=f"{many} runs; mean and standard deviation over seeds" if many > 1 else "1 run")
     for title in rows[0]:
-        table.add_column(Text(title), overflow="fold")
+        # rich minds the words of a title only in columns that do not fold.
+        table.add_column(Text(title), overflow="fold", min_width=max(map(len, title.split()), default=0))
     for row in rows[1:]:
         table.add_row(*map(Text, row))
     console.print(table)
