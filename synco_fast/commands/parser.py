@@ -98,8 +98,8 @@ def _wrapped(text: str) -> str:
 
 
 def two_columns(title: str) -> Table:
-    """A table of names and values; long paths wrap and are never truncated."""
-    table = Table(title=title, show_header=False)
+    """A table of names and values, as wide as its title; long paths wrap and are never truncated."""
+    table = Table(title=title, show_header=False, min_width=min(len(title), shutil.get_terminal_size().columns))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     return table
