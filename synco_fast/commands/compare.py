@@ -57,7 +57,7 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     many = len(options.runs)
     table = Table(title=f"{many} runs; mean and standard deviation over seeds" if many > 1 else "1 run")
     for title in rows[0]:
-        # rich minds the words of a title only in columns that do not fold.
+        # In columns that fold, rich would cut the words of a title.
         table.add_column(Text(title), overflow="fold", min_width=max(map(len, title.split()), default=0))
     for row in rows[1:]:
         table.add_row(*map(Text, row))
