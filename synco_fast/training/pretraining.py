@@ -36,7 +36,7 @@ from synco_fast.training.throughput import Throughput
 from synco_fast.training.trials import try_largest
 from synco_fast.training.writers import TRACKERS, MetricLog
 
-__all__ = ["Evaluate", "Evaluation", "Monitor", "Pretraining"]
+__all__ = ["Pretraining"]
 
 #: More would hang a machine before the first batch; a network disk that is slow is read well by fewer.
 _WORKERS_A_CORE = 32
