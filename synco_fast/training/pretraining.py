@@ -27,7 +27,7 @@ from synco_fast.training.changes import explain_changes
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
 from synco_fast.training.metrics import read_metrics
-from synco_fast.training.observers import Evaluate, Evaluation, Monitor
+from synco_fast.training.observers import Evaluate, Monitor
 from synco_fast.training.plots import draw_pairs, is_whole
 from synco_fast.training.run_folder import Summary, close_run
 from synco_fast.training.same_images import SameImages
