@@ -126,7 +126,7 @@ STATED: dict[str, Stated] = {
             # No two similarities are equal.
             "if reached != needed": _NEVER,
             # Simulated in tests/bench/test_cost.py, on similarities of random rows.
-            "while (low < high) & (reached != needed)": lambda shape: 9.7,
+            "while (low < high) & (reached != needed)": lambda shape: 7.7,
         },
         _select,
     ),

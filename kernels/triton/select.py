@@ -30,34 +30,54 @@ __all__ = ["select"]
 
 
 @triton.jit
+def _log2(x):
+    """log2 of float32 numbers of 1 and more, off by 0.009 at most: the exponent, and a parabola between powers of two.
+
+    It steers a search, so that speed matters and the last digits do not. `tl.log2` takes five times the instructions.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    fraction = (bits & 0x7FFFFF).to(tl.float32) * 2.0**-23
+    return ((bits >> 23) - 127).to(tl.float32) + fraction * (1.344 - 0.344 * fraction)
+
+
+@triton.jit
 def _cut(b_order, needed, low, high, reached):
     """Search for the threshold: the largest integer with at least `needed` numbers at or above it.
 
     Stops early at an integer with exactly `needed`. On entry `reached` numbers are at or above low, and none is above
-    high. Both bounds are int64, so that their difference cannot overflow.
+    high. A difference of the bounds is taken as uint32, so that it cannot overflow.
 
-    The logarithm of the count falls about linearly near the threshold, so most steps interpolate it between the bounds.
-    Every fourth step bisects, which bounds their number.
+    The logarithm of the count falls about linearly near the threshold. Each step interpolates it between the bounds by
+    the Illinois method (Dowell and Jarratt 1971): where a bound stays a second time, the distance of its logarithm is
+    halved. Every eighth step bisects, which bounds the number of steps.
 
     Returns the integer, and how many numbers are at or above it.
     """
-    above = 0
     step = 0
-    target = tl.log2(needed.to(tl.float32))
+    side = 0
+    target = _log2(needed.to(tl.float32) + 0.5)
+    above = _log2(reached.to(tl.float32) + 0.5) - target
+    # 0.5 numbers above high + 1: one less than the logarithm of 1.
+    below = target + 1
     while (low < high) & (reached != needed):
-        most = tl.log2(reached.to(tl.float32))
-        share = (most - target) / (most - tl.log2(above.to(tl.float32) + 0.5))
-        share = tl.where(step % 4 == 3, 0.5, share)
-        ahead = (share * (high - low).to(tl.float32)).to(tl.int64)
-        middle = low + tl.minimum(tl.maximum(ahead, 1), high - low)
-        count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
+        span = (high - low).to(tl.uint32, bitcast=True)
+        share = tl.where(step % 8 == 7, 0.5, above / (above + below))
+        # At most 2^31, since what is above that does not fit into an integer.
+        ahead = tl.minimum(share * span.to(tl.float32), 2147483648.0).to(tl.uint32)
+        middle = low + tl.minimum(tl.maximum(ahead, 1), span).to(tl.int32, bitcast=True)
+        count = tl.sum((b_order >= middle).to(tl.int32))
+        distance = _log2(count.to(tl.float32) + 0.5) - target
         enough = count >= needed
         low = tl.where(enough, middle, low)
-        reached = tl.where(enough, count, reached)
-        above = tl.where(enough, above, count)
         high = tl.where(enough, high, middle - 1)
+        reached = tl.where(enough, count, reached)
+        moved = tl.where(enough, 1, -1)
+        kept = tl.where(moved == side, 0.5, 1.0)
+        above = tl.where(enough, distance, above * kept)
+        below = tl.where(enough, below * kept, -distance)
+        side = moved
         step += 1
-    return low.to(tl.int32), reached
+    return low, reached
 
 
 @triton.jit
@@ -144,7 +164,7 @@ def select(
         b_order = tl.where(m_all, ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)), -(2**31))
 
         threshold = tl.load(p_threshold + row)
-        low, high = ordered(threshold).to(tl.int64), tl.max(b_order).to(tl.int64)
+        low, high = ordered(threshold), tl.max(b_order)
         last, reached = _cut(b_order, needed, low, high, total)
         if MARGIN > 0:
             border = unordered(last)
@@ -180,7 +200,7 @@ def select(
             b_order = tl.where(b_near, ordered(exact), sure)
             total = tl.sum((b_order > -(2**31)).to(tl.int32))
             lowest = tl.min(tl.where(b_near, b_order, 0x7FFFFFFF))
-            last, reached = _cut(b_order, needed, lowest.to(tl.int64), tl.max(b_order).to(tl.int64), total)
+            last, reached = _cut(b_order, needed, lowest, tl.max(b_order), total)
         b_chosen = (b_order >= last).to(tl.int32)
         if reached != needed:
             b_tie = (b_order == last).to(tl.int32)
