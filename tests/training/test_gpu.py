@@ -30,6 +30,7 @@ def losses(config, steps=STEPS):
         engine.step(Batch(first, second, torch.arange(8) + 8 * step), step, 1)
         found.append(engine.means.pop()["loss"])
     assert engine.form == config.training.engine, notes
+    engine.release()
     return torch.tensor(found)
 
 
