@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -32,7 +32,7 @@ class Graph:
     """What was captured into it."""
 
     capturing: Graph | None = None
-    alive: WeakSet[Graph] = WeakSet()
+    alive: ClassVar[WeakSet[Graph]] = WeakSet()
 
     def __init__(self) -> None:
         self.replay: Any = None
