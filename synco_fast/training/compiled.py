@@ -155,8 +155,9 @@ class GraphedStep:
     def _capture(self, held: StepInputs, key: int) -> None:
         graph, reason, stream = torch.cuda.CUDAGraph(), "", torch.cuda.current_stream()
         try:
-            # Other threads pin memory meanwhile, which the default capture mode forbids.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # PyTorch's own stream for captures stays on the device of the first one in this process. Other threads pin
+            # memory meanwhile, which the default mode forbids.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._compute(held, self._step, key, self._momentum)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]

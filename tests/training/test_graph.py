@@ -42,7 +42,7 @@ def cuda(monkeypatch):
 
     class Stream:
         def __init__(self, device=None):
-            pass
+            self.device = device
 
         def wait_stream(self, other):
             pass
@@ -58,10 +58,11 @@ def cuda(monkeypatch):
             self.recorded()
 
     @contextmanager
-    def capture(graph, pool, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
+        assert stream.device == CPU, "not a stream of the device of an earlier capture"
         recorder.calls.append("capture")
         recorder.capturing, before = graph, recorder.current
-        recorder.current = Stream()
+        recorder.current = stream
         try:
             yield
         finally:
