@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,6 +69,34 @@ def test_ddp_over_nccl_is_captured(tiny, monkeypatch):
     finally:
         dist.destroy_process_group()
     assert torch.allclose(found, eager, rtol=1e-3)
+
+
+#: A step that draws, and waits for the device, which no capture can hold.
+FAILS = """
+import torch
+from synco_fast.methods.base import StepInputs
+from synco_fast.training.compiled import GRAPH_WARMUP, GraphedStep
+
+device, notes, drawn = torch.device("cuda", 0), [], []
+
+def compute(inputs, step, key, momentum):
+    drawn.append(torch.rand(3, device=device))
+    int(step)
+
+run, one = GraphedStep(compute, device, notes.append), torch.zeros(2, device=device)
+for number in range(GRAPH_WARMUP + 2):
+    run(StepInputs((one,), (one,), (), one.long()), number, 0, 0.9)
+assert len(notes) == 1, notes
+assert torch.cuda.current_stream() == torch.cuda.default_stream()
+assert torch.stack(drawn[-2:]).sum() > 0
+print("eager")
+"""
+
+
+def test_eager_steps_go_on_after_a_failed_capture():
+    """In a process of its own, which ends with what the capture left behind."""
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
+    assert done.stdout == "eager\n", done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
