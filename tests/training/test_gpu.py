@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -69,6 +70,18 @@ def test_ddp_over_nccl_is_captured(tiny, monkeypatch):
     finally:
         dist.destroy_process_group()
     assert torch.allclose(found, eager, rtol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_a_job_of_captured_steps_ends(tiny, tmp_path):
+    """NCCL waits without end for the graphs of its exchanges, if any is left."""
+    cuda = {"training.device": "cuda", "training.engine": "graph", "training.epochs": DDP_GRAPH_WARMUP // 4 + 3}
+    (tmp_path / "job.yaml").write_text(tiny(cuda).to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "synco_fast", "pretrain"]
+    command += ["--config", str(tmp_path / "job.yaml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["forms"]["engine"]["name"] == "graph"
 
 
 #: A step that draws, and waits for the device, which no capture can hold.
