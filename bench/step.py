@@ -157,7 +157,12 @@ def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return lambda number: graph.replay()
+
+    def replay(number: int, kept: Callable[[], None] = run) -> None:
+        """The graph holds addresses only, so ``kept`` holds the tensors that it reads and writes."""
+        graph.replay()
+
+    return replay
 
 
 def _wait(device: torch.device) -> None:

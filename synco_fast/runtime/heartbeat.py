@@ -17,7 +17,7 @@ __all__ = ["Heartbeat"]
 
 #: Beats in a timeout.
 _BEATS = 20
-#: Timeouts until a silent rank counts as lost. Collectives fail after one, with a more precise message.
+#: Timeouts until a silent rank counts as lost. Over gloo, collectives fail after one, with a more precise message.
 _PATIENCE = 1.25
 #: Seconds to wait for a thread that may be stuck.
 _JOIN = 1

@@ -1,4 +1,4 @@
-"""Number formats of the encoders; projection head, embeddings, loss and its gradient stay in float32."""
+"""Number formats of the encoders; normalised embeddings, loss and its gradient stay in float32."""
 
 from __future__ import annotations
 

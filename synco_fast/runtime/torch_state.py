@@ -10,8 +10,9 @@ import torch
 
 __all__ = ["set_cudnn_precision", "torch_state_kept"]
 
-#: PyTorch types a part of it.
+#: PyTorch types a part of them.
 _CUDNN: Any = torch.backends.cudnn
+_C: Any = torch._C
 
 
 def set_cudnn_precision(convolutions: str, recurrent: str) -> None:
@@ -36,8 +37,10 @@ def _cudnn_precision() -> tuple[str, str]:
 def torch_state_kept() -> Iterator[None]:
     """Train with gradients, float32 and the CPU as defaults, whatever the caller has set, and restore the caller's.
 
-    Also restored is what training itself changes: the random state of every device, and the settings of cuDNN.
+    Also restored is what training itself changes: the random state of every device, the settings of cuDNN, and whether
+    PyTorch warns of the streams of DDP's hooks.
     """
+    warns = _C._warn_on_accumulate_grad_stream_mismatch()
     benchmark, precision, dtype = _CUDNN.benchmark, _cudnn_precision(), torch.get_default_dtype()
     # Under any default device each call of PyTorch costs the host more, so none is set without need.
     elsewhere = torch.get_default_device().type != "cpu"
@@ -51,5 +54,6 @@ def torch_state_kept() -> Iterator[None]:
     finally:
         torch.set_default_dtype(dtype)
         _CUDNN.benchmark = benchmark
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(warns)
         if _cudnn_precision() != precision:
             set_cudnn_precision(*precision)

@@ -112,14 +112,14 @@ class GraphedStep:
         self._input: StepInputs | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._warm: dict[int, int] = {}
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._device = torch.cuda.Stream(device), device.index or 0
         self._pool = torch.cuda.graph_pool_handle()
         self.works = True
 
     def __call__(self, inputs: StepInputs, step: int, key: int, momentum: float) -> None:
         """Run one step; ``key`` is `Method.graph_key`."""
         if self._input is not None and _shapes(self._input) != _shapes(inputs):
-            self._forget()
+            self.release()  # views of another size need graphs of their own
         held = self._hold(inputs)
         self._step.fill_(step)
         self._momentum.fill_(momentum)
@@ -134,8 +134,8 @@ class GraphedStep:
             self._compute(held, self._step, key, self._momentum)
         torch.cuda.current_stream().wait_stream(self._stream)
 
-    def _forget(self) -> None:
-        """Drop the graphs and their memory: views of another size need graphs of their own."""
+    def release(self) -> None:
+        """Drop the graphs and their memory; later steps warm up and capture again."""
         self._graphs.clear()
         self._warm.clear()
         self._input = None
@@ -153,19 +153,29 @@ class GraphedStep:
         return self._input
 
     def _capture(self, held: StepInputs, key: int) -> None:
-        graph, reason = torch.cuda.CUDAGraph(), ""
+        graph, reason, stream = torch.cuda.CUDAGraph(), "", torch.cuda.current_stream()
         try:
-            # Other threads pin memory meanwhile, which the default capture mode forbids.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # PyTorch's own stream for captures stays on the device of the first one in this process. Other threads pin
+            # memory meanwhile, which the default mode forbids.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._compute(held, self._step, key, self._momentum)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
+            self._recover(stream)
         self.works = self._agree(not reason)
         if self.works:
             self._graphs[key] = graph
             return
         self._graphs.clear()
         self._note(f"CUDA graph disabled: a step cannot be captured: {reason or 'so says another process'}")
+
+    def _recover(self, stream: torch.cuda.Stream) -> None:
+        """Take back what a failed capture leaves behind, so that eager steps work."""
+        # `torch.cuda.graph` leaves its own stream current where the capture cannot be ended.
+        torch.cuda.set_stream(stream)
+        # In PyTorch 2.11 the generator stays in that capture: the next draw on the device would be an error.
+        for generator in torch.cuda.default_generators[self._device : self._device + 1]:
+            generator.graphsafe_set_state(generator.clone_state())
 
 
 def _shapes(inputs: StepInputs) -> list[torch.Size]:

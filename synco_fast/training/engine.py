@@ -137,6 +137,11 @@ class Engine:
             )
             self._rates_on_device()
 
+    def release(self) -> None:
+        """Free the captured steps: NCCL waits, without end, for graphs of its exchanges before it closes."""
+        if isinstance(self._run, GraphedStep):
+            self._run.release()
+
     @property
     def form(self) -> EngineName:
         """The engine in use: the requested one without what failed or is not available."""

@@ -39,7 +39,9 @@ def on_all_processes(module: nn.Module, device: torch.device, *, processes: int,
         return module
     cuda = device.type == "cuda"
     # DDP's backward hooks belong to the stream on which DDP is constructed. For a capture that must not be the default
-    # stream.
+    # stream. Every process would warn of that in its first step.
+    if cuda:
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     with torch.cuda.stream(torch.cuda.Stream(device)) if cuda else nullcontext():
         return DistributedDataParallel(
             module,

@@ -344,7 +344,8 @@ class Pretraining:
             self.note(line)
 
     def close(self) -> None:
-        """Close the pipeline."""
+        """Free what the engine captured, and close the pipeline."""
+        self.engine.release()
         self.pipeline.close()
 
     def summary(

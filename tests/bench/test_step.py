@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from synco_fast.bench import step
 from synco_fast.bench.baselines.step import plain_step
 from synco_fast.bench.step import forward_operations, measure, use_plain_batch_norm
 from synco_fast.cli import main
+from tests.support.graphs import Graph, Stream, capture
 from tests.support.rotation import in_turn
 
 SMALL = {"training.batch": 8, "training.device": "cpu"}
@@ -101,3 +106,17 @@ def test_the_command_writes_ratios_of_what_it_measured(tiny, tmp_path, capsys):
 def test_unknown_words_are_refused(capsys):
     assert main(["bench", "step", "--subjects", "mocov9"]) == 2
     assert "subjects: found 'mocov9', expected encoder, encoder-plain, plain, moco" in capsys.readouterr().err
+
+
+def test_a_captured_pass_keeps_the_tensors_that_it_reads(monkeypatch):
+    """A graph holds addresses: freed, they would be read and written all the same."""
+    cuda = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "current_stream": Stream}
+    for name, value in (cuda | {"stream": lambda stream: nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    views = torch.zeros(2)
+    alive = weakref.ref(views)
+    replay = step._captured(partial(torch.Tensor.sum, views), SimpleNamespace(graphed=True, device=torch.device("cpu")))
+    del views
+    assert alive() is not None
+    del replay
+    assert alive() is None

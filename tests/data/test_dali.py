@@ -94,6 +94,24 @@ def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch
         epoch(pipe, 0)
 
 
+def test_views_are_held_for_their_kernels_also_where_an_epoch_is_left(folder, monkeypatch):
+    pipe, held, waited = pipeline(folder), [], []
+    monkeypatch.setattr(pipe._runner, "_hold", held.append)
+    batches = iter(pipe)
+    next(batches)
+    assert not held, "the caller may launch further kernels"
+    batches.close()
+    assert len(held) == 1
+
+    class Event:
+        def synchronize(self):
+            waited.append(pipe._runner._graph is not None)
+
+    pipe._runner._held.append((Event(), held[0]))
+    pipe.close()
+    assert waited == [True], "before the graph is freed"
+
+
 @pytest.mark.parametrize("decode", ["once", "windows"])
 def test_both_ways_to_decode_make_the_same_views(folder, decode):
     for batch, other in zip(epoch(pipeline(folder, decode=decode), 1), epoch(pipeline(folder), 1), strict=True):

@@ -101,18 +101,28 @@ def test_dali_gets_over_broken_and_special_files(split, tmp_path):
 
 
 @DALI
-def test_a_view_is_not_overwritten_while_it_is_in_use(split):
-    """Views that are kept stay as they were, however far the graph has gone on."""
-    pipe = build_pipeline(split, RECIPE, name="dali", device=torch.device("cuda"), batch=4, seed=0, workers=2)
-    kept, copies = [], []
-    for number in range(3):
-        pipe.set_epoch(number)
-        for batch in pipe:
-            kept.append(batch.first)
-            copies.append(batch.first.clone())
+@pytest.mark.parametrize("fused", [False, True])
+def test_dalis_memory_is_not_reused_before_it_is_read(split, fused):
+    """The device lags behind the host, which takes further batches and leaves each epoch in its middle."""
+    cuda = torch.device("cuda")
+
+    def views(lag):
+        pipe, kept = build_pipeline(split, RECIPE, name="dali", device=cuda, batch=4, seed=0, workers=2), []
+        if fused:
+            pipe.use_kernels(make_views)
+        for number in range(3):
+            pipe.set_epoch(number)
+            batches = iter(pipe)
+            for _ in range(6):
+                torch.cuda._sleep(lag)
+                kept.append(next(batches).first)
+            del batches
+        pipe.close()
+        return kept
+
+    late, soon = views(50_000_000), views(0)
     torch.cuda.synchronize()
-    assert all(torch.equal(view, copy) for view, copy in zip(kept, copies, strict=True))
-    pipe.close()
+    assert all(torch.equal(one, other) for one, other in zip(late, soon, strict=True))
 
 
 def test_a_resident_set_makes_the_same_views_on_the_gpu():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from synco_fast.runtime.precision import Precision
 from synco_fast.runtime.torch_state import torch_state_kept
+from synco_fast.training import parallel
 
 CUDNN, GPU = torch.backends.cudnn, torch.device("cuda")
 
@@ -117,3 +120,23 @@ def test_the_random_state_of_every_gpu_is_as_before(monkeypatch):
         assert [int(state) for state in states.values()] == [7, 7, 7]
     assert states == before
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_job_on_gpus_does_not_warn_of_the_stream_that_it_gives_ddp(before, monkeypatch):
+    """PyTorch compares the stream of DDP's hooks, made for a capture, with that of the step."""
+    warns, change = (
+        torch._C._warn_on_accumulate_grad_stream_mismatch,
+        torch._C._set_warn_on_accumulate_grad_stream_mismatch,
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(parallel, "DistributedDataParallel", lambda module, **settings: module)
+    try:
+        change(before)
+        with torch_state_kept():
+            parallel.on_all_processes(torch.nn.Linear(1, 1), GPU, processes=2)
+            assert not warns()
+        assert warns() == before
+    finally:
+        change(True)

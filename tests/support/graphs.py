@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 
 from synco_fast.training import autotune, trials
 from synco_fast.training import engine as engine_module
@@ -30,9 +32,11 @@ class Graph:
     """What was captured into it."""
 
     capturing: Graph | None = None
+    alive: ClassVar[WeakSet[Graph]] = WeakSet()
 
     def __init__(self) -> None:
         self.replay: Any = None
+        Graph.alive.add(self)
 
 
 @contextmanager
@@ -47,7 +51,7 @@ def capture(graph: Graph, **settings: Any) -> Iterator[None]:
 
 def install() -> None:
     """Let engines on a CPU capture, and let a run of any length choose the graph; for a process that ends with it."""
-    done = Engine._compute
+    done, destroy = Engine._compute, dist.destroy_process_group
 
     def compute(self: Engine, *arguments: Any) -> None:
         if Graph.capturing is None:
@@ -55,12 +59,18 @@ def install() -> None:
         else:
             Graph.capturing.replay = lambda: done(self, *arguments)
 
+    def leave() -> None:
+        # NCCL would wait for them, without end.
+        assert not Graph.alive, "a captured exchange outlives the job"
+        destroy()
+
     def timed(engine: Engine, *rest: Any) -> list[float]:
         return [0.5 if engine.form == "graph" else 1.0]
 
     cuda: Any = torch.cuda
     cuda.Stream, cuda.CUDAGraph, cuda.graph, cuda.current_stream = Stream, Graph, capture, Stream
     cuda.stream, cuda.graph_pool_handle = lambda stream: nullcontext(), lambda: 0
+    dist.destroy_process_group = leave
     engine: Any = Engine
     engine._compute, engine.uncapturable = compute, lambda self: None
     for module, name, value in (

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from synco_fast.runtime import distributed
+from synco_fast.runtime import distributed, heartbeat
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import ConfigError, LostProcessError
@@ -217,6 +218,41 @@ def test_a_batch_that_cannot_be_spread(tiny):
     with pytest.raises(ConfigError, match=r"model\.sync_batch_norm: found true in 2 processes on CPUs"):
         build_method(config, processes=2)
     build_method(config)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_heartbeats_give_up_before_nccls_own_watch_aborts(device, monkeypatch):
+    """Over gloo a collective fails first, with an error of its own."""
+    asked = {}
+
+    class Beats:
+        def __init__(self, store, rank, world, timeout, give_up):
+            asked["beats"] = heartbeat._PATIENCE * timeout
+
+        def start(self):
+            pass
+
+        def stop(self, *, finished):
+            pass
+
+    def connect(backend, *, timeout, **options):
+        asked["collectives"] = timeout.total_seconds()
+        raise RuntimeError("nobody is there")
+
+    for place, name, value in (
+        (torch.cuda, "device_count", lambda: 2),
+        (torch.cuda, "set_device", lambda index: None),
+        (distributed, "_open_store", lambda env, timeout: dist.HashStore()),
+        (distributed, "agree_on_prefix", lambda *given: "job"),
+        (distributed, "TCPStore", lambda *given, **options: dist.HashStore()),
+        (distributed, "Heartbeat", Beats),
+        (distributed.atexit, "register", lambda function: None),
+        (dist, "init_process_group", connect),
+    ):
+        monkeypatch.setattr(place, name, value)
+    with pytest.raises(LostProcessError), init_distributed(DistEnv(0, 2, 0, 2, "here", 1), device, timeout=100):
+        pass
+    assert (asked["beats"] < asked["collectives"]) == (device == "cuda")
 
 
 def test_processes_that_do_not_come_are_one_line_and_the_end_waits_for_no_connection(monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,6 +34,7 @@ def losses(config, steps=STEPS):
         engine.step(Batch(first, second, torch.arange(8) + 8 * step), step, 1)
         found.append(engine.means.pop()["loss"])
     assert engine.form == config.training.engine, notes
+    engine.release()
     return torch.tensor(found)
 
 
@@ -65,6 +70,46 @@ def test_ddp_over_nccl_is_captured(tiny, monkeypatch):
     finally:
         dist.destroy_process_group()
     assert torch.allclose(found, eager, rtol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_a_job_of_captured_steps_ends(tiny, tmp_path):
+    """NCCL waits without end for the graphs of its exchanges, if any is left."""
+    cuda = {"training.device": "cuda", "training.engine": "graph", "training.epochs": DDP_GRAPH_WARMUP // 4 + 3}
+    (tmp_path / "job.yaml").write_text(tiny(cuda).to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "synco_fast", "pretrain"]
+    command += ["--config", str(tmp_path / "job.yaml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["forms"]["engine"]["name"] == "graph"
+
+
+#: A step that draws, and waits for the device, which no capture can hold.
+FAILS = """
+import torch
+from synco_fast.methods.base import StepInputs
+from synco_fast.training.compiled import GRAPH_WARMUP, GraphedStep
+
+device, notes, drawn = torch.device("cuda", 0), [], []
+
+def compute(inputs, step, key, momentum):
+    drawn.append(torch.rand(3, device=device))
+    int(step)
+
+run, one = GraphedStep(compute, device, notes.append), torch.zeros(2, device=device)
+for number in range(GRAPH_WARMUP + 2):
+    run(StepInputs((one,), (one,), (), one.long()), number, 0, 0.9)
+assert len(notes) == 1, notes
+assert torch.cuda.current_stream() == torch.cuda.default_stream()
+assert torch.stack(drawn[-2:]).sum() > 0
+print("eager")
+"""
+
+
+def test_eager_steps_go_on_after_a_failed_capture():
+    """In a process of its own, which ends with what the capture left behind."""
+    done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True)
+    assert done.stdout == "eager\n", done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -19,6 +20,7 @@ class Recorder:
 
     def __init__(self):
         self.seen, self.calls, self.capturing, self.fails = [], [], None, False
+        self.graphs, self.current = weakref.WeakSet(), None
 
     def compute(self, inputs, step, epoch, momentum):
         if self.fails and self.capturing is not None:
@@ -40,7 +42,7 @@ def cuda(monkeypatch):
 
     class Stream:
         def __init__(self, device=None):
-            pass
+            self.device = device
 
         def wait_stream(self, other):
             pass
@@ -48,21 +50,29 @@ def cuda(monkeypatch):
     class Graph:
         recorded = staticmethod(lambda: None)
 
+        def __init__(self):
+            recorder.graphs.add(self)
+
         def replay(self):
             recorder.calls.append("replay")
             self.recorded()
 
     @contextmanager
-    def capture(graph, pool, capture_error_mode):
+    def capture(graph, pool, stream, capture_error_mode):
+        assert stream.device == CPU, "not a stream of the device of an earlier capture"
         recorder.calls.append("capture")
-        recorder.capturing = graph
+        recorder.capturing, before = graph, recorder.current
+        recorder.current = stream
         try:
             yield
         finally:
             recorder.capturing = None
+        recorder.current = before  # as in PyTorch, not after a failure
 
+    recorder.current = Stream()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: recorder.current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(recorder, "current", stream))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -106,6 +116,38 @@ def test_what_cannot_be_captured_runs_eagerly_and_is_said_once(cuda):
     run(GraphedStep(cuda.compute, CPU, notes.append), range(GRAPH_WARMUP + 3))
     assert notes == ["CUDA graph disabled: a step cannot be captured: operation not permitted when stream is capturing"]
     assert cuda.seen == [expected(number, 0) for number in range(GRAPH_WARMUP + 3)]
+
+
+def test_a_failed_capture_leaves_stream_and_generator_as_they_were(cuda, monkeypatch):
+    class Generator:
+        """As in PyTorch 2.11, a failed capture leaves its state in the capture; a clone is not in it."""
+
+        captured = True
+
+        def clone_state(self):
+            clone = Generator()
+            clone.captured = False
+            return clone
+
+        def graphsafe_set_state(self, other):
+            self.captured = other.captured
+
+    others, own = Generator(), Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", (others, own))
+    cuda.fails, before = True, cuda.current
+    run(GraphedStep(cuda.compute, CPU, lambda line: None), range(GRAPH_WARMUP + 2))
+    assert cuda.current is before
+    assert (others.captured, own.captured) == (False, True), "that of the device"
+
+
+def test_released_graphs_are_gone_and_later_steps_capture_again(cuda):
+    step = GraphedStep(cuda.compute, CPU, lambda line: None)
+    run(step, range(GRAPH_WARMUP + 1))
+    assert len(cuda.graphs) == 1
+    step.release()
+    assert not cuda.graphs, "nothing else may hold them: NCCL waits for graphs of its exchanges"
+    run(step, range(GRAPH_WARMUP + 1))
+    assert cuda.calls == ["capture", "replay"] * 2
 
 
 def test_several_processes_warm_up_for_longer_and_replay_together_or_not_at_all(cuda):

@@ -154,7 +154,7 @@ class DaliPipeline:
 
     def use_kernels(self, make: MakeViews) -> None:
         """See `FusedViews`."""
-        self._free_graph()
+        self._runner.close()
         self._make = make
         self._runner = GraphRunner(
             partial(build_decoding, self._options),
@@ -180,12 +180,7 @@ class DaliPipeline:
             return
         self._sized = recipe
         if self._make is None:
-            self._free_graph()
-
-    def _free_graph(self) -> None:
-        if self._number is not None:
-            torch.cuda.synchronize(self._number)  # the memory of views that the encoder may still read is the graph's
-        self._runner.close()
+            self._runner.close()
 
 
 def _draw(recipe: Recipe, seed: int, files: EncodedBatch) -> tuple[ViewParameters, ...]:

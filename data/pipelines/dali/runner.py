@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from multiprocessing import util
 from typing import Any
 
@@ -97,20 +97,22 @@ class GraphRunner:
                         self._graph = None
                     for batch, _ in stuck:
                         again, outputs = self._run_alone(self._without_failed(batch))
-                        yield again, outputs
-                        self._hold(outputs)
+                        with self._held_afterwards(outputs):
+                            yield again, outputs
                     self._fill(under_way, source)
                     continue
                 batch, _ = fed = under_way.popleft()
                 self._done.append(fed)
                 self._fill(under_way, source)
-                yield batch, outputs
-                self._hold(outputs)
+                with self._held_afterwards(outputs):
+                    yield batch, outputs
         finally:
             self._drain(sum(bool(inputs) for _, inputs in under_way))
 
     def close(self) -> None:
-        """Free the graph."""
+        """Free the graph, once no kernel reads its views."""
+        for event, _ in self._held:
+            event.synchronize()
         self._graph = None
         self._done.clear()
         self._held.clear()
@@ -170,6 +172,14 @@ class GraphRunner:
             self._failed |= set(fed[0].images[wrong].tolist())
             raise _WrongOutputs
         return outputs
+
+    @contextmanager
+    def _held_afterwards(self, outputs: list[Tensor]) -> Iterator[None]:
+        """Hold views whose kernels are launched inside, also where the caller goes no further than this batch."""
+        try:
+            yield
+        finally:
+            self._hold(outputs)
 
     def _hold(self, outputs: list[Tensor]) -> None:
         """Keep views until the kernels that read them are done: their memory is DALI's, which does not track them."""
