@@ -52,7 +52,7 @@ class DetectionProtocol:
         warmup: Iterations over which the rate rises from a thousandth of it.
         batch: Images per step, over all ranks.
         lr, momentum, weight_decay: Of SGD.
-        sizes: Short sides of training images, one drawn for each batch, in pixels.
+        sizes: Short sides of training images, one drawn for each image, in pixels.
         size: Short side of test images.
         longest: Upper bound of the long side.
         freeze: Whether the backbone is frozen.
@@ -198,6 +198,8 @@ def evaluate_detection(
             "source": source.spec,
             "train": source.train.sha256(),
             "test": source.test.sha256(),
+            # Earlier versions left difficult objects of VOC out.
+            "objects": "all but crowds",
         }
         state = folder / f"detection_{source.layout}.pt"
         before = job.train(state, made_by, fresh=options.fresh)
