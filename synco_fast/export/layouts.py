@@ -50,7 +50,7 @@ def is_moco(state: Any) -> bool:
 
 
 def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """The inverse of `to_moco`; it also accepts names without ``module.``, MoCo v1's linear head, and SynCo's queue (K, D).
+    """The inverse of `to_moco`; also takes names without ``module.``, MoCo v1's linear head, and SynCo's queue (K, D).
 
     Raises:
         CheckpointError: A name is not in the layout.
