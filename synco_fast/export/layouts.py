@@ -113,7 +113,7 @@ def from_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
 def backbone_in(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """The tensors of a backbone by its own names, without those of a classifier.
 
-    Of a checkpoint of another project, what lies beside the encoder is left out. A head can also hold a norm that the
+    Of a checkpoint of another project, what lies beside the encoder is dropped. A head can also hold a norm that the
     backbone keeps, so the names alone do not decide.
 
     Args:

@@ -207,7 +207,7 @@ def _open_voc(spec: str, folder: Path, seed: int) -> DetectionSource:
         warnings.warn(
             f"data: found no VOC2007 test in {folder}: trained on {named[0]}, tested on {named[1]}", stacklevel=3
         )
-    # Difficult objects are trained on, as in detectron2 and so in MoCo: left out, they would be background.
+    # Difficult objects are trained on, as in detectron2 and so in MoCo: dropped, they would count as background.
     objects = partial(_voc_target, difficult=False)
     train = Detections([part(*pair) for pair in trained], objects, augment=True, seed=seed)
     test = Detections([part(*tested)], _voc_target)

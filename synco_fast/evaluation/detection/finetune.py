@@ -198,7 +198,7 @@ def evaluate_detection(
             "source": source.spec,
             "train": source.train.sha256(),
             "test": source.test.sha256(),
-            # Earlier versions left difficult objects of VOC out.
+            # Earlier versions dropped difficult objects of VOC.
             "objects": "all but crowds",
         }
         state = folder / f"detection_{source.layout}.pt"
