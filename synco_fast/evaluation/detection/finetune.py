@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -51,7 +52,7 @@ class DetectionProtocol:
         drops: Iterations after which the rate is divided by 10.
         warmup: Iterations over which the rate rises from a thousandth of it.
         batch: Images per step, over all ranks.
-        lr, momentum, weight_decay: Of SGD.
+        lr, momentum, weight_decay: Of SGD; batch norm has no weight decay.
         sizes: Short sides of training images, one drawn for each image, in pixels.
         size: Short side of test images.
         longest: Upper bound of the long side.
@@ -153,6 +154,16 @@ def _widths(backbone: nn.Module, stages: list[str]) -> list[int]:
     return [found[stage] for stage in stages]
 
 
+def decayed_without_norms(detector: nn.Module) -> list[dict[str, Any]]:
+    """Groups of what is trained: the weight decay spares batch norm, as detectron2's does."""
+    norms = {value for part in detector.modules() if isinstance(part, _BatchNorm) for value in part.parameters()}
+    trained = [value for value in detector.parameters() if value.requires_grad]
+    return [
+        {"params": [value for value in trained if value not in norms]},
+        {"params": [value for value in trained if value in norms], "weight_decay": 0.0},
+    ]
+
+
 def evaluate_detection(
     path: Path, options: EvalOptions, *, protocol: DetectionProtocol | None = None, console: Console | None = None
 ) -> dict[str, Any]:
@@ -198,8 +209,8 @@ def evaluate_detection(
             "source": source.spec,
             "train": source.train.sha256(),
             "test": source.test.sha256(),
-            # Earlier versions dropped difficult objects of VOC.
-            "objects": "all but crowds",
+            # Earlier versions dropped difficult objects of VOC, and decayed batch norm.
+            "as_detectron2": True,
         }
         state = folder / f"detection_{source.layout}.pt"
         before = job.train(state, made_by, fresh=options.fresh)
@@ -265,7 +276,7 @@ class _Job:
         """Train from the saved state, if any, or from the start; returns the box AP before the first step."""
         protocol = self.protocol
         optimizer = build_sgd(
-            [value for value in self.detector.parameters() if value.requires_grad],
+            decayed_without_norms(self.detector),
             lr=protocol.lr,
             momentum=protocol.momentum,
             weight_decay=protocol.weight_decay,

@@ -113,6 +113,15 @@ def test_training_images_are_flipped_with_their_boxes(voc):
     assert 0 < flipped < 8
 
 
+def test_weight_decay_spares_batch_norm():
+    """As in detectron2 (WEIGHT_DECAY_NORM 0)."""
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2), torch.nn.Linear(2, 2), frozen)
+    decayed, norms = transfer.decayed_without_norms(net)
+    assert decayed == {"params": [*net[0].parameters(), *net[2].parameters()]}
+    assert norms == {"params": [net[1].weight, net[1].bias], "weight_decay": 0.0}
+
+
 def test_steps_go_through_every_image_and_on():
     whole = list(Steps(10, 4, seed=0, start=0, end=5))
     assert sorted(number for batch in whole[:3] for epoch, number in batch if epoch == 0) == list(range(10))
