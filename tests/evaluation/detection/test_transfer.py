@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from synco_fast.evaluation.detection import finetune as transfer
 from synco_fast.evaluation.detection.datasets import Steps, open_detection
 from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 from synco_fast.runtime.errors import ConfigError, DataError
+from synco_fast.runtime.precision import Precision
 from tests.support.detection import scene
 from tests.support.rotation import in_turn
 
@@ -120,6 +122,26 @@ def test_weight_decay_spares_batch_norm():
     decayed, norms = transfer.decayed_without_norms(net)
     assert decayed == {"params": [*net[0].parameters(), *net[2].parameters()]}
     assert norms == {"params": [net[1].weight, net[1].bias], "weight_decay": 0.0}
+
+
+def test_average_precision_is_that_of_coco():
+    """Four objects of five are found: precision is 1 up to a recall of 0.8, which 81 of COCO's 101 thresholds are."""
+    box, label = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])
+    target = {"boxes": box, "labels": label, "iscrowd": torch.tensor([0])}
+
+    class Detector(torch.nn.Module):
+        transform, found = SimpleNamespace(min_size=(64,)), 0
+
+        def forward(self, pictures):
+            self.found += 1
+            return [{"boxes": box, "labels": label, "scores": torch.ones(1)} if self.found < 5 else nothing]
+
+    nothing = {"boxes": torch.empty(0, 4), "labels": label[:0], "scores": torch.empty(0)}
+    source = SimpleNamespace(test=[(torch.zeros(3, 64, 64), target)] * 5, masks=False)
+    device = torch.device("cpu")
+    options = EvalOptions(workers=0)
+    job = transfer._Job(Detector(), source, SMALL, options, Precision("fp32", device), device, None)
+    assert job.measure(5)["box"] == {name: pytest.approx(81 / 101) for name in ("AP", "AP50", "AP75")}
 
 
 def test_steps_go_through_every_image_and_on():
