@@ -36,6 +36,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 """Momentum of a moving average."""
 Count = Annotated[int, Field(ge=0, le=65_536)]
 """Negatives of one kind per query."""
+Strength = Annotated[float, Field(ge=0, le=10)]
 Epochs = Annotated[float, Field(ge=0, le=100_000)]
 
 
@@ -156,18 +157,20 @@ class _MethodChoice(Section):
 if TYPE_CHECKING:
     _MethodCounts = _MethodChoice
 else:
-    # A field for each synthetic family, so that a new family needs only a row of the kernels' table.
-    _MethodCounts = create_model(
-        "_MethodCounts",
-        __base__=_MethodChoice,
-        **{
-            family.name: (
-                Count | None,
-                Field(None, description=f"{family.title}; SynCo's count is {family.published}"),
-            )
-            for family in FAMILIES
-        },
-    )
+    # Fields for each synthetic family, so that a new family needs only a row of the kernels' table.
+    _OF_FAMILIES = {
+        family.name: (Count | None, Field(None, description=f"{family.title}; SynCo's count is {family.published}"))
+        for family in FAMILIES
+    }
+    _OF_FAMILIES |= {
+        family.strength[0]: (
+            Strength,
+            Field(family.strength[1], description=f"Strength of type {family.number}: {family.formula}"),
+        )
+        for family in FAMILIES
+        if family.strength
+    }
+    _MethodCounts = create_model("_MethodCounts", __base__=_MethodChoice, **_OF_FAMILIES)
 
 
 class MethodConfig(_MethodCounts):
@@ -203,6 +206,7 @@ class MethodConfig(_MethodCounts):
             raise ConfigError(f"method.name: found {self.name}, expected one with a queue: {', '.join(known)}")
         names = ("hard", *(family.name for family in FAMILIES))
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        own |= {family.strength[0]: getattr(self, family.strength[0]) for family in FAMILIES if family.strength}
         try:
             found = known[self.name]().scaled(self.count_scale, **own, extrapolation=self.extrapolation)
         except ValueError as error:

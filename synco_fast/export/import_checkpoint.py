@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from synco_fast.config import Config, build_config
-from synco_fast.export.layouts import from_moco, is_moco, without_classifier
+from synco_fast.export.layouts import backbone_in, from_moco, is_moco
 from synco_fast.export.load import Weights
 from synco_fast.models.encoder import build_backbone
 from synco_fast.runtime.checkpoint import FORMAT, load_weights, read_tensors
@@ -30,7 +30,7 @@ def import_checkpoint(path: Path, out: Path, *, method: str, backbone: str | Non
     Args:
         path: In the layout of the authors' checkpoints of MoCo, MoCHi and SynCo (``state_dict`` with
             ``module.encoder_q.*``), or a backbone alone under torchvision's or timm's names (``.pth``,
-            ``.safetensors``), with or without a classifier.
+            ``.safetensors``), with or without a classifier, also in a checkpoint of solo-learn, lightly or MoCo v3.
         out: The file to write.
         method: The method that pretrained it: ``moco``, ``mochi`` or ``synco``.
         backbone: The architecture; by default the one named in the file.
@@ -100,7 +100,7 @@ def _fitting(state: dict[str, Tensor], config: Config, path: Path) -> dict[str, 
     """
     module, _ = build_backbone(config.model.backbone)
     found = {name.removeprefix(_BACKBONE): value for name, value in state.items() if name.startswith(_BACKBONE)}
-    backbone = without_classifier(found, module.state_dict().keys())
+    backbone = backbone_in(found, module.state_dict().keys())
     load_weights(module, backbone, path, name=config.model.backbone, cast=True)
     rest = {name: value for name, value in state.items() if not name.startswith(_BACKBONE)}
     return {f"{_BACKBONE}{name}": value for name, value in backbone.items()} | rest

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from synco_fast.config import ModelConfig
 from synco_fast.export.import_checkpoint import read_foreign
-from synco_fast.export.layouts import is_moco, without_classifier
+from synco_fast.export.layouts import backbone_in, is_moco
 from synco_fast.export.load import describes_itself, read_weights
 from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.checkpoint import load_weights
@@ -28,7 +28,7 @@ class InitialWeights:
     """Weights to start from.
 
     Attributes:
-        backbone: Tensors by the backbone's own names, perhaps with a classifier.
+        backbone: Tensors by the names in the file, as `synco_fast.export.layouts.backbone_in` takes them.
         head: Tensors of the projection head; empty without one.
         title: Where they come from, for messages.
     """
@@ -113,7 +113,7 @@ def load_initial(encoder: Encoder, initial: InitialWeights, model: ModelConfig) 
     Raises:
         CheckpointError: The weights belong to another architecture.
     """
-    backbone = without_classifier(initial.backbone, encoder.backbone.state_dict().keys())
+    backbone = backbone_in(initial.backbone, encoder.backbone.state_dict().keys())
     if not backbone:
         raise CheckpointError(f"model.init: found no backbone in {initial.title}")
     _load(encoder.backbone, backbone, initial, model.backbone)

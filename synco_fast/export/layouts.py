@@ -1,4 +1,4 @@
-"""Tensor names of other layouts: the authors' checkpoints, and detectron2's ResNets."""
+"""Tensor names of other layouts: the authors' checkpoints, those of other projects, and detectron2's ResNets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from torch import Tensor
 
 from synco_fast.runtime.errors import CheckpointError
 
-__all__ = ["from_detectron2", "from_moco", "is_moco", "to_detectron2", "to_moco", "without_classifier"]
+__all__ = ["backbone_in", "from_detectron2", "from_moco", "is_moco", "to_detectron2", "to_moco"]
 
 _MOCO_ENCODERS = {"encoder": "module.encoder_q", "key_encoder": "module.encoder_k"}
 _PREFIX = re.compile(r"(?:module\.)?(encoder_q|encoder_k)\.(.+)")
 #: First words of the names of a classifier, in torchvision and timm.
 _CLASSIFIERS = ("fc", "classifier", "head", "heads")
+#: Where a checkpoint has its encoder: at the top; in solo-learn and lightly; in older solo-learn; in MoCo v3.
+_ENCODERS = ("", "backbone.", "encoder.", "base_encoder.")
+#: The children of torchvision's and timm's ResNets that have tensors, by number: lightly's examples number them.
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 def to_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,7 +50,7 @@ def is_moco(state: Any) -> bool:
 
 
 def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """The inverse of `to_moco`; it also accepts names without ``module.`` and MoCo v1's linear head.
+    """The inverse of `to_moco`; also takes names without ``module.``, MoCo v1's linear head, and SynCo's queue (K, D).
 
     Raises:
         CheckpointError: A name is not in the layout.
@@ -59,8 +63,8 @@ def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
             head = found[2].removeprefix("fc.")
             renamed[f"{ours}.head.{head}" if head != found[2] else f"{ours}.backbone.{head}"] = value
         elif name.removeprefix("module.") == "queue":
-            renamed["queue.rows"] = value.T.contiguous()
-            renamed["queue.image_ids"] = torch.full((value.shape[1],), -1)
+            renamed["queue.rows"] = rows = _keys_as_rows(value, state)
+            renamed["queue.image_ids"] = torch.full((len(rows),), -1)
         elif name.removeprefix("module.") == "queue_ptr":
             renamed["queue.pointer"] = value.reshape(())
         else:
@@ -71,6 +75,12 @@ def from_moco(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
             "module.encoder_k.*, module.queue and module.queue_ptr"
         )
     return renamed
+
+
+def _keys_as_rows(queue: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """A queue as (K, D): MoCo stores (D, K), SynCo (K, D). D is the output of the query encoder's head."""
+    layers = [value for name, value in state.items() if ".fc." in name and "encoder_q." in name and value.dim() == 2]
+    return (queue if layers and len(queue) != len(layers[-1]) else queue.T).contiguous()
 
 
 def to_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -100,13 +110,31 @@ def from_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def without_classifier(backbone: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of a backbone without those of a classifier.
+def backbone_in(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a backbone by its own names, without those of a classifier.
 
-    A head can also hold a norm that the backbone keeps, so the names alone do not decide.
+    Of a checkpoint of another project, what lies beside the encoder is dropped. A head can also hold a norm that the
+    backbone keeps, so the names alone do not decide.
 
     Args:
-        backbone: By the backbone's own names.
+        state: By the backbone's own names, or below a prefix of `_ENCODERS`; each also below ``module.``, as
+            DistributedDataParallel names them.
         own: The names of the backbone's tensors once its classifier is removed.
     """
-    return {name: value for name, value in backbone.items() if name in own or name.split(".")[0] not in _CLASSIFIERS}
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    for prefix in _ENCODERS if state.keys().isdisjoint(own) else ():
+        inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for named in (inside, _children_named(inside)):
+            if not named.keys().isdisjoint(own):
+                state = named
+                break
+    return {name: value for name, value in state.items() if name in own or name.split(".")[0] not in _CLASSIFIERS}
+
+
+def _children_named(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet's tensors by name where they are by number, as in a `torch.nn.Sequential` of its children."""
+    return {
+        re.sub(r"^\d+(?=\.)", lambda found: _CHILDREN.get(found[0], found[0]), name): value
+        for name, value in state.items()
+    }

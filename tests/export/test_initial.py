@@ -7,10 +7,13 @@ from safetensors.torch import save_file
 
 from synco_fast.config import ModelConfig
 from synco_fast.export.import_checkpoint import import_checkpoint
-from synco_fast.export.initial import load_initial, read_initial
+from synco_fast.export.initial import InitialWeights, load_initial, read_initial
+from synco_fast.export.layouts import backbone_in
+from synco_fast.export.load import load_backbone
 from synco_fast.export.save import export_checkpoint
 from synco_fast.methods import METHODS
 from synco_fast.methods.build import build_method
+from synco_fast.models.encoder import Encoder, build_backbone
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.training.loop import Trainer
@@ -126,6 +129,60 @@ def test_published_weights(tiny, kind, tmp_path, monkeypatch):
     assert equal(method.encoder.backbone, state)
     assert ("projection head" in line) == (kind in ("moco", "imported"))
     assert line.endswith(f"from {path}" + (", epoch 200" if kind in ("moco", "imported") else ""))
+
+
+def of_others(state):
+    """Checkpoints of other projects, by the names of their files."""
+    features = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    children = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+
+    def numbered(name):
+        first, _, rest = name.partition(".")
+        return f"{children[first]}.{rest}"
+
+    def below(prefix, tensors=features):
+        return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+    ema = {name: value + 1 for name, value in features.items()}
+    sequential = {numbered(name): value for name, value in features.items()}
+    head = {"projector.0.weight": torch.ones(2, 512), "classifier.weight": torch.ones(3, 512), "queue": torch.ones(2)}
+    lightly = below("backbone.", sequential) | {"projection_head.layers.0.weight": torch.ones(2, 512)}
+    return {
+        "solo-learn.ckpt": {"state_dict": below("momentum_backbone.", ema) | below("backbone.") | head, "epoch": 5},
+        "solo-learn-1.ckpt": {"state_dict": below("encoder.") | head},
+        "lightly.ckpt": {"state_dict": below("backbone_momentum.", ema) | lightly},
+        "lightly.pth": sequential,
+        "moco-v3.pth.tar": {
+            "state_dict": below("module.momentum_encoder.", ema)
+            | below("module.base_encoder.", {**features, "fc.0.weight": torch.ones(2, 512)})
+            | {"module.predictor.0.weight": torch.ones(2, 2)},
+            "arch": "resnet18",
+        },
+        "pytorch-examples.pth.tar": {"state_dict": below("module.", state), "arch": "resnet18"},
+    }
+
+
+def test_checkpoints_of_other_projects(tmp_path):
+    model, config = torchvision.models.resnet18(), ModelConfig(backbone="resnet18")
+    state = model.state_dict()
+    model.fc = torch.nn.Identity()
+    others, own = of_others(state), model.state_dict().keys()
+    for name, content in others.items():
+        found = backbone_in(content.get("state_dict", content), own)
+        assert found.keys() == own, name
+        assert all(found[key] is state[key] for key in own), name
+    path = tmp_path / "lightly.ckpt"
+    torch.save(others[path.name], path)
+    encoder = Encoder(build_backbone("resnet18")[0], 512, 16)
+    line = load_initial(encoder, read_initial(str(path), config), config)
+    assert line == f"initial weights: backbone (120 tensors) from {path}"
+    assert equal(encoder.backbone, state)
+    import_checkpoint(path, tmp_path / "ours.pt", method="moco", backbone="resnet18")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(load_backbone(tmp_path / "ours.pt")(images), model.eval()(images))
+    deeper = {f"backbone.{key}": value for key, value in state.items()} | {"backbone.layer1.2.bn1.bias": torch.ones(64)}
+    with pytest.raises(UserError, match=r"another architecture than resnet18: it has besides layer1\.2\.bn1\.bias$"):
+        load_initial(encoder, InitialWeights(deeper, {}, "solo-learn.ckpt"), config)
 
 
 def test_a_library_of_names_reads_a_folder_of_its_own(make_run, tiny, tmp_path):

@@ -67,6 +67,13 @@ def test_the_libraries_load_what_is_theirs(make_run, tmp_path):
     assert torch.allclose(model.eval()(images), expected, atol=1e-6)
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
     assert torch.allclose(model.eval()(images), expected, atol=1e-6)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=3)
+    features = model.eval().forward_head(model.forward_features(images), pre_logits=True)
+    assert torch.allclose(features, expected, atol=1e-6)
+    assert model(images).shape == (2, 3)
+    model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, in_chans=1)
+    of_gray = synco_fast.load_backbone(run)(images[:, :1].expand(-1, 3, -1, -1))
+    assert torch.allclose(model.eval()(images[:, :1]), of_gray, atol=1e-5)
     card = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert (card["architecture"], card["num_features"]) == ("resnet18", 512)
     assert torch.equal(synco_fast.load_backbone(tmp_path / "timm")(images), expected)
@@ -169,6 +176,17 @@ def test_published_checkpoints_come_in_and_go_out_unchanged(tmp_path, mlp):
     card = (tmp_path / "back" / "README.md").read_text()
     assert "published.pth.tar" in card
     assert "| epochs | 200 |" in card
+
+
+def test_the_queue_of_synco_has_its_keys_in_rows(tmp_path):
+    content = published(mlp=True, keys_first=True)
+    torch.save(content, tmp_path / "synco.pth.tar")
+    weights = import_checkpoint(tmp_path / "synco.pth.tar", tmp_path / "ours.pt", method="synco")
+    assert torch.equal(weights.state["queue.rows"], content["state_dict"]["module.queue"])
+    assert weights.state["queue.image_ids"].shape == (64,)
+    assert (weights.config.method.queue, weights.config.method.hard) == (64, 64)
+    moco = to_moco(weights.state)["module.queue"]
+    assert torch.equal(moco, content["state_dict"]["module.queue"].T), "an export has MoCo's layout"
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_the_key_encoder_follows_by_its_momentum():
         ({"method.name": "mochi", "method.hard": 64, "method.mixed": 8}, Negatives.mochi(64, 8, 256)),
         ({"method.name": "synco", "method.noisy": 0}, Negatives.synco(noisy=0)),
         ({"method.extrapolation": "paper"}, Negatives.synco(extrapolation="paper")),
+        ({"method.delta": 0, "method.eta": 0.0, "method.sigma": 0.1}, Negatives.synco(sigma=0.1, delta=0.0, eta=0.0)),
         ({"method.name": "mochi", "method.count_scale": 0.25}, Negatives.mochi(256, 128, 64)),
         ({"method.count_scale": 0.0, "method.hard": 64}, Negatives.moco()),
     ],

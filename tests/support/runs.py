@@ -75,8 +75,8 @@ class Bomb:
         return (exec, ("raise SystemExit('code ran')",))
 
 
-def published(*, mlp: bool) -> dict:
-    """A checkpoint as the authors' programs write it."""
+def published(*, mlp: bool, keys_first: bool = False) -> dict:
+    """A checkpoint as the authors' programs write it; SynCo's queue has a key in each row, MoCo's in each column."""
 
     def encoder() -> dict:
         model = torchvision.models.resnet18(num_classes=16)
@@ -86,6 +86,7 @@ def published(*, mlp: bool) -> dict:
 
     state = {f"module.encoder_q.{name}": value for name, value in encoder().items()}
     state |= {f"module.encoder_k.{name}": value for name, value in encoder().items()}
-    state |= {"module.queue": torch.randn(16, 64), "module.queue_ptr": torch.tensor([32])}
+    shape = (64, 16) if keys_first else (16, 64)
+    state |= {"module.queue": torch.randn(shape), "module.queue_ptr": torch.tensor([32])}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.03).state_dict()
     return {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": optimizer}

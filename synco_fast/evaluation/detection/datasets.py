@@ -9,6 +9,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,7 @@ class Detections(Dataset[tuple[Tensor, Target]]):
     """Images as float32 (3, H, W) in [0, 1], and targets as torchvision's detectors take them.
 
     A target holds ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) int64, ``iscrowd`` (n,) (difficult
-    objects of VOC are marked the same way), and with masks ``masks`` (n, H, W) bool.
+    objects of VOC are marked the same way in test images), and with masks ``masks`` (n, H, W) bool.
 
     Args:
         parts: Datasets of images and raw annotations, concatenated.
@@ -206,14 +207,17 @@ def _open_voc(spec: str, folder: Path, seed: int) -> DetectionSource:
         warnings.warn(
             f"data: found no VOC2007 test in {folder}: trained on {named[0]}, tested on {named[1]}", stacklevel=3
         )
-    train = Detections([part(*pair) for pair in trained], _voc_target, augment=True, seed=seed)
+    # Difficult objects are trained on, as in detectron2 and so in MoCo: dropped, they would count as background.
+    objects = partial(_voc_target, difficult=False)
+    train = Detections([part(*pair) for pair in trained], objects, augment=True, seed=seed)
     test = Detections([part(*tested)], _voc_target)
     return DetectionSource(spec, "voc", train, test, VOC_CLASSES, masks=False, sets=named)
 
 
-def _voc_target(part: _Raw, annotation: Any, picture: Any) -> Target:
+def _voc_target(part: _Raw, annotation: Any, picture: Any, *, difficult: bool = True) -> Target:
+    """An image's annotation as a target; ``difficult``: whether difficult objects are marked."""
     objects = annotation["annotation"].get("object", [])
-    boxes, labels, difficult = [], [], []
+    boxes, labels, marked = [], [], []
     for one in objects:
         if one["name"] not in VOC_CLASSES:
             raise DataError(f"data: found an object {one['name']!r}, expected the twenty classes of VOC")
@@ -222,8 +226,8 @@ def _voc_target(part: _Raw, annotation: Any, picture: Any) -> Target:
         # VOC counts pixels from 1, and its last pixel is inclusive.
         boxes.append([left - 1, top - 1, right, bottom])
         labels.append(VOC_CLASSES.index(one["name"]) + 1)
-        difficult.append(int(one.get("difficult", 0)))
-    return _target(boxes, labels, difficult, picture)
+        marked.append(int(one.get("difficult", 0)) if difficult else 0)
+    return _target(boxes, labels, marked, picture)
 
 
 def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -51,8 +53,8 @@ class DetectionProtocol:
         drops: Iterations after which the rate is divided by 10.
         warmup: Iterations over which the rate rises from a thousandth of it.
         batch: Images per step, over all ranks.
-        lr, momentum, weight_decay: Of SGD.
-        sizes: Short sides of training images, one drawn for each batch, in pixels.
+        lr, momentum, weight_decay: Of SGD; batch norm has no weight decay.
+        sizes: Short sides of training images, one drawn for each image, in pixels.
         size: Short side of test images.
         longest: Upper bound of the long side.
         freeze: Whether the backbone is frozen.
@@ -153,6 +155,14 @@ def _widths(backbone: nn.Module, stages: list[str]) -> list[int]:
     return [found[stage] for stage in stages]
 
 
+def decayed_without_norms(detector: nn.Module) -> list[dict[str, Any]]:
+    """Groups of what is trained: the weight decay spares batch norm, as detectron2's does."""
+    norms = {value for part in detector.modules() if isinstance(part, _BatchNorm) for value in part.parameters()}
+    trained = [value for value in detector.parameters() if value.requires_grad]
+    spared = {"params": [value for value in trained if value in norms], "weight_decay": 0.0}
+    return [{"params": [value for value in trained if value not in norms]}, spared]
+
+
 def evaluate_detection(
     path: Path, options: EvalOptions, *, protocol: DetectionProtocol | None = None, console: Console | None = None
 ) -> dict[str, Any]:
@@ -198,6 +208,8 @@ def evaluate_detection(
             "source": source.spec,
             "train": source.train.sha256(),
             "test": source.test.sha256(),
+            # Earlier versions dropped difficult objects of VOC, and decayed batch norm.
+            "as_detectron2": True,
         }
         state = folder / f"detection_{source.layout}.pt"
         before = job.train(state, made_by, fresh=options.fresh)
@@ -262,13 +274,8 @@ class _Job:
     def train(self, state: Path, made_by: dict[str, Any], *, fresh: bool) -> float:
         """Train from the saved state, if any, or from the start; returns the box AP before the first step."""
         protocol = self.protocol
-        optimizer = build_sgd(
-            [value for value in self.detector.parameters() if value.requires_grad],
-            lr=protocol.lr,
-            momentum=protocol.momentum,
-            weight_decay=protocol.weight_decay,
-            device=self.device,
-        )
+        settings = {"lr": protocol.lr, "momentum": protocol.momentum, "weight_decay": protocol.weight_decay}
+        optimizer = build_sgd(decayed_without_norms(self.detector), **settings, device=self.device)
         optim = OptimStep(optimizer, scaled=self.precision.scaled, device=self.device)
         found = read_tensors(state) if state.is_file() and not fresh else None
         step, before = 0, 0.0
@@ -323,7 +330,14 @@ class _Job:
         from torchmetrics.detection import MeanAveragePrecision
 
         kinds: Any = ("bbox", "segm") if self.source.masks else ("bbox",)
-        metric = MeanAveragePrecision(iou_type=kinds, backend="pycocotools", sync_on_compute=False)
+        metric = MeanAveragePrecision(
+            iou_type=kinds,
+            # COCO's own. torchmetrics rounds its to float32, so that a recall of 0.8 does not reach the threshold 0.8.
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            backend="pycocotools",
+            sync_on_compute=False,
+        )
         numbers = list(range(rank(), images, world()))
         self.detector.eval()
         transform: Any = self.detector.transform

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -28,11 +29,13 @@ def write(weights: Weights, folder: Path) -> Written:
     name = stock_name(weights, "timm")
     recipe = weights.config.augment
     arguments = model.backbone_args if not in_torchvision(model.backbone) else {}
+    built = build_backbone(f"timm/{name}", arguments=arguments)[0]
+    stock: Any = built.pretrained_cfg
     card = {
         "architecture": name,
         "num_classes": 0,
         # As timm writes it: the width before the pooling, which can differ from that of the features.
-        "num_features": build_backbone(f"timm/{name}", arguments=arguments)[0].num_features,
+        "num_features": built.num_features,
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, recipe.size, recipe.size],
@@ -41,6 +44,8 @@ def write(weights: Weights, folder: Path) -> Written:
             "crop_pct": recipe.size / recipe.resize,
             "interpolation": "bilinear",
             "num_classes": 0,
+            # Without these timm does not load the weights beside a new classifier, or for another number of channels.
+            **{key: stock[key] for key in ("first_conv", "classifier") if stock.get(key)},
         },
     }
     with atomic_write(folder / "model.safetensors") as file:

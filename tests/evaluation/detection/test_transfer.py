@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from synco_fast.evaluation.detection import finetune as transfer
 from synco_fast.evaluation.detection.datasets import Steps, open_detection
 from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 from synco_fast.runtime.errors import ConfigError, DataError
+from synco_fast.runtime.precision import Precision
 from tests.support.detection import scene
 from tests.support.rotation import in_turn
 
@@ -91,7 +93,15 @@ def test_a_half_trained_detector_is_that_of_its_precision_and_images(make_run, v
     assert (found["train_set"], found["test_set"]) == ("VOC2007 trainval", "VOC2007 test")
 
 
-def test_training_images_are_flipped_with_their_boxes_and_leave_difficult_objects_out(voc):
+def test_difficult_objects_are_trained_on_and_not_counted(voc):
+    """As in detectron2: left out of training they would be background."""
+    sets = voc / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    (sets / "test.txt").write_text("000003\n")
+    source = open_detection(f"voc:{voc}")
+    assert (source.train[0, 3][1]["labels"].tolist(), source.test[0][1]["iscrowd"].tolist()) == ([12], [1])
+
+
+def test_training_images_are_flipped_with_their_boxes(voc):
     train = open_detection(f"voc:{voc}", seed=3).train
     flipped = 0
     for epoch in range(8):
@@ -103,7 +113,35 @@ def test_training_images_are_flipped_with_their_boxes_and_leave_difficult_object
         flipped += box[0] == left
         assert image[:, y + 2 : y + height - 2, int(box[0]) + 2 : int(box[2]) - 2].mean() > 0.7
     assert 0 < flipped < 8
-    assert len(train[0, 3][1]["labels"]) == 0, "a difficult object is not trained on"
+
+
+def test_weight_decay_spares_batch_norm():
+    """As in detectron2 (WEIGHT_DECAY_NORM 0)."""
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2), torch.nn.Linear(2, 2), frozen)
+    decayed, norms = transfer.decayed_without_norms(net)
+    assert decayed == {"params": [*net[0].parameters(), *net[2].parameters()]}
+    assert norms == {"params": [net[1].weight, net[1].bias], "weight_decay": 0.0}
+
+
+def test_average_precision_is_that_of_coco():
+    """Four objects of five are found: precision is 1 up to a recall of 0.8, which 81 of COCO's 101 thresholds are."""
+    box, label = torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([1])
+    target = {"boxes": box, "labels": label, "iscrowd": torch.tensor([0])}
+
+    class Detector(torch.nn.Module):
+        transform, found = SimpleNamespace(min_size=(64,)), 0
+
+        def forward(self, pictures):
+            self.found += 1
+            return [{"boxes": box, "labels": label, "scores": torch.ones(1)} if self.found < 5 else nothing]
+
+    nothing = {"boxes": torch.empty(0, 4), "labels": label[:0], "scores": torch.empty(0)}
+    source = SimpleNamespace(test=[(torch.zeros(3, 64, 64), target)] * 5, masks=False)
+    device = torch.device("cpu")
+    options = EvalOptions(workers=0)
+    job = transfer._Job(Detector(), source, SMALL, options, Precision("fp32", device), device, None)
+    assert job.measure(5)["box"] == {name: pytest.approx(81 / 101) for name in ("AP", "AP50", "AP75")}
 
 
 def test_steps_go_through_every_image_and_on():
