@@ -56,8 +56,7 @@ class DistEnv:
                 variables.get("MASTER_ADDR", "127.0.0.1"),
                 _number(variables, "MASTER_PORT"),
             )
-        # The step's own number of tasks: an interactive shell in an allocation has the job's SLURM_NTASKS but is one task,
-        # in no step or in one of its own.
+        # An interactive shell has its allocation's SLURM_NTASKS, but is in no step, or the only task of its own step.
         tasks = "SLURM_STEP_NUM_TASKS" if variables.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
         if variables.get("SLURM_STEP_ID", "").isdigit() and _number(variables, tasks, "1") > 1:
             world = _number(variables, tasks)
