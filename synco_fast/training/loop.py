@@ -280,7 +280,7 @@ class Trainer(Generic[SummaryT]):
         """
         row = self._check_skipped()
         self._save_due = row > 0 and self.step < self.steps and not self.stopping.agreed
-        if row and self.step == self.steps:
+        if row and self.step == self.steps and not self._evaluation_due():
             self.task.note(f"skipped steps at the end of the run: {row}, with non-finite gradients")
         self._check_agreement()
         if self._save_due:

@@ -409,10 +409,10 @@ def poisoned(*steps: int):
 
 def test_a_bad_gradient_before_a_stop_or_at_the_very_end_costs_nothing(tiny, tmp_path):
     """A skipped step has changed nothing: what is written after it resumes to the bit."""
-    config = tiny({"evaluation.every": 0})
+    config = tiny({"evaluation.every": 2})
     console, text = screen()
     assert trainer(config, tmp_path / "whole", before_step=poisoned(5, 7), console=console).run().finished
-    assert "skipped steps at the end of the run: 1, with" in text.getvalue()
+    assert text.getvalue().count("skipped steps at the end of the run: 1, with") == 1
     trainer(config, tmp_path / "parts", before_step=poisoned(5), after_step=stop_after(6)).run()
     assert newest(tmp_path / "parts")["step"] == 6
     parts = trainer(config, tmp_path / "parts", resume=tmp_path / "parts", before_step=poisoned(7)).run()
