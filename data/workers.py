@@ -56,7 +56,7 @@ def _local_ranks(variables: Mapping[str, str]) -> tuple[int, int]:
         with suppress(OSError):  # whoever starts the ranks has the cores of all of them
             return max(1, ranks), len(os.sched_getaffinity(os.getppid()))
         return max(1, ranks), 0
-    if variables.get("SLURM_STEP_ID", "").isdigit() and number("SLURM_NTASKS") > 1:
+    if variables.get("SLURM_STEP_ID", "").isdigit() and (number("SLURM_STEP_NUM_TASKS") or number("SLURM_NTASKS")) > 1:
         ranks = number("SLURM_STEP_TASKS_PER_NODE") or number("SLURM_TASKS_PER_NODE")
         return max(1, ranks), number("SLURM_CPUS_ON_NODE")
     return 1, 0

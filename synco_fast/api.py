@@ -224,8 +224,8 @@ def pretrain(
         DivergedError: Training diverged.
         LostProcessError: Another process of the job is gone.
         KeyboardInterrupt: On the first Ctrl-C (or a notebook's interrupt), once the step is finished and a checkpoint
-            is written; at once on the second. `Run.resume` goes on. Likewise SIGTERM and SIGHUP reach the handlers
-            that were installed before.
+            is written; at once on one that comes two seconds later or more. `Run.resume` goes on. Likewise SIGTERM and
+            SIGHUP reach the handlers that were installed before.
     """
     changes = _overrides(settings, overrides)
     if isinstance(data, Mapping):

@@ -20,7 +20,7 @@ from synco_fast.evaluation.context import EvalContext, check_unchanged, progress
 from synco_fast.evaluation.labelled import LabelledBatches, images_sha256
 from synco_fast.export.load import backbone_of
 from synco_fast.runtime.checkpoint import read_tensors
-from synco_fast.runtime.distributed import barrier, rank, sum_over_ranks, world
+from synco_fast.runtime.distributed import barrier, mean_over_ranks, rank, sum_over_ranks, world
 from synco_fast.runtime.errors import DivergedError
 from synco_fast.runtime.files import atomic_write
 from synco_fast.runtime.optim_step import OptimStep, build_sgd
@@ -176,6 +176,8 @@ def train_classifier(
                 )
             history.append({"epoch": epoch + 1, "loss": loss})
             if protocol.tested(epoch):
+                if not frozen:  # each rank's last step moved its own
+                    mean_over_ranks([buffer for buffer in model.buffers() if buffer.is_floating_point()])
                 top1, top5, confusion = _test(context, model)
                 history[-1] |= {"top1": top1, "top5": top5}
                 bar.advance(0, f"loss {loss:.3f}  top-1 {top1:.1%}")

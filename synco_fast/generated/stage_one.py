@@ -63,6 +63,9 @@ class GeneratorTraining:
     """
 
     def __init__(self, config: GeneratorConfig, features: Features | None = None) -> None:
+        processes = DistEnv.detect().world
+        if processes > 1:
+            raise ConfigError(f"processes: found {processes}, expected 1 to train a generator")
         self.config, self.control, self.note = config, HostGroup(DistEnv()), Notes()
         self.device = resolve_device(config.device)
         self.precision = Precision(config.precision, self.device, key="precision")

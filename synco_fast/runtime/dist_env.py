@@ -56,17 +56,19 @@ class DistEnv:
                 variables.get("MASTER_ADDR", "127.0.0.1"),
                 _number(variables, "MASTER_PORT"),
             )
-        # An interactive shell inside an allocation has the job's variables but is not one of its tasks.
-        if variables.get("SLURM_STEP_ID", "").isdigit() and _number(variables, "SLURM_NTASKS", "1") > 1:
+        # An interactive shell has its allocation's SLURM_NTASKS, but is in no step, or the only task of its own step.
+        tasks = "SLURM_STEP_NUM_TASKS" if variables.get("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS"
+        if variables.get("SLURM_STEP_ID", "").isdigit() and _number(variables, tasks, "1") > 1:
+            world = _number(variables, tasks)
             nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST", "")
-            tasks = "SLURM_STEP_TASKS_PER_NODE"
-            tasks = tasks if variables.get(tasks) else "SLURM_TASKS_PER_NODE"
+            local = "SLURM_STEP_TASKS_PER_NODE"
+            local = local if variables.get(local) else "SLURM_TASKS_PER_NODE"
             first, span = _PORTS
             return DistEnv(
                 _number(variables, "SLURM_PROCID"),
-                _number(variables, "SLURM_NTASKS"),
+                world,
                 _number(variables, "SLURM_LOCALID"),
-                _number({tasks: re.split(r"[(,]", variables.get(tasks) or "1")[0]}, tasks),
+                _number({local: re.split(r"[(,]", variables.get(local) or "1")[0]}, local),
                 variables.get("MASTER_ADDR") or _first_node(nodes),
                 _number(variables, "MASTER_PORT")
                 if variables.get("MASTER_PORT")

@@ -165,8 +165,11 @@ class Trainer(Generic[SummaryT]):
                     self._save()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()
-                    # A run that stops at the end of a round is evaluated there when it resumes.
+                    # A run that stops at the end of a round is evaluated there when it resumes. So is one that ends
+                    # in the evaluation, which may take minutes: the round is saved before.
                     if not self.stopping.agree():
+                        if self._evaluation_due() and self._checkpoint_due():
+                            self._save()
                         self._evaluate_if_due()
                     if self._save_due or self.stopping.agreed or self._checkpoint_due():
                         self._save()
@@ -219,11 +222,14 @@ class Trainer(Generic[SummaryT]):
             self.reporter.line(self.step, title, *words)
         self.log.write("train", self.step, values)
 
+    def _evaluation_due(self) -> bool:
+        return self.task.evaluation_due(self.step) and self.evaluated_at != self.step
+
     def _evaluate_if_due(self) -> bool:
         """Evaluate at the start, at the end of rounds, and at the end; never twice at one step."""
         if self.env.is_main:
             self.task.artifacts(self.step)
-        due = self.task.evaluation_due(self.step) and self.evaluated_at != self.step
+        due = self._evaluation_due()
         if due:
             self.evaluated_at = self.step
             self.reporter.stage("evaluation")
@@ -274,7 +280,7 @@ class Trainer(Generic[SummaryT]):
         """
         row = self._check_skipped()
         self._save_due = row > 0 and self.step < self.steps and not self.stopping.agreed
-        if row and self.step == self.steps:
+        if row and self.step == self.steps and not self._evaluation_due():
             self.task.note(f"skipped steps at the end of the run: {row}, with non-finite gradients")
         self._check_agreement()
         if self._save_due:

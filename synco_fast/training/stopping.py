@@ -19,6 +19,9 @@ __all__ = ["StopSignals"]
 #: Seconds between two agreements of several processes on whether to stop, and the most steps. torchrun kills 30 s after
 #: SIGTERM, and the checkpoint must be written by then.
 _SECONDS, _STEPS = 1.0, 10
+#: Seconds in which several signals are one request: a terminal or Slurm signals a run and also the program that started
+#: it, such as a study or torchrun, which passes the request on.
+_TOGETHER = 2.0
 
 
 class StopSignals:
@@ -37,7 +40,9 @@ class StopSignals:
     def __init__(self, control: HostGroup, minutes: float | None, at: int | None = None) -> None:
         self._control, self._at = control, at
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._asked = self._hung_up = False
+        self._hung_up = False
+        #: When a stop was first requested.
+        self._asked: float | None = None
         # The first step is the first that is timed, so the processes agree after it.
         self._interval, self._steps, self._since = 1, 0, time.monotonic()
         self.received: int | None = None
@@ -47,20 +52,22 @@ class StopSignals:
     def on_signals(self) -> Iterator[None]:
         """SIGTERM, SIGINT and SIGHUP request a stop after the current step.
 
-        A second SIGTERM or SIGINT ends the process at once. A lost terminal can cause several SIGHUPs. SIGHUP stays
-        ignored where it is, as under ``nohup``. Outside the main thread nothing is handled: Python forbids it.
+        A further SIGTERM or SIGINT, two seconds later or more, ends the process at once. A lost terminal can cause
+        several SIGHUPs. SIGHUP stays ignored where it is, as under ``nohup``. Outside the main thread nothing is
+        handled: Python forbids it.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask(number: int, frame: FrameType | None) -> None:
+            now = time.monotonic()
             if number == signal.SIGHUP:
                 self._hung_up = True
                 _leave_lost_terminal()
-            elif self._asked:
+            elif self._asked is not None and now - self._asked >= _TOGETHER:
                 raise KeyboardInterrupt
-            self._asked = True
+            self._asked = now if self._asked is None else self._asked
             self.received = self.received or number
 
         numbers = [signal.SIGTERM, signal.SIGINT]
@@ -92,7 +99,7 @@ class StopSignals:
         if self._hung_up:
             _leave_lost_terminal()
         now = time.monotonic()
-        stop = self._asked or (self._deadline is not None and now >= self._deadline)
+        stop = self._asked is not None or (self._deadline is not None and now >= self._deadline)
         stops, slowest = self._control.max(int(stop), round(1e6 * (now - self._since)))
         self.agreed = self.agreed or bool(stops)
         if self._steps:

@@ -30,7 +30,7 @@ def machine(monkeypatch, tmp_path):
     own = workers._quota
 
     def make(cores, parent, variables, files=()):
-        for name in {*TORCHRUN, *SLURM, "SLURM_STEP_TASKS_PER_NODE"}:
+        for name in {*TORCHRUN, *SLURM, "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"}:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -58,6 +58,7 @@ def machine(monkeypatch, tmp_path):
         (8, 128, SLURM, 8),
         (96, 128, {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4(x4)"}, 24),
         (96, 96, {**SLURM, "SLURM_STEP_ID": ""}, 96),
+        (96, 96, {**SLURM, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}, 96),  # salloc's shell
         (96, 96, {**SLURM, **TORCHRUN, "LOCAL_WORLD_SIZE": "4"}, 24),
     ],
 )

@@ -195,6 +195,21 @@ def test_fine_tuning_sweeps_and_learns(make_run):
         evaluate_finetune(run, percent=0)
 
 
+def test_every_rank_tests_with_the_same_running_statistics(make_run, monkeypatch):
+    order, measure = [], classifier._test
+
+    def test(context, model):
+        order.append("test")
+        return measure(context, model)
+
+    monkeypatch.setattr(classifier, "mean_over_ranks", lambda tensors: order.append(len(tensors)))
+    monkeypatch.setattr(classifier, "_test", test)
+    protocol = replace(published_protocol(1), epochs=1, batch=16, tests=1)
+    evaluate_finetune(make_run(), EvalOptions(workers=0), percent=10, rates=(0.01,), protocol=protocol)
+    statistics, tested = order
+    assert (statistics > 0, tested) == (True, "test")
+
+
 def test_subsets_are_balanced_and_follow_the_seed(image_folder):
     split = open_source(str(image_folder)).train
     chosen = balanced_subset(split, 0.3, seed=1)

@@ -139,6 +139,13 @@ def test_another_architecture_is_named_and_other_changes_are_said(small, tmp_pat
         trainer(small(batch=99), tmp_path / "other")
 
 
+def test_a_job_of_several_processes_is_refused(small, tmp_path, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="processes: found 2, expected 1 to train a generator"):
+        trainer(small(), tmp_path / "run")
+
+
 def test_networks_beyond_memory_are_refused_with_the_figure(small, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 28)
     says = r"^width: found 256 with latent 16 for a generator and a discriminator, which takes [\d.]+ GiB or more, "

@@ -186,6 +186,9 @@ def test_the_place_is_found_in_what_torchrun_or_slurm_sets():
     assert DistEnv.detect(SLURM) == DistEnv(9, 16, 1, 8, "gpu03", 24567)
     assert DistEnv.detect({**SLURM, "MASTER_PORT": "7", "MASTER_ADDR": "a"}).port == 7
     assert DistEnv.detect({**SLURM, "SLURM_STEP_ID": ""}) == DistEnv(), "a shell inside an allocation is no task"
+    shell = {**SLURM, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    assert DistEnv.detect(shell) == DistEnv(), "nor is a shell that salloc starts in a step of its own"
+    assert DistEnv.detect({**SLURM, "SLURM_STEP_NUM_TASKS": "12"}).world == 12, "a step of fewer tasks than the job"
     assert DistEnv.detect({**SLURM, **TORCHRUN}).world == 4, "torchrun inside a Slurm job"
     with pytest.raises(ConfigError, match="MASTER_PORT: found '' in the environment"):
         DistEnv.detect({**TORCHRUN, "MASTER_PORT": ""})

@@ -61,17 +61,25 @@ def test_throughput_goes_on_after_a_checkpoint(clock):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_and_a_second_one_interrupts(number):
+def test_a_signal_asks_and_a_second_one_interrupts(number, monkeypatch):
+    """Those that come together are one: of a terminal and of a study, or of Slurm and of torchrun."""
+    now = [100.0]
+    monkeypatch.setattr("synco_fast.training.stopping.time.monotonic", lambda: now[0])
     before = signal.getsignal(number)
     stopping = StopSignals(HostGroup(DistEnv()), minutes=None)
     with stopping.on_signals():
         assert not stopping.after_step(1)
         os.kill(os.getpid(), number)
+        for together in (signal.SIGINT, signal.SIGTERM):
+            now[0] += 0.5
+            signal.raise_signal(together)
         assert stopping.after_step(2)
+        now[0] += 1
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
     assert stopping.agreed
+    assert stopping.received == number
 
 
 class Processes:
