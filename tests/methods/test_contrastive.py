@@ -254,6 +254,7 @@ def test_the_symmetric_loss_is_the_mean_of_both_directions():
     assert not torch.allclose(*hard, atol=1e-4)
     symmetric.after_step()
     assert int(symmetric.queue.pointer) == 16
+    assert symmetric.figures({}, 100)[0] == {"queue_age": 32 / 16}, "a queue of 32, and 16 keys a step"
     assert torch.equal(symmetric.queue.image_ids[:16], batch.image_ids.repeat(2))
 
 
