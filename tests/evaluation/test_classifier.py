@@ -187,7 +187,7 @@ def test_knn_takes_the_runs_own_k_and_temperature_and_the_nearest_of_more(make_r
 def test_the_periodic_knn_is_that_of_the_configuration(image_folder, monkeypatch):
     source, limits = open_source(str(image_folder)), {}
     # Two near neighbours of class 1 against one nearer of class 0: who wins depends on the temperature.
-    bank = Features(torch.tensor([[1.0, 0.05], [1.0, 0.5], [1.0, -0.5], [-1.0, 0.0]]), torch.tensor([0, 1, 1, 3]), {})
+    bank = Features(torch.tensor([[1.0, 0.05], [1.0, 0.5], [1.0, -0.5], [-1.0, 0.0]]), torch.tensor([0, 1, 1, 4]), {})
     queries = Features(torch.tensor([[2.0, 0.0]]), torch.tensor([1]), {3: "cut"})
 
     def extract(backbone, split, recipe, *, limit, **named):

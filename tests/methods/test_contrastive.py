@@ -12,6 +12,7 @@ from synco_fast.methods.base import Encoders, Views
 from synco_fast.methods.build import build_method
 from synco_fast.methods.contrastive import ContrastSettings, SlowPathMonitor
 from synco_fast.methods.schedule import NegativeSchedule, note_without_synthetic
+from synco_fast.models.shuffle import key_order
 
 from ..conftest import TINY
 
@@ -80,6 +81,8 @@ def test_the_seed_decides_the_weights_the_queue_the_shuffle_and_the_draws():
         for order in model.shard(views(), step=step).orders
     }
     assert len(orders) == 8, "another order for every seed, step and direction"
+    for step in (1, 70, 128):
+        assert torch.equal(key_order(9, seed=3, step=step), key_order(9, seed=3, step=torch.tensor(step)))
     losses = {}
     for seed in (0, 1):
         model = method(**{"model.batch_norm_groups": 1}).eval()
