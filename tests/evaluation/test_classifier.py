@@ -18,12 +18,13 @@ from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.evaluation import classifier, knn, linear
 from synco_fast.evaluation import features as cache
 from synco_fast.evaluation.classifier import ClassifierProtocol, train_classifier
-from synco_fast.evaluation.context import EvalOptions, open_context
+from synco_fast.evaluation.context import EvalOptions, open_context, source_of
 from synco_fast.evaluation.features import Features
 from synco_fast.evaluation.knn import evaluate_knn, knn_accuracy, periodic_knn
 from synco_fast.evaluation.labelled import LabelledBatches, _Crops
 from synco_fast.evaluation.linear import evaluate_linear_fast, sweep_heads
 from synco_fast.evaluation.monitor import feature_figures
+from synco_fast.export.load import read_weights
 from synco_fast.runtime.optim_step import OptimStep
 from synco_fast.runtime.precision import Precision
 
@@ -219,3 +220,10 @@ def test_cached_features_are_of_one_crop_precision_and_set_of_labels(make_run):
     ]
     assert len(set(keys)) == 5
     assert cache._key(context, other) == keys[0]
+
+
+def test_images_are_those_asked_for_else_of_the_runs_evaluation_else_its_own(make_run, image_folder):
+    for name, changes, own in (("a", {"evaluation.source": "demo"}, "demo"), ("b", {}, str(image_folder))):
+        weights = read_weights(make_run(changes, name))
+        assert source_of(weights, EvalOptions()) == own
+        assert source_of(weights, EvalOptions(data="tar:elsewhere")) == "tar:elsewhere"
