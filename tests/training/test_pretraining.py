@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,19 @@ def test_the_evaluation_takes_its_own_images_and_the_best_accuracy_stays(tiny, t
         ("evaluation", 8, 0.9),
     ]
     assert lines[1][2] == {"epoch": 1.0, "knn": 0.9, "feature_rank": 2.0, "best_knn": 0.9}
+
+
+def test_a_monitor_begins_with_the_lines_up_to_the_checkpoint(tiny, tmp_path):
+    """Those after it are dropped, since a resumed run writes them again."""
+    begun = []
+    monitor = SimpleNamespace(begin=lambda labels, lines: begun.append((len(labels), [line["step"] for line in lines])))
+    lines = [{"kind": "train", "step": step, "loss": 1.0} for step in (2, 4, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with closing(Pretraining(tiny({"evaluation.every": 0}), monitor=monitor)) as task:
+        task.begin(tmp_path, fresh=True)
+        task._resumed_at = 4
+        task.begin(tmp_path, fresh=False)
+    assert begun == [(33, []), (33, [2, 4])]
 
 
 FREE = {"method.warmup_epochs": 2, "training.epochs": 9, "optimizer.lr": 0.25, "data.workers": 1, "model.norm": "plain"}
