@@ -10,7 +10,7 @@ from synco_fast.data.sources.check import keep_list
 from synco_fast.data.sources.identity import digest_of
 from synco_fast.data.sources.open import open_source
 from synco_fast.data.sources.pack import PackSettings, pack_source
-from synco_fast.data.sources.splits import ArraySplit, share_of
+from synco_fast.data.sources.splits import ArraySplit, SubsetSplit, share_of
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,9 @@ def test_folders(image_folder, tmp_path):
     whole, part = digest(str(image_folder)), digest(str(image_folder), 0.5)
     assert len(whole) == 32
     assert whole != part != digest(str(image_folder), 0.25)
+    split = open_source(str(image_folder)).train
+    subsets = [digest_of(SubsetSplit(split, np.array(numbers))) for numbers in ([0, 1, 2], [0, 1, 3], [1, 0, 2])]
+    assert len(set(subsets)) == 3, "other images, and the same in another order"
     moved = shutil.copytree(image_folder, tmp_path / "moved")
     assert (digest(str(moved)), digest(str(moved), 0.5)) == (whole, part), "names below the folder alone"
     split = open_source(str(moved)).train

@@ -185,3 +185,20 @@ def test_rows_of_parameters_are_taken_from_every_field():
 def test_every_key_of_a_recipe_is_described():
     for name, field in Recipe.model_fields.items():
         assert len(field.description or "") > 10, name
+
+
+def test_a_blur_does_not_depend_on_the_other_views_of_its_batch():
+    views = 255 * torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    sigma = np.array([0.5, 1.1, 2.0], dtype=np.float32)
+    together = ops.blur(views, sigma)
+    for row in range(3):
+        alone = ops.blur(views[row : row + 1], sigma[row : row + 1])[0]
+        assert torch.allclose(together[row], alone, atol=1e-3)
+
+
+def test_a_crop_smaller_than_its_view_is_enlarged_as_interpolate_does():
+    image = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crops = np.array([[3, 5, 7, 9], [0, 0, 20, 6]])
+    found = crop_and_resize_batch(image.expand(2, 3, 20, 24).float(), crops, 32)
+    for one, crop in zip(found, crops, strict=True):
+        assert (one - ops.crop_and_resize(image, crop, 32)[0].float()).abs().max() <= 1

@@ -317,3 +317,18 @@ def test_a_pack_says_how_far_it_is(folder, tmp_path):
     assert seen[0] == ("train", 0, 21, 0)
     assert ("train", 21, 21, 2) in seen
     assert seen[-1] == ("val", 6, 6, 0)
+
+
+def test_an_index_of_other_shards_or_in_another_order_is_not_used(tmp_path):
+    """Its places hold the numbers of shards, which would lead into another shard."""
+    shards = [tmp_path / f"{number}.tar" for number in range(3)]
+    for number, shard in enumerate(shards):
+        shard.write_bytes(bytes(512 * (number + 1)))
+    places, sizes = np.array([[0, 512, 9], [1, 512, 9]]), np.full((2, 2), 8)
+    index = PackIndex(
+        np.arange(2), places, np.zeros(2, np.uint32), sizes, sizes, None, None, {"0.tar": 512, "1.tar": 1024}
+    )
+    index.write(tmp_path / INDEX)
+    assert packed_manifest(shards[:2]).places.tolist() == places.tolist()
+    for others in (shards[1::-1], shards, shards[:1], shards[1:]):
+        assert packed_manifest(others) is None

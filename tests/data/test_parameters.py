@@ -188,3 +188,20 @@ def test_uniforms_are_even_and_follow_the_fold_of_derived_seeds():
     assert ((counts - 400) ** 2 / 400).sum() < 170  # chi-squared, 99 degrees: probability below 1e-5
     assert np.array_equal(values[3], uniforms(7, 0, 3, count=20)[0])
     assert derive_seed(7, 0, 3) != derive_seed(7, 3, 0)
+
+
+def test_strong_jitter_never_turns_a_factor_below_zero():
+    strong = Recipe(size=16, brightness=3.0, contrast=3.0, saturation=3.0, hue=0.5, jitter_probability=1.0)
+    count = 500
+    drawn = draw_views(
+        strong,
+        seed=0,
+        epoch=0,
+        images=np.arange(count),
+        views=np.zeros(count, dtype=np.int64),
+        sizes=np.full((count, 2), 40),
+    ).factors
+    assert drawn[:, :3].min() >= 0
+    assert drawn[:, :3].max() > 3.9
+    assert drawn[:, 3].min() < -0.45
+    assert drawn[:, 3].max() > 0.45

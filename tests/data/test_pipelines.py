@@ -82,6 +82,13 @@ def test_views_depend_on_seed_and_epoch_not_on_workers(split, name):
     assert all(same(a, b) for number in (0, 1) for a, b in zip(epoch(shared, number), first[number], strict=True))
     assert not same(epoch(pipeline(split, name, seed=4), 0)[0], first[0][0])
     shared.close()
+    by_image = [
+        {int(image): view for batch in batches for image, view in zip(batch.image_ids, batch.first, strict=True)}
+        for batches in (*first, epoch(pipeline(split, name, seed=4), 0))
+    ]
+    for other in by_image[1:]:
+        assert len(shared_images := by_image[0].keys() & other.keys()) > 20
+        assert not any(torch.equal(by_image[0][image], other[image]) for image in shared_images), "not order alone"
 
 
 def test_starting_in_the_middle_meets_the_same_batches(split, name):

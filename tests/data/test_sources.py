@@ -10,6 +10,8 @@ from PIL import Image
 from synco_fast.cli import main
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.check import keep_list
+from synco_fast.data.sources.columns import number_labels
+from synco_fast.data.sources.layout import split_of
 from synco_fast.data.sources.open import ArraySplit, open_source, read_image
 from synco_fast.data.sources.splits import SubsetSplit, share_of
 
@@ -241,3 +243,26 @@ def test_data_check_says_which_files_are_in_no_split(image_folder, capsys, monke
     (image_folder / "test").mkdir()
     assert main(["data", "check", str(image_folder), "--workers", "0"]) == 0
     assert f"{image_folder}: not read: test/" in capsys.readouterr().out
+
+
+def test_the_split_is_told_by_the_innermost_name_that_names_one():
+    told = {
+        "train/val/a": "val",
+        "val/train/a": "train",
+        "train-test-split/a": None,
+        "train/train-test-split/a": "train",
+        "images/val2017": "val",
+        "images/trainset": "train",
+        "images/constrain": None,
+    }
+    assert {name: split_of(name.split("/")) for name in told} == told
+
+
+def test_labels_without_a_name_are_classes_of_their_own():
+    """Names by number hold where every number has one, or numbers would stand for the wrong names."""
+    labels, classes = number_labels([1, 0, 1], ["cat", "dog"], "set")
+    assert (labels.tolist(), classes) == ([1, 0, 1], ("cat", "dog"))
+    labels, classes = number_labels([10, 2, 10], ["cat", "dog"], "set")
+    assert (labels.tolist(), classes) == ([1, 0, 1], ("2", "10"))
+    labels, classes = number_labels([-1, 0], ["cat", "dog"], "set")
+    assert (labels.tolist(), classes) == ([0, 1], ("-1", "0"))

@@ -17,6 +17,7 @@ import torch
 from synco_fast.cli import main
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
+from synco_fast.data.pipelines import stream_order
 from synco_fast.data.pipelines.build import build_pipeline, evaluation_batches, pipelines_for
 from synco_fast.data.pipelines.stream_order import Piece, ShuffleBuffer, plan_epoch
 from synco_fast.data.sources import stream_reader
@@ -201,6 +202,12 @@ def test_a_plan_with_counts_cuts_the_permuted_shards():
     assert plan_epoch(1, [4], readers=1, share=10, seed=0, epoch=0) == [
         [Piece(0, 0, 4, 0), Piece(0, 0, 4, 1), Piece(0, 0, 2, 2)]
     ]
+    orders = {
+        tuple(piece.shard for piece in plan_epoch(40, None, readers=1, share=1, seed=seed, epoch=epoch)[0])
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4, "another order of shards for every seed and epoch"
 
 
 @pytest.mark.parametrize(("length", "size"), [(50, 8), (5, 8), (50, 1), (2100, 300)])
@@ -213,6 +220,15 @@ def test_a_shuffle_buffer_gives_each_position_once_and_never_too_early(length, s
     if size > 1:
         assert given != [*ShuffleBuffer(length, size, 1, 3, 3)]
         assert np.corrcoef(given, range(length))[0, 1] < 1
+
+
+def test_a_shuffle_buffer_never_draws_the_same_numbers_again(monkeypatch):
+    true, asked = stream_order.uniforms, []
+    monkeypatch.setattr(
+        stream_order, "uniforms", lambda *words, count: (asked.append(words), true(*words, count=count))[1]
+    )
+    assert len([*ShuffleBuffer(2100, 300, 1, 2, 3)]) == 2100
+    assert len(asked) == len(set(asked)) == 3
 
 
 # -- shards -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from safetensors.torch import save_file
 
 import synco_fast
 from synco_fast.export.import_checkpoint import import_checkpoint
+from synco_fast.export.load import read_weights
 from synco_fast.methods.build import build_encoder
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 from synco_fast.runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -15,6 +16,8 @@ def test_the_backbone_is_plain_and_the_same(make_run, tiny):
     folder = make_run()
     backbone = synco_fast.load_backbone(folder)
     assert not backbone.training
+    weights = read_weights(folder)
+    assert (weights.step, weights.epochs, weights.run) == (8, 2.0, folder.resolve())
     assert not any(isinstance(part, SplitBatchNorm2d) for part in backbone.modules())
     state = load_checkpoint(folder / "checkpoints" / "step-00000008.pt")
     encoder = build_encoder(tiny())

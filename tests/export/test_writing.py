@@ -48,7 +48,8 @@ def test_round_trips_are_bit_equal(make_run, tmp_path, format, backbone):
 
 
 def test_the_libraries_load_what_is_theirs(make_run, tmp_path):
-    run = make_run(STOCK)
+    statistics = {"augment.mean": [0.1, 0.2, 0.3], "augment.std": [0.4, 0.5, 0.6], "augment.evaluation_resize": 80}
+    run = make_run({**STOCK, **statistics})
     images = torch.randn(2, 3, 64, 64)
     expected = synco_fast.load_backbone(run)(images)
 
@@ -76,6 +77,9 @@ def test_the_libraries_load_what_is_theirs(make_run, tmp_path):
     assert torch.allclose(model.eval()(images[:, :1]), of_gray, atol=1e-5)
     card = json.loads((tmp_path / "timm" / "config.json").read_text())
     assert (card["architecture"], card["num_features"]) == ("resnet18", 512)
+    said = card["pretrained_cfg"]
+    assert (said["input_size"], said["crop_pct"]) == ([3, 64, 64], 0.8)
+    assert (said["mean"], said["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     assert torch.equal(synco_fast.load_backbone(tmp_path / "timm")(images), expected)
     # safetensors writes private files by itself; what is exported is for others.
     assert file.stat().st_mode & 0o077 == 0o066 & ~current_umask()
@@ -161,6 +165,8 @@ def test_the_authors_layout_holds_everything(make_run, tmp_path):
     back = from_moco(to_moco(state), "here")
     back["queue.image_ids"] = state["queue.image_ids"]
     assert same(back, state)
+    half = to_moco({"queue.rows": state["queue.rows"].bfloat16()})["module.queue"]
+    assert (half.dtype, half.shape) == (torch.float32, (16, 32)), "the authors' scripts know no other"
 
 
 @pytest.mark.parametrize("mlp", [True, False], ids=["v2", "v1"])
@@ -246,6 +252,8 @@ def test_detectron2(make_run, tmp_path):
     voc = yaml.safe_load((tmp_path / "d2" / done.files[1]).read_text())
     assert voc["MODEL"]["ROI_HEADS"] == {"NAME": "Res5ROIHeadsExtraNorm", "NUM_CLASSES": 20}
     assert voc["MODEL"]["PIXEL_MEAN"] == [123.675, 116.28, 103.53]
+    assert voc["MODEL"]["PIXEL_STD"] == [58.395, 57.12, 57.375]
+    assert voc["INPUT"]["FORMAT"] == "RGB"
     assert voc["SOLVER"]["MAX_ITER"] == 24000
     with pytest.raises(CheckpointError, match="made of bottlenecks"):
         export_checkpoint(make_run(STOCK, "small"), "detectron2", tmp_path / "other")

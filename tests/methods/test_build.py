@@ -10,7 +10,8 @@ import torch
 from synco_fast.config import build_config
 from synco_fast.methods import build
 from synco_fast.methods.base import RunInfo
-from synco_fast.methods.build import build_method
+from synco_fast.methods.build import build_encoder, build_method
+from synco_fast.models.batch_norm import FusedBatchNorm2d, SplitBatchNorm2d
 from synco_fast.models.encoder import build_backbone, check_input, parameters_of
 from synco_fast.runtime import memory
 from synco_fast.runtime.errors import ConfigError
@@ -110,3 +111,15 @@ def test_kernels_that_are_not_there_are_refused():
     with pytest.raises(ConfigError, match="found triton, expected auto, blockwise or reference here: "):
         method.prepare(RunInfo(torch.device("cpu"), 4))
     build_method(build_config(TINY)).prepare(RunInfo(torch.device("cpu"), 4))
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("plain", SplitBatchNorm2d), ("auto", FusedBatchNorm2d)])
+def test_the_encoder_is_that_of_the_configuration(norm, kind):
+    """In every micro-batch a part of the groups, or a query could find its key by the statistics that they share."""
+    changes = {"model.norm": norm, "model.hidden": 24, "model.small_stem": True, "model.batch_norm_groups": 8}
+    encoder = build_encoder(build_config(TINY, {**changes, "training.accumulate": 2}), processes=2)
+    assert encoder.head[0].out_features == 24
+    assert encoder.backbone.conv1.kernel_size == (3, 3)
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {(type(module), module.groups) for module in norms} == {(kind, 2)}
+    assert len(norms) > 8

@@ -51,6 +51,18 @@ def test_the_loss_is_that_of_the_paper_in_both_directions():
         z = normalize(model.key_encoder(other), dim=1)
         expected += (p - z).square().sum(dim=1).mean()
     assert torch.allclose(output.loss, expected, atol=1e-5)
+    z = normalize(model.key_encoder(torch.cat([second, first])), dim=1)
+    assert torch.allclose(output.metrics["embedding_std"], z.std(dim=0).mean() * 16**0.5)
+
+
+def test_projector_and_predictor_are_those_of_the_paper_and_of_the_seed():
+    shapes = [tuple(value.shape) for value in method(**{"model.hidden": 24}).predictor.parameters()]
+    assert shapes == [(24, 16), (24,), (24,), (24,), (16, 24), (16,)]
+    assert [type(layer).__name__ for layer in method().encoder.head] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    one, again, other = (method(seed=seed) for seed in (0, 0, 1))
+    for part in ("encoder.head.0.weight", "predictor.0.weight"):
+        assert torch.equal(one.get_parameter(part), again.get_parameter(part))
+        assert not torch.equal(one.get_parameter(part), other.get_parameter(part))
 
 
 def test_the_gradient_reaches_encoder_and_predictor_alone():

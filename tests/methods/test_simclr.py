@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from synco_fast.config import build_config
+from synco_fast.methods.base import Encoders, StepInputs
+from synco_fast.methods.build import build_method
 from synco_fast.methods.simclr import nt_xent
 from synco_fast.runtime.errors import ConfigError
 
+from ..conftest import TINY
 from ..support.job import losses, run_job
 from ..support.training import assert_identical, newest, pretrain, stop_after, trainer
 
@@ -36,6 +40,15 @@ def test_the_loss_is_that_of_the_paper_written_with_loops():
 def test_the_accuracy_counts_partners_that_are_nearest():
     z = torch.eye(4)[[0, 1, 0, 2]]
     assert nt_xent(z, 0.5).metrics["top1"].item() == 0.5, "the first image's two views alone have found one another"
+
+
+def test_a_step_takes_the_temperature_of_the_run_and_float32_unit_rows():
+    model = build_method(build_config(TINY, {"method.name": "simclr", "method.temperature": 0.5}))
+    first, second = (5 * embeddings(8).view(2, 4, 6)).bfloat16()
+    inputs = StepInputs((first,), (second,), (), torch.arange(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model.loss(inputs, Encoders(lambda views: views, lambda views: views), step=0, epoch=0)
+    assert output.loss == nt_xent(normalize(torch.cat([first, second]).float(), dim=1), 0.5).loss
 
 
 def test_micro_batches_would_take_negatives_away(tiny, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from synco_fast.evaluation.context import EvalOptions, open_context
-from synco_fast.report import gallery
+from synco_fast.report import figures, gallery
 from synco_fast.report.figures import draw_confusion, draw_map
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.page import write_report
@@ -68,6 +68,31 @@ def test_neighbours_are_marked_by_class(told_run):
         similarities = [one.similarity for one in sheet.neighbours]
         assert similarities == sorted(similarities, reverse=True)
     assert 0 <= found.right <= 1
+
+
+def test_a_neighbours_picture_is_that_of_its_number(told_run, monkeypatch):
+    """Of a bank that is a part of the training images, rows and numbers differ."""
+    context = open_context(told_run(), EvalOptions(workers=0))
+    monkeypatch.setattr(gallery, "_thumbnail", lambda split, number: (split is context.train, number))
+    found = look_around(context, queries=3, neighbours=2, bank=7, map=6)
+    names = context.train.classes
+    for sheet in found.sheets:
+        for (trained, number), label, split in (
+            (sheet.picture, sheet.label, context.held_out),
+            *((near.picture, near.label, context.train) for near in sheet.neighbours),
+        ):
+            assert trained == (split is context.train)
+            assert names[split.labels[number]] == label
+    assert {near.picture[1] for sheet in found.sheets for near in sheet.neighbours} <= {n * 33 // 7 for n in range(7)}
+
+
+def test_rows_of_the_confusion_are_true_classes(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "_svg", lambda figure: drawn.append(figure.axes[0]) or "")
+    draw_confusion([[3, 1], [0, 0]], ["a", "b"])
+    (axes,) = drawn
+    assert axes.images[0].get_array().tolist() == [[0.75, 0.25], [0, 0]]
+    assert [(text.get_position(), text.get_text()) for text in axes.texts] == [((0, 0), "75"), ((1, 0), "25")]
 
 
 def test_the_map_needs_no_extra_package(monkeypatch):

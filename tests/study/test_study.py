@@ -66,6 +66,7 @@ def test_means_spread_and_paired_differences(tmp_path):
     assert "| moco | 0, 1, 2 | 10.0% ± 0.0 | 60.0% ± 10.0 | 30.0% ± 0.0 |" in text
     assert "| synco - moco | kNN in training | +1.5 | 0.7 | 0.5 | 2 | +2.0, +1.0 |" in text
     assert "Not finished: demo-synco-seed2." in text
+    assert "| moco | kNN in training | 50.0% | 70.0% | 0: 50.0%, 1: 60.0%, 2: 70.0% |" in text
 
 
 def test_one_seed_has_no_deviation(tmp_path):
@@ -93,6 +94,17 @@ def test_methods_are_compared_in_a_setting_and_settings_in_a_method(tmp_path):
     text = page(study, "synco-fast study")
     assert "| precision fp32 | moco - synco | kNN in training | -10.0 |  |  | 1 | -10.0 |" in text
     assert "| synco | precision bf16 - precision fp32 | kNN in training | +30.0 |  |  | 1 | +30.0 |" in text
+
+
+def test_settings_are_compared_within_a_configuration(tmp_path):
+    trials = plan(["demo", "fashion-mnist"], methods=["moco"], seeds=[0], vary={"training.precision": ["fp32", "bf16"]})
+    for trial, accuracy in zip(trials, (0.5, 0.6, 0.1, 0.4), strict=True):
+        pretend(tmp_path, trial, accuracy)
+    found = collect(tmp_path, trials).setting_differences
+    assert {(row.config, row.baseline, round(row.mean, 3)) for row in found} == {
+        ("demo", "precision fp32", 0.1),
+        ("fashion-mnist", "precision fp32", 0.3),
+    }
 
 
 def test_settings_that_concern_training_share_an_untrained_encoder():

@@ -40,7 +40,8 @@ def names(folder):
 
 
 def test_the_best_checkpoint_stays(tiny, tmp_path):
-    config = tiny(BESTS)
+    # Checkpoints between evaluations have no score, and that of the untrained encoder is none of theirs.
+    config = tiny(BESTS | {"training.checkpoint_every": 3})
     summary = run(config, tmp_path / "run", 0.9, 0.5, 0.8, 0.6, 0.8)
     steps = summary.steps // 4
     assert names(tmp_path / "run") == [BEST, f"step-{4 * steps:08d}.pt"]
@@ -51,6 +52,15 @@ def test_the_best_checkpoint_stays(tiny, tmp_path):
     assert [line.get("best_knn") for line in lines] == [None, 0.5, 0.8, 0.8, 0.8]
     weights = read_weights(best)
     assert (weights.step, weights.epochs, weights.run) == (2 * steps, 2.0, tmp_path / "run")
+    before = names(tmp_path / "run")
+    elsewhere = Trainer(
+        Pretraining(config, evaluate=Told()), tmp_path / "other", resume=tmp_path / "run", console=Console(quiet=True)
+    )
+    elsewhere.task.close()
+    elsewhere._lock.release()
+    assert elsewhere.step == summary.steps
+    assert elsewhere._best is None, "its folder has no best.pt"
+    assert names(tmp_path / "run") == before
 
 
 def test_a_run_killed_between_its_checkpoint_and_its_best_one_keeps_both(tiny, tmp_path, monkeypatch):

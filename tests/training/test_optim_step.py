@@ -48,6 +48,18 @@ def test_scaling_changes_no_step_and_backs_off_where_the_gradient_overflows():
     assert float(again.scale) == scale / 2
 
 
+def test_the_scale_doubles_after_its_interval_also_across_a_checkpoint():
+    weight, update = one_weight(scaled=True, lr=1e-9)
+    scale = float(update.scale)
+    update.load_state_dict({"scale": scale, "growth": 1998})
+    update.descend(weight.sum())
+    again = OptimStep(torch.optim.SGD([weight], lr=1e-9), scaled=True, clip=None, device=CPU)
+    again.load_state_dict(update.state_dict())
+    assert float(again.scale) == scale
+    again.descend(weight.sum())
+    assert float(again.scale) == 2 * scale
+
+
 def test_a_step_without_a_finite_gradient_moves_nothing():
     weight, update = one_weight(clip=1.0)
     for bad in (torch.nan, torch.inf):
@@ -84,6 +96,7 @@ def test_skipped_steps_are_counted_and_their_row_begins_at_its_first():
     assert skipped.read() == (3, 2, 3)
     other = SkippedSteps(CPU)
     other.load_state_dict(skipped.state_dict())
+    assert other.read() == (3, 2, 3)
     other.add(torch.tensor(False), torch.tensor(5))
     assert other.read() == (4, 3, 3)
     other.add(torch.tensor(True), 6)

@@ -45,6 +45,16 @@ def test_vectors_are_not_decayed_but_by_sgd():
                 assert all(parameter.dim() == 1 for parameter in group["params"])
 
 
+def test_each_takes_its_momentum_and_betas_from_the_configuration():
+    config = OptimizerConfig(momentum=0.7, betas=(0.8, 0.95), weight_decay=0.1)
+    for name in ("sgd", "lars", "adamw", "lamb"):
+        made = build_optimizer(model(), config.model_copy(update={"name": name}), lr=0.3, device=CPU)
+        expected = {"momentum": 0.7} if name in ("sgd", "lars") else {"betas": (0.8, 0.95)}
+        for group in made.param_groups:
+            assert {key: group[key] for key in expected} == expected
+            assert group["lr"] == 0.3
+
+
 @pytest.fixture
 def apex(tmp_path, monkeypatch):
     """Make a package of that name importable, with the given files."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -174,6 +175,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_last_step(tmp_path):
 PARENT = """
 import multiprocessing, os, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from synco_fast.data.workers import start_worker
 
 def work():
@@ -243,3 +245,22 @@ def test_corrupt_images_are_named_once_and_too_many_end_the_run():
 
 def test_a_single_corrupt_image_never_ends_a_run():
     CorruptImages(10, 0.0, lambda line: None).replaced({0: "a.jpg: cut short"})
+
+
+def test_corrupt_images_of_all_ranks_count_and_a_resumed_run_names_none_again():
+    notes = []
+    one = CorruptImages(100, 0.02, notes.append)
+    one.replaced({1: "a.jpg: cut short"})
+    one.excluded(["e.jpg: empty"])
+    others = SimpleNamespace(max=lambda number: (1,), gather=lambda found: [found, {2: "b.jpg: empty"}])
+    one.share(others)
+    assert len(one) == 2
+    assert len(notes) == 3
+    other = CorruptImages(100, 0.02, notes.append)
+    other.load_state_dict(one.state_dict())
+    other.replaced({1: "a.jpg: cut short"})
+    other.excluded(["e.jpg: empty"])
+    assert (len(other), len(notes)) == (2, 3)
+    others.gather = lambda found: [found, {3: "c.jpg: empty"}]
+    with pytest.raises(DataError, match="found 3 corrupt images"):
+        other.share(others)
