@@ -94,7 +94,7 @@ def start_worker(worker: int) -> None:
     # Workers ignore the signals that stop a job: the training process still needs the batch of its step.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # A loader that the parent has dropped, but not collected yet, would be collected here, and report in a traceback that
+    # A loader that the parent has dropped but not collected yet would be collected here, and a traceback would say that
     # its workers are not this process's.
     gc.freeze()
     _die_with_parent()
