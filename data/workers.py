@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import re
@@ -93,6 +94,9 @@ def start_worker(worker: int) -> None:
     # Workers ignore the signals that stop a job: the training process still needs the batch of its step.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    # A loader that the parent has dropped but not collected yet would be collected here, and a traceback would say that
+    # its workers are not this process's.
+    gc.freeze()
     _die_with_parent()
     keep_freed_memory()
 

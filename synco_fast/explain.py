@@ -18,6 +18,11 @@ __all__ = ["explain_config", "explain_error", "known_keys", "nearest_key"]
 
 #: Pydantic's errors about one bound; the message gives the whole range instead.
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+#: Its errors about what is no number.
+_NUMBERS = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlist = _SHORT.maxtuple = 8
@@ -135,12 +140,15 @@ def nearest_key(dotted: str, model: type[BaseModel]) -> str:
     """The nearest key, as the end of a sentence; empty if none is near."""
     keys = known_keys(model)
     sections = sorted({key.partition(".")[0] for key in keys if "." in key})
-    last = dotted.rpartition(".")[2]
-    same = [key for key in keys if key.rpartition(".")[2] == last]
+    last = dotted.rpartition(".")[2].replace("-", "_")
+    # Whole words count before letters: batch-size is training.batch, although augment.size shares more of its letters.
+    words = [word for word in last.split("_") if len(word) > 2]
+    names = difflib.get_close_matches(last, {key.rpartition(".")[2] for key in keys}, n=1, cutoff=0.85) + words
+    same = next((found for name in names if (found := [key for key in keys if key.rpartition(".")[2] == name])), [])
     near = difflib.get_close_matches(dotted, same, n=1, cutoff=0.0)
     near = near or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.75)
     near = near or difflib.get_close_matches(dotted, sections if "." not in dotted else keys, n=1, cutoff=0.6)
-    near = near or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(dotted, keys, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -169,7 +177,11 @@ def explain_error(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{dotted}.{message}" if dotted else message
     said = first["msg"].replace("Input should be ", "")
     if first["type"] == "model_type":
-        said = "a section with keys"
+        said = f"a section with keys{nearest_key(f'{dotted}.name', model)}"
+    elif first["type"] in _NUMBERS:
+        said = _NUMBERS[first["type"]]
+        if isinstance(first["loc"][-1], str) and (field := _field_of(first["loc"], model)):
+            said += f", {range_in_words(field)}"
     elif first["type"] in _BOUNDS and (field := _field_of(first["loc"], model)):
         said = range_in_words(field)
     return f"{dotted}: found {_SHORT.repr(first['input'])}, expected {said}"

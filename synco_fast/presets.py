@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,10 @@ def load_config(name: str, overrides: dict[str, Any] | None = None) -> Config:
     """
     if name.endswith((".yaml", ".yml")):
         return load_values(read_mapping(Path(name)), overrides)
+    if name not in PRESETS and os.path.exists(name):  # noqa: PTH110 - Path.exists raises on a name that is too long
+        what, saved = "folder" if Path(name).is_dir() else "file", Path(name) / "config.yaml"
+        expected = f"{saved}, or --resume {name}" if saved.is_file() else "a preset or a file named .yaml"
+        raise ConfigError(f"config: found the {what} {name}, expected {expected}")
     return build_config({"preset": name, **_preset("config", name)}, overrides)
 
 

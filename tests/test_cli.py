@@ -376,3 +376,15 @@ def test_the_closing_table_counts_epochs_as_people_do(epochs, title):
     out = io.StringIO()
     _print_summary(SimpleNamespace(method="synco", source="demo", epochs=epochs, **known), Console(file=out, width=80))
     assert out.getvalue().splitlines()[0].strip() == f"synco on demo: {title}"
+    assert "images per second │ not measured" in out.getvalue(), "too few steps to time"
+
+
+def test_help_says_every_default(capsys):
+    for words, says in (
+        ("data demo", "training images per class; 200 by default"),
+        ("data show", "pairs to draw, 24 by default\n"),
+        ("compare", "the picture to write; comparison.png by default"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words.split(), "--help"])
+        assert says in capsys.readouterr().out

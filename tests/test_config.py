@@ -101,7 +101,14 @@ def test_one_line_changes_the_method():
         ({"temperature": 0.1}, "temperature: found an unknown key; did you mean method.temperature?"),
         ({"augment.sizes": 3}, "augment.sizes: found an unknown key; did you mean augment.size?"),
         ({"method.name": "mocov9"}, "method.name: found 'mocov9', expected 'moco', 'mochi'"),
-        ({"training.batch": "many"}, "training.batch: found 'many', expected a valid integer"),
+        ({"training.batch": "many"}, "training.batch: found 'many', expected a whole number, 1 to 1,048,576"),
+        ({"optimizer.lr": "x"}, "optimizer.lr: found 'x', expected a number, above 0, up to 1,000,000"),
+        ({"augment.area": ["x", 1]}, "augment.area.0: found 'x', expected a number"),
+        ({"batch-size": 3}, "batch-size: found an unknown key; did you mean training.batch?"),
+        ({"queue_size": 3}, "queue_size: found an unknown key; did you mean method.queue?"),
+        ({"weight-decay": 3}, "weight-decay: found an unknown key; did you mean optimizer.weight_decay?"),
+        ({"epoch": 3}, "epoch: found an unknown key; did you mean training.epochs?"),
+        ({"method": "moco"}, "method: found 'moco', expected a section with keys; did you mean method.name?"),
         ({"training.batch": 0}, "training.batch: found 0, expected 1 to 1,048,576"),
         ({"method.temperature": 0}, "method.temperature: found 0, expected 0.0001 to 100"),
         ({"seed.x": 1}, "seed.x: found no section of that name"),
@@ -153,3 +160,17 @@ def test_overrides_leave_the_values_they_start_from_alone():
     before = repr(PRESETS)
     load_config("demo", {"model.backbone_args": {}, "augment.size": 32})
     assert repr(PRESETS) == before
+
+
+def test_a_configuration_that_is_a_folder_or_another_file_is_named_as_such(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    (tmp_path / "demo.json").touch()
+    for name, says in (
+        ("run", f"found the folder {tmp_path}/run, expected {tmp_path}/run/config.yaml, or --resume {tmp_path}/run"),
+        ("demo.json", f"found the file {tmp_path}/demo.json, expected a preset or a file named .yaml"),
+        ("none.yaml", f"cannot read {tmp_path}/none.yaml (No such file or directory)"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(str(tmp_path / name))
+        assert str(caught.value) == f"config: {says}"

@@ -107,13 +107,15 @@ def _print(
         console.print(f"... and {len(figures['corrupt']) - _NAMED:,} more; --json FILE names them all", style="yellow")
     from synco_fast.data.errors import printable
 
-    read, packed = (figures[name] / 2**30 for name in ("bytes_read", "bytes_packed"))
+    unit, size = ("GiB", 2**30) if figures["bytes_read"] >= 2**30 else ("MiB", 2**20)
+    read, packed = (figures[name] / size for name in ("bytes_read", "bytes_packed"))
     table = two_columns(f"pack of {printable(options.source)}")
     table.add_row("images", ", ".join(f"{count:,} {title}" for title, count in figures["images"].items()))
     table.add_row("corrupt", f"{len(figures['corrupt']):,}")
     table.add_row("kept as they were", f"{figures['kept']:,}")
     shrunk = f"{packed / max(read, 1e-12):.0%}"
-    table.add_row("GiB", f"{read:.2f} to {packed:.2f} ({shrunk}) in {figures['shards']:,} shards")
+    shards = f"{figures['shards']:,} shard{'' if figures['shards'] == 1 else 's'}"
+    table.add_row(unit, f"{read:.2f} to {packed:.2f} ({shrunk}) in {shards}")
     table.add_row(
         f"views of {options.view} pixels",
         f"differ by {quality.mean:.1f} levels of 255 on average, the worst of {quality.views} by {quality.worst:.1f}, "

@@ -8,6 +8,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -80,7 +81,7 @@ class Commands:
             help=about.replace("%", "%%"),
             description=_wrapped(about),
             epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_WithDefaults,
         )
         command.set_defaults(run=run, overrides=overrides, parser=command)
         return command
@@ -90,6 +91,18 @@ class Commands:
             parser = self._top.add_parser(name, help=GROUPS[name], description=GROUPS[name])
             self._groups[name] = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
         return self._groups[name]
+
+
+class _WithDefaults(argparse.RawDescriptionHelpFormatter):
+    """Adds an option's default where its help does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        about, default = action.help or "", action.default
+        if isinstance(default, bool) or not isinstance(default, int | float | str | Path) or default == "auto":
+            return about
+        if "default" in about or default == argparse.SUPPRESS:
+            return about
+        return f"{about}; {default:g} by default" if isinstance(default, float) else f"{about}; %(default)s by default"
 
 
 def _wrapped(text: str) -> str:

@@ -137,7 +137,9 @@ def _print_summary(summary: Any, console: Console) -> None:
         ("effective rank", "not evaluated" if summary.feature_rank is None else f"{summary.feature_rank:.1f}"),
         (
             "images per second",
-            f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)",
+            f"{summary.images_per_second:,.0f} ({summary.data_wait:.0%} of the time waiting for data)"
+            if summary.images_per_second
+            else "not measured",
         ),
         ("by size of views", ", ".join(f"{size} px {rate:,.0f}" for size, rate in by_size.items())),
         ("training time", f"{summary.training_seconds:,.0f} s, {summary.steps:,} steps"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,31 +74,44 @@ class LabelledBatches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self._seed, self._batch, self._rank, self._world, self._length = seed, batch, rank, world, len(numbers)
-        self._epoch = 0
-        self._loader = Loader(_Crops(split, recipe, seed, numbers), self, workers=workers, seed=seed)
+        # Apart from this object: a cycle with the loader would keep its workers until the garbage is collected.
+        self._order = _Order(len(numbers), batch, seed, rank, world)
+        self._loader = Loader(_Crops(split, recipe, seed, numbers), self._order, workers=workers, seed=seed)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._starts())
-
-    def _starts(self) -> range:
-        length = self._length + -self._length % self._world
-        starts = range(0, length, self._batch)
-        return starts[:-1] if len(starts) > 1 and length - starts[-1] <= self._world else starts
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self._length, seed=self._seed, epoch=self._epoch).tolist()
-        order += order[: -len(order) % self._world]
-        starts = self._starts()
-        for start in starts:
-            end = len(order) if start == starts[-1] else start + self._batch
-            yield [(self._epoch, place) for place in order[start:end][self._rank :: self._world]]
+        return len(self._order.starts())
 
     def epoch(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (b, 3, size, size) uint8 and labels (b,) int64 of an epoch."""
-        self._epoch = number
+        self._order.epoch = number
         yield from self._loader
+
+
+@dataclass
+class _Order:
+    """Epoch and place of every image in this rank's part of each batch."""
+
+    length: int
+    batch: int
+    seed: int
+    rank: int
+    world: int
+    epoch: int = 0
+
+    def starts(self) -> range:
+        """Where the batches begin in the order of an epoch."""
+        length = self.length + -self.length % self.world
+        starts = range(0, length, self.batch)
+        return starts[:-1] if len(starts) > 1 and length - starts[-1] <= self.world else starts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = epoch_order(self.length, seed=self.seed, epoch=self.epoch).tolist()
+        order += order[: -len(order) % self.world]
+        starts = self.starts()
+        for start in starts:
+            end = len(order) if start == starts[-1] else start + self.batch
+            yield [(self.epoch, place) for place in order[start:end][self.rank :: self.world]]
 
 
 def balanced_subset(split: Split, share: float, *, seed: int) -> list[int]:

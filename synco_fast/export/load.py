@@ -111,7 +111,9 @@ def read_weights(path: Path) -> Weights:
             f"{path}: found a checkpoint in the authors' layout, expected one of synco-fast: "
             f"'synco-fast import {path} --method NAME' turns it into one"
         )
-    raise CheckpointError(f"{path}: found no encoder in it, expected a checkpoint of synco-fast")
+    raise CheckpointError(
+        f"{path}: found no encoder in it, expected a checkpoint of synco-fast; 'synco-fast import' reads other weights"
+    )
 
 
 def describes_itself(path: Path) -> bool:

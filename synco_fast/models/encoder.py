@@ -91,7 +91,7 @@ def build_backbone(
 
 
 def _nearest(name: str) -> str:
-    known = torchvision.models.list_models(module=torchvision.models) + timm.list_models()
+    known = {*torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
     near = difflib.get_close_matches(name, known, n=3)
     return f" (nearest: {', '.join(near)})" if near else ""
 

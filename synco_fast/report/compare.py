@@ -23,8 +23,14 @@ __all__ = ["SPEED", "Group", "compare_runs", "draw_comparison", "shown_figures"]
 
 SPEED = "images per second"
 
-#: Keys that may differ within a group.
-_FREE = frozenset({"seed", "preset", "about", "data.workers", "training.log_every", "training.keep"})
+#: Keys that may differ within a group: the seed, and what does not change a figure.
+_FREE = frozenset(
+    {"seed", "preset", "about", "data.workers", "evaluation.every", "evaluation.batch"}
+    | {
+        f"training.{key}"
+        for key in ("log_every", "checkpoint_every", "keep", "keep_best", "timeout", "wandb", "mlflow")
+    }
+)
 
 
 #: Settings that a title names; runs that differ in more are told apart by preset and folder.
@@ -149,4 +155,6 @@ def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[s
             if found:
                 x = place + (number - (len(groups) - 1) / 2) * width
                 axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, color=colour, capsize=3)
-    axes.set_xticks(range(len(names)), [plain(textwrap.fill(name, 13)) for name in names], fontsize=8)
+    room = max(6, min(13, 60 // max(1, len(names))))  # characters between two bars
+    labels = [plain(textwrap.fill(name, room, break_long_words=False)) for name in names]
+    axes.set_xticks(range(len(names)), labels, fontsize=8)

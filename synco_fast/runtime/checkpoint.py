@@ -157,6 +157,8 @@ def read_tensors(path: Path) -> Any:
         raise CheckpointError(f"{path}: {what}, expected tensors and plain values: a pickle can carry code") from error
     except Exception as error:  # a damaged archive raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:120]
+        if isinstance(error, KeyError | IndexError | EOFError):  # of the bytes of something else, which say nothing
+            reason = "no file of torch.save"
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error
 
 

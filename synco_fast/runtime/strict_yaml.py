@@ -32,7 +32,7 @@ def read_yaml(path: Path, name: str = "config") -> Any:
             content = file.read(_BYTES + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: cannot read {path} ({error})") from error
+        raise ConfigError(f"{name}: cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
     return parse_yaml(text, f"{name}: {path}")
 
 

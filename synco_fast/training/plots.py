@@ -134,7 +134,7 @@ def draw_panel(
     if panel.from_zero:
         axes.set_ylim(bottom=0)
     if panel.top is not None:
-        axes.set_ylim(top=panel.top)
+        axes.set_ylim(top=1.05 * panel.top)  # so that the legend and the frame leave a curve at the top visible
     axes.set_xlabel("epoch", fontsize=size)
     if len(axes.get_lines()) > 4:
         # Room above the curves, since so large a legend would cover some of them.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -255,6 +257,19 @@ def test_ranks_share_each_batch_and_crops_depend_on_the_epoch(image_folder, tiny
     assert torch.equal(whole[0][0][1::2], halves[1][0][0])
     assert torch.equal(batches(1)[0][0], whole[0][0])
     assert not torch.equal(batches(2)[0][0], whole[0][0])
+
+
+def test_labelled_batches_end_their_workers_when_they_are_dropped(image_folder, tiny):
+    split = open_source(str(image_folder)).train
+    before = multiprocessing.active_children()
+    batches = LabelledBatches(split, tiny().augment, list(range(4)), batch=4, seed=0, workers=1)
+    assert len(list(batches.epoch(0))) == 1
+    gc.disable()
+    try:
+        del batches
+        assert multiprocessing.active_children() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

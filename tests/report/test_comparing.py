@@ -14,7 +14,7 @@ from synco_fast.runtime.errors import ConfigError, UserError
 def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     runs = [
         told_run({"seed": 0}, "a", knn=0.7),
-        told_run({"seed": 1}, "b", knn=0.8),
+        told_run({"seed": 1, "evaluation.every": 2, "training.keep_best": True}, "b", knn=0.8),
         told_run({"method.name": "moco"}, "c", knn=0.6),
         told_run({"method.name": "moco", "method.temperature": 0.1}, "d", knn=0.5),
     ]

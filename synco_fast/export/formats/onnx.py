@@ -35,7 +35,7 @@ def write(weights: Weights, folder: Path) -> Written:
         '(features,) = session.run(None, {"images": images})    # float32 (B, 3, '
         f"{shape}), normalised as below"
     )
-    return ("backbone.onnx",), {"largest difference to PyTorch, relative to the largest feature": difference}, usage
+    return ("backbone.onnx",), {"relative difference to PyTorch": difference}, usage
 
 
 def write_onnx(backbone: nn.Module, size: int, path: Path) -> tuple[float, bool]:
