@@ -14,9 +14,9 @@ from rich.console import Console
 
 from synco_fast.config import Config, Section, build_config, read_mapping
 from synco_fast.presets import load_config, load_values
+from synco_fast.runtime.console import open_console, say
 from synco_fast.runtime.errors import CheckpointError, ConfigError, UserError
 from synco_fast.runtime.files import read_json
-from synco_fast.runtime.progress import open_console
 from synco_fast.runtime.run_config import holds_run, read_run_config
 
 if TYPE_CHECKING:
@@ -258,8 +258,7 @@ def _pretrain(
     del trainer
     gc.collect()
     if received is not None:
-        said = f"stopped on request: synco_fast.Run.open({str(folder)!r}).resume() goes on"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"stopped on request: synco_fast.Run.open({str(folder)!r}).resume() goes on")
         signal.raise_signal(received)
     return Run(folder)
 

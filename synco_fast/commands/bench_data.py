@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive, whole
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -61,7 +62,6 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.data.workers import available_cores
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
@@ -83,8 +83,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
                 folder, names, pipelines=pipelines, recipe=Recipe(), rounds=options.rounds, tick=bar.advance
             )
             environment = {**describe_environment(torch.device("cpu")), "threads": 1}
-            if options.json is not None:
-                write_json(options.json, {"environment": environment, "photos": len(names), "parts": spent})
+            write_results(options, {"environment": environment, "photos": len(names), "parts": spent})
             _print_parts(spent, console)
             return 0
         bar.restart("measuring", len(pipelines) * options.rounds)
@@ -95,8 +94,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
         about["kilobytes"] = round(sum(sizes) / len(sizes) / 1e3)
 
         def keep(results: list[dict[str, Any]]) -> None:
-            if options.json is not None:
-                write_json(options.json, {"environment": environment, **about, "results": results})
+            write_results(options, {"environment": environment, **about, "results": results})
 
         results = measure_pipelines(
             folder,
@@ -132,8 +130,8 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
             row[-1] = f"{first['processor_milliseconds'] / spent:.2f}x"
         table.add_row(result["pipeline"], *row)
     console.print(table)
-    console.print("CPU: share of all cores. CPU ms: CPU time per image, and against the first row.")
-    console.print("resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
+    say(console, "CPU: share of all cores. CPU ms: CPU time per image, and against the first row.")
+    say(console, "resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
 
 
 def _print_parts(spent: dict[str, dict[str, float]], console: Console) -> None:

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
     from synco_fast.bench.cost.model import Cost
@@ -100,7 +101,6 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.kernels.ops import unserved_by_triton
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
@@ -137,14 +137,13 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
             results.append(result)
             bar.advance()
     environment = describe_environment(device)
-    if options.json is not None:
-        about = {"environment": environment, "device": device.type, "ceilings": ceilings._asdict()}
-        write_json(options.json, about | {"part": options.part, "results": results})
+    about = {"environment": environment, "device": device.type, "ceilings": ceilings._asdict()}
+    write_results(options, about | {"part": options.part, "results": results})
     _print(results, f"{environment['device']}, {dtype}, D = {options.dim}, N = {options.hard}", console)
     halves = " (or by three products of halves)" if on_gpu and dtype == "float32" else ""
-    console.print(
+    say(
+        console,
         f"floor: {ceilings.flops / 1e12:,.2f} TFLOP/s{halves} and {ceilings.bytes / 1e9:,.0f} GB/s, as measured here",
-        highlight=False,
     )
     if options.plot is not None and any("failed" not in result for result in results):
         draw_loss(results, f"{environment['device']}, torch {environment['torch']}, {dtype}", options.plot)
@@ -203,17 +202,16 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
         if "graph" in result:
             notes.append(f"{result['backend']} at B = {key[0]}, K = {key[1]}: {result['graph']}")
     console.print(table)
-    console.print("ms: median; bare: the operator alone; speed: against the first backend at that shape; floor: its")
-    console.print("share of the time")
+    say(console, "ms: median; bare: the operator alone; speed: against the first backend at that shape; floor: its")
+    say(console, "share of the time")
     for note in notes:
-        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+        say(console, note, "yellow")
 
 
 def _model(options: argparse.Namespace, console: Console) -> int:
     from dataclasses import asdict
 
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
 
     try:
         from synco_fast.bench.cost.model import DEVICES, costs_of_loss, total
@@ -232,17 +230,15 @@ def _model(options: argparse.Namespace, console: Console) -> int:
         costs = costs_of_loss(shape, options.capability)
         found.append({"shape": asdict(shape), "total": total(costs), "launches": [cost.as_dict() for cost in costs]})
         _print_model(costs, f"{device.name}, B = {shape.rows:,}, K = {shape.length:,}, {shape.dtype}", console)
-    console.print(f"counted from machine code, {compiler_version()}, for sm_{options.capability}", highlight=False)
-    console.print(
+    say(console, f"counted from machine code, {compiler_version()}, for sm_{options.capability}")
+    say(
+        console,
         f"stated: {device.processors} SMs at {device.clock:,.0f} MHz, {device.issue:.0%} of issue slots, "
         f"{device.flops:,} FLOP/clk/SM, L2 {device.l2 / 1e6:.1f} and HBM {device.hbm / 1e6:.1f} TB/s, "
         f"{device.launch:g} us a launch; nothing was measured",
-        highlight=False,
-        soft_wrap=True,
     )
-    if options.json is not None:
-        about = {"compiler": compiler_version(), "capability": options.capability, "assumed": asdict(device)}
-        write_json(options.json, about | {"shapes": found})
+    about = {"compiler": compiler_version(), "capability": options.capability, "assumed": asdict(device)}
+    write_results(options, about | {"shapes": found})
     return 0
 
 
@@ -275,14 +271,14 @@ def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
     table.add_row("sum", *[""] * 6, *figures)
     console.print(table)
     line = f"MB L2: in whole sectors of 32 bytes; {sums['used'] / 1e6:.0f} MB of them are used"
-    console.print(line, style="dim", highlight=False)
+    say(console, line, "dim")
     for cost in costs:
         for loop in cost.loops:
             line = f"{cost.name}: {loop['source']}: {loop['instructions']:,} instructions, {loop['trips']:,.1f} trips"
-            console.print(f"{line} ({loop['how']})", style="dim", highlight=False, soft_wrap=True)
+            say(console, f"{line} ({loop['how']})", "dim")
         for branch in cost.assumed:
-            console.print(f"{cost.name}: {branch}: assumed taken", style="yellow", highlight=False, soft_wrap=True)
+            say(console, f"{cost.name}: {branch}: assumed taken", "yellow")
         if cost.spilled:
-            console.print(f"{cost.name}: {cost.spilled} bytes spilled", style="yellow", highlight=False)
+            say(console, f"{cost.name}: {cost.spilled} bytes spilled", "yellow")
         if cost.serialised:
-            console.print(f"{cost.name}: ptxas serialises its wgmma (C7515)", style="yellow", highlight=False)
+            say(console, f"{cost.name}: ptxas serialises its wgmma (C7515)", "yellow")

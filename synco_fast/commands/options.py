@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from synco_fast.commands.parser import two_columns
+from synco_fast.commands.parser import two_columns, whole
 from synco_fast.runtime.names import Device, Format
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "load_torch",
     "path",
     "print_result",
+    "write_results",
 ]
 
 SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER or demo"
@@ -50,11 +51,11 @@ def _precision(command: argparse.ArgumentParser, about: str) -> None:
 
 def _workers(command: argparse.ArgumentParser, about: str) -> None:
     about = about or "decoding processes; 0 for none, one per core by default"
-    command.add_argument("--workers", type=_count, metavar="N", help=about)
+    command.add_argument("--workers", type=whole, metavar="N", help=about)
 
 
 def _seed(command: argparse.ArgumentParser, about: str) -> None:
-    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "random seed, 0 by default")
+    command.add_argument("--seed", type=whole, default=0, metavar="N", help=about or "random seed, 0 by default")
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser, str], None]] = {
@@ -83,14 +84,6 @@ def path(word: str) -> Path:
     if not word.strip() or not word.isprintable():
         raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
     return Path(word)
-
-
-def _count(word: str) -> int:
-    """Argument type: a whole number from 0 up."""
-    number = int(word)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 0 or more")
-    return number
 
 
 def check_input(options: argparse.Namespace) -> None:
@@ -195,6 +188,14 @@ def eval_options(options: argparse.Namespace) -> EvalOptions:
     return EvalOptions(options.data, options.out, options.device, options.precision, options.workers, options.fresh)
 
 
+def write_results(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write the results to the file of ``--json``, if there is one."""
+    from synco_fast.runtime.files import write_json
+
+    if options.json is not None:
+        write_json(options.json, results)
+
+
 def print_result(
     result: dict[str, Any],
     options: argparse.Namespace,
@@ -213,12 +214,10 @@ def print_result(
         chance: What the table calls the result's ``chance``.
     """
     from synco_fast.runtime.distributed import DistEnv
-    from synco_fast.runtime.files import write_json
 
     if not DistEnv.detect().is_main:
         return
-    if options.json is not None:
-        write_json(options.json, result)
+    write_results(options, result)
     table = two_columns(f"{result['evaluation']} of {result['checkpoint']}")
     for name, value in result["headline"].items():
         table.add_row(name, f"{value:.1%}", style="bold")

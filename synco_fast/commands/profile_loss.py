@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, DTYPES
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -47,7 +48,6 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
     from synco_fast.kernels.ops import unserved_by_triton
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
@@ -62,9 +62,8 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
         raise UserError(f"trace: found no folder {options.trace.absolute().parent}, expected an existing one")
     lines = profile_loss(prepare(backend, shape, device), shape, device, options.trace)
     total = sum(line.seconds for line in lines)
-    if options.json is not None:
-        about = {"environment": describe_environment(device), "backend": backend, "shape": asdict(shape)}
-        write_json(options.json, about | {"lines": [asdict(line) for line in lines]})
+    about = {"environment": describe_environment(device), "backend": backend, "shape": asdict(shape)}
+    write_results(options, about | {"lines": [asdict(line) for line in lines]})
     title = f"{backend}, {dtype}, B = {shape.rows:,}, K = {shape.length:,}: {1e3 * total:,.2f} ms"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("kernel" if device.type == "cuda" else "operator", max_width=34, overflow="ellipsis", no_wrap=True)
@@ -76,5 +75,5 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
             line.name, f"{line.calls:,.0f}", f"{1e6 * line.seconds:,.1f}", f"{line.seconds / total:.0%}", *rates
         )
     console.print(table)
-    console.print(f"trace: {options.trace}, for chrome://tracing or ui.perfetto.dev", highlight=False, soft_wrap=True)
+    say(console, f"trace: {options.trace}, for chrome://tracing or ui.perfetto.dev")
     return 0

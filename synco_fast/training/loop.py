@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from synco_fast.runtime.checkpoint import checkpoints_in, keep_best, save_checkpoint, set_aside
+from synco_fast.runtime.console import open_console, say
 from synco_fast.runtime.distributed import lost_process
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError, LostProcessError, UserError
 from synco_fast.runtime.files import UNWRITABLE
@@ -64,7 +65,7 @@ class Trainer(Generic[SummaryT]):
     ) -> None:
         self.task, self.folder, self.control = task, folder, task.control
         self.env = self.control.env
-        self.console = (console or Console()) if self.env.is_main else Console(quiet=True)
+        self.console = (console or open_console()) if self.env.is_main else Console(quiet=True)
         self.step, self.steps = 0, task.settings.steps
         self.evaluated_at = -1
         #: Score and step of the best checkpoint, and the score at `evaluated_at`, on rank 0.
@@ -91,7 +92,7 @@ class Trainer(Generic[SummaryT]):
 
     def _print(self, line: str, style: str | None) -> None:
         self._unlogged.append(line)
-        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, line, style)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
