@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.errors import CorruptImageError, DataError, one_line
 from synco_fast.data.sources.columns import IMAGES, NONE, choose_column, label_column, number_labels
 from synco_fast.data.sources.decode import LIMITS, Limits, decode_image
 from synco_fast.data.sources.splits import map_labels, read_file
@@ -160,7 +160,6 @@ def _load(name: str, config: str | None) -> Mapping[str, Any]:
         else:
             found = load_dataset(os.fspath(path) if path.exists() else name, config)
     except Exception as error:  # of the network, of the cache, of the files: many kinds
-        reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         where = "a folder" if path.exists() else "a name on the Hub within reach, or one in the library's cache"
-        raise DataError(f"data: cannot load hf:{name} ({reason}), expected {where}") from error
+        raise DataError(f"data: cannot load hf:{name} ({one_line(error, _REASON)}), expected {where}") from error
     return found if isinstance(found, Mapping) else {"train": found}

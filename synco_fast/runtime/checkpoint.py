@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.errors import CheckpointError, first_line
 from synco_fast.runtime.files import atomic_write
 from synco_fast.runtime.finite import not_finite
 from synco_fast.runtime.migrations import migrate_checkpoint
@@ -121,7 +121,7 @@ def _unwritten(error: Exception, folder: Path, state: dict[str, Any]) -> str:
     """Why a checkpoint could not be written, and what to do."""
     storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in _tensors(state)}
     needed, free = sum(storages.values()) / 2**20, shutil.disk_usage(folder).free / 2**20
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:80]
+    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error, 80)
     kept = checkpoints_in(folder)
     return (
         f"found no way to write it ({reason}), expected room for {needed:,.1f} MiB, of which {free:,.1f} MiB are free; "
@@ -156,7 +156,7 @@ def read_tensors(path: Path) -> Any:
         what = f"found {wanted} in its pickle" if wanted else "found a pickle that cannot be read safely"
         raise CheckpointError(f"{path}: {what}, expected tensors and plain values: a pickle can carry code") from error
     except Exception as error:  # a damaged archive raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:120]
+        reason = first_line(error, 120).rstrip(".")
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error
 
 

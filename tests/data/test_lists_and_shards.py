@@ -394,7 +394,7 @@ def test_a_source_that_goes_away_during_a_check_is_one_line(image_folder):
         def read(self, index):
             raise DataError(f"data: found no regular file at {index}")
 
-    with pytest.raises(DataError, match="^data: found no regular file at 0$"):
+    with pytest.raises(DataError, match=r"^data: found no regular file at 0$"):
         find_corrupt(Gone(image_folder / "train"), workers=1)
 
 

@@ -80,7 +80,7 @@ def test_an_unknown_class_is_one_line_from_a_worker_too(voc):
     file = voc / "VOCdevkit" / "VOC2007" / "Annotations" / "000001.xml"
     file.write_text(file.read_text().replace("dog", "unicorn"))
     train = open_detection(f"voc:{voc}").train
-    with pytest.raises(DataError, match="^data: found an object 'unicorn', expected the twenty classes of VOC$"):
+    with pytest.raises(DataError, match=r"^data: found an object 'unicorn', expected the twenty classes of VOC$"):
         list(transfer._loader(train, [[0], [1]], EvalOptions(workers=1)))
 
 
