@@ -208,7 +208,7 @@ def evaluate_detection(
         if frozen is not None:
             check_unchanged(_body(detector), frozen)
         barrier()
-        return _result(weights, source, protocol, found, before, job.precision.name, folder, device)
+        return _result(job, weights, folder, found, before)
 
 
 def _body(detector: nn.Module) -> nn.Module:
@@ -216,21 +216,17 @@ def _body(detector: nn.Module) -> nn.Module:
 
 
 def _result(
-    weights: Weights,
-    source: DetectionSource,
-    protocol: DetectionProtocol,
-    found: dict[str, dict[str, float]],
-    before: float,
-    precision: str,
-    folder: Path,
-    device: torch.device,
+    job: _Job, weights: Weights, folder: Path, found: dict[str, dict[str, float]], before: float
 ) -> dict[str, Any]:
+    """The result, which rank 0 writes into the folder."""
+    source, protocol = job.source, job.protocol
     headline = {
         f"{source.layout.upper()} {kind} {name}": value for kind, part in found.items() for name, value in part.items()
     }
     result = {
         "evaluation": f"detection_{source.layout}",
         "checkpoint": str(weights.file),
+        "step": weights.step,
         "source": source.spec,
         "detector": "Mask R-CNN with FPN" if source.masks else "Faster R-CNN with FPN",
         "chance": before,
@@ -242,8 +238,8 @@ def _result(
         "test_set": source.sets[1],
         "protocol": asdict(protocol),
         "backbone_unchanged": protocol.freeze,
-        "precision": precision,
-        "environment": describe_environment(device),
+        "precision": job.precision.name,
+        "environment": describe_environment(job.device),
     }
     if rank() == 0:
         write_json(folder / f"detection_{source.layout}.json", result)

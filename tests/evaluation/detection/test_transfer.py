@@ -97,6 +97,7 @@ def test_a_half_trained_detector_is_that_of_its_precision_and_images(make_run, v
         found = evaluate_detection(run, replace(options, precision=precision), protocol=SMALL)
     assert len({repr(origin) for origin in origins}) == 4
     assert (found["train_set"], found["test_set"]) == ("VOC2007 trainval", "VOC2007 test")
+    assert found["step"] == 8, "by which a comparison knows the checkpoint, also that of best.pt"
 
 
 def test_training_images_are_flipped_with_their_boxes_and_leave_difficult_objects_out(voc):
