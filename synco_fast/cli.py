@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_note
             check_output(options)
             check_input(options)
+            if "check" in options:
+                options.check(options)
             code: int = options.run(options, rest, open_console())
     except UserError as error:
         return _failed(str(error))

@@ -25,7 +25,6 @@ __all__ = [
     "Split",
     "SubsetSplit",
     "read_file",
-    "read_image",
     "share_of",
 ]
 
@@ -58,15 +57,6 @@ class Split(Protocol):
             CorruptImageError: It cannot be decoded.
         """
         ...
-
-
-def read_image(file: str | os.PathLike[str], limits: Limits = LIMITS) -> Image.Image:
-    """Decode an image file to RGB, upright; see `decode_image`.
-
-    Raises:
-        CorruptImageError: The file cannot be read or decoded.
-    """
-    return decode_image(read_file(os.fspath(file), limits), os.fspath(file), limits)
 
 
 def read_file(file: str, limits: Limits) -> bytes:

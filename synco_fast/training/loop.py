@@ -13,7 +13,14 @@ from rich.console import Console
 from synco_fast.runtime.checkpoint import checkpoints_in, keep_best, save_checkpoint, set_aside
 from synco_fast.runtime.console import open_console, say
 from synco_fast.runtime.distributed import lost_process
-from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError, LostProcessError, UserError
+from synco_fast.runtime.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    LostProcessError,
+    UserError,
+    first_line,
+)
 from synco_fast.runtime.files import UNWRITABLE
 from synco_fast.training.progress import Reporter
 from synco_fast.training.resuming import find_start
@@ -114,17 +121,13 @@ class Trainer(Generic[SummaryT]):
 
     def _take_folder(self) -> None:
         """Lock the run folder on rank 0; every rank raises if that fails."""
-        refusal: ConfigError | None = None
-        if self.env.is_main:
-            try:
-                self._lock.take()
-                if self._fresh:
-                    refuse_run(self.folder)
-            except ConfigError as error:
-                refusal = error
-        refusal = self.control.broadcast(refusal)
-        if refusal is not None:
-            raise refusal
+
+        def take() -> None:
+            self._lock.take()
+            if self._fresh:
+                refuse_run(self.folder)
+
+        self.control.from_main(take)
 
     def _run(self) -> SummaryT:
         task, settings = self.task, self.task.settings
@@ -360,8 +363,8 @@ class Trainer(Generic[SummaryT]):
         except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # of the data, the settings or the device; an older checkpoint would change nothing
         except _DAMAGE as error:
-            reason = (str(error).strip() or "nothing said").splitlines()[0][:120]
-            raise CheckpointError(f"{path}: found a damaged part ({type(error).__name__}: {reason})") from error
+            reason = f"{type(error).__name__}: {first_line(error, 120)}"
+            raise CheckpointError(f"{path}: found a damaged part ({reason})") from error
 
     def _how_to_resume(self) -> str:
         newest = checkpoints_in(self.folder / "checkpoints")
@@ -382,8 +385,7 @@ class Trainer(Generic[SummaryT]):
         )
 
     def _lost(self, error: RuntimeError) -> LostProcessError:
-        reason = str(error).strip().splitlines()[0][:160]
         return LostProcessError(
-            f"rank {self.env.rank} lost the connection to the other processes at step {self.step + 1} ({reason}), "
-            f"expected all {self.env.world} to the end; {self._how_to_resume()}"
+            f"rank {self.env.rank} lost the connection to the other processes at step {self.step + 1} "
+            f"({first_line(error)}), expected all {self.env.world} to the end; {self._how_to_resume()}"
         )

@@ -21,8 +21,8 @@ from synco_fast.data.pipelines.build import build_pipeline, has_dali
 from synco_fast.data.pipelines.torchvision import evaluation_loader, evaluation_view, pixels_of
 from synco_fast.data.sources import walk
 from synco_fast.data.sources.decode import Limits, central_part, decode_image, plain_jpeg_size
-from synco_fast.data.sources.open import open_source, read_image
-from tests.data.photos import photo
+from synco_fast.data.sources.open import open_source
+from tests.data.photos import photo, read_image
 from tests.data.test_lists_and_shards import jpeg, write_shard
 
 DALI = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")

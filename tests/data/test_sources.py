@@ -10,8 +10,9 @@ from PIL import Image
 from synco_fast.cli import main
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.check import keep_list
-from synco_fast.data.sources.open import ArraySplit, open_source, read_image
+from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.data.sources.splits import SubsetSplit, share_of
+from tests.data.photos import read_image
 
 
 def pixels(height=20, width=30, seed=0):
