@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
 from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive, whole
+from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
 
 __all__ = ["add"]
@@ -114,11 +113,9 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
 
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("pipeline", no_wrap=True)
     first = results[0]
-    for name in ("images/s", "views/s", "CPU", f"against {first['pipeline']}", "CPU ms", "against"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("images/s", "views/s", "CPU", f"against {first['pipeline']}", "CPU ms", "against")
+    table = figures_table(title, ["pipeline"], numbers)
     for result in results:
         share, spent = result["core_share"], result["processor_milliseconds"]
         same = not result["pipeline"].startswith("resident") or first["pipeline"].startswith("resident")
@@ -138,13 +135,10 @@ def _print_parts(spent: dict[str, dict[str, float]], console: Console) -> None:
     from synco_fast.bench.data_parts import PARTS
     from synco_fast.data.augment.draw import JITTER
 
-    table = Table(title="CPU time, ms per image", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("part", no_wrap=True)
-    for name in spent:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table("CPU time, ms per image", ["part"], list(spent))
     for part in PARTS:
-        figures = [f"{parts[part]:.2f}" if part in parts else "-" for parts in spent.values()]
-        table.add_row(f"  {part}" if part in JITTER else part, *figures)
+        row = [f"{parts[part]:.2f}" if part in parts else "-" for parts in spent.values()]
+        table.add_row(f"  {part}" if part in JITTER else part, *row)
     table.add_section()
     totals = [sum(value for part, value in parts.items() if part not in JITTER) for parts in spent.values()]
     table.add_row("all", *(f"{total:.2f}" for total in totals))

@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
 from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
@@ -179,12 +178,9 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     from synco_fast.bench.loss_report import best_seconds
 
     on_gpu = any("cold_s" in result for result in results)
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("B", justify="right")
-    table.add_column("K", justify="right")
-    table.add_column("backend", no_wrap=True)
-    for name in ("ms", *(("cold", "graph") if on_gpu else ()), "bare", "speed", "MiB", "floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("ms", *(("cold", "graph") if on_gpu else ()), "bare", "speed", "MiB", "floor")
+    table = figures_table(title, ["B", "K", "backend"], numbers)
+    table.columns[0].justify = table.columns[1].justify = "right"
     notes = []
     first: dict[tuple[int, int], float] = {}
     for result in sorted(results, key=lambda result: (result["rows"], result["length"])):
@@ -197,8 +193,8 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
         seconds = best_seconds(result)
         times = [result["median_s"]] + ([result["cold_s"], result.get("graph_s")] if on_gpu else [])
         speed = f"{first.setdefault(shape, seconds) / seconds:,.2f}x"
-        figures = [f"{1e3 * value:,.3f}" if value else "-" for value in (*times, result.get("bare_s"))]
-        table.add_row(*key, *figures, speed, f"{result['extra_mib']:,.1f}", f"{result['floor_s'] / seconds:.0%}")
+        row = [f"{1e3 * value:,.3f}" if value else "-" for value in (*times, result.get("bare_s"))]
+        table.add_row(*key, *row, speed, f"{result['extra_mib']:,.1f}", f"{result['floor_s'] / seconds:.0%}")
         if "graph" in result:
             notes.append(f"{result['backend']} at B = {key[0]}, K = {key[1]}: {result['graph']}")
     console.print(table)
@@ -245,10 +241,8 @@ def _model(options: argparse.Namespace, console: Console) -> int:
 def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
     from synco_fast.bench.cost.model import total
 
-    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
-    table.add_column("launch", no_wrap=True)
-    for name in ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "MB L2", "GFLOP", "us"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "MB L2", "GFLOP", "us")
+    table = figures_table(title, ["launch"], numbers, gap=0)
     table.add_column("bound", no_wrap=True)
     for cost in costs:
         table.add_row(
@@ -267,8 +261,8 @@ def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
         )
     sums = total(costs)
     table.add_section()
-    figures = [f"{sums['instructions'] / 1e6:.1f}", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
-    table.add_row("sum", *[""] * 6, *figures)
+    row = [f"{sums['instructions'] / 1e6:.1f}", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
+    table.add_row("sum", *[""] * 6, *row)
     console.print(table)
     line = f"MB L2: in whole sectors of 32 bytes; {sums['used'] / 1e6:.0f} MB of them are used"
     say(console, line, "dim")

@@ -7,13 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import DTYPES, NORM_SETTINGS, NORMS
 from synco_fast.commands.options import add_options, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
@@ -146,31 +145,23 @@ def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, 
     environment = describe_environment(device)
     about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype}
     write_results(options, {**about, **shape, "steps": results})
-    table = Table(
-        title=f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups", box=SIMPLE_HEAD
-    )
-    first = options.norms[0]
-    for name in ("model.norm", "ms", "CPU ms", "ratio (quartiles)", "CPU ratio (quartiles)"):
-        table.add_column(name, justify="left" if name == "model.norm" else "right", no_wrap=True)
+    title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"
+    table = figures_table(title, ["model.norm"], ["ms", "CPU ms", "ratio (quartiles)", "CPU ratio (quartiles)"])
     for row in results:
-        figures = [f"{1e3 * row['median_s']:,.0f}", f"{1e3 * row['cpu_median_s']:,.0f}"]
+        cells = [f"{1e3 * row['median_s']:,.0f}", f"{1e3 * row['cpu_median_s']:,.0f}"]
         for name in ("of_first", "cpu_of_first"):
             low, middle, high = row[name]
-            figures.append(f"{middle:.3f} ({low:.2f} to {high:.2f})")
-        table.add_row(row["norm"], *figures)
+            cells.append(f"{middle:.3f} ({low:.2f} to {high:.2f})")
+        table.add_row(row["norm"], *cells)
     console.print(table)
-    say(console, f"whole steps in turn; ratio to {first} in the same round; rounds: {rounds}")
+    say(console, f"whole steps in turn; ratio to {options.norms[0]} in the same round; rounds: {rounds}")
     return 0
 
 
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     from synco_fast.bench.norm import totals
 
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", "form"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ms", "CPU ms", "GB/s", "floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table(title, ["layer", "form"], ["ms", "CPU ms", "GB/s", "floor"])
     for result in results:
         follows = "+add" * result["residual"] + "+relu" * result["relu"]
         layer = f"{result['times']}x {result['channels']}, {result['height']}x{result['width']} {follows}"
@@ -183,10 +174,10 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
             f"{result['floor']:.0%}",
         )
     console.print(table)
-    figures = {"": "median_s", " (processor time)": "cpu_median_s"}
+    sums = {"": "median_s", " (processor time)": "cpu_median_s"}
     if any("graph_s" in result for result in results):
-        figures[" (CUDA graph)"] = "graph_s"
-    for about, figure in figures.items():
+        sums[" (CUDA graph)"] = "graph_s"
+    for about, figure in sums.items():
         together = totals(results, figure)
         first = next(iter(together.values()))
         for subject, seconds in together.items():

@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import ENGINES, STEPS, STEPS_BY_DEFAULT, VALIDATED
 from synco_fast.commands.options import add_options, load_torch, write_results
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
 
 __all__ = ["add"]
@@ -68,11 +68,9 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
         keep=lambda report: write_results(options, report),
     )
     rated = any(row["utilisation"] is not None for row in report["results"])
-    table = Table(title=f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}")
-    for title in ("step", "engine", "backend"):
-        table.add_column(title)
-    for title in ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ())):
-        table.add_column(title, justify="right", no_wrap=True)
+    title = f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}"
+    numbers = ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ()))
+    table = figures_table(title, ["step", "engine", "backend"], numbers)
     for row in report["results"]:
         shares = [row[f"of_{name}"] for name in ("encoder", "encoder_plain", "moco", "plain")]
         table.add_row(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from synco_fast.commands.options import SOURCE, add_options, load_torch, write_results
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from synco_fast.commands.options import add_options, load_torch, path, write_results
-from synco_fast.commands.parser import Commands, positive, two_columns
+from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.commands.options import CHECKPOINT, add_options, eval_options, load_torch, path, write_results
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["add"]

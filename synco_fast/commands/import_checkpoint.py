@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from synco_fast.commands.options import add_options, load_torch, path, write_results
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 from synco_fast.methods import METHODS
 
 __all__ = ["add"]

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.runtime.errors import UserError
 
-__all__ = ["GROUPS", "Commands", "Parser", "Run", "near", "positive", "two_columns", "whole"]
+__all__ = ["GROUPS", "Commands", "Parser", "Run", "near", "positive", "whole"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
@@ -97,14 +96,6 @@ class Commands:
 def _wrapped(text: str) -> str:
     """Text as wide as the terminal; the formatter that keeps the example's lines does not wrap it."""
     return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
-
-
-def two_columns(title: str) -> Table:
-    """A table of names and values, as wide as its title; long paths wrap and are never truncated."""
-    table = Table(title=title, show_header=False, min_width=min(len(title), shutil.get_terminal_size().columns))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
 
 
 def whole(word: str) -> int:

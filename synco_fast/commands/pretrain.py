@@ -12,7 +12,8 @@ from rich.console import Console
 
 from synco_fast.commands.options import SOURCE, add_options, check_source, load_torch, path, write_results
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.console import say
 from synco_fast.runtime.dist_env import DistEnv
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from synco_fast.commands.options import add_options, check_source, load_torch, path, write_results
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 
 if TYPE_CHECKING:
     from synco_fast.generated.kid import Features

@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, DTYPES
 from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
 
 __all__ = ["add"]
@@ -65,10 +64,9 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
     about = {"environment": describe_environment(device), "backend": backend, "shape": asdict(shape)}
     write_results(options, about | {"lines": [asdict(line) for line in lines]})
     title = f"{backend}, {dtype}, B = {shape.rows:,}, K = {shape.length:,}: {1e3 * total:,.2f} ms"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("kernel" if device.type == "cuda" else "operator", max_width=34, overflow="ellipsis", no_wrap=True)
-    for name in ("calls", "us", "share", "GFLOP/s", "GB/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    kind = "kernel" if device.type == "cuda" else "operator"
+    table = figures_table(title, [kind], ["calls", "us", "share", "GFLOP/s", "GB/s"])
+    table.columns[0].max_width = 34
     for line in lines[:20]:
         rates = [f"{count / line.seconds / 1e9:,.0f}" if count else "-" for count in (line.flops, line.bytes)]
         table.add_row(

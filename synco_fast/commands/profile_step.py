@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.commands.options import add_options, load_torch, path, write_results
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
 
 __all__ = ["add"]
@@ -50,9 +50,8 @@ def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Con
     report = profile_step(config, folder, steps=options.steps)
     write_results(options, report)
     title = f"{config.method.name}, {config.model.backbone}, batch {config.training.batch}: "
-    table = Table(title=title + f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s")
-    for name in ("phase", "ms", "share"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    title += f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s"
+    table = figures_table(title, ["phase"], ["ms", "share"])
     for name, found in report["phases"].items():
         table.add_row(name, f"{found['ms']:,.2f}", f"{found['share']:.1%}")
     console.print(table)

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from synco_fast.bench.subjects import DTYPES, VALIDATED
 from synco_fast.commands.options import add_options, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
 from synco_fast.commands.validate_norm import validate_batch_norm
 from synco_fast.runtime.console import say
 
@@ -110,16 +109,9 @@ def _shapes(options: argparse.Namespace, *, large: bool) -> list[tuple[int, int,
 
 
 def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped: str | None, console: Console) -> None:
-    table = Table(
-        title=f"largest error, and its share of the bound, on {device}",
-        caption=f"triton not run: {skipped}" if skipped else None,
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("backend", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("B, K, D, N", "loss", "gradient", "cases"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"largest error, and its share of the bound, on {device}"
+    caption = f"triton not run: {skipped}" if skipped else None
+    table = figures_table(title, ["backend", "dtype"], ["B, K, D, N", "loss", "gradient", "cases"], caption=caption)
     groups: dict[tuple[Any, ...], list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         case = verdict.case

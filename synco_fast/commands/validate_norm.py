@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from synco_fast.commands.options import write_results
+from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
@@ -50,16 +49,9 @@ def validate_batch_norm(options: argparse.Namespace, device: torch.device, conso
 
 
 def _print(verdicts: list[NormVerdict], device: str, skipped: str | None, console: Console) -> None:
-    table = Table(
-        title=f"largest error as a share of its bound, on {device}",
-        caption=f"triton not run: {skipped}" if skipped else None,
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("form", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("y", "dx", "dw, db", "running", "cases"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"largest error as a share of its bound, on {device}"
+    caption = f"triton not run: {skipped}" if skipped else None
+    table = figures_table(title, ["form", "dtype"], ["y", "dx", "dw, db", "running", "cases"], caption=caption)
     keys = dict.fromkeys((verdict.backend, verdict.case.dtype) for verdict in verdicts)
     for backend, dtype in keys:
         group = [verdict for verdict in verdicts if (verdict.backend, verdict.case.dtype) == (backend, dtype)]

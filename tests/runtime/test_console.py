@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 
 from synco_fast.cli import main
-from synco_fast.commands.parser import two_columns
+from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.console import open_console, say
 from synco_fast.runtime.progress import ProgressBar
 
