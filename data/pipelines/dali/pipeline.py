@@ -31,7 +31,7 @@ from synco_fast.data.pipelines.dali.graph import (
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
 from synco_fast.data.pipelines.dali.settings import DaliSettings
-from synco_fast.data.pipelines.epochs import EpochBatches
+from synco_fast.data.pipelines.epochs import EpochBatches, EpochPipeline
 from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.workers import available_cores, start_threads
@@ -42,7 +42,7 @@ __all__ = ["DaliPipeline", "dali_evaluation"]
 _DEPTH = 2
 
 
-class DaliPipeline:
+class DaliPipeline(EpochPipeline):
     """Batches of two views made by DALI; see `Pipeline` for what it promises.
 
     Args:
@@ -105,13 +105,6 @@ class DaliPipeline:
             depth=_DEPTH,
         )
         self._pool = start_threads(self._options.threads) if number is None else None
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration yields, and its first batch."""
-        self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         self._take_size(self._recipe.at(self._batches.epoch))
