@@ -72,7 +72,12 @@ def capture(run: Callable[[], object], device: torch.device, *, copies: int = 1)
     with torch.cuda.graph(graph):
         for _ in range(copies):
             run()
-    return graph.replay
+
+    def replay(kept: Callable[[], object] = run) -> None:
+        """The graph holds addresses only, so ``kept`` holds the tensors that it reads and writes."""
+        graph.replay()
+
+    return replay
 
 
 def graph_seconds(run: Callable[[], object], device: torch.device, *, copies: int, repeats: int) -> float:

@@ -99,12 +99,12 @@ class Run:
         Raises:
             CheckpointError: There is none.
         """
-        from synco_fast.runtime.checkpoint import checkpoints_in
+        from synco_fast.runtime.checkpoint import newest_checkpoint
 
-        newest = checkpoints_in(self.folder / "checkpoints")
-        if not newest:
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
             raise CheckpointError(f"checkpoint: found none in {self.folder}, expected at least one")
-        return newest[0]
+        return newest
 
     @cached_property
     def backbone(self) -> nn.Module:

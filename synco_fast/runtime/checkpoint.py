@@ -30,9 +30,11 @@ __all__ = [
     "load_checkpoint",
     "load_optimizer",
     "load_weights",
+    "newest_checkpoint",
     "read_tensors",
     "save_checkpoint",
     "set_aside",
+    "step_of",
 ]
 
 #: Incremented when the layout changes incompatibly.
@@ -72,7 +74,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             raise
         raise CheckpointError(f"{target}: {_unwritten(error, folder, state)}") from error
     # A file of a later step, such as a damaged one that this run started below, is none that was kept.
-    older = [path for path in checkpoints_in(folder) if _step_of(path) < step]
+    older = [path for path in checkpoints_in(folder) if step_of(path) < step]
     for old in older[max(keep, 1) - 1 :]:
         old.unlink()
     return target
@@ -86,7 +88,7 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     """
     moved = []
     for path in checkpoints_in(folder):
-        if _step_of(path) > step:
+        if step_of(path) > step:
             with suppress(OSError):
                 path.replace(path.with_name(f"{path.name}.damaged"))
                 moved.append(path)
@@ -133,10 +135,16 @@ def _unwritten(error: Exception, folder: Path, state: dict[str, Any]) -> str:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first."""
     found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder; None if it has none yet."""
+    return next(iter(checkpoints_in(run / "checkpoints")), None)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint among `checkpoints_in`."""
     return int(path.stem.removeprefix("step-"))
 
 

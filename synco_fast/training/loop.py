@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from rich.console import Console
 
-from synco_fast.runtime.checkpoint import checkpoints_in, keep_best, save_checkpoint, set_aside
+from synco_fast.runtime.checkpoint import keep_best, newest_checkpoint, save_checkpoint, set_aside
 from synco_fast.runtime.console import open_console, say
 from synco_fast.runtime.distributed import lost_process
 from synco_fast.runtime.errors import (
@@ -260,8 +260,8 @@ class Trainer(Generic[SummaryT]):
         )
 
     def _diverged(self, how: str) -> DivergedError:
-        newest = checkpoints_in(self.folder / "checkpoints")
-        last = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written"
+        newest = newest_checkpoint(self.folder)
+        last = f"last good checkpoint: {newest}" if newest else "no checkpoint was written"
         return DivergedError(f"training diverged: {how}; {last}; try {self.task.advice()}")
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -367,18 +367,18 @@ class Trainer(Generic[SummaryT]):
             raise CheckpointError(f"{path}: found a damaged part ({reason})") from error
 
     def _how_to_resume(self) -> str:
-        newest = checkpoints_in(self.folder / "checkpoints")
-        if not newest:
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
             return "no checkpoint was written"
-        return f"the newest checkpoint is {newest[0]}: resume with --resume {self.folder}"
+        return f"the newest checkpoint is {newest}: resume with --resume {self.folder}"
 
     def _last_words(self) -> str:
         return f" at step {self.step + 1}, expected all {self.env.world} to the end; {self._how_to_resume()}"
 
     def _unwritten(self, error: OSError) -> UserError:
         """What to do where a file of the run cannot be written."""
-        newest = checkpoints_in(self.folder / "checkpoints")
-        needed = f"; a checkpoint takes {newest[0].stat().st_size / 2**20:,.1f} MiB" if newest else ""
+        newest = newest_checkpoint(self.folder)
+        needed = f"; a checkpoint takes {newest.stat().st_size / 2**20:,.1f} MiB" if newest else ""
         where = error.filename or self.folder
         return UserError(
             f"{where}: found no way to write it at step {self.step} ({error.strerror}){needed}; {self._how_to_resume()}"
