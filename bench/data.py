@@ -37,17 +37,19 @@ from synco_fast.data.sources.splits import FileSplit, SubsetSplit
 from synco_fast.data.sources.stream import StreamSettings, StreamSplit
 from synco_fast.data.workers import available_cores, keep_freed_memory
 from synco_fast.kernels.views import make_views, unserved_by_triton
+from synco_fast.runtime.phases import wait_for
+from synco_fast.training.trials import feed
 
 __all__ = ["busy_seconds", "draw_photo", "has_pipeline", "make_photos", "measure_pipelines"]
 
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 #: Seconds between two looks at the CPU time, and the share of one core below which processes are at rest. The system
 #: counts hundredths of a second; timers of idle threads take fewer.
-_LOOK, _IDLE = 0.5, 0.05
+_LOOK, _IDLE, _LONGEST_REST = 0.5, 0.05, 60
 _RESIDENT_IMAGES, _RESIDENT_SIZE, _RESIDENT_BATCH = 10_000, 32, 512
 
 
-def make_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
+def make_photos(folder: Path, count: int) -> list[str]:
     """Make JPEG files of 500 x 375 pixels and about 110 kB, with power spectra like those of photographs.
 
     Returns:
@@ -57,7 +59,7 @@ def make_photos(folder: Path, count: int, seed: int = 0) -> list[str]:
     names = [f"{number:05d}.jpg" for number in range(count)]
     for number, name in enumerate(names):
         if not (folder / name).exists():
-            (folder / name).write_bytes(draw_photo(seed, number))
+            (folder / name).write_bytes(draw_photo(0, number))
     return names
 
 
@@ -232,7 +234,7 @@ class _Stream:
     """The batches of a pipeline, one epoch after the other, and the worker processes that it started."""
 
     def __init__(self, pipe: Pipeline, workers: Set[int] = frozenset()) -> None:
-        self._batches = _endless(pipe)
+        self._batches = feed(pipe)
         self._workers = set(workers)
 
     def measure(self, device: torch.device, seconds: float, settle: int) -> tuple[float, float | None]:
@@ -245,42 +247,29 @@ class _Stream:
         others = _children() - self._workers
         for _ in range(settle):
             next(self._batches).to(device)
-        _wait(device)
+        wait_for(device)
         images, busy, start = 0, busy_seconds(others), time.perf_counter()
         while time.perf_counter() - start < seconds:
             batch = next(self._batches).to(device)
             images += len(batch.image_ids)
-        _wait(device)
+        wait_for(device)
         spent, after = time.perf_counter() - start, busy_seconds(others)
         self._workers |= _children() - others
         return images / spent, None if busy is None or after is None else (after - busy) / images
 
 
-def _endless(pipe: Pipeline) -> Iterator[Batch]:
-    epoch = 0
-    while True:
-        pipe.set_epoch(epoch)
-        yield from pipe
-        epoch += 1
-
-
-def _rest(limit: float = 60) -> None:
-    """Wait until this process and all of its workers have used no CPU time for a while, at most ``limit`` seconds.
+def _rest() -> None:
+    """Wait until this process and all of its workers have used no CPU time for a while, at most a minute.
 
     Where the system does not report CPU time, the wait is short and fixed.
     """
-    before, end = busy_seconds(), time.monotonic() + limit
+    before, end = busy_seconds(), time.monotonic() + _LONGEST_REST
     while time.monotonic() < end:
         time.sleep(_LOOK)
         after = busy_seconds()
         if before is None or after is None or after - before <= _IDLE * _LOOK:
             return
         before = after
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _children() -> set[int]:

@@ -181,7 +181,7 @@ def measure_norm(
     """Measure every subject at every layer shape.
 
     Args:
-        subjects: Some of `NORMS`.
+        subjects: Some of `NORMS`, for which `unavailable` returns None.
         layers: See `synco_fast.bench.norm_model.layers_of`.
         batch: B.
         groups: Groups of the batch.
@@ -193,21 +193,14 @@ def measure_norm(
     Yields:
         Subject and layer; ``seconds`` of every run and their median; ``cpu_seconds``, processor time of all threads,
         which other programs disturb less, and their median; ``gb_s``, bytes per second as `synco_fast.bench.norm_model`
-        counts them; ``floor``, the time of the fused kernels' bytes at the bandwidth, as a fraction of the median. Or
-        ``failed``, the reason of the failure. On a GPU also ``graph_s``, the median without the host's time: of copies
-        in a CUDA graph.
+        counts them; ``floor``, the time of the fused kernels' bytes at the bandwidth, as a fraction of the median. On a
+        GPU also ``graph_s``, the median without the host's time: of copies in a CUDA graph.
     """
     for layer in layers:
         size = batch * layer.channels * layer.height * layer.width * dtype.itemsize
-        runs: dict[str, Callable[[], object]] = {}
+        runs = {subject: prepare_norm(subject, layer, batch, groups, device, dtype) for subject in subjects}
         seconds: dict[str, list[float]] = {subject: [] for subject in subjects}
         busy: dict[str, list[float]] = {subject: [] for subject in subjects}
-        for subject in subjects:
-            reason = unavailable(subject, device, dtype)
-            if reason is None:
-                runs[subject] = prepare_norm(subject, layer, batch, groups, device, dtype)
-            else:
-                yield {"subject": subject, **layer._asdict(), "failed": reason}
         for number in range(rounds):
             for subject, run in runs.items():
                 clocked = _Clocked(run)
@@ -242,6 +235,5 @@ def totals(results: Sequence[dict[str, Any]], figure: str = "median_s") -> dict[
     """
     found: dict[str, float] = {}
     for result in results:
-        if "failed" not in result:
-            found[result["subject"]] = found.get(result["subject"], 0.0) + result["times"] * result[figure]
+        found[result["subject"]] = found.get(result["subject"], 0.0) + result["times"] * result[figure]
     return found

@@ -14,6 +14,7 @@ import torch
 
 from synco_fast.config import build_config
 from synco_fast.data.pipelines.base import Batch
+from synco_fast.runtime.phases import wait_for
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.training.engine import Engine
 
@@ -52,8 +53,7 @@ def measure_norm_steps(
     def step(engine: Engine, number: int) -> tuple[float, float]:
         wall, busy = time.perf_counter(), time.process_time()
         engine.step(data, number, 0)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter() - wall, time.process_time() - busy
 
     settling = max(engine.settling for engine in engines.values())

@@ -17,6 +17,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from synco_fast.bench.loss import Shape
+from synco_fast.runtime.phases import wait_for
 
 __all__ = ["Line", "profile_loss"]
 
@@ -61,8 +62,7 @@ def profile_loss(
     with profile(activities=activities, record_shapes=True) as profiler:
         for _ in range(runs):
             run()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        wait_for(device)
     profiler.export_chrome_trace(str(trace))
     counted = _kernel_counts(shape)
     lines: dict[str, Line] = {}

@@ -22,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from synco_fast.bench.baselines.step import plain_step
 from synco_fast.bench.subjects import STEPS_BY_DEFAULT
-from synco_fast.bench.timing import peak_memory, reset_peak_memory
+from synco_fast.bench.timing import capture, peak_memory, reset_peak_memory
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.methods import METHODS
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.phases import wait_for
 from synco_fast.runtime.precision import resolve_device
-from synco_fast.training.compiled import GRAPH_WARMUP
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import choose_forms
 
@@ -72,13 +72,13 @@ def measure(subject: str, values: dict[str, Any], *, engine: str, steps: int) ->
         run, settling, last = _runner(subject, config, device, notes)
         for number in range(settling):
             run(number)
-        _wait(device)
+        wait_for(device)
         for block in range(_BLOCKS):
             begun = time.perf_counter()
             each = max(1, steps // _BLOCKS)
             for number in range(each):
                 run(settling + block * each + number)
-            _wait(device)
+            wait_for(device)
             rates.append(each * config.training.batch / (time.perf_counter() - begun))
     return {
         "subject": subject,
@@ -105,7 +105,7 @@ def _cudnn_setting(*, benchmark: bool) -> Iterator[None]:
 
 def _runner(
     subject: str, config: Config, device: torch.device, notes: list[str]
-) -> tuple[Callable[[int], None], int, Callable[[], float | None]]:
+) -> tuple[Callable[[int], object], int, Callable[[], float | None]]:
     """A function that runs one step, the number of warm-up steps, and a function that returns the last loss."""
     size, rows = config.augment.size, config.training.batch
     generator = torch.Generator().manual_seed(0)
@@ -144,30 +144,10 @@ def use_plain_batch_norm(module: nn.Module) -> None:
                 setattr(parent, name, plain.train(child.training))
 
 
-def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], None]:
+def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], object]:
     """The encoders alone, as one CUDA graph if the steps they are compared with are captured."""
-    if not engine.graphed:
-        return lambda number: run()
-    stream = torch.cuda.Stream(engine.device)
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(GRAPH_WARMUP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-
-    def replay(number: int, kept: Callable[[], None] = run) -> None:
-        """The graph holds addresses only, so ``kept`` holds the tensors that it reads and writes."""
-        graph.replay()
-
-    return replay
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    once = capture(run, engine.device) if engine.graphed else run
+    return lambda number: once()
 
 
 def bench_step(

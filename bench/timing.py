@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from synco_fast.runtime.phases import wait_for
+
 __all__ = ["capture", "graph_seconds", "peak_memory", "reset_peak_memory", "seconds_of"]
 
 
@@ -70,7 +72,12 @@ def capture(run: Callable[[], object], device: torch.device, *, copies: int = 1)
     with torch.cuda.graph(graph):
         for _ in range(copies):
             run()
-    return graph.replay
+
+    def replay(kept: Callable[[], object] = run) -> None:
+        """The graph holds addresses only, so ``kept`` holds the tensors that it reads and writes."""
+        graph.replay()
+
+    return replay
 
 
 def graph_seconds(run: Callable[[], object], device: torch.device, *, copies: int, repeats: int) -> float:
@@ -85,8 +92,8 @@ def graph_seconds(run: Callable[[], object], device: torch.device, *, copies: in
 
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: on a CUDA device PyTorch's allocations, on a CPU the resident size of the process."""
+    wait_for(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
@@ -97,8 +104,8 @@ def peak_memory(device: torch.device) -> int:
 
 def reset_peak_memory(device: torch.device) -> int:
     """Reset the peak to the current memory, and return that in bytes."""
+    wait_for(device)
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     clear = Path("/proc/self/clear_refs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["CorruptImageError", "DataError", "UserError", "printable"]
+__all__ = ["CorruptImageError", "DataError", "UserError", "first_line", "one_line", "printable"]
 
 
 def printable(text: str) -> str:
@@ -17,6 +17,16 @@ def printable(text: str) -> str:
     except UnicodeEncodeError:  # a surrogate that is not an escaped byte
         text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text)
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """The first line of an error's message, for a message about it; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """All that an error says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 class UserError(Exception):

@@ -12,29 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.config import Config, Section, build_config, read_mapping
+from synco_fast.config import SECTIONS, Config, build_config, read_mapping
 from synco_fast.presets import load_config, load_values
-from synco_fast.runtime.errors import CheckpointError, ConfigError, UserError
+from synco_fast.runtime.console import open_console, say
+from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.files import read_json
-from synco_fast.runtime.progress import open_console
 from synco_fast.runtime.run_config import holds_run, read_run_config
 
 if TYPE_CHECKING:
     from torch import nn
 
     from synco_fast.config import TrainingConfig
-    from synco_fast.runtime.distributed import HostGroup
     from synco_fast.training.loop import Trainer
     from synco_fast.training.run_folder import Summary
 
 __all__ = ["Run", "pretrain", "train"]
-
-#: The sections of a configuration; none has an underscore in its name, so ``SECTION_KEY`` is unambiguous.
-_SECTIONS = frozenset(
-    name
-    for name, field in Config.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-)
 
 
 class Run:
@@ -107,12 +99,12 @@ class Run:
         Raises:
             CheckpointError: There is none.
         """
-        from synco_fast.runtime.checkpoint import checkpoints_in
+        from synco_fast.runtime.checkpoint import newest_checkpoint
 
-        newest = checkpoints_in(self.folder / "checkpoints")
-        if not newest:
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
             raise CheckpointError(f"checkpoint: found none in {self.folder}, expected at least one")
-        return newest[0]
+        return newest
 
     @cached_property
     def backbone(self) -> nn.Module:
@@ -258,8 +250,7 @@ def _pretrain(
     del trainer
     gc.collect()
     if received is not None:
-        said = f"stopped on request: synco_fast.Run.open({str(folder)!r}).resume() goes on"
-        console.print(said, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"stopped on request: synco_fast.Run.open({str(folder)!r}).resume() goes on")
         signal.raise_signal(received)
     return Run(folder)
 
@@ -293,30 +284,15 @@ def train(
     from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
     from synco_fast.training.resuming import check_same_start
+    from synco_fast.training.run_folder import choose_run_folder
 
     with init_distributed(DistEnv.detect(), config.training.device, timeout=config.training.timeout) as control:
         check_same_start(control, "no run" if resume is None else "a run")
-        folder = resume or _new_folder(out, config, control)
+        # The name holds the time, so one rank chooses it.
+        folder = resume or control.from_main(lambda: choose_run_folder(out, config.preset))
         task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
         trainer = Trainer(task, folder, resume=resume, console=console)
         return trainer, trainer.run()
-
-
-def _new_folder(out: Path | None, config: Config, control: HostGroup) -> Path:
-    """The folder of a new run; rank 0 chooses it, since the name holds the time."""
-    from synco_fast.training.run_folder import choose_run_folder
-
-    chosen: Path | UserError | None = None
-    if control.env.is_main:
-        try:
-            chosen = choose_run_folder(out, config.preset)
-        except UserError as error:
-            chosen = error
-    chosen = control.broadcast(chosen)
-    if isinstance(chosen, UserError):
-        raise chosen
-    assert chosen is not None
-    return chosen
 
 
 def _read(config: str | Path | Mapping[str, Any] | Config, overrides: dict[str, Any]) -> Config:
@@ -347,12 +323,13 @@ def _overrides(settings: Mapping[str, Any] | None, keywords: Mapping[str, Any]) 
 
 
 def _dotted(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Keys by dotted name. No section has an underscore in its name, so ``SECTION_KEY`` is unambiguous."""
     section, _, key = name.partition("_")
-    if name in _SECTIONS:
+    if name in SECTIONS:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name}: found {value!r}, expected the section's keys, or {name}_KEY=value")
         yield from ((f"{name}.{inner}", each) for inner, each in value.items())
-    elif "." not in name and section in _SECTIONS:
+    elif "." not in name and section in SECTIONS:
         yield f"{section}.{key}", value
     else:
         yield name, value

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from synco_fast.runtime.console import open_console
 from synco_fast.version import __version__
 
 __all__ = ["main"]
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_note
             check_output(options)
             check_input(options)
-            code: int = options.run(options, rest, Console())
+            if "check" in options:
+                options.check(options)
+            code: int = options.run(options, rest, open_console())
     except UserError as error:
         return _failed(str(error))
     except OSError as error:
@@ -60,8 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(said: str) -> int:
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+    _tell("error", "bold red", said)
     return 2
+
+
+def _tell(word: str, style: str, said: str) -> None:
+    """Print a line to standard error, its first word in colour."""
+    Console(stderr=True).print(Text.assemble((f"{word}:", style), f" {said}"), soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,4 +108,4 @@ def _show_note(
     if not issubclass(category, UserWarning) or ("synco_fast" not in filename and "argparse" in filename):
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
     elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        Console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+        _tell("note", "yellow", str(message))

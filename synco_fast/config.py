@@ -29,7 +29,7 @@ from synco_fast.runtime.migrations import migrate_config
 from synco_fast.runtime.names import Device, EngineName, Format, OptimizerName, QueueDtype
 from synco_fast.runtime.strict_yaml import read_yaml
 
-__all__ = ["Config", "Section", "build_config", "read_config", "read_mapping"]
+__all__ = ["SECTIONS", "Config", "Section", "build_config", "read_mapping"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -367,11 +367,12 @@ class Config(Section):
         return self.optimizer.lr * self.training.batch / 256
 
     def to_yaml(self) -> str:
-        """The resolved configuration, readable by `read_config`."""
+        """The resolved configuration, as `read_mapping` and `build_config` read it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-_SECTIONS = tuple(name for name, field in Config.model_fields.items() if isinstance(field.default, Section))
+SECTIONS = tuple(name for name, field in Config.model_fields.items() if isinstance(field.default, Section))
+"""The names of the sections."""
 
 
 def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None) -> Config:
@@ -384,7 +385,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
     Raises:
         ConfigError: An unknown key (with the nearest one), or a value outside its range.
     """
-    empty: dict[str, Any] = {name: {} for name in _SECTIONS if name in values and values[name] is None}
+    empty: dict[str, Any] = {name: {} for name in SECTIONS if name in values and values[name] is None}
     merged = _copy(migrate_config({**values, **empty}))
     for dotted, value in (overrides or {}).items():
         *path, last = dotted.split(".")
@@ -398,15 +399,6 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
         return Config.model_validate(migrate_config(merged, older_wins=True))
     except ValidationError as error:
         raise ConfigError(explain_error(error, Config)) from error
-
-
-def read_config(path: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """A configuration from a YAML file.
-
-    Raises:
-        ConfigError: The file is missing or not a mapping, or as `build_config` says.
-    """
-    return build_config(read_mapping(path), overrides)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from synco_fast.config import Config, build_config, read_config
+from synco_fast.config import Config, build_config, read_mapping
 from synco_fast.explain import known_keys
 from synco_fast.kernels import Negatives
 from synco_fast.presets import PRESETS, load_config, load_values
@@ -31,7 +31,7 @@ def test_presets_resolve_and_survive_a_round_trip(name, tmp_path):
     assert config.preset == name
     assert config.about
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    assert read_config(tmp_path / "config.yaml") == config
+    assert build_config(read_mapping(tmp_path / "config.yaml")) == config
 
 
 def test_the_papers_presets():

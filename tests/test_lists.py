@@ -23,7 +23,7 @@ from synco_fast.runtime.phases import PHASES
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Modules of `synco_fast.commands` that are no subcommand.
-HELPERS = {"evaluations", "options", "overrides", "parser", "validate_norm"}
+HELPERS = {"evaluations", "options", "overrides", "parser", "tables", "validate_norm"}
 
 
 def test_every_export_format_is_written_and_documented():
@@ -110,7 +110,7 @@ def test_every_option_of_every_subcommand_is_explained():
 def test_colours_and_shared_options_are_written_once():
     for pattern, folders, home in (
         (r"#0072B2", ("synco_fast", "bench"), "synco_fast/runtime/style.py"),
-        (r"\"--(json|precision|device)\"", ("synco_fast",), "synco_fast/commands/options.py"),
+        (r"(?m)^_OPTIONS\b|\"--(json|precision|device)\"", ("synco_fast",), "synco_fast/commands/options.py"),
     ):
         read = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
         files = [file for file in read if re.search(pattern, file.read_text(encoding="utf-8"))]

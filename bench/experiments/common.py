@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +12,9 @@ from typing import Any
 from synco_fast.methods import METHODS as _REGISTRY
 from synco_fast.methods import with_queue
 from synco_fast.report.runs import mean_and_deviation
+from synco_fast.runtime.files import read_json
 
-__all__ = ["FASHION_MNIST", "METHODS", "OverSeeds", "call", "evaluate", "must", "over_seeds", "read_json"]
+__all__ = ["FASHION_MNIST", "METHODS", "OverSeeds", "call", "evaluate", "must", "over_seeds"]
 
 #: Debian's location of the files.
 FASHION_MNIST = "idx:/usr/share/datasets/fashion-mnist"
@@ -58,12 +58,6 @@ def evaluate(folder: Path, file: str, words: list[str]) -> dict[str, Any]:
     if not result.exists():
         must("evaluate", words[0], folder, *words[1:], "--workers", 0)
     return read_json(result)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file with one JSON object."""
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
 
 
 def over_seeds(values: list[float]) -> OverSeeds:

@@ -22,10 +22,11 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, OverSeeds, evaluate, must, over_seeds, read_json
+from synco_fast.bench.experiments.common import FASHION_MNIST, OverSeeds, evaluate, must, over_seeds
 from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.linear import FAST_RATES
 from synco_fast.presets import load_config
+from synco_fast.runtime.files import read_json
 from synco_fast.runtime.style import COLOURS
 from synco_fast.training.metrics import read_metrics
 

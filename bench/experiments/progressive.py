@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, over_seeds, read_json
+from synco_fast.bench.experiments.common import FASHION_MNIST, over_seeds
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.evaluation.knn import periodic_knn
 from synco_fast.presets import load_config
 from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.files import read_json
 from synco_fast.training.engine import Engine
 from synco_fast.training.loop import Trainer
 from synco_fast.training.pretraining import Pretraining

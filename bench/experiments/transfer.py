@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, over_seeds, read_json
+from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, over_seeds
+from synco_fast.runtime.files import read_json
 
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
 #: Evaluations by title: the result file, and the arguments.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.phases import wait_for
 
 
 @pytest.fixture(scope="session")
@@ -24,8 +25,7 @@ def timed(benchmark: Any, device: torch.device) -> Callable[[Callable[[], object
     def run(function: Callable[[], object]) -> None:
         def call() -> None:
             function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
 
         benchmark.extra_info.update(describe_environment(device))
         benchmark.pedantic(call, rounds=20 if device.type == "cuda" else 5, warmup_rounds=2)

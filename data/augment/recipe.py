@@ -65,12 +65,8 @@ class Recipe(Section):
     def _ranges(self) -> Recipe:
         for name in ("area", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name}: found ({low}, {high}), expected 0 < low <= high")
-        if self.area[1] > 1:
-            raise ValueError(f"area: found up to {self.area[1]}, expected up to 1")
-        if min(self.std) <= 0:
-            raise ValueError(f"std: found {self.std}, expected numbers above 0")
+            if low > high:
+                raise ValueError(f"{name}: found ({low}, {high}), expected low <= high")
         resize, most = self.evaluation_resize, _LARGEST_RESIZE * self.size
         if resize is not None and not self.size <= resize <= most:
             raise ValueError(f"evaluation_resize: found {resize}, expected {self.size} (size) to {most}")

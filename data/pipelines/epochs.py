@@ -11,7 +11,7 @@ from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import uniforms
 
-__all__ = ["EpochBatches", "Position", "replace_corrupt"]
+__all__ = ["EpochBatches", "EpochPipeline", "Position", "replace_corrupt"]
 
 #: An epoch, and the number of the image that is due.
 Position = tuple[int, int]
@@ -67,6 +67,19 @@ class EpochBatches(Sampler[list[Position]]):
         for number in range(self.start, len(self)):
             first = number * self.batch + self.rank * self.share
             yield [(epoch, index) for index in order[first : first + self.share].tolist()]
+
+
+class EpochPipeline:
+    """The part of a `Pipeline` that follows the batches of an epoch."""
+
+    _batches: EpochBatches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that the next iteration yields, and its first batch."""
+        self._batches.set_epoch(epoch, start)
 
 
 def replace_corrupt(length: int, wanted: int, read: Callable[[int], T]) -> tuple[T, int, dict[int, str]]:

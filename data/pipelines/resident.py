@@ -19,7 +19,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.loader import Loader
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
+from synco_fast.data.pipelines.epochs import EpochBatches, EpochPipeline, Position, replace_corrupt
 from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import ArraySplit, Split
 from synco_fast.data.transfer import to_device
@@ -36,7 +36,7 @@ _AHEAD = 2
 _Drawn = tuple[int, NDArray[np.int64], ViewParameters]
 
 
-class ResidentPipeline:
+class ResidentPipeline(EpochPipeline):
     """Batches of two views, made on the device from a dataset kept there; see `Pipeline` for the contract.
 
     Args:
@@ -76,13 +76,6 @@ class ResidentPipeline:
         self._recipe, self._seed, self._device = recipe, seed, device or torch.device("cpu")
         self._ahead = ahead if ahead is not None else _AHEAD if self._device.type == "cuda" else 0
         self._pixels, self._replacements, self._corrupt = load_pixels(split, self._device, workers)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration yields, and its first batch."""
-        self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         for epoch, wanted, parameters in self._drawn():

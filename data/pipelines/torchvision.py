@@ -18,7 +18,7 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.loader import Loader
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.data.pipelines.epochs import EpochBatches, Position, replace_corrupt
+from synco_fast.data.pipelines.epochs import EpochBatches, EpochPipeline, Position, replace_corrupt
 from synco_fast.data.pipelines.pixels import pixels_of, read_pixels
 from synco_fast.data.sources.decode import central_part
 from synco_fast.data.sources.splits import Split
@@ -125,7 +125,7 @@ class _Views(Dataset[Batch]):
         return Decoded(wanted, *replace_corrupt(len(self.split), wanted, partial(read_pixels, self.split)))
 
 
-class TorchvisionPipeline:
+class TorchvisionPipeline(EpochPipeline):
     """Batches of two views from worker processes; see `Pipeline` for the contract.
 
     Args:
@@ -157,13 +157,6 @@ class TorchvisionPipeline:
         self._batches = EpochBatches(len(split), batch, seed, rank, world)
         views = _Views(split, recipe, seed)
         self._loader = Loader(views, self._batches, workers=workers, seed=seed, pin_memory=pin_memory)
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration yields, and its first batch."""
-        self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._loader)

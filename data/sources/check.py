@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.loader import Loader
 from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.manifest import ignore_manifests, manifest_path, write_manifest
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import FileSplit, Split
-from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["find_corrupt", "keep_list", "open_afresh"]
 
 _AT_A_TIME = 32
 
 
-class _Tried(Dataset[tuple[int, str | None]]):
+class _Tried(Dataset[dict[int, str]]):
+    """Of some images, the reason by number of each corrupt one."""
+
     def __init__(self, split: Split) -> None:
         self.split = split
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[int, str | None]:
-        try:
-            self.split.read(index)
-        except CorruptImageError as error:
-            return index, str(error)
-        return index, None
+    def __getitem__(self, numbers: range) -> dict[int, str]:
+        corrupt = {}
+        for number in numbers:
+            try:
+                self.split.read(number)
+            except CorruptImageError as error:
+                corrupt[number] = str(error)
+        return corrupt
 
 
 def find_corrupt(
@@ -44,21 +44,15 @@ def find_corrupt(
         split: The images.
         workers: Processes that decode; by default one for each core.
         tick: Called every few images with the number of images done and of corrupt ones.
+
+    Raises:
+        DataError: The source is gone, or a worker was killed.
     """
-    loader = DataLoader(
-        _Tried(split),
-        _AT_A_TIME,
-        num_workers=available_cores() if workers is None else workers,
-        collate_fn=list,
-        worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),
-    )
+    parts = [range(len(split))[first : first + _AT_A_TIME] for first in range(0, len(split), _AT_A_TIME)]
     corrupt: dict[int, str] = {}
-    done = 0
-    for tried in loader:
-        corrupt.update((index, reason) for index, reason in tried if reason is not None)
-        done += len(tried)
-        tick(done, len(corrupt))
+    for part, found in zip(parts, Loader(_Tried(split), parts, workers=workers, keep=False), strict=True):
+        corrupt |= found
+        tick(part.stop, len(corrupt))
     return corrupt
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.errors import CorruptImageError, one_line
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -116,9 +116,8 @@ def decode_image(content: bytes, name: str, limits: Limits = LIMITS) -> Image.Im
     except (MemoryError, CorruptImageError):
         raise
     except Exception as error:  # decoders raise many kinds, down to SyntaxError for a corrupt PNG
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "not an image in a format that can be read"
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image in a format that can be read" if unknown else one_line(error)
         raise CorruptImageError(f"{name}: {reason}") from error
 
 

@@ -9,7 +9,6 @@ hue jitter takes away. The layout is ImageNet's: ``train/CLASS/*.jpg`` and ``val
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -263,12 +262,3 @@ def _draw_class(job: tuple[Path, int, list[int]]) -> None:
         image, file = demo_image(folder.name, rng), io.BytesIO()
         image.save(file, "JPEG", quality=int(rng.integers(80, 96)))
         (folder / f"{number:05d}.jpg").write_bytes(file.getvalue())
-
-
-def folder_sha256(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 over every file's name and bytes below ``folder``, in order of name."""
-    digest = hashlib.sha256()
-    root = Path(folder)
-    for file in sorted(path for path in root.rglob("*") if path.is_file()):
-        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()

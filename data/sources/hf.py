@@ -8,12 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.errors import CorruptImageError, DataError, one_line
 from synco_fast.data.sources.columns import IMAGES, NONE, choose_column, label_column, number_labels
-from synco_fast.data.sources.decode import LIMITS, Limits, decode_image
-from synco_fast.data.sources.splits import map_labels, read_file
+from synco_fast.data.sources.decode import LIMITS, Limits
+from synco_fast.data.sources.splits import Split, map_labels, read_file
 
 __all__ = ["OPTIONS", "HfSplit", "load_hf"]
 
@@ -24,7 +22,7 @@ OPTIONS = ("train", "validation", "image", "label", "config")
 _REASON = 240
 
 
-class HfSplit:
+class HfSplit(Split):
     """One split of a dataset. Its Arrow files are memory-mapped, so random reads are fast and workers share the memory.
 
     Args:
@@ -97,10 +95,6 @@ class HfSplit:
         self.limits.check_size(len(value), self.name(index))
         return value
 
-    def read(self, index: int) -> Image.Image:
-        """The decoded image; see `decode_image`."""
-        return decode_image(self.read_bytes(index), self.name(index), self.limits)
-
 
 def load_hf(name: str, options: Mapping[str, str], limits: Limits = LIMITS) -> tuple[HfSplit, HfSplit | None]:
     """The training split and, if there is one, the held-out split of a dataset.
@@ -160,7 +154,6 @@ def _load(name: str, config: str | None) -> Mapping[str, Any]:
         else:
             found = load_dataset(os.fspath(path) if path.exists() else name, config)
     except Exception as error:  # of the network, of the cache, of the files: many kinds
-        reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
         where = "a folder" if path.exists() else "a name on the Hub within reach, or one in the library's cache"
-        raise DataError(f"data: cannot load hf:{name} ({reason}), expected {where}") from error
+        raise DataError(f"data: cannot load hf:{name} ({one_line(error, _REASON)}), expected {where}") from error
     return found if isinstance(found, Mapping) else {"train": found}

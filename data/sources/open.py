@@ -38,10 +38,10 @@ from synco_fast.data.sources.layout import (
 from synco_fast.data.sources.manifest import cache_folder
 from synco_fast.data.sources.parquet import ParquetSplit, find_parquet
 from synco_fast.data.sources.shards import ShardSplit
-from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split, read_image
+from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split
 from synco_fast.data.sources.stream import StreamSettings, StreamSplit, expand_shards
 
-__all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source", "read_image"]
+__all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source"]
 
 #: Largest array of an IDX file in bytes, since it is kept in memory.
 _LARGEST_IDX = 8 << 30

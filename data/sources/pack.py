@@ -16,17 +16,17 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.files import atomic_write
+from synco_fast.data.loader import Loader
 from synco_fast.data.sources.decode import decode_image, plain_jpeg_size
 from synco_fast.data.sources.open import Source
 from synco_fast.data.sources.pack_index import INDEX, PackIndex, member_name, read_index
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, Split
 from synco_fast.data.sources.stream import refuse_stream
-from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["PackSettings", "pack_source", "shrink"]
 
@@ -92,15 +92,14 @@ class _Shrunk:
     reason: str = ""
 
 
-class _Shrinker(Dataset[_Shrunk]):
-    def __init__(self, split: Split, start: int, settings: PackSettings) -> None:
-        self.split, self.start, self.settings = split, start, settings
+class _Shrinker(Dataset[list[_Shrunk]]):
+    def __init__(self, split: Split, settings: PackSettings) -> None:
+        self.split, self.settings = split, settings
 
-    def __len__(self) -> int:
-        return len(self.split) - self.start
+    def __getitem__(self, numbers: range) -> list[_Shrunk]:
+        return [self._shrunk(number) for number in numbers]
 
-    def __getitem__(self, place: int) -> _Shrunk:
-        number = self.start + place
+    def _shrunk(self, number: int) -> _Shrunk:
         name, read = _short_name(self.split, number), 0
         try:
             content = self.split.read_bytes(number)
@@ -225,15 +224,9 @@ def _pack_split(
 
 
 def _shrunk(split: Split, start: int, settings: PackSettings, workers: int | None) -> Iterator[_Shrunk]:
-    loader = DataLoader(
-        _Shrinker(split, start, settings),
-        _AT_A_TIME,
-        num_workers=available_cores() if workers is None else workers,
-        collate_fn=list,
-        worker_init_fn=start_worker,
-    )
-    for batch in loader:
-        yield from batch
+    parts = [range(first, min(first + _AT_A_TIME, len(split))) for first in range(start, len(split), _AT_A_TIME)]
+    for part in Loader(_Shrinker(split, settings), parts, workers=workers, keep=False):
+        yield from part
 
 
 def _journal(shard: Path) -> Path:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.columns import IMAGES, choose_column, label_column, number_labels
-from synco_fast.data.sources.decode import LIMITS, Limits, decode_image
-from synco_fast.data.sources.splits import map_labels
+from synco_fast.data.sources.decode import LIMITS, Limits
+from synco_fast.data.sources.splits import Split, map_labels
 
 __all__ = ["ParquetSplit", "find_parquet"]
 
@@ -24,7 +23,7 @@ _OPEN_FILES = 16
 _LARGE_GROUP = 1 << 20
 
 
-class ParquetSplit:
+class ParquetSplit(Split):
     """The images of some Parquet files, in order of file and row.
 
     Only the files' footers and the labels are read at first. A row group is decompressed as a whole and the last one is
@@ -125,10 +124,6 @@ class ParquetSplit:
             raise CorruptImageError(f"{self.name(index)}: found no bytes in the column {self._column}")
         self.limits.check_size(len(content), self.name(index))
         return content
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded image; see `decode_image`."""
-        return decode_image(self.read_bytes(index), self.name(index), self.limits)
 
     def _open(self, number: int) -> Any:
         """An open file; the last few are kept."""

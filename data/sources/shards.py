@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
 
 from synco_fast.data.errors import CorruptImageError, DataError
-from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decode_image
+from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits
 from synco_fast.data.sources.manifest import (
     Manifest,
     PackedNames,
@@ -25,7 +24,7 @@ from synco_fast.data.sources.manifest import (
     write_manifest,
 )
 from synco_fast.data.sources.pack_index import packed_manifest
-from synco_fast.data.sources.splits import relabel
+from synco_fast.data.sources.splits import Split, map_labels
 
 __all__ = ["ShardSplit", "index_shards"]
 
@@ -33,7 +32,7 @@ __all__ = ["ShardSplit", "index_shards"]
 _Sample = tuple[str, int, int, tuple[int, int, str] | None]
 
 
-class ShardSplit:
+class ShardSplit(Split):
     """The images of some tar shards, in order of shard and member.
 
     Members whose names agree up to the first dot behind the folder form a sample: one image, and its label in ``.cls``
@@ -78,7 +77,7 @@ class ShardSplit:
             raise DataError(f"data: found no image in the shards of {title}")
         self.limits, self.manifest, self._shards = limits, manifest, [os.fspath(shard) for shard in shards]
         self._places = manifest.places
-        self.labels, self.classes = relabel(manifest, classes, title)
+        self.labels, self.classes = map_labels(manifest.labels, manifest.classes, classes, title)
         self._opened: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -103,10 +102,6 @@ class ShardSplit:
         if self.manifest.checksums is not None and zlib.crc32(content) != int(self.manifest.checksums[index]):
             raise CorruptImageError(f"{self.name(index)}: found bytes that differ from the pack's checksum")
         return content
-
-    def read(self, index: int) -> Image.Image:
-        """The decoded member; see `decode_image`."""
-        return decode_image(self.read_bytes(index), self.name(index), self.limits)
 
     def _descriptor(self, shard: int) -> int:
         """An open shard. Reads carry their own offset, so that forked workers may share it."""

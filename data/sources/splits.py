@@ -25,7 +25,6 @@ __all__ = [
     "Split",
     "SubsetSplit",
     "read_file",
-    "read_image",
     "share_of",
 ]
 
@@ -52,21 +51,12 @@ class Split(Protocol):
         ...
 
     def read(self, index: int) -> Image.Image:
-        """The image in mode RGB.
+        """The image in mode RGB, by `decode_image`.
 
         Raises:
             CorruptImageError: It cannot be decoded.
         """
-        ...
-
-
-def read_image(file: str | os.PathLike[str], limits: Limits = LIMITS) -> Image.Image:
-    """Decode an image file to RGB, upright; see `decode_image`.
-
-    Raises:
-        CorruptImageError: The file cannot be read or decoded.
-    """
-    return decode_image(read_file(os.fspath(file), limits), os.fspath(file), limits)
+        return decode_image(self.read_bytes(index), self.name(index), self.limits)
 
 
 def read_file(file: str, limits: Limits) -> bytes:
@@ -87,7 +77,7 @@ def read_file(file: str, limits: Limits) -> bytes:
         raise CorruptImageError(f"{file}: {error.strerror or error}") from error
 
 
-class FileSplit:
+class FileSplit(Split):
     """Images in separate files.
 
     Args:
@@ -110,7 +100,7 @@ class FileSplit:
         limits: Limits = LIMITS,
     ) -> None:
         self.manifest, self.key, self.limits, self._root = manifest, key, limits, os.fspath(root)
-        self.labels, self.classes = relabel(manifest, classes, root)
+        self.labels, self.classes = map_labels(manifest.labels, manifest.classes, classes, root)
 
     def __len__(self) -> int:
         return len(self.manifest.names)
@@ -123,21 +113,6 @@ class FileSplit:
         """The file's bytes."""
         return read_file(self.name(index), self.limits)
 
-    def read(self, index: int) -> Image.Image:
-        """The decoded file; see `decode_image`."""
-        return decode_image(self.read_bytes(index), self.name(index), self.limits)
-
-
-def relabel(
-    manifest: Manifest, classes: tuple[str, ...] | None, where: object
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """A manifest's labels as indices of ``classes``, and the resulting classes.
-
-    Raises:
-        DataError: The manifest has a class that ``classes`` lacks.
-    """
-    return map_labels(manifest.labels, manifest.classes, classes, where)
-
 
 def map_labels(
     labels: NDArray[np.int64] | None,
@@ -145,7 +120,11 @@ def map_labels(
     classes: tuple[str, ...] | None,
     where: object,
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:
-    """Labels as indices of ``classes`` instead of ``own``, and the resulting classes; see `relabel`."""
+    """Labels as indices of ``classes`` instead of ``own``, and the resulting classes.
+
+    Raises:
+        DataError: ``own`` has a class that ``classes`` lacks.
+    """
     if classes is None or own is None or labels is None:
         return labels, own
     unknown = sorted(set(own) - set(classes))

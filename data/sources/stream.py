@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from synco_fast.data.errors import DataError
+from synco_fast.data.errors import DataError, one_line
 from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.stream_counts import find_counts
 from synco_fast.data.sources.stream_reader import PIPE, is_url
@@ -176,5 +176,4 @@ def _matching_urls(pattern: str) -> list[str]:
         system, path = fsspec.core.url_to_fs(pattern)
         return sorted(str(system.unstrip_protocol(name)) for name in system.glob(path))
     except Exception as error:  # of the network, of a missing package, of the protocol
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"data: cannot list {pattern} ({reason})") from error
+        raise DataError(f"data: cannot list {pattern} ({one_line(error, 200)})") from error

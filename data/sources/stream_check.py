@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.errors import CorruptImageError
+from synco_fast.data.loader import Loader
 from synco_fast.data.sources.decode import decode_image
 from synco_fast.data.sources.stream import StreamSplit
 from synco_fast.data.sources.stream_counts import Stamp, stamp_of
 from synco_fast.data.sources.stream_reader import ShardError, read_images
-from synco_fast.data.workers import available_cores, start_worker
 
 __all__ = ["CheckedShard", "check_stream"]
 
@@ -28,22 +26,17 @@ class CheckedShard:
         stamp: Its stamp before it was read, see `synco_fast.data.sources.stream_counts`.
         corrupt: Reason by name, for images that do not decode.
         damage: Why the shard ends early; empty if it does not.
-        error: Why it cannot be read at all; empty if it can.
     """
 
     images: int = 0
     stamp: Stamp = None
     corrupt: dict[str, str] = field(default_factory=dict)
     damage: str = ""
-    error: str = ""
 
 
 class _Shards(Dataset[CheckedShard]):
     def __init__(self, split: StreamSplit) -> None:
         self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split.shards)
 
     def __getitem__(self, number: int) -> CheckedShard:
         found = CheckedShard(stamp=stamp_of(self.split.shards[number]))
@@ -58,8 +51,6 @@ class _Shards(Dataset[CheckedShard]):
                     found.corrupt[name] = str(error)
         except ShardError as error:
             found.damage = str(error)
-        except DataError as error:
-            found.error = str(error)
         return found
 
 
@@ -77,26 +68,12 @@ def check_stream(
         tick: Called after each shard with the number of shards done and of corrupt images.
 
     Raises:
-        DataError: A shard cannot be read.
+        DataError: A shard cannot be read, or a worker was killed.
     """
-    loader = DataLoader(
-        _Shards(split),
-        batch_size=None,
-        num_workers=available_cores() if workers is None else workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),
-    )
     done: list[CheckedShard] = []
     corrupt = 0
-    for shard in loader:
-        if shard.error:
-            raise DataError(shard.error)
+    for shard in Loader(_Shards(split), range(len(split.shards)), workers=workers, keep=False):
         done.append(shard)
         corrupt += len(shard.corrupt)
         tick(len(done), corrupt)
     return done
-
-
-def _as_it_is(shard: Any) -> Any:
-    return shard

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.errors import CorruptImageError, DataError, one_line
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits
 
 __all__ = ["PIPE", "ShardError", "is_url", "read_images", "read_whole"]
@@ -69,8 +69,7 @@ def read_images(
             raise ShardError(f"{shard}: the shard is truncated or corrupt ({error})") from error
         except Exception as error:  # of the network and its clients: many kinds
             if attempt == _TRIES - 1 or isinstance(error, FileNotFoundError):
-                reason = " ".join(str(error).split())[:_REASON] or type(error).__name__
-                raise DataError(f"data: cannot read the shard {shard} ({reason})") from error
+                raise DataError(f"data: cannot read the shard {shard} ({one_line(error, _REASON)})") from error
             time.sleep(_PAUSE * 2**attempt)
 
 
@@ -143,7 +142,7 @@ def _open_url(url: str) -> Any:
     try:
         return fsspec.open(url, "rb").open()
     except (ImportError, ValueError) as error:  # a package for this protocol is missing, or nobody knows it
-        raise DataError(f"data: cannot read {url} ({' '.join(str(error).split())[:_REASON]})") from error
+        raise DataError(f"data: cannot read {url} ({one_line(error, _REASON)})") from error
 
 
 def read_whole(name: str) -> bytes:

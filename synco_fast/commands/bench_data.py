@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import PIPELINES, PIPELINES_OF
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive, whole
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -61,7 +61,6 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.data.workers import available_cores
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
@@ -83,8 +82,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
                 folder, names, pipelines=pipelines, recipe=Recipe(), rounds=options.rounds, tick=bar.advance
             )
             environment = {**describe_environment(torch.device("cpu")), "threads": 1}
-            if options.json is not None:
-                write_json(options.json, {"environment": environment, "photos": len(names), "parts": spent})
+            write_results(options, {"environment": environment, "photos": len(names), "parts": spent})
             _print_parts(spent, console)
             return 0
         bar.restart("measuring", len(pipelines) * options.rounds)
@@ -95,8 +93,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
         about["kilobytes"] = round(sum(sizes) / len(sizes) / 1e3)
 
         def keep(results: list[dict[str, Any]]) -> None:
-            if options.json is not None:
-                write_json(options.json, {"environment": environment, **about, "results": results})
+            write_results(options, {"environment": environment, **about, "results": results})
 
         results = measure_pipelines(
             folder,
@@ -116,11 +113,9 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
 
 
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("pipeline", no_wrap=True)
     first = results[0]
-    for name in ("images/s", "views/s", "CPU", f"against {first['pipeline']}", "CPU ms", "against"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("images/s", "views/s", "CPU", f"against {first['pipeline']}", "CPU ms", "against")
+    table = figures_table(title, ["pipeline"], numbers)
     for result in results:
         share, spent = result["core_share"], result["processor_milliseconds"]
         same = not result["pipeline"].startswith("resident") or first["pipeline"].startswith("resident")
@@ -132,21 +127,18 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
             row[-1] = f"{first['processor_milliseconds'] / spent:.2f}x"
         table.add_row(result["pipeline"], *row)
     console.print(table)
-    console.print("CPU: share of all cores. CPU ms: CPU time per image, and against the first row.")
-    console.print("resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
+    say(console, "CPU: share of all cores. CPU ms: CPU time per image, and against the first row.")
+    say(console, "resident-32 has arrays of 32 x 32 pixels, the others files of 500 x 375")
 
 
 def _print_parts(spent: dict[str, dict[str, float]], console: Console) -> None:
     from synco_fast.bench.data_parts import PARTS
     from synco_fast.data.augment.draw import JITTER
 
-    table = Table(title="CPU time, ms per image", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("part", no_wrap=True)
-    for name in spent:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table("CPU time, ms per image", ["part"], list(spent))
     for part in PARTS:
-        figures = [f"{parts[part]:.2f}" if part in parts else "-" for parts in spent.values()]
-        table.add_row(f"  {part}" if part in JITTER else part, *figures)
+        row = [f"{parts[part]:.2f}" if part in parts else "-" for parts in spent.values()]
+        table.add_row(f"  {part}" if part in JITTER else part, *row)
     table.add_section()
     totals = [sum(value for part, value in parts.items() if part not in JITTER) for parts in spent.values()]
     table.add_row("all", *(f"{total:.2f}" for total in totals))

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, CAPABILITIES, DTYPES, FIELD, LOSS_BACKENDS, SELECTIONS
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
     from synco_fast.bench.cost.model import Cost
@@ -100,7 +100,6 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.kernels.ops import unserved_by_triton
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
@@ -137,14 +136,13 @@ def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Conso
             results.append(result)
             bar.advance()
     environment = describe_environment(device)
-    if options.json is not None:
-        about = {"environment": environment, "device": device.type, "ceilings": ceilings._asdict()}
-        write_json(options.json, about | {"part": options.part, "results": results})
+    about = {"environment": environment, "device": device.type, "ceilings": ceilings._asdict()}
+    write_results(options, about | {"part": options.part, "results": results})
     _print(results, f"{environment['device']}, {dtype}, D = {options.dim}, N = {options.hard}", console)
     halves = " (or by three products of halves)" if on_gpu and dtype == "float32" else ""
-    console.print(
+    say(
+        console,
         f"floor: {ceilings.flops / 1e12:,.2f} TFLOP/s{halves} and {ceilings.bytes / 1e9:,.0f} GB/s, as measured here",
-        highlight=False,
     )
     if options.plot is not None and any("failed" not in result for result in results):
         draw_loss(results, f"{environment['device']}, torch {environment['torch']}, {dtype}", options.plot)
@@ -180,12 +178,9 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     from synco_fast.bench.loss_report import best_seconds
 
     on_gpu = any("cold_s" in result for result in results)
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("B", justify="right")
-    table.add_column("K", justify="right")
-    table.add_column("backend", no_wrap=True)
-    for name in ("ms", *(("cold", "graph") if on_gpu else ()), "bare", "speed", "MiB", "floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("ms", *(("cold", "graph") if on_gpu else ()), "bare", "speed", "MiB", "floor")
+    table = figures_table(title, ["B", "K", "backend"], numbers)
+    table.columns[0].justify = table.columns[1].justify = "right"
     notes = []
     first: dict[tuple[int, int], float] = {}
     for result in sorted(results, key=lambda result: (result["rows"], result["length"])):
@@ -198,22 +193,21 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
         seconds = best_seconds(result)
         times = [result["median_s"]] + ([result["cold_s"], result.get("graph_s")] if on_gpu else [])
         speed = f"{first.setdefault(shape, seconds) / seconds:,.2f}x"
-        figures = [f"{1e3 * value:,.3f}" if value else "-" for value in (*times, result.get("bare_s"))]
-        table.add_row(*key, *figures, speed, f"{result['extra_mib']:,.1f}", f"{result['floor_s'] / seconds:.0%}")
+        row = [f"{1e3 * value:,.3f}" if value else "-" for value in (*times, result.get("bare_s"))]
+        table.add_row(*key, *row, speed, f"{result['extra_mib']:,.1f}", f"{result['floor_s'] / seconds:.0%}")
         if "graph" in result:
             notes.append(f"{result['backend']} at B = {key[0]}, K = {key[1]}: {result['graph']}")
     console.print(table)
-    console.print("ms: median; bare: the operator alone; speed: against the first backend at that shape; floor: its")
-    console.print("share of the time")
+    say(console, "ms: median; bare: the operator alone; speed: against the first backend at that shape; floor: its")
+    say(console, "share of the time")
     for note in notes:
-        console.print(note, style="yellow", highlight=False, soft_wrap=True)
+        say(console, note, "yellow")
 
 
 def _model(options: argparse.Namespace, console: Console) -> int:
     from dataclasses import asdict
 
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
 
     try:
         from synco_fast.bench.cost.model import DEVICES, costs_of_loss, total
@@ -232,27 +226,23 @@ def _model(options: argparse.Namespace, console: Console) -> int:
         costs = costs_of_loss(shape, options.capability)
         found.append({"shape": asdict(shape), "total": total(costs), "launches": [cost.as_dict() for cost in costs]})
         _print_model(costs, f"{device.name}, B = {shape.rows:,}, K = {shape.length:,}, {shape.dtype}", console)
-    console.print(f"counted from machine code, {compiler_version()}, for sm_{options.capability}", highlight=False)
-    console.print(
+    say(console, f"counted from machine code, {compiler_version()}, for sm_{options.capability}")
+    say(
+        console,
         f"stated: {device.processors} SMs at {device.clock:,.0f} MHz, {device.issue:.0%} of issue slots, "
         f"{device.flops:,} FLOP/clk/SM, L2 {device.l2 / 1e6:.1f} and HBM {device.hbm / 1e6:.1f} TB/s, "
         f"{device.launch:g} us a launch; nothing was measured",
-        highlight=False,
-        soft_wrap=True,
     )
-    if options.json is not None:
-        about = {"compiler": compiler_version(), "capability": options.capability, "assumed": asdict(device)}
-        write_json(options.json, about | {"shapes": found})
+    about = {"compiler": compiler_version(), "capability": options.capability, "assumed": asdict(device)}
+    write_results(options, about | {"shapes": found})
     return 0
 
 
 def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
     from synco_fast.bench.cost.model import total
 
-    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
-    table.add_column("launch", no_wrap=True)
-    for name in ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "MB L2", "GFLOP", "us"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "MB L2", "GFLOP", "us")
+    table = figures_table(title, ["launch"], numbers, gap=0)
     table.add_column("bound", no_wrap=True)
     for cost in costs:
         table.add_row(
@@ -271,18 +261,18 @@ def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
         )
     sums = total(costs)
     table.add_section()
-    figures = [f"{sums['instructions'] / 1e6:.1f}", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
-    table.add_row("sum", *[""] * 6, *figures)
+    row = [f"{sums['instructions'] / 1e6:.1f}", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
+    table.add_row("sum", *[""] * 6, *row)
     console.print(table)
     line = f"MB L2: in whole sectors of 32 bytes; {sums['used'] / 1e6:.0f} MB of them are used"
-    console.print(line, style="dim", highlight=False)
+    say(console, line, "dim")
     for cost in costs:
         for loop in cost.loops:
             line = f"{cost.name}: {loop['source']}: {loop['instructions']:,} instructions, {loop['trips']:,.1f} trips"
-            console.print(f"{line} ({loop['how']})", style="dim", highlight=False, soft_wrap=True)
+            say(console, f"{line} ({loop['how']})", "dim")
         for branch in cost.assumed:
-            console.print(f"{cost.name}: {branch}: assumed taken", style="yellow", highlight=False, soft_wrap=True)
+            say(console, f"{cost.name}: {branch}: assumed taken", "yellow")
         if cost.spilled:
-            console.print(f"{cost.name}: {cost.spilled} bytes spilled", style="yellow", highlight=False)
+            say(console, f"{cost.name}: {cost.spilled} bytes spilled", "yellow")
         if cost.serialised:
-            console.print(f"{cost.name}: ptxas serialises its wgmma (C7515)", style="yellow", highlight=False)
+            say(console, f"{cost.name}: ptxas serialises its wgmma (C7515)", "yellow")

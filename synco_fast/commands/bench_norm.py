@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import DTYPES, NORM_SETTINGS, NORMS
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,6 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.bench.roofline import measure_ceilings
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
@@ -107,12 +106,11 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
                 repeats=repeats,
                 rounds=rounds,
             )
-            if options.json is not None:
-                # After each layer, so that nothing is lost where the time ends early.
-                sums = {"totals_s": totals(results), "cpu_totals_s": totals(results, "cpu_median_s")}
-                if on_gpu:
-                    sums["graph_totals_s"] = totals(results, "graph_s")
-                write_json(options.json, {**about, **sums, "results": results})
+            # After each layer, so that nothing is lost where the time ends early.
+            sums = {"totals_s": totals(results), "cpu_totals_s": totals(results, "cpu_median_s")}
+            if on_gpu:
+                sums["graph_totals_s"] = totals(results, "graph_s")
+            write_results(options, {**about, **sums, "results": results})
             bar.advance()
     title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"
     _print(results, title, console)
@@ -124,7 +122,6 @@ def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, 
     from synco_fast.bench.norm_step import measure_norm_steps
     from synco_fast.presets import load_config
     from synco_fast.runtime.environment import describe_environment
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.progress import ProgressBar
 
     shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
@@ -146,34 +143,25 @@ def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, 
     with ProgressBar(console, "measuring", rounds, unit="round") as bar:
         results = measure_norm_steps(config.model_dump(mode="json"), options.norms, rounds=rounds, advance=bar.advance)
     environment = describe_environment(device)
-    if options.json is not None:
-        about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype}
-        write_json(options.json, {**about, **shape, "steps": results})
-    table = Table(
-        title=f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups", box=SIMPLE_HEAD
-    )
-    first = options.norms[0]
-    for name in ("model.norm", "ms", "CPU ms", "ratio (quartiles)", "CPU ratio (quartiles)"):
-        table.add_column(name, justify="left" if name == "model.norm" else "right", no_wrap=True)
+    about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype}
+    write_results(options, {**about, **shape, "steps": results})
+    title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"
+    table = figures_table(title, ["model.norm"], ["ms", "CPU ms", "ratio (quartiles)", "CPU ratio (quartiles)"])
     for row in results:
-        figures = [f"{1e3 * row['median_s']:,.0f}", f"{1e3 * row['cpu_median_s']:,.0f}"]
+        cells = [f"{1e3 * row['median_s']:,.0f}", f"{1e3 * row['cpu_median_s']:,.0f}"]
         for name in ("of_first", "cpu_of_first"):
             low, middle, high = row[name]
-            figures.append(f"{middle:.3f} ({low:.2f} to {high:.2f})")
-        table.add_row(row["norm"], *figures)
+            cells.append(f"{middle:.3f} ({low:.2f} to {high:.2f})")
+        table.add_row(row["norm"], *cells)
     console.print(table)
-    console.print(f"whole steps in turn; ratio to {first} in the same round; rounds: {rounds}", highlight=False)
+    say(console, f"whole steps in turn; ratio to {options.norms[0]} in the same round; rounds: {rounds}")
     return 0
 
 
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
     from synco_fast.bench.norm import totals
 
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", "form"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ms", "CPU ms", "GB/s", "floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = figures_table(title, ["layer", "form"], ["ms", "CPU ms", "GB/s", "floor"])
     for result in results:
         follows = "+add" * result["residual"] + "+relu" * result["relu"]
         layer = f"{result['times']}x {result['channels']}, {result['height']}x{result['width']} {follows}"
@@ -186,21 +174,21 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
             f"{result['floor']:.0%}",
         )
     console.print(table)
-    figures = {"": "median_s", " (processor time)": "cpu_median_s"}
+    sums = {"": "median_s", " (processor time)": "cpu_median_s"}
     if any("graph_s" in result for result in results):
-        figures[" (CUDA graph)"] = "graph_s"
-    for about, figure in figures.items():
+        sums[" (CUDA graph)"] = "graph_s"
+    for about, figure in sums.items():
         together = totals(results, figure)
         first = next(iter(together.values()))
         for subject, seconds in together.items():
             line = f"all layers, {subject}: {1e3 * seconds:,.1f} ms{about}, {seconds / first:.2f} of the first"
-            console.print(line, highlight=False)
-    console.print("floor: share of the time that the kernels' bytes would take at the bandwidth of a copy, as measured")
+            say(console, line)
+    say(console, "floor: share of the time that the kernels' bytes would take at the bandwidth of a copy, as measured")
 
 
 def _print_counted(counted: dict[str, dict[str, int]], backbone: str, console: Console) -> None:
-    console.print(f"counted, not measured, for norm, add and ReLU of a step of {backbone}:", highlight=False)
+    say(console, f"counted, not measured, for norm, add and ReLU of a step of {backbone}:")
     for form, work in counted.items():
         shares = [f"{work['bytes'] / other['bytes']:.2f} of {name}" for name, other in counted.items() if name != form]
         line = f"  {form}: {work['bytes'] / 1e9:,.1f} GB ({', '.join(shares)}), {work['launches']:,} launches"
-        console.print(line, highlight=False)
+        say(console, line)

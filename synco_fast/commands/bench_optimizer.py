@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import OPTIMIZERS
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -39,7 +39,6 @@ def _bench_optimizer(options: argparse.Namespace, rest: Sequence[str], console: 
     from synco_fast.bench.optimizer import measure_optimizers, unavailable
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
@@ -54,23 +53,16 @@ def _bench_optimizer(options: argparse.Namespace, rest: Sequence[str], console: 
             subjects, options.backbone, device, repeats=options.repeats, rounds=options.rounds, advance=bar.advance
         )
     environment = describe_environment(device)
-    if options.json is not None:
-        without = {subject: reason for subject, reason in reasons.items() if reason}
-        about = {"environment": environment, "device": device.type, "backbone": options.backbone}
-        write_json(options.json, about | {"results": results, "unavailable": without})
+    without = {subject: reason for subject, reason in reasons.items() if reason}
+    about = {"environment": environment, "device": device.type, "backbone": options.backbone}
+    write_results(options, about | {"results": results, "unavailable": without})
     count = results[0]["parameters"] / 1e6
-    table = Table(
-        title=f"{environment['device']}, {options.backbone}, {count:,.1f} M parameters",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("optimizer", no_wrap=True)
-    for name in ("ms", "operations", "host waits"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"{environment['device']}, {options.backbone}, {count:,.1f} M parameters"
+    table = figures_table(title, ["optimizer"], ["ms", "operations", "host waits"])
     table.add_column("what")
     for row in results:
-        figures = f"{1e3 * row['median_s']:,.3f}", f"{row['operations']:,}", "yes" if row["waits"] else "no"
-        table.add_row(row["subject"], *figures, row["about"])
+        cells = f"{1e3 * row['median_s']:,.3f}", f"{row['operations']:,}", "yes" if row["waits"] else "no"
+        table.add_row(row["subject"], *cells, row["about"])
     console.print(table)
-    console.print("with the gradient's norm and the skipping of bad steps; operations as PyTorch dispatches them")
+    say(console, "with the gradient's norm and the skipping of bad steps; operations as PyTorch dispatches them")
     return 0

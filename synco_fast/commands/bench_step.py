@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import ENGINES, STEPS, STEPS_BY_DEFAULT, VALIDATED
-from synco_fast.commands.options import add_options, load_torch
+from synco_fast.commands.options import add_options, load_torch, write_results
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -54,7 +55,6 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     config = load_config(options.config, overrides_of(rest))
     load_torch(console)
     from synco_fast.bench.step import bench_step
-    from synco_fast.runtime.files import write_json
 
     report = bench_step(
         config,
@@ -64,15 +64,13 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
         steps=options.steps,
         rounds=options.rounds,
         threads=options.threads,
-        say=lambda line: console.print(line, style="dim", highlight=False),
-        keep=lambda report: None if options.json is None else write_json(options.json, report),
+        say=lambda line: say(console, line, "dim"),
+        keep=lambda report: write_results(options, report),
     )
     rated = any(row["utilisation"] is not None for row in report["results"])
-    table = Table(title=f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}")
-    for title in ("step", "engine", "backend"):
-        table.add_column(title)
-    for title in ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ())):
-        table.add_column(title, justify="right", no_wrap=True)
+    title = f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}"
+    numbers = ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ()))
+    table = figures_table(title, ["step", "engine", "backend"], numbers)
     for row in report["results"]:
         shares = [row[f"of_{name}"] for name in ("encoder", "encoder_plain", "moco", "plain")]
         table.add_row(
@@ -85,15 +83,13 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
             *((f"{row['utilisation']:.1%}",) if rated else ()),
         )
     console.print(table)
-    console.print("/encoder, /limit, /moco, /plain: ratio to the images per second of that subject's best engine;")
-    console.print("limit: encoder-plain, without grouped batch norm")
+    say(console, "/encoder, /limit, /moco, /plain: ratio to the images per second of that subject's best engine;")
+    say(console, "limit: encoder-plain, without grouped batch norm")
     for row in report["results"]:
         for note in row["notes"]:
-            console.print(f"{row['subject']}, {row['engine']}: {note}", style="yellow", highlight=False)
+            say(console, f"{row['subject']}, {row['engine']}: {note}", "yellow")
     environment = report["environment"]
-    console.print(
-        f"{environment['device']}, {environment['cores']} cores, torch {environment['torch']}", highlight=False
-    )
+    say(console, f"{environment['device']}, {environment['cores']} cores, torch {environment['torch']}")
     for line in report["failed"]:
-        console.print(f"failed: {line}", style="red", highlight=False, soft_wrap=True)
+        say(console, f"failed: {line}", "red")
     return 1 if report["failed"] else 0

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from synco_fast.commands.options import add_options, load_torch, path
+from synco_fast.commands.options import add_options, load_torch, path, write_results
 from synco_fast.commands.parser import Commands
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -43,7 +44,6 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     from synco_fast.report.compare import SPEED, compare_runs, draw_comparison, shown_figures
     from synco_fast.report.runs import mean_and_deviation
     from synco_fast.runtime.environment import describe_environment
-    from synco_fast.runtime.files import write_json
 
     groups = compare_runs(options.runs)
     draw_comparison(groups, options.out)
@@ -64,24 +64,23 @@ def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console)
     console.print(table)
     for run in (run for group in groups for run in group.runs):
         for note in run.notes:
-            console.print(f"note: {run.folder}/evaluation/{note}", highlight=False, soft_wrap=True, markup=False)
-    console.print(f"picture: {options.out}", highlight=False, soft_wrap=True)
-    if options.json is not None:
-        figures = [
-            {
-                "method": group.title,
-                "runs": [str(run.folder) for run in group.runs],
-                "seeds": [run.config.seed for run in group.runs],
-                "budget": group.budget,
-                **{
-                    name: {"values": group.values(name), "mean": found[0], "deviation": found[1]}
-                    for name in shown
-                    if (found := mean_and_deviation(group.values(name)))
-                },
-            }
-            for group in groups
-        ]
-        write_json(options.json, {"groups": figures, "environment": describe_environment()})
+            say(console, f"note: {run.folder}/evaluation/{note}")
+    say(console, f"picture: {options.out}")
+    figures = [
+        {
+            "method": group.title,
+            "runs": [str(run.folder) for run in group.runs],
+            "seeds": [run.config.seed for run in group.runs],
+            "budget": group.budget,
+            **{
+                name: {"values": group.values(name), "mean": found[0], "deviation": found[1]}
+                for name in shown
+                if (found := mean_and_deviation(group.values(name)))
+            },
+        }
+        for group in groups
+    ]
+    write_results(options, {"groups": figures, "environment": describe_environment()})
     return 0
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import SOURCE, add_options, load_torch
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.options import SOURCE, add_options, load_torch, write_results
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
+from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
     from synco_fast.data.sources.splits import Split
@@ -42,7 +44,6 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
     from synco_fast.data.sources.stream import StreamSplit
     from synco_fast.runtime.environment import describe_environment
-    from synco_fast.runtime.files import write_json
 
     source = open_afresh(options.source)
     if source.layout:
@@ -69,8 +70,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
             figures["lists"] += [kept] if kept else []
     spent = time.perf_counter() - start
     figures |= {"seconds": spent, "unread": dict(unread)}
-    if options.json is not None:
-        write_json(options.json, figures | {"environment": describe_environment()})
+    write_results(options, figures | {"environment": describe_environment()})
     if unread:
         kinds = ", ".join(f"{count:,} {printable(kind)}" for kind, count in unread.most_common())
         _warn(f"not read: {kinds}", console)
@@ -78,7 +78,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     for reason in wrong[:_NAMED]:
         _warn(reason, console)
     if len(wrong) > _NAMED:
-        console.print(f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", style="yellow")
+        say(console, f"... and {len(wrong) - _NAMED:,} more; --json FILE names them all", "yellow")
     table = two_columns(f"check of {printable(options.source)}")
     share = len(figures["corrupt"]) / max(1, figures["images"])
     table.add_row("images", f"{figures['images']:,}")
@@ -122,7 +122,7 @@ def _check_stream(split: StreamSplit, figures: dict[str, Any], workers: int | No
 def _warn(line: str, console: Console) -> None:
     from synco_fast.data.errors import printable
 
-    console.print(printable(line), style="yellow", highlight=False, soft_wrap=True, markup=False)
+    say(console, printable(line), "yellow")
 
 
 def _with_progress(

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from synco_fast.commands.options import add_options, path
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -41,9 +42,6 @@ def _data_demo(options: argparse.Namespace, rest: Sequence[str], console: Consol
             )
     except ValueError as error:
         raise UserError(str(error)) from error
-    console.print(
-        f"{len(CLASSES)} classes, {options.train} training and {options.validation} held-out images each: {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    each = f"{options.train} training and {options.validation} held-out images each"
+    say(console, f"{len(CLASSES)} classes, {each}: {folder}")
     return 0

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, load_torch, path
-from synco_fast.commands.parser import Commands, positive, two_columns
+from synco_fast.commands.options import add_options, load_torch, path, write_results
+from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import two_columns
+from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
     from synco_fast.data.pipelines.pack_quality import PackQuality
@@ -50,7 +52,7 @@ def add(commands: Commands) -> None:
 def _quality(word: str) -> int:
     number = int(word)
     if not 1 <= number <= 100:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"found {number}, expected 1 to 100")
     return number
 
 
@@ -62,7 +64,6 @@ def _data_pack(options: argparse.Namespace, rest: Sequence[str], console: Consol
     from synco_fast.data.sources.pack import PackSettings, pack_source
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.progress import ProgressBar
 
     source = open_source(options.source)
@@ -78,9 +79,8 @@ def _data_pack(options: argparse.Namespace, rest: Sequence[str], console: Consol
     spent = time.perf_counter() - start
     quality = measure_quality(source.train, open_shards(options.out).train, packed["train"], Recipe(size=options.view))
     figures = _figures(packed, quality)
-    if options.json is not None:
-        about = {"source": options.source, "out": str(options.out), **asdict(settings), "seconds": spent}
-        write_json(options.json, {"environment": describe_environment(), **about, **figures})
+    about = {"source": options.source, "out": str(options.out), **asdict(settings), "seconds": spent}
+    write_results(options, {"environment": describe_environment(), **about, **figures})
     _print(options, figures, quality, spent, console)
     return 0
 
@@ -102,9 +102,9 @@ def _print(
     options: argparse.Namespace, figures: dict[str, Any], quality: PackQuality, spent: float, console: Console
 ) -> None:
     for reason in list(figures["corrupt"].values())[:_NAMED]:
-        console.print(reason, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        say(console, reason, "yellow")
     if len(figures["corrupt"]) > _NAMED:
-        console.print(f"... and {len(figures['corrupt']) - _NAMED:,} more; --json FILE names them all", style="yellow")
+        say(console, f"... and {len(figures['corrupt']) - _NAMED:,} more; --json FILE names them all", "yellow")
     from synco_fast.data.errors import printable
 
     unit, size = ("GiB", 2**30) if figures["bytes_read"] >= 2**30 else ("MiB", 2**20)

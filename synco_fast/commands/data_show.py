@@ -11,6 +11,7 @@ from rich.console import Console
 from synco_fast.commands.options import SOURCE, load_torch, path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -58,10 +59,6 @@ def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Consol
     draw_pairs(batch, options.out, pairs=options.pairs)
     pipeline.close()
     for reason in batch.corrupt.values():
-        console.print(f"corrupt image, replaced by another: {reason}", style="yellow", highlight=False, soft_wrap=True)
-    console.print(
-        f"{len(batch.image_ids)} pairs of {len(split):,} images by {chosen} on {device.type}: {options.out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        say(console, f"corrupt image, replaced by another: {reason}", "yellow")
+    say(console, f"{len(batch.image_ids)} pairs of {len(split):,} images by {chosen} on {device.type}: {options.out}")
     return 0

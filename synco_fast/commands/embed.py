@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import CHECKPOINT, add_options, eval_options, load_torch, path
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.options import CHECKPOINT, add_options, eval_options, load_torch, path, write_results
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.errors import ConfigError
 
 __all__ = ["add"]
@@ -38,11 +39,9 @@ def _embed(options: argparse.Namespace, rest: Sequence[str], console: Console) -
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .npz or .parquet")
     load_torch(console)
     from synco_fast.evaluation.embed import embed
-    from synco_fast.runtime.files import write_json
 
     result = embed(options.checkpoint, options.out, eval_options(options), splits=options.split, console=console)
-    if options.json is not None:
-        write_json(options.json, result)
+    write_results(options, result)
     table = two_columns(f"features of {result['source']}")
     for name in ("file", "images", "width", "labelled", "corrupt"):
         table.add_row(name, f"{result[name]:,}" if isinstance(result[name], int) else str(result[name]))

@@ -51,19 +51,15 @@ def _check(options: argparse.Namespace) -> str:
 
 
 def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    layout = _check(options).removeprefix("detection_")
     given = check_ranges(options, steps=0, batch=0, lr=0, size=0)
     load_torch(console)
     from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol
 
-    protocol = published_protocol(layout)
+    protocol = published_protocol(options.data.partition(":")[0])
     if "steps" in given:
         share = given["steps"] / protocol.steps
-        drops, warmup = (
-            tuple(round(share * drop) for drop in protocol.drops),
-            min(protocol.warmup, given["steps"] // 10),
-        )
-        protocol = replace(protocol, drops=drops, warmup=warmup)
+        drops = tuple(round(share * drop) for drop in protocol.drops)
+        protocol = replace(protocol, drops=drops, warmup=min(protocol.warmup, given["steps"] // 10))
     if "size" in given:
         protocol = replace(protocol, sizes=(given["size"],))
     protocol = replace(protocol, **given, freeze=options.freeze, seed=options.seed)

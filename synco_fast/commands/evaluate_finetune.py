@@ -54,7 +54,6 @@ def _check(options: argparse.Namespace) -> str:
 
 
 def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    _check(options)
     given = check_ranges(options, epochs=0, batch=0, head_lr=0)
     load_torch(console)
     from synco_fast.evaluation.finetune import RATES, evaluate_finetune, published_protocol

@@ -40,7 +40,6 @@ def _check(options: argparse.Namespace) -> str:
 
 
 def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    _check(options)
     load_torch(console)
     from synco_fast.evaluation.knn import evaluate_knn
 

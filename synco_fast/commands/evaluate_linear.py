@@ -49,7 +49,6 @@ def _check(options: argparse.Namespace) -> str:
 
 
 def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    _check(options)
     given = check_ranges(options, epochs=0, batch=0)
     load_torch(console)
     from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast

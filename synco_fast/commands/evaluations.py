@@ -76,7 +76,7 @@ def _parse(given: str, key: str) -> Evaluation:
             raise ConfigError("out: found one, expected none: each result goes into its run's folder")
         check_input(argparse.Namespace(data=options.data))
         # An evaluation without a check of its own writes a result of its own name.
-        name = options.check(options) if hasattr(options, "check") else words[0]
+        name = options.check(options) if "check" in options else words[0]
     except SystemExit as left:  # of --help
         raise ConfigError(f"{key} {given!r}: found a call for help, expected an evaluation") from left
     except UserError as error:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import CHECKPOINT, add_options, load_torch, path
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.options import CHECKPOINT, add_options, load_torch, path, write_results
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 from synco_fast.export.formats import FORMATS
 
 __all__ = ["add"]
@@ -34,7 +35,6 @@ def _export(options: argparse.Namespace, rest: Sequence[str], console: Console) 
     load_torch(console)
     from synco_fast.export.save import export_checkpoint
     from synco_fast.runtime.environment import describe_environment
-    from synco_fast.runtime.files import write_json
 
     done = export_checkpoint(options.checkpoint, options.format, options.out, licence=options.licence)
     table = two_columns(f"{options.checkpoint} for {done.format}")
@@ -43,7 +43,6 @@ def _export(options: argparse.Namespace, rest: Sequence[str], console: Console) 
     for name, value in done.checks.items():
         table.add_row(name, f"{value:.1e}")
     console.print(table)
-    if options.json is not None:
-        figures = {"format": done.format, "folder": str(done.folder), "files": list(done.files), "checks": done.checks}
-        write_json(options.json, {**figures, "environment": describe_environment()})
+    figures = {"format": done.format, "folder": str(done.folder), "files": list(done.files), "checks": done.checks}
+    write_results(options, {**figures, "environment": describe_environment()})
     return 0

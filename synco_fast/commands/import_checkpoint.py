@@ -8,8 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, load_torch, path
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.options import add_options, load_torch, path, write_results
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 from synco_fast.methods import METHODS
 
 __all__ = ["add"]
@@ -34,7 +35,6 @@ def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) 
     load_torch(console)
     from synco_fast.export.import_checkpoint import import_checkpoint
     from synco_fast.runtime.environment import describe_environment
-    from synco_fast.runtime.files import write_json
 
     weights = import_checkpoint(options.file, options.out, method=options.method, backbone=options.backbone)
     figures = {
@@ -48,6 +48,5 @@ def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) 
     for name, value in figures.items():
         table.add_row(name, str(value))
     console.print(table)
-    if options.json is not None:
-        write_json(options.json, {**figures, "environment": describe_environment()})
+    write_results(options, {**figures, "environment": describe_environment()})
     return 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from synco_fast.commands.parser import two_columns
+from synco_fast.commands.parser import whole
+from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.names import Device, Format
 
 if TYPE_CHECKING:
@@ -28,41 +29,30 @@ __all__ = [
     "load_torch",
     "path",
     "print_result",
+    "write_results",
 ]
 
 SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER or demo"
 CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 
-def _json(command: argparse.ArgumentParser, about: str) -> None:
-    command.add_argument("--json", type=path, metavar="FILE", help=about or "write the results here as well")
+def path(word: str) -> Path:
+    """Argument type: the name of a file or folder."""
+    if not word.strip() or not word.isprintable():
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
+    return Path(word)
 
 
-def _device(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "auto: a GPU if there is one"
-    command.add_argument("--device", choices=get_args(Device), default="auto", help=about)
-
-
-def _precision(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "auto: fp32 for frozen features, else bf16 where the device has it at full speed"
-    command.add_argument("--precision", choices=get_args(Format), default="auto", help=about)
-
-
-def _workers(command: argparse.ArgumentParser, about: str) -> None:
-    about = about or "decoding processes; 0 for none, one per core by default"
-    command.add_argument("--workers", type=_count, metavar="N", help=about)
-
-
-def _seed(command: argparse.ArgumentParser, about: str) -> None:
-    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "random seed, 0 by default")
-
-
-_OPTIONS: dict[str, Callable[[argparse.ArgumentParser, str], None]] = {
-    "json": _json,
-    "device": _device,
-    "precision": _precision,
-    "workers": _workers,
-    "seed": _seed,
+#: Options by name: the usual help text, and how they are read.
+_OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "json": ("write the results here as well", {"type": path, "metavar": "FILE"}),
+    "device": ("auto: a GPU if there is one", {"choices": get_args(Device), "default": "auto"}),
+    "precision": (
+        "auto: fp32 for frozen features, else bf16 where the device has it at full speed",
+        {"choices": get_args(Format), "default": "auto"},
+    ),
+    "workers": ("decoding processes; 0 for none, one per core by default", {"type": whole, "metavar": "N"}),
+    "seed": ("random seed, 0 by default", {"type": whole, "default": 0, "metavar": "N"}),
 }
 
 
@@ -75,22 +65,8 @@ def add_options(command: argparse.ArgumentParser, *names: str, **about: str) -> 
         about: By name, a help text that replaces the usual one.
     """
     for name in (*names, *(name for name in about if name not in names)):
-        _OPTIONS[name](command, about.get(name, ""))
-
-
-def path(word: str) -> Path:
-    """Argument type: the name of a file or folder."""
-    if not word.strip() or not word.isprintable():
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
-    return Path(word)
-
-
-def _count(word: str) -> int:
-    """Argument type: a whole number from 0 up."""
-    number = int(word)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 0 or more")
-    return number
+        usual, how = _OPTIONS[name]
+        command.add_argument(f"--{name}", help=about.get(name, usual), **how)
 
 
 def check_input(options: argparse.Namespace) -> None:
@@ -195,6 +171,14 @@ def eval_options(options: argparse.Namespace) -> EvalOptions:
     return EvalOptions(options.data, options.out, options.device, options.precision, options.workers, options.fresh)
 
 
+def write_results(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write the results to the file of ``--json``, if there is one."""
+    from synco_fast.runtime.files import write_json
+
+    if options.json is not None:
+        write_json(options.json, results)
+
+
 def print_result(
     result: dict[str, Any],
     options: argparse.Namespace,
@@ -213,12 +197,10 @@ def print_result(
         chance: What the table calls the result's ``chance``.
     """
     from synco_fast.runtime.distributed import DistEnv
-    from synco_fast.runtime.files import write_json
 
     if not DistEnv.detect().is_main:
         return
-    if options.json is not None:
-        write_json(options.json, result)
+    write_results(options, result)
     table = two_columns(f"{result['evaluation']} of {result['checkpoint']}")
     for name, value in result["headline"].items():
         table.add_row(name, f"{value:.1%}", style="bold")

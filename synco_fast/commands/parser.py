@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.runtime.errors import UserError
 
-__all__ = ["GROUPS", "Commands", "Parser", "Run", "near", "positive", "two_columns", "whole"]
+__all__ = ["GROUPS", "Commands", "Parser", "Run", "near", "positive", "whole"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
@@ -41,6 +40,8 @@ class Parser(argparse.ArgumentParser):
         if choice := re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[^\s',]+", choice[3])
             message = f"{choice[1]}: found {choice[2]!r}, expected {', '.join(names)}{near(choice[2], names)}"
+        if found := re.fullmatch(r"(.*): invalid (\w+) value: (.*)", message):
+            message = f"{found[1]}: found {found[3]}, expected a {'' if found[2] == 'float' else 'whole '}number"
         raise UserError(f"{message.removeprefix('argument ').removeprefix('--')}; see '{self.prog} --help'")
 
     @property
@@ -110,25 +111,22 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, max(40, shutil.get_terminal_size().columns - 2))
 
 
-def two_columns(title: str) -> Table:
-    """A table of names and values, as wide as its title; long paths wrap and are never truncated."""
-    table = Table(title=title, show_header=False, min_width=min(len(title), shutil.get_terminal_size().columns))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    return table
-
-
 def whole(word: str) -> int:
     """Argument type: a whole number, 0 or more."""
-    number = int(word)
-    if number < 0:
-        raise ValueError
-    return number
+    return _at_least(0, int(word))
 
 
 def positive(word: str) -> int:
     """Argument type: a whole number above 0."""
-    number = int(word)
-    if number < 1:
-        raise ValueError
+    return _at_least(1, int(word))
+
+
+def _at_least(least: int, number: int) -> int:
+    """The number, if it is not below the least one.
+
+    Raises:
+        ArgumentTypeError: It is.
+    """
+    if number < least:
+        raise argparse.ArgumentTypeError(f"found {number}, expected {least} or more")
     return number

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from synco_fast.commands.options import SOURCE, add_options, check_source, load_torch, path
+from synco_fast.commands.options import SOURCE, add_options, check_source, load_torch, path, write_results
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
+from synco_fast.runtime.console import say
 from synco_fast.runtime.dist_env import DistEnv
 
 if TYPE_CHECKING:
@@ -57,15 +59,13 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
     config, limits, resume = _what_to_do(options, overrides_of(rest))
     check_source(config.data.source)
     if DistEnv.detect().is_main:
-        console.print(f"{config.method.name} on {config.data.source}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{config.method.name} on {config.data.source}")
     load_torch(console)
     from synco_fast.api import train
-    from synco_fast.runtime.files import write_json
 
     trainer, summary = train(config, out=options.out, resume=resume, limits=limits, console=console)
     if trainer.env.is_main:
-        if options.json is not None:
-            write_json(options.json, summary.as_dict())
+        write_results(options, summary.as_dict())
         _print_summary(summary, console)
     return 0
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, check_source, load_torch, path
+from synco_fast.commands.options import add_options, check_source, load_torch, path, write_results
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Commands, two_columns
+from synco_fast.commands.parser import Commands
+from synco_fast.commands.tables import two_columns
 
 if TYPE_CHECKING:
     from synco_fast.generated.kid import Features
@@ -55,15 +56,13 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
     check_source(config.source)
     load_torch(console)
     from synco_fast.generated.stage_one import GeneratorTraining
-    from synco_fast.runtime.files import write_json
     from synco_fast.training.loop import Trainer
     from synco_fast.training.run_folder import choose_run_folder
 
     folder = options.resume or choose_run_folder(options.out, "generator")
     task = GeneratorTraining(config, _features(config.encoder) if config.encoder and config.kid_every else None)
     summary = Trainer(task, folder, resume=options.resume, console=console).run()
-    if options.json is not None:
-        write_json(options.json, summary)
+    write_results(options, summary)
     done = "" if summary["finished"] else f", stopped on request: resume with --resume {folder}"
     table = two_columns(f"generator on {summary['source']}: {summary['steps']:,} steps{done}")
     kid = "not measured" if summary["kid"] is None else f"{summary['kid']:.4f} on {summary['kid_network']}"

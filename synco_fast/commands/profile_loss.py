@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from synco_fast.bench.subjects import BACKENDS, DTYPES
-from synco_fast.commands.options import add_options, path
+from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -47,7 +47,6 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
     from synco_fast.kernels.ops import unserved_by_triton
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
 
     device = resolve_device(options.device)
@@ -62,19 +61,17 @@ def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Con
         raise UserError(f"trace: found no folder {options.trace.absolute().parent}, expected an existing one")
     lines = profile_loss(prepare(backend, shape, device), shape, device, options.trace)
     total = sum(line.seconds for line in lines)
-    if options.json is not None:
-        about = {"environment": describe_environment(device), "backend": backend, "shape": asdict(shape)}
-        write_json(options.json, about | {"lines": [asdict(line) for line in lines]})
+    about = {"environment": describe_environment(device), "backend": backend, "shape": asdict(shape)}
+    write_results(options, about | {"lines": [asdict(line) for line in lines]})
     title = f"{backend}, {dtype}, B = {shape.rows:,}, K = {shape.length:,}: {1e3 * total:,.2f} ms"
-    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("kernel" if device.type == "cuda" else "operator", max_width=34, overflow="ellipsis", no_wrap=True)
-    for name in ("calls", "us", "share", "GFLOP/s", "GB/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    kind = "kernel" if device.type == "cuda" else "operator"
+    table = figures_table(title, [kind], ["calls", "us", "share", "GFLOP/s", "GB/s"])
+    table.columns[0].max_width = 34
     for line in lines[:20]:
         rates = [f"{count / line.seconds / 1e9:,.0f}" if count else "-" for count in (line.flops, line.bytes)]
         table.add_row(
             line.name, f"{line.calls:,.0f}", f"{1e6 * line.seconds:,.1f}", f"{line.seconds / total:.0%}", *rates
         )
     console.print(table)
-    console.print(f"trace: {options.trace}, for chrome://tracing or ui.perfetto.dev", highlight=False, soft_wrap=True)
+    say(console, f"trace: {options.trace}, for chrome://tracing or ui.perfetto.dev")
     return 0

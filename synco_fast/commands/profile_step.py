@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from synco_fast.commands.options import add_options, load_torch, path
+from synco_fast.commands.options import add_options, load_torch, path, write_results
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -43,21 +44,18 @@ def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Con
         overrides["data.source"] = options.data
     config = load_config(options.config, overrides)
     load_torch(console)
-    from synco_fast.runtime.files import write_json
     from synco_fast.training.profiler import profile_step
 
     folder = options.out or Path("profiles") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     report = profile_step(config, folder, steps=options.steps)
-    if options.json is not None:
-        write_json(options.json, report)
+    write_results(options, report)
     title = f"{config.method.name}, {config.model.backbone}, batch {config.training.batch}: "
-    table = Table(title=title + f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s")
-    for name in ("phase", "ms", "share"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+    title += f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s"
+    table = figures_table(title, ["phase"], ["ms", "share"])
     for name, found in report["phases"].items():
         table.add_row(name, f"{found['ms']:,.2f}", f"{found['share']:.1%}")
     console.print(table)
-    console.print(f"peak memory held: {report['peak_mib']:,.0f} MiB", highlight=False)
+    say(console, f"peak memory held: {report['peak_mib']:,.0f} MiB")
     for line in [*report["notes"], *report["files"]]:
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     return 0

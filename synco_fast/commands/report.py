@@ -10,6 +10,7 @@ from rich.console import Console
 
 from synco_fast.commands.options import add_options, load_torch, path
 from synco_fast.commands.parser import Commands
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -40,5 +41,5 @@ def _report(options: argparse.Namespace, rest: Sequence[str], console: Console) 
     page = write_report(
         options.run_folder, out, EvalOptions(data=options.data, out=out.parent, workers=options.workers)
     )
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    say(console, f"report: {page}")
     return 0

@@ -13,6 +13,7 @@ from rich.console import Console
 from synco_fast.commands.options import path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.runtime.console import say
 
 __all__ = ["add"]
 
@@ -97,7 +98,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
         # The runs say it in their logs alone.
         for line in dict.fromkeys(note_without_synthetic(trial.resolved()) for trial in trials if trial.trained):
             if line is not None:
-                console.print(line, style="yellow", highlight=False, soft_wrap=True, markup=False)
+                say(console, line, "yellow")
         # A scheduler stops a job by SIGTERM: as with Ctrl-C, the runs first write checkpoints.
         before = signal.signal(signal.SIGTERM, _interrupt)
         try:
@@ -108,7 +109,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
                 supervised=supervised,
                 parallel=options.parallel,
                 threads=options.threads,
-                note=lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+                note=lambda line: say(console, line),
             )
         except StudyError as error:
             failure = error
@@ -118,8 +119,8 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     command = _command(options, rest)
     record = options.record or options.out
     write_record(record, trials, study, command)
-    console.print(page(study, command), highlight=False, soft_wrap=True, markup=False)
-    console.print(f"record: {record}", highlight=False, soft_wrap=True, markup=False)
+    say(console, page(study, command))
+    say(console, f"record: {record}")
     if failure is not None:
         raise failure
     return 0

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from synco_fast.bench.subjects import DTYPES, VALIDATED
-from synco_fast.commands.options import add_options
+from synco_fast.commands.options import add_options, write_results
 from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.tables import figures_table
 from synco_fast.commands.validate_norm import validate_batch_norm
+from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
     from synco_fast.kernels.validation import Verdict
@@ -58,7 +59,6 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
     from synco_fast.kernels.validation import cases, validate
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
@@ -79,9 +79,8 @@ def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console
         for case in wanted:
             verdicts += validate(backends, [case], device)
             bar.advance()
-    if options.json is not None:
-        figures = {"environment": describe_environment(device), "device": device.type}
-        write_json(options.json, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
+    figures = {"environment": describe_environment(device), "device": device.type}
+    write_results(options, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
     missed = [verdict for verdict in verdicts if verdict.misses]
     _print(verdicts, missed, device.type, reason if "triton" not in backends else None, console)
     return int(bool(missed))
@@ -91,9 +90,7 @@ def _forget(console: Console) -> int:
     from synco_fast.runtime.first_use import forget, proofs_folder
 
     count = forget()
-    console.print(
-        f"removed {count} cached results from {proofs_folder()}", highlight=False, soft_wrap=True, markup=False
-    )
+    say(console, f"removed {count} cached results from {proofs_folder()}")
     return 0
 
 
@@ -112,16 +109,9 @@ def _shapes(options: argparse.Namespace, *, large: bool) -> list[tuple[int, int,
 
 
 def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped: str | None, console: Console) -> None:
-    table = Table(
-        title=f"largest error, and its share of the bound, on {device}",
-        caption=f"triton not run: {skipped}" if skipped else None,
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("backend", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("B, K, D, N", "loss", "gradient", "cases"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"largest error, and its share of the bound, on {device}"
+    caption = f"triton not run: {skipped}" if skipped else None
+    table = figures_table(title, ["backend", "dtype"], ["B, K, D, N", "loss", "gradient", "cases"], caption=caption)
     groups: dict[tuple[Any, ...], list[Verdict]] = defaultdict(list)
     for verdict in verdicts:
         case = verdict.case
@@ -133,18 +123,18 @@ def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped:
             *key,
             _worst([(verdict.loss_error, verdict.loss_bound) for verdict in group]),
             _worst([(verdict.gradient_error, verdict.gradient_bound) for verdict in group]),
-            f"[bold red]{misses} bad[/]" if misses else f"[green]{len(group)} ok[/]",
+            Text(f"{misses} bad", "bold red") if misses else Text(f"{len(group)} ok", "green"),
         )
     console.print(table)
     for verdict in missed:
         case = verdict.case
         about = f"{verdict.backend} {case.dtype} B={case.rows} K={case.length} D={case.dim} N={case.hard}"
         about += f" {case.method} T={case.temperature}{' peaked' * case.peaked}{' masked' * case.masked}"
-        console.print(f"[red]missed[/] {about}: {', '.join(verdict.misses)}", highlight=False, soft_wrap=True)
+        say(console, f"missed {about}: {', '.join(verdict.misses)}", "red")
     if missed:
-        console.print(f"{len(missed)} of {len(verdicts)} cases missed", style="bold red")
+        say(console, f"{len(missed)} of {len(verdicts)} cases missed", "bold red")
     else:
-        console.print(f"{len(verdicts)} of {len(verdicts)} cases within their bounds, repeats bit-equal", style="green")
+        say(console, f"{len(verdicts)} of {len(verdicts)} cases within their bounds, repeats bit-equal", "green")
 
 
 def _worst(errors: list[tuple[float, float]]) -> str:

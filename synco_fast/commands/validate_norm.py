@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
+
+from synco_fast.commands.options import write_results
+from synco_fast.commands.tables import figures_table
+from synco_fast.runtime.console import say
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +33,6 @@ def validate_batch_norm(options: argparse.Namespace, device: torch.device, conso
     from synco_fast.kernels.norm import unserved_by_triton
     from synco_fast.kernels.norm.validation import norm_cases, validate_norm
     from synco_fast.runtime.environment import describe_environment
-    from synco_fast.runtime.files import write_json
     from synco_fast.runtime.progress import ProgressBar
 
     wanted = norm_cases([getattr(torch, name) for name in options.dtypes], large=device.type == "cuda")
@@ -39,25 +41,17 @@ def validate_batch_norm(options: argparse.Namespace, device: torch.device, conso
         for case in wanted:
             verdicts += validate_norm([case], device)
             bar.advance()
-    if options.json is not None:
-        figures = {"environment": describe_environment(device), "device": device.type}
-        write_json(options.json, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
+    figures = {"environment": describe_environment(device), "device": device.type}
+    write_results(options, figures | {"cases": [verdict.as_dict() for verdict in verdicts]})
     skipped = unserved_by_triton(torch.empty(1, 1, 1, 1, device=device))
     _print(verdicts, device.type, skipped, console)
     return int(any(verdict.misses for verdict in verdicts))
 
 
 def _print(verdicts: list[NormVerdict], device: str, skipped: str | None, console: Console) -> None:
-    table = Table(
-        title=f"largest error as a share of its bound, on {device}",
-        caption=f"triton not run: {skipped}" if skipped else None,
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    for name in ("form", "dtype"):
-        table.add_column(name, no_wrap=True)
-    for name in ("y", "dx", "dw, db", "running", "cases"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"largest error as a share of its bound, on {device}"
+    caption = f"triton not run: {skipped}" if skipped else None
+    table = figures_table(title, ["form", "dtype"], ["y", "dx", "dw, db", "running", "cases"], caption=caption)
     keys = dict.fromkeys((verdict.backend, verdict.case.dtype) for verdict in verdicts)
     for backend, dtype in keys:
         group = [verdict for verdict in verdicts if (verdict.backend, verdict.case.dtype) == (backend, dtype)]
@@ -66,7 +60,7 @@ def _print(verdicts: list[NormVerdict], device: str, skipped: str | None, consol
             for names in (("y",), ("dx",), ("dw", "db"), ("running_mean", "running_var"))
         ]
         bad = sum(bool(verdict.misses) for verdict in group)
-        outcome = f"[bold red]{bad} bad[/]" if bad else f"[green]{len(group)} ok[/]"
+        outcome = Text(f"{bad} bad", "bold red") if bad else Text(f"{len(group)} ok", "green")
         table.add_row(backend, str(dtype).removeprefix("torch."), *(f"{share:.0%}" for share in shares), outcome)
     console.print(table)
     missed = [verdict for verdict in verdicts if verdict.misses]
@@ -74,9 +68,8 @@ def _print(verdicts: list[NormVerdict], device: str, skipped: str | None, consol
         case = verdict.case
         about = f"{verdict.backend} {case.dtype} {case.shape} groups={case.groups} relu={case.relu}"
         about += f" residual={case.residual} training={case.training} mean={case.mean:g}"
-        console.print(f"[red]missed[/] {about}: {', '.join(verdict.misses)}", highlight=False, soft_wrap=True)
-    style = "bold red" if missed else "green"
-    outcome = (
-        f"{len(missed)} of {len(verdicts)} cases missed" if missed else f"{len(verdicts)} cases within their bounds"
-    )
-    console.print(outcome, style=style)
+        say(console, f"missed {about}: {', '.join(verdict.misses)}", "red")
+    if missed:
+        say(console, f"{len(missed)} of {len(verdicts)} cases missed", "bold red")
+    else:
+        say(console, f"{len(verdicts)} cases within their bounds", "green")

@@ -130,18 +130,8 @@ def train_classifier(
     backbone = backbone_of(context.weights).to(context.device)
     before = weights_sha256(backbone)
     model = _Classifier(backbone, features, context.classes, frozen, protocol.seed).to(context.device)
-    groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": protocol.head_lr}]
-    if not frozen:
-        groups.append({"params": model.backbone.parameters(), "lr": protocol.backbone_lr})
-    peaks = [group["lr"] for group in groups]
-    optimizer = build_sgd(
-        groups,
-        lr=protocol.head_lr,
-        momentum=protocol.momentum,
-        weight_decay=protocol.weight_decay,
-        device=context.device,
-    )
-    optim = OptimStep(optimizer, scaled=context.precision.scaled, device=context.device)
+    optim = _optim_step(context, model, protocol)
+    peaks = [group["lr"] for group in optim.optimizer.param_groups]
     made_by = _origin(context, numbers, protocol, before)
     history: list[dict[str, float]] = []
     confusion: list[list[int]] = []
@@ -151,7 +141,7 @@ def train_classifier(
         history, confusion = found["history"], found["confusion"]
         if len(history) < protocol.epochs:
             model.load_state_dict(found["model"], strict=not frozen)
-            optimizer.load_state_dict(found["optimizer"])
+            optim.optimizer.load_state_dict(found["optimizer"])
             optim.load_state_dict(found.get("scaling", {}))
     batches = LabelledBatches(
         context.train,
@@ -166,7 +156,7 @@ def train_classifier(
     trained = DistributedDataParallel(model) if world() > 1 else model
     with progress(console, title, protocol.epochs * len(batches), len(history) * len(batches)) as bar:
         for epoch in range(len(history), protocol.epochs):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            for group, peak in zip(optim.optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * protocol.factor(epoch)
             loss = _epoch(context, trained, optim, batches.epoch(epoch), bar)
             if not math.isfinite(loss):
@@ -188,6 +178,20 @@ def train_classifier(
     last = history[-1]
     best = max(line["top1"] for line in history if "top1" in line)
     return ClassifierResult(last["top1"], last["top5"], best, history, confusion)
+
+
+def _optim_step(context: EvalContext, model: _Classifier, protocol: ClassifierProtocol) -> OptimStep:
+    groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": protocol.head_lr}]
+    if not model.frozen:
+        groups.append({"params": model.backbone.parameters(), "lr": protocol.backbone_lr})
+    optimizer = build_sgd(
+        groups,
+        lr=protocol.head_lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+        device=context.device,
+    )
+    return OptimStep(optimizer, scaled=context.precision.scaled, device=context.device)
 
 
 def _epoch(

@@ -5,7 +5,7 @@ Wu et al., arXiv 1805.01978 section 3.4: a neighbour of cosine similarity c has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from synco_fast.runtime.errors import ConfigError
 __all__ = [
     "KnnResult",
     "PeriodicKnn",
-    "check_periodic_knn",
     "evaluate_knn",
     "knn_accuracy",
     "knn_predict",
@@ -218,22 +217,6 @@ class KnnResult:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def check_periodic_knn(evaluation: EvaluationConfig, source: Source) -> None:
-    """Raise before the first step if a run's periodic kNN cannot work on this source.
-
-    Raises:
-        DataError: There is no held-out split, or a split has no labels.
-        ConfigError: k is larger than the number of training images to choose from.
-    """
-    if not evaluation.every:
-        return
-    hint = " for kNN; --evaluation.source SOURCE takes other images, --evaluation.every 0 pretrains without"
-    train, _ = labelled_splits(source, hint)
-    bank = min(len(train), evaluation.train_images or len(train))
-    if evaluation.k > bank:
-        raise ConfigError(f"evaluation.k: found {evaluation.k}, expected up to {bank}, the images to choose from")
-
-
 def periodic_knn(
     backbone: nn.Module,
     source: Source,
@@ -243,7 +226,6 @@ def periodic_knn(
     device: torch.device,
     pipeline: PipelineName = "auto",
     workers: int | None = None,
-    tick: Callable[[int], None] = lambda images: None,
 ) -> KnnResult:
     """The kNN accuracy of a backbone during training, in float32, by the configuration.
 
@@ -255,7 +237,6 @@ def periodic_knn(
         device: Where features are computed and compared.
         pipeline: ``data.pipeline`` of the run.
         workers: Decoding processes.
-        tick: Called with the number of images of each batch.
 
     Raises:
         DataError: The source has no held-out split or no labels.
@@ -272,7 +253,6 @@ def periodic_knn(
             pipeline=pipeline,
             workers=workers,
             limit=limit,
-            tick=tick,
         )
         for split, limit in ((train, evaluation.train_images), (held_out, evaluation.images))
     )
@@ -296,11 +276,20 @@ def periodic_knn(
 
 
 class PeriodicKnn:
-    """`check_periodic_knn` and `periodic_knn` as one object, which is passed to the trainer."""
+    """`periodic_knn` and a check before the first step, as one object, which is passed to the trainer."""
 
     def check(self, evaluation: EvaluationConfig, source: Source) -> None:
-        """As `check_periodic_knn`."""
-        check_periodic_knn(evaluation, source)
+        """Refuse a source on which it cannot work.
+
+        Raises:
+            DataError: There is no held-out split, or a split has no labels.
+            ConfigError: k is larger than the number of training images to choose from.
+        """
+        hint = " for kNN; --evaluation.source SOURCE takes other images, --evaluation.every 0 pretrains without"
+        train, _ = labelled_splits(source, hint)
+        bank = min(len(train), evaluation.train_images or len(train))
+        if evaluation.k > bank:
+            raise ConfigError(f"evaluation.k: found {evaluation.k}, expected up to {bank}, the images to choose from")
 
     def __call__(
         self,

@@ -82,6 +82,41 @@ def write_card(
     """
     config = weights.config
     environment = {**describe_environment(), **_json(weights.run / "environment.json" if weights.run else Path())}
+    results = known_results(weights)
+    lines = [
+        *_front_matter(config, format, licence),
+        f"# {config.model.backbone}, pretrained by {config.method.name}",
+        "",
+        f"The backbone without its projection head, for {format}: {', '.join(f'`{name}`' for name in files)}.",
+        "",
+        "```",
+        usage,
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in _facts(weights).items()),
+        "",
+        "## Results",
+        "",
+        *([f"- {name}: {value}" for name, value in results.items()] or ["None recorded beside the checkpoint."]),
+        *(f"- {name}: {value:.1e}" for name, value in checks.items()),
+        "",
+        "## Versions",
+        "",
+        ", ".join(f"{name} {value}" for name, value in environment.items()),
+        "",
+        "## Licence",
+        "",
+        licence or "Not stated. The licence of the training images may bind the weights.",
+        "",
+    ]
+    write_text(path, "\n".join(lines))
+
+
+def _facts(weights: Weights) -> dict[str, str]:
+    """What the weights are and how they were trained: the card's first table."""
+    config = weights.config
     rows = {
         "method": _method(config),
         "backbone": config.model.backbone
@@ -108,36 +143,7 @@ def write_card(
         f"RGB in [0, 1], short side to {recipe.resize} pixels, central crop of {recipe.size}, minus mean "
         f"{recipe.mean}, divided by {recipe.std}"
     )
-    results = known_results(weights)
-    lines = [
-        *_front_matter(config, format, licence),
-        f"# {config.model.backbone}, pretrained by {config.method.name}",
-        "",
-        f"The backbone without its projection head, for {format}: {', '.join(f'`{name}`' for name in files)}.",
-        "",
-        "```",
-        usage,
-        "```",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
-        "",
-        "## Results",
-        "",
-        *([f"- {name}: {value}" for name, value in results.items()] or ["None recorded beside the checkpoint."]),
-        *(f"- {name}: {value:.1e}" for name, value in checks.items()),
-        "",
-        "## Versions",
-        "",
-        ", ".join(f"{name} {value}" for name, value in environment.items()),
-        "",
-        "## Licence",
-        "",
-        licence or "Not stated. The licence of the training images may bind the weights.",
-        "",
-    ]
-    write_text(path, "\n".join(lines))
+    return rows
 
 
 def _front_matter(config: Config, format: str, licence: str | None) -> list[str]:

@@ -16,7 +16,7 @@ from synco_fast.export.layouts import backbone_in, is_moco
 from synco_fast.export.load import describes_itself, read_weights
 from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.checkpoint import load_weights
-from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.errors import CheckpointError, first_line
 
 __all__ = ["InitialWeights", "load_initial", "read_initial"]
 
@@ -88,10 +88,9 @@ def _published(library: str, name: str, model: ModelConfig) -> dict[str, Tensor]
         made = timm.create_model(name, pretrained=True, num_classes=0, **arguments)
         return dict(made.state_dict())
     except Exception as error:  # of the network, of a cache, of unknown names: many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise CheckpointError(
-            f"model.init: found {library}/{name}, whose weights cannot be had ({reason}), expected a name that "
-            f"{library} has weights for, in its cache or within reach"
+            f"model.init: found {library}/{name}, whose weights cannot be had ({first_line(error)}), expected a name "
+            f"that {library} has weights for, in its cache or within reach"
         ) from error
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from synco_fast.runtime.errors import CheckpointError
 
-__all__ = ["backbone_in", "from_detectron2", "from_moco", "is_moco", "to_detectron2", "to_moco"]
+__all__ = ["backbone_in", "from_moco", "is_moco", "to_detectron2", "to_moco"]
 
 _MOCO_ENCODERS = {"encoder": "module.encoder_q", "key_encoder": "module.encoder_k"}
 _PREFIX = re.compile(r"(?:module\.)?(encoder_q|encoder_k)\.(.+)")
@@ -97,17 +97,6 @@ def _detectron2_name(name: str) -> str:
     name = re.sub(r"layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
     name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
     return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
-
-
-def from_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_detectron2`."""
-    renamed = {}
-    for name, value in backbone.items():
-        name = name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
-        name = re.sub(r"\bconv(\d)\.norm\.", r"bn\1.", name)
-        name = re.sub(r"\bres(\d)", lambda found: f"layer{int(found[1]) - 1}", name)
-        renamed[name.removeprefix("stem.")] = value
-    return renamed
 
 
 def backbone_in(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from synco_fast.generated.adversarial import AdversarialOptimizer, CollapseMonit
 from synco_fast.generated.discriminator import Discriminator, generator_loss
 from synco_fast.methods.base import RunInfo
 from synco_fast.runtime.checkpoint import load_optimizer
-from synco_fast.runtime.phases import Mark, mark, seconds_between
+from synco_fast.runtime.phases import Mark, mark, seconds_between, wait_for
 
 __all__ = ["AdversarialUpdate", "Clock", "GeneratedBatch", "pairs_objective"]
 
@@ -58,20 +58,20 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._times: list[tuple[Mark, Mark]] = []
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Time the block."""
-        begin = mark(cuda=self._cuda)
+        begin = mark(cuda=self._device.type == "cuda")
         yield
-        self._times.append((begin, mark(cuda=self._cuda)))
+        self._times.append((begin, mark(cuda=self._device.type == "cuda")))
 
     def pop(self) -> float:
         """Seconds since the last call; waits for the device."""
-        if self._times and self._cuda:
-            torch.cuda.synchronize()
+        if self._times:
+            wait_for(self._device)
         spent = sum(seconds_between(begin, end) for begin, end in self._times)
         self._times.clear()
         return spent

@@ -27,7 +27,7 @@ from synco_fast.generated.kid import KID, Features
 from synco_fast.generated.plots import draw_generator_curves, draw_samples
 from synco_fast.generated.real_images import ResidentImages
 from synco_fast.models.ema import ema_update, make_ema_copy
-from synco_fast.runtime.checkpoint import checkpoints_in, load_optimizer, load_weights
+from synco_fast.runtime.checkpoint import load_optimizer, load_weights, newest_checkpoint
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
@@ -300,7 +300,6 @@ class GeneratorTraining:
         kid = [line["generator/kid"] for line in lines if "generator/kid" in line]
         sheets = sorted((folder / "plots").glob("samples-*.png"))
         spread = [line["generator/diversity"] for line in lines if "generator/diversity" in line]
-        newest = checkpoints_in(folder / "checkpoints")
         summary = {
             "source": config.source,
             "images": len(self.images),
@@ -312,7 +311,7 @@ class GeneratorTraining:
             "images_per_second": throughput.images_per_second,
             "training_seconds": throughput.training,
             "run": str(folder),
-            "checkpoint": str(newest[0]) if newest else "",
+            "checkpoint": str(newest_checkpoint(folder) or ""),
             "samples": str(sheets[-1]) if sheets else "",
             "curves": str(curves),
             "environment": describe_environment(self.device),

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from synco_fast.models.batch_norm import split_batch_norm
-from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError, first_line
 
 __all__ = ["Encoder", "build_backbone"]
 
@@ -81,10 +81,8 @@ def build_backbone(
     except Exception as error:  # constructors raise what their arguments lead to, such as ZeroDivisionError
         if not (arguments or isinstance(error, TypeError)):
             raise
-        reason = (str(error).strip() or "nothing said").splitlines()[0][:160]
-        raise ConfigError(
-            f"model.backbone_args: {name} does not take them ({type(error).__name__}: {reason})"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"model.backbone_args: {name} does not take them ({reason})") from error
     if small_stem:
         _shrink_stem(module, name)
     return split_batch_norm(module, batch_norm_groups), features
@@ -159,8 +157,7 @@ def check_input(module: nn.Module, size: int, name: str, width: int, key: str = 
     try:
         features = module.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # whatever a model's own checks raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ConfigError(f"{key}: found {size}, which {name} cannot take ({reason})") from error
+        raise ConfigError(f"{key}: found {size}, which {name} cannot take ({first_line(error)})") from error
     finally:
         module.train(was_training)
         for hook in hooks:

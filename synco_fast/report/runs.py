@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from synco_fast.config import Config, build_config
-from synco_fast.runtime.checkpoint import checkpoints_in
+from synco_fast.runtime.checkpoint import newest_checkpoint, step_of
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import read_json
 from synco_fast.runtime.results import Result, columns, read_results
@@ -121,8 +121,8 @@ def read_run(folder: Path) -> Run:
 
 def _step_of(folder: Path, summary: dict[str, Any]) -> int | None:
     """The step of the newest checkpoint; without any, that of the summary, if it has one."""
-    newest = checkpoints_in(folder / "checkpoints")
-    step = newest[0].stem.removeprefix("step-") if newest else summary.get("steps")
+    newest = newest_checkpoint(folder)
+    step = summary.get("steps") if newest is None else step_of(newest)
     return None if step is None else int(step)
 
 

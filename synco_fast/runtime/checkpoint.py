@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synco_fast.runtime.errors import CheckpointError
+from synco_fast.runtime.errors import CheckpointError, first_line
 from synco_fast.runtime.files import atomic_write
 from synco_fast.runtime.finite import not_finite
 from synco_fast.runtime.migrations import migrate_checkpoint
@@ -30,9 +30,11 @@ __all__ = [
     "load_checkpoint",
     "load_optimizer",
     "load_weights",
+    "newest_checkpoint",
     "read_tensors",
     "save_checkpoint",
     "set_aside",
+    "step_of",
 ]
 
 #: Incremented when the layout changes incompatibly.
@@ -72,7 +74,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             raise
         raise CheckpointError(f"{target}: {_unwritten(error, folder, state)}") from error
     # A file of a later step, such as a damaged one that this run started below, is none that was kept.
-    older = [path for path in checkpoints_in(folder) if _step_of(path) < step]
+    older = [path for path in checkpoints_in(folder) if step_of(path) < step]
     for old in older[max(keep, 1) - 1 :]:
         old.unlink()
     return target
@@ -86,7 +88,7 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     """
     moved = []
     for path in checkpoints_in(folder):
-        if _step_of(path) > step:
+        if step_of(path) > step:
             with suppress(OSError):
                 path.replace(path.with_name(f"{path.name}.damaged"))
                 moved.append(path)
@@ -121,7 +123,7 @@ def _unwritten(error: Exception, folder: Path, state: dict[str, Any]) -> str:
     """Why a checkpoint could not be written, and what to do."""
     storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for _, tensor in _tensors(state)}
     needed, free = sum(storages.values()) / 2**20, shutil.disk_usage(folder).free / 2**20
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0][:80]
+    reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error, 80)
     kept = checkpoints_in(folder)
     return (
         f"found no way to write it ({reason}), expected room for {needed:,.1f} MiB, of which {free:,.1f} MiB are free; "
@@ -133,10 +135,16 @@ def _unwritten(error: Exception, folder: Path, state: dict[str, Any]) -> str:
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first."""
     found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder; None if it has none yet."""
+    return next(iter(checkpoints_in(run / "checkpoints")), None)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint among `checkpoints_in`."""
     return int(path.stem.removeprefix("step-"))
 
 
@@ -156,7 +164,7 @@ def read_tensors(path: Path) -> Any:
         what = f"found {wanted} in its pickle" if wanted else "found a pickle that cannot be read safely"
         raise CheckpointError(f"{path}: {what}, expected tensors and plain values: a pickle can carry code") from error
     except Exception as error:  # a damaged archive raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:120]
+        reason = first_line(error, 120).rstrip(".")
         if isinstance(error, KeyError | IndexError | EOFError):  # of the bytes of something else, which say nothing
             reason = "no file of torch.save"
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error

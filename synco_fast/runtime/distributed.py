@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from synco_fast.data.transfer import to_device
 from synco_fast.runtime.dist_env import DistEnv
-from synco_fast.runtime.errors import ConfigError, LostProcessError
+from synco_fast.runtime.errors import ConfigError, LostProcessError, UserError, first_line
 from synco_fast.runtime.heartbeat import Heartbeat
 from synco_fast.runtime.rendezvous import agree_on_prefix
 
@@ -40,6 +40,8 @@ __all__ = [
     "sum_over_ranks",
     "world",
 ]
+
+T = TypeVar("T")
 
 #: Time limit of the other ranks while rank 0 evaluates or writes.
 _PATIENCE = timedelta(hours=4)
@@ -91,6 +93,23 @@ class HostGroup:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
+
+    def from_main(self, find: Callable[[], T]) -> T:
+        """What a function returns on rank 0, which alone calls it, on every rank.
+
+        Raises:
+            UserError: The function raised it; every rank raises it.
+        """
+        found: Any = None
+        if self.env.is_main:
+            try:
+                found = find()
+            except UserError as error:
+                found = error
+        found = self.broadcast(found)
+        if isinstance(found, UserError):
+            raise found
+        return cast(T, found)
 
 
 @contextmanager
@@ -152,7 +171,7 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
         except (RuntimeError, ValueError) as error:
             raise LostProcessError(
                 f"could not connect {env.world} processes at {env.address}:{env.port} within {timeout:g} s "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
         yield control
         finished = True
@@ -161,7 +180,7 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
             raise
         atexit.register(_leave)
         raise LostProcessError(
-            f"rank {env.rank} lost the connection to the other processes ({_first_line(error)}), expected all "
+            f"rank {env.rank} lost the connection to the other processes ({first_line(error)}), expected all "
             f"{env.world} to the end"
         ) from error
     except LostProcessError:
@@ -181,10 +200,6 @@ def _leave() -> None:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(2)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def _open_store(env: DistEnv, timeout: timedelta) -> Store:

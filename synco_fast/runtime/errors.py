@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from synco_fast.data.errors import DataError, UserError
+from synco_fast.data.errors import DataError, UserError, first_line
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergedError", "LostProcessError", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "LostProcessError",
+    "UserError",
+    "first_line",
+]
 
 
 class ConfigError(UserError):

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["PHASES", "Mark", "Recorder", "mark", "phase", "recorded_by", "seconds_between"]
+__all__ = ["PHASES", "Mark", "Recorder", "mark", "phase", "recorded_by", "seconds_between", "wait_for"]
 
 PHASES = (
     "data wait",
@@ -43,6 +43,12 @@ def seconds_between(begin: Mark, end: Mark) -> float:
     assert isinstance(begin, float)
     assert isinstance(end, float)
     return end - begin
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; a CPU has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Recorder(Protocol):

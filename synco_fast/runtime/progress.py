@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-__all__ = ["LINE_EVERY", "ProgressBar", "in_notebook", "open_console"]
+from synco_fast.runtime.console import in_notebook, say
+
+__all__ = ["LINE_EVERY", "ProgressBar"]
 
 #: Seconds between plain lines where there is no terminal.
 LINE_EVERY = 15.0
@@ -22,17 +24,6 @@ LINE_EVERY = 15.0
 _DRAW_EVERY = 0.25
 #: Terminal width from which the elapsed time is shown too.
 _WIDE = 100
-
-
-def in_notebook() -> bool:
-    """Whether this process is a notebook's kernel. IPython is not imported here: a kernel has imported it already."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return getattr(shell, "kernel", None) is not None
-
-
-def open_console() -> Console:
-    """Standard output; in a notebook as plain text, where rich would make one HTML element of every line."""
-    return Console(force_jupyter=False) if in_notebook() else Console()
 
 
 class ProgressBar:
@@ -63,7 +54,7 @@ class ProgressBar:
         elif console is not None and console.is_terminal and not console.is_dumb_terminal:
             wide = console.width >= _WIDE
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=24 if wide else 8),
                 TaskProgressColumn(),
                 _Figures(console.width, elapsed=wide),
@@ -138,7 +129,7 @@ class ProgressBar:
     def note(self, text: str, style: str | None = None) -> None:
         """Print a line above the bar."""
         if self.console is not None:
-            self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+            say(self.console, text, style)
 
     def _line(self) -> None:
         """The plain line, or the notebook's bar."""
@@ -154,7 +145,7 @@ class ProgressBar:
         if self._cell is not None:
             self._cell.show(text, self.done, self.total)
         else:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            say(self.console, text)
 
 
 class _Cell:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from synco_fast.methods.base import StepInputs
+from synco_fast.runtime.errors import first_line
 
 __all__ = ["GRAPH_WARMUP", "Compiled", "GraphedStep", "allow_shapes", "keep_compile_cache"]
 
@@ -160,7 +161,7 @@ class GraphedStep:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._compute(held, self._step, key, self._momentum)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             self._recover(stream)
         self.works = self._agree(not reason)
         if self.works:

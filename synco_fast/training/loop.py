@@ -10,9 +10,17 @@ from typing import Any, Generic, TypeVar
 import torch
 from rich.console import Console
 
-from synco_fast.runtime.checkpoint import checkpoints_in, keep_best, save_checkpoint, set_aside
+from synco_fast.runtime.checkpoint import keep_best, newest_checkpoint, save_checkpoint, set_aside
+from synco_fast.runtime.console import open_console, say
 from synco_fast.runtime.distributed import lost_process
-from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError, LostProcessError, UserError
+from synco_fast.runtime.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    LostProcessError,
+    UserError,
+    first_line,
+)
 from synco_fast.runtime.files import UNWRITABLE
 from synco_fast.training.progress import Reporter
 from synco_fast.training.resuming import find_start
@@ -64,7 +72,7 @@ class Trainer(Generic[SummaryT]):
     ) -> None:
         self.task, self.folder, self.control = task, folder, task.control
         self.env = self.control.env
-        self.console = (console or Console()) if self.env.is_main else Console(quiet=True)
+        self.console = (console or open_console()) if self.env.is_main else Console(quiet=True)
         self.step, self.steps = 0, task.settings.steps
         self.evaluated_at = -1
         #: Score and step of the best checkpoint, and the score at `evaluated_at`, on rank 0.
@@ -91,7 +99,7 @@ class Trainer(Generic[SummaryT]):
 
     def _print(self, line: str, style: str | None) -> None:
         self._unlogged.append(line)
-        self.console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, line, style)
 
     # -- the run ------------------------------------------------------------------------------------------------
 
@@ -113,17 +121,13 @@ class Trainer(Generic[SummaryT]):
 
     def _take_folder(self) -> None:
         """Lock the run folder on rank 0; every rank raises if that fails."""
-        refusal: ConfigError | None = None
-        if self.env.is_main:
-            try:
-                self._lock.take()
-                if self._fresh:
-                    refuse_run(self.folder)
-            except ConfigError as error:
-                refusal = error
-        refusal = self.control.broadcast(refusal)
-        if refusal is not None:
-            raise refusal
+
+        def take() -> None:
+            self._lock.take()
+            if self._fresh:
+                refuse_run(self.folder)
+
+        self.control.from_main(take)
 
     def _run(self) -> SummaryT:
         task, settings = self.task, self.task.settings
@@ -262,8 +266,8 @@ class Trainer(Generic[SummaryT]):
         )
 
     def _diverged(self, how: str) -> DivergedError:
-        newest = checkpoints_in(self.folder / "checkpoints")
-        last = f"last good checkpoint: {newest[0]}" if newest else "no checkpoint was written"
+        newest = newest_checkpoint(self.folder)
+        last = f"last good checkpoint: {newest}" if newest else "no checkpoint was written"
         return DivergedError(f"training diverged: {how}; {last}; try {self.task.advice()}")
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -365,30 +369,29 @@ class Trainer(Generic[SummaryT]):
         except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise  # of the data, the settings or the device; an older checkpoint would change nothing
         except _DAMAGE as error:
-            reason = (str(error).strip() or "nothing said").splitlines()[0][:120]
-            raise CheckpointError(f"{path}: found a damaged part ({type(error).__name__}: {reason})") from error
+            reason = f"{type(error).__name__}: {first_line(error, 120)}"
+            raise CheckpointError(f"{path}: found a damaged part ({reason})") from error
 
     def _how_to_resume(self) -> str:
-        newest = checkpoints_in(self.folder / "checkpoints")
-        if not newest:
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
             return "no checkpoint was written"
-        return f"the newest checkpoint is {newest[0]}: resume with --resume {self.folder}"
+        return f"the newest checkpoint is {newest}: resume with --resume {self.folder}"
 
     def _last_words(self) -> str:
         return f" at step {self.step + 1}, expected all {self.env.world} to the end; {self._how_to_resume()}"
 
     def _unwritten(self, error: OSError) -> UserError:
         """What to do where a file of the run cannot be written."""
-        newest = checkpoints_in(self.folder / "checkpoints")
-        needed = f"; a checkpoint takes {newest[0].stat().st_size / 2**20:,.1f} MiB" if newest else ""
+        newest = newest_checkpoint(self.folder)
+        needed = f"; a checkpoint takes {newest.stat().st_size / 2**20:,.1f} MiB" if newest else ""
         where = error.filename or self.folder
         return UserError(
             f"{where}: found no way to write it at step {self.step} ({error.strerror}){needed}; {self._how_to_resume()}"
         )
 
     def _lost(self, error: RuntimeError) -> LostProcessError:
-        reason = str(error).strip().splitlines()[0][:160]
         return LostProcessError(
-            f"rank {self.env.rank} lost the connection to the other processes at step {self.step + 1} ({reason}), "
-            f"expected all {self.env.world} to the end; {self._how_to_resume()}"
+            f"rank {self.env.rank} lost the connection to the other processes at step {self.step + 1} "
+            f"({first_line(error)}), expected all {self.env.world} to the end; {self._how_to_resume()}"
         )

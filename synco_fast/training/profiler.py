@@ -16,7 +16,7 @@ from synco_fast.config import Config
 from synco_fast.data.sources.open import open_source
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
-from synco_fast.runtime.phases import PHASES, Mark, mark, phase, recorded_by, seconds_between
+from synco_fast.runtime.phases import PHASES, Mark, mark, phase, recorded_by, seconds_between, wait_for
 from synco_fast.training.engine import Engine
 from synco_fast.training.forms import choose_forms, choose_views
 from synco_fast.training.pipeline import open_pipeline
@@ -60,8 +60,7 @@ class PhaseClock:
 
     def pop(self) -> list[tuple[str, float]]:
         """The phases since the last call and their seconds; waits for the device."""
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         taken = [(name, seconds_between(begin, end)) for name, begin, end in self._times]
         self._times.clear()
         return taken
@@ -160,8 +159,7 @@ def _trace(step: Any, folder: Path, traced: int, device: torch.device) -> list[s
     with profile(activities=activities, profile_memory=True) as trace:
         for _ in range(traced):
             step()
-        if cuda:
-            torch.cuda.synchronize(device)
+        wait_for(device)
     files = [folder / "trace.json"]
     trace.export_chrome_trace(str(files[0]))
     if cuda:

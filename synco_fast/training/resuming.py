@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from synco_fast.runtime.checkpoint import checkpoints_in, find_checkpoint
+from synco_fast.runtime.checkpoint import find_checkpoint, newest_checkpoint
 from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.runtime.spans import name_ranks
@@ -28,7 +28,7 @@ def find_start(
         CheckpointError: There is none that can be read.
         ConfigError: They found checkpoints of different steps, or ``accept`` raised it.
     """
-    begun = (resume / "config.yaml").exists() and not checkpoints_in(resume / "checkpoints")
+    begun = (resume / "config.yaml").exists() and newest_checkpoint(resume) is None
     found: tuple[dict[str, Any], Path, list[str]] | None = None
     refusal: UserError | None = None
     try:

@@ -13,7 +13,7 @@ import torch
 
 from synco_fast.config import Config
 from synco_fast.data.sources.open import Source
-from synco_fast.runtime.checkpoint import BEST, checkpoints_in
+from synco_fast.runtime.checkpoint import BEST, newest_checkpoint
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import check_writable, write_json
@@ -143,7 +143,6 @@ def close_run(
     labels = source.validation.labels if source.validation else None
     chance = 1 / len(np.unique(labels)) if labels is not None and knn else None
     curves = folder / "plots" / "curves.png"
-    newest = checkpoints_in(folder / "checkpoints")
     summary = Summary(
         method=config.method.name,
         source=config.data.source,
@@ -168,7 +167,7 @@ def close_run(
         corrupt_images=corrupt,
         forms=forms,
         run=str(folder),
-        checkpoint=str(newest[0]) if newest else "",
+        checkpoint=str(newest_checkpoint(folder) or ""),
         curves=str(curves),
         pairs=str(folder / "plots" / "pairs.png"),
         images_per_second_by_size=throughput.images_per_second_by_size,

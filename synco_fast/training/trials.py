@@ -17,9 +17,10 @@ from torch import Tensor
 from synco_fast.data.pipelines.base import Batch, Pipeline
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.runtime.distributed import HostGroup, lost_process
-from synco_fast.runtime.errors import ConfigError, UserError
+from synco_fast.runtime.errors import ConfigError, UserError, first_line
 from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import SkippedSteps
+from synco_fast.runtime.phases import wait_for
 from synco_fast.training.engine import Engine
 from synco_fast.training.metrics import RunningMeans
 
@@ -111,7 +112,7 @@ def try_largest(engine: Engine, step: int) -> None:
             engine.use(using)
             for number in range(engine.settling_of(using)):
                 engine.step(batch, step + number, config.training.epochs - 1)
-            _wait(engine)
+            wait_for(engine.device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"augment.size: found {size}, expected less: a step at that size, to which views grow, takes more memory "
@@ -212,8 +213,7 @@ def reason_of(error: Exception, world: int) -> str:
     """
     if world > 1 and lost_process(error):
         raise error
-    line = (str(error).strip().splitlines() or [""])[0]
-    return line if isinstance(error, UserError) else f"{type(error).__name__}: {line[:160]}"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _compared_steps(
@@ -263,22 +263,17 @@ def _timed(engine: Engine, batches: Sequence[Batch], steps: int, step: int, epoc
     """Seconds per step, by block."""
     seconds, each = [], max(1, steps // _BLOCKS)
     for block in range(_BLOCKS):
-        _wait(engine)
+        wait_for(engine.device)
         begun = time.perf_counter()
         for number in range(block * each, (block + 1) * each):
             engine.step(batches[number % len(batches)], step + number, epoch)
-        _wait(engine)
+        wait_for(engine.device)
         seconds.append((time.perf_counter() - begun) / each)
     return seconds
 
 
 def _is_gpu(engine: Engine) -> bool:
     return engine.device.type == "cuda"
-
-
-def _wait(engine: Engine) -> None:
-    if _is_gpu(engine):
-        torch.cuda.synchronize(engine.device)
 
 
 def feed(pipeline: Pipeline, first: int = 0) -> Iterator[Batch]:
@@ -327,10 +322,10 @@ def try_pipeline(
             begun = 0.0
             for number in range(2 * half):
                 if number == half:
-                    _wait(engine)
+                    wait_for(engine.device)
                     begun = time.perf_counter()
                 engine.step(next(batches), step + number, epoch)
-            _wait(engine)
+            wait_for(engine.device)
             seconds = time.perf_counter() - begun
     except Exception as error:
         if world > 1:

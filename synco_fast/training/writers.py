@@ -18,7 +18,7 @@ from typing import Any, Protocol, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
-from synco_fast.runtime.errors import ConfigError, UserError
+from synco_fast.runtime.errors import ConfigError, UserError, first_line
 from synco_fast.runtime.files import read_json, write_json, write_text
 from synco_fast.training.metrics import read_metrics
 
@@ -187,7 +187,9 @@ class MlflowWriter:
             self._client: Any = mlflow.MlflowClient()
             self._run = self._begin(folder, experiment, dict(_flat(config)))
         except self._refusal as error:
-            raise UserError(f"training.mlflow: found no way to log to {experiment!r} ({_reason(error)})") from error
+            raise UserError(
+                f"training.mlflow: found no way to log to {experiment!r} ({first_line(error, _REASON)})"
+            ) from error
 
     def _begin(self, folder: Path, experiment: str, parameters: dict[str, str]) -> str:
         """The id of the run, new or continued."""
@@ -227,7 +229,8 @@ class MlflowWriter:
         except self._refusal as error:
             self._gone = True
             warnings.warn(
-                f"training.mlflow: found no way to {what} ({_reason(error)}): the rest is in metrics.jsonl alone",
+                f"training.mlflow: found no way to {what} ({first_line(error, _REASON)}): the rest is in metrics.jsonl "
+                "alone",
                 stacklevel=3,
             )
 
@@ -274,10 +277,6 @@ def _package(name: str, extra: str) -> Any:
         raise ConfigError(
             f"training.{name}: found no package {name}, expected after pip install 'synco-fast[{extra}]'"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:_REASON]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import mmap
 import time
+import weakref
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 
 from synco_fast.bench import timing
 from synco_fast.bench.timing import peak_memory, reset_peak_memory, seconds_of
+from tests.support.graphs import Graph, Stream, capture
 
 CPU = torch.device("cpu")
 
@@ -71,6 +75,20 @@ def test_a_graph_holds_as_many_copies_as_asked():
     before = count.item()
     replay()
     assert count.item() == before + 5
+
+
+def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch):
+    """A graph holds addresses: freed, they would be read and written all the same."""
+    cuda = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "current_stream": Stream}
+    for name, value in (cuda | {"stream": lambda stream: nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    read = torch.zeros(2)
+    alive = weakref.ref(read)
+    replay = timing.capture(partial(torch.Tensor.sum, read), CPU)
+    del read
+    assert alive() is not None
+    del replay
+    assert alive() is None
 
 
 def test_seconds_in_a_graph_are_those_of_one_copy(monkeypatch):

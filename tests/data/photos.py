@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image
 
+from synco_fast.data.sources.decode import LIMITS, decode_image
+from synco_fast.data.sources.splits import read_file
+
 
 def photo(width=160, height=120, seed=0):
     rng = np.random.default_rng(seed)
@@ -15,3 +18,8 @@ def photo(width=160, height=120, seed=0):
     fields = np.stack([field / field.std() for field in fields], axis=-1)
     pixels = 118 + 55 * (0.75 * fields[..., :1] + 0.5 * fields) + rng.normal(0, 4, fields.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def read_image(file, limits=LIMITS):
+    """A file as every split reads it."""
+    return decode_image(read_file(str(file), limits), str(file), limits)

@@ -16,13 +16,13 @@ from PIL import Image, features
 
 from synco_fast.cli import main
 from synco_fast.data.augment.recipe import Recipe
-from synco_fast.data.errors import CorruptImageError, DataError, UserError, printable
+from synco_fast.data.errors import CorruptImageError, DataError, UserError, first_line, one_line, printable
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
 from synco_fast.data.pipelines.torchvision import evaluation_loader, evaluation_view, pixels_of
 from synco_fast.data.sources import walk
 from synco_fast.data.sources.decode import Limits, central_part, decode_image, plain_jpeg_size
-from synco_fast.data.sources.open import open_source, read_image
-from tests.data.photos import photo
+from synco_fast.data.sources.open import open_source
+from tests.data.photos import photo, read_image
 from tests.data.test_lists_and_shards import jpeg, write_shard
 
 DALI = pytest.mark.skipif(not has_dali(), reason="DALI is not installed")
@@ -404,6 +404,13 @@ def test_messages_are_one_printable_line_whatever_the_name():
     assert str(UserError()) == ""
     with pytest.raises(CorruptImageError, match=r"caf\\xe9\\n"):
         decode_image(b"", name)
+
+
+def test_the_message_of_an_error_as_a_part_of_a_line():
+    said, silent = RuntimeError("  no such device\nraised by\tsomething "), RuntimeError(" \n")
+    assert (first_line(said), first_line(said, 7), first_line(silent)) == ("no such device", "no such", "RuntimeError")
+    assert (one_line(said), one_line(silent)) == ("no such device raised by something", "RuntimeError")
+    assert one_line(said, 9) == "no such d"
 
 
 STRICT = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "80"}

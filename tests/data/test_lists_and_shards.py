@@ -16,6 +16,7 @@ from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh
 from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest, write_manifest
 from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.data.sources.shards import ShardSplit
+from synco_fast.data.sources.splits import FolderSplit
 from tests.data.photos import photo
 
 
@@ -386,6 +387,15 @@ def test_a_check_of_shards(shards):
     again = open_source(f"tar:{shards}").train
     assert len(again) == len(source.train) - 1
     assert not find_corrupt(again, workers=0)
+
+
+def test_a_source_that_goes_away_during_a_check_is_one_line(image_folder):
+    class Gone(FolderSplit):
+        def read(self, index):
+            raise DataError(f"data: found no regular file at {index}")
+
+    with pytest.raises(DataError, match=r"^data: found no regular file at 0$"):
+        find_corrupt(Gone(image_folder / "train"), workers=1)
 
 
 def test_nothing_is_kept_of_arrays_nor_where_nothing_is_left(tmp_path):

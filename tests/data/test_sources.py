@@ -12,8 +12,9 @@ from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.check import keep_list
 from synco_fast.data.sources.columns import number_labels
 from synco_fast.data.sources.layout import split_of
-from synco_fast.data.sources.open import ArraySplit, open_source, read_image
+from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.data.sources.splits import SubsetSplit, share_of
+from tests.data.photos import read_image
 
 
 def pixels(height=20, width=30, seed=0):

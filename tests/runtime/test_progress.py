@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from synco_fast.runtime import progress
+from synco_fast.runtime.console import in_notebook, open_console
 from synco_fast.runtime.progress import ProgressBar, clock
 
 FIGURES = ("loss 5.123", "acc 34.5%", "1,234 img/s", "data wait 2%")
@@ -71,7 +72,7 @@ def test_a_notebook_has_one_element_that_is_replaced(monkeypatch, capsys):
     shell = SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
-    console = progress.open_console()
+    console = open_console()
     with ProgressBar(console, "epoch 1/2", 100, unit="step") as bar:
         bar.advance(10, "loss <1.0>")
         now[0] += 1
@@ -91,7 +92,7 @@ def test_a_notebook_has_one_element_that_is_replaced(monkeypatch, capsys):
         pass
     assert len(shown) == 3
     shell.kernel = None
-    assert not progress.in_notebook(), "IPython in a terminal"
+    assert not in_notebook(), "IPython in a terminal"
 
 
 def test_silence_and_notes():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from synco_fast.config import read_config
+from synco_fast.config import build_config, read_mapping
 from synco_fast.evaluation.monitor import HealthMonitor
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import DataError, UserError
@@ -76,7 +76,7 @@ env = DistEnv.detect()
 words = sys.stderr = (FOLDER / f"rank{env.rank}.txt").open("w")
 try:
     with init_distributed(env, "cpu", timeout=TIMEOUT) as control:
-        config = read_config(FOLDER / "job.yaml")
+        config = build_config(read_mapping(FOLDER / "job.yaml"))
         console = Console(file=words, width=200)
         trainer = Trainer(
             Pretraining(config, control=control, monitor=HealthMonitor()),

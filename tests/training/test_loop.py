@@ -21,7 +21,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from synco_fast.api import Run
-from synco_fast.config import Config, read_config
+from synco_fast.config import Config, build_config, read_mapping
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.evaluation.context import EvalOptions
 from synco_fast.evaluation.knn import PeriodicKnn, evaluate_knn
@@ -43,7 +43,7 @@ def test_a_run_folder_describes_itself(tiny, tmp_path):
     config = tiny()
     summary = pretrain(config, tmp_path / "run")
     run = tmp_path / "run"
-    assert read_config(run / "config.yaml") == config
+    assert build_config(read_mapping(run / "config.yaml")) == config
     environment = json.loads((run / "environment.json").read_text())
     assert environment["torch"] == torch.__version__.partition("+")[0]
     chosen = {part: form["name"] for part, form in environment["forms"].items()}

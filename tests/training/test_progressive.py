@@ -199,7 +199,6 @@ def test_the_norm_is_validated_at_every_side(tiny):
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(trials, "_wait", lambda engine: None)
     monkeypatch.setattr(trials, "_is_gpu", lambda engine: True)
 
 

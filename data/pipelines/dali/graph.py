@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
@@ -22,7 +21,6 @@ from synco_fast.data.pipelines.base import Decode
 
 __all__ = ["GraphOptions", "Inputs", "build_crops", "build_evaluation", "crop_inputs", "evaluation_inputs", "source"]
 
-_TYPES = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.float32: types.FLOAT}
 Inputs = dict[str, NDArray[Any]]
 
 
@@ -100,9 +98,9 @@ def build_crops(recipe: Recipe, decode: Decode, options: GraphOptions) -> Pipeli
     return options.build(_crops, recipe.size, decode)
 
 
-def build_evaluation(recipe: Recipe, dtype: torch.dtype, options: GraphOptions) -> Pipeline:
-    """A graph from ``encoded`` and the inputs of `evaluation_inputs` to central crops (b, size, size, 3), b <= B."""
-    return options.build(_central_crops, recipe, dtype)
+def build_evaluation(recipe: Recipe, options: GraphOptions) -> Pipeline:
+    """A graph from ``encoded`` and the inputs of `evaluation_inputs` to uint8 crops (b, size, size, 3), b <= B."""
+    return options.build(_central_crops, recipe.size)
 
 
 def source(name: str) -> Any:
@@ -127,12 +125,8 @@ def _crops(size: int, decode: Decode, options: Mapping[str, Any]) -> Any:
 
 
 @pipeline_def  # type: ignore[untyped-decorator]
-def _central_crops(recipe: Recipe, dtype: torch.dtype, options: Mapping[str, Any]) -> Any:
+def _central_crops(size: int, options: Mapping[str, Any]) -> Any:
     image = fn.decoders.image(source("encoded"), **options)
     image = fn.resize(image, size=source("resized"), interp_type=types.INTERP_LINEAR, antialias=True)
-    size = [recipe.size, recipe.size]
-    view = fn.slice(image, source("start"), size, axes=[0, 1], out_of_bounds_policy="pad")
-    normalised: dict[str, Any] = {}
-    if dtype != torch.uint8:
-        normalised = {"mean": [255 * mean for mean in recipe.mean], "std": [255 * std for std in recipe.std]}
-    return fn.crop_mirror_normalize(view, dtype=_TYPES[dtype], output_layout="HWC", **normalised)
+    crop = fn.slice(image, source("start"), [size, size], axes=[0, 1], out_of_bounds_policy="pad")
+    return fn.crop_mirror_normalize(crop, dtype=types.UINT8, output_layout="HWC")

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from synco_fast.data.augment.draw import ViewParameters, draw_views
 from synco_fast.data.augment.recipe import Recipe
@@ -32,7 +31,7 @@ from synco_fast.data.pipelines.dali.graph import (
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
 from synco_fast.data.pipelines.dali.runner import GraphRunner
 from synco_fast.data.pipelines.dali.settings import DaliSettings
-from synco_fast.data.pipelines.epochs import EpochBatches, Position
+from synco_fast.data.pipelines.epochs import EpochBatches, EpochPipeline
 from synco_fast.data.pipelines.fused import MakeViews, make_pair, packed
 from synco_fast.data.sources.splits import Split
 from synco_fast.data.workers import available_cores, start_threads
@@ -43,12 +42,7 @@ __all__ = ["DaliPipeline", "dali_evaluation"]
 _DEPTH = 2
 
 
-def _channels_first(view: Tensor) -> Tensor:
-    """(b, size, size, 3) as (b, 3, size, size) without a copy: PyTorch's channels-last layout."""
-    return view.permute(0, 3, 1, 2)
-
-
-class DaliPipeline:
+class DaliPipeline(EpochPipeline):
     """Batches of two views made by DALI; see `Pipeline` for what it promises.
 
     Args:
@@ -61,8 +55,7 @@ class DaliPipeline:
         dtype: torch.uint8 for pixels; torch.float16 or torch.float32 for normalised views.
         decode: "once" decodes a whole image for both views, "windows" decodes each view's window.
         fused_dtype: As ``dtype``, of the views that fused kernels make from images that DALI only decodes.
-        threads: Threads of DALI; by default those of the settings.
-        settings: Of the decoder on a GPU.
+        settings: Of the decoder on a GPU, and the threads.
         rank, world: Rank of this process, and number of processes; each yields its part of every batch.
 
     On a GPU the views are channels-last. Corrupt images are replaced as in every pipeline.
@@ -83,7 +76,6 @@ class DaliPipeline:
         dtype: torch.dtype = torch.uint8,
         decode: Decode = "once",
         fused_dtype: torch.dtype = torch.uint8,
-        threads: int | None = None,
         settings: DaliSettings = DaliSettings(),  # noqa: B008 - frozen
         rank: int = 0,
         world: int = 1,
@@ -97,7 +89,7 @@ class DaliPipeline:
         self._options = GraphOptions(
             self._batches.share,
             number,
-            threads or settings.count_threads(available_cores(), gpu and gpu[0]),
+            settings.count_threads(available_cores(), gpu and gpu[0]),
             _DEPTH,
             {} if gpu is None else settings.decoder(*gpu),
         )
@@ -113,13 +105,6 @@ class DaliPipeline:
             depth=_DEPTH,
         )
         self._pool = start_threads(self._options.threads) if number is None else None
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that the next iteration yields, and its first batch."""
-        self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[Batch]:
         self._take_size(self._recipe.at(self._batches.epoch))
@@ -196,18 +181,6 @@ def _packed(files: EncodedBatch) -> dict[str, NDArray[Any]]:
     return decoding_inputs(*map(packed, files.views))
 
 
-class _InOrder(Sampler[list[Position]]):
-    def __init__(self, numbers: list[int], batch: int) -> None:
-        self.numbers, self.batch = numbers, batch
-
-    def __len__(self) -> int:
-        return -(-len(self.numbers) // self.batch)
-
-    def __iter__(self) -> Iterator[list[Position]]:
-        for first in range(0, len(self.numbers), self.batch):
-            yield [(0, number) for number in self.numbers[first : first + self.batch]]
-
-
 def dali_evaluation(
     split: Split,
     recipe: Recipe,
@@ -216,7 +189,6 @@ def dali_evaluation(
     workers: int | None = None,
     numbers: list[int] | None = None,
     device: torch.device | None = None,
-    threads: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, str]]]:
     """Like `evaluation_loader`, but made by DALI, with the images on ``device``.
 
@@ -227,21 +199,21 @@ def dali_evaluation(
         workers: Processes that read files, by default one for each core.
         numbers: Which images, by default all.
         device: Device of graph and images.
-        threads: Threads of DALI; by default one per core.
     """
     number = _gpu_number(device)
     gpu, settings = _about(number), DaliSettings()
     reader = Reader(split, replace=False)
-    places = _InOrder(list(range(len(split))) if numbers is None else numbers, batch)
+    wanted = range(len(split)) if numbers is None else numbers
+    places = ([(0, number) for number in wanted[first : first + batch]] for first in range(0, len(wanted), batch))
     options = GraphOptions(
         batch,
         number,
-        threads or settings.count_threads(available_cores(), gpu and gpu[0]),
+        settings.count_threads(available_cores(), gpu and gpu[0]),
         _DEPTH,
         {} if gpu is None else settings.decoder(*gpu, allocate=False),
     )
     runner = GraphRunner(
-        partial(build_evaluation, recipe, torch.uint8, options),
+        partial(build_evaluation, recipe, options),
         lambda files: evaluation_inputs(recipe, files.sizes),
         reader,
         device=number,
@@ -250,7 +222,8 @@ def dali_evaluation(
     nothing = torch.empty((0, recipe.size, recipe.size, 3), dtype=torch.uint8, device=device)
     try:
         for files, images in runner.run(reader.loader(places, workers, 0)):
-            yield _channels_first(images[0] if images else nothing), torch.from_numpy(files.images), files.corrupt
+            crops = (images[0] if images else nothing).permute(0, 3, 1, 2)
+            yield crops, torch.from_numpy(files.images), files.corrupt
     finally:
         runner.close()
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from synco_fast.data.augment.draw import ViewParameters
 from synco_fast.data.errors import CorruptImageError
@@ -150,6 +150,6 @@ class Reader(Dataset[EncodedBatch]):
             pixels = central_part(pixels)
         return encode_pixels(pixels), (pixels.shape[0], pixels.shape[1])
 
-    def loader(self, batches: Sampler[list[Position]], workers: int | None, seed: int) -> Loader[EncodedBatch]:
-        """The sampler's batches, read by ``workers`` processes (default: one per core of this rank; 0: this one)."""
+    def loader(self, batches: Iterable[list[Position]], workers: int | None, seed: int) -> Loader[EncodedBatch]:
+        """The batches, read by ``workers`` processes (default: one per core of this rank; 0: this one)."""
         return Loader(self, batches, workers=workers, seed=seed)

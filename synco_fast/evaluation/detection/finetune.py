@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from synco_fast.data.workers import available_cores, start_worker
+from synco_fast.data.loader import Loader
 from synco_fast.evaluation.context import (
     EvalOptions,
     check_unchanged,
@@ -42,6 +43,8 @@ __all__ = ["DetectionProtocol", "build_detector", "evaluate_detection", "publish
 
 #: Test images for the AP before the first step.
 _BEFORE = 200
+#: Images, and their targets.
+_Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def evaluate_detection(
         if frozen is not None:
             check_unchanged(_body(detector), frozen)
         barrier()
-        return _result(weights, source, protocol, found, before, job.precision.name, folder, device)
+        return _result(job, weights, folder, found, before)
 
 
 def _body(detector: nn.Module) -> nn.Module:
@@ -225,21 +228,17 @@ def _body(detector: nn.Module) -> nn.Module:
 
 
 def _result(
-    weights: Weights,
-    source: DetectionSource,
-    protocol: DetectionProtocol,
-    found: dict[str, dict[str, float]],
-    before: float,
-    precision: str,
-    folder: Path,
-    device: torch.device,
+    job: _Job, weights: Weights, folder: Path, found: dict[str, dict[str, float]], before: float
 ) -> dict[str, Any]:
+    """The result, which rank 0 writes into the folder."""
+    source, protocol = job.source, job.protocol
     headline = {
         f"{source.layout.upper()} {kind} {name}": value for kind, part in found.items() for name, value in part.items()
     }
     result = {
         "evaluation": f"detection_{source.layout}",
         "checkpoint": str(weights.file),
+        "step": weights.step,
         "source": source.spec,
         "detector": "Mask R-CNN with FPN" if source.masks else "Faster R-CNN with FPN",
         "chance": before,
@@ -251,8 +250,8 @@ def _result(
         "test_set": source.sets[1],
         "protocol": asdict(protocol),
         "backbone_unchanged": protocol.freeze,
-        "precision": precision,
-        "environment": describe_environment(device),
+        "precision": job.precision.name,
+        "environment": describe_environment(job.device),
     }
     if rank() == 0:
         write_json(folder / f"detection_{source.layout}.json", result)
@@ -292,7 +291,7 @@ class _Job:
         if protocol.freeze:
             _body(self.detector).eval()
         steps = Steps(len(self.source.train), protocol.batch, protocol.seed, step, protocol.steps, rank(), world())
-        loader = _loader(self.source.train, self.options, batch_sampler=steps)
+        loader = _loader(self.source.train, steps, self.options)
         total = torch.zeros((), device=self.device)
         with progress(
             self.console, f"detection on {self.source.layout.upper()}", protocol.steps, step, unit="step"
@@ -343,7 +342,7 @@ class _Job:
         transform: Any = self.detector.transform
         sizes, transform.min_size = transform.min_size, (self.protocol.size,)
         with progress(self.console, "test images", len(numbers)) as bar:
-            for pictures, targets in _loader(Subset(self.source.test, numbers), self.options, batch_size=1):
+            for pictures, targets in _loader(self.source.test, [[number] for number in numbers], self.options):
                 with self.precision.autocast():
                     outputs = self.detector([picture.to(self.device) for picture in pictures])
                 metric.update([self._prediction(one) for one in outputs], targets)
@@ -372,16 +371,19 @@ class _Job:
         return found
 
 
-def _loader(dataset: Detections | Subset[Any], options: EvalOptions, **how: Any) -> DataLoader[Any]:
-    workers = available_cores() if options.workers is None else options.workers
-    generator = torch.Generator().manual_seed(0)
-    return DataLoader(
-        dataset, num_workers=workers, collate_fn=_lists, worker_init_fn=start_worker, generator=generator, **how
-    )
+class _Batches(Dataset[_Batch]):
+    """The images of some keys of `Detections`, and their targets."""
+
+    def __init__(self, images: Detections) -> None:
+        self.images = images
+
+    def __getitem__(self, keys: list[Any]) -> _Batch:
+        samples = [self.images[key] for key in keys]
+        return [image for image, _ in samples], [target for _, target in samples]
 
 
-def _lists(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
-    return [image for image, _ in samples], [target for _, target in samples]
+def _loader(images: Detections, batches: Iterable[list[Any]], options: EvalOptions) -> Loader[_Batch]:
+    return Loader(_Batches(images), batches, workers=options.workers, keep=False)
 
 
 def _save(

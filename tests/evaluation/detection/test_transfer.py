@@ -78,6 +78,14 @@ def test_no_image_is_trained_and_tested_on(voc):
         open_detection(f"voc:{voc}")
 
 
+def test_an_unknown_class_is_one_line_from_a_worker_too(voc):
+    file = voc / "VOCdevkit" / "VOC2007" / "Annotations" / "000001.xml"
+    file.write_text(file.read_text().replace("dog", "unicorn"))
+    train = open_detection(f"voc:{voc}").train
+    with pytest.raises(DataError, match=r"^data: found an object 'unicorn', expected the twenty classes of VOC$"):
+        list(transfer._loader(train, [[0], [1]], EvalOptions(workers=1)))
+
+
 def test_a_half_trained_detector_is_that_of_its_precision_and_images(make_run, voc, monkeypatch):
     origins = []
     monkeypatch.setattr(transfer, "build_detector", lambda *arguments, **named: torch.nn.Linear(1, 1))
@@ -91,6 +99,7 @@ def test_a_half_trained_detector_is_that_of_its_precision_and_images(make_run, v
         found = evaluate_detection(run, replace(options, precision=precision), protocol=SMALL)
     assert len({repr(origin) for origin in origins}) == 4
     assert (found["train_set"], found["test_set"]) == ("VOC2007 trainval", "VOC2007 test")
+    assert found["step"] == 8, "by which a comparison knows the checkpoint, also that of best.pt"
 
 
 def test_difficult_objects_are_trained_on_and_not_counted(voc):
