@@ -139,9 +139,7 @@ def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
     root = Path(folder).expanduser()
     if not (root / TRAIN).is_dir():
         alone = FolderSplit(root, None, limits)
-        splits = [name for name in alone.classes or () if names_a_split(name)]
-        note = f"found {', '.join(splits)} among the classes, expected train/ and val/ for splits" if splits else None
-        return Source(os.fspath(root), alone, None, note)
+        return Source(os.fspath(root), alone, None, _misplaced(alone, root))
     train = FolderSplit(root / TRAIN, None, limits)
     held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
     note = None
@@ -149,6 +147,20 @@ def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
         others = (path for path in sorted(root.iterdir()) if path.is_dir() and path not in (root / TRAIN, held_out))
         note = list_unread(f"{path.name}/" for path in others if not path.name.startswith("."))
     return Source(os.fspath(root), train, FolderSplit(held_out, train.classes, limits) if held_out else None, note)
+
+
+def _misplaced(split: FolderSplit, root: Path) -> str | None:
+    """A warning where classes are splits, or where the folders of splits are deeper."""
+    splits = [name for name in split.classes or () if names_a_split(name)]
+    if splits:
+        return f"found {', '.join(splits)} among the classes, expected train/ and val/ for splits"
+    read = split.manifest.stamps
+    deeper = (Path(folder).parent for folder in read if Path(folder).name == TRAIN)
+    base = next((base for base in deeper if any(os.fspath(base / name) in read for name in HELD_OUT)), None)
+    if base is None or not base.is_relative_to(root.resolve()):
+        return None
+    inside = root / base.relative_to(root.resolve())
+    return f"found train/ and held-out images in {inside}, and took all for training; expected --data {inside}"
 
 
 def open_list(spec: str, limits: Limits = LIMITS) -> Source:
@@ -272,5 +284,10 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
         raise DataError(
             f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, "
             "idx:FOLDER or demo"
+        )
+    if Path(spec).expanduser().is_file():
+        raise DataError(
+            f"data: found the file {spec}, expected a folder; a list is list:FILE, a table parquet:FILE, a shard "
+            "in tar:FOLDER"
         )
     return open_folder(spec, limits)
