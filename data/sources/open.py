@@ -1,4 +1,4 @@
-"""Opening sources by name: folders, lists, tar shards, Parquet files, datasets of a library, IDX files, the demo set.
+"""Opening sources by name: folders, lists, tar shards, Parquet files, datasets of a library, arrays, the demo set.
 
 A source has a `train` split and, if there is one, a held-out `validation` split. A split yields images and labels by
 number, without augmentation. A new kind of source is one function here that returns a `Source`, and its prefix in
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synco_fast.data.errors import DataError
+from synco_fast.data.sources.cifar import load_cifar
 from synco_fast.data.sources.columns import NONE, split_options
 from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.demo import make_demo
@@ -258,7 +259,7 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
             ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``hf:NAME`` or ``hf:FOLDER`` for a dataset of
             the ``datasets`` library; ``stream:SHARDS`` for tar shards without random access; ``idx:FOLDER`` for IDX
-            files; ``demo`` for the demo set, generated on first use.
+            files; ``cifar:FOLDER`` for CIFAR-10 or CIFAR-100; ``demo`` for the demo set, generated on first use.
         limits: Size limits; larger images count as corrupt.
         stream: How a stream is read.
 
@@ -270,6 +271,8 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
     prefix, colon, rest = spec.partition(":")
     if colon and prefix == "idx":
         return open_idx(Path(rest).expanduser())
+    if colon and prefix == "cifar":
+        return Source(spec, *load_cifar(Path(rest).expanduser()))
     if colon and prefix == "tar":
         return open_shards(rest, limits)
     if colon and prefix == "parquet":
@@ -283,7 +286,7 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
     if colon and not Path(spec).exists():
         raise DataError(
             f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, "
-            "idx:FOLDER or demo"
+            "idx:FOLDER, cifar:FOLDER or demo"
         )
     if Path(spec).expanduser().is_file():
         raise DataError(

@@ -195,6 +195,8 @@ def _instead(root: Path, unread: dict[str, int]) -> str:
         return f", but tar files, expected tar:{root}"
     if ".parquet" in unread:
         return f", but Parquet files, expected parquet:{root}"
+    if any((root / name).is_file() for name in ("data_batch_1", "data_batch_1.bin", "train", "train.bin")):
+        return f", but perhaps CIFAR's files, expected cifar:{root}"
     if any(root.glob("*-ubyte*")):
         return f", but IDX files, expected idx:{root}"
     found = ", ".join(f"{count:,} {kind}" for kind, count in unread.items())
