@@ -187,6 +187,10 @@ def index_shards(shards: list[Path]) -> Manifest:
                         f"up to {_LONGEST_CLASS}"
                     )
     if None in labels:
+        if any(labels):
+            unread[f".cls or .json, since {names[labels.index(None)]!r} has no label"] += sum(
+                label is not None for label in labels
+            )
         folders = [str(PurePosixPath(name).parent) for name in names]
         labels = list(folders) if "." not in folders else []
     classes = tuple(sorted(set(labels), key=_natural))  # type: ignore[arg-type]

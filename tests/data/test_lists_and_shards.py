@@ -111,6 +111,13 @@ def test_labels_in_json_by_folder_or_none(tmp_path):
     assert (none.classes, none.labels, len(none)) == (None, None, 2)
 
 
+def test_labels_of_a_part_of_the_images_are_not_read(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0.jpg", jpeg()), ("0.cls", b"0"), ("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
+    source = open_source(f"tar:{tmp_path}")
+    assert source.train.labels is None
+    assert source.notes == [f"tar:{tmp_path}: not read: 1 .cls or .json, since '1.jpg' has no label"]
+
+
 @pytest.mark.parametrize("order", [("cls", "json"), ("json", "cls")])
 def test_a_json_member_without_a_label_leaves_that_of_the_cls_member(tmp_path, order, monkeypatch):
     """Also where an index of earlier rules is kept, by which the last member counted."""
