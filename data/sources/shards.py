@@ -147,14 +147,14 @@ def _is_outdated(manifest: Manifest) -> bool:
 
 def _newer(kept: Manifest | None, found: Manifest) -> Manifest:
     """The found index without the images that a check has excluded from the kept one."""
-    if kept is None:
+    if kept is None or kept.places is None or found.places is None:
         return found
-    names = set(kept.names)
+    read = set(map(tuple, kept.places.tolist()))  # several shards may have an image of the same name
     return found.without(
         {
             number: kept.excluded[name]
-            for number, name in enumerate(found.names)
-            if name in kept.excluded and name not in names
+            for number, (name, place) in enumerate(zip(found.names, found.places.tolist(), strict=True))
+            if name in kept.excluded and tuple(place) not in read
         }
     )
 

@@ -126,13 +126,14 @@ def test_a_json_member_without_a_label_leaves_that_of_the_cls_member(tmp_path, o
     members = [("0.jpg", jpeg(1)), *((f"0.{kind}", contents[kind]) for kind in order)]
     members += [("1.jpg", jpeg(2)), *((f"1.{kind}", unlabelled[kind]) for kind in order)]
     write_shard(tmp_path / "a.tar", [*members, ("2.jpg", jpeg(3)), ("2.json", contents["json"])])
+    write_shard(tmp_path / "b.tar", [("2.jpg", jpeg(4)), ("2.json", contents["json"])])
     split = open_source(f"tar:{tmp_path}").train
-    assert (split.classes, split.labels.tolist()) == (("3", "cat"), [0, 0, 1])
+    assert (split.classes, split.labels.tolist()) == (("3", "cat"), [0, 0, 1, 1])
     kept = dataclasses.replace(split.manifest.without({2: "corrupt"}), labels=None, classes=None, rules=1)
     write_manifest(manifest_path(split.key), kept)
     for _ in range(2):
         again = open_source(f"tar:{tmp_path}").train
-        assert (again.classes, again.labels.tolist()) == (("3", "cat"), [0, 0])
+        assert (again.classes, again.labels.tolist()) == (("3", "cat"), [0, 0, 1])
         assert again.manifest.excluded == {"2.jpg": "corrupt"}
         monkeypatch.setattr(shards_module, "index_shards", None)
 
