@@ -67,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "training": {"epochs": 200},
     },
     "synco-r18-cifar": {
-        "about": "SynCo on images of 32 x 32 (folders in CIFAR's size): ResNet-18 with the small stem, 200 epochs",
+        "about": "SynCo on images of 32 x 32 (CIFAR, or of its size): ResNet-18 with the small stem, 200 epochs",
         "augment": {"size": 32, "blur_probability": 0.0, "evaluation_resize": 32},
         "model": {"backbone": "resnet18", "small_stem": True, "momentum": 0.99},
         "method": {"name": "synco", "queue": 4096, "count_scale": 0.25, "mask_same_image": True},

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from synco_fast.data.files import atomic_write
 
 __all__ = [
+    "RULES",
     "Manifest",
     "PackedNames",
     "cache_folder",
@@ -31,8 +32,8 @@ __all__ = [
 #: Incremented when the format changes, so that older files are rebuilt.
 _VERSION = 2
 _ignored = ContextVar("ignored", default=False)
-#: Incremented when other members of tar shards are images than before; `Manifest.rules` says what a file was made by.
-_RULES = 1
+#: Incremented when members of tar shards become other images or labels than before; see `Manifest.rules`.
+RULES = 2
 #: Names of a `Manifest`'s arrays with one row per image.
 _ARRAYS = ("labels", "places", "checksums")
 
@@ -90,7 +91,7 @@ class Manifest:
     stamps: dict[str, int] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
-    rules: int = _RULES
+    rules: int = RULES
 
     def without(self, corrupt: dict[int, str]) -> Manifest:
         """The same manifest without the images of these numbers."""

@@ -1,4 +1,4 @@
-"""Opening sources by name: folders, lists, tar shards, Parquet files, datasets of a library, IDX files, the demo set.
+"""Opening sources by name: folders, lists, tar shards, Parquet files, datasets of a library, arrays, the demo set.
 
 A source has a `train` split and, if there is one, a held-out `validation` split. A split yields images and labels by
 number, without augmentation. A new kind of source is one function here that returns a `Source`, and its prefix in
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synco_fast.data.errors import DataError
+from synco_fast.data.sources.cifar import load_cifar
 from synco_fast.data.sources.columns import NONE, split_options
 from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.demo import make_demo
@@ -139,9 +140,7 @@ def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
     root = Path(folder).expanduser()
     if not (root / TRAIN).is_dir():
         alone = FolderSplit(root, None, limits)
-        splits = [name for name in alone.classes or () if names_a_split(name)]
-        note = f"found {', '.join(splits)} among the classes, expected train/ and val/ for splits" if splits else None
-        return Source(os.fspath(root), alone, None, note)
+        return Source(os.fspath(root), alone, None, _misplaced(alone, root))
     train = FolderSplit(root / TRAIN, None, limits)
     held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
     note = None
@@ -149,6 +148,20 @@ def open_folder(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
         others = (path for path in sorted(root.iterdir()) if path.is_dir() and path not in (root / TRAIN, held_out))
         note = list_unread(f"{path.name}/" for path in others if not path.name.startswith("."))
     return Source(os.fspath(root), train, FolderSplit(held_out, train.classes, limits) if held_out else None, note)
+
+
+def _misplaced(split: FolderSplit, root: Path) -> str | None:
+    """A warning where classes are splits, or where the folders of splits are deeper."""
+    splits = [name for name in split.classes or () if names_a_split(name)]
+    if splits:
+        return f"found {', '.join(splits)} among the classes, expected train/ and val/ for splits"
+    read = split.manifest.stamps
+    deeper = (Path(folder).parent for folder in read if Path(folder).name == TRAIN)
+    base = next((base for base in deeper if any(os.fspath(base / name) in read for name in HELD_OUT)), None)
+    if base is None or not base.is_relative_to(root.resolve()):
+        return None
+    inside = root / base.relative_to(root.resolve())
+    return f"found train/ and held-out images in {inside}, and took all for training; expected --data {inside}"
 
 
 def open_list(spec: str, limits: Limits = LIMITS) -> Source:
@@ -246,7 +259,7 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
             ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``hf:NAME`` or ``hf:FOLDER`` for a dataset of
             the ``datasets`` library; ``stream:SHARDS`` for tar shards without random access; ``idx:FOLDER`` for IDX
-            files; ``demo`` for the demo set, generated on first use.
+            files; ``cifar:FOLDER`` for CIFAR-10 or CIFAR-100; ``demo`` for the demo set, generated on first use.
         limits: Size limits; larger images count as corrupt.
         stream: How a stream is read.
 
@@ -258,6 +271,8 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
     prefix, colon, rest = spec.partition(":")
     if colon and prefix == "idx":
         return open_idx(Path(rest).expanduser())
+    if colon and prefix == "cifar":
+        return Source(spec, *load_cifar(Path(rest).expanduser()))
     if colon and prefix == "tar":
         return open_shards(rest, limits)
     if colon and prefix == "parquet":
@@ -271,6 +286,11 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
     if colon and not Path(spec).exists():
         raise DataError(
             f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, "
-            "idx:FOLDER or demo"
+            "idx:FOLDER, cifar:FOLDER or demo"
+        )
+    if Path(spec).expanduser().is_file():
+        raise DataError(
+            f"data: found the file {spec}, expected a folder; a list is list:FILE, a table parquet:FILE, a shard "
+            "in tar:FOLDER"
         )
     return open_folder(spec, limits)

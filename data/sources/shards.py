@@ -9,7 +9,6 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits
 from synco_fast.data.sources.manifest import (
+    RULES,
     Manifest,
     PackedNames,
     manifest_path,
@@ -28,18 +28,20 @@ from synco_fast.data.sources.splits import Split, map_labels
 
 __all__ = ["ShardSplit", "index_shards"]
 
-#: An image of a shard: name, offset, size, and the bytes of its ``.cls`` or ``.json`` member as (offset, size, kind).
-_Sample = tuple[str, int, int, tuple[int, int, str] | None]
+#: A member that may name a class: ``.cls`` or ``.json``, offset and size.
+_Label = tuple[str, int, int]
+#: An image of a shard: name, offset, size, and its label members.
+_Sample = tuple[str, int, int, list[_Label]]
 
 
 class ShardSplit(Split):
     """The images of some tar shards, in order of shard and member.
 
     Members whose names agree up to the first dot behind the folder form a sample: one image, and its label in ``.cls``
-    (a class name or number) or in the key ``label`` of ``.json``. Without either, the image's folder is its class. The
-    image is the member with nothing but a suffix behind the dot (``7.jpg``), before others (``7.mask.png``), and a JPEG
-    before other formats. Names with more dots are names of their own where they have a label of their own, or where no
-    image and no label has nothing but a suffix behind the first dot.
+    (a class name or number) or else in the key ``label`` of ``.json``. Without either, the image's folder is its class.
+    The image is the member with nothing but a suffix behind the dot (``7.jpg``), before others (``7.mask.png``), and a
+    JPEG before other formats. Names with more dots are names of their own where they have a label of their own, or
+    where no image and no label has nothing but a suffix behind the first dot.
 
     Only regular members are read, only by offset and size: names in a shard never reach the file system.
 
@@ -74,7 +76,11 @@ class ShardSplit(Split):
                 with suppress(OSError):  # without a writable cache, the next start reads the headers again
                     write_manifest(kept, manifest)
         if not len(manifest.names):
-            raise DataError(f"data: found no image in the shards of {title}")
+            others = ", ".join(f"{count:,} {kind}" for kind, count in manifest.unread.items())
+            inside = ", expected images: unpack the tar files inside once" if ".tar" in manifest.unread else ""
+            raise DataError(
+                f"data: found no image in the shards of {title}{' (' + others + ')' if others else ''}{inside}"
+            )
         self.limits, self.manifest, self._shards = limits, manifest, [os.fspath(shard) for shard in shards]
         self._places = manifest.places
         self.labels, self.classes = map_labels(manifest.labels, manifest.classes, classes, title)
@@ -127,21 +133,25 @@ _LONGEST_LABEL, _LONGEST_CLASS = 1 << 16, 1000
 
 
 def _is_outdated(manifest: Manifest) -> bool:
-    """Whether an index is of earlier rules, by which all images of a sample were images of their own."""
-    dots = int(np.count_nonzero(manifest.names.text == ord(".")))
-    return (
-        manifest.rules < 1 and dots > len(manifest.names) and any(_key(name) != _stem(name) for name in manifest.names)
-    )
+    """Whether an index is of earlier rules, by which a ``.json`` without a label hid the label in ``.cls``.
+
+    Before them, all images of a sample were images of their own. A pack has neither.
+    """
+    return manifest.rules < RULES and manifest.checksums is None
 
 
 def _newer(kept: Manifest | None, found: Manifest) -> Manifest:
-    """The kept index, without what a check excluded, if the rules of today find the same images; else the found one."""
-    if kept is None or kept.places is None or (kept.labels is None) != (found.labels is None):
+    """The found index without the images that a check has excluded from the kept one."""
+    if kept is None or kept.places is None or found.places is None:
         return found
-    names = set(kept.names)
-    if not names <= set(found.names) <= names | set(kept.excluded):
-        return found
-    return replace(kept, rules=found.rules)
+    read = set(map(tuple, kept.places.tolist()))  # several shards may have an image of the same name
+    return found.without(
+        {
+            number: kept.excluded[name]
+            for number, (name, place) in enumerate(zip(found.names, found.places.tolist(), strict=True))
+            if name in kept.excluded and tuple(place) not in read
+        }
+    )
 
 
 def index_shards(shards: list[Path]) -> Manifest:
@@ -158,17 +168,24 @@ def index_shards(shards: list[Path]) -> Manifest:
     names, places, labels = [], [], []
     for number, (shard, samples) in enumerate(zip(shards, found, strict=True)):
         with shard.open("rb") as opened:
-            for name, offset, size, label in samples:
+            for name, offset, size, members in samples:
                 names.append(name)
                 places.append((number, offset, size))
-                content = os.pread(opened.fileno(), min(label[1], _LONGEST_LABEL), label[0]) if label else b""
-                labels.append(_label(content, label[2]) if label else None)
+                read = (
+                    _label(os.pread(opened.fileno(), min(length, _LONGEST_LABEL), start), kind)
+                    for kind, start, length in sorted(members)
+                )
+                labels.append(next((label for label in read if label is not None), None))
                 if labels[-1] is not None and len(labels[-1]) > _LONGEST_CLASS:
                     raise DataError(
                         f"data: found a class name of {len(labels[-1]):,} characters for {name!r} in {shard}, expected "
                         f"up to {_LONGEST_CLASS}"
                     )
     if None in labels:
+        if any(labels):
+            unread[f".cls or .json, since {names[labels.index(None)]!r} has no label"] += sum(
+                label is not None for label in labels
+            )
         folders = [str(PurePosixPath(name).parent) for name in names]
         labels = list(folders) if "." not in folders else []
     classes = tuple(sorted(set(labels), key=_natural))  # type: ignore[arg-type]
@@ -202,7 +219,7 @@ def _key(name: str) -> str:
 
 def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[_Sample]:
     images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, tuple[int, int, str]] = {}
+    labels: dict[str, list[_Label]] = {}
     try:
         if not shard.is_file() and shard.exists():
             raise DataError(f"data: found a folder, pipe or device at {shard}, expected a tar file")
@@ -219,7 +236,7 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
                     if suffix in IMAGE_SUFFIXES:
                         images[member.name] = (member.name, member.offset_data, member.size)
                     elif suffix in (".cls", ".json"):
-                        labels[stem] = (member.offset_data, member.size, suffix)
+                        labels.setdefault(stem, []).append((suffix, member.offset_data, member.size))
                     else:
                         unread[suffix or "without a suffix"] += 1
                     archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
@@ -234,7 +251,7 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
 
 
 def _samples(
-    images: list[tuple[str, int, int]], labels: dict[str, tuple[int, int, str]], unread: Counter[str]
+    images: list[tuple[str, int, int]], labels: dict[str, list[_Label]], unread: Counter[str]
 ) -> list[_Sample]:
     """One image of each sample, with its label, by the rules of `ShardSplit`; counts the others."""
     stems = [_stem(name) for name, _, _ in images]
@@ -251,7 +268,7 @@ def _samples(
             better, other = (better, held) if better[0] < held[0] else (held, better)
             unread[other[1][0][len(key) :].lower()] += 1
         chosen[sample] = better
-    return [(*image, labels.get(sample)) for sample, (_, image) in chosen.items()]
+    return [(*image, labels.get(sample, [])) for sample, (_, image) in chosen.items()]
 
 
 def _block(shard: Path, offset: int) -> bytes:

@@ -129,7 +129,10 @@ def map_labels(
         return labels, own
     unknown = sorted(set(own) - set(classes))
     if unknown:
-        raise DataError(f"data: found the class {unknown[0]} in {where}, which the training images do not have")
+        raise DataError(
+            f"data: found the class {unknown[0]} in {where}, which the training images do not have, expected only "
+            f"classes of theirs, such as {classes[0]}"
+        )
     number = {name: place for place, name in enumerate(classes)}
     return np.array([number[name] for name in own], dtype=np.int64)[labels], classes
 
@@ -169,6 +172,10 @@ def _instead(root: Path, unread: dict[str, int]) -> str:
     """What a folder without images holds instead, and how to read it."""
     if ".tar" in unread:
         return f", but tar files, expected tar:{root}"
+    if ".parquet" in unread:
+        return f", but Parquet files, expected parquet:{root}"
+    if any((root / name).is_file() for name in ("data_batch_1", "data_batch_1.bin", "train", "train.bin")):
+        return f", but perhaps CIFAR's files, expected cifar:{root}"
     if any(root.glob("*-ubyte*")):
         return f", but IDX files, expected idx:{root}"
     found = ", ".join(f"{count:,} {kind}" for kind, count in unread.items())
@@ -204,7 +211,10 @@ def _parse_list(file: Path) -> Manifest:
         stamp, text = file.stat().st_mtime_ns, file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"data: cannot read the list {file} ({error.strerror})") from error
-    lines = [line.partition("\t") for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if "\0" in text:
+        raise DataError(f"data: found no plain text in the list {file}, expected UTF-8; some programs write UTF-16")
+    # Not `splitlines`, which also ends lines at characters that file names may hold.
+    lines = [line.partition("\t") for line in text.split("\n") if line.strip() and not line.startswith("#")]
     if not lines:
         raise DataError(f"data: found no path in the list {file}")
     labelled = [bool(tab) for _, tab, _ in lines]

@@ -32,7 +32,7 @@ __all__ = [
     "write_results",
 ]
 
-SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER or demo"
+SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER, cifar:FOLDER or demo"
 CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 
@@ -101,7 +101,7 @@ def check_source(source: str) -> None:
     from synco_fast.data.sources.walk import is_image
 
     prefix, _, rest = source.rpartition(":")
-    if source == "demo" or prefix not in ("", "idx", "tar"):
+    if source == "demo" or prefix not in ("", "idx", "cifar", "tar"):
         return
     folder = Path(rest).expanduser()
     inside = folder.iterdir() if folder.is_dir() else ()

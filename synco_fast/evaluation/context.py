@@ -222,13 +222,18 @@ def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
     Raises:
         DataError: There is no held-out split, or a split has no labels.
     """
+    if source.notes:  # they may say why
+        hint += f" ({'; '.join(source.notes)})"
     if source.validation is None:
         raise DataError(
             f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder per class{hint}"
         )
     for split in (source.train, source.validation):
         if split.labels is None:
-            raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder per class{hint}")
+            raise DataError(
+                f"data: found no class folders or labels beside {split.name(0)}, expected one folder per class, or a "
+                f"label of each image{hint}"
+            )
     return source.train, source.validation
 
 

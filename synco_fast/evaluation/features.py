@@ -88,7 +88,9 @@ def extract_features(
         DataError: The split has no labels, or no image of it can be read.
     """
     if split.labels is None and labelled:
-        raise DataError(f"data: found no class folders beside {split.name(0)}, expected one folder per class for kNN")
+        raise DataError(
+            f"data: found no class folders or labels beside {split.name(0)}, expected one folder per class, or labels"
+        )
     wanted = evenly_spaced(len(split), limit) if numbers is None else list(numbers)
     loader = evaluation_batches(
         split, recipe, batch=batch, pipeline=pipeline, device=device, workers=workers, numbers=wanted

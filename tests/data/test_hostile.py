@@ -297,6 +297,10 @@ def test_a_folder_of_shards_or_idx_files_says_how_to_read_it(tmp_path):
     (tmp_path / "idx" / "train-images-idx3-ubyte.gz").write_bytes(b"")
     with pytest.raises(DataError, match=r"found no image in .*, but IDX files, expected idx:.*idx"):
         open_source(str(tmp_path / "idx"))
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    (tmp_path / "hub" / "data" / "train-0.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"found no image in .*, but Parquet files, expected parquet:.*hub"):
+        open_source(str(tmp_path / "hub"))
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
     with pytest.raises(DataError, match=r"found no image in .* \(1 \.txt\), expected files named \..*"):

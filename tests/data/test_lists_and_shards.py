@@ -112,6 +112,33 @@ def test_labels_in_json_by_folder_or_none(tmp_path):
     assert (none.classes, none.labels, len(none)) == (None, None, 2)
 
 
+def test_labels_of_a_part_of_the_images_are_not_read(tmp_path):
+    write_shard(tmp_path / "a.tar", [("0.jpg", jpeg()), ("0.cls", b"0"), ("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
+    source = open_source(f"tar:{tmp_path}")
+    assert source.train.labels is None
+    assert source.notes == [f"tar:{tmp_path}: not read: 1 .cls or .json, since '1.jpg' has no label"]
+
+
+@pytest.mark.parametrize("order", [("cls", "json"), ("json", "cls")])
+def test_a_json_member_without_a_label_leaves_that_of_the_cls_member(tmp_path, order, monkeypatch):
+    """Also where an index of earlier rules is kept, by which the last member counted."""
+    contents = {"cls": b"3", "json": b'{"label": "cat", "width": 40}'}
+    unlabelled = {**contents, "json": b'{"width": 40}'}
+    members = [("0.jpg", jpeg(1)), *((f"0.{kind}", contents[kind]) for kind in order)]
+    members += [("1.jpg", jpeg(2)), *((f"1.{kind}", unlabelled[kind]) for kind in order)]
+    write_shard(tmp_path / "a.tar", [*members, ("2.jpg", jpeg(3)), ("2.json", contents["json"])])
+    write_shard(tmp_path / "b.tar", [("2.jpg", jpeg(4)), ("2.json", contents["json"])])
+    split = open_source(f"tar:{tmp_path}").train
+    assert (split.classes, split.labels.tolist()) == (("3", "cat"), [0, 0, 1, 1])
+    kept = dataclasses.replace(split.manifest.without({2: "corrupt"}), labels=None, classes=None, rules=1)
+    write_manifest(manifest_path(split.key), kept)
+    for _ in range(2):
+        again = open_source(f"tar:{tmp_path}").train
+        assert (again.classes, again.labels.tolist()) == (("3", "cat"), [0, 0, 1])
+        assert again.manifest.excluded == {"2.jpg": "corrupt"}
+        monkeypatch.setattr(shards_module, "index_shards", None)
+
+
 def test_numbered_classes_are_in_order_of_value(tmp_path):
     write_shard(
         tmp_path / "a.tar",
@@ -245,8 +272,8 @@ def test_what_is_no_shard(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"not a tar file" * 100)
     with pytest.raises(DataError, match=r"found no readable tar file at .*a\.tar"):
         open_source(f"tar:{tmp_path}")
-    write_shard(tmp_path / "a.tar", [("a.txt", b"words")])
-    with pytest.raises(DataError, match="found no image in the shards"):
+    write_shard(tmp_path / "a.tar", [("a.txt", b"words"), ("n01440764.tar", b"as in ImageNet's own archive")])
+    with pytest.raises(DataError, match=r"found no image in the shards of .* \(1 \.txt, 1 \.tar\), expected .* unpack"):
         open_source(f"tar:{tmp_path}")
 
 
@@ -283,10 +310,17 @@ def test_a_list_may_begin_with_a_byte_order_mark(image_folder, tmp_path):
     assert split.read(0).size == (44, 40)
 
 
+def test_a_line_of_a_list_ends_only_at_a_line_break(tmp_path):
+    (tmp_path / "list.txt").write_text("a\x85\u2028\x0c.jpg\tb\x0bc\r\nd.jpg\te", encoding="utf-8", newline="")
+    split = open_source(f"list:{tmp_path / 'list.txt'}").train
+    assert (list(split.manifest.names), split.classes) == (["a\x85\u2028\x0c.jpg", "d.jpg"], ("b\x0bc", "e"))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("", "found no path in the list"),
+        ("a.jpg\n".encode("utf-16").decode("latin-1"), "found no plain text in the list .*, expected UTF-8"),
         ("a.jpg\tx\nb.jpg\n", "found no class after 'b.jpg' .* expected one in every line or in none"),
         (None, "cannot read the list"),
     ],

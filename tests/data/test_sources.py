@@ -77,8 +77,20 @@ def test_labels_follow_the_training_classes_where_the_held_out_split_lacks_one(i
 def test_a_held_out_class_that_training_does_not_have(image_folder):
     (image_folder / "val" / "class9").mkdir()
     Image.fromarray(pixels()).save(image_folder / "val" / "class9" / "a.png")
-    with pytest.raises(DataError, match="class9"):
+    with pytest.raises(DataError, match=r"found the class class9 in .*, expected only .*, such as class0"):
         open_source(str(image_folder))
+
+
+def test_splits_deeper_in_the_folder_are_named(image_folder, tmp_path):
+    """As in Kaggle's archive of ImageNet: all images would be one class, the held-out ones among them."""
+    (tmp_path / "all" / "Data").mkdir(parents=True)
+    image_folder.rename(tmp_path / "all" / "Data" / "CLS-LOC")
+    inside = f"{tmp_path}/all/Data/CLS-LOC"
+    source = open_source(f"{tmp_path}/all")
+    assert source.train.classes == ("Data",)
+    (note,) = source.notes
+    assert f"found train/ and held-out images in {inside}" in note
+    assert note.endswith(f"expected --data {inside}")
 
 
 def test_images_without_classes(tmp_path):
@@ -95,6 +107,12 @@ def test_images_without_classes(tmp_path):
 def test_a_source_that_is_not_there(spec, says):
     with pytest.raises(DataError, match=says):
         open_source(spec)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "list.txt").write_text("a.jpg")
+    with pytest.raises(DataError, match=r"found the file .*list\.txt, expected a folder; a list is list:FILE"):
+        open_source(f"{tmp_path}/list.txt")
 
 
 def test_an_empty_folder(tmp_path):

@@ -281,6 +281,10 @@ def test_labelled_batches_end_their_workers_when_they_are_dropped(image_folder, 
             "no class folders",
         ),
         (lambda root: (root / "val" / "class2").rename(root / "elsewhere"), "found 3 classes .* and 2 among"),
+        (
+            lambda root: (root / "train").rename(root / "train2017"),
+            r"held-out split .*among the classes, expected train/",
+        ),
     ],
 )
 def test_data_that_cannot_be_evaluated_on(make_run, image_folder, damage, says):
