@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
     from synco_fast.commands.options import check_input, check_output
     from synco_fast.commands.parser import near
+    from synco_fast.runtime.dist_env import DistEnv
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import UNWRITABLE
 
@@ -36,11 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(words)
         if rest and not options.overrides:
             options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
+        if options.alone and not DistEnv.detect().is_main:
+            return 0
         with warnings.catch_warnings():
             warnings.showwarning = _show_note
             check_output(options)
             check_input(options)
-            code: int = options.run(options, rest, Console())
+            # Names of files can hold brackets and colons, which are neither markup nor emoji.
+            code: int = options.run(options, rest, Console(markup=False, emoji=False))
     except UserError as error:
         return _failed(str(error))
     except OSError as error:
@@ -60,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(said: str) -> int:
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+    Console(stderr=True, emoji=False).print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
     return 2
 
 
@@ -100,4 +104,6 @@ def _show_note(
     if not issubclass(category, UserWarning) or ("synco_fast" not in filename and "argparse" in filename):
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
     elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        Console(stderr=True).print(f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+        Console(stderr=True, emoji=False).print(
+            f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True
+        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from synco_fast.bench.subjects import DTYPES, VALIDATED
 from synco_fast.commands.options import add_options
@@ -133,14 +134,15 @@ def _print(verdicts: list[Verdict], missed: list[Verdict], device: str, skipped:
             *key,
             _worst([(verdict.loss_error, verdict.loss_bound) for verdict in group]),
             _worst([(verdict.gradient_error, verdict.gradient_bound) for verdict in group]),
-            f"[bold red]{misses} bad[/]" if misses else f"[green]{len(group)} ok[/]",
+            Text(f"{misses} bad", "bold red") if misses else Text(f"{len(group)} ok", "green"),
         )
     console.print(table)
     for verdict in missed:
         case = verdict.case
         about = f"{verdict.backend} {case.dtype} B={case.rows} K={case.length} D={case.dim} N={case.hard}"
         about += f" {case.method} T={case.temperature}{' peaked' * case.peaked}{' masked' * case.masked}"
-        console.print(f"[red]missed[/] {about}: {', '.join(verdict.misses)}", highlight=False, soft_wrap=True)
+        line = Text.assemble(("missed", "red"), f" {about}: {', '.join(verdict.misses)}")
+        console.print(line, soft_wrap=True)
     if missed:
         console.print(f"{len(missed)} of {len(verdicts)} cases missed", style="bold red")
     else:

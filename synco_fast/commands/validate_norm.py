@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     import torch
@@ -66,15 +67,16 @@ def _print(verdicts: list[NormVerdict], device: str, skipped: str | None, consol
             for names in (("y",), ("dx",), ("dw", "db"), ("running_mean", "running_var"))
         ]
         bad = sum(bool(verdict.misses) for verdict in group)
-        outcome = f"[bold red]{bad} bad[/]" if bad else f"[green]{len(group)} ok[/]"
-        table.add_row(backend, str(dtype).removeprefix("torch."), *(f"{share:.0%}" for share in shares), outcome)
+        cases = Text(f"{bad} bad", "bold red") if bad else Text(f"{len(group)} ok", "green")
+        table.add_row(backend, str(dtype).removeprefix("torch."), *(f"{share:.0%}" for share in shares), cases)
     console.print(table)
     missed = [verdict for verdict in verdicts if verdict.misses]
     for verdict in missed:
         case = verdict.case
         about = f"{verdict.backend} {case.dtype} {case.shape} groups={case.groups} relu={case.relu}"
         about += f" residual={case.residual} training={case.training} mean={case.mean:g}"
-        console.print(f"[red]missed[/] {about}: {', '.join(verdict.misses)}", highlight=False, soft_wrap=True)
+        line = Text.assemble(("missed", "red"), f" {about}: {', '.join(verdict.misses)}")
+        console.print(line, soft_wrap=True)
     style = "bold red" if missed else "green"
     outcome = (
         f"{len(missed)} of {len(verdicts)} cases missed" if missed else f"{len(verdicts)} cases within their bounds"
