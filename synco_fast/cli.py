@@ -64,8 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(said: str) -> int:
-    Console(stderr=True, emoji=False).print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+    _say(f"[bold red]error:[/] {escape(said)}")
     return 2
+
+
+def _say(line: str) -> None:
+    Console(stderr=True, emoji=False).print(line, highlight=False, soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +108,4 @@ def _show_note(
     if not issubclass(category, UserWarning) or ("synco_fast" not in filename and "argparse" in filename):
         sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
     elif os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        Console(stderr=True, emoji=False).print(
-            f"[yellow]note:[/] {escape(str(message))}", highlight=False, soft_wrap=True
-        )
+        _say(f"[yellow]note:[/] {escape(str(message))}")

@@ -182,9 +182,8 @@ class Trainer(Generic[SummaryT]):
             raise
         except OSError as error:
             if self.env.is_main and not self.folder.joinpath("metrics.jsonl").exists():
-                raise UserError(
-                    f"run: found {self.folder} removed at step {self.step}, expected it to stay to the end"
-                ) from error
+                found = f"{self.folder} removed at step {self.step}"
+                raise UserError(f"run: found {found}, expected it to stay to the end") from error
             if error.errno in UNWRITABLE:
                 raise self._unwritten(error) from error
             raise
