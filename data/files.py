@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ __all__ = ["atomic_write", "locked"]
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 _MODE = 0o666 & ~_UMASK
+#: Bytes of a write that asks whether there is room.
+_PROBE = 1 << 16
 
 
 @contextmanager
@@ -28,6 +31,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file to write; its folder is created if missing.
+
+    Raises:
+        OSError: It cannot be written, such as on a full disk, whatever the block raised for that; ``filename`` is set.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
@@ -37,8 +43,32 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        _raise_reason(temporary, path, error)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _raise_reason(temporary: Path, path: Path, error: Exception) -> None:
+    """Raise the system's reason why a file cannot be written, if there is one.
+
+    safetensors, which is Rust, has its number in the message. torch.save loses it on a full disk; another write finds
+    it, into a file of its own, since ``temporary`` can be a hard link.
+    """
+    if number := re.search(r"\(os error (\d+)\)", str(error)):
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    probe = temporary.with_name(f"{temporary.name}.probe")
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE))
+    except OSError as reason:
+        raise OSError(reason.errno, reason.strerror, str(path)) from error
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
     from synco_fast.commands.options import check_input, check_output
     from synco_fast.commands.parser import near
+    from synco_fast.runtime.dist_env import DistEnv
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import UNWRITABLE
 
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, rest = parser.parse_known_args(words)
         if rest and not options.overrides:
             options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
+        if options.alone and not DistEnv.detect().is_main:
+            return 0
         with warnings.catch_warnings():
             warnings.showwarning = _show_note
             check_output(options)

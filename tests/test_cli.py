@@ -42,7 +42,8 @@ def config_file(tiny, tmp_path):
 
 
 def test_pretrain_evaluate_and_resume(run, config_file, tmp_path):
-    folder, summary = tmp_path / "run", tmp_path / "not" / "there" / "summary.json"
+    folder = tmp_path / "lr[red]=1:dog:"  # neither markup nor emoji
+    summary = tmp_path / "not" / "there" / "summary.json"
     code, out, _ = run("pretrain", "--config", config_file, "--out", folder, "--json", summary, "--method.name=mochi")
     assert code == 0
     for words in ("kNN before", "kNN after", "images per second", "run folder", "checkpoint", "curves.png"):
@@ -250,6 +251,21 @@ def test_a_run_that_cannot_start_leaves_no_folder(run, config_file, tmp_path):
     code, _, _ = run("pretrain", "--config", config_file, "--data", "/no/such/folder", "--out", tmp_path / "run")
     assert code == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_command_of_one_process_runs_on_rank_0(run, config_file, tmp_path, monkeypatch):
+    """Every rank of a job would compute the same, and write the same file."""
+    run("pretrain", "--config", config_file, "--out", tmp_path / "run", "--training.max_steps", "1")
+    for rank, files in (("1", []), ("0", ["a.npz"])):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
+            monkeypatch.setenv(name, value)
+        code, out, err = run("embed", tmp_path / "run", "--out", tmp_path / "new" / "a.npz")
+        assert (code, err) == (0, "")
+        assert bool(out) == bool(files)
+        assert [path.name for path in (tmp_path / "new").glob("*")] == files
+    code, _, err = run("study", "demo", "--out", tmp_path / "study")
+    assert code == 2
+    assert err == "error: processes: found 2, expected 1 for a study: it starts one for each of its runs\n"
 
 
 def test_a_killed_worker_is_one_line(run, config_file, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ def add(commands: Commands) -> None:
         _compare,
         "Compare runs in a table and a picture; runs that differ only by seed give mean and standard deviation.",
         "synco-fast compare runs/moco-0 runs/moco-1 runs/synco-0 runs/synco-1 --out comparison.png",
+        alone=True,
     )
     command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     command.add_argument(

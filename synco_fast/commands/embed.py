@@ -23,6 +23,7 @@ def add(commands: Commands) -> None:
         _embed,
         "Write features, labels and paths of images to a file.",
         "synco-fast embed runs/demo-20260101-120000 --data /data/photos --out features.npz",
+        alone=True,
     )
     command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")

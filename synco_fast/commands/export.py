@@ -23,6 +23,7 @@ def add(commands: Commands) -> None:
         _export,
         "Export a checkpoint's backbone for another tool, with a model card.",
         "synco-fast export runs/demo-20260101-120000 --format timm --out exported",
+        alone=True,
     )
     command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     command.add_argument("--format", required=True, choices=FORMATS, help="the format; see docs/export.md")

@@ -23,6 +23,7 @@ def add(commands: Commands) -> None:
         _import,
         "Convert a published checkpoint of MoCo, MoCHi or SynCo, or a bare backbone, to a synco-fast checkpoint.",
         "synco-fast import moco_v2_800ep_pretrain.pth.tar --method moco --out moco-v2-800.pt",
+        alone=True,
     )
     command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
     command.add_argument("--method", required=True, choices=tuple(METHODS), help="the method that pretrained it")

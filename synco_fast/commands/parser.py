@@ -64,7 +64,15 @@ class Commands:
         self._groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
 
     def add(
-        self, name: str, run: Run, about: str, example: str, *, overrides: bool = False, more: str = ""
+        self,
+        name: str,
+        run: Run,
+        about: str,
+        example: str,
+        *,
+        overrides: bool = False,
+        alone: bool = False,
+        more: str = "",
     ) -> argparse.ArgumentParser:
         """Add a subcommand and return its parser, to which the caller adds arguments.
 
@@ -74,6 +82,7 @@ class Commands:
             about: One sentence for the help.
             example: A whole command line for the help.
             overrides: Whether unparsed words are passed on to ``run`` (``--section.key VALUE``).
+            alone: Whether only rank 0 of a job runs it: every rank would write the same files.
             more: Text after the example in the help.
         """
         group, _, last = name.rpartition(" ")
@@ -84,7 +93,7 @@ class Commands:
             epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}",
             formatter_class=_WithDefaults,
         )
-        command.set_defaults(run=run, overrides=overrides, parser=command)
+        command.set_defaults(run=run, overrides=overrides, alone=alone, parser=command)
         return command
 
     def _group(self, name: str) -> argparse._SubParsersAction[argparse.ArgumentParser]:

@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
         "Train a generator on unlabelled images, for --generated.pair joint. Keys are set as --key VALUE.",
         "synco-fast pretrain-generator --data demo --out runs/generator --size 64 --steps 20000",
         overrides=True,
+        alone=True,
         more="config.yaml in the run folder lists every key, such as --batch, --lr, --latent, --width and --fraction.",
     )
     command.add_argument(

@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
         _report,
         "Write a self-contained HTML report of a run that works offline.",
         "synco-fast report runs/demo-20260101-120000",
+        alone=True,
     )
     command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
     command.add_argument("--out", type=path, metavar="FILE", help="the file; RUN/report.html by default")

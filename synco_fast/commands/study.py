@@ -14,6 +14,7 @@ from synco_fast.commands.options import path
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 from synco_fast.runtime.console import say
+from synco_fast.runtime.dist_env import DistEnv
 
 __all__ = ["add"]
 
@@ -27,6 +28,7 @@ def add(commands: Commands) -> None:
         "The same command resumes where it stopped. Any key can be set for all runs as --section.key VALUE.",
         "synco-fast study demo --methods moco synco --seeds 0 1 2 --vary training.precision=fp32,bf16 --out runs/study",
         overrides=True,
+        alone=True,
     )
     command.add_argument("configs", nargs="+", metavar="CONFIG", help="presets or YAML files")
     command.add_argument(
@@ -77,6 +79,9 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     from synco_fast.study.results import collect
     from synco_fast.study.write import page, write_record
 
+    processes = DistEnv.detect().world
+    if processes > 1:  # the runs would take the job's variables for theirs
+        raise ConfigError(f"processes: found {processes}, expected 1 for a study: it starts one for each of its runs")
     overrides = overrides_of(rest)
     if options.data is not None:
         overrides["data.source"] = options.data

@@ -16,6 +16,7 @@ from synco_fast.config import Config
 from synco_fast.explain import known_keys
 from synco_fast.report.runs import Run, accuracy_columns, mean_and_deviation, read_run
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.files import atomic_write
 from synco_fast.runtime.style import colour_of, plain
 
 __all__ = ["SPEED", "Group", "compare_runs", "draw_comparison", "shown_figures"]
@@ -143,8 +144,8 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     keys = [Patch(color=colour, label=plain(group.title)) for group, colour in zip(groups, colours, strict=True)]
     figure.legend(handles=keys, loc="outside lower center", ncol=min(4, len(keys)), fontsize=9, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
 
 
 def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[str]) -> None:

@@ -164,8 +164,9 @@ def read_tensors(path: Path) -> Any:
         what = f"found {wanted} in its pickle" if wanted else "found a pickle that cannot be read safely"
         raise CheckpointError(f"{path}: {what}, expected tensors and plain values: a pickle can carry code") from error
     except Exception as error:  # a damaged archive raises many kinds
-        reason = first_line(error, 120).rstrip(".")
-        if isinstance(error, KeyError | IndexError | EOFError):  # of the bytes of something else, which say nothing
+        reason = first_line(error, 120).split(". ")[0].rstrip(".")
+        # Of the bytes of something else, which say nothing; zeros, as after a power failure, count as a tar archive.
+        if isinstance(error, KeyError | IndexError | EOFError) or "legacy .tar format" in reason:
             reason = "no file of torch.save"
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -148,11 +149,12 @@ class Trainer(Generic[SummaryT]):
             self._train()
         except BaseException as error:
             self.reporter.write(f"{type(error).__name__}: {error}")
+            with suppress(OSError):  # TensorBoard raises what it could not write once more
+                self.log.close()
             raise
         finally:
             task.close()
             self.reporter.close()
-            self.log.close()
         summary = task.summary(
             self.step, finished=not self.stopping.agreed, throughput=self.throughput, best=self._best
         )
@@ -177,11 +179,15 @@ class Trainer(Generic[SummaryT]):
                         self._evaluate_if_due()
                     if self._save_due or self.stopping.agreed or self._checkpoint_due():
                         self._save()
+                self.log.close()
         except RuntimeError as error:
             if self.env.world > 1 and lost_process(error):
                 raise self._lost(error) from error
             raise
         except OSError as error:
+            if self.env.is_main and not self.folder.joinpath("metrics.jsonl").exists():
+                found = f"{self.folder} removed at step {self.step}"
+                raise UserError(f"run: found {found}, expected it to stay to the end") from error
             if error.errno in UNWRITABLE:
                 raise self._unwritten(error) from error
             raise

@@ -6,8 +6,10 @@ A further tracker is a class with `write` and `close`, constructed from run fold
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -92,7 +94,13 @@ class JsonlWriter:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Add one line."""
+        """Add one line.
+
+        Raises:
+            FileNotFoundError: The file was removed; TensorBoard would say it by a traceback of its thread.
+        """
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._file.name)
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
 

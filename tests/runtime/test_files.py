@@ -1,11 +1,14 @@
 """JSON and outputs: what is damaged or cannot be written is one line, before anything long begins."""
 
+import errno
+import io
+
 import pytest
 import torch
 
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import UserError
-from synco_fast.runtime.files import check_writable, read_json, write_json
+from synco_fast.runtime.files import atomic_write, check_writable, read_json, write_json
 
 
 def test_json_comes_back_and_a_missing_file_is_empty(tmp_path):
@@ -55,3 +58,31 @@ def test_the_device_is_the_one_that_was_measured(monkeypatch):
     assert describe_environment(torch.device("cpu"))["device"] == processor
     assert describe_environment(torch.device("cuda", 1))["device"] == "GPU cuda:1"
     assert describe_environment()["device"] == "GPU None"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("unexpected pos 128 vs 0"),
+        ValueError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_named_whatever_a_library_raises(tmp_path, monkeypatch, error):
+    """torch.save and safetensors hide the system's reason; an open file has it without its name."""
+
+    class Full(io.RawIOBase):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    if isinstance(error, RuntimeError):
+        monkeypatch.setattr(type(tmp_path), "open", lambda *args, **kwargs: Full())
+    with pytest.raises(OSError, match="No space left on device") as caught, atomic_write(tmp_path / "a.pt"):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.pt"))
+
+
+def test_an_error_that_is_not_the_disks_stays_itself(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a.pt") as temporary:
+        temporary.write_bytes(bytes(1 // 0))
+    assert not [*tmp_path.iterdir()]

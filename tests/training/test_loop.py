@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -460,6 +461,15 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tiny, tmp_path, monkeypatc
         pretrain(tiny({"evaluation.every": 0}), tmp_path / "run")
     assert re.search(r"\(No space left on device\); a checkpoint takes 0\.\d MiB; ", str(caught.value))
     assert str(caught.value).endswith(f"step-00000004.pt: resume with --resume {tmp_path / 'run'}")
+
+
+def test_a_folder_that_is_removed_ends_the_run_in_one_line(tiny, tmp_path):
+    def remove(run):
+        if run.step == 5:
+            shutil.rmtree(run.folder)
+
+    with pytest.raises(UserError, match="removed at step 5, expected it to stay to the end"):
+        trainer(tiny({"evaluation.every": 0}), tmp_path / "run", after_step=remove).run()
 
 
 def test_hooks_are_called_around_every_step_and_can_read_the_run(tiny, tmp_path):
