@@ -172,7 +172,7 @@ def open_shards(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise DataError(f"data: found no folder {root}")
+        raise DataError(f"data: found {'a file' if root.exists() else 'no folder'} {root}, expected a folder of shards")
     own, held_out, others = split_shards(root)
     train = ShardSplit(own, title=f"{root}", limits=limits)
     split = ShardSplit(held_out, train.classes, title=f"{root}", limits=limits) if held_out else None
