@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 
-from synco_fast.commands.parser import two_columns
+from synco_fast.commands.parser import two_columns, whole
 from synco_fast.runtime.names import Device, Format
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def _precision(command: argparse.ArgumentParser, about: str) -> None:
 
 def _workers(command: argparse.ArgumentParser, about: str) -> None:
     about = about or "decoding processes; 0 for none, one per core by default"
-    command.add_argument("--workers", type=_count, metavar="N", help=about)
+    command.add_argument("--workers", type=whole, metavar="N", help=about)
 
 
 def _seed(command: argparse.ArgumentParser, about: str) -> None:
-    command.add_argument("--seed", type=_count, default=0, metavar="N", help=about or "random seed, 0 by default")
+    command.add_argument("--seed", type=whole, default=0, metavar="N", help=about or "random seed, 0 by default")
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser, str], None]] = {
@@ -83,14 +83,6 @@ def path(word: str) -> Path:
     if not word.strip() or not word.isprintable():
         raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
     return Path(word)
-
-
-def _count(word: str) -> int:
-    """Argument type: a whole number from 0 up."""
-    number = int(word)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 0 or more")
-    return number
 
 
 def check_input(options: argparse.Namespace) -> None:
@@ -147,10 +139,10 @@ def check_output(options: argparse.Namespace) -> None:
     """
     from synco_fast.runtime.files import check_writable
 
-    for name in ("json", "out", "plot", "lines", "trace", "record"):
+    for name in ("json", "out", "plot", "lines", "trace", "record", "folder"):
         found = getattr(options, name, None)
         if isinstance(found, Path):
-            check_writable(found, name, file=name not in ("out", "record"))
+            check_writable(found, name, file=options.parser.metavars.get(name) == "FILE")
 
 
 def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from synco_fast.runtime.errors import UserError
 
-__all__ = ["GROUPS", "Commands", "Parser", "Run", "near", "positive", "two_columns", "whole"]
+__all__ = ["GROUPS", "Commands", "Parser", "Run", "between", "near", "positive", "two_columns", "whole"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
@@ -41,12 +41,19 @@ class Parser(argparse.ArgumentParser):
         if choice := re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message):
             names = re.findall(r"[^\s',]+", choice[3])
             message = f"{choice[1]}: found {choice[2]!r}, expected {', '.join(names)}{near(choice[2], names)}"
+        if value := re.fullmatch(r"(.*): invalid (int|float) value: (.*)", message):
+            message = f"{value[1]}: found {value[3]}, expected a {'whole ' if value[2] == 'int' else ''}number"
         raise UserError(f"{message.removeprefix('argument ').removeprefix('--')}; see '{self.prog} --help'")
 
     @property
     def words(self) -> list[str]:
         """The options of this command."""
         return list(self._option_string_actions)
+
+    @property
+    def metavars(self) -> dict[str, str | tuple[str, ...] | None]:
+        """What the help calls the value of each argument, such as ``FILE`` or ``DIR``, by the argument's name."""
+        return {action.dest: action.metavar for action in self._actions}
 
 
 def near(word: str, names: Sequence[str]) -> str:
@@ -120,15 +127,26 @@ def two_columns(title: str) -> Table:
 
 def whole(word: str) -> int:
     """Argument type: a whole number, 0 or more."""
-    number = int(word)
-    if number < 0:
-        raise ValueError
-    return number
+    return between(word, 0)
 
 
 def positive(word: str) -> int:
     """Argument type: a whole number above 0."""
-    number = int(word)
-    if number < 1:
-        raise ValueError
+    return between(word, 1)
+
+
+def between(word: str, least: int, most: int | None = None) -> int:
+    """A whole number between bounds, both of which are allowed.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none; `Parser.error` says it as all other errors.
+    """
+    try:
+        number = int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number") from None
+    if number < least or (most is not None and number > most):
+        raise argparse.ArgumentTypeError(
+            f"found {number}, expected {least} {'or more' if most is None else f'to {most}'}"
+        )
     return number
