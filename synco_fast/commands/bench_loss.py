@@ -203,8 +203,8 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
         if "graph" in result:
             notes.append(f"{result['backend']} at B = {key[0]}, K = {key[1]}: {result['graph']}")
     console.print(table)
-    console.print("ms: median; bare: the operator alone; speed: against the first backend at that shape; floor: its")
-    console.print("share of the time")
+    console.print("ms: median; bare: the operator alone; speed: against the first backend at that shape;")
+    console.print("floor: its share of the time")
     for note in notes:
         console.print(note, style="yellow", highlight=False, soft_wrap=True)
 
@@ -222,6 +222,7 @@ def _model(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.bench.cost.launches import compiler_version
     from synco_fast.bench.loss import Shape
     from synco_fast.kernels.triton.config import interpreted
+    from synco_fast.runtime.progress import ProgressBar
 
     if interpreted():
         raise UserError("model: found TRITON_INTERPRET=1, expected it unset: the interpreter compiles nothing")
@@ -229,7 +230,8 @@ def _model(options: argparse.Namespace, console: Console) -> int:
     found = []
     for rows, length in itertools.product(options.rows or [256], options.length or [65536]):
         shape = Shape(rows, length, options.dim, options.hard, options.dtype or "bfloat16", options.synthetic)
-        costs = costs_of_loss(shape, options.capability)
+        with ProgressBar(console, "compiling the launches", None):
+            costs = costs_of_loss(shape, options.capability)
         found.append({"shape": asdict(shape), "total": total(costs), "launches": [cost.as_dict() for cost in costs]})
         _print_model(costs, f"{device.name}, B = {shape.rows:,}, K = {shape.length:,}, {shape.dtype}", console)
     console.print(f"counted from machine code, {compiler_version()}, for sm_{options.capability}", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -64,15 +65,16 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
         steps=options.steps,
         rounds=options.rounds,
         threads=options.threads,
-        say=lambda line: console.print(line, style="dim", highlight=False),
+        say=lambda line: console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False),
         keep=lambda report: None if options.json is None else write_json(options.json, report),
     )
     rated = any(row["utilisation"] is not None for row in report["results"])
-    table = Table(title=f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}")
-    for title in ("step", "engine", "backend"):
-        table.add_column(title)
-    for title in ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ())):
-        table.add_column(title, justify="right", no_wrap=True)
+    title = f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
+    for name in ("step", "engine", "backend"):
+        table.add_column(name, no_wrap=True)
+    for name in ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ())):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report["results"]:
         shares = [row[f"of_{name}"] for name in ("encoder", "encoder_plain", "moco", "plain")]
         table.add_row(
@@ -85,7 +87,7 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
             *((f"{row['utilisation']:.1%}",) if rated else ()),
         )
     console.print(table)
-    console.print("/encoder, /limit, /moco, /plain: ratio to the images per second of that subject's best engine;")
+    console.print("/encoder, /limit, /moco, /plain: ratio to the best engine of that subject;")
     console.print("limit: encoder-plain, without grouped batch norm")
     for row in report["results"]:
         for note in row["notes"]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +44,9 @@ def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Con
     if options.data is not None:
         overrides["data.source"] = options.data
     config = load_config(options.config, overrides)
+    # The profiler's log lines would mix with the table; these are read when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     load_torch(console)
     from synco_fast.runtime.files import write_json
     from synco_fast.training.profiler import profile_step
@@ -50,12 +55,14 @@ def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Con
     report = profile_step(config, folder, steps=options.steps)
     if options.json is not None:
         write_json(options.json, report)
-    title = f"{config.method.name}, {config.model.backbone}, batch {config.training.batch}: "
-    table = Table(title=title + f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("phase", "ms", "share"):
-        table.add_column(name, justify="left" if name == "phase" else "right")
+        table.add_column(name, justify="left" if name == "phase" else "right", no_wrap=True)
     for name, found in report["phases"].items():
         table.add_row(name, f"{found['ms']:,.2f}", f"{found['share']:.1%}")
+    title = f"{config.method.name}, {config.model.backbone}, batch {config.training.batch}: "
+    title += f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s"
+    console.print(title, highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     console.print(f"peak memory held: {report['peak_mib']:,.0f} MiB", highlight=False)
     for line in [*report["notes"], *report["files"]]:
