@@ -109,7 +109,8 @@ def test_continue_leaves_the_config_of_another_program_alone(run, config_file, t
     file.write_text("learning_rate: 3\n")
     code, _, err = run("pretrain", "--config", config_file, "--out", tmp_path, "--continue")
     assert code == 2
-    assert f"run: found {file} of something else, expected that of a run: choose another folder" in err
+    assert f"found {file} cut short" in err
+    assert "it does not begin as a run's, choose another folder" in err
     assert file.read_text() == "learning_rate: 3\n"
 
 

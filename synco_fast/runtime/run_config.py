@@ -71,9 +71,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         elif begins_as_run(path.parent):
             help_ = "start the run anew, by --config with --continue or another --out"
         else:
-            raise ConfigError(
-                f"run: found {path} of something else, expected that of a run: choose another folder"
-            ) from error
+            help_ = "it does not begin as a run's, choose another folder"
         raise ConfigError(f"{error}: {help_}") from error
 
 
