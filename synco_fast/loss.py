@@ -54,7 +54,7 @@ class SynthContrastLoss(nn.Module):
         statistics: Statistics of the last call, one value per row; None before the first.
 
     Raises:
-        TypeError: The method is neither a name nor a `Negatives`.
+        TypeError: The method is neither a name nor a `Negatives`, or the queue would not hold floating-point numbers.
         ValueError: The method's name is unknown, N is larger than the queue, or another argument is out of range.
     """
 
@@ -78,6 +78,8 @@ class SynthContrastLoss(nn.Module):
                 raise ValueError(f"{name}: found {value!r}, expected a whole number from 1 up")
         if self.negatives.hard > queue:
             raise ValueError(f"queue: found {queue}, expected {self.negatives.hard} or more, the hard negatives N")
+        if not isinstance(queue_dtype, torch.dtype) or not queue_dtype.is_floating_point:
+            raise TypeError(f"queue_dtype: found {queue_dtype!r}, expected a floating-point dtype of PyTorch")
         check_backend(backend)
         row, rows = (torch.empty(length, dim, device="meta") for length in (1, queue))
         check_arguments(

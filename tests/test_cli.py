@@ -105,6 +105,16 @@ def test_what_a_resumed_run_is_given_is_kept_and_said(run, config_file, tmp_path
     assert kept("method.backend") == "reference"
 
 
+def test_continue_leaves_the_config_of_another_program_alone(run, config_file, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("learning_rate: 3\n")
+    code, _, err = run("pretrain", "--config", config_file, "--out", tmp_path, "--continue")
+    assert code == 2
+    assert f"found {file} cut short" in err
+    assert "it does not begin as a run's, choose another folder" in err
+    assert file.read_text() == "learning_rate: 3\n"
+
+
 def test_continue_starts_anew_where_a_kill_left_no_whole_config(run, config_file, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -245,6 +255,27 @@ def test_the_folder_of_a_run_without_a_name_is_checked_too(run, config_file, tmp
     code, _, err = run("pretrain", "--config", config_file)
     assert code == 2
     assert f"below {tmp_path / 'runs'}, which is a file, expected a folder" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data", "demo", "FILE"], "folder: found a file FILE, expected a folder"),
+        (["profile", "step", "--out", "FILE"], "out: found a file FILE, expected a folder"),
+        (["bench", "data", "--folder", "FILE"], "folder: found a file FILE, expected a folder"),
+        (["bench", "loss", "--rows", "0"], "rows: found 0, expected 1 or more; see 'synco-fast bench loss --help'"),
+        (["data", "show", "demo", "--epoch", "-1"], "epoch: found -1, expected 0 or more; see"),
+        (["data", "pack", "demo", "pack", "--quality", "101"], "quality: found 101, expected 1 to 100; see"),
+        (["study", "demo", "--seeds", "a", "--out", "study"], "seeds: found 'a', expected a whole number; see"),
+    ],
+)
+def test_wrong_values_of_arguments_are_one_line(run, words, says, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    code, _, err = run(*(str(file) if word == "FILE" else word for word in words))
+    assert code == 2
+    assert err.startswith(f"error: {says.replace('FILE', str(file))}")
+    assert err.count("\n") == 1
 
 
 def test_a_run_that_cannot_start_leaves_no_folder(run, config_file, tmp_path):

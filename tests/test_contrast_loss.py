@@ -218,6 +218,8 @@ def test_rows_without_an_image_are_masked_by_nothing():
         ({"temperature": True}, ValueError, "temperature: found True, expected a finite number above 0"),
         ({"seed": -1}, ValueError, "seed: found -1, expected a whole number from 0 to"),
         ({"seed": 2**32}, ValueError, "seed: found 4294967296, expected a whole number from 0 to"),
+        ({"queue_dtype": "bfloat16"}, TypeError, "queue_dtype: found 'bfloat16', expected a floating-point dtype"),
+        ({"queue_dtype": torch.int64}, TypeError, "queue_dtype: found torch.int64, expected a floating-point dtype"),
         ({"backend": "cuda"}, ValueError, "backend: found 'cuda', expected auto, reference, blockwise, triton"),
     ],
 )

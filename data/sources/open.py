@@ -185,7 +185,7 @@ def open_shards(folder: str | os.PathLike[str], limits: Limits = LIMITS) -> Sour
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise DataError(f"data: found no folder {root}")
+        raise DataError(f"data: found {'a file' if root.exists() else 'no folder'} {root}, expected a folder of shards")
     own, held_out, others = split_shards(root)
     train = ShardSplit(own, title=f"{root}", limits=limits)
     split = ShardSplit(held_out, train.classes, title=f"{root}", limits=limits) if held_out else None
@@ -287,10 +287,5 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
         raise DataError(
             f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, "
             "idx:FOLDER, cifar:FOLDER or demo"
-        )
-    if Path(spec).expanduser().is_file():
-        raise DataError(
-            f"data: found the file {spec}, expected a folder; a list is list:FILE, a table parquet:FILE, a shard "
-            "in tar:FOLDER"
         )
     return open_folder(spec, limits)

@@ -15,7 +15,7 @@ from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decode_image, encode_pixels
 from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest
 from synco_fast.data.sources.stream import refuse_stream
-from synco_fast.data.sources.walk import walk_folder
+from synco_fast.data.sources.walk import is_image, walk_folder
 
 __all__ = [
     "ArraySplit",
@@ -160,12 +160,22 @@ class FolderSplit(FileSplit):
     ) -> None:
         root = Path(root)
         if not root.is_dir():
+            if root.exists():
+                raise DataError(f"data: found a file {root}, expected a folder or another source{_as_source(root)}")
             raise DataError(f"data: found no folder {root}")
         key = f"folder:{root.resolve()}"
         manifest = read_manifest(manifest_path(key)) or walk_folder(root)
         if not len(manifest.names):
             raise DataError(f"data: found no image in {root}{_instead(root, manifest.unread)}")
         super().__init__(root, manifest, classes, key, limits)
+
+
+def _as_source(file: Path) -> str:
+    """The source that a file or its folder is, if any, as the end of a sentence."""
+    if file.suffix == ".txt":
+        return f", such as list:{file}"
+    kind = {".tar": "tar", ".parquet": "parquet"}.get(file.suffix) or ("idx" if "-ubyte" in file.name else "")
+    return f", such as {kind and f'{kind}:'}{file.parent}" if kind or is_image(file.name) else ""
 
 
 def _instead(root: Path, unread: dict[str, int]) -> str:

@@ -83,6 +83,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             )
             environment = {**describe_environment(torch.device("cpu")), "threads": 1}
             write_results(options, {"environment": environment, "photos": len(names), "parts": spent})
+            bar.close()
             _print_parts(spent, console)
             return 0
         bar.restart("measuring", len(pipelines) * options.rounds)

@@ -198,8 +198,8 @@ def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:
         if "graph" in result:
             notes.append(f"{result['backend']} at B = {key[0]}, K = {key[1]}: {result['graph']}")
     console.print(table)
-    say(console, "ms: median; bare: the operator alone; speed: against the first backend at that shape; floor: its")
-    say(console, "share of the time")
+    say(console, "ms: median; bare: the operator alone; speed: against the first backend at that shape;")
+    say(console, "floor: its share of the time")
     for note in notes:
         say(console, note, "yellow")
 
@@ -216,6 +216,7 @@ def _model(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.bench.cost.launches import compiler_version
     from synco_fast.bench.loss import Shape
     from synco_fast.kernels.triton.config import interpreted
+    from synco_fast.runtime.progress import ProgressBar
 
     if interpreted():
         raise UserError("model: found TRITON_INTERPRET=1, expected it unset: the interpreter compiles nothing")
@@ -223,7 +224,8 @@ def _model(options: argparse.Namespace, console: Console) -> int:
     found = []
     for rows, length in itertools.product(options.rows or [256], options.length or [65536]):
         shape = Shape(rows, length, options.dim, options.hard, options.dtype or "bfloat16", options.synthetic)
-        costs = costs_of_loss(shape, options.capability)
+        with ProgressBar(console, "compiling the launches", None):
+            costs = costs_of_loss(shape, options.capability)
         found.append({"shape": asdict(shape), "total": total(costs), "launches": [cost.as_dict() for cost in costs]})
         _print_model(costs, f"{device.name}, B = {shape.rows:,}, K = {shape.length:,}, {shape.dtype}", console)
     say(console, f"counted from machine code, {compiler_version()}, for sm_{options.capability}")

@@ -70,7 +70,7 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
     rated = any(row["utilisation"] is not None for row in report["results"])
     title = f"{config.model.backbone}, {config.augment.size} pixels, batch {config.training.batch}"
     numbers = ("images/s", "/encoder", "/limit", "/moco", "/plain", "MiB", *(("MFU",) if rated else ()))
-    table = figures_table(title, ["step", "engine", "backend"], numbers)
+    table = figures_table(title, ["step", "engine", "backend"], numbers, gap=0)
     for row in report["results"]:
         shares = [row[f"of_{name}"] for name in ("encoder", "encoder_plain", "moco", "plain")]
         table.add_row(
@@ -83,7 +83,7 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
             *((f"{row['utilisation']:.1%}",) if rated else ()),
         )
     console.print(table)
-    say(console, "/encoder, /limit, /moco, /plain: ratio to the images per second of that subject's best engine;")
+    say(console, "/encoder, /limit, /moco, /plain: ratio to the best engine of that subject;")
     say(console, "limit: encoder-plain, without grouped batch norm")
     for row in report["results"]:
         for note in row["notes"]:

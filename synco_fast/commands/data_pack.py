@@ -6,12 +6,13 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from synco_fast.commands.options import add_options, load_torch, path, write_results
-from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.parser import Commands, between, positive
 from synco_fast.commands.tables import two_columns
 from synco_fast.runtime.console import say
 
@@ -43,17 +44,11 @@ def add(commands: Commands) -> None:
         default=320,
         help="short side in pixels, 320 by default; larger images are shrunk",
     )
-    command.add_argument("--quality", type=_quality, default=90, help="JPEG quality, 1 to 100, 90 by default")
+    quality = partial(between, least=1, most=100)
+    command.add_argument("--quality", type=quality, default=90, help="JPEG quality, 1 to 100, 90 by default")
     command.add_argument("--shard-size", type=positive, default=256, metavar="MIB", help="size of a shard in MiB")
     command.add_argument("--view", type=positive, default=224, help="view size for measuring the loss of quality")
     add_options(command, "workers", json="write the results and all corrupt images here")
-
-
-def _quality(word: str) -> int:
-    number = int(word)
-    if not 1 <= number <= 100:
-        raise argparse.ArgumentTypeError(f"found {number}, expected 1 to 100")
-    return number
 
 
 def _data_pack(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

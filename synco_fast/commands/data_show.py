@@ -10,7 +10,7 @@ from rich.console import Console
 
 from synco_fast.commands.options import SOURCE, load_torch, path
 from synco_fast.commands.overrides import overrides_of
-from synco_fast.commands.parser import Commands, positive
+from synco_fast.commands.parser import Commands, positive, whole
 from synco_fast.runtime.console import say
 
 __all__ = ["add"]
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
     command.add_argument("source", help=SOURCE)
     command.add_argument("--config", metavar="PRESET", help="a preset or a YAML file; the defaults if unset")
     command.add_argument("--pairs", type=positive, default=24, help="pairs to draw, 24 by default")
-    command.add_argument("--epoch", type=int, default=0, metavar="N", help="the epoch whose views are drawn")
+    command.add_argument("--epoch", type=whole, default=0, metavar="N", help="the epoch whose views are drawn")
     command.add_argument("--out", type=path, default=Path("pairs.png"), metavar="FILE", help="the PNG to write")
 
 

@@ -123,10 +123,10 @@ def check_output(options: argparse.Namespace) -> None:
     """
     from synco_fast.runtime.files import check_writable
 
-    for name in ("json", "out", "plot", "lines", "trace", "record"):
+    for name in ("json", "out", "plot", "lines", "trace", "record", "folder"):
         found = getattr(options, name, None)
         if isinstance(found, Path):
-            check_writable(found, name, file=name not in ("out", "record"))
+            check_writable(found, name, file=options.parser.metavars.get(name) == "FILE")
 
 
 def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from synco_fast.runtime.errors import UserError
 
-__all__ = ["GROUPS", "Commands", "Parser", "Run", "near", "positive", "whole"]
+__all__ = ["GROUPS", "Commands", "Parser", "Run", "between", "near", "positive", "whole"]
 
 Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
 """A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
     def words(self) -> list[str]:
         """The options of this command."""
         return list(self._option_string_actions)
+
+    @property
+    def metavars(self) -> dict[str, str | tuple[str, ...] | None]:
+        """What the help calls the value of each argument, such as ``FILE`` or ``DIR``, by the argument's name."""
+        return {action.dest: action.metavar for action in self._actions}
 
 
 def near(word: str, names: Sequence[str]) -> str:
@@ -122,20 +127,26 @@ def _wrapped(text: str) -> str:
 
 def whole(word: str) -> int:
     """Argument type: a whole number, 0 or more."""
-    return _at_least(0, int(word))
+    return between(word, 0)
 
 
 def positive(word: str) -> int:
     """Argument type: a whole number above 0."""
-    return _at_least(1, int(word))
+    return between(word, 1)
 
 
-def _at_least(least: int, number: int) -> int:
-    """The number, if it is not below the least one.
+def between(word: str, least: int, most: int | None = None) -> int:
+    """A whole number between bounds, both of which are allowed.
 
     Raises:
-        ArgumentTypeError: It is.
+        argparse.ArgumentTypeError: It is none; `Parser.error` says it as all other errors.
     """
-    if number < least:
-        raise argparse.ArgumentTypeError(f"found {number}, expected {least} or more")
+    try:
+        number = int(word)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected a whole number") from None
+    if number < least or (most is not None and number > most):
+        raise argparse.ArgumentTypeError(
+            f"found {number}, expected {least} {'or more' if most is None else f'to {most}'}"
+        )
     return number

@@ -104,7 +104,7 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
 def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | None]:
     """What ``--continue`` finds in ``--out``: the settings of the run there, and its folder."""
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.runtime.run_config import has_checkpoints, holds_run, read_run_config
+    from synco_fast.runtime.run_config import begins_as_run, has_checkpoints, holds_run, read_run_config
 
     if not holds_run(options.out):
         if options.config is None:
@@ -113,7 +113,7 @@ def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | N
     try:
         return read_run_config(options.out), options.out
     except ConfigError as error:
-        if options.config is None or has_checkpoints(options.out):
+        if options.config is None or has_checkpoints(options.out) or not begins_as_run(options.out):
             raise
         # Nothing is lost where nothing was trained.
         warnings.warn(f"{error}; --continue starts it anew", stacklevel=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,17 +44,21 @@ def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Con
     if options.data is not None:
         overrides["data.source"] = options.data
     config = load_config(options.config, overrides)
+    # The profiler's log lines would mix with the table; these are read when torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     load_torch(console)
     from synco_fast.training.profiler import profile_step
 
     folder = options.out or Path("profiles") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     report = profile_step(config, folder, steps=options.steps)
     write_results(options, report)
-    title = f"{config.method.name}, {config.model.backbone}, batch {config.training.batch}: "
-    title += f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s"
-    table = figures_table(title, ["phase"], ["ms", "share"])
+    table = figures_table("", ["phase"], ["ms", "share"])
     for name, found in report["phases"].items():
         table.add_row(name, f"{found['ms']:,.2f}", f"{found['share']:.1%}")
+    title = f"{config.method.name}, {config.model.backbone}, batch {config.training.batch}: "
+    title += f"{report['step_ms']:,.1f} ms a step, {report['images_per_second']:,.0f} images/s"
+    say(console, title)
     console.print(table)
     say(console, f"peak memory held: {report['peak_mib']:,.0f} MiB")
     for line in [*report["notes"], *report["files"]]:

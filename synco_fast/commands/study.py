@@ -77,7 +77,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     from synco_fast.study.execute import StudyError, execute
     from synco_fast.study.plan import plan
     from synco_fast.study.results import collect
-    from synco_fast.study.write import page, write_record
+    from synco_fast.study.write import check_record, page, write_record
 
     processes = DistEnv.detect().world
     if processes > 1:  # the runs would take the job's variables for theirs
@@ -98,6 +98,8 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     methods = list(dict.fromkeys(trial.method for trial in trials if trial.trained))
     if options.baseline is not None and options.baseline not in methods:
         raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
+    record = options.record or options.out
+    check_record(record)
     failure: StudyError | None = None
     if not options.table:
         # The runs say it in their logs alone.
@@ -121,8 +123,9 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
         finally:
             signal.signal(signal.SIGTERM, before)
     study = collect(options.out, trials, baseline=options.baseline, evaluations=evaluations, supervised=supervised)
+    if options.table and not study.runs:
+        raise ConfigError(f"table: found no finished run of this study in {options.out}, expected --out of its runs")
     command = _command(options, rest)
-    record = options.record or options.out
     write_record(record, trials, study, command)
     say(console, page(study, command))
     say(console, f"record: {record}")

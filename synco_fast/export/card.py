@@ -16,7 +16,10 @@ from synco_fast.runtime.errors import UserError
 from synco_fast.runtime.files import read_json, write_text
 from synco_fast.runtime.results import read_results
 
-__all__ = ["known_results", "write_card"]
+__all__ = ["ABOUT", "known_results", "write_card"]
+
+#: Begins the first sentence of every card, by which a card is told from other files of its name.
+ABOUT = "The backbone without its projection head"
 
 
 def known_results(weights: Weights) -> dict[str, str]:
@@ -87,7 +90,7 @@ def write_card(
         *_front_matter(config, format, licence),
         f"# {config.model.backbone}, pretrained by {config.method.name}",
         "",
-        f"The backbone without its projection head, for {format}: {', '.join(f'`{name}`' for name in files)}.",
+        f"{ABOUT}, for {format}: {', '.join(f'`{name}`' for name in files)}.",
         "",
         "```",
         usage,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from synco_fast.export.card import write_card
+from synco_fast.export.card import ABOUT, write_card
 from synco_fast.export.formats import FORMATS, Written
 from synco_fast.export.load import read_weights
 from synco_fast.runtime.errors import ConfigError
@@ -35,7 +35,7 @@ def export_checkpoint(path: Path, format: str, out: Path | None = None, *, licen
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or the format does not support its backbone.
-        ConfigError: The format is unknown, or a package that it needs is missing.
+        ConfigError: The format is unknown, a package that it needs is missing, or the folder has another README.md.
     """
     if format not in FORMATS:
         raise ConfigError(f"format: found {format!r}, expected {', '.join(FORMATS)}")
@@ -43,7 +43,10 @@ def export_checkpoint(path: Path, format: str, out: Path | None = None, *, licen
     folder = out or (weights.run / "export" / format if weights.run else Path(f"export-{format}"))
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
+    card = folder / "README.md"
+    if card.exists() and ABOUT not in card.read_text(encoding="utf-8", errors="replace"):
+        raise ConfigError(f"out: found a README.md in {folder} that is no model card, expected a folder for the export")
     written: Written = import_module(f"synco_fast.export.formats.{format}").write(weights, folder)
     files, checks, usage = written
-    write_card(folder / "README.md", weights, format=format, files=files, usage=usage, checks=checks, licence=licence)
+    write_card(card, weights, format=format, files=files, usage=usage, checks=checks, licence=licence)
     return Exported(format, folder, (*files, "README.md"), checks)

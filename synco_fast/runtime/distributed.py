@@ -169,9 +169,10 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
             )
             control = HostGroup(env)
         except (RuntimeError, ValueError) as error:
+            # A port that another program has is noticed at once.
+            within = "" if "EADDRINUSE" in str(error) else f" within {timeout:g} s"
             raise LostProcessError(
-                f"could not connect {env.world} processes at {env.address}:{env.port} within {timeout:g} s "
-                f"({first_line(error)})"
+                f"could not connect {env.world} processes at {env.address}:{env.port}{within} ({first_line(error)})"
             ) from error
         yield control
         finished = True

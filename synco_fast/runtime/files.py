@@ -54,7 +54,7 @@ def check_writable(path: Path, name: str, *, file: bool = False) -> None:
         file: Whether it must be a file.
 
     Raises:
-        UserError: It is below a file, is not writable, or is a folder instead of a file.
+        UserError: It is below a file, is not writable, or is a folder instead of a file or the reverse.
     """
     if file and path.is_dir():
         raise UserError(f"{name}: found a folder {path}, expected a file")
@@ -63,6 +63,8 @@ def check_writable(path: Path, name: str, *, file: bool = False) -> None:
         above = above.parent
     if above != path.absolute() and not above.is_dir():
         raise UserError(f"{name}: found {path} below {above}, which is a file, expected a folder")
+    if not file and not above.is_dir():
+        raise UserError(f"{name}: found a file {path}, expected a folder")
     if not os.access(above, os.W_OK) or _is_virtual(above):
         raise UserError(f"{name}: found {path}, expected a place where this user can write ({above} is not)")
 

@@ -11,9 +11,11 @@ from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.files import write_text
 from synco_fast.runtime.strict_yaml import read_yaml
 
-__all__ = ["has_checkpoints", "holds_run", "read_run_config", "write_run_config"]
+__all__ = ["begins_as_run", "has_checkpoints", "holds_run", "read_run_config", "write_run_config"]
 
 _NAME = "config.yaml"
+#: How the files of ``pretrain`` and ``pretrain-generator`` begin.
+_FIRST = (b"preset:", b"source:")
 _MARK = "# sha256 of the lines above: "
 _SEALED = re.compile(rf"(.*\n){_MARK}([0-9a-f]{{64}})\n?", re.DOTALL)
 #: By command: a key that only its configuration has, its last key, and its part of a checkpoint. Older files without a
@@ -66,9 +68,17 @@ def _from_file(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         if has_checkpoints(path.parent):
             help_ = "remove it, and its settings are taken from the newest checkpoint"
-        else:
+        elif begins_as_run(path.parent):
             help_ = "start the run anew, by --config with --continue or another --out"
+        else:
+            help_ = "it does not begin as a run's, choose another folder"
         raise ConfigError(f"{error}: {help_}") from error
+
+
+def begins_as_run(folder: Path) -> bool:
+    """Whether a damaged ``config.yaml`` is what a kill left of a run, and not the file of another program."""
+    text = (folder / _NAME).read_bytes()
+    return not text.strip() or any(text.startswith(first[: len(text)]) for first in _FIRST)
 
 
 def _undamaged(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from synco_fast.config import Config
-from synco_fast.explain import known_keys
+from synco_fast.explain import known_keys, nearest_key
 from synco_fast.presets import load_config
 from synco_fast.runtime.errors import ConfigError
 
@@ -113,7 +113,7 @@ def plan(
     known = known_keys(Config)
     for key in vary:
         if key not in known:
-            raise ConfigError(f"vary: found the unknown key {key}, expected one that 'pretrain --{key}' would take")
+            raise ConfigError(f"vary: found the unknown key {key}{nearest_key(key, Config)}")
         if key in overrides:
             raise ConfigError(f"{key}: found both varied and fixed, expected one of them")
     settings = [dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]

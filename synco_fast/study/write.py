@@ -11,14 +11,25 @@ from matplotlib.ticker import MaxNLocator
 
 from synco_fast.report.runs import mean_and_deviation
 from synco_fast.runtime.environment import describe_environment
+from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json, write_text
 from synco_fast.runtime.style import COLOURS, plain
 from synco_fast.study.plan import Trial
 from synco_fast.study.results import Difference, Row, Study
 
-__all__ = ["draw_learning_curves", "page", "write_record"]
+__all__ = ["check_record", "draw_learning_curves", "page", "write_record"]
 
 _SPREAD = ["difference", "figure", "mean", "deviation", "standard error", "seeds", "each seed"]
+
+
+def check_record(folder: Path) -> None:
+    """Refuse a folder whose ``README.md`` is not that of a study, which the record would replace.
+
+    Raises:
+        ConfigError: It has one without a ``study.json`` beside it.
+    """
+    if (folder / "README.md").exists() and not (folder / "study.json").exists():
+        raise ConfigError(f"record: found a README.md in {folder} but no study.json, expected another folder")
 
 
 def write_record(folder: Path, trials: Sequence[Trial], study: Study, command: str) -> None:

@@ -109,10 +109,22 @@ def test_a_source_that_is_not_there(spec, says):
         open_source(spec)
 
 
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "list.txt").write_text("a.jpg")
-    with pytest.raises(DataError, match=r"found the file .*list\.txt, expected a folder; a list is list:FILE"):
-        open_source(f"{tmp_path}/list.txt")
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("a.png", "a folder or another source, such as {}"),
+        ("a.tar", "such as tar:{}"),
+        ("train-images-idx3-ubyte.gz", "such as idx:{}"),
+        ("a.txt", "such as list:{}/a.txt"),
+        ("a.zip", "another source"),
+    ],
+)
+def test_a_file_in_place_of_a_folder(tmp_path, name, source):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path / name))
+    assert str(caught.value).startswith(f"data: found a file {tmp_path / name}, expected a folder")
+    assert str(caught.value).endswith(source.format(tmp_path))
 
 
 def test_an_empty_folder(tmp_path):

@@ -312,3 +312,15 @@ def test_bad_words(make_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="found a file"):
         export_checkpoint(tmp_path / "run", "safetensors", tmp_path / "file")
+
+
+def test_a_readme_that_is_no_model_card_stays(make_run, tmp_path):
+    """As in the folder of a project, by ``--out .``."""
+    run = make_run()
+    (tmp_path / "README.md").write_text("# My project\n")
+    with pytest.raises(ConfigError, match=r"out: found a README\.md in .* that is no model card"):
+        export_checkpoint(run, "safetensors", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert not (tmp_path / "backbone.safetensors").exists()
+    for _ in range(2):
+        export_checkpoint(run, "safetensors", tmp_path / "again")

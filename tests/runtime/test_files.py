@@ -40,6 +40,8 @@ def test_outputs_that_cannot_be_written(tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             check_writable(type(tmp_path)(path), "json", file=True)
+    with pytest.raises(UserError, match=r"out: found a file .*file, expected a folder"):
+        check_writable(tmp_path / "file", "out")
 
 
 def test_the_source_trees_commit_is_found():

@@ -44,7 +44,10 @@ def test_a_configuration_brings_its_own_method():
         ({"configs": []}, "config: found nothing"),
         ({"seeds": [1, 1]}, "seeds: found 1 twice"),
         ({"methods": ["moco", "moco"]}, "methods: found moco twice"),
-        ({"vary": {"training.precison": ["fp32"]}}, "vary: found the unknown key training.precison"),
+        (
+            {"vary": {"training.precison": ["fp32"]}},
+            "key training.precison; did you mean training.precision?",
+        ),
         ({"vary": {"seed": [1, 2]}}, "seed: found it as a setting, expected --seeds"),
         ({"overrides": {"method.name": "moco"}}, "method.name: found it as a setting, expected --methods"),
         ({"vary": {"method.queue": [512]}, "overrides": {"method.queue": 512}}, "found both varied and fixed"),

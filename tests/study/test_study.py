@@ -126,7 +126,7 @@ def test_settings_without_synthetic_negatives_are_said_once(tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert said.count("no synthetic negatives in the whole run of 3 epochs") == 1, "not for each seed"
     assert "synco: no synthetic" in said
-    assert main([*words, "--table"]) == 0
+    assert main([*words, "--table"]) == 2, "nothing has run"
     assert "no synthetic negatives" not in capsys.readouterr().out
 
 
@@ -218,6 +218,25 @@ def test_a_record_names_the_commits_of_all_runs(tmp_path):
     write_record(tmp_path / "record", trials, collect(tmp_path, trials), "synco-fast study")
     assert json.loads((tmp_path / "record" / "study.json").read_text())["environment"]["commit"] == "a1, b2"
     assert "Measured on CPU, 2 cores; commit a1, b2." in (tmp_path / "record" / "README.md").read_text()
+
+
+def test_a_readme_that_is_not_of_a_study_stays(tmp_path, capsys):
+    """As in the folder of a project, by ``--out .``."""
+    readme = tmp_path / "README.md"
+    readme.write_text("# My project\n")
+    pretend(tmp_path, plan(["demo"], seeds=[0])[0], 0.9)
+    words = ["study", "demo", "--seeds", "0", "--table", "--out", str(tmp_path)]
+    assert main(words) == 2
+    assert f"record: found a README.md in {tmp_path} but no study.json" in capsys.readouterr().err
+    assert readme.read_text() == "# My project\n"
+    for _ in range(2):
+        assert main([*words, "--record", str(tmp_path / "record")]) == 0
+
+
+def test_a_table_without_runs_is_refused(tmp_path, capsys):
+    assert main(["study", "demo", "--seeds", "0", "--table", "--out", str(tmp_path / "typo")]) == 2
+    assert "table: found no finished run of this study in" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_run_that_is_not_finished_does_not_count(tmp_path):

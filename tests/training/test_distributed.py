@@ -275,3 +275,16 @@ def test_processes_that_do_not_come_are_one_line_and_the_end_waits_for_no_connec
     (leave,) = at_exit
     leave()
     assert codes == [2]
+
+
+def test_a_port_in_use_is_named_at_once(monkeypatch):
+    monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        alone = DistEnv(0, 2, 0, 2, "127.0.0.1", other.getsockname()[1])
+        with (
+            pytest.raises(LostProcessError, match=r"could not connect 2 processes at 127\.0\.0\.1:\d+ \(.*EADDRINUSE"),
+            init_distributed(alone, "cpu", timeout=100),
+        ):
+            pytest.fail("the port is another's")
