@@ -203,7 +203,7 @@ def test_what_is_missing_is_refused_before_torch_is_imported(tmp_path):
         "pretrain-generator --data idx": "data: found no image in idx, but IDX files, expected idx:idx",
         "data check tars": "data: found no image in tars, but tar files, expected tar:tars",
         "data check idx": "data: found no image in idx, but IDX files, expected idx:idx",
-        "data pack tar:gone out": "data: found no folder gone",
+        "data pack tar:gone out": "data: found no folder gone, expected a folder of shards",
         "profile step --config dmo": preset,
         "bench step --config dmo": preset,
     }
