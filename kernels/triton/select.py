@@ -33,7 +33,7 @@ __all__ = ["select"]
 def _log2(x):
     """log2 of float32 numbers of 1 and more, off by 0.009 at most: the exponent, and a parabola between powers of two.
 
-    It steers a search, so that speed matters and the last digits do not. `tl.log2` takes five times the instructions.
+    It steers a search, so that speed matters and last digits do not. `tl.log2` takes several times the instructions.
     """
     bits = x.to(tl.int32, bitcast=True)
     fraction = (bits & 0x7FFFFF).to(tl.float32) * 2.0**-23
@@ -62,7 +62,7 @@ def _cut(b_order, needed, low, high, reached):
     while (low < high) & (reached != needed):
         span = (high - low).to(tl.uint32, bitcast=True)
         share = tl.where(step % 8 == 7, 0.5, above / (above + below))
-        # At most 2^31, since what is above that does not fit into an integer.
+        # At most 2^31: a larger share of a whole span, rounded up, would not fit into uint32.
         ahead = tl.minimum(share * span.to(tl.float32), 2147483648.0).to(tl.uint32)
         middle = low + tl.minimum(tl.maximum(ahead, 1), span).to(tl.int32, bitcast=True)
         count = tl.sum((b_order >= middle).to(tl.int32))

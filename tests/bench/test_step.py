@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import weakref
-from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from synco_fast.bench import step
 from synco_fast.bench.baselines.step import plain_step
 from synco_fast.bench.step import forward_operations, measure, use_plain_batch_norm
 from synco_fast.cli import main
-from tests.support.graphs import Graph, Stream, capture
+from tests.support.graphs import stand_in
 from tests.support.rotation import in_turn
 
 SMALL = {"training.batch": 8, "training.device": "cpu"}
@@ -110,9 +109,7 @@ def test_unknown_words_are_refused(capsys):
 
 def test_a_captured_pass_keeps_the_tensors_that_it_reads(monkeypatch):
     """A graph holds addresses: freed, they would be read and written all the same."""
-    cuda = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "current_stream": Stream}
-    for name, value in (cuda | {"stream": lambda stream: nullcontext()}).items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    stand_in(monkeypatch)
     views = torch.zeros(2)
     alive = weakref.ref(views)
     replay = step._captured(partial(torch.Tensor.sum, views), SimpleNamespace(graphed=True, device=torch.device("cpu")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import time
 import weakref
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from synco_fast.bench import timing
 from synco_fast.bench.timing import peak_memory, reset_peak_memory, seconds_of
-from tests.support.graphs import Graph, Stream, capture
+from tests.support.graphs import stand_in
 
 CPU = torch.device("cpu")
 
@@ -79,9 +78,7 @@ def test_a_graph_holds_as_many_copies_as_asked():
 
 def test_a_graph_keeps_the_tensors_that_it_reads(monkeypatch):
     """A graph holds addresses: freed, they would be read and written all the same."""
-    cuda = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "current_stream": Stream}
-    for name, value in (cuda | {"stream": lambda stream: nullcontext()}).items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    stand_in(monkeypatch)
     read = torch.zeros(2)
     alive = weakref.ref(read)
     replay = timing.capture(partial(torch.Tensor.sum, read), CPU)

@@ -49,6 +49,23 @@ def capture(graph: Graph, **settings: Any) -> Iterator[None]:
         Graph.capturing = None
 
 
+#: The parts of `torch.cuda` that a capture uses.
+CUDA: dict[str, Any] = {
+    "Stream": Stream,
+    "CUDAGraph": Graph,
+    "graph": capture,
+    "current_stream": Stream,
+    "stream": lambda stream: nullcontext(),
+    "graph_pool_handle": lambda: 0,
+}
+
+
+def stand_in(monkeypatch: Any, **others: Any) -> None:
+    """Put `CUDA`, or others of its parts, in the place of PyTorch's for a test."""
+    for name, value in (CUDA | others).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
 def install() -> None:
     """Let engines on a CPU capture, and let a run of any length choose the graph; for a process that ends with it."""
     done, destroy = Engine._compute, dist.destroy_process_group
@@ -67,9 +84,8 @@ def install() -> None:
     def timed(engine: Engine, *rest: Any) -> list[float]:
         return [0.5 if engine.form == "graph" else 1.0]
 
-    cuda: Any = torch.cuda
-    cuda.Stream, cuda.CUDAGraph, cuda.graph, cuda.current_stream = Stream, Graph, capture, Stream
-    cuda.stream, cuda.graph_pool_handle = lambda stream: nullcontext(), lambda: 0
+    for name, value in CUDA.items():
+        setattr(torch.cuda, name, value)
     dist.destroy_process_group = leave
     engine: Any = Engine
     engine._compute, engine.uncapturable = compute, lambda self: None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from synco_fast.training.metrics import read_metrics
 from synco_fast.training.throughput import Throughput
 from synco_fast.training.trials import try_largest
 
-from ..support.graphs import Graph, Stream, capture
+from ..support.graphs import Graph, stand_in
 from ..support.training import assert_identical, figures, newest, pretrain, stop_after, trainer
 
 #: Sides 16, 24, 24, 32 over four epochs of four steps.
@@ -149,10 +148,7 @@ def test_throughput_is_told_by_side_and_settles_after_a_change(monkeypatch):
 
 def test_a_graph_is_captured_anew_for_views_of_another_side(monkeypatch):
     pools = iter(range(9))
-    cuda = {"Stream": Stream, "CUDAGraph": Graph, "graph": capture, "current_stream": Stream}
-    cuda |= {"stream": lambda stream: nullcontext(), "graph_pool_handle": lambda: next(pools)}
-    for name, value in cuda.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    stand_in(monkeypatch, graph_pool_handle=lambda: next(pools))
     seen, captured = [], []
 
     def compute(inputs, step, key, momentum):
