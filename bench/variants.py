@@ -31,35 +31,34 @@ __all__ = ["PARTS", "Variant", "applied", "in_parts", "variants_of"]
 #: The scan's tile: rows, keys, columns per step, warps and stages.
 _TILES = (
     (64, 64, 128, 4, 3),
-    (64, 64, 128, 8, 2),
+    (64, 64, 128, 4, 4),
     (64, 128, 128, 4, 2),
     (128, 64, 128, 8, 2),
     (128, 64, 128, 8, 3),
-    (128, 128, 128, 8, 2),
+    (128, 64, 128, 8, 4),
     (128, 128, 128, 8, 3),
 )
 
 
-#: The mix: programs for each row, pieces of a vector, warps of a program, and stages; first those not measured so far.
-#: With two pieces and eight programs a row, all programs fit on an H100 at once, four warps for each scheduler.
+#: The mix: programs for each row, pieces of a vector, warps of a program, and stages.
 _MIXES = (
     (8, 2, 1, 1),
     (8, 2, 1, 2),
-    (4, 2, 1, 3),
     (8, 1, 1, 1),
+    (16, 2, 1, 1),
+    (4, 2, 2, 1),
     (2, 4, 2, 3),
-    (4, 4, 2, 3),
-    (2, 2, 2, 3),
-    (2, 4, 4, 3),
-    (1, 4, 4, 3),
     (4, 4, 1, 1),
-    (4, 4, 1, 2),
     (4, 4, 1, 3),
 )
 
 
-#: The selection: places of the candidate lists for each warp.
-_PER_WARP = (2048, 512, 1024)
+#: Launch, constant, its meaning and its values.
+_WARPS = (
+    ("reduce", "REDUCE_WARPS", "warps", (2, 4, 8, 16)),
+    ("rank", "RANK_PER_WARP", "keys a warp", (256, 512, 1024, 2048)),
+    ("select", "SELECT_PER_WARP", "places a warp", (512, 1024, 2048, 4096)),
+)
 
 
 #: Blocks of rows that run side by side.
@@ -109,9 +108,10 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
     from synco_fast.kernels.triton import config
 
     found = [
-        Variant(f"select with {value} places a warp", "select", config, "SELECT_PER_WARP", value)
-        for value in _PER_WARP
-        if value != config.SELECT_PER_WARP
+        Variant(f"{launch} with {value} {what}", launch, config, key, value)
+        for launch, key, what, values in _WARPS
+        for value in values
+        if value != getattr(config, key)
     ]
     text = "mix in {} parts, {} pieces, {} warps, {} stages"
     found += [

@@ -28,6 +28,8 @@ __all__ = [
     "FORMATS",
     "MIXES",
     "OVERLAP",
+    "RANK_PER_WARP",
+    "REDUCE_WARPS",
     "SAMPLES",
     "SELECT_PER_WARP",
     "TILE",
@@ -63,8 +65,12 @@ CHUNK = 128
 SAMPLES = (2048, 4096)
 #: Programmatic dependent launch (see `overlap.py`). Off: on an H100 it gained nothing.
 OVERLAP = False
-#: Places of the candidate lists for each warp of `select`; on an H100 fewer warps are faster.
-SELECT_PER_WARP = 1024
+#: Places of the candidate lists for each warp of `select`; on an H100 fewer warps are faster, up to these.
+SELECT_PER_WARP = 2048
+#: Keys of the sample for each warp of `rank`.
+RANK_PER_WARP = 512
+#: Warps of `reduce` at D from 65 to 256.
+REDUCE_WARPS = 4
 _SMALLEST_TEMPERATURE = 0.03
 _LARGEST_DIM = 512
 #: The kernels use 32-bit integers for queue indices and for their next power of two.

@@ -170,7 +170,7 @@ def _launch(
         WIDTH=width,
         ESTIMATE=capacity > 0,
         **overlap,
-        num_warps=max(1, min(width // 512, 8)),
+        num_warps=max(1, min(width // config.RANK_PER_WARP, 8)),
     )
 
     # Step 2: scan.
@@ -306,6 +306,7 @@ def _launch(
             STAGES=tile.stages,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
+            DEVICE=not interpreted(),
             **overlap,
             num_warps=tile.warps,
         )
@@ -342,5 +343,5 @@ def _launch(
         BLOCK=256,
         **overlap,
         # At D = 64, four warps keep 8 bytes on the stack on compute capability 10.0.
-        num_warps=4 if TILE < wide <= 256 else 8,
+        num_warps=config.REDUCE_WARPS if TILE < wide <= 256 else 8,
     )

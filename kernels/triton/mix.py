@@ -122,26 +122,37 @@ def _keys(p_queue, p_key, o_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: 
 
 
 @triton.jit
-def _four_normal(c0, c1, k0, k1, lane, NUMBER: tl.constexpr):
+def _four_normal(c0, c1, k0, k1, lane, NUMBER: tl.constexpr, SIGMA: tl.constexpr, DEVICE: tl.constexpr):
     """Four normal numbers for each slot and lane of the counter, (SLOTS, lanes, 4)."""
     many = (c1 * 0)[:, None] + lane[None, :] * 0
     w0, w1, w2, w3 = philox(many + c0, many + c1[:, None], many + NUMBER, many + lane[None, :], k0, k1)
-    e0, e1, e2, e3 = normal(w0, w1, w2, w3)
+    e0, e1, e2, e3 = normal(w0, w1, w2, w3, SIGMA, DEVICE)
     four = tl.join(tl.join(e0, e2), tl.join(e1, e3))
     return tl.reshape(four, [c1.shape[0], lane.shape[0], 4])
 
 
 @triton.jit
-def _noise(c0, c1, k0, k1, NUMBER: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr, RUN: tl.constexpr):
+def _noise(
+    c0,
+    c1,
+    k0,
+    k1,
+    NUMBER: tl.constexpr,
+    SIGMA: tl.constexpr,
+    FIRST: tl.constexpr,
+    PIECE: tl.constexpr,
+    RUN: tl.constexpr,
+    DEVICE: tl.constexpr,
+):
     """Normal numbers of a block of slots for PIECE dimensions from FIRST on, (SLOTS, PIECE).
 
     A thread holds RUN (4 or 8) consecutive numbers of a vector. It draws exactly these, so none moves between threads.
     """
     SLOTS: tl.constexpr = c1.shape[0]
     lane = 1 + FIRST // 4 + tl.arange(0, PIECE // RUN).to(tl.uint32) * (RUN // 4)
-    e = _four_normal(c0, c1, k0, k1, lane, NUMBER)
+    e = _four_normal(c0, c1, k0, k1, lane, NUMBER, SIGMA, DEVICE)
     if RUN == 8:
-        e = tl.permute(tl.join(e, _four_normal(c0, c1, k0, k1, lane + 1, NUMBER)), (0, 1, 3, 2))
+        e = tl.permute(tl.join(e, _four_normal(c0, c1, k0, k1, lane + 1, NUMBER, SIGMA, DEVICE)), (0, 1, 3, 2))
     return tl.reshape(e, [SLOTS, PIECE])
 
 
@@ -178,6 +189,7 @@ def _family(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):
     """Add one family's slots of this part to the sum of vectors, (SLOTS, D) in pieces, and to the weight of q."""
     NUMBER: tl.constexpr = TABLE[FAMILY][0]
@@ -219,8 +231,8 @@ def _family(
                     strength = (sign ^ (q[piece] * 0 + ETA).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
                     x_piece += tl.where(q[piece] == 0, 0.0, strength)
                 if SIGMA != 0:
-                    e = _noise(c0, o_slot.to(tl.uint32), k0, k1, NUMBER, piece * PIECE, PIECE, RUN)
-                    x_piece += tl.where((piece * PIECE + tl.arange(0, PIECE) < D)[None, :], SIGMA * e, 0)
+                    e = _noise(c0, o_slot.to(tl.uint32), k0, k1, NUMBER, SIGMA, piece * PIECE, PIECE, RUN, DEVICE)
+                    x_piece += tl.where((piece * PIECE + tl.arange(0, PIECE) < D)[None, :], e, 0)
                 x += (x_piece,)
             inverse = tl.rsqrt(tl.maximum(_inner(x, x, PIECES), 1e-24))
             similarity = _inner(x, q, PIECES) * inverse
@@ -289,6 +301,7 @@ def mix(
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
+    DEVICE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (B, PARTS).
@@ -352,6 +365,7 @@ def mix(
                 PARTS,
                 WIDTH,
                 STAGES,
+                DEVICE,
             )
     else:
         for start in range(0, COUNT, WIDTH):

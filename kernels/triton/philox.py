@@ -1,6 +1,7 @@
 """Philox random numbers inside a Triton kernel, the same as in `synco_fast.kernels.rng`.
 
-The words, and so all picks, match `rng.py` bit for bit. Coefficients and normal numbers match up to float32 rounding.
+The words, and so all picks, match `rng.py` bit for bit. Coefficients match up to float32 rounding, normal numbers up to
+that of the special function unit: some 4e-6.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -40,50 +41,53 @@ def pick(word, more, size):
     return (tl.umulhi(word, size) + carried.to(tl.uint32)).to(tl.int32)
 
 
-@triton.jit
-def _turned(word):
-    """Cosine and sine of 2 pi u for u = `uniform(word)`.
+# The special function unit, whose accuracy the PTX ISA states. `tl.sin` and `tl.cos` would reduce arguments that never
+# occur, and `tl.log2` would scale subnormal numbers.
+_SINE = tl.constexpr("sin.approx.ftz.f32 $0, $1;")
+_COSINE = tl.constexpr("cos.approx.ftz.f32 $0, $1;")
+_LOG2 = tl.constexpr("lg2.approx.ftz.f32 $0, $1;")
 
-    Range reduction by quarter turns is exact, in integers. Taylor polynomials serve the remaining eighth of a turn, to
-    one unit in the last place. The library functions would keep a table on the stack for arguments that never occur.
+
+@triton.jit
+def _unit(word):
+    """1 + n / 2^23 for the upper 23 bits n of a word, of which `uniform` makes (n + 1/2) / 2^23."""
+    return ((word >> 9) + 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _turned(word, DEVICE: tl.constexpr):
+    """Cosine and sine of 2 pi u - pi for u = `uniform(word)`, on a device to 2^-20."""
+    # 2^-24 turns more, which are not representable beside 1.5.
+    x = (_unit(word) - 1.5) * 6.2831855 + 3.7450703e-7
+    if DEVICE:
+        cosine = tl.inline_asm_elementwise(_COSINE, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        sine = tl.inline_asm_elementwise(_SINE, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        cosine, sine = tl.cos(x), tl.sin(x)
+    return cosine, sine
+
+
+@triton.jit
+def _distance(word, SIGMA: tl.constexpr, DEVICE: tl.constexpr):
+    """SIGMA times the square root of -2 ln u for u = `uniform(word)`, on a device to SIGMA 2^-19.
+
+    The logarithm is exact to 2^-22, which is too little for u near 1, where the root is steep. There a series serves.
     """
-    moved = (word >> 9) + (1 << 20)
-    quarter = moved >> 21
-    rest = (moved & ((1 << 21) - 1)).to(tl.int32) - (1 << 20)
-    x = (rest.to(tl.float32) + 0.5) * 7.490140565847857e-07
-    z = x * x
-    sine = x * (1 + z * (-1.6666667e-1 + z * (8.3333333e-3 + z * (-1.9841270e-4 + z * 2.7557319e-6))))
-    cosine = 1 + z * (-0.5 + z * (4.1666667e-2 + z * (-1.3888889e-3 + z * (2.4801587e-5 + z * -2.7557319e-7))))
-    odd = (quarter & 1) == 1
-    first = tl.where(odd, sine, cosine).to(tl.uint32, bitcast=True)
-    second = tl.where(odd, cosine, sine).to(tl.uint32, bitcast=True)
-    # The signs are bits of the quarter's number.
-    first ^= ((quarter + 1) << 30) & 0x80000000
-    second ^= (quarter << 30) & 0x80000000
-    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+    u = _unit(word) - 0.99999994
+    if DEVICE:
+        log = tl.inline_asm_elementwise(_LOG2, "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        log = tl.log2(u)
+    below = 1 - u
+    square: tl.constexpr = SIGMA * SIGMA
+    series = below * (2 * square + below * (square + below * (square * 0.6666667)))
+    return tl.sqrt(tl.where(below < 0.015625, series, log * (square * -1.3862944)))
 
 
 @triton.jit
-def _distance(word):
-    """The square root of -2 ln u for u = `uniform(word)`, to two units in the last place.
-
-    ln u = ln(1 + f) + e ln 2 with 1 + f between the square roots of 1/2 and 2. The polynomial is a least-squares fit of
-    (ln(1 + f) - f + f^2 / 2) / f^3 with relative error 4e-8. u is never 0, 1 or subnormal, so these need no checks.
-    """
-    bits = uniform(word).to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1
-    z = f * f
-    tail = 0.14950979 + f * (-0.14197472 + f * 0.085069537)
-    tail = 0.33333972 + f * (-0.25000969 + f * (0.19960597 + f * (-0.16587949 + f * tail)))
-    log = f + z * (-0.5 + f * tail)
-    return tl.sqrt(tl.maximum(-2 * (log + exponent.to(tl.float32) * 0.69314718), 0))
-
-
-@triton.jit
-def normal(w0, w1, w2, w3):
-    """Map four words to four standard normal numbers (Box-Muller)."""
-    cosine, sine = _turned(w1)
-    near, far = _distance(w0), _distance(w2)
-    other_cosine, other_sine = _turned(w3)
+def normal(w0, w1, w2, w3, SIGMA: tl.constexpr, DEVICE: tl.constexpr):
+    """Map four words to four normal numbers of deviation SIGMA (Box-Muller). DEVICE: not in the interpreter."""
+    cosine, sine = _turned(w1, DEVICE)
+    near, far = -_distance(w0, SIGMA, DEVICE), -_distance(w2, SIGMA, DEVICE)
+    other_cosine, other_sine = _turned(w3, DEVICE)
     return near * cosine, near * sine, far * other_cosine, far * other_sine

@@ -14,7 +14,7 @@ def _draw(p_words, p_normal, seed, step, row, N: tl.constexpr):
     zero = slot * 0
     k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
     w0, w1, w2, w3 = philox(zero + row.to(tl.uint32), slot, zero + 4, zero + 9, k0, k1)
-    e0, e1, e2, e3 = normal(w0, w1, w2, w3)
+    e0, e1, e2, e3 = normal(w0, w1, w2, w3, SIGMA=1.0, DEVICE=False)
     o = tl.arange(0, N)
     tl.store(p_words + o * 4, w0.to(tl.int64))
     tl.store(p_words + o * 4 + 1, w1.to(tl.int64))
