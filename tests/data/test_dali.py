@@ -20,7 +20,7 @@ from tests.support.calls import Calls
 if not has_dali():
     pytest.skip("DALI is not installed", allow_module_level=True)
 
-from nvidia.dali import types
+from nvidia.dali import Pipeline, types
 from nvidia.dali.backend import GetSchema
 
 from synco_fast.data.augment.draw import ViewParameters, draw_views
@@ -85,13 +85,30 @@ def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch
 
     def wrong(batch):
         found = inputs(batch)
-        if len(batch) > 1:
+        if batch.images.any():  # not the blank images of the start
             found["end_0"] = found["end_0"][:, :1]
         return found
 
     monkeypatch.setattr(pipe._runner, "_inputs", wrong)
     with pytest.raises(RuntimeError):
         epoch(pipe, 0)
+
+
+def test_the_first_batch_of_a_graph_is_full_and_of_jpeg_files(folder, monkeypatch):
+    # By the first batch nvImageCodec fixes how many images of each later one the JPEG decoder in hardware takes.
+    fed = []
+    feed = Pipeline.feed_input
+
+    def record(graph, name, values, *rest, **options):
+        if name == "encoded":
+            fed.append([bytes(memoryview(np.asarray(file))[:3]) for file in values])
+        return feed(graph, name, values, *rest, **options)
+
+    monkeypatch.setattr(Pipeline, "feed_input", record)
+    epoch(pipeline(folder), 0)
+    for first in fed[:2]:
+        assert first == [b"\xff\xd8\xff"] * 4
+    assert [len(each) for each in fed[2:]] == [4] * 5
 
 
 def test_views_are_held_for_their_kernels_also_where_an_epoch_is_left(folder, monkeypatch):

@@ -7,6 +7,7 @@ conditions around them it took 133 operators a view.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,9 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from synco_fast.data.augment.draw import ViewParameters
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Decode
+
+# Else nvImageCodec writes a warning for each image that one of its decoders leaves to the next one.
+os.environ.setdefault("DALI_NVIMGCODEC_LOG_LEVEL", "1")
 
 __all__ = ["GraphOptions", "Inputs", "build_crops", "build_evaluation", "crop_inputs", "evaluation_inputs", "source"]
 

@@ -101,6 +101,7 @@ class DaliPipeline(EpochPipeline):
             lambda: build_crops(self._sized, decode, self._options),
             partial(_crop_inputs, decode),
             self._reader,
+            batch=self._options.batch,
             device=number,
             depth=_DEPTH,
         )
@@ -145,6 +146,7 @@ class DaliPipeline(EpochPipeline):
             partial(build_decoding, self._options),
             _packed,
             self._reader,
+            batch=self._options.batch,
             device=self._number,
             depth=_DEPTH,
             gather=gather_decoded,
@@ -216,6 +218,7 @@ def dali_evaluation(
         partial(build_evaluation, recipe, options),
         lambda files: evaluation_inputs(recipe, files.sizes),
         reader,
+        batch=batch,
         device=number,
         depth=_DEPTH,
     )

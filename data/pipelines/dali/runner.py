@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import gc
+import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from multiprocessing import util
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from synco_fast.data.pipelines.dali.reader import EncodedBatch, Reader
-from synco_fast.data.sources.decode import encode_pixels
 
 __all__ = ["GraphRunner"]
 
-_PIXEL = encode_pixels(np.zeros((1, 1, 3), np.uint8))
+#: Height and width of the image that a new graph decodes first.
+_BLANK = (256, 256)
 
 Inputs = Callable[[EncodedBatch], dict[str, NDArray[Any]]]
 #: A batch with the arrays fed beside its files, kept alive because DALI reads them in place. An empty batch has no
@@ -49,6 +50,7 @@ class GraphRunner:
         build: Builds the graph.
         inputs: Computes its inputs beside ``encoded`` from a batch.
         reader: Reads images again.
+        batch: B, the most images at a time.
         device: Index of the GPU, or None.
         depth: Batches in flight.
         gather: Makes tensors of the graph's outputs, on the device; by default one of each, all rows of one shape.
@@ -61,6 +63,7 @@ class GraphRunner:
         inputs: Inputs,
         reader: Reader,
         *,
+        batch: int,
         device: int | None,
         depth: int,
         gather: Callable[[Any], list[Tensor]] | None = None,
@@ -69,6 +72,7 @@ class GraphRunner:
         self._wrong = wrong
         self._gather = gather or (lambda outputs: [from_dlpack(views.as_tensor()) for views in outputs])
         self._build, self._inputs, self._reader, self._device, self._depth = build, inputs, reader, device, depth
+        self._batch = batch
         self._graph: Pipeline | None = None
         #: The arrays of finished batches, kept for a while: a copy to the GPU may still be in flight.
         self._done: deque[_Fed] = deque(maxlen=depth)
@@ -143,12 +147,18 @@ class GraphRunner:
         return batch, inputs
 
     def _start(self) -> Pipeline:
-        """Build the graph and run blank pixels through it, since its first run takes several batches at once."""
+        """Build the graph and run blank images through it, since its first run takes several batches at once.
+
+        They are JPEG files and fill a batch: by the first batch nvImageCodec fixes how many images of each later one
+        the JPEG decoder in hardware takes.
+        """
         graph = self._build()
-        pixel = self._reader.gather(0, [(0, (_PIXEL, (1, 1), 0, {}))])
-        inputs = self._inputs(pixel)
+        file = io.BytesIO()
+        Image.new("RGB", _BLANK).save(file, "JPEG")
+        blank = self._reader.gather(0, [(0, (file.getvalue(), _BLANK, 0, {}))] * self._batch)
+        inputs = self._inputs(blank)
         for _ in range(self._depth):
-            graph.feed_input("encoded", pixel.files())
+            graph.feed_input("encoded", blank.files())
             for name, values in inputs.items():
                 graph.feed_input(name, values)
         graph.schedule_run()
@@ -212,7 +222,8 @@ class GraphRunner:
             for _ in range(runs):
                 if self._graph is not None:
                     self._graph.outputs()
-        except RuntimeError:
+        except (RuntimeError, StopIteration):
+            # StopIteration: interrupted while it waited for outputs, which then are not to be had.
             self._graph = None
 
 
