@@ -81,7 +81,7 @@ class Trainer(Generic[SummaryT]):
         self._score: float | None = None
         self._before_step, self._after_step = before_step, after_step
         self._save_due = False
-        self.throughput = Throughput(task.settings.batch, task.settings.settling)
+        self.throughput = Throughput(task.settings.batch, task.settings.settling, task.device)
         end = task.settings.end
         self.stopping = StopSignals(self.control, task.settings.max_time, end if end < self.steps else None)
         #: Notes for the log, which is opened when the run starts.
@@ -203,6 +203,7 @@ class Trainer(Generic[SummaryT]):
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
+            self.throughput.ready()
             self._train_step(batch)
             self.throughput.step(waited)
             self.reporter.step(self.step, title)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+
 __all__ = ["Throughput"]
 
 
 class Throughput:
     """Counts steps and time, excluding the first few steps, evaluations and checkpoints.
 
+    The host queues a step on a GPU and then waits for the next batch while the GPU works. So on a GPU the data wait is
+    the time between a step's end and the next one's begin there, by events on the current stream. It includes kernels
+    that make views between two steps.
+
     Args:
         batch: Images per step, over all processes.
         settle: First steps, which compile kernels and fill caches, to exclude; again after each change of size.
+        device: Device of the steps.
 
     Attributes:
         training, data: Seconds of training, and of waiting for data in them.
@@ -21,8 +28,12 @@ class Throughput:
         by_size: Seconds and images by side of the views, where `begin` is given one.
     """
 
-    def __init__(self, batch: int, settle: int) -> None:
+    def __init__(self, batch: int, settle: int, device: torch.device | None = None) -> None:
         self._batch, self._settle, self._settling = batch, settle, settle
+        self._on_gpu = device is not None and device.type == "cuda"
+        self._ended: torch.cuda.Event | None = None
+        #: The end of a step and the begin of the next one.
+        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.training = self.data = 0.0
         self.images = 0
         self.by_size: dict[int, tuple[float, int]] = {}
@@ -34,13 +45,22 @@ class Throughput:
         if size is not None and self._size not in (None, size):
             self._settle = self._settling
         self._size = size
+        self._ended = None
         self._restart()
 
     def _restart(self) -> None:
         self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._gaps.clear()
+
+    def ready(self) -> None:
+        """A batch is at hand, and its step begins."""
+        if self._on_gpu and self._ended is not None:
+            self._gaps.append((self._ended, _now()))
 
     def step(self, waited: float) -> None:
-        """Count a step that waited so many seconds for its batch."""
+        """Count a step for whose batch the host waited so many seconds."""
+        if self._on_gpu:
+            self._ended = _now()
         if self._settle:
             self._settle -= 1
             self._restart()
@@ -51,11 +71,18 @@ class Throughput:
     def pause(self, seconds: float) -> None:
         """Exclude the last so many seconds."""
         self._from += seconds
+        self._ended = None
 
     def pop(self) -> dict[str, float]:
         """Since the last call: ``data_wait``, a fraction, and ``images_per_second`` if steps were counted."""
-        spent = max(time.perf_counter() - self._from, 1e-9)
         waited, steps = self._waited, self._steps
+        if self._on_gpu:
+            if self._gaps:
+                self._gaps[-1][1].synchronize()
+            waited = sum(ended.elapsed_time(begun) for ended, begun in self._gaps) / 1000
+            # What follows, such as writing the figures, is no wait for data.
+            self._ended = None
+        spent = max(time.perf_counter() - self._from, waited, 1e-9)
         self._restart()
         values = {"data_wait": waited / spent}
         if steps:
@@ -93,3 +120,10 @@ class Throughput:
         self.training, self.data = state["seconds"]["training"], state["seconds"]["data"]
         self.images = state["images_timed"]
         self.by_size = {size: tuple(pair) for size, pair in state["seconds"].get("by_size", {}).items()}
+
+
+def _now() -> torch.cuda.Event:
+    """An event behind what the current stream has been given so far."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import DataError
@@ -44,6 +45,47 @@ def test_throughput_counts_steps_without_settling_and_pauses(clock):
     assert "images_per_second" not in speed.pop(), "no step, no speed"
     assert speed.images_per_second == pytest.approx(4)
     assert speed.training == pytest.approx(8)
+
+
+def test_on_a_gpu_the_data_wait_is_what_the_gpu_waits(clock, monkeypatch):
+    # The host waits almost all the time, the device only from the end of a step to the begin of the next one.
+    device = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.milliseconds = device[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, later):
+            return later.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(throughput.torch.cuda, "Event", Event)
+    speed = Throughput(batch=8, settle=0, device=torch.device("cuda"))
+    speed.begin()
+    for _ in range(4):
+        clock[0] += 1.0
+        device[0] += 200
+        speed.ready()
+        device[0] += 800
+        speed.step(0.95)
+    assert speed.pop() == {"data_wait": pytest.approx(3 * 0.2 / 4), "images_per_second": pytest.approx(8)}
+    device[0] += 5000  # the figures are written
+    for _ in range(2):
+        speed.ready()
+        clock[0] += 1.0
+        device[0] += 1000
+        speed.step(0.95)
+    clock[0] += 3
+    device[0] += 3000
+    speed.pause(3)
+    speed.ready()
+    assert speed.pop()["data_wait"] == 0
+    assert speed.data_wait == pytest.approx(0.6 / 6)
 
 
 def test_throughput_goes_on_after_a_checkpoint(clock):
