@@ -94,21 +94,35 @@ def test_what_fails_for_another_reason_than_a_file_is_raised(folder, monkeypatch
         epoch(pipe, 0)
 
 
-def test_the_first_batch_of_a_graph_is_full_and_of_jpeg_files(folder, monkeypatch):
-    # By the first batch nvImageCodec fixes how many images of each later one the JPEG decoder in hardware takes.
-    fed = []
+@pytest.fixture
+def fed(monkeypatch):
+    """The first bytes of each file, by batch, in the order in which batches are fed to a graph."""
+    batches = []
     feed = Pipeline.feed_input
 
     def record(graph, name, values, *rest, **options):
         if name == "encoded":
-            fed.append([bytes(memoryview(np.asarray(file))[:3]) for file in values])
+            batches.append([bytes(memoryview(np.asarray(file))[:3]) for file in values])
         return feed(graph, name, values, *rest, **options)
 
     monkeypatch.setattr(Pipeline, "feed_input", record)
+    return batches
+
+
+def test_the_first_batches_of_a_graph_are_full_and_of_jpeg_files(folder, fed):
+    # By the first batch nvImageCodec fixes how many images of each later one the JPEG decoder in hardware takes.
     epoch(pipeline(folder), 0)
-    for first in fed[:2]:
-        assert first == [b"\xff\xd8\xff"] * 4
-    assert [len(each) for each in fed[2:]] == [4] * 5
+    blank = dali_pipeline._DEPTH
+    assert fed[:blank] == [[b"\xff\xd8\xff"] * 4] * blank
+    assert [len(each) for each in fed[blank:]] == [4] * 5
+
+
+def test_the_next_batches_are_prepared_beside_a_step(folder, fed):
+    pipe = pipeline(folder)
+    pipe.set_epoch(0)
+    depth = dali_pipeline._DEPTH
+    found = [len(fed) - depth for _ in pipe]
+    assert found == [min(depth + number, 5) for number in range(5)], "the batch comes before more are fed"
 
 
 def test_views_are_held_for_their_kernels_also_where_an_epoch_is_left(folder, monkeypatch):

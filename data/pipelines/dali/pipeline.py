@@ -38,8 +38,8 @@ from synco_fast.data.workers import available_cores, start_threads
 
 __all__ = ["DaliPipeline", "dali_evaluation"]
 
-#: Batches that the graph works on at a time.
-_DEPTH = 2
+#: Batches that the graph works on at a time, one less while a step takes one.
+_DEPTH = 3
 
 
 class DaliPipeline(EpochPipeline):
