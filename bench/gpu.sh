@@ -20,14 +20,15 @@
 #   sanitizers  memcheck, initcheck and racecheck on one small call, if compute-sanitizer is installed
 #   train       the demo run, which makes its own images; needs pydantic
 #
-# The stage `step` (the training step by backend and engine) runs only if named. The results in OUT_DIR are summary.txt and
+# Two stages run only if named: `step`, the training step by backend and engine, and `data`, the pipelines on drawn photos
+# and a ResNet-50 that DALI feeds with them, which needs pydantic and DALI. The results in OUT_DIR are summary.txt and
 # gpu.tar.gz, with all figures as JSON lines and all logs; it is packed again after each stage. --cache takes the output of
 # bench/compile_cache.sh, or triton-cache.tar.gz of an earlier run. That of this run has the kernels that no --cache had,
 # unless they are more than 40 MiB. --dry runs the stages on a CPU, with interpreted kernels and small shapes. The exit code
 # is that of the worst stage.
 set -u
 usage() { echo "usage: bench/gpu.sh [--stage NAME]... [--cache FILE]... [--dry] OUT_DIR" >&2; exit 2; }
-TIMED=(stages launches variants norm ncu compare step) UNTIMED=(tests sanitizers train)
+TIMED=(stages launches variants norm ncu compare step data) UNTIMED=(tests sanitizers train)
 WANTED=() CACHES=() DRY=0 TARGET=""
 while [ $# -gt 0 ]; do
   case $1 in
@@ -250,6 +251,35 @@ do_compare() {
 do_step() {
   part step 120 "${SYNCO[@]}" bench step --config synco-r50-200 --subjects encoder-plain encoder synco moco \
     --engines graph eager --backends triton --steps 10 --rounds 1 --json "$WORK/gpu/step.json"
+}
+
+do_data() {
+  local photos="$WORK/photos" views=(--photos 512 --batch 256 --seconds 4 --rounds 2) size=(--max-steps 400) copies=256
+  local pipelines=(torchvision dali dali-fused)
+  has pydantic && has nvidia.dali || { note data "not there" 0; return; }
+  if [ "$DRY" = 1 ]; then
+    pipelines=(torchvision dali)
+    views=(--photos 16 --batch 8 --seconds 1 --rounds 1 --workers 1 --device cpu) copies=2
+    size=(--max-steps 2 --training.device cpu --training.batch 16 --augment.size 64 --method.queue 32)
+    size+=(--method.hard 8 --data.workers 1)
+  fi
+  part data 150 env --unset TRITON_INTERPRET "${SYNCO[@]}" bench data --pipelines "${pipelines[@]}" \
+    --folder "$photos" "${views[@]}" --json "$WORK/gpu/data.json"
+  # Each photo under many names, since the queue needs more images than are drawn.
+  "$PYTHON" - "$photos" "$WORK/many" "$copies" <<'PY'
+import os
+import sys
+
+photos, many, copies = sys.argv[1], sys.argv[2], int(sys.argv[3])
+for number in range(copies):
+    os.makedirs(f"{many}/{number:03d}")
+    for name in os.listdir(photos):
+        os.link(f"{photos}/{name}", f"{many}/{number:03d}/{name}")
+PY
+  part data-train 160 env --unset TRITON_INTERPRET XDG_CACHE_HOME="$WORK/cache" "${SYNCO[@]}" pretrain \
+    --config synco-r50-200 --data "$WORK/many" --data.pipeline dali --method.warmup_epochs 0 --evaluation.every 0 \
+    --out "$WORK/data-run" "${size[@]}"
+  [ ! -f "$WORK/data-run/metrics.jsonl" ] || cp "$WORK/data-run/metrics.jsonl" "$WORK/gpu/data-metrics.txt"
 }
 
 "$PYTHON" - > "$WORK/gpu/environment.json" <<'PY'

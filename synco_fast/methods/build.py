@@ -74,10 +74,11 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
             batch_norm_groups=1 if fused else groups,
         )
         name = f"{model.backbone} with {model.backbone_args}" if model.backbone_args else model.backbone
-        kept = check_input(backbone, config.augment.size, name, features)
-        for smaller in config.augment.sides[:-1]:
-            check_input(backbone, smaller, name, features, "augment.min_size")
         images = training.batch // processes // training.accumulate
+        together = images * processes if model.sync_batch_norm else images // groups
+        kept = check_input(backbone, config.augment.size, name, features, together=together)
+        for smaller in config.augment.sides[:-1]:
+            check_input(backbone, smaller, name, features, "augment.min_size", together)
         check_memory(
             # At least: in two bytes a number, where the format may have as few.
             images * kept * (4 if training.precision in ("fp32", "tf32") else 2),

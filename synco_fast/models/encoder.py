@@ -126,7 +126,9 @@ def parameters_of(name: str, arguments: dict[str, Any]) -> int:
 
 
 @torch.no_grad()
-def check_input(module: nn.Module, size: int, name: str, width: int, key: str = "augment.size") -> int:
+def check_input(
+    module: nn.Module, size: int, name: str, width: int, key: str = "augment.size", together: int = 2
+) -> int:
     """Run one blank image through the backbone, so that an unsupported size is reported before training.
 
     Args:
@@ -135,14 +137,16 @@ def check_input(module: nn.Module, size: int, name: str, width: int, key: str = 
         name: What the message calls the backbone.
         width: How many features it should give.
         key: The key of the configuration that the size comes from.
+        together: Images whose statistics a batch norm takes together.
 
     Returns:
         How many numbers a training step must keep of one image at least: the inputs of convolutions and linear layers.
 
     Raises:
-        ConfigError: The backbone does not support images of this size.
+        ConfigError: The backbone does not support images of this size, or a batch norm would get one value a channel.
     """
     kept = 0
+    fewest = 2  # or more values of a channel, or 1
     seen: weakref.WeakSet[Tensor] = weakref.WeakSet()  # layers side by side keep one input
 
     def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -151,9 +155,18 @@ def check_input(module: nn.Module, size: int, name: str, width: int, key: str = 
             kept += inputs[0].numel()
             seen.add(inputs[0])
 
+    def count(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal fewest
+        if inputs and isinstance(inputs[0], Tensor):
+            fewest = min(fewest, together * inputs[0][0, 0].numel())
+
     was_training = module.training
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    hooks = []
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            hooks.append(layer.register_forward_pre_hook(keep))
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            hooks.append(layer.register_forward_pre_hook(count))
     try:
         features = module.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # whatever a model's own checks raise
@@ -165,5 +178,10 @@ def check_input(module: nn.Module, size: int, name: str, width: int, key: str = 
     if features.dim() != 2 or features.shape[1] != width:
         raise ConfigError(
             f"model.backbone: found {name}, whose output has shape {tuple(features.shape)}, expected (B, {width})"
+        )
+    if fewest == 1:
+        raise ConfigError(
+            f"{key}: found {size}, at which a batch norm of {name} gets one value a channel, expected larger images, "
+            "more of them (training.batch), or fewer groups (model.batch_norm_groups)"
         )
     return kept

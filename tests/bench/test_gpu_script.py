@@ -155,6 +155,15 @@ def test_without_pydantic_the_demo_run_is_left_out(stubbed):
     assert re.search(r"^train +not there", said, re.M)
 
 
+def test_the_stage_with_data_needs_dali(stubbed):
+    parts, said = stubbed("--stage", "data")
+    views, train = (rest for *_, rest in ((*part[:2], part[2:]) for part in parts))
+    assert views[views.index("--pipelines") + 1 :][:3] == ("torchvision", "dali", "dali-fused")
+    assert train[train.index("--data.pipeline") + 1] == "dali"
+    _, said = stubbed("--stage", "data", missing="nvidia.dali")
+    assert re.search(r"^data +not there", said, re.M)
+
+
 def test_compiled_kernels_come_back_but_for_those_that_were_given(stubbed, tmp_path):
     given, kernel = tmp_path / "given.tar.gz", tmp_path / "OLD" / "kernel.cubin"
     kernel.parent.mkdir()

@@ -66,6 +66,18 @@ def test_a_network_or_a_batch_beyond_memory(monkeypatch, changes, room, says):
     assert refused(**changes).startswith(says)
 
 
+def test_each_group_of_images_needs_more_than_one_value_a_channel():
+    few = {
+        "model.backbone": "resnet18",
+        "model.backbone_args": {},
+        "augment.size": 32,
+        "training.batch": 8,
+        "model.batch_norm_groups": 8,
+    }
+    assert refused(**few).startswith("augment.size: found 32, at which a batch norm of resnet18 gets one value a chan")
+    assert build_method(build_config(TINY, few | {"model.batch_norm_groups": 4}))
+
+
 def test_micro_batches_and_formats_take_less(monkeypatch):
     """The least size: inputs of convolutions and linear layers, an image's times the images at a time."""
     needed = []

@@ -56,6 +56,14 @@ def test_a_size_that_the_backbone_cannot_take():
         check_input(backbone, 64, "vit_b_32", 768)
 
 
+def test_a_batch_norm_needs_two_values_a_channel():
+    backbone, width = build_backbone("resnet18")
+    assert check_input(backbone, 32, "resnet18", width, together=2)
+    assert check_input(backbone, 64, "resnet18", width, together=1)
+    with pytest.raises(ConfigError, match=r"augment\.size: found 32, at which a batch norm of resnet18 gets one value"):
+        check_input(backbone, 32, "resnet18", width, together=1)
+
+
 def test_the_head_is_that_of_moco_v2():
     encoder = Encoder(nn.Identity(), 2048, 128)
     shapes = [tuple(layer.weight.shape) for layer in encoder.head if isinstance(layer, nn.Linear)]
