@@ -165,7 +165,7 @@ do_launches() {
 do_variants() {
   local most=()
   [ "$DRY" = 0 ] || most=(--most 2)
-  part variants 150 "$PYTHON" -m synco_fast.bench.variants --repeats "$REPEATS" "${most[@]}" "${SHAPE[@]}"
+  part variants 110 "$PYTHON" -m synco_fast.bench.variants --repeats "$REPEATS" "${most[@]}" "${SHAPE[@]}"
 }
 
 do_norm() {

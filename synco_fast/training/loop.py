@@ -201,6 +201,7 @@ class Trainer(Generic[SummaryT]):
         self.throughput.begin(task.view_size(self.step))
         while self.step < end and not self.stopping.agreed:
             asked = time.perf_counter()
+            self.throughput.asked()
             batch = next(batches)
             waited = time.perf_counter() - asked
             self.throughput.ready()

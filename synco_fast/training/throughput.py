@@ -14,8 +14,8 @@ class Throughput:
     """Counts steps and time, excluding the first few steps, evaluations and checkpoints.
 
     The host queues a step on a GPU and then waits for the next batch while the GPU works. So on a GPU the data wait is
-    the time between a step's end and the next one's begin there, by events on the current stream. It includes kernels
-    that make views between two steps.
+    the time there from when a batch is asked for, or from the end of the step before if that is later, to the start of
+    the next step. Two events on the current stream measure it. It includes kernels that make views.
 
     Args:
         batch: Images per step, over all processes.
@@ -31,8 +31,8 @@ class Throughput:
     def __init__(self, batch: int, settle: int, device: torch.device | None = None) -> None:
         self._batch, self._settle, self._settling = batch, settle, settle
         self._on_gpu = device is not None and device.type == "cuda"
-        self._ended: torch.cuda.Event | None = None
-        #: The end of a step and the begin of the next one.
+        self._asked: torch.cuda.Event | None = None
+        #: Behind all steps so far, and before the next one.
         self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.training = self.data = 0.0
         self.images = 0
@@ -45,22 +45,24 @@ class Throughput:
         if size is not None and self._size not in (None, size):
             self._settle = self._settling
         self._size = size
-        self._ended = None
         self._restart()
 
     def _restart(self) -> None:
         self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
         self._gaps.clear()
 
+    def asked(self) -> None:
+        """A batch is asked for."""
+        if self._on_gpu:
+            self._asked = _now()
+
     def ready(self) -> None:
-        """A batch is at hand, and its step begins."""
-        if self._on_gpu and self._ended is not None:
-            self._gaps.append((self._ended, _now()))
+        """The batch is at hand, and its step starts."""
+        if self._asked is not None:
+            self._gaps.append((self._asked, _now()))
 
     def step(self, waited: float) -> None:
         """Count a step for whose batch the host waited so many seconds."""
-        if self._on_gpu:
-            self._ended = _now()
         if self._settle:
             self._settle -= 1
             self._restart()
@@ -71,7 +73,6 @@ class Throughput:
     def pause(self, seconds: float) -> None:
         """Exclude the last so many seconds."""
         self._from += seconds
-        self._ended = None
 
     def pop(self) -> dict[str, float]:
         """Since the last call: ``data_wait``, a fraction, and ``images_per_second`` if steps were counted."""
@@ -79,9 +80,7 @@ class Throughput:
         if self._on_gpu:
             if self._gaps:
                 self._gaps[-1][1].synchronize()
-            waited = sum(ended.elapsed_time(begun) for ended, begun in self._gaps) / 1000
-            # What follows, such as writing the figures, is no wait for data.
-            self._ended = None
+            waited = sum(asked.elapsed_time(ready) for asked, ready in self._gaps) / 1000
         spent = max(time.perf_counter() - self._from, waited, 1e-9)
         self._restart()
         values = {"data_wait": waited / spent}

@@ -111,7 +111,10 @@ def fed(monkeypatch):
 
 def test_the_first_batches_of_a_graph_are_full_and_of_jpeg_files(folder, fed):
     # By the first batch nvImageCodec fixes how many images of each later one the JPEG decoder in hardware takes.
-    epoch(pipeline(folder), 0)
+    pipe = pipeline(folder)
+    assert pipe._runner._blank == 1, "on a CPU"
+    pipe._runner._blank = 4  # as on a GPU
+    epoch(pipe, 0)
     blank = dali_pipeline._DEPTH
     assert fed[:blank] == [[b"\xff\xd8\xff"] * 4] * blank
     assert [len(each) for each in fed[blank:]] == [4] * 5

@@ -65,27 +65,27 @@ def test_on_a_gpu_the_data_wait_is_what_the_gpu_waits(clock, monkeypatch):
             return later.milliseconds - self.milliseconds
 
     monkeypatch.setattr(throughput.torch.cuda, "Event", Event)
-    speed = Throughput(batch=8, settle=0, device=torch.device("cuda"))
+    speed = Throughput(batch=8, settle=1, device=torch.device("cuda"))
     speed.begin()
-    for _ in range(4):
-        clock[0] += 1.0
+
+    def step():
+        speed.asked()  # as soon as the device is at the end of the step before
         device[0] += 200
         speed.ready()
         device[0] += 800
-        speed.step(0.95)
-    assert speed.pop() == {"data_wait": pytest.approx(3 * 0.2 / 4), "images_per_second": pytest.approx(8)}
-    device[0] += 5000  # the figures are written
-    for _ in range(2):
-        speed.ready()
         clock[0] += 1.0
-        device[0] += 1000
         speed.step(0.95)
-    clock[0] += 3
-    device[0] += 3000
-    speed.pause(3)
-    speed.ready()
-    assert speed.pop()["data_wait"] == 0
-    assert speed.data_wait == pytest.approx(0.6 / 6)
+
+    step()  # settles
+    for _ in range(4):
+        step()
+    assert speed.pop() == {"data_wait": pytest.approx(0.2), "images_per_second": pytest.approx(8)}
+    device[0] += 5000  # the figures are written
+    clock[0] += 5
+    speed.pause(5)
+    step()
+    assert speed.pop() == {"data_wait": pytest.approx(0.2), "images_per_second": pytest.approx(8)}, "one step a line"
+    assert speed.data_wait == pytest.approx(0.2)
 
 
 def test_throughput_goes_on_after_a_checkpoint(clock):

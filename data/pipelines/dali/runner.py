@@ -72,7 +72,8 @@ class GraphRunner:
         self._wrong = wrong
         self._gather = gather or (lambda outputs: [from_dlpack(views.as_tensor()) for views in outputs])
         self._build, self._inputs, self._reader, self._device, self._depth = build, inputs, reader, device, depth
-        self._batch = batch
+        #: Blank images in a new graph's first batches, see `_start`. The CPU has no other decoder to share them with.
+        self._blank = 1 if device is None else batch
         self._graph: Pipeline | None = None
         #: The arrays of finished batches, kept for a while: a copy to the GPU may still be in flight.
         self._done: deque[_Fed] = deque(maxlen=depth)
@@ -106,8 +107,8 @@ class GraphRunner:
                     self._fill(under_way, source)
                     continue
                 batch, _ = fed = under_way.popleft()
-                # To receive, feed and free 256 files takes the host some 15 ms. The caller queues its step on a GPU
-                # before that, so that the device has work meanwhile.
+                # To receive, feed and free 256 files takes the host some 15 ms. By then the caller has queued its step,
+                # on which a GPU works meanwhile.
                 try:
                     with self._held_afterwards(outputs):
                         yield batch, outputs
@@ -153,13 +154,13 @@ class GraphRunner:
     def _start(self) -> Pipeline:
         """Build the graph and run blank images through it, since its first run takes several batches at once.
 
-        They are JPEG files and fill a batch: by the first batch nvImageCodec fixes how many images of each later one
-        the JPEG decoder in hardware takes.
+        They are JPEG files, and on a GPU they fill a batch: by the first batch nvImageCodec fixes how many images of
+        each later one the JPEG decoder in hardware takes.
         """
         graph = self._build()
         file = io.BytesIO()
         Image.new("RGB", _BLANK).save(file, "JPEG")
-        blank = self._reader.gather(0, [(0, (file.getvalue(), _BLANK, 0, {}))] * self._batch)
+        blank = self._reader.gather(0, [(0, (file.getvalue(), _BLANK, 0, {}))] * self._blank)
         inputs = self._inputs(blank)
         for _ in range(self._depth):
             graph.feed_input("encoded", blank.files())

@@ -37,6 +37,25 @@ def test_words_are_equal_and_normal_numbers_nearly():
 
 
 @triton.jit
+def _normal(p_word, p_found, SIGMA: tl.constexpr, N: tl.constexpr):
+    o = tl.arange(0, N)
+    word = tl.load(p_word + o).to(tl.uint32)
+    near, _, far, _ = normal(word, word * 0, word, word * 0, SIGMA=SIGMA, DEVICE=False)
+    tl.store(p_found + o, near)
+    tl.store(p_found + N + o, far)
+
+
+def test_the_largest_and_smallest_normal_numbers_are_right():
+    # The ends of u, and both sides of the limit beyond which a series stands for the logarithm.
+    limit = 2**32 - 2**26
+    words = torch.tensor([0, 511, 512, 2**32 - 1, 2**32 - 512, 2**32 - 513, limit - 512, limit + 511])
+    found = torch.zeros(2, 8)
+    _normal[(1,)](words, found, SIGMA=0.01, N=8)
+    exact = 0.01 * rng.normal((words, words * 0, words, words * 0), torch.float64)
+    torch.testing.assert_close(found.double(), exact[:, [0, 2]].T.contiguous(), rtol=1e-6, atol=2e-8)
+
+
+@triton.jit
 def _pick(p_word, p_more, p_found, size, N: tl.constexpr):
     o = tl.arange(0, N)
     word, more = tl.load(p_word + o).to(tl.uint32), tl.load(p_more + o).to(tl.uint32)
