@@ -123,7 +123,7 @@ def _keys(p_queue, p_key, o_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: 
 
 @triton.jit
 def _four_normal(c0, c1, k0, k1, lane, NUMBER: tl.constexpr, SIGMA: tl.constexpr, DEVICE: tl.constexpr):
-    """Four normal numbers for each slot and lane of the counter, (SLOTS, lanes, 4)."""
+    """Four normal numbers of deviation SIGMA for each slot and lane of the counter, (SLOTS, lanes, 4)."""
     many = (c1 * 0)[:, None] + lane[None, :] * 0
     w0, w1, w2, w3 = philox(many + c0, many + c1[:, None], many + NUMBER, many + lane[None, :], k0, k1)
     e0, e1, e2, e3 = normal(w0, w1, w2, w3, SIGMA, DEVICE)
@@ -144,7 +144,7 @@ def _noise(
     RUN: tl.constexpr,
     DEVICE: tl.constexpr,
 ):
-    """Normal numbers of a block of slots for PIECE dimensions from FIRST on, (SLOTS, PIECE).
+    """Normal numbers of deviation SIGMA of a block of slots for PIECE dimensions from FIRST on, (SLOTS, PIECE).
 
     A thread holds RUN (4 or 8) consecutive numbers of a vector. It draws exactly these, so none moves between threads.
     """

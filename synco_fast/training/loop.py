@@ -200,13 +200,10 @@ class Trainer(Generic[SummaryT]):
         batches = iter(task.batches(self.step))
         self.throughput.begin(task.view_size(self.step))
         while self.step < end and not self.stopping.agreed:
-            asked = time.perf_counter()
-            self.throughput.asked()
-            batch = next(batches)
-            waited = time.perf_counter() - asked
-            self.throughput.ready()
+            with self.throughput.waiting():
+                batch = next(batches)
             self._train_step(batch)
-            self.throughput.step(waited)
+            self.throughput.step()
             self.reporter.step(self.step, title)
             log_due = self.step % task.settings.log_every == 0 or self.step == self.steps
             if log_due or task.device.type == "cpu":

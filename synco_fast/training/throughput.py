@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from synco_fast.runtime.phases import Mark, mark, seconds_between
 
 __all__ = ["Throughput"]
 
@@ -31,14 +35,13 @@ class Throughput:
     def __init__(self, batch: int, settle: int, device: torch.device | None = None) -> None:
         self._batch, self._settle, self._settling = batch, settle, settle
         self._on_gpu = device is not None and device.type == "cuda"
-        self._asked: torch.cuda.Event | None = None
-        #: Behind all steps so far, and before the next one.
-        self._gaps: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        #: When each batch was asked for, and when it was there.
+        self._waits: list[tuple[Mark, Mark]] = []
         self.training = self.data = 0.0
         self.images = 0
         self.by_size: dict[int, tuple[float, int]] = {}
         self._size: int | None = None
-        self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._restart()
 
     def begin(self, size: int | None = None) -> None:
         """Start counting now, with views of this side if it changes during the run."""
@@ -48,26 +51,22 @@ class Throughput:
         self._restart()
 
     def _restart(self) -> None:
-        self._from, self._waited, self._steps = time.perf_counter(), 0.0, 0
-        self._gaps.clear()
+        self._from, self._steps = time.perf_counter(), 0
+        self._waits.clear()
 
-    def asked(self) -> None:
-        """A batch is asked for."""
-        if self._on_gpu:
-            self._asked = _now()
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context around the request for a batch."""
+        asked = mark(cuda=self._on_gpu)
+        yield
+        self._waits.append((asked, mark(cuda=self._on_gpu)))
 
-    def ready(self) -> None:
-        """The batch is at hand, and its step starts."""
-        if self._asked is not None:
-            self._gaps.append((self._asked, _now()))
-
-    def step(self, waited: float) -> None:
-        """Count a step for whose batch the host waited so many seconds."""
+    def step(self) -> None:
+        """Count a step."""
         if self._settle:
             self._settle -= 1
             self._restart()
             return
-        self._waited += waited
         self._steps += 1
 
     def pause(self, seconds: float) -> None:
@@ -76,11 +75,10 @@ class Throughput:
 
     def pop(self) -> dict[str, float]:
         """Since the last call: ``data_wait``, a fraction, and ``images_per_second`` if steps were counted."""
-        waited, steps = self._waited, self._steps
-        if self._on_gpu:
-            if self._gaps:
-                self._gaps[-1][1].synchronize()
-            waited = sum(asked.elapsed_time(ready) for asked, ready in self._gaps) / 1000
+        for _, ready in self._waits[-1:]:
+            if isinstance(ready, torch.cuda.Event):
+                ready.synchronize()
+        waited, steps = sum(seconds_between(*wait) for wait in self._waits), self._steps
         spent = max(time.perf_counter() - self._from, waited, 1e-9)
         self._restart()
         values = {"data_wait": waited / spent}
@@ -119,10 +117,3 @@ class Throughput:
         self.training, self.data = state["seconds"]["training"], state["seconds"]["data"]
         self.images = state["images_timed"]
         self.by_size = {size: tuple(pair) for size, pair in state["seconds"].get("by_size", {}).items()}
-
-
-def _now() -> torch.cuda.Event:
-    """An event behind what the current stream has been given so far."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event

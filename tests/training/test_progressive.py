@@ -134,7 +134,7 @@ def test_throughput_is_told_by_side_and_settles_after_a_change(monkeypatch):
         speed.begin(size)
         for _ in range(3):
             now[0] += seconds
-            speed.step(0)
+            speed.step()
         speed.pop()
     assert speed.by_size == {16: (5.0, 40), 32: (8.0, 16)}, "the first step of each side compiles"
     assert speed.images_per_second_by_size == {"16": 8, "32": 2}

@@ -32,12 +32,11 @@ def clock(monkeypatch):
 
 def test_throughput_counts_steps_without_settling_and_pauses(clock):
     speed = Throughput(batch=8, settle=2)
-    for _ in range(2):
-        clock[0] += 50  # compiling
-        speed.step(40)
-    for _ in range(4):
-        clock[0] += 2
-        speed.step(0.5)
+    for waited, trained in ((40, 10), (40, 10), *[(0.5, 1.5)] * 4):  # the first two compile
+        with speed.waiting():
+            clock[0] += waited
+        clock[0] += trained
+        speed.step()
     clock[0] += 30  # an evaluation
     speed.pause(30)
     assert speed.pop() == {"data_wait": pytest.approx(0.25), "images_per_second": pytest.approx(4)}
@@ -48,7 +47,7 @@ def test_throughput_counts_steps_without_settling_and_pauses(clock):
 
 
 def test_on_a_gpu_the_data_wait_is_what_the_gpu_waits(clock, monkeypatch):
-    # The host waits almost all the time, the device only from the end of a step to the begin of the next one.
+    # The host waits almost all the time, the device only from the end of a step to the start of the next one.
     device = [0.0]
 
     class Event:
@@ -69,12 +68,12 @@ def test_on_a_gpu_the_data_wait_is_what_the_gpu_waits(clock, monkeypatch):
     speed.begin()
 
     def step():
-        speed.asked()  # as soon as the device is at the end of the step before
-        device[0] += 200
-        speed.ready()
+        with speed.waiting():  # from the end of the step before on
+            clock[0] += 0.95
+            device[0] += 200
+        clock[0] += 0.05
         device[0] += 800
-        clock[0] += 1.0
-        speed.step(0.95)
+        speed.step()
 
     step()  # settles
     for _ in range(4):
@@ -91,13 +90,15 @@ def test_on_a_gpu_the_data_wait_is_what_the_gpu_waits(clock, monkeypatch):
 def test_throughput_goes_on_after_a_checkpoint(clock):
     one, other = Throughput(8, 0), Throughput(8, 0)
     one.begin()
-    clock[0] += 4
-    one.step(1)
+    with one.waiting():
+        clock[0] += 1
+    clock[0] += 3
+    one.step()
     one.pop()
     other.load_state_dict(one.state_dict())
     other.begin()
     clock[0] += 1
-    other.step(0)
+    other.step()
     other.pop()
     assert other.images_per_second == pytest.approx(16 / 5)
     assert other.data_wait == pytest.approx(1 / 5)
