@@ -81,6 +81,31 @@ def test_a_held_out_class_that_training_does_not_have(image_folder):
         open_source(str(image_folder))
 
 
+def test_tiny_imagenet_as_it_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, pairs = tmp_path / "tiny", [("val_0", "n02"), ("val_1", "n01"), ("val_10", "n02")]
+    files = [*(f"train/{name}/images/{name}_0.JPEG" for name in ("n01", "n02", "n03"))]
+    for file in (*files, *(f"val/images/{name}.JPEG" for name, _ in pairs), "test/images/test_0.JPEG"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels()).save(root / file)
+    annotations = root / "val" / "val_annotations.txt"
+    annotations.write_text("".join(f"{name}.JPEG\t{label}\t0\t32\t44\t62\n" for name, label in reversed(pairs)))
+    source = open_source(str(root))
+    assert source.notes == [f"{root}: not read: test/"]
+    assert source.train.labels.tolist() == [0, 1, 2]
+    assert source.validation.labels.tolist() == [1, 0, 1]
+    assert source.validation.classes == ("n01", "n02", "n03")
+    keep_list(source.validation, {2: "it is corrupt"})
+    assert open_source(str(root)).validation.labels.tolist() == [1, 0]
+    annotations.write_text(annotations.read_text().replace("val_1.JPEG\tn01", "val_1.JPEG\tn03"))
+    os.utime(annotations, ns=(1, 1))
+    assert open_source(str(root)).validation.labels.tolist() == [1, 2, 1], "other classes than when it was checked"
+    annotations.write_text("val_0.JPEG\tn02\n")
+    os.utime(annotations, ns=(2, 2))
+    with pytest.raises(DataError, match=r"found no class of images/val_1\.JPEG in .*val_annotations\.txt"):
+        open_source(str(root))
+
+
 def test_splits_deeper_in_the_folder_are_named(image_folder, tmp_path):
     """As in Kaggle's archive of ImageNet: all images would be one class, the held-out ones among them."""
     (tmp_path / "all" / "Data").mkdir(parents=True)
