@@ -32,7 +32,10 @@ __all__ = [
     "write_results",
 ]
 
-SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER, cifar:FOLDER or demo"
+SOURCE = (
+    "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER, cifar:FOLDER, "
+    "stl10:FOLDER or demo"
+)
 CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 
@@ -101,7 +104,7 @@ def check_source(source: str) -> None:
     from synco_fast.data.sources.walk import is_image
 
     prefix, _, rest = source.rpartition(":")
-    if source == "demo" or prefix not in ("", "idx", "cifar", "tar"):
+    if source == "demo" or prefix not in ("", "idx", "cifar", "stl10", "tar"):
         return
     folder = Path(rest).expanduser()
     inside = folder.iterdir() if folder.is_dir() else ()
