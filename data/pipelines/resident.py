@@ -114,9 +114,8 @@ class ResidentPipeline(EpochPipeline):
 
     def close(self) -> None:
         """Free the memory; the pipeline yields nothing afterwards."""
-        del self._pixels
-        if self._make is not None:
-            del self._flat
+        for name in ("_pixels", "_flat"):
+            self.__dict__.pop(name, None)
 
     @property
     def kernel_input(self) -> dict[str, Any]:
