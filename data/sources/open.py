@@ -268,8 +268,18 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
         stream: How a stream is read.
 
     Raises:
-        DataError: There is no such source, or the prefix is unknown.
+        DataError: There is no such source, it cannot be read, or the prefix is unknown.
     """
+    place = spec if spec.startswith("~") else spec.partition(":")[2]
+    if place.startswith("~") and os.path.expanduser(place) == place:  # noqa: PTH111 - which raises another error
+        raise DataError(f"data: found {spec!r}, expected a user of this machine behind ~")
+    try:
+        return _open(spec, limits, stream)
+    except OSError as error:  # a folder without the right to enter it, or a name that is too long
+        raise DataError(f"data: cannot read {error.filename or spec} ({error.strerror or error})") from error
+
+
+def _open(spec: str, limits: Limits, stream: StreamSettings | None) -> Source:
     if spec == "demo":
         return open_folder(make_demo(demo_folder()))
     prefix, colon, rest = spec.partition(":")

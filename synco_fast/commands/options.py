@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -106,8 +107,10 @@ def check_source(source: str) -> None:
     prefix, _, rest = source.rpartition(":")
     if source == "demo" or prefix not in ("", "idx", "cifar", "stl10", "tar"):
         return
-    folder = Path(rest).expanduser()
-    inside = folder.iterdir() if folder.is_dir() else ()
+    inside: list[Path] = []
+    with suppress(OSError, RuntimeError):  # no right to enter it, no such user: opening it says so
+        folder = Path(rest).expanduser()
+        inside = [*folder.iterdir()] if folder.is_dir() else []
     if not any(prefix or is_image(entry.name) or entry.is_dir() for entry in inside):
         open_source(source)
 

@@ -96,7 +96,8 @@ class GraphRunner:
         """
         source = iter(batches)
         self._drain(self._under_way)
-        self._under_way = under_way = deque()
+        under_way: deque[_Fed] = deque()
+        self._under_way = under_way
         try:
             self._fill(under_way, source)
             while under_way:
