@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from synco_fast.data.errors import DataError
+from synco_fast.data.errors import DataError, one_line
 from synco_fast.data.sources.cifar import load_cifar
 from synco_fast.data.sources.columns import NONE, split_options
 from synco_fast.data.sources.decode import LIMITS, Limits
@@ -281,7 +281,11 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
 
 def _open(spec: str, limits: Limits, stream: StreamSettings | None) -> Source:
     if spec == "demo":
-        return open_folder(make_demo(demo_folder()))
+        try:
+            folder = make_demo(demo_folder())
+        except ValueError as error:
+            raise DataError(f"data: {one_line(error)}") from error
+        return open_folder(folder)
     prefix, colon, rest = spec.partition(":")
     if colon and prefix == "idx":
         return open_idx(Path(rest).expanduser())

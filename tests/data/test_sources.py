@@ -2,6 +2,7 @@ import gzip
 import os
 import shutil
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from synco_fast.cli import main
 from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.sources import decode
 from synco_fast.data.sources.check import keep_list
 from synco_fast.data.sources.columns import number_labels
 from synco_fast.data.sources.layout import split_of
@@ -209,6 +211,10 @@ def test_pixels_of_more_bits_keep_their_range(tmp_path):
         "float-65535.tif": (sixteen.astype(np.float32), eight),
         "float-signed.tif": ((grey / 127.5 - 1).astype(np.float32), (2 * grey - 255).clip(0, 255)),
         "float-nan.tif": (np.where(grey > 250, np.nan, grey / 255).astype(np.float32), np.where(grey > 250, 0, grey)),
+        "float-infinite.tif": (
+            np.where(grey > 250, np.inf, np.where(grey < 5, -np.inf, grey / 255)).astype(np.float32),
+            np.where(grey > 250, 255, np.where(grey < 5, 0, grey)),
+        ),
         "int-255.tif": (grey.round().astype(np.int32), eight),
         "int-65535.tif": (sixteen.astype(np.int32), eight),
         "sixteen.tif": (sixteen.astype(np.uint16), eight),
@@ -221,6 +227,19 @@ def test_pixels_of_more_bits_keep_their_range(tmp_path):
             (tmp_path / name).write_bytes(b"P5\n30 20\n65535\n" + stored.astype(">u2").tobytes())
         read = np.asarray(read_image(tmp_path / name)).astype(float)
         assert np.abs(read[..., 1] - expected).max() <= 1, name
+
+
+def test_pixels_of_more_bits_are_converted_in_little_memory(monkeypatch):
+    large = np.random.default_rng(0).integers(0, 65536, (1000, 1100)).astype(np.uint16)
+    whole = decode._eight_bits(large, scaled=True)
+    np.testing.assert_array_equal(whole, (large / 257).round())
+    monkeypatch.setattr(decode, "_CONVERTED", 40_000)
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(decode._eight_bits(large, scaled=True), whole)
+        assert tracemalloc.get_traced_memory()[1] < 4 * large.nbytes, "as float64 it would take several times that"
+    finally:
+        tracemalloc.stop()
 
 
 def test_exif_orientation_is_applied(tmp_path):
