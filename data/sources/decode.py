@@ -182,6 +182,13 @@ def central_part(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
+def _stores_rgb(header: Image.Image) -> bool:
+    """Whether a JPEG file has no YCbCr: by Adobe's marker or, without it and JFIF's, by the names of its components."""
+    if "adobe" in header.info or "jfif" in header.info:
+        return header.info.get("adobe_transform") == 0
+    return bytes(part[0] for part in getattr(header, "layer", ())) == b"RGB"
+
+
 def plain_jpeg_size(content: bytes, limits: Limits = LIMITS, *, turned: bool = False) -> tuple[int, int] | None:
     """Height and width of the upright image if the file is a plain JPEG, else None.
 
@@ -203,7 +210,7 @@ def plain_jpeg_size(content: bytes, limits: Limits = LIMITS, *, turned: bool = F
             orientation = _orientation(header)
     except Exception:  # the decoder will report it
         return None
-    if header.format != "JPEG" or header.mode not in ("RGB", "L") or header.info.get("adobe_transform") == 0:
+    if header.format != "JPEG" or header.mode not in ("RGB", "L") or _stores_rgb(header):
         return None
     width, height = header.size
     if width * height > limits.pixels or (orientation in _TURNS and not turned):
