@@ -255,6 +255,8 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
                 excluded[str(shard)] = (
                     f"the shard is truncated or corrupt after {len(images):,} images ({one_line(error, _REASON)})"
                 )
+    except DataError:
+        raise
     except (OSError, *DAMAGED) as error:
         raise DataError(f"data: found no readable tar file at {shard} ({one_line(error, _REASON)})") from error
     return _samples([*images.values()], labels, unread)

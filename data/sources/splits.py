@@ -76,6 +76,8 @@ def read_file(file: str, limits: Limits) -> bytes:
             return opened.read(about.st_size)
     except OSError as error:
         raise CorruptImageError(f"{file}: {error.strerror or error}") from error
+    except CorruptImageError:
+        raise
     except ValueError as error:  # a table may name anything
         raise CorruptImageError(f"{file}: {error}") from error
 

@@ -127,8 +127,9 @@ def test_a_list_may_name_anything_and_every_read_ends(tmp_path, kind):
         bad.symlink_to(bad)
     (tmp_path / "list.txt").write_text("good.jpg\nbad.jpg\n")
     split = open_source(f"list:{tmp_path / 'list.txt'}").train
-    with pytest.raises(CorruptImageError, match=r"bad\.jpg: "):
+    with pytest.raises(CorruptImageError, match=r"bad\.jpg: ") as error:
         split.read(1)
+    assert str(error.value).count("bad.jpg") == 1
     (batch,) = build_pipeline(split, Recipe(size=16), batch=2, seed=0, workers=0, name="torchvision")
     assert list(batch.corrupt) == [1]
 
@@ -143,8 +144,9 @@ def test_a_source_that_is_a_pipe_is_an_error_and_stalls_nothing(tmp_path, prefix
     else:
         os.mkfifo(tmp_path / "pipe")
         spec = f"{prefix}{tmp_path / 'pipe'}"
-    with pytest.raises(DataError, match="found"):
+    with pytest.raises(DataError, match="found") as error:
         open_source(spec)
+    assert str(error.value).count("found") == 1
 
 
 def test_a_folder_that_cannot_be_read_is_counted(folder, monkeypatch):
