@@ -46,7 +46,7 @@ class DataConfig(Section):
     source: str = Field(
         "demo",
         description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER, "
-        "cifar:FOLDER, or demo",
+        "cifar:FOLDER, stl10:FOLDER, or demo",
     )
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
     pipeline: PipelineName = Field(

@@ -69,7 +69,7 @@ class Pipeline(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
 
     def close(self) -> None:
-        """End worker processes and free memory."""
+        """End worker processes and free memory; again is no error."""
         ...
 
 

@@ -28,8 +28,8 @@ __all__ = ["ResidentPipeline", "crop_and_resize_batch", "load_pixels", "room_on"
 
 #: Fraction of the device's free memory that a dataset may take.
 _SHARE_OF_MEMORY = 0.5
-#: Images of a file set that are decoded into one tensor.
-_TOGETHER = 64
+#: Images of a file set that are decoded into one tensor, and those of an array that are copied at a time.
+_TOGETHER, _COPIED = 64, 2048
 #: Batches whose parameters a thread draws ahead, where a GPU would wait for them.
 _AHEAD = 2
 #: A batch: its epoch, the images that are due, and the parameters of all first views before those of the second ones.
@@ -114,9 +114,8 @@ class ResidentPipeline(EpochPipeline):
 
     def close(self) -> None:
         """Free the memory; the pipeline yields nothing afterwards."""
-        del self._pixels
-        if self._make is not None:
-            del self._flat
+        for name in ("_pixels", "_flat"):
+            self.__dict__.pop(name, None)
 
     @property
     def kernel_input(self) -> dict[str, Any]:
@@ -201,7 +200,9 @@ def load_pixels(
     """
     if isinstance(split, ArraySplit):
         _check_room(split.images.nbytes, device)
-        pixels = torch.tensor(split.images, device=device)
+        pixels = torch.empty(split.images.shape, dtype=torch.uint8, device=device)
+        for first in range(0, len(split), _COPIED):  # they may lie in files larger than the host's memory
+            pixels[first : first + _COPIED] = torch.tensor(np.asarray(split.images[first : first + _COPIED]))
         return pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2), np.arange(len(split)), {}
     height, width = sizes = np.asarray(replace_corrupt(len(split), 0, split.read)[0]).shape[:2]
     _check_room(len(split) * 3 * height * width, device)

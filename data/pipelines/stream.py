@@ -113,7 +113,7 @@ class StreamPipeline:
 
     def close(self) -> None:
         """End the workers; the pipeline yields nothing afterwards."""
-        del self._loader
+        self.__dict__.pop("_loader", None)
 
 
 def _readers(split: StreamSplit, batch: int, world: int) -> int:

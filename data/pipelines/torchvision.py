@@ -163,7 +163,7 @@ class TorchvisionPipeline(EpochPipeline):
 
     def close(self) -> None:
         """End the workers; the pipeline yields nothing afterwards."""
-        del self._loader
+        self.__dict__.pop("_loader", None)
 
 
 class _Whole(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):

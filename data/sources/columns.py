@@ -85,7 +85,9 @@ def number_labels(
     Raises:
         DataError: A row has no label.
     """
-    missing = next((row for row, value in enumerate(values) if not isinstance(value, str | int | float)), None)
+    missing = next(
+        (row for row, value in enumerate(values) if not isinstance(value, str | int | float) or value != value), None
+    )
     if missing is not None:
         raise DataError(
             f"data: found {values[missing]!r} as the label of row {missing} in {where}, expected a class in every row; "

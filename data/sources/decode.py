@@ -48,6 +48,8 @@ _TURNS = {
 _LYING = (5, 6, 7, 8)
 #: Bytes from its end within which a complete JPEG file has its end marker; some cameras pad a little.
 _TAIL = 64
+#: Pixels of more than eight bits that are converted at a time.
+_CONVERTED = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -136,20 +138,27 @@ def _eight_bits(pixels: NDArray[np.generic], *, scaled: bool) -> NDArray[np.uint
     """Single-channel pixels of 16 or 32 bits, or floats, as eight bits.
 
     Floats up to 1 are scaled from 1. Floats and integers of 32 bits up to 255 have eight bits already, whatever their
-    type. All others are scaled from 16 bits. NaN is black.
+    type. All others are scaled from 16 bits. NaN is black, and infinity does not count for the range.
 
     Args:
         pixels: The pixels.
         scaled: Whether integers have 16 bits, also where Pillow holds them in 32.
     """
-    values = np.nan_to_num(pixels.astype(np.float64), nan=0.0)
-    largest = values.max(initial=0.0, where=np.isfinite(values))
+    # Some rows at a time: all of a large image as float64 would take gigabytes in each worker.
+    rows = max(1, _CONVERTED // max(1, pixels.shape[1]))
+    parts = [pixels[first : first + rows] for first in range(0, len(pixels), rows)]
+    largest = max((float(part.max(initial=0, where=np.isfinite(part))) for part in parts), default=0.0)
     floating = np.issubdtype(pixels.dtype, np.floating)
+    factor = 1
     if floating and largest <= 1:
-        values = values * 65535
+        factor = 65535
     elif largest <= 255 and (floating or (pixels.dtype.itemsize > 2 and not scaled)):
-        values = values * 257
-    return (values.clip(0, 65535) / 257).round().astype(np.uint8)
+        factor = 257
+    found = np.empty(pixels.shape, np.uint8)
+    for number, part in enumerate(parts):
+        values = np.nan_to_num(part.astype(np.float64), nan=0.0, posinf=65535, neginf=0) * factor
+        found[number * rows : number * rows + len(part)] = (values.clip(0, 65535) / 257).round()
+    return found
 
 
 def encode_pixels(pixels: NDArray[np.uint8]) -> bytes:
@@ -173,6 +182,13 @@ def central_part(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
+def _stores_rgb(header: Image.Image) -> bool:
+    """Whether a JPEG file has no YCbCr: by Adobe's marker or, without it and JFIF's, by the names of its components."""
+    if "adobe" in header.info or "jfif" in header.info:
+        return header.info.get("adobe_transform") == 0
+    return bytes(part[0] for part in getattr(header, "layer", ())) == b"RGB"
+
+
 def plain_jpeg_size(content: bytes, limits: Limits = LIMITS, *, turned: bool = False) -> tuple[int, int] | None:
     """Height and width of the upright image if the file is a plain JPEG, else None.
 
@@ -194,7 +210,7 @@ def plain_jpeg_size(content: bytes, limits: Limits = LIMITS, *, turned: bool = F
             orientation = _orientation(header)
     except Exception:  # the decoder will report it
         return None
-    if header.format != "JPEG" or header.mode not in ("RGB", "L") or header.info.get("adobe_transform") == 0:
+    if header.format != "JPEG" or header.mode not in ("RGB", "L") or _stores_rgb(header):
         return None
     width, height = header.size
     if width * height > limits.pixels or (orientation in _TURNS and not turned):

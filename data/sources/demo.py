@@ -229,7 +229,11 @@ def _holds(folder: Path, wanted: dict[str, Any]) -> bool:
         ValueError: It holds something else than a demo set.
     """
     with suppress(FileNotFoundError):
-        return bool(json.loads((folder / _CARD).read_text(encoding="utf-8")) == wanted)
+        text = (folder / _CARD).read_text(encoding="utf-8", errors="replace")
+        try:
+            return bool(json.loads(text) == wanted)
+        except ValueError as error:  # cut short by a power failure, or another program's
+            raise ValueError(f"{folder / _CARD}: found a damaged file; remove {folder} if it is a demo set") from error
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder}: found a folder with other files, expected an empty one or an earlier demo set")
     return False

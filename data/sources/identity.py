@@ -50,7 +50,7 @@ def _parts(split: Split) -> Iterator[bytes | NDArray[np.generic]]:
     elif isinstance(split, ArraySplit):
         step = max(1, split.images.nbytes // _SAMPLE)
         yield str(split.images.shape).encode()
-        yield split.images[::step]
+        yield np.asarray(split.images[::step])
     elif isinstance(split, ParquetSplit | HfSplit) and split.labels is not None:
         yield split.labels
 

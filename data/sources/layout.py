@@ -48,19 +48,24 @@ def split_shards(root: Path) -> tuple[list[Path], list[Path], list[str]]:
     The folder of a split comes before shards with its name. Shards without the name of a split are training images
     where none has that name. No shard is in both splits.
     """
-    by_name = _named(sorted(root.glob("*.tar")))
+    by_name = _named(_shards(root, "*.tar"))
 
     def chosen(split: str) -> list[Path]:
-        return sorted((root / split).glob("*.tar")) or by_name.get(split, [])
+        return _shards(root / split, "*.tar") or by_name.get(split, [])
 
     train = chosen(TRAIN) or by_name.get(None, [])
     held_out = next((found for found in map(chosen, HELD_OUT) if found), [])
     if not train:
         train, held_out = held_out, []
     read = {*train, *held_out}
-    names = [path.name for path in sorted(root.glob("*.tar")) if path not in read]
-    folders = dict.fromkeys(f"{path.parent.name}/" for path in sorted(root.glob("*/*.tar")) if path not in read)
+    names = [path.name for path in _shards(root, "*.tar") if path not in read]
+    folders = dict.fromkeys(f"{path.parent.name}/" for path in _shards(root, "*/*.tar") if path not in read)
     return train, held_out, [*folders, *names]
+
+
+def _shards(root: Path, pattern: str) -> list[Path]:
+    """Files that match, without hidden ones, such as those that macOS puts beside others on a foreign disk."""
+    return sorted(path for path in root.glob(pattern) if not path.name.startswith("."))
 
 
 def _named(shards: list[Path]) -> dict[str | None, list[Path]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from synco_fast.data.errors import DataError
+from synco_fast.data.errors import DataError, one_line
 from synco_fast.data.sources.cifar import load_cifar
 from synco_fast.data.sources.columns import NONE, split_options
 from synco_fast.data.sources.decode import LIMITS, Limits
@@ -40,6 +40,7 @@ from synco_fast.data.sources.manifest import cache_folder
 from synco_fast.data.sources.parquet import ParquetSplit, find_parquet
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import ArraySplit, FileSplit, FolderSplit, ListSplit, Split
+from synco_fast.data.sources.stl10 import load_stl10
 from synco_fast.data.sources.stream import StreamSettings, StreamSplit, expand_shards
 
 __all__ = ["ArraySplit", "FolderSplit", "Source", "Split", "open_source"]
@@ -57,6 +58,7 @@ class Source:
     Attributes:
         spec: Its name.
         train, validation: The splits.
+        labelled: The training images of evaluations, where ``train`` has others without labels.
         layout: A warning about files in neither split, or in the wrong one.
     """
 
@@ -64,6 +66,7 @@ class Source:
     train: Split
     validation: Split | None
     layout: str | None = None
+    labelled: Split | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -259,20 +262,38 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
         spec: A folder; ``tar:FOLDER`` for tar shards; ``list:FILE`` or ``list:FILE,FILE`` for lists of files;
             ``parquet:FOLDER`` or ``parquet:PATTERN`` for Parquet files; ``hf:NAME`` or ``hf:FOLDER`` for a dataset of
             the ``datasets`` library; ``stream:SHARDS`` for tar shards without random access; ``idx:FOLDER`` for IDX
-            files; ``cifar:FOLDER`` for CIFAR-10 or CIFAR-100; ``demo`` for the demo set, generated on first use.
+            files; ``cifar:FOLDER`` for CIFAR-10 or CIFAR-100; ``stl10:FOLDER`` for STL-10; ``demo`` for the demo set,
+            generated on first use.
         limits: Size limits; larger images count as corrupt.
         stream: How a stream is read.
 
     Raises:
-        DataError: There is no such source, or the prefix is unknown.
+        DataError: There is no such source, it cannot be read, or the prefix is unknown.
     """
+    place = spec if spec.startswith("~") else spec.partition(":")[2]
+    if place.startswith("~") and os.path.expanduser(place) == place:  # noqa: PTH111 - which raises another error
+        raise DataError(f"data: found {spec!r}, expected a user of this machine behind ~")
+    try:
+        return _open(spec, limits, stream)
+    except OSError as error:  # a folder without the right to enter it, or a name that is too long
+        raise DataError(f"data: cannot read {error.filename or spec} ({error.strerror or error})") from error
+
+
+def _open(spec: str, limits: Limits, stream: StreamSettings | None) -> Source:
     if spec == "demo":
-        return open_folder(make_demo(demo_folder()))
+        try:
+            folder = make_demo(demo_folder())
+        except ValueError as error:
+            raise DataError(f"data: {one_line(error)}") from error
+        return open_folder(folder)
     prefix, colon, rest = spec.partition(":")
     if colon and prefix == "idx":
         return open_idx(Path(rest).expanduser())
     if colon and prefix == "cifar":
         return Source(spec, *load_cifar(Path(rest).expanduser()))
+    if colon and prefix == "stl10":
+        train, held_out, labelled = load_stl10(Path(rest).expanduser())
+        return Source(spec, train, held_out, labelled=labelled)
     if colon and prefix == "tar":
         return open_shards(rest, limits)
     if colon and prefix == "parquet":
@@ -286,6 +307,6 @@ def open_source(spec: str, limits: Limits = LIMITS, stream: StreamSettings | Non
     if colon and not Path(spec).exists():
         raise DataError(
             f"data: found {spec!r}, expected a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, "
-            "idx:FOLDER, cifar:FOLDER or demo"
+            "idx:FOLDER, cifar:FOLDER, stl10:FOLDER or demo"
         )
     return open_folder(spec, limits)

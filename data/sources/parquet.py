@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.errors import CorruptImageError, DataError, one_line
 from synco_fast.data.sources.columns import IMAGES, choose_column, label_column, number_labels
 from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.splits import Split, map_labels
@@ -21,6 +21,7 @@ __all__ = ["ParquetSplit", "find_parquet"]
 _OPEN_FILES = 16
 #: Mean size of a row group in bytes above which a note says that random reads are slow.
 _LARGE_GROUP = 1 << 20
+_REASON = 200
 
 
 class ParquetSplit(Split):
@@ -74,7 +75,7 @@ class ParquetSplit(Split):
             rows += [group.num_rows for group in groups]
             size += sum(group.total_byte_size for group in groups)
             if labels is not None:
-                values += table.read([labels]).column(0).to_pylist()
+                values += _values(table, labels, file)
         self._ends = np.cumsum(rows, dtype=np.int64)
         counts = np.bincount([number for number, _ in self._groups], weights=rows, minlength=len(files))
         self._starts = np.cumsum([0, *counts]).astype(np.int64)
@@ -151,6 +152,14 @@ def _open_file(file: Path) -> Any:
         raise DataError(f"data: found no readable Parquet file at {file} ({error})") from error
 
 
+def _values(table: Any, column: str, file: Path) -> list[Any]:
+    try:
+        found: list[Any] = table.read([column]).column(0).to_pylist()
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise DataError(f"data: cannot read the column {column} of {file} ({one_line(error, _REASON)})") from error
+    return found
+
+
 def _names(schema: Any, label: str) -> list[str] | None:
     """The class names of Hugging Face's description, if there is one."""
     try:
@@ -167,5 +176,8 @@ def find_parquet(spec: str) -> list[Path]:
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return sorted(path.rglob("*.parquet"))
+        # Some programs write a folder of that name; those of macOS put a file ._NAME beside NAME on other disks.
+        return sorted(file for file in path.rglob("*.parquet") if not file.name.startswith(".") and not file.is_dir())
+    if path.is_file():  # its name may have brackets
+        return [path]
     return sorted(Path(name) for name in glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207 - may be absolute

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.errors import CorruptImageError, DataError, one_line
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits
 from synco_fast.data.sources.manifest import (
     RULES,
@@ -25,6 +25,7 @@ from synco_fast.data.sources.manifest import (
 )
 from synco_fast.data.sources.pack_index import packed_manifest
 from synco_fast.data.sources.splits import Split, map_labels
+from synco_fast.data.sources.stream_reader import DAMAGED, NEGATIVE
 
 __all__ = ["ShardSplit", "index_shards"]
 
@@ -130,6 +131,7 @@ _BLOCK = 512
 _OPEN_SHARDS = 256
 #: Bytes read of a label member, and maximum length of a class name.
 _LONGEST_LABEL, _LONGEST_CLASS = 1 << 16, 1000
+_REASON = 200
 
 
 def _is_outdated(manifest: Manifest) -> bool:
@@ -163,6 +165,10 @@ def index_shards(shards: list[Path]) -> Manifest:
     """
     excluded: dict[str, str] = {}
     unread: Counter[str] = Counter()
+    # Before anything is read, so that the index of a shard that is written meanwhile is outdated.
+    stamps: dict[str, int] = {}
+    with suppress(OSError):  # of what is not there, which `_index` reports
+        stamps = {str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards}
     with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
         found = list(pool.map(lambda shard: _index(shard, excluded, unread), shards))
     names, places, labels = [], [], []
@@ -195,7 +201,7 @@ def index_shards(shards: list[Path]) -> Manifest:
         np.array([number_of[label] for label in labels], dtype=np.int64) if labels else None,
         classes if labels else None,  # type: ignore[arg-type]
         np.array(places, dtype=np.int64).reshape(-1, 3),
-        stamps={str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
+        stamps=stamps,
         excluded=excluded,
         unread=dict(unread),
     )
@@ -227,6 +233,8 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
         with tarfile.open(shard, "r:") as archive:
             try:
                 for member in archive:
+                    if member.size < 0 or archive.offset <= member.offset:
+                        raise tarfile.ReadError(NEGATIVE)
                     stem, suffix = os.path.splitext(member.name)  # noqa: PTH122
                     suffix = suffix.lower()
                     if not member.isreg() or member.sparse or PurePosixPath(stem).name.startswith("."):
@@ -243,10 +251,14 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
                 # tarfile takes a truncated or corrupt header as the end, which should be a block of zeros.
                 if archive.offset < length and _block(shard, archive.offset) != bytes(_BLOCK):
                     raise tarfile.ReadError("no end of archive")
-            except (tarfile.TarError, EOFError) as error:
-                excluded[str(shard)] = f"the shard is truncated or corrupt after {len(images):,} images ({error})"
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"data: found no readable tar file at {shard} ({error})") from error
+            except (*DAMAGED, EOFError) as error:
+                excluded[str(shard)] = (
+                    f"the shard is truncated or corrupt after {len(images):,} images ({one_line(error, _REASON)})"
+                )
+    except DataError:
+        raise
+    except (OSError, *DAMAGED) as error:
+        raise DataError(f"data: found no readable tar file at {shard} ({one_line(error, _REASON)})") from error
     return _samples([*images.values()], labels, unread)
 
 

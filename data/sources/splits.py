@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ __all__ = [
     "ArraySplit",
     "FileSplit",
     "FolderSplit",
+    "Images",
     "ListSplit",
     "Split",
     "SubsetSplit",
@@ -75,6 +76,10 @@ def read_file(file: str, limits: Limits) -> bytes:
             return opened.read(about.st_size)
     except OSError as error:
         raise CorruptImageError(f"{file}: {error.strerror or error}") from error
+    except CorruptImageError:
+        raise
+    except ValueError as error:  # a table may name anything
+        raise CorruptImageError(f"{file}: {error}") from error
 
 
 class FileSplit(Split):
@@ -186,6 +191,8 @@ def _instead(root: Path, unread: dict[str, int]) -> str:
         return f", but Parquet files, expected parquet:{root}"
     if any((root / name).is_file() for name in ("data_batch_1", "data_batch_1.bin", "train", "train.bin")):
         return f", but perhaps CIFAR's files, expected cifar:{root}"
+    if (root / "unlabeled_X.bin").is_file():
+        return f", but perhaps STL-10's files, expected stl10:{root}"
     if any(root.glob("*-ubyte*")):
         return f", but IDX files, expected idx:{root}"
     found = ", ".join(f"{count:,} {kind}" for kind, count in unread.items())
@@ -240,8 +247,26 @@ def _parse_list(file: Path) -> Manifest:
     return manifest
 
 
+class Images(Protocol):
+    """Images of one size: a NumPy array, or what has as much of one, as `MappedImages`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Images, height, width, and, if there are any, channels."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...
+
+
 class ArraySplit:
-    """Images held in memory.
+    """Images held in memory, or in memory-mapped files.
 
     Args:
         images: uint8, (n, height, width) or (n, height, width, 3).
@@ -252,7 +277,7 @@ class ArraySplit:
 
     def __init__(
         self,
-        images: NDArray[np.uint8],
+        images: Images,
         labels: NDArray[np.int64] | None,
         title: str,
         classes: tuple[str, ...] | None = None,

@@ -140,7 +140,7 @@ def expand_shards(spec: str) -> list[str]:
 def _expand(pattern: str) -> Iterator[str]:
     command = pattern.startswith(PIPE)
     for name in _braces(pattern if command else os.path.expanduser(pattern), only_ranges=command):  # noqa: PTH111
-        if command or not glob.has_magic(name):
+        if command or not glob.has_magic(name) or os.path.exists(name):  # noqa: PTH110 - a name may have brackets
             yield name
         elif is_url(name):
             yield from _matching_urls(name)

@@ -16,8 +16,12 @@ from typing import IO, Any
 from synco_fast.data.errors import CorruptImageError, DataError, one_line
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits
 
-__all__ = ["PIPE", "ShardError", "is_url", "read_images", "read_whole"]
+__all__ = ["DAMAGED", "NEGATIVE", "PIPE", "ShardError", "is_url", "read_images", "read_whole"]
 
+DAMAGED = (tarfile.TarError, ValueError, RecursionError)
+"""What tarfile raises for a damaged header: its own errors, those of numbers, and those of headers inside headers."""
+NEGATIVE = "a member of negative size"
+"""What some versions of tarfile would read again without end."""
 PIPE = "pipe:"
 """Begins the name of a shard that a shell command writes to its standard output."""
 #: Attempts to read a shard, and the seconds between the first two.
@@ -116,11 +120,14 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Any:
         try:
-            return super().fromtarfile(tarfile_)
+            found = super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
+        except DAMAGED as error:
+            raise tarfile.ReadError(one_line(error, _REASON)) from error
+        if found.size < 0:
+            raise tarfile.ReadError(NEGATIVE)
+        return found
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames
 
 __all__ = ["is_image", "kind_of_file", "walk_folder"]
 
+#: The classes of Tiny-ImageNet's validation images, which lie in one folder.
+_ANNOTATIONS = "val_annotations.txt"
+
 
 def is_image(name: str) -> bool:
     """Whether a file name is that of a readable image; hidden files are not."""
@@ -28,11 +31,13 @@ def kind_of_file(name: str) -> str:
 def walk_folder(root: Path) -> Manifest:
     """The images below a folder: one sub-folder per class, in order of name, or the images right inside it.
 
+    A folder with nothing but `images/` and Tiny-ImageNet's file of their classes has these classes.
+
     Links are followed. A folder is read once, however many links lead to it, so that a loop of links ends. Pipes,
     devices and sockets are never opened. Hidden files and folders are skipped.
 
     Raises:
-        DataError: The folder cannot be read.
+        DataError: The folder cannot be read, or Tiny-ImageNet's file lacks the class of an image.
     """
     walk = _Walk(root)
     names: list[str] = []
@@ -48,6 +53,11 @@ def walk_folder(root: Path) -> Manifest:
             names += inside
             labels += [len(classes)] * len(inside)
             classes.append(folder)
+    annotations = root / _ANNOTATIONS
+    if classes == ["images"] and not files and annotations.is_file():
+        labels, classes = _annotated(annotations, names)
+        walk.unread[annotations.suffix] -= 1
+        walk.stamps[os.path.realpath(annotations)] = annotations.stat().st_mtime_ns
     if classes:
         walk.unread["image outside the class folders"] += len(files)
         manifest = Manifest(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes))
@@ -55,6 +65,21 @@ def walk_folder(root: Path) -> Manifest:
         manifest = Manifest(PackedNames.pack(files))
     manifest.stamps, manifest.unread = walk.stamps, {kind: count for kind, count in walk.unread.items() if count}
     return manifest
+
+
+def _annotated(file: Path, names: list[str]) -> tuple[list[int], list[str]]:
+    """The labels of some images, and the classes in order of name, by a file of `NAME TAB CLASS TAB ...` lines."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(f"data: cannot read {file} ({error.strerror})") from error
+    listed = {name: label for name, label, *_ in (line.split("\t") for line in text.splitlines() if "\t" in line)}
+    found = [listed.get(os.path.basename(name), "").strip() for name in names]  # noqa: PTH119
+    if "" in found:
+        raise DataError(f"data: found no class of {names[found.index('')]} in {file}, expected one of each image")
+    classes = sorted(set(found))
+    number = {name: place for place, name in enumerate(classes)}
+    return [number[name] for name in found], classes
 
 
 class _Walk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -32,7 +33,10 @@ __all__ = [
     "write_results",
 ]
 
-SOURCE = "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER, cifar:FOLDER or demo"
+SOURCE = (
+    "a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, stream:SHARDS, idx:FOLDER, cifar:FOLDER, "
+    "stl10:FOLDER or demo"
+)
 CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 
@@ -101,10 +105,12 @@ def check_source(source: str) -> None:
     from synco_fast.data.sources.walk import is_image
 
     prefix, _, rest = source.rpartition(":")
-    if source == "demo" or prefix not in ("", "idx", "cifar", "tar"):
+    if source == "demo" or prefix not in ("", "idx", "cifar", "stl10", "tar"):
         return
-    folder = Path(rest).expanduser()
-    inside = folder.iterdir() if folder.is_dir() else ()
+    inside: list[Path] = []
+    with suppress(OSError, RuntimeError):  # no right to enter it, no such user: opening it says so
+        folder = Path(rest).expanduser()
+        inside = [*folder.iterdir()] if folder.is_dir() else []
     if not any(prefix or is_image(entry.name) or entry.is_dir() for entry in inside):
         open_source(source)
 

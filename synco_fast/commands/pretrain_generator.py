@@ -32,7 +32,9 @@ def add(commands: Commands) -> None:
         more="config.yaml in the run folder lists every key, such as --batch, --lr, --latent, --width and --fraction.",
     )
     command.add_argument(
-        "--data", metavar="SOURCE", help="a folder, tar:FOLDER, list:FILE, idx:FOLDER, cifar:FOLDER or demo"
+        "--data",
+        metavar="SOURCE",
+        help="a folder, tar:FOLDER, list:FILE, idx:FOLDER, cifar:FOLDER, stl10:FOLDER or demo",
     )
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/generator-DATE-TIME by default")
     command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")

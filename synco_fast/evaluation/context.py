@@ -213,7 +213,7 @@ def folder_of(weights: Weights, options: EvalOptions) -> Path:
 
 
 def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
-    """Training and held-out split, both labelled.
+    """Training and held-out split, both labelled; of training images only those with labels, if others are apart.
 
     Args:
         source: The images.
@@ -228,13 +228,14 @@ def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
         raise DataError(
             f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder per class{hint}"
         )
-    for split in (source.train, source.validation):
+    train = source.train if source.labelled is None else source.labelled
+    for split in (train, source.validation):
         if split.labels is None:
             raise DataError(
                 f"data: found no class folders or labels beside {split.name(0)}, expected one folder per class, or a "
                 f"label of each image{hint}"
             )
-    return source.train, source.validation
+    return train, source.validation
 
 
 def check_labels(source: Source) -> tuple[Split, Split]:

@@ -32,7 +32,8 @@ def embed(
         path: A run folder, a checkpoint, or an imported file.
         out: ``.npz`` (arrays) or ``.parquet`` (columns features, label, path, split).
         options: Source and device; precision ``auto`` is fp32.
-        splits: ``train``, ``val`` or ``both``; without a held-out split, all images are ``train``.
+        splits: ``train``, ``val`` or ``both``; without a held-out split, all images are ``train``. Of a source that has
+            labels for some training images alone, these are ``train``.
         console: Where progress is shown.
 
     Raises:
@@ -48,7 +49,8 @@ def embed(
     device = resolve_device(options.device)
     precision = Precision(options.precision, device, key="precision")
     source = open_source(source_of(weights, options))
-    chosen = {"train": source.train, "val": source.validation}
+    labelled = source.train if source.labelled is None else source.labelled
+    chosen = {"train": labelled, "val": source.validation}
     chosen = {name: split for name, split in chosen.items() if splits in (name, "both")}
     if splits == "val" and source.validation is None:
         raise DataError(f"data: found no held-out split in {source.spec}, expected --split train")

@@ -1,5 +1,6 @@
 """What is DALI's own: getting over files that its decoder refuses, forked workers, evaluation."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -144,6 +145,99 @@ def test_views_are_held_for_their_kernels_also_where_an_epoch_is_left(folder, mo
     pipe._runner._held.append((Event(), held[0]))
     pipe.close()
     assert waited == [True], "before the graph is freed"
+
+
+@pytest.mark.parametrize("place", ["encoded", "end_0", "schedule_run", "outputs"])
+def test_an_interrupt_inside_dali_does_not_shift_the_next_epoch(folder, monkeypatch, place):
+    """The views of an epoch are those of its images, whatever of another batch the graph still has."""
+    pipe, calls = pipeline(folder), []
+    method = "feed_input" if place in ("encoded", "end_0") else place
+    inner = getattr(Pipeline, method)
+
+    def interrupted(graph, *values, **options):
+        found = inner(graph, *values, **options)
+        calls.append(values[0] if method == "feed_input" else place)
+        if calls.count(place) == dali_pipeline._DEPTH + 2:  # of which the first are blank
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, method, interrupted)
+        with pytest.raises(KeyboardInterrupt) as error:
+            epoch(pipe, 0)
+    for batch, wanted in zip(epoch(pipe, 1), epoch(pipeline(folder), 1), strict=True):
+        assert torch.equal(batch.image_ids, wanted.image_ids)
+        assert torch.equal(batch.first, wanted.first)
+    assert error.tb is not None, "which keeps the first epoch"
+
+
+def test_only_the_latest_epoch_goes_on(folder):
+    pipe = pipeline(folder)
+    batches, others = iter(pipe), iter(pipe)
+    next(batches)
+    next(others)
+    with pytest.raises(RuntimeError, match="expected one at a time"):
+        next(batches)
+    assert len(list(others)) == 4
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_no_file_is_blamed_for_an_error_of_the_device(folder, monkeypatch, error):
+    pipe = pipeline(folder)
+
+    def gather(outputs):
+        raise error("CUDA error")
+
+    monkeypatch.setattr(pipe._runner, "_gather", gather)
+    with pytest.raises(error):
+        epoch(pipe, 0)
+    assert not pipe._runner._failed
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """DALI's CPU backend where the pipeline takes itself to be on an H100; the graphs that are built."""
+    graphs, build_graph = [], GraphOptions.build
+
+    def build(options, definition, *arguments):
+        assert options.device == 0
+        graphs.append(build_graph(dataclasses.replace(options, device=None, decoder={}), definition, *arguments))
+        return graphs[-1]
+
+    class Event:
+        def record(self, stream):
+            pass
+
+        def query(self):
+            return True
+
+    monkeypatch.setattr(GraphOptions, "build", build)
+    monkeypatch.setattr(dali_pipeline, "_gpu_number", lambda device: 0)
+    monkeypatch.setattr(dali_pipeline, "_about", lambda number: H100)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return graphs
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_on_a_gpu_every_graph_begins_with_full_batches_of_jpeg_files(tmp_path, gpu, fed, suffix):
+    """Of training, with kernels too, and of an evaluation with fewer images than a batch, whatever the files are."""
+    for number in range(6):
+        photo(50, 40, number).save(tmp_path / f"{number}.{suffix}")
+    pipe, full = pipeline(tmp_path, batch=3), [[b"\xff\xd8\xff"] * 3] * dali_pipeline._DEPTH
+    expected = [b"\xff\xd8\xff" if suffix == "jpg" else b"P6\n"] * 3
+    assert len(epoch(pipe, 0)) == 2
+    assert fed == [*full, expected, expected]
+    fed.clear()
+    pipe.use_kernels(lambda *values, size, **options: torch.zeros(6, 3, size, size))
+    assert len(epoch(pipe, 1)) == 2
+    assert fed == [*full, expected, expected]
+    fed.clear()
+    list(dali_evaluation(pipe._reader.split, RECIPE, batch=8, workers=0, numbers=[1, 2]))
+    assert [len(each) for each in fed] == [*[8] * dali_pipeline._DEPTH, 2]
+    assert {file for each in fed[:-1] for file in each} == {b"\xff\xd8\xff"}
+    assert len(gpu) == 3
 
 
 @pytest.mark.parametrize("decode", ["once", "windows"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from synco_fast.data.errors import DataError
 from synco_fast.data.files import locked
 from synco_fast.data.sources.demo import CLASSES, SIDE, demo_image, make_demo
 from synco_fast.data.sources.open import open_source
@@ -50,6 +51,18 @@ def test_a_set_that_is_there_is_kept(demo):
     before = {file: file.stat().st_mtime_ns for file in demo.rglob("*.jpg")}
     make_demo(demo, train=4, validation=2, seed=5)
     assert before == {file: file.stat().st_mtime_ns for file in demo.rglob("*.jpg")}
+
+
+def test_a_damaged_set_in_the_cache_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "synco-fast" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "demo.json").write_bytes(b"")  # as a power failure leaves it
+    with pytest.raises(DataError, match=rf"demo\.json: found a damaged file; remove {folder} if"):
+        open_source("demo")
+    (folder / "demo.json").rename(folder / "mine.txt")
+    with pytest.raises(DataError, match="found a folder with other files"):
+        open_source("demo")
 
 
 def test_a_set_that_another_process_just_writes_is_waited_for(demo, tmp_path):

@@ -19,9 +19,11 @@ from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import CorruptImageError, DataError, UserError, first_line, one_line, printable
 from synco_fast.data.pipelines.build import build_pipeline, has_dali
 from synco_fast.data.pipelines.torchvision import evaluation_loader, evaluation_view, pixels_of
-from synco_fast.data.sources import walk
+from synco_fast.data.sources import shards, walk
 from synco_fast.data.sources.decode import Limits, central_part, decode_image, plain_jpeg_size
 from synco_fast.data.sources.open import open_source
+from synco_fast.data.sources.splits import read_file
+from synco_fast.data.sources.stream_reader import ShardError, read_images
 from tests.data.photos import photo, read_image
 from tests.data.test_lists_and_shards import jpeg, write_shard
 
@@ -125,8 +127,9 @@ def test_a_list_may_name_anything_and_every_read_ends(tmp_path, kind):
         bad.symlink_to(bad)
     (tmp_path / "list.txt").write_text("good.jpg\nbad.jpg\n")
     split = open_source(f"list:{tmp_path / 'list.txt'}").train
-    with pytest.raises(CorruptImageError, match=r"bad\.jpg: "):
+    with pytest.raises(CorruptImageError, match=r"bad\.jpg: ") as error:
         split.read(1)
+    assert str(error.value).count("bad.jpg") == 1
     (batch,) = build_pipeline(split, Recipe(size=16), batch=2, seed=0, workers=0, name="torchvision")
     assert list(batch.corrupt) == [1]
 
@@ -141,8 +144,9 @@ def test_a_source_that_is_a_pipe_is_an_error_and_stalls_nothing(tmp_path, prefix
     else:
         os.mkfifo(tmp_path / "pipe")
         spec = f"{prefix}{tmp_path / 'pipe'}"
-    with pytest.raises(DataError, match="found"):
+    with pytest.raises(DataError, match="found") as error:
         open_source(spec)
+    assert str(error.value).count("found") == 1
 
 
 def test_a_folder_that_cannot_be_read_is_counted(folder, monkeypatch):
@@ -162,6 +166,21 @@ def test_a_folder_that_cannot_be_read_is_counted(folder, monkeypatch):
     )
     with pytest.raises(DataError, match=r"cannot read the folder .* \(Permission denied\)"):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize("prefix", ["", "tar:", "list:", "parquet:", "idx:", "cifar:", "stl10:"])
+def test_a_name_that_no_path_can_have_is_one_line(prefix, tmp_path, capsys):
+    long = tmp_path / ("a" * 300)
+    for spec, says in ((f"{prefix}{long}", "cannot read .*File name too long"), (f"{prefix}~nobody-here/x", "a user")):
+        with pytest.raises(DataError, match=says):
+            open_source(spec)
+        assert main(["data", "check", spec]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_row_may_name_a_file_that_cannot_be():
+    with pytest.raises(CorruptImageError, match="null byte"):
+        read_file("a\0.jpg", Limits())
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -377,6 +396,85 @@ def test_labels_of_absurd_length_or_depth(tmp_path, member, content, says):
             open_source(f"tar:{tmp_path}")
     else:
         assert open_source(f"tar:{tmp_path}").train.labels is None, "no class is named"
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    """A tar header that `TarInfo` would not write: of a negative size, in GNU's binary numbers."""
+    member = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    member[124:136] = (size % (1 << 96)).to_bytes(12, "big") if size < 0 else b"%011o\0" % size
+    member[156:157], member[148:156] = kind, b" " * 8
+    member[148:156] = b"%06o\0 " % sum(member)
+    return bytes(member)
+
+
+def pax(record, then):
+    """A header of further values for the next one."""
+    return header("x", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0") + then
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        header("b.jpg", -512),
+        header("b.jpg", -512, tarfile.GNUTYPE_SPARSE),
+        header("b.jpg", -512, tarfile.GNUTYPE_LONGNAME),
+        pax(b"13 size=-512\n", header("b.jpg", 0)),
+        pax(b"22 GNU.sparse.map=a,b\n", header("b.jpg", 0)),
+        (header("long", 4, tarfile.GNUTYPE_LONGNAME) + b"b.j".ljust(512, b"\0")) * 1500 + header("b.jpg", 0),
+    ],
+    ids=["negative", "sparse", "long name", "in pax", "sparse map", "nested"],
+)
+def test_headers_that_lead_nowhere_are_the_end_of_a_shard(tmp_path, monkeypatch, members):
+    """Some versions of tarfile read a member of negative size without end; other headers raise what is no TarError."""
+    calls, following = [], tarfile.TarFile.next
+
+    def counted(archive):
+        calls.append(1)
+        assert len(calls) < 100
+        return following(archive)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", counted)
+    content = jpeg()
+    good = header("a.jpg", len(content)) + content + bytes(-len(content) % 512)
+    (tmp_path / "a.tar").write_bytes(good + members + bytes(1024))
+    split = open_source(f"tar:{tmp_path}").train
+    assert split.read(0).size == (40, 30)
+    assert len(split) == 1
+    assert "truncated or corrupt after 1 image" in split.manifest.excluded[f"{tmp_path}/a.tar"]
+    images = read_images(f"{tmp_path}/a.tar", lambda number: True)
+    assert next(images)[0] == 0
+    with pytest.raises(ShardError, match="truncated or corrupt"):
+        list(images)
+
+
+def test_a_shard_that_is_written_while_it_is_indexed_is_indexed_again(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.tar", [("a.jpg", jpeg())])
+    index = shards._index
+
+    def copied_meanwhile(shard, *rest):
+        found = index(shard, *rest)
+        write_shard(path, [("a.jpg", jpeg()), ("b.jpg", jpeg(1))])
+        os.utime(path, ns=(1, 1))
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "_index", copied_meanwhile)
+        assert len(open_source(f"tar:{tmp_path}").train) == 1
+    assert len(open_source(f"tar:{tmp_path}").train) == 2
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    """As macOS puts them beside the files that it copies to another disk."""
+    for folder in ("train", "val"):
+        write_shard(tmp_path / folder / "0.tar", [("a.jpg", jpeg())])
+        (tmp_path / folder / "._0.tar").write_bytes(b"\0\5\x16\7" + bytes(100))
+    source = open_source(f"tar:{tmp_path}")
+    assert (len(source.train), len(source.validation), source.notes) == (1, 1, [])
+
+
+def test_a_stream_may_have_brackets_in_its_name(tmp_path):
+    path = write_shard(tmp_path / "[2024]" / "a.tar", [("a.jpg", jpeg())])
+    assert open_source(f"stream:{path}").train.shards == (str(path),)
 
 
 def test_what_shards_hold_beside_images_is_counted(tmp_path):

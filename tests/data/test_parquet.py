@@ -191,6 +191,31 @@ def test_what_is_no_source(tmp_path):
         open_source(f"parquet:{tmp_path}")
 
 
+def test_other_files_and_folders_beside_them(tmp_path):
+    """A folder with the name of a file, hidden files, and names with brackets."""
+    inside = tmp_path / "[2024]" / "train.parquet"
+    write(inside / "part-0.parquet", [encoded(0), encoded(1)])
+    for folder in (tmp_path / "[2024]", inside):
+        (folder / "._part-0.parquet").write_bytes(b"\0\5\x16\7")
+    for place in (tmp_path, tmp_path / "[2024]", inside, inside / "part-0.parquet"):
+        assert len(open_source(f"parquet:{place}").train) == 2
+
+
+def test_labels_that_are_damaged_or_no_number(tmp_path):
+    rows, file = [encoded(row) for row in range(4)], tmp_path / "a.parquet"
+    write(file, rows, label=[0.0, 1.0, float("nan"), 1.0])
+    with pytest.raises(DataError, match="found nan as the label of row 2"):
+        open_source(f"parquet:{tmp_path}")
+    write(file, rows, label=["ant", "bee", "ant", "cat"])
+    column = parquet.ParquetFile(file).metadata.row_group(0).column(2)
+    content, start = bytearray(file.read_bytes()), column.dictionary_page_offset
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read the column label of .*a\.parquet"):
+        open_source(f"parquet:{tmp_path}")
+    assert open_source(f"parquet:{tmp_path},label=none").train.read(0).size == (50, 40)
+
+
 def test_a_damaged_row_group_is_corrupt_images(tmp_path):
     write(tmp_path / "a.parquet", [encoded(row) for row in range(6)])
     split = open_source(f"parquet:{tmp_path}").train

@@ -103,6 +103,14 @@ def test_an_epoch_given_up_in_the_middle_leaves_no_trace(split, name):
     next(batches)
     del batches
     assert all(same(a, b) for a, b in zip(epoch(pipe, 1), epoch(fresh, 1), strict=True))
+    pipe.set_epoch(0)
+    kept = iter(pipe)  # as by the traceback of an error in a notebook
+    next(kept)
+    assert all(same(a, b) for a, b in zip(epoch(pipe, 1), epoch(fresh, 1), strict=True))
+    del kept
+    assert all(same(a, b) for a, b in zip(epoch(pipe, 2), epoch(fresh, 2), strict=True))
+    for _ in range(2):
+        pipe.close()
 
 
 def test_views_grow_by_epoch_and_are_those_of_a_recipe_of_that_size(split, name):

@@ -10,7 +10,7 @@ from PIL import Image
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.pipelines import pixels
 from synco_fast.data.pipelines.pixels import pixels_of, read_pixels
-from synco_fast.data.sources.decode import decode_image
+from synco_fast.data.sources.decode import decode_image, plain_jpeg_size
 from synco_fast.data.sources.splits import LIMITS
 from tests.data.photos import photo
 
@@ -101,6 +101,20 @@ def test_what_is_no_plain_jpeg_is_pillows(decoded):
         expected = pixels_of(decode_image(file.getvalue(), "photo"))
         assert torch.equal(read_pixels(Bytes(file.getvalue()), 0), expected)
     assert not decoded
+
+
+def test_stored_rgb_is_pillows_also_without_adobes_marker(decoded):
+    """Components named R, G and B are no YCbCr where no marker says otherwise, which not every decoder knows."""
+    file = io.BytesIO()
+    photo(30, 20).save(file, "JPEG", quality=100, keep_rgb=True)
+    content = file.getvalue()
+    start = content.index(b"\xff\xee\x00\x0eAdobe")
+    for stored in (content, content[:start] + content[start + 16 :]):
+        assert plain_jpeg_size(stored) is None
+        found = read_pixels(Bytes(stored), 0).permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - np.asarray(photo(30, 20))).mean() < 2
+    assert not decoded
+    assert plain_jpeg_size(jpeg(30, 20)) == (20, 30)
 
 
 def test_without_simplejpeg_pillow_decodes(monkeypatch):

@@ -2,6 +2,7 @@ import gzip
 import os
 import shutil
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from synco_fast.cli import main
 from synco_fast.data.errors import CorruptImageError, DataError
+from synco_fast.data.sources import decode
 from synco_fast.data.sources.check import keep_list
 from synco_fast.data.sources.columns import number_labels
 from synco_fast.data.sources.layout import split_of
@@ -79,6 +81,31 @@ def test_a_held_out_class_that_training_does_not_have(image_folder):
     Image.fromarray(pixels()).save(image_folder / "val" / "class9" / "a.png")
     with pytest.raises(DataError, match=r"found the class class9 in .*, expected only .*, such as class0"):
         open_source(str(image_folder))
+
+
+def test_tiny_imagenet_as_it_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, pairs = tmp_path / "tiny", [("val_0", "n02"), ("val_1", "n01"), ("val_10", "n02")]
+    files = [*(f"train/{name}/images/{name}_0.JPEG" for name in ("n01", "n02", "n03"))]
+    for file in (*files, *(f"val/images/{name}.JPEG" for name, _ in pairs), "test/images/test_0.JPEG"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels()).save(root / file)
+    annotations = root / "val" / "val_annotations.txt"
+    annotations.write_text("".join(f"{name}.JPEG\t{label}\t0\t32\t44\t62\n" for name, label in reversed(pairs)))
+    source = open_source(str(root))
+    assert source.notes == [f"{root}: not read: test/"]
+    assert source.train.labels.tolist() == [0, 1, 2]
+    assert source.validation.labels.tolist() == [1, 0, 1]
+    assert source.validation.classes == ("n01", "n02", "n03")
+    keep_list(source.validation, {2: "it is corrupt"})
+    assert open_source(str(root)).validation.labels.tolist() == [1, 0]
+    annotations.write_text(annotations.read_text().replace("val_1.JPEG\tn01", "val_1.JPEG\tn03"))
+    os.utime(annotations, ns=(1, 1))
+    assert open_source(str(root)).validation.labels.tolist() == [1, 2, 1], "other classes than when it was checked"
+    annotations.write_text("val_0.JPEG\tn02\n")
+    os.utime(annotations, ns=(2, 2))
+    with pytest.raises(DataError, match=r"found no class of images/val_1\.JPEG in .*val_annotations\.txt"):
+        open_source(str(root))
 
 
 def test_splits_deeper_in_the_folder_are_named(image_folder, tmp_path):
@@ -184,6 +211,10 @@ def test_pixels_of_more_bits_keep_their_range(tmp_path):
         "float-65535.tif": (sixteen.astype(np.float32), eight),
         "float-signed.tif": ((grey / 127.5 - 1).astype(np.float32), (2 * grey - 255).clip(0, 255)),
         "float-nan.tif": (np.where(grey > 250, np.nan, grey / 255).astype(np.float32), np.where(grey > 250, 0, grey)),
+        "float-infinite.tif": (
+            np.where(grey > 250, np.inf, np.where(grey < 5, -np.inf, grey / 255)).astype(np.float32),
+            np.where(grey > 250, 255, np.where(grey < 5, 0, grey)),
+        ),
         "int-255.tif": (grey.round().astype(np.int32), eight),
         "int-65535.tif": (sixteen.astype(np.int32), eight),
         "sixteen.tif": (sixteen.astype(np.uint16), eight),
@@ -196,6 +227,19 @@ def test_pixels_of_more_bits_keep_their_range(tmp_path):
             (tmp_path / name).write_bytes(b"P5\n30 20\n65535\n" + stored.astype(">u2").tobytes())
         read = np.asarray(read_image(tmp_path / name)).astype(float)
         assert np.abs(read[..., 1] - expected).max() <= 1, name
+
+
+def test_pixels_of_more_bits_are_converted_in_little_memory(monkeypatch):
+    large = np.random.default_rng(0).integers(0, 65536, (1000, 1100)).astype(np.uint16)
+    whole = decode._eight_bits(large, scaled=True)
+    np.testing.assert_array_equal(whole, (large / 257).round())
+    monkeypatch.setattr(decode, "_CONVERTED", 40_000)
+    tracemalloc.start()
+    try:
+        np.testing.assert_array_equal(decode._eight_bits(large, scaled=True), whole)
+        assert tracemalloc.get_traced_memory()[1] < 4 * large.nbytes, "as float64 it would take several times that"
+    finally:
+        tracemalloc.stop()
 
 
 def test_exif_orientation_is_applied(tmp_path):

@@ -121,7 +121,7 @@ class DaliPipeline(EpochPipeline):
         self._runner.close()
         if self._pool is not None:
             self._pool.shutdown()
-        del self._loader
+        self.__dict__.pop("_loader", None)
 
     @property
     def kernel_input(self) -> dict[str, Any] | None:

@@ -24,6 +24,9 @@ __all__ = ["GraphRunner"]
 #: Height and width of the image that a new graph decodes first.
 _BLANK = (256, 256)
 
+#: Errors that no file causes, though they may come from the graph: those of the device.
+_NOT_BY_A_FILE = (torch.OutOfMemoryError, torch.AcceleratorError)
+
 Inputs = Callable[[EncodedBatch], dict[str, NDArray[Any]]]
 #: A batch with the arrays fed beside its files, kept alive because DALI reads them in place. An empty batch has no
 #: arrays.
@@ -79,30 +82,41 @@ class GraphRunner:
         self._done: deque[_Fed] = deque(maxlen=depth)
         self._failed: set[int] = set()
         self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+        #: The batches in flight, a new list in each run.
+        self._under_way: deque[_Fed] = deque()
 
     def run(self, batches: Iterable[EncodedBatch]) -> Iterator[tuple[EncodedBatch, list[Tensor]]]:
         """Each batch with the graph's outputs, (b, size, size, 3) each, on the graph's device; none where b is 0.
 
-        The graph prepares the next batches while the caller works on one.
+        The graph prepares the next batches while the caller works on one. A run that begins ends the one before, if
+        that was left in the middle and is still referenced, as by the traceback of an error in a notebook.
+
+        Raises:
+            RuntimeError: The caller went on with a run that another one has ended.
         """
         source = iter(batches)
+        self._drain(self._under_way)
         under_way: deque[_Fed] = deque()
+        self._under_way = under_way
         try:
             self._fill(under_way, source)
             while under_way:
                 try:
                     outputs = self._outputs(under_way[0])
+                except _NOT_BY_A_FILE:
+                    raise
                 except RuntimeError as error:
                     stuck = [*under_way]
-                    under_way.clear()
+                    under_way.popleft()
                     if isinstance(error, _WrongOutputs):
-                        self._drain(sum(bool(inputs) for _, inputs in stuck[1:]))
+                        self._drain(under_way)
                         self._done.extend(stuck)
                     else:
                         self._graph = None
+                        under_way.clear()
                     for batch, _ in stuck:
                         again, outputs = self._run_alone(self._without_failed(batch))
-                        with self._held_afterwards(outputs):
+                        with self._held_afterwards(outputs, under_way):
                             yield again, outputs
                     self._fill(under_way, source)
                     continue
@@ -110,19 +124,27 @@ class GraphRunner:
                 # To receive, feed and free 256 files takes the host some 15 ms. By then the caller has queued its step,
                 # on which a GPU works meanwhile.
                 try:
-                    with self._held_afterwards(outputs):
+                    with self._held_afterwards(outputs, under_way):
                         yield batch, outputs
                 finally:
                     self._done.append(fed)
                 self._fill(under_way, source)
+        except GeneratorExit:  # between two batches
+            raise
+        except BaseException:
+            # Such as Ctrl-C while a batch was fed or awaited: what the graph would yield next is not known.
+            self._drop(under_way)
+            raise
         finally:
-            self._drain(sum(bool(inputs) for _, inputs in under_way))
+            if self._under_way is under_way:
+                self._drain(under_way)
 
     def close(self) -> None:
         """Free the graph, once no kernel reads its views."""
         for event, _ in self._held:
             event.synchronize()
         self._graph = None
+        self._under_way = deque()
         self._done.clear()
         self._held.clear()
 
@@ -131,7 +153,8 @@ class GraphRunner:
             batch = next(source, None)
             if batch is None:
                 return
-            under_way.append(self._schedule(self._without_failed(batch)))
+            under_way.append(self._with_inputs(self._without_failed(batch)))
+            self._schedule(under_way[-1])
 
     def _without_failed(self, batch: EncodedBatch) -> EncodedBatch:
         """The batch with the images that DALI failed on decoded by Pillow."""
@@ -140,16 +163,19 @@ class GraphRunner:
         rows = [row for row, image in enumerate(batch.images.tolist()) if image in self._failed]
         return self._reader.again_by_pillow(batch, rows) if rows else batch
 
-    def _schedule(self, batch: EncodedBatch) -> _Fed:
-        if not len(batch):
-            return batch, {}
-        inputs = self._inputs(batch)
+    def _with_inputs(self, batch: EncodedBatch) -> _Fed:
+        return batch, self._inputs(batch) if len(batch) else {}
+
+    def _schedule(self, fed: _Fed) -> None:
+        """Feed a batch, which the caller keeps from now on, and run the graph."""
+        batch, inputs = fed
+        if not inputs:
+            return
         graph = self._graph or self._start()
         graph.feed_input("encoded", batch.files())
         for name, values in inputs.items():
             graph.feed_input(name, values)
         graph.schedule_run()
-        return batch, inputs
 
     def _start(self) -> Pipeline:
         """Build the graph and run blank images through it, since its first run takes several batches at once.
@@ -189,12 +215,20 @@ class GraphRunner:
         return outputs
 
     @contextmanager
-    def _held_afterwards(self, outputs: list[Tensor]) -> Iterator[None]:
-        """Hold views whose kernels are launched inside, also where the caller goes no further than this batch."""
+    def _held_afterwards(self, outputs: list[Tensor], run: deque[_Fed]) -> Iterator[None]:
+        """Hold views whose kernels are launched inside, also where the caller goes no further than this batch.
+
+        Raises:
+            RuntimeError: The run was ended inside.
+        """
         try:
             yield
         finally:
             self._hold(outputs)
+        if self._under_way is not run:
+            raise RuntimeError(
+                "found an epoch that goes on after another one of its pipeline began, expected one at a time"
+            )
 
     def _hold(self, outputs: list[Tensor]) -> None:
         """Keep views until the kernels that read them are done: their memory is DALI's, which does not track them."""
@@ -208,28 +242,44 @@ class GraphRunner:
 
     def _run_alone(self, batch: EncodedBatch) -> tuple[EncodedBatch, list[Tensor]]:
         try:
-            self._done.append(self._schedule(batch))
-            return batch, self._outputs(self._done[-1])
+            return batch, self._outputs_alone(batch)
         except _WrongOutputs:
             return self._run_alone(self._without_failed(batch))
+        except _NOT_BY_A_FILE:
+            raise
         except RuntimeError:
             self._graph = None
         again = self._reader.again_by_pillow(batch, range(len(batch)))
         found = set(again.corrupt) - set(batch.corrupt)
         self._failed |= found or set(batch.images.tolist())
         # A failure now is not caused by the files.
-        self._done.append(self._schedule(again))
-        return again, self._outputs(self._done[-1])
+        return again, self._outputs_alone(again)
 
-    def _drain(self, runs: int) -> None:
+    def _outputs_alone(self, batch: EncodedBatch) -> list[Tensor]:
+        fed = self._with_inputs(batch)
+        self._done.append(fed)
+        self._schedule(fed)
+        return self._outputs(fed)
+
+    def _drain(self, under_way: deque[_Fed]) -> None:
         """Discard the outputs in flight, so that the next batch fed is the next one out."""
         try:
-            for _ in range(runs):
-                if self._graph is not None:
+            while under_way:
+                if under_way[0][1] and self._graph is not None:
                     self._graph.outputs()
-        except (RuntimeError, StopIteration):
-            # StopIteration: interrupted while it waited for outputs, which then are not to be had.
+                self._done.append(under_way.popleft())
+        except RuntimeError:
+            self._drop(under_way)
+        except BaseException:
+            self._drop(under_way)
+            raise
+
+    def _drop(self, run: deque[_Fed]) -> None:
+        """Give up the graph with what is in flight, unless a later run has it."""
+        if self._under_way is run:
             self._graph = None
+            self._done.extend(run)  # the traceback of an error may keep the graph, and its threads read them
+            run.clear()
 
 
 util.register_after_fork(GraphRunner, _spare_inherited)
