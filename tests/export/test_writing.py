@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import synco_fast
 from synco_fast.export.card import known_results
 from synco_fast.export.import_checkpoint import import_checkpoint
-from synco_fast.export.layouts import from_moco, to_moco
+from synco_fast.export.layouts import from_moco, to_detectron2, to_moco
 from synco_fast.export.load import read_weights
 from synco_fast.export.save import export_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError
@@ -133,6 +133,24 @@ def test_the_authors_scripts_know_no_small_stem(make_run, tmp_path):
     assert not (tmp_path / "moco").exists()
 
 
+def test_a_small_stem_comes_back_by_its_shape(make_run, tmp_path):
+    """As a CIFAR checkpoint of solo-learn comes in; images of 224 pixels would be those of another network."""
+    run = make_run({**STOCK, "model.small_stem": True})
+    export_checkpoint(run, "torchvision", tmp_path / "out")
+    exported = tmp_path / "out" / "backbone.pth"
+    for size, expected in ((None, 32), (40, 40)):
+        weights = import_checkpoint(exported, tmp_path / "ours.pt", method="moco", backbone="resnet18", size=size)
+        assert weights.config.model.small_stem
+        assert (weights.config.augment.size, weights.config.augment.resize) == (expected, expected)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(synco_fast.load_backbone(tmp_path / "ours.pt")(images), synco_fast.load_backbone(run)(images))
+    with pytest.raises(CheckpointError, match=r"another architecture than resnet50"):
+        import_checkpoint(exported, tmp_path / "ours.pt", method="moco", backbone="resnet50")
+    torch.save(torchvision.models.resnet18().state_dict(), exported)
+    stock = import_checkpoint(exported, tmp_path / "ours.pt", method="moco", backbone="resnet18", size=64).config
+    assert (stock.model.small_stem, stock.augment.size) == (False, 64)
+
+
 def authors_linear_evaluation(file) -> torchvision.models.ResNet:
     """What facebookresearch/moco's main_lincls.py does with a checkpoint: encoder_q without fc, all but fc must fit."""
     prefix, state = "module.encoder_q.", torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
@@ -250,6 +268,8 @@ def test_detectron2(make_run, tmp_path):
     backbone = {k: v for k, v in read_weights(run).backbone.items() if "num_batches_tracked" not in k}
     assert len(tensors) == len(backbone), "no two tensors have one name"
     assert same(dict(zip(backbone, tensors.values(), strict=True)), backbone)
+    half = to_detectron2({"layer1.0.bn2.bias": torch.ones(2, dtype=torch.bfloat16)})
+    assert half["res2.0.conv2.norm.bias"].numpy().dtype == "float32", "NumPy has no bfloat16"
     voc = yaml.safe_load((tmp_path / "d2" / done.files[1]).read_text())
     assert voc["MODEL"]["ROI_HEADS"] == {"NAME": "Res5ROIHeadsExtraNorm", "NUM_CLASSES": 20}
     assert voc["MODEL"]["PIXEL_MEAN"] == [123.675, 116.28, 103.53]
