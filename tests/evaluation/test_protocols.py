@@ -186,7 +186,7 @@ def test_fine_tuning_sweeps_and_learns(make_run):
     before = weights_sha256(open_context(run, EvalOptions()).backbone)
     protocol = replace(published_protocol(10), epochs=2, batch=8)
     found = evaluate_finetune(run, EvalOptions(workers=0), percent=50, rates=(0.01, 0.05), protocol=protocol)
-    assert found["images_per_class"] == [6, 6, 6]
+    assert (found["images_per_class"], found["percent"]) == ([6, 6, 6], 50)
     assert set(found["rates"]) == {"0.01", "0.05"}
     assert found["top1"] == max(found["rates"].values())
     assert found["chance"] == pytest.approx(1 / 3)
