@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from synco_fast.config import Config
@@ -17,7 +19,7 @@ from synco_fast.explain import known_keys
 from synco_fast.report.runs import Run, accuracy_columns, mean_and_deviation, read_run
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import atomic_write
-from synco_fast.runtime.style import colour_of, plain
+from synco_fast.runtime.style import colour_of, columns_of, plain, shortened
 
 __all__ = ["SPEED", "Group", "compare_runs", "draw_comparison", "shown_figures"]
 
@@ -36,6 +38,8 @@ _FREE = frozenset(
 
 #: Settings that a title names; runs that differ in more are told apart by preset and folder.
 _NAMED = 4
+#: Characters of a group's title in the picture, and of a line of its legend.
+_TITLE, _LINE = 120, 150
 
 
 @dataclass(frozen=True)
@@ -131,21 +135,33 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     others = {title for result in results if result.source for title in result.columns}
     _bars(bars, groups, colours, [name for name in shown_figures(groups) if name != SPEED and name not in others])
     bars.set_title("evaluations, deviation over seeds")
-    chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
+    chances = _chances(groups, colours)
     for axes in (curves, bars):
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-        if chance is not None:
-            axes.axhline(chance, color="gray", linestyle=":")
+        for chance, colour in chances:
+            axes.axhline(chance, color=colour, linestyle=":")
     bars.set_ylim(0, 1)
     _bars(speed, groups, colours, [SPEED])
     speed.set_title("throughput")
     for axes in (curves, bars, speed):
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
-    keys = [Patch(color=colour, label=plain(group.title)) for group, colour in zip(groups, colours, strict=True)]
-    figure.legend(handles=keys, loc="outside lower center", ncol=min(4, len(keys)), fontsize=9, frameon=False)
+    titles = [shortened(group.title, _TITLE) for group in groups]
+    keys: list[Artist] = [
+        Patch(color=colour, label=plain(title)) for title, colour in zip(titles, colours, strict=True)
+    ]
+    keys += [Line2D([], [], color="gray", linestyle=":", label="chance")] if chances else []
+    ncol = columns_of([*titles, *(["chance"] if chances else [])], _LINE)
+    figure.legend(handles=keys, loc="outside lower center", ncol=ncol, fontsize=9, frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
+
+
+def _chances(groups: Sequence[Group], colours: list[str]) -> list[tuple[float, str]]:
+    """Levels of chance and their colours: one in gray if all runs have it, else those of each group in its colour."""
+    found = {(run.chance, colour): None for group, colour in zip(groups, colours, strict=True) for run in group.runs}
+    known = [(chance, colour) for chance, colour in found if chance is not None]
+    return [(known[0][0], "gray")] if len({chance for chance, _ in known}) == 1 else known
 
 
 def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[str]) -> None:
