@@ -259,6 +259,20 @@ def test_ranks_share_each_batch_and_crops_depend_on_the_epoch(image_folder, tiny
     assert not torch.equal(batches(2)[0][0], whole[0][0])
 
 
+def test_fewer_images_than_ranks_are_taken_several_times(image_folder, tiny):
+    split = open_source(str(image_folder)).train
+    for rank in range(4):
+        loader = LabelledBatches(split, tiny().augment, [5], batch=4, seed=0, workers=0, rank=rank, world=4)
+        assert [len(labels) for _, labels in loader.epoch(0)] == [1]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(make_run, monkeypatch):
+    """One rank would get none of it, or a smaller part that counts as much as the others' in the gradient."""
+    monkeypatch.setattr("synco_fast.evaluation.classifier.world", lambda: 4)
+    with pytest.raises(ConfigError, match=r"batch: found 6, expected a multiple of 4, the processes"):
+        evaluate_linear(make_run(), EvalOptions(workers=0), protocol=replace(PUBLISHED, batch=6))
+
+
 def test_labelled_batches_end_their_workers_when_they_are_dropped(image_folder, tiny):
     split = open_source(str(image_folder)).train
     before = multiprocessing.active_children()
