@@ -110,6 +110,16 @@ def test_timm_loads_a_model_with_a_layer_behind_the_pooling(make_run, tmp_path):
     assert torch.equal(model.eval()(images), expected)
 
 
+@pytest.mark.parametrize(("size", "resize"), [(32, None), (32, 32), (96, 118)])
+def test_timms_own_transforms_make_the_same_crop(make_run, tmp_path, size, resize):
+    run = make_run({**STOCK, "augment.size": size, "augment.evaluation_resize": resize})
+    export_checkpoint(run, "timm", tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}")
+    chain = timm.data.create_transform(**timm.data.resolve_model_data_config(model)).transforms
+    recipe = read_weights(run).config.augment
+    assert (chain[0].size, tuple(chain[1].size)) == (recipe.resize, (size, size))
+
+
 def test_a_thin_timm_model_keeps_its_arguments(make_run, tmp_path):
     run = make_run()
     export_checkpoint(run, "timm", tmp_path / "timm")
