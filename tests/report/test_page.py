@@ -105,6 +105,15 @@ def test_the_map_needs_no_extra_package(monkeypatch):
     assert (points.shape, by) == ((40, 2), "principal components")
 
 
+@pytest.mark.parametrize("features", [torch.zeros(30, 6), torch.eye(6)[:1].repeat(30, 1), torch.randn(1, 6)])
+def test_a_collapsed_encoder_and_a_single_image_have_a_map(monkeypatch, features):
+    monkeypatch.setattr("sklearn.manifold.TSNE", None)  # it ends the process on such features
+    points, by = flatten(features)
+    assert (points.shape, by) == ((len(features), 2), "principal components")
+    assert points.abs().max() < 1e-6
+    assert "svg" in draw_map(points, torch.zeros(len(points), dtype=torch.int64), ["one"], "map")
+
+
 def test_what_is_missing_is_named(told_run, image_folder):
     folder = told_run({"data.source": str(image_folder)})
     shutil.rmtree(image_folder)
