@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from synco_fast.study.results import Difference, Row, Study
 __all__ = ["check_record", "draw_learning_curves", "page", "write_record"]
 
 _SPREAD = ["difference", "figure", "mean", "deviation", "standard error", "95 % interval", "seeds", "each seed"]
+#: Characters of a line of a panel's title.
+_TITLE = 54
 _INTERVAL = (
     "The 95 % interval is that of the mean, by Student's t of seeds - 1 degrees of freedom, and of each row alone: of "
     "twenty differences that are none, one is expected to exclude 0."
@@ -196,7 +199,8 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
             else:
                 place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "fontsize": 8, "color": "gray"}
                 axes.annotate(f"chance: {chance:.1%}", (0.98, 0.03), **place)
-        axes.set_title(plain(", ".join(part for part in group if part)), fontsize=10)
+        title = textwrap.fill(", ".join(part for part in group if part), _TITLE)
+        axes.set_title(plain(title), fontsize=10)
         if number + columns >= len(groups):
             axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -92,6 +92,11 @@ def test_each_panel_of_the_curves_has_the_chance_of_its_images(tmp_path, monkeyp
     monkeypatch.setattr("matplotlib.axes.Axes.axhline", lambda axes, y, **how: drawn.append((axes.get_title(), y)))
     draw_learning_curves(collect(tmp_path, trials), trials, tmp_path / "curves.png")
     assert [chance for _, chance in drawn] == [0.5, 0.25]
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title, **how: titles.append(title))
+    long = plan(["demo"], methods=["moco"], seeds=[0], vary={"data.source": ["a folder of images " * 9, "two"]})
+    draw_learning_curves(collect(tmp_path, long), long, tmp_path / "curves.png")
+    assert max(map(len, titles[0].splitlines())) <= 54
 
 
 def test_methods_are_compared_in_a_setting_and_settings_in_a_method(tmp_path):
