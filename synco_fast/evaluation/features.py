@@ -67,6 +67,7 @@ def extract_features(
     limit: int | None = None,
     numbers: Iterable[int] | None = None,
     labelled: bool = True,
+    finite: bool = True,
     tick: Callable[[int], None] = lambda images: None,
 ) -> Features:
     """Run a split's central crops through the backbone in evaluation mode, then restore its mode.
@@ -82,11 +83,13 @@ def extract_features(
         limit: At most so many images, evenly spaced.
         numbers: Only the images with these indices; if none can be read, the features are empty.
         labelled: Whether labels are required; otherwise a missing label is -1.
+        finite: Whether features that are NaN or infinite are an error. One such row in the bank of a kNN would be a
+            neighbour of every image.
         tick: Called with the number of images of each batch.
 
     Raises:
         DataError: The split has no labels, or no image of it can be read.
-        DivergedError: A feature is NaN or infinite. In the bank of a kNN one such row would be every image's neighbour.
+        DivergedError: A feature is NaN or infinite.
     """
     if split.labels is None and labelled:
         raise DataError(
@@ -117,7 +120,7 @@ def extract_features(
         return Features(torch.empty(0, 0), empty, corrupt, empty)
     read, features = torch.cat(found), torch.cat(values)
     bad = read[~features.isfinite().flatten(1).all(dim=1)].tolist()
-    if bad:
+    if bad and finite:
         raise DivergedError(
             f"features: found NaN or infinity in those of {len(bad):,} of {len(read):,} images, such as "
             f"{split.name(bad[0])}, expected numbers; --precision fp32 helps where float16 is too small for them"

@@ -185,7 +185,13 @@ def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[s
             found = mean_and_deviation(group.values(name))
             if found:
                 x = place + (number - (len(groups) - 1) / 2) * width
-                look = {"color": colour, "hatch": _hatch(number), "edgecolor": "white", "linewidth": 0, "capsize": 3}
+                look: Any = {
+                    "color": colour,
+                    "hatch": _hatch(number),
+                    "edgecolor": "white",
+                    "linewidth": 0,
+                    "capsize": 3,
+                }
                 axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, **look)
     room = max(6, min(13, 60 // max(1, len(names))))  # characters between two bars
     labels = [plain(textwrap.fill(name, room, break_long_words=False)) for name in names]

@@ -3,11 +3,12 @@ import pytest
 import torch
 from torch import nn
 
+from synco_fast.config import EvaluationConfig
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.evaluation.features import evenly_spaced, extract_features
-from synco_fast.evaluation.knn import knn_accuracy, knn_predict
+from synco_fast.evaluation.knn import knn_accuracy, knn_predict, periodic_knn
 from synco_fast.runtime.errors import ConfigError, DivergedError
 
 
@@ -81,6 +82,16 @@ def test_features_that_are_no_numbers_are_refused(image_folder):
     module.forward = backbone
     with pytest.raises(DivergedError, match=rf"of 1 of 12 images, such as {split.name(2)}, .*--precision fp32"):
         extract_features(module, split, Recipe(size=16), device=torch.device("cpu"), workers=0)
+    found = periodic_knn(
+        module,
+        open_source(str(image_folder)),
+        Recipe(size=16),
+        EvaluationConfig(k=2),
+        device=torch.device("cpu"),
+        workers=0,
+    )
+    assert found.accuracy == 0, "during training, it is the trainer that says why"
+    assert found.figures == {}
 
 
 def test_labels_are_needed():
