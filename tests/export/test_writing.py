@@ -208,7 +208,7 @@ def test_published_checkpoints_come_in_and_go_out_unchanged(tmp_path, mlp):
     assert same(back["state_dict"], content["state_dict"])
     assert back["epoch"] == 200
     card = (tmp_path / "back" / "README.md").read_text()
-    assert "published.pth.tar" in card
+    assert "| imported from | published.pth.tar, sha256 " in card
     assert "| epochs | 200 |" in card
 
 
