@@ -18,6 +18,7 @@ from synco_fast.commands.options import (
     print_result,
 )
 from synco_fast.commands.parser import Commands
+from synco_fast.runtime.results import finetuning_name
 
 __all__ = ["add"]
 
@@ -50,7 +51,7 @@ def _check(options: argparse.Namespace) -> str:
         raise ConfigError(f"percent: found {options.percent:g}, expected above 0, up to 100")
     if options.list is not None and not options.list.is_file():
         raise ConfigError(f"list: cannot read {options.list} (no such file)")
-    return f"finetune_{options.list.stem}" if options.list else f"finetune_{options.percent:g}"
+    return finetuning_name(options.percent, options.list)
 
 
 def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

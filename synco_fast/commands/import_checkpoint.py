@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
     command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
     command.add_argument("--method", required=True, choices=tuple(METHODS), help="the method that pretrained it")
     command.add_argument("--backbone", metavar="NAME", help="the architecture, if the file does not name it")
+    command.add_argument("--size", type=int, metavar="N", help="side of the images; 224, or 32 with a stem of 3 x 3")
     command.add_argument("--out", type=path, required=True, metavar="FILE", help="the checkpoint to write, .pt")
     add_options(command, json="write a summary here as well")
 
@@ -37,11 +38,15 @@ def _import(options: argparse.Namespace, rest: Sequence[str], console: Console) 
     from synco_fast.export.import_checkpoint import import_checkpoint
     from synco_fast.runtime.environment import describe_environment
 
-    weights = import_checkpoint(options.file, options.out, method=options.method, backbone=options.backbone)
+    weights = import_checkpoint(
+        options.file, options.out, method=options.method, backbone=options.backbone, size=options.size
+    )
+    model, recipe = weights.config.model, weights.config.augment
     figures = {
         "checkpoint": str(options.out),
         "method": options.method,
-        "backbone": weights.config.model.backbone,
+        "backbone": model.backbone + (", small stem" if model.small_stem else ""),
+        "images": f"{recipe.size} pixels, cut from {recipe.resize}",
         "tensors": len(weights.state),
         **{name: value for name, value in weights.imported.items() if value is not None},
     }

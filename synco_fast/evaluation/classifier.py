@@ -21,7 +21,7 @@ from synco_fast.evaluation.labelled import LabelledBatches, images_sha256
 from synco_fast.export.load import backbone_of
 from synco_fast.runtime.checkpoint import read_tensors
 from synco_fast.runtime.distributed import barrier, mean_over_ranks, rank, sum_over_ranks, world
-from synco_fast.runtime.errors import DivergedError
+from synco_fast.runtime.errors import ConfigError, DivergedError
 from synco_fast.runtime.files import atomic_write
 from synco_fast.runtime.optim_step import OptimStep, build_sgd
 from synco_fast.runtime.progress import ProgressBar
@@ -120,9 +120,12 @@ def train_classifier(
         console: Where progress is shown.
 
     Raises:
+        ConfigError: The batch cannot be divided among the processes.
         DivergedError: The loss became NaN or infinite.
         RuntimeError: A frozen backbone was changed.
     """
+    if protocol.batch % world():
+        raise ConfigError(f"batch: found {protocol.batch}, expected a multiple of {world()}, the processes")
     frozen = protocol.backbone_lr == 0
     probe = torch.zeros(1, 3, context.recipe.size, context.recipe.size, device=context.device)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Split
 from synco_fast.evaluation.context import EvalContext, progress, weights_sha256
 from synco_fast.runtime.distributed import barrier, rank, world
-from synco_fast.runtime.errors import DataError
+from synco_fast.runtime.errors import DataError, DivergedError
 from synco_fast.runtime.files import atomic_write
 
 __all__ = ["CachedFeatures", "Features", "cached_features", "evenly_spaced", "extract_features"]
@@ -67,6 +67,7 @@ def extract_features(
     limit: int | None = None,
     numbers: Iterable[int] | None = None,
     labelled: bool = True,
+    finite: bool = True,
     tick: Callable[[int], None] = lambda images: None,
 ) -> Features:
     """Run a split's central crops through the backbone in evaluation mode, then restore its mode.
@@ -82,10 +83,13 @@ def extract_features(
         limit: At most so many images, evenly spaced.
         numbers: Only the images with these indices; if none can be read, the features are empty.
         labelled: Whether labels are required; otherwise a missing label is -1.
+        finite: Whether features that are NaN or infinite are an error. One such row in the bank of a kNN would be a
+            neighbour of every image.
         tick: Called with the number of images of each batch.
 
     Raises:
         DataError: The split has no labels, or no image of it can be read.
+        DivergedError: A feature is NaN or infinite.
     """
     if split.labels is None and labelled:
         raise DataError(
@@ -114,9 +118,15 @@ def extract_features(
     if not values:
         empty = torch.empty(0, dtype=torch.int64)
         return Features(torch.empty(0, 0), empty, corrupt, empty)
-    read = torch.cat(found)
+    read, features = torch.cat(found), torch.cat(values)
+    bad = read[~features.isfinite().flatten(1).all(dim=1)].tolist()
+    if bad and finite:
+        raise DivergedError(
+            f"features: found NaN or infinity in those of {len(bad):,} of {len(read):,} images, such as "
+            f"{split.name(bad[0])}, expected numbers; --precision fp32 helps where float16 is too small for them"
+        )
     labels = torch.full_like(read, -1) if split.labels is None else torch.from_numpy(split.labels)[read]
-    return Features(torch.cat(values), labels, corrupt, read)
+    return Features(features, labels, corrupt, read)
 
 
 @dataclass(frozen=True)

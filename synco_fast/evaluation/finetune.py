@@ -15,6 +15,7 @@ from synco_fast.evaluation.context import EvalOptions, join_job, open_context
 from synco_fast.evaluation.labelled import balanced_subset, listed_subset
 from synco_fast.runtime.distributed import barrier
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.results import finetuning_name
 
 __all__ = ["RATES", "evaluate_finetune", "published_protocol"]
 
@@ -69,11 +70,12 @@ def evaluate_finetune(
         context = open_context(path, options, device)
         assert context.train.labels is not None
         numbers = listed_subset(context.train, listed) if listed else []
+        if listed:  # a list of 1 % holds a little more where each class is rounded up
+            percent = round(100 * len(numbers) / len(context.train))
         if callable(protocol):
-            # A list of 1 % holds a little more where each class is rounded up.
-            protocol = protocol(round(100 * len(numbers) / len(context.train)) if listed else percent)
+            protocol = protocol(percent)
         numbers = numbers or balanced_subset(context.train, percent / 100, seed=protocol.seed)
-        name = f"finetune_{listed.stem}" if listed else f"finetune_{percent:g}"
+        name = finetuning_name(percent, listed)
         found: dict[str, ClassifierResult] = {}
         for rate in rates:
             state = context.folder / f"{name}-lr{rate:g}.pt"
@@ -91,6 +93,7 @@ def evaluate_finetune(
             lr=float(best),
             rates={rate: result.top1 for rate, result in found.items()},
             images=len(numbers),
+            percent=percent,
             images_per_class=[int(count) for count in np.bincount(context.train.labels[numbers])],
             epochs=protocol.epochs,
             batch=protocol.batch,

@@ -61,7 +61,8 @@ def uniformity(features: Tensor, *, scale: float = 2.0) -> float:
     """How evenly features cover the unit sphere (Wang and Isola, arXiv 2005.10242, section 4.1.2).
 
     The logarithm of the mean of exp(-scale ||f(x) - f(y)||^2) over all pairs of distinct images: 0 where all features
-    are one point, lower where they spread; about -2 scale for independent directions in many dimensions.
+    are one point, lower where they spread; about -2 scale for independent directions in many dimensions. A feature of
+    length 0 has no direction; all of them count as one point, as a network gives them whose units are all dead.
 
     Args:
         features: (n, F); normalised here. The cost is quadratic in n.
@@ -72,6 +73,7 @@ def uniformity(features: Tensor, *, scale: float = 2.0) -> float:
     """
     _check_rows("uniformity", features, 2)
     rows = normalize(features.double(), dim=1)
+    rows[:, 0] += (rows == 0).all(dim=1)
     # The n pairs of a row with itself are exactly 1 each; they are taken out of the sum.
     total = sum(float(torch.exp(-scale * (2 - 2 * block @ rows.T).clamp_min(0)).sum()) for block in rows.split(_BLOCK))
     pairs = len(rows) * (len(rows) - 1)

@@ -229,6 +229,8 @@ def periodic_knn(
 ) -> KnnResult:
     """The kNN accuracy of a backbone during training, in float32, by the configuration.
 
+    It is 0 where a feature is NaN or infinite: the trainer knows better than an evaluation why, and what to advise.
+
     Args:
         backbone: Images (b, 3, H, W) to features (b, F), on ``device``.
         source: Both splits.
@@ -253,6 +255,7 @@ def periodic_knn(
             pipeline=pipeline,
             workers=workers,
             limit=limit,
+            finite=False,
         )
         for split, limit in ((train, evaluation.train_images), (held_out, evaluation.images))
     )
@@ -265,8 +268,9 @@ def periodic_knn(
         temperature=evaluation.temperature,
         key="evaluation.k",
     )
+    finite = all(bool(part.values.isfinite().all()) for part in (bank, queries))
     return KnnResult(
-        accuracy,
+        accuracy if finite else 0.0,
         chance=1 / int(bank.labels.unique().numel()),
         bank=len(bank.labels),
         queries=len(queries.labels),

@@ -56,7 +56,7 @@ class LabelledBatches:
         split: The images.
         recipe: Gives the crop size.
         numbers: Which images.
-        batch: Images per step, over all ranks.
+        batch: Images per step, over all ranks; a multiple of their number.
         seed: Seed of order and crops.
         workers: Decoding processes.
         rank, world: This process and how many there are.
@@ -107,7 +107,7 @@ class _Order:
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = epoch_order(self.length, seed=self.seed, epoch=self.epoch).tolist()
-        order += order[: -len(order) % self.world]
+        order = (order * self.world)[: len(order) + -len(order) % self.world]
         starts = self.starts()
         for start in starts:
             end = len(order) if start == starts[-1] else start + self.batch

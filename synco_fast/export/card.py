@@ -131,7 +131,8 @@ def _facts(weights: Weights) -> dict[str, str]:
     if config.model.init is not None:
         rows["started from"] = config.model.init
     if weights.imported:
-        rows["imported from"] = ", ".join(f"{key} {value}" for key, value in weights.imported.items() if value)
+        known = (value if key == "from" else f"{key} {value}" for key, value in weights.imported.items() if value)
+        rows["imported from"] = ", ".join(known)
     else:
         rows |= {
             "steps": f"{weights.step:,} of {config.training.batch} images",

@@ -11,14 +11,17 @@ from torch import Tensor
 
 from synco_fast.runtime.errors import CheckpointError
 
-__all__ = ["backbone_in", "from_moco", "is_moco", "to_detectron2", "to_moco"]
+__all__ = ["backbone_in", "from_moco", "is_moco", "plain_state", "to_detectron2", "to_moco"]
 
 _MOCO_ENCODERS = {"encoder": "module.encoder_q", "key_encoder": "module.encoder_k"}
 _PREFIX = re.compile(r"(?:module\.)?(encoder_q|encoder_k)\.(.+)")
-#: First words of the names of a classifier, in torchvision and timm.
-_CLASSIFIERS = ("fc", "classifier", "head", "heads")
-#: Where a checkpoint has its encoder: at the top; in solo-learn and lightly; in older solo-learn; in MoCo v3.
-_ENCODERS = ("", "backbone.", "encoder.", "base_encoder.")
+#: What DistributedDataParallel and torch.compile put before the names of all tensors.
+_WRAPPERS = ("module.", "_orig_mod.")
+#: First words of the names of a classifier, in torchvision and timm, and of the heads beside SwAV's encoder.
+_CLASSIFIERS = ("fc", "classifier", "head", "heads", "projection_head", "prototypes")
+#: Where a checkpoint has its encoder: at the top; in solo-learn, lightly and DINO; in older solo-learn; in MoCo v3; in
+#: VISSL.
+_ENCODERS = ("", "backbone.", "encoder.", "base_encoder.", "_feature_blocks.")
 #: The children of torchvision's and timm's ResNets that have tensors, by number: lightly's examples number them.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
@@ -86,9 +89,11 @@ def _keys_as_rows(queue: Tensor, state: dict[str, Tensor]) -> Tensor:
 def to_detectron2(backbone: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename a torchvision ResNet's tensors as in detectron2: ``layer1.0.bn2.bias`` is ``res2.0.conv2.norm.bias``.
 
-    ``num_batches_tracked`` has no place there and is omitted.
+    ``num_batches_tracked`` has no place there and is omitted. The tensors are float32: NumPy, in whose arrays the file
+    holds them, has no bfloat16.
     """
-    return {_detectron2_name(name): value for name, value in backbone.items() if "num_batches_tracked" not in name}
+    named = {_detectron2_name(name): value for name, value in backbone.items()}
+    return {name: value.float() for name, value in named.items() if "num_batches_tracked" not in name}
 
 
 def _detectron2_name(name: str) -> str:
@@ -99,6 +104,20 @@ def _detectron2_name(name: str) -> str:
     return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
 
 
+def plain_state(content: Any) -> Any:
+    """Where a checkpoint that is not of the authors' layout has its tensors by name, or what stands in their place.
+
+    That is at the top, below ``state_dict`` or ``model``, below ``teacher`` in DINO, or below the trunk of VISSL.
+    """
+    for way in (("state_dict",), ("model",), ("teacher",), ("classy_state_dict", "base_model", "model", "trunk")):
+        found = content
+        for key in way:
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is not None:
+            return found
+    return content
+
+
 def backbone_in(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """The tensors of a backbone by its own names, without those of a classifier.
 
@@ -106,12 +125,12 @@ def backbone_in(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Ten
     backbone keeps, so the names alone do not decide.
 
     Args:
-        state: By the backbone's own names, or below a prefix of `_ENCODERS`; each also below ``module.``, as
-            DistributedDataParallel names them.
+        state: By the backbone's own names, or below a prefix of `_ENCODERS`; each also below ``module.`` or
+            ``_orig_mod.``, as DistributedDataParallel and torch.compile name them.
         own: The names of the backbone's tensors once its classifier is removed.
     """
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    while wrapper := next((word for word in _WRAPPERS if state and all(name.startswith(word) for name in state)), ""):
+        state = {name.removeprefix(wrapper): value for name, value in state.items()}
     for prefix in _ENCODERS if state.keys().isdisjoint(own) else ():
         inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         for named in (inside, _children_named(inside)):

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from synco_fast.config import Config
@@ -17,7 +19,7 @@ from synco_fast.explain import known_keys
 from synco_fast.report.runs import Run, accuracy_columns, mean_and_deviation, read_run
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import atomic_write
-from synco_fast.runtime.style import colour_of, plain
+from synco_fast.runtime.style import COLOURS, colour_of, columns_of, plain, shortened
 
 __all__ = ["SPEED", "Group", "compare_runs", "draw_comparison", "shown_figures"]
 
@@ -36,6 +38,10 @@ _FREE = frozenset(
 
 #: Settings that a title names; runs that differ in more are told apart by preset and folder.
 _NAMED = 4
+#: Characters of a group's title in the picture, and of a line of its legend.
+_TITLE, _LINE = 120, 150
+#: The hatches of bars and dashes of curves, each for as many groups as there are colours.
+_HATCHES, _DASHES = ("", "////", "...."), ("-", "--", "-.")
 
 
 @dataclass(frozen=True)
@@ -114,14 +120,19 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
         groups: From `compare_runs`.
         path: The picture; its suffix sets the format.
     """
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
     colours = [colour_of(place) for place in range(len(groups))]
-    for group, colour in zip(groups, colours, strict=True):
+    titles, chances = [shortened(group.title, _TITLE) for group in groups], _chances(groups, colours)
+    labels = [*titles, *(["chance"] if chances else [])]
+    columns = columns_of(labels, _LINE)
+    figure = Figure(figsize=(12, 4.2 + 0.2 * -(-len(labels) // columns)), layout="constrained")
+    curves, bars, speed = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.8))
+    for place, group in enumerate(groups):
+        dashes = _DASHES[place // len(COLOURS) % len(_DASHES)]
         for run in group.runs:
             points = [(line["epoch"], line["knn"]) for line in run.evaluations]
             if points:
-                curves.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8)
+                look = {"color": colours[place], "linestyle": dashes, "marker": "o", "markersize": 3, "alpha": 0.8}
+                curves.plot(*zip(*points, strict=True), **look)
     curves.set_xlabel("epoch")
     curves.set_title("kNN during pretraining")
     if not curves.get_lines():
@@ -131,21 +142,40 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
     others = {title for result in results if result.source for title in result.columns}
     _bars(bars, groups, colours, [name for name in shown_figures(groups) if name != SPEED and name not in others])
     bars.set_title("evaluations, deviation over seeds")
-    chance = next((run.chance for group in groups for run in group.runs if run.chance), None)
     for axes in (curves, bars):
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
-        if chance is not None:
-            axes.axhline(chance, color="gray", linestyle=":")
+        for chance, colour in chances:
+            axes.axhline(chance, color=colour, linestyle=":")
     bars.set_ylim(0, 1)
     _bars(speed, groups, colours, [SPEED])
     speed.set_title("throughput")
     for axes in (curves, bars, speed):
         axes.grid(alpha=0.25, axis="y")
         axes.spines[["top", "right"]].set_visible(False)
-    keys = [Patch(color=colour, label=plain(group.title)) for group, colour in zip(groups, colours, strict=True)]
-    figure.legend(handles=keys, loc="outside lower center", ncol=min(4, len(keys)), fontsize=9, frameon=False)
+    keys: list[Artist] = [
+        Patch(facecolor=colours[place], hatch=_hatch(place), edgecolor="white", label=plain(title))
+        for place, title in enumerate(titles)
+    ]
+    keys += [Line2D([], [], color="gray", linestyle=":", label="chance")] if chances else []
+    figure.legend(handles=keys, loc="outside lower center", ncol=columns, fontsize=9, frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120, format=path.suffix[1:] or "png")
+
+
+def _chances(groups: Sequence[Group], colours: list[str]) -> list[tuple[float, str]]:
+    """Levels of chance and their colours: that of one group among several in its colour, others in gray."""
+    found: dict[float, set[int]] = {}
+    for place, group in enumerate(groups):
+        for run in group.runs:
+            if run.chance is not None:
+                found.setdefault(run.chance, set()).add(place)
+    one = len(found) == 1
+    return [(chance, "gray" if one or len(whose) > 1 else colours[min(whose)]) for chance, whose in found.items()]
+
+
+def _hatch(place: int) -> str:
+    """The hatch of group number ``place``, by which groups of one colour are told apart."""
+    return _HATCHES[place // len(COLOURS) % len(_HATCHES)]
 
 
 def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[str]) -> None:
@@ -155,7 +185,14 @@ def _bars(axes: Axes, groups: Sequence[Group], colours: list[str], names: list[s
             found = mean_and_deviation(group.values(name))
             if found:
                 x = place + (number - (len(groups) - 1) / 2) * width
-                axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, color=colour, capsize=3)
+                look: Any = {
+                    "color": colour,
+                    "hatch": _hatch(number),
+                    "edgecolor": "white",
+                    "linewidth": 0,
+                    "capsize": 3,
+                }
+                axes.bar(x, found[0], width * 0.9, yerr=found[1] or None, **look)
     room = max(6, min(13, 60 // max(1, len(names))))  # characters between two bars
     labels = [plain(textwrap.fill(name, room, break_long_words=False)) for name in names]
     axes.set_xticks(range(len(names)), labels, fontsize=8)

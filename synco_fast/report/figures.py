@@ -11,13 +11,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from synco_fast.report.runs import Run
-from synco_fast.runtime.style import plain
+from synco_fast.runtime.style import columns_of, plain, told_apart
 from synco_fast.training.plots import PANELS, draw_panel
 
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
 
 #: Inches: 400 pixels of a page, so that text keeps its size at a phone's width.
 _WIDTH, _HEIGHT = 4.2, 3.0
+#: Characters of a class's name beside the confusion matrix, in the legend of the map, and in a line of that legend.
+_TICK, _LABEL, _LINE = 20, 30, 72
 
 
 def _axes(title: str, height: float = _HEIGHT) -> tuple[Figure, Axes]:
@@ -57,7 +59,7 @@ def draw_confusion(confusion: list[list[int]], names: list[str]) -> str:
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, shrink=0.7, format=lambda value, _: f"{value:.0%}").ax.tick_params(labelsize=7)
     if len(names) == len(counts) <= 20:
-        labels = [plain(name) for name in names]
+        labels = [plain(name) for name in told_apart(names, _TICK)]
         axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
         axes.set_yticks(range(len(names)), labels, fontsize=7)
         if len(names) <= 12:
@@ -75,13 +77,18 @@ def draw_map(points: Tensor, labels: Tensor, names: list[str], title: str) -> st
     axes.set_yticks([])
     axes.grid(visible=False)
     palette = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
+    if len(names) > palette.N:
+        axes.set_title(f"{title}; {len(names)} classes share {palette.N} colours", fontsize=10)
+    told = told_apart(names, _LABEL)
     for label in labels.unique().tolist():
         inside = points[labels == label].numpy()
-        name = plain(names[label]) if len(names) <= 20 else None
+        name = plain(told[label]) if len(names) <= palette.N else None
         axes.scatter(inside[:, 0], inside[:, 1], s=5, color=palette(label % palette.N), label=name, linewidths=0)
     # As vector paths, thousands of points would make the page slow.
     for points_drawn in axes.collections:
         points_drawn.set_rasterized(True)
-    if len(names) <= 20:
-        figure.legend(loc="outside lower center", ncol=4, fontsize=7, markerscale=2, frameon=False)
+    if len(names) <= palette.N:
+        figure.legend(
+            loc="outside lower center", ncol=columns_of(told, _LINE), fontsize=7, markerscale=2, frameon=False
+        )
     return _svg(figure)

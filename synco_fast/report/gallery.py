@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from synco_fast.data.sources.open import Split
 from synco_fast.evaluation.context import EvalContext
@@ -21,6 +21,8 @@ __all__ = ["Gallery", "Neighbour", "Sheet", "flatten", "look_around"]
 
 #: Side of a thumbnail in pixels.
 _THUMB = 72
+#: Far above float32's rounding of the mean of unit vectors.
+_SPREAD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,19 @@ def _thumbnail(split: Split, number: int) -> str:
 
 
 def flatten(features: Tensor) -> tuple[Tensor, str]:
-    """Features (n, F) as points (n, 2), and the method: t-SNE, or principal components without scikit-learn."""
+    """Features (n, F) as points (n, 2), and the method: t-SNE, or principal components without scikit-learn.
+
+    Features without any spread, as of a collapsed encoder, are points at 0: scikit-learn would divide by their
+    deviation, and its search among the NaN ends the process.
+    """
     features = normalize(features, dim=1)
-    if importlib.util.find_spec("sklearn") and len(features) > 10:
+    centred = features - features.mean(dim=0)
+    if importlib.util.find_spec("sklearn") and len(features) > 10 and float(centred.abs().max()) > _SPREAD:
         from sklearn.manifold import TSNE
 
         perplexity = min(30.0, (len(features) - 1) / 3)
         model = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500)
         return torch.from_numpy(model.fit_transform(features.numpy())), "t-SNE"
-    centred = features - features.mean(dim=0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    return centred @ directions[:2].T, "principal components"
+    points = centred @ directions[:2].T
+    return pad(points, (0, 2 - points.shape[1])), "principal components"

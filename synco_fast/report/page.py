@@ -12,7 +12,7 @@ from synco_fast.evaluation.context import EvalOptions, for_features, open_contex
 from synco_fast.report.figures import draw_confusion, draw_map, draw_run
 from synco_fast.report.gallery import flatten, look_around
 from synco_fast.report.runs import Run, read_run
-from synco_fast.runtime.errors import CheckpointError, DataError
+from synco_fast.runtime.errors import CheckpointError, DataError, DivergedError
 from synco_fast.runtime.files import write_text
 
 __all__ = ["write_report"]
@@ -86,7 +86,7 @@ def _gallery(folder: Path, options: EvalOptions) -> dict[str, Any]:
     try:
         context = open_context(folder, for_features(options))
         found = look_around(context)
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, DataError, DivergedError) as error:
         return {"gallery": None, "map": None, "map_by": None, "missing": str(error)}
     points, by = flatten(found.features)
     names = list(context.train.classes or ())

@@ -12,7 +12,17 @@ from typing import Any
 
 from synco_fast.runtime.files import read_json
 
-__all__ = ["PROTOCOLS", "Protocol", "Result", "columns", "protocol_of", "read_results", "result_stem", "same_source"]
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "Result",
+    "columns",
+    "finetuning_name",
+    "protocol_of",
+    "read_results",
+    "result_stem",
+    "same_source",
+]
 
 
 @dataclass(frozen=True)
@@ -33,17 +43,18 @@ _FAST_RATES = ("0.03", "0.1", "0.3", "1", "3", "10", "30", "100")
 _FINETUNE_RATES = ("0.005", "0.01", "0.02", "0.05", "0.1")
 
 
-def _finetuning(title: str, epochs: int) -> Protocol:
-    return Protocol(title, {"epochs": epochs, "batch": 1024, "head_lr": 0.5, "rates": _FINETUNE_RATES})
+def _finetuning(title: str, percent: float | None) -> Protocol:
+    epochs = {} if percent is None else {"epochs": 60 if percent <= 1 else 30}
+    return Protocol(title, {**epochs, "batch": 1024, "head_lr": 0.5, "rates": _FINETUNE_RATES})
 
 
 PROTOCOLS: dict[str, Protocol] = {
     "knn": Protocol("kNN", {"temperature": 0.07}),
     "linear": Protocol("linear", {"epochs": 100, "batch": 256, "lr": 30.0}),
     "linear_fast": Protocol("linear, cached", {"epochs": 100, "batch": 256, "rates": _FAST_RATES}),
-    "finetune_1": _finetuning("1 % labels", 60),
-    "finetune_10": _finetuning("10 % labels", 30),
-    "finetune_100": _finetuning("100 % labels", 30),
+    "finetune_1": _finetuning("1 % labels", 1),
+    "finetune_10": _finetuning("10 % labels", 10),
+    "finetune_100": _finetuning("100 % labels", 100),
     "detection_voc": Protocol(None, {"steps": 24000, "batch": 16, "lr": 0.02}),
     "detection_coco": Protocol(None, {"steps": 180000, "batch": 16, "lr": 0.02}),
 }
@@ -61,16 +72,29 @@ _SAID = {
 #: Rates that are listed; of more, ends and number are said.
 _LISTED = 4
 _STEP = re.compile(r"step-(\d{8,})\.pt")
+_PERCENTAGE = re.compile(r"\d+(\.\d+)?(e-\d+)?")
 
 
-def protocol_of(name: str) -> Protocol:
-    """The protocol of a result; fine-tuning on any percentage, or on a list of images, has one too."""
+def protocol_of(name: str, percent: float | None = None) -> Protocol:
+    """The protocol of a result; fine-tuning on any percentage, or on a list of images, has one too.
+
+    Args:
+        name: The evaluation, such as ``linear_fast``.
+        percent: For a list, its percentage of the training images, on which the epochs depend; unknown by default.
+    """
     if name in PROTOCOLS or not name.startswith("finetune_"):
         return PROTOCOLS.get(name, Protocol(None))
     part = name.removeprefix("finetune_")
-    if re.fullmatch(r"\d+(\.\d+)?(e-\d+)?", part):
-        return _finetuning(f"{part} % labels", 60 if float(part) <= 1 else 30)
-    return _finetuning(f"labels of {part}", 60)
+    if _PERCENTAGE.fullmatch(part):
+        return _finetuning(f"{part} % labels", float(part))
+    return _finetuning(f"labels of {part}", percent)
+
+
+def finetuning_name(percent: float, listed: Path | None) -> str:
+    """The name of a result of fine-tuning: that of a list never reads as a percentage."""
+    if listed is None:
+        return f"finetune_{percent:g}"
+    return f"finetune_{'list_' if _PERCENTAGE.fullmatch(listed.stem) else ''}{listed.stem}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +119,7 @@ class Result:
         inside = self.values.get("protocol")
         found = {**self.values, **(inside if isinstance(inside, dict) else {})}
         parts = []
-        for key, published in protocol_of(self.name).published.items():
+        for key, published in protocol_of(self.name, self.values.get("percent")).published.items():
             value = tuple(found[key]) if isinstance(found.get(key), dict) else found.get(key)
             if value is None or value == published:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["COLOURS", "colour_of", "plain"]
+__all__ = ["COLOURS", "colour_of", "columns_of", "plain", "shortened", "told_apart"]
 
 #: Okabe and Ito's palette, which stays distinct for colour-blind readers; its yellow is darkened for a white page.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8A800", "#000000")
@@ -20,3 +20,24 @@ def plain(text: str) -> str:
     """
     hair_space = "\N{HAIR SPACE}" if text.startswith("_") else ""
     return hair_space + text.replace("$", r"\$")
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most ``most`` characters: a longer one without its middle, since names often differ at the end."""
+    if len(text) <= most:
+        return text
+    tail = (most - 1) // 2
+    return f"{text[: most - 1 - tail]}\N{HORIZONTAL ELLIPSIS}{text[-tail:]}"
+
+
+def told_apart(names: list[str], most: int) -> list[str]:
+    """Names of at most ``most`` characters; if that leaves two alike, all begin with their numbers, counted from 0."""
+    short = [shortened(name, most) for name in names]
+    if len(set(short)) == len(set(names)):
+        return short
+    return [shortened(f"{number} {name}", most) for number, name in enumerate(names)]
+
+
+def columns_of(labels: list[str], room: int, *, most: int = 4) -> int:
+    """The columns of a legend of up to ``room`` characters a line, each column with six for its mark and gap."""
+    return max(1, min(most, len(labels), room // (max(map(len, labels), default=0) + 6)))

@@ -15,7 +15,7 @@ from synco_fast.study.evaluations import Evaluation
 from synco_fast.study.execute import evaluations_of, run_folder
 from synco_fast.study.plan import UNTRAINED, Trial
 
-__all__ = ["SUPERVISED", "Difference", "Row", "Study", "collect"]
+__all__ = ["SUPERVISED", "Difference", "Row", "Study", "collect", "student_t"]
 
 #: Stands for a method in the row of encoders that were trained on labels from the start.
 SUPERVISED = "supervised"
@@ -76,6 +76,14 @@ class Difference:
         """The standard error of the mean; None for one seed."""
         return self.deviation / math.sqrt(len(self.values)) if len(self.values) > 1 else None
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean, by Student's t of seeds - 1 degrees of freedom; None for one seed."""
+        if self.error is None:
+            return None
+        half = student_t(len(self.values) - 1) * self.error
+        return self.mean - half, self.mean + half
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
@@ -86,6 +94,7 @@ class Difference:
             "figure": self.figure,
             **_described(self.values),
             "standard_error": self.error,
+            "interval_95": self.interval,
         }
 
 
@@ -227,6 +236,25 @@ def _paired(row: Row, base: Row, name: str) -> list[Difference]:
         if shared:
             found.append(Difference(row.config, row.setting, row.method, name, figure, shared))
     return found
+
+
+def student_t(freedom: int, level: float = 0.95) -> float:
+    """The value that Student's t with ``freedom`` degrees of freedom stays below in size with probability ``level``."""
+
+    def inside(angle: float) -> float:
+        """P(|t| < sqrt(freedom) tan(angle)), a finite sum for whole degrees of freedom."""
+        odd = freedom % 2
+        term, total = (math.cos(angle) if odd else 1.0), 0.0
+        for number in range(1 + odd, freedom, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * number / (number + 1)
+        return (angle + math.sin(angle) * total) * 2 / math.pi if odd else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < level else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def _described(values: dict[int, float]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,13 @@ from synco_fast.study.results import Difference, Row, Study
 
 __all__ = ["check_record", "draw_learning_curves", "page", "write_record"]
 
-_SPREAD = ["difference", "figure", "mean", "deviation", "standard error", "seeds", "each seed"]
+_SPREAD = ["difference", "figure", "mean", "deviation", "standard error", "95 % interval", "seeds", "each seed"]
+#: Characters of a line of a panel's title.
+_TITLE = 54
+_INTERVAL = (
+    "The 95 % interval is that of the mean, by Student's t of seeds - 1 degrees of freedom, and of each row alone: of "
+    "twenty differences that are none, one is expected to exclude 0."
+)
 
 
 def check_record(folder: Path) -> None:
@@ -118,6 +125,8 @@ def page(study: Study, command: str) -> str:
         ]
         table = _table([*heads[:-1], "method", *_SPREAD], told)
         lines += ["", "Differences from the first setting at the same seed:", "", *table]
+    if any(found.interval for found in (*study.differences, *study.setting_differences)):
+        lines += ["", _INTERVAL]
     if study.missing:
         lines += ["", f"Not finished: {', '.join(study.missing)}."]
     if study.notes:
@@ -139,6 +148,7 @@ def _spread(found: Difference) -> list[str]:
         f"{100 * found.mean:+.1f}",
         f"{100 * found.deviation:.1f}" if len(found.values) > 1 else "",
         "" if found.error is None else f"{100 * found.error:.1f}",
+        "" if found.interval is None else " to ".join(f"{100 * end:+.1f}" for end in found.interval),
         str(len(found.values)),
         ", ".join(f"{100 * value:+.1f}" for value in found.values.values()),
     ]
@@ -179,7 +189,8 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
                         *zip(*points, strict=True), color=colour, marker="o", markersize=3, alpha=0.8, label=label
                     )
                     label = None
-        chance = next((run.chance for run in study.runs.values() if run.chance), None)
+        inside = (study.runs.get(trial.name) for trial in trials if trial.group == group)
+        chance = next((run.chance for run in inside if run and run.chance), None)
         if chance is not None:
             low, high = axes.get_ylim()
             # Far below the curves, a line for chance would leave them no room.
@@ -188,7 +199,8 @@ def draw_learning_curves(study: Study, trials: Sequence[Trial], path: Path) -> N
             else:
                 place: dict[str, Any] = {"xycoords": "axes fraction", "ha": "right", "fontsize": 8, "color": "gray"}
                 axes.annotate(f"chance: {chance:.1%}", (0.98, 0.03), **place)
-        axes.set_title(plain(", ".join(part for part in group if part)), fontsize=10)
+        title = textwrap.fill(", ".join(part for part in group if part), _TITLE)
+        axes.set_title(plain(title), fontsize=10)
         if number + columns >= len(groups):
             axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

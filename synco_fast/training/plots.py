@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from synco_fast.runtime.style import COLOURS, colour_of, plain
 __all__ = ["PANELS", "Panel", "draw_curves", "draw_pairs", "draw_panel", "is_whole", "synthetic_start"]
 
 
+#: Characters of a line of the picture's title.
+_LINE = 110
 #: The last chunk of every PNG file.
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -47,10 +50,10 @@ class Panel:
 
 
 PANELS = (
-    Panel("contrastive loss", (("loss", "loss", COLOURS[0]),), marks=True),
+    Panel("loss", (("loss", "loss", COLOURS[0]),), marks=True),
     Panel(
-        "top-1 against the queue",
-        (("queue_top1", "queue alone", COLOURS[1]), ("top1", "with synthetic negatives", COLOURS[3])),
+        "top-1: positive nearer than the negatives",
+        (("queue_top1", "queue alone", COLOURS[1]), ("top1", "all negatives", COLOURS[3])),
         from_zero=True,
         percent=True,
         marks=True,
@@ -67,7 +70,7 @@ PANELS = (
         "hardness: cosine to the query",
         (
             ("similarity/positive", "positive", COLOURS[7]),
-            ("similarity/hard", "hard (mean of Q^N)", "gray"),
+            ("similarity/hard", "hardest negatives", "gray"),
             *(
                 (f"similarity/{family.name}", f"{family.number} {family.name}", colour_of(place))
                 for place, family in enumerate(FAMILIES)
@@ -141,7 +144,7 @@ def draw_panel(
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.5 * (high - low))
         axes.legend(fontsize=size - 1, ncol=2, loc="upper center")
-    elif len(axes.get_lines()) > 1:
+    elif len(axes.get_lines()) > 1 or len(panel.curves) > 1:  # also to tell which of several a single curve is
         axes.legend(fontsize=size - 1)
     return True
 
@@ -169,7 +172,7 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, *, title: str, chance: 
         chance: Chance level of a classification.
     """
     figure = Figure(figsize=(14, 10.8), layout="constrained")
-    figure.suptitle(plain(title), fontsize=13)
+    figure.suptitle(plain(textwrap.fill(title, _LINE)), fontsize=13)
     for axes, panel in zip(figure.subplots(3, 3).flat, PANELS, strict=True):
         if not draw_panel(axes, panel, lines, chance=chance):
             axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", color="gray", transform=axes.transAxes)

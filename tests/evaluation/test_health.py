@@ -41,6 +41,7 @@ def test_alignment_is_the_cosine_in_other_words():
 def test_uniformity_by_hand():
     same = torch.ones(5, 3)
     assert uniformity(same) == pytest.approx(0, abs=1e-9)
+    assert uniformity(same * 0) == pytest.approx(0, abs=1e-9), "a dead network spreads nothing"
     # Four corners of a square: of the three others, two at squared distance 2 and one at 4.
     square = torch.tensor([[1.0, 0], [0, 2], [-3, 0], [0, -1]])
     expected = math.log((2 * math.exp(-2 * 2) + math.exp(-2 * 4)) / 3)

@@ -3,12 +3,13 @@ import pytest
 import torch
 from torch import nn
 
+from synco_fast.config import EvaluationConfig
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.errors import DataError
 from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.evaluation.features import evenly_spaced, extract_features
-from synco_fast.evaluation.knn import knn_accuracy, knn_predict
-from synco_fast.runtime.errors import ConfigError
+from synco_fast.evaluation.knn import knn_accuracy, knn_predict, periodic_knn
+from synco_fast.runtime.errors import ConfigError, DivergedError
 
 
 def test_votes_by_hand():
@@ -66,6 +67,31 @@ def test_features_are_those_of_evaluation_mode(image_folder):
     assert sum(seen) == 11
     assert list(found.corrupt) == [0]
     assert backbone.training
+
+
+def test_features_that_are_no_numbers_are_refused(image_folder):
+    """In a bank, one row of NaN would be the nearest neighbour of every image."""
+    split = open_source(str(image_folder)).validation
+
+    def backbone(images):
+        features = images.flatten(1)
+        features[2, 0] = float("inf")
+        return features
+
+    module = nn.Module()
+    module.forward = backbone
+    with pytest.raises(DivergedError, match=rf"of 1 of 12 images, such as {split.name(2)}, .*--precision fp32"):
+        extract_features(module, split, Recipe(size=16), device=torch.device("cpu"), workers=0)
+    found = periodic_knn(
+        module,
+        open_source(str(image_folder)),
+        Recipe(size=16),
+        EvaluationConfig(k=2),
+        device=torch.device("cpu"),
+        workers=0,
+    )
+    assert found.accuracy == 0, "during training, it is the trainer that says why"
+    assert found.figures == {}
 
 
 def test_labels_are_needed():

@@ -186,7 +186,7 @@ def test_fine_tuning_sweeps_and_learns(make_run):
     before = weights_sha256(open_context(run, EvalOptions()).backbone)
     protocol = replace(published_protocol(10), epochs=2, batch=8)
     found = evaluate_finetune(run, EvalOptions(workers=0), percent=50, rates=(0.01, 0.05), protocol=protocol)
-    assert found["images_per_class"] == [6, 6, 6]
+    assert (found["images_per_class"], found["percent"]) == ([6, 6, 6], 50)
     assert set(found["rates"]) == {"0.01", "0.05"}
     assert found["top1"] == max(found["rates"].values())
     assert found["chance"] == pytest.approx(1 / 3)
@@ -257,6 +257,20 @@ def test_ranks_share_each_batch_and_crops_depend_on_the_epoch(image_folder, tiny
     assert torch.equal(whole[0][0][1::2], halves[1][0][0])
     assert torch.equal(batches(1)[0][0], whole[0][0])
     assert not torch.equal(batches(2)[0][0], whole[0][0])
+
+
+def test_fewer_images_than_ranks_are_taken_several_times(image_folder, tiny):
+    split = open_source(str(image_folder)).train
+    for rank in range(4):
+        loader = LabelledBatches(split, tiny().augment, [5], batch=4, seed=0, workers=0, rank=rank, world=4)
+        assert [len(labels) for _, labels in loader.epoch(0)] == [1]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(make_run, monkeypatch):
+    """One rank would get none of it, or a smaller part that counts as much as the others' in the gradient."""
+    monkeypatch.setattr("synco_fast.evaluation.classifier.world", lambda: 4)
+    with pytest.raises(ConfigError, match=r"batch: found 6, expected a multiple of 4, the processes"):
+        evaluate_linear(make_run(), EvalOptions(workers=0), protocol=replace(PUBLISHED, batch=6))
 
 
 def test_labelled_batches_end_their_workers_when_they_are_dropped(image_folder, tiny):

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from synco_fast.config import ModelConfig
 from synco_fast.export.import_checkpoint import import_checkpoint
 from synco_fast.export.initial import InitialWeights, load_initial, read_initial
-from synco_fast.export.layouts import backbone_in
+from synco_fast.export.layouts import backbone_in, plain_state
 from synco_fast.export.load import load_backbone
 from synco_fast.export.save import export_checkpoint
 from synco_fast.methods import METHODS
@@ -158,6 +158,14 @@ def of_others(state):
             | {"module.predictor.0.weight": torch.ones(2, 2)},
             "arch": "resnet18",
         },
+        "swav.pth.tar": below("module.")
+        | {"module.projection_head.0.weight": features["bn1.weight"], "module.prototypes.weight": torch.ones(3, 2)},
+        "dino.pth": {
+            "student": below("module.backbone.", ema),
+            "teacher": below("backbone.") | {"head.mlp.0.bias": torch.ones(1)},
+        },
+        "vissl.torch": {"classy_state_dict": {"base_model": {"model": {"trunk": below("_feature_blocks.")}}}},
+        "compiled.pth": {"model": below("_orig_mod.module.", state)},
         "pytorch-examples.pth.tar": {"state_dict": below("module.", state), "arch": "resnet18"},
     }
 
@@ -168,7 +176,7 @@ def test_checkpoints_of_other_projects(tmp_path):
     model.fc = torch.nn.Identity()
     others, own = of_others(state), model.state_dict().keys()
     for name, content in others.items():
-        found = backbone_in(content.get("state_dict", content), own)
+        found = backbone_in(plain_state(content), own)
         assert found.keys() == own, name
         assert all(found[key] is state[key] for key in own), name
     path = tmp_path / "lightly.ckpt"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import synco_fast
 from synco_fast.export.card import known_results
 from synco_fast.export.import_checkpoint import import_checkpoint
-from synco_fast.export.layouts import from_moco, to_moco
+from synco_fast.export.layouts import from_moco, to_detectron2, to_moco
 from synco_fast.export.load import read_weights
 from synco_fast.export.save import export_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError
@@ -110,6 +110,16 @@ def test_timm_loads_a_model_with_a_layer_behind_the_pooling(make_run, tmp_path):
     assert torch.equal(model.eval()(images), expected)
 
 
+@pytest.mark.parametrize(("size", "resize"), [(32, None), (32, 32), (96, 118)])
+def test_timms_own_transforms_make_the_same_crop(make_run, tmp_path, size, resize):
+    run = make_run({**STOCK, "augment.size": size, "augment.evaluation_resize": resize})
+    export_checkpoint(run, "timm", tmp_path / "out")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}")
+    chain = timm.data.create_transform(**timm.data.resolve_model_data_config(model)).transforms
+    recipe = read_weights(run).config.augment
+    assert (chain[0].size, tuple(chain[1].size)) == (recipe.resize, (size, size))
+
+
 def test_a_thin_timm_model_keeps_its_arguments(make_run, tmp_path):
     run = make_run()
     export_checkpoint(run, "timm", tmp_path / "timm")
@@ -131,6 +141,24 @@ def test_the_authors_scripts_know_no_small_stem(make_run, tmp_path):
     with pytest.raises(CheckpointError, match=r"a small stem, .*--format torchvision takes it"):
         export_checkpoint(run, "moco", tmp_path / "moco")
     assert not (tmp_path / "moco").exists()
+
+
+def test_a_small_stem_comes_back_by_its_shape(make_run, tmp_path):
+    """As a CIFAR checkpoint of solo-learn comes in; images of 224 pixels would be those of another network."""
+    run = make_run({**STOCK, "model.small_stem": True})
+    export_checkpoint(run, "torchvision", tmp_path / "out")
+    exported = tmp_path / "out" / "backbone.pth"
+    for size, expected in ((None, 32), (40, 40)):
+        weights = import_checkpoint(exported, tmp_path / "ours.pt", method="moco", backbone="resnet18", size=size)
+        assert weights.config.model.small_stem
+        assert (weights.config.augment.size, weights.config.augment.resize) == (expected, expected)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(synco_fast.load_backbone(tmp_path / "ours.pt")(images), synco_fast.load_backbone(run)(images))
+    with pytest.raises(CheckpointError, match=r"another architecture than resnet50"):
+        import_checkpoint(exported, tmp_path / "ours.pt", method="moco", backbone="resnet50")
+    torch.save(torchvision.models.resnet18().state_dict(), exported)
+    stock = import_checkpoint(exported, tmp_path / "ours.pt", method="moco", backbone="resnet18", size=64).config
+    assert (stock.model.small_stem, stock.augment.size) == (False, 64)
 
 
 def authors_linear_evaluation(file) -> torchvision.models.ResNet:
@@ -180,7 +208,7 @@ def test_published_checkpoints_come_in_and_go_out_unchanged(tmp_path, mlp):
     assert same(back["state_dict"], content["state_dict"])
     assert back["epoch"] == 200
     card = (tmp_path / "back" / "README.md").read_text()
-    assert "published.pth.tar" in card
+    assert "| imported from | published.pth.tar, sha256 " in card
     assert "| epochs | 200 |" in card
 
 
@@ -250,6 +278,8 @@ def test_detectron2(make_run, tmp_path):
     backbone = {k: v for k, v in read_weights(run).backbone.items() if "num_batches_tracked" not in k}
     assert len(tensors) == len(backbone), "no two tensors have one name"
     assert same(dict(zip(backbone, tensors.values(), strict=True)), backbone)
+    half = to_detectron2({"layer1.0.bn2.bias": torch.ones(2, dtype=torch.bfloat16)})
+    assert half["res2.0.conv2.norm.bias"].numpy().dtype == "float32", "NumPy has no bfloat16"
     voc = yaml.safe_load((tmp_path / "d2" / done.files[1]).read_text())
     assert voc["MODEL"]["ROI_HEADS"] == {"NAME": "Res5ROIHeadsExtraNorm", "NUM_CLASSES": 20}
     assert voc["MODEL"]["PIXEL_MEAN"] == [123.675, 116.28, 103.53]

@@ -1,14 +1,18 @@
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from synco_fast.cli import main
 from synco_fast.evaluation.context import EvalOptions
 from synco_fast.evaluation.knn import evaluate_knn
-from synco_fast.report.compare import compare_runs, draw_comparison, shown_figures
-from synco_fast.report.runs import mean_and_deviation
+from synco_fast.report.compare import Group, compare_runs, draw_comparison, shown_figures
+from synco_fast.report.runs import mean_and_deviation, read_run
 from synco_fast.runtime.errors import ConfigError, UserError
+from synco_fast.runtime.style import COLOURS
 
 
 def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
@@ -39,6 +43,39 @@ def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     assert groups[1].values("linear") == []
     draw_comparison(groups, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_runs_on_other_images_have_their_own_chance(told_run, tmp_path, monkeypatch):
+    runs = [told_run({"method.name": name}, name) for name in ("moco", "synco")]
+    drawn = []
+    line = Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda *at, **how: drawn.append((at[1], how["color"])) or line(*at, **how))
+    told = json.loads((runs[1] / "summary.json").read_text())
+    for chance, expected in (
+        (told["chance"], [(told["chance"], "gray")]),
+        (0.01, [(told["chance"], COLOURS[0]), (0.01, COLOURS[1])]),
+        (None, [(told["chance"], "gray")]),
+    ):
+        drawn.clear()
+        (runs[1] / "summary.json").write_text(json.dumps(told | {"chance": chance}))
+        draw_comparison(compare_runs(runs), tmp_path / "picture.png")
+        assert sorted(set(drawn), key=lambda found: found[1]) == expected
+
+
+def test_many_groups_are_told_apart_and_leave_the_curves_their_room(told_run, tmp_path, monkeypatch):
+    run = read_run(told_run())
+    groups = [Group(f"a long title of a group of runs, number {number}", (run,)) for number in range(12)]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *at, **how: drawn.append(figure))
+    monkeypatch.setattr("synco_fast.report.compare.atomic_write", nullcontext)
+    draw_comparison(groups, tmp_path / "picture.png")
+    (figure,) = drawn
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in figure.axes[1].patches}
+    assert len(looks) == 12
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().height > 0.6 * figure.bbox.height
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
 
 
 def test_results_of_other_images_and_of_older_checkpoints_are_not_mixed_in(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
 import shutil
@@ -39,7 +40,7 @@ PIXEL = bytes.fromhex(
 def test_everything_is_inside(page):
     text = page.read_text()
     for words in (
-        "Contrastive loss",
+        "Top-1: positive nearer than the negatives",
         "Hardness: cosine to the query",
         "Throughput, images per second",
         "Time spent waiting for data",
@@ -104,6 +105,15 @@ def test_the_map_needs_no_extra_package(monkeypatch):
     assert (points.shape, by) == ((40, 2), "principal components")
 
 
+@pytest.mark.parametrize("features", [torch.zeros(30, 6), torch.eye(6)[:1].repeat(30, 1), torch.randn(1, 6)])
+def test_a_collapsed_encoder_and_a_single_image_have_a_map(monkeypatch, features):
+    monkeypatch.setattr("sklearn.manifold.TSNE", None)  # it ends the process on such features
+    points, by = flatten(features)
+    assert (points.shape, by) == ((len(features), 2), "principal components")
+    assert points.abs().max() < 1e-6
+    assert "svg" in draw_map(points, torch.zeros(len(points), dtype=torch.int64), ["one"], "map")
+
+
 def test_what_is_missing_is_named(told_run, image_folder):
     folder = told_run({"data.source": str(image_folder)})
     shutil.rmtree(image_folder)
@@ -143,6 +153,27 @@ def test_names_of_classes_are_no_formulas():
     text = draw_map(torch.rand(6, 2), torch.tensor([0, 1, 2] * 2), names, "map")
     for name in names:
         assert f"{name} -->" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["a long name of a class, such as labels have, {}", "a long name {}, such as labels have"]
+)
+def test_long_names_of_classes_stay_in_the_picture_and_apart(monkeypatch, name):
+    drawn = []
+    monkeypatch.setattr(figures, "_svg", lambda figure: drawn.append(figure) or "")
+    names = [name.format(number) for number in range(12)]
+    draw_map(torch.rand(24, 2), torch.arange(24) % 12, names, "map")
+    draw_confusion(torch.eye(12).tolist(), names)
+    chart, matrix = drawn
+    chart.savefig(io.BytesIO(), format="svg")
+    box = chart.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= chart.bbox.width
+    assert len({text.get_text() for text in chart.legends[0].get_texts()}) == 12
+    labels = [text.get_text() for text in matrix.axes[0].get_xticklabels()]
+    assert len(set(labels)) == 12
+    assert max(map(len, labels)) == 20
+    draw_map(torch.rand(24, 2), torch.arange(24), names * 2, "map")
+    assert drawn[-1].axes[0].get_title() == "map; 24 classes share 20 colours"
 
 
 def test_words_of_the_user_stay_words(told_run):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,15 @@ from synco_fast.evaluation.detection.finetune import published_protocol as detec
 from synco_fast.evaluation.finetune import RATES
 from synco_fast.evaluation.finetune import published_protocol as finetuning
 from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED
-from synco_fast.runtime.results import PROTOCOLS, columns, protocol_of, read_results, result_stem, same_source
+from synco_fast.runtime.results import (
+    PROTOCOLS,
+    columns,
+    finetuning_name,
+    protocol_of,
+    read_results,
+    result_stem,
+    same_source,
+)
 
 
 @pytest.fixture
@@ -87,6 +96,10 @@ def test_other_images_are_named(read):
         ("finetune_5", {"epochs": 30}, "5 % labels"),
         ("finetune_5", {"rates": {f"0.{n}": 0 for n in range(1, 7)}}, "5 % labels (6 lr from 0.1 to 0.6)"),
         ("finetune_subset", {}, "labels of subset"),
+        ("finetune_10percent", {"epochs": 30, "percent": 10}, "labels of 10percent"),
+        ("finetune_10percent", {"epochs": 60, "percent": 10}, "labels of 10percent (60 epochs)"),
+        ("finetune_1percent", {"epochs": 30, "percent": 1}, "labels of 1percent (30 epochs)"),
+        ("finetune_subset", {"epochs": 30}, "labels of subset"),
         ("knn", {"temperature": 0.1}, "kNN (temperature 0.1)"),
     ],
 )
@@ -114,3 +127,12 @@ def test_a_file_on_other_images_has_a_name_of_its_own(tmp_path, monkeypatch):
     assert other.startswith("knn-on-two_x-")
     assert other != result_stem("knn", "list:two $x", "two")
     assert protocol_of("spread").title is None
+
+
+def test_a_list_never_passes_for_a_percentage():
+    assert finetuning_name(10, None) == "finetune_10"
+    assert finetuning_name(1, Path("10percent.txt")) == "finetune_10percent"
+    for stem in ("10", "0.5", "1e-05"):
+        name = finetuning_name(1, Path(f"{stem}.txt"))
+        assert name == f"finetune_list_{stem}"
+        assert protocol_of(name).title == f"labels of list_{stem}"

@@ -15,8 +15,8 @@ from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import write_json
 from synco_fast.study.execute import execute, run_folder, state_of
 from synco_fast.study.plan import plan
-from synco_fast.study.results import collect
-from synco_fast.study.write import page, write_record
+from synco_fast.study.results import collect, student_t
+from synco_fast.study.write import draw_learning_curves, page, write_record
 from tests.support.rotation import in_turn
 
 from ..conftest import TINY
@@ -61,10 +61,11 @@ def test_means_spread_and_paired_differences(tmp_path):
     assert found.values == pytest.approx({0: 0.02, 1: 0.01}), "seed 2 has no partner"
     assert found.mean == pytest.approx(0.015)
     assert found.error == pytest.approx(found.deviation / 2**0.5) == pytest.approx(0.005)
+    assert found.interval == pytest.approx((0.015 - 12.706 * 0.005, 0.015 + 12.706 * 0.005), abs=1e-5)
     assert study.missing == ("demo-synco-seed2",)
     text = page(study, "synco-fast study")
     assert "| moco | 0, 1, 2 | 10.0% ± 0.0 | 60.0% ± 10.0 | 30.0% ± 0.0 |" in text
-    assert "| synco - moco | kNN in training | +1.5 | 0.7 | 0.5 | 2 | +2.0, +1.0 |" in text
+    assert "| synco - moco | kNN in training | +1.5 | 0.7 | 0.5 | -4.9 to +7.9 | 2 | +2.0, +1.0 |" in text
     assert "Not finished: demo-synco-seed2." in text
     assert "| moco | kNN in training | 50.0% | 70.0% | 0: 50.0%, 1: 60.0%, 2: 70.0% |" in text
 
@@ -73,7 +74,29 @@ def test_one_seed_has_no_deviation(tmp_path):
     trials = plan(["demo"], methods=["moco", "synco"], seeds=[0])
     for trial, accuracy in zip(trials, (0.5, 0.52), strict=True):
         pretend(tmp_path, trial, accuracy)
-    assert "| synco - moco | kNN in training | +2.0 |  |  | 1 | +2.0 |" in page(collect(tmp_path, trials), "study")
+    assert "| synco - moco | kNN in training | +2.0 |  |  |  | 1 | +2.0 |" in page(collect(tmp_path, trials), "study")
+
+
+def test_students_t_is_that_of_the_tables():
+    for freedom, expected in {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 9: 2.2622, 30: 2.0423}.items():
+        assert student_t(freedom) == pytest.approx(expected, abs=1e-4)
+
+
+def test_each_panel_of_the_curves_has_the_chance_of_its_images(tmp_path, monkeypatch):
+    trials = plan(["demo"], methods=["moco"], seeds=[0], vary={"data.source": ["one", "two"]})
+    for trial, chance in zip(trials, (0.5, 0.25), strict=True):
+        pretend(tmp_path, trial, 0.6)
+        summary = run_folder(tmp_path, trial) / "summary.json"
+        write_json(summary, {**json.loads(summary.read_text()), "chance": chance})
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.axhline", lambda axes, y, **how: drawn.append((axes.get_title(), y)))
+    draw_learning_curves(collect(tmp_path, trials), trials, tmp_path / "curves.png")
+    assert [chance for _, chance in drawn] == [0.5, 0.25]
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title, **how: titles.append(title))
+    long = plan(["demo"], methods=["moco"], seeds=[0], vary={"data.source": ["a folder of images " * 9, "two"]})
+    draw_learning_curves(collect(tmp_path, long), long, tmp_path / "curves.png")
+    assert max(map(len, titles[0].splitlines())) <= 54
 
 
 def test_methods_are_compared_in_a_setting_and_settings_in_a_method(tmp_path):
@@ -92,8 +115,8 @@ def test_methods_are_compared_in_a_setting_and_settings_in_a_method(tmp_path):
         ("synco", "precision bf16", "precision fp32", 0.3),
     }
     text = page(study, "synco-fast study")
-    assert "| precision fp32 | moco - synco | kNN in training | -10.0 |  |  | 1 | -10.0 |" in text
-    assert "| synco | precision bf16 - precision fp32 | kNN in training | +30.0 |  |  | 1 | +30.0 |" in text
+    assert "| precision fp32 | moco - synco | kNN in training | -10.0 |  |  |  | 1 | -10.0 |" in text
+    assert "| synco | precision bf16 - precision fp32 | kNN in training | +30.0 |  |  |  | 1 | +30.0 |" in text
 
 
 def test_settings_are_compared_within_a_configuration(tmp_path):

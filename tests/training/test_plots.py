@@ -41,8 +41,8 @@ def test_it_is_marked_in_loss_and_hardness():
 def test_top_1_with_synthetic_negatives_is_drawn_where_there_are_any():
     both = {"top1": 0.1, "queue_top1": 0.2}
     assert drawn(1, [line | both for line in BEFORE]) == ["queue alone"]
-    assert drawn(1, [line | both for line in AFTER]) == ["queue alone", "with synthetic negatives"]
-    assert len(drawn(1, [line | {"top1": 0.1} for line in BEFORE])) == 1, "a method without a queue"
+    assert drawn(1, [line | both for line in AFTER]) == ["queue alone", "all negatives"]
+    assert drawn(1, [line | {"top1": 0.1} for line in BEFORE]) == ["all negatives"], "a method without a queue"
 
 
 def test_a_panel_takes_its_curves_from_both_kinds_of_lines():
@@ -50,6 +50,20 @@ def test_a_panel_takes_its_curves_from_both_kinds_of_lines():
     ranks = next(number for number, panel in enumerate(PANELS) if panel.title.startswith("effective rank"))
     assert drawn(ranks, [train(10, key_rank=12.0), evaluation]) == ["keys", "backbone features"]
     assert drawn(ranks, [train(10, key_rank=12.0)]) == ["keys"]
+
+
+def test_one_curve_of_several_is_named():
+    axes = Figure().subplots()
+    ranks = next(panel for panel in PANELS if panel.title.startswith("effective rank"))
+    assert draw_panel(axes, ranks, [train(10, key_rank=12.0)])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["keys"]
+
+
+def test_a_long_title_stays_in_the_picture(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **words: titles.append(text))
+    draw_curves([], tmp_path / "empty.png", title="synco on /data/" + "a folder of images " * 10, chance=None)
+    assert max(map(len, titles[0].splitlines())) <= 110
 
 
 def test_a_picture_of_everything_and_of_nothing(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def write(weights: Weights, folder: Path) -> Written:
             "input_size": [3, recipe.size, recipe.size],
             "mean": list(recipe.mean),
             "std": list(recipe.std),
-            "crop_pct": recipe.size / recipe.resize,
+            "crop_pct": _share(recipe.size, recipe.resize),
             "interpolation": "bilinear",
             "num_classes": 0,
             # Without these timm does not load the weights beside a new classifier, or for another number of channels.
@@ -64,3 +65,9 @@ def write(weights: Weights, folder: Path) -> Written:
         'model = timm.create_model("hf-hub:USER/NAME", pretrained=True)    # the same folder on the Hugging Face Hub'
     )
     return files, {}, f"import timm\n\n{usage}"
+
+
+def _share(size: int, resize: int) -> float:
+    """``size / resize``, rounded so that timm, which divides by it and takes the whole part, gets ``resize``."""
+    share = size / resize
+    return share if math.floor(size / share) == resize else math.nextafter(share, 0)
