@@ -33,14 +33,22 @@ def add(commands: Commands) -> None:
         overrides=True,
         more="'synco-fast presets NAME' prints every key with its meaning, range and default.",
     )
-    command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
-    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source")
+    command.add_argument(
+        "--config",
+        metavar="PRESET",
+        help="a preset (see 'synco-fast presets') or a YAML file; must be given, but for --resume",
+    )
+    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source, the preset's by default")
     command.add_argument(
         "--init",
         metavar="WEIGHTS",
         help="start from a run, a checkpoint, a file of weights, torchvision/NAME or timm/NAME; short for --model.init",
     )
-    command.add_argument("--seed", type=int, help="seed of weights, order, views and draws")
+    command.add_argument(
+        "--seed",
+        type=int,
+        help="seed of weights, order, views and draws; the configuration's by default, 0 in every preset",
+    )
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
     command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")
     command.add_argument(
@@ -73,7 +81,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
 def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, TrainingConfig, Path | None]:
     """The configuration, which the run keeps; the limits of this start; and the run to resume."""
     from synco_fast.config import build_config
-    from synco_fast.presets import load_config
+    from synco_fast.presets import PRESETS, load_config
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.run_config import read_run_config
 
@@ -98,6 +106,8 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     limits = {"training.max_steps": options.max_steps, "training.max_time": options.max_time}
     given = {key: value for key, value in limits.items() if value is not None}
     config = build(overrides)
+    if values is None and "data.source" not in overrides and "data" not in PRESETS.get(options.config, {"data": None}):
+        raise ConfigError(f"data: found none, expected --data SOURCE: the preset {options.config} names no images")
     return config, (build({**overrides, **given}) if given else config).training, resume
 
 
