@@ -52,7 +52,7 @@ def add(commands: Commands) -> None:
     )
     for name, about in (("rows", "B"), ("length", "K")):
         command.add_argument(
-            f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured, by default as above"
+            f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured; see above"
         )
     command.add_argument("--dim", type=positive, default=128, help="D, 128 by default")
     command.add_argument(
@@ -65,9 +65,7 @@ def add(commands: Commands) -> None:
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
     command.add_argument("--rounds", type=positive, help="fresh processes; 3 on a CPU and 1 on a GPU by default")
-    command.add_argument(
-        "--threads", type=positive, help="threads of PyTorch on a CPU; PyTorch's own number by default"
-    )
+    command.add_argument("--threads", type=positive, help="threads on a CPU; PyTorch's own number by default")
     add_options(command, "json")
     command.add_argument(
         "--lines", type=path, metavar="FILE", help="append each result here at once, as a line of JSON"

@@ -47,9 +47,7 @@ def add(commands: Commands) -> None:
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs per round; 3 on a CPU and 20 on a GPU by default")
     command.add_argument("--rounds", type=positive, default=5, help="rounds over all subjects")
-    command.add_argument(
-        "--threads", type=positive, help="threads of PyTorch on a CPU; PyTorch's own number by default"
-    )
+    command.add_argument("--threads", type=positive, help="threads on a CPU; PyTorch's own number by default")
     command.add_argument("--dry", action="store_true", help="one small layer, once: a test that it runs")
     add_options(command, "json")
 

@@ -36,7 +36,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--config",
         metavar="PRESET",
-        help="a preset (see 'synco-fast presets') or a YAML file; must be given, but for --resume",
+        help="a preset (see 'synco-fast presets') or a YAML file; needed to start a run",
     )
     command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source, the preset's by default")
     command.add_argument(
@@ -47,7 +47,7 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--seed",
         type=int,
-        help="seed of weights, order, views and draws; the configuration's by default, 0 in every preset",
+        help="seed of weights, order, views and draws; 0 in every preset",
     )
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
     command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")

@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
             f"--{name}",
             nargs="+",
             type=positive,
-            help=f"{about}; every combination of the given values is a case; a sweep by default",
+            help=f"{about}; every combination is a case; a sweep by default",
         )
     add_options(command, "device")
     command.add_argument("--part", choices=("loss", "norm"), default="loss", help="norm: batch norm, add and ReLU")
