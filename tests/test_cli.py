@@ -121,11 +121,11 @@ def test_continue_starts_anew_where_a_kill_left_no_whole_config(run, config_file
     (folder / "config.yaml").write_text(config_file.read_text()[:300])
     code, _, err = run("pretrain", "--resume", folder)
     assert code == 2
-    assert "start the run anew, by --config with --continue or another --out" in err
+    assert "start over, by --config with --continue or another --out" in err
     words = ["--config", config_file, "--out", folder, "--continue", "--max-steps", "1"]
     code, out, err = run("pretrain", *words, "--evaluation.every", "0")
     assert code == 0
-    assert "; --continue starts it anew" in err
+    assert "; --continue starts over" in err
     assert "holds no checkpoint yet: starting at the first step" in out
     (folder / "config.yaml").write_text(config_file.read_text()[:300])
     code, _, err = run("pretrain", *words)

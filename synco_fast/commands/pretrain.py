@@ -91,11 +91,11 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     values, resume = None, None
     if options.go_on:
         if options.out is None or options.resume is not None:
-            raise ConfigError("continue: found without --out or beside --resume, expected --config PRESET --out RUN")
+            raise ConfigError("continue: found no --out, or --resume with it, expected --config PRESET --out RUN")
         values, resume = _begun(options)
     elif options.resume is not None:
         if options.config is not None or options.out is not None or options.init is not None:
-            raise ConfigError("resume: found --config, --out or --init beside it, expected --section.key VALUE alone")
+            raise ConfigError("resume: found --config, --out or --init with it, expected --section.key VALUE alone")
         values, resume = read_run_config(options.resume), options.resume
     elif options.config is None:
         raise ConfigError("config: found none, expected --config PRESET, or --resume RUN; see 'synco-fast presets'")
@@ -126,7 +126,7 @@ def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | N
         if options.config is None or has_checkpoints(options.out) or not begins_as_run(options.out):
             raise
         # Nothing is lost where nothing was trained.
-        warnings.warn(f"{error}; --continue starts it anew", stacklevel=1)
+        warnings.warn(f"{error}; --continue starts over", stacklevel=1)
         return None, options.out
 
 

@@ -50,7 +50,7 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
         values["source"] = options.data
     if options.resume is not None:
         if options.out is not None:
-            raise ConfigError("resume: found --out beside it, expected --key VALUE alone")
+            raise ConfigError("resume: found --out with it, expected --key VALUE alone")
         saved = read_run_config(options.resume, "pretrain-generator")
         values = {**migrate_generator_config(saved), **migrate_generator_config(values)}
     elif "source" not in values:
