@@ -119,6 +119,14 @@ def test_every_help_page_fits_80_columns_and_its_example_parses(monkeypatch):
             assert options.overrides or not rest, line
 
 
+def test_the_help_of_pretrain_generator_names_every_key():
+    from synco_fast.commands.pretrain_generator import KEYS
+    from synco_fast.explain import known_keys
+    from synco_fast.generated.config import GeneratorConfig
+
+    assert list(KEYS) == known_keys(GeneratorConfig)
+
+
 def test_colours_and_shared_options_are_written_once():
     for pattern, folders, home in (
         (r"#0072B2", ("synco_fast", "bench"), "synco_fast/runtime/style.py"),

@@ -95,7 +95,9 @@ class Commands:
             last,
             help=about.replace("%", "%%"),
             description=_wrapped(about),
-            epilog="\n\n".join(filter(None, (f"example:\n{_command_line(example)}", _wrapped(more)))),
+            epilog="\n\n".join(
+                filter(None, (f"example:\n{_command_line(example)}", "\n".join(map(_wrapped, more.splitlines()))))
+            ),
             formatter_class=_WithDefaults,
         )
         command.set_defaults(run=run, overrides=overrides, alone=alone, parser=command)

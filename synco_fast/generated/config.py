@@ -21,7 +21,10 @@ __all__ = ["GeneratorConfig", "build_generator_config", "check_pairs"]
 class GeneratorConfig(Section):
     """The configuration of ``pretrain-generator``."""
 
-    source: str = Field("demo", description="A folder, tar:FOLDER, list:FILE, idx:FOLDER, cifar:FOLDER, or demo")
+    source: str = Field(
+        "demo",
+        description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, idx:FOLDER, cifar:FOLDER, or demo",
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run does not start")
