@@ -65,7 +65,7 @@ setup(
     description="Fast contrastive pretraining of image encoders with synthetic hard negatives: SynCo, MoCHi, MoCo v2",
     long_description=long_description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     author="The synco-fast developers",
     keywords=[

@@ -157,7 +157,7 @@ def _check_operand_dtype(dtype: torch.dtype, q: Tensor) -> None:
     if dtype not in _OPERANDS:
         raise ValueError(f"operand_dtype: found {dtype}, expected {' or '.join(map(str, _OPERANDS))}, or None")
     if q.dtype != torch.float32:
-        raise TypeError(f"q: found {q.dtype}, expected torch.float32 beside operand_dtype")
+        raise TypeError(f"q: found {q.dtype}, expected torch.float32 with operand_dtype")
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

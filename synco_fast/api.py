@@ -224,7 +224,7 @@ def pretrain(
         raise ConfigError("data: found a mapping, expected a folder or a source; the section's keys are data_KEY=value")
     if data is not None:
         if "data.source" in changes:
-            raise ConfigError(f"data.source: found {changes['data.source']} beside data={data}, expected one of them")
+            raise ConfigError(f"data.source: found {changes['data.source']} with data={data}, expected one of them")
         changes["data.source"] = str(data)
     return _pretrain(
         _read(config, changes), _limits(max_steps, max_time), out=None if out is None else Path(out), progress=progress

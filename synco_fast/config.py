@@ -20,7 +20,7 @@ from synco_fast.data.pipelines.names import Decode, PipelineName
 from synco_fast.data.section import Section
 from synco_fast.data.sources.decode import Limits
 from synco_fast.data.sources.stream import StreamSettings
-from synco_fast.explain import explain_error, nearest_key
+from synco_fast.explain import explain_error, nearest_key, nearest_name
 from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
@@ -193,7 +193,9 @@ class MethodConfig(_MethodCounts):
     def _known(self) -> MethodConfig:
         if self.name not in METHODS:
             *names, last = (repr(name) for name in METHODS)
-            raise ValueError(f"name: found {self.name!r}, expected {', '.join(names)} or {last}")
+            raise ValueError(
+                f"name: found {self.name!r}, expected {', '.join(names)} or {last}{nearest_name(self.name, METHODS)}"
+            )
         return self
 
     def negatives(self) -> Negatives:
@@ -351,7 +353,7 @@ class Config(Section):
                 f"training.batch: found {batch}, expected a multiple of {groups} (model.batch_norm_groups)"
             )
         if self.model.sync_batch_norm and groups > 1:
-            raise ConfigError(f"model.batch_norm_groups: found {groups}, expected 1 beside model.sync_batch_norm")
+            raise ConfigError(f"model.batch_norm_groups: found {groups}, expected 1 with model.sync_batch_norm")
         if self.augment.grows and self.augment.end_ramp >= self.training.epochs:
             raise ConfigError(
                 f"augment.end_ramp: found {self.augment.end_ramp}, expected below {self.training.epochs} "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import reprlib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
@@ -14,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-__all__ = ["explain_config", "explain_error", "known_keys", "nearest_key"]
+__all__ = ["explain_config", "explain_error", "known_keys", "nearest_key", "nearest_name"]
 
 #: Pydantic's errors about one bound; the message gives the whole range instead.
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
@@ -152,6 +153,12 @@ def nearest_key(dotted: str, model: type[BaseModel]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def nearest_name(word: str, names: Iterable[str]) -> str:
+    """The nearest of some names, as the end of a sentence; empty if none is near."""
+    near = difflib.get_close_matches(word, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def _field_of(loc: tuple[int | str, ...], model: type[BaseModel]) -> FieldInfo | None:
     field = None
     for part in loc:
@@ -171,13 +178,16 @@ def explain_error(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         inner = first["input"]
         deeper = f"{dotted}.{next(iter(inner))}" if isinstance(inner, dict) and inner else dotted
-        return f"{dotted}: found an unknown key{nearest_key(deeper, model)}"
+        others = "" if "." in dotted else f", expected one of {', '.join(model.model_fields)}"
+        return f"{dotted}: found an unknown key{nearest_key(deeper, model) or others}"
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         return f"{dotted}.{message}" if dotted else message
     said = first["msg"].replace("Input should be ", "")
     if first["type"] == "model_type":
         said = f"a section with keys{nearest_key(f'{dotted}.name', model)}"
+    elif first["type"] == "literal_error":
+        said += nearest_name(str(first["input"]), re.findall(r"'([^']+)'", said))
     elif first["type"] in _NUMBERS:
         said = _NUMBERS[first["type"]]
         if isinstance(first["loc"][-1], str) and (field := _field_of(first["loc"], model)):

@@ -161,7 +161,7 @@ def test_overrides():
         ("demo", {"training_epochs": 0}, "training.epochs: found 0, expected 1 to 100,000"),
         ("demo", {"method": "mochi"}, "method: found 'mochi', expected the section's keys, or method_KEY=value"),
         ("demo", {"data": {"workers": 0}}, "data: found a mapping, expected a folder or a source"),
-        ("demo", {"data": "here", "data_source": "there"}, "data.source: found there beside data=here"),
+        ("demo", {"data": "here", "data_source": "there"}, "data.source: found there with data=here"),
         ("demo", {"settings": {"seed": 1}, "seed": 2}, "seed: found it given twice, expected once"),
         ("demo", {"max_steps": -1}, "training.max_steps: found -1, expected 0 or more"),
     ],

@@ -121,11 +121,11 @@ def test_continue_starts_anew_where_a_kill_left_no_whole_config(run, config_file
     (folder / "config.yaml").write_text(config_file.read_text()[:300])
     code, _, err = run("pretrain", "--resume", folder)
     assert code == 2
-    assert "start the run anew, by --config with --continue or another --out" in err
+    assert "start over, by --config with --continue or another --out" in err
     words = ["--config", config_file, "--out", folder, "--continue", "--max-steps", "1"]
     code, out, err = run("pretrain", *words, "--evaluation.every", "0")
     assert code == 0
-    assert "; --continue starts it anew" in err
+    assert "; --continue starts over" in err
     assert "holds no checkpoint yet: starting at the first step" in out
     (folder / "config.yaml").write_text(config_file.read_text()[:300])
     code, _, err = run("pretrain", *words)
@@ -218,6 +218,10 @@ def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
     ("words", "says"),
     [
         (["--config", "snyco-r50-200"], "did you mean synco-r50-200?"),
+        (
+            ["--config", "synco-r50-200"],
+            "data: found none, expected --data SOURCE: the preset synco-r50-200 names no images",
+        ),
         (["--config", "demo", "--method.temprature", "1"], "did you mean method.temperature?"),
         (["--config", "demo", "--data", "/no/such/folder"], "found no folder /no/such/folder"),
         (["--config", "demo", "--method.queue", "32"], "method.queue: found 32, expected 64 or more"),
@@ -342,6 +346,8 @@ def test_data_check(run, image_folder, tmp_path, monkeypatch):
     code, out, _ = run("data", "check", image_folder, "--workers", "1", "--json", tmp_path / "check.json")
     assert code == 1
     assert "val/class1/3.jpg: the file is empty" in out
+    assert "manifest, training" in out
+    assert "manifest, held-out" in out
     assert "1 (2.22%)" in out
     figures = json.loads((tmp_path / "check.json").read_text())
     assert (figures["images"], len(figures["corrupt"]), len(figures["lists"])) == (45, 1, 2)

@@ -107,6 +107,26 @@ def test_every_option_of_every_subcommand_is_explained():
             assert action.help or isinstance(action, argparse._SubParsersAction), f"{parser.prog} {action.dest}"
 
 
+def test_every_help_page_fits_80_columns_and_its_example_parses(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for parser in parsers(_parser()):
+        page = parser.format_help()
+        assert not [line for line in page.splitlines() if len(line) > 80], parser.prog
+        for example in re.findall(r"example:\n((?:.*\\\n)*.*)", page):
+            line = re.sub(r"\s*\\\n\s*", " ", example)
+            words = re.sub(r"^torchrun .*?-m synco_fast", "synco-fast", line.strip()).split()
+            options, rest = _parser().parse_known_args(words[1:])
+            assert options.overrides or not rest, line
+
+
+def test_the_help_of_pretrain_generator_names_every_key():
+    from synco_fast.commands.pretrain_generator import KEYS
+    from synco_fast.explain import known_keys
+    from synco_fast.generated.config import GeneratorConfig
+
+    assert list(KEYS) == known_keys(GeneratorConfig)
+
+
 def test_colours_and_shared_options_are_written_once():
     for pattern, folders, home in (
         (r"#0072B2", ("synco_fast", "bench"), "synco_fast/runtime/style.py"),

@@ -61,6 +61,9 @@ def test_the_sdist_holds_what_a_reader_and_a_packager_need(sdist: Path) -> None:
     wanted = ["docs/kernels.md", "examples/plain_pytorch.py", "bench/gpu.sh", "tests/conftest.py", "CITATION.cff"]
     wanted += ["docs/mkdocs.yml", "docs/report-curves.png", "examples/pretrain.ipynb"]
     assert not [name for name in [*wanted, "constraints.txt", "CHANGELOG.md", "Makefile"] if name not in names]
+    # Pages and tests that are shipped read the records and the workflow.
+    whole = run("git", "ls-files", "bench/records", ".github", ".ci", "tests", cwd=ROOT).splitlines()
+    assert not [name for name in whole if name not in names and (ROOT / name).is_file()]
     assert not [name for name in names if "__pycache__" in name or name.startswith((".venv", "runs/"))]
 
 
@@ -79,6 +82,7 @@ def test_metadata_are_ready_for_a_package_index(wheel: Path) -> None:
         name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
         metadata = email.message_from_string(archive.read(name).decode())
     assert metadata["Version"] == "0.1.0"
+    assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert metadata.get_all("Project-URL")

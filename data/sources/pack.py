@@ -216,7 +216,7 @@ def _pack_split(
     parts.append(writer.close())
     index = PackIndex.join(parts)
     if not len(index):
-        raise DataError(f"data: found no readable image beside {split.name(0)}")
+        raise DataError(f"data: found no readable image besides {split.name(0)}")
     index.write(folder / INDEX)
     for shard in index.shards:
         _journal(folder / shard).unlink()

@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--batch", type=positive, default=64, help="images per batch, 64 by default")
     command.add_argument("--photos", type=positive, default=256, help="number of files")
-    command.add_argument("--folder", type=path, help="where to keep them; the user's cache by default")
+    command.add_argument("--folder", type=path, metavar="DIR", help="where to keep them; the user's cache by default")
     command.add_argument("--seconds", type=positive, default=6, help="length of one round of one pipeline")
     command.add_argument("--rounds", type=positive, default=3, help="rounds; the median counts")
     command.add_argument(

@@ -47,10 +47,13 @@ def add(commands: Commands) -> None:
         "--part",
         choices=("loss", "selection"),
         default="loss",
-        help=f"selection: the N largest similarities alone, by {', '.join(SELECTIONS)}",
+        help=f"selection: the N largest similarities alone, by {', '.join(SELECTIONS)}; the last two compute the loss "
+        "without synthetic negatives",
     )
     for name, about in (("rows", "B"), ("length", "K")):
-        command.add_argument(f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured")
+        command.add_argument(
+            f"--{name}", nargs="+", type=positive, help=f"{about}; every combination is measured; see above"
+        )
     command.add_argument("--dim", type=positive, default=128, help="D, 128 by default")
     command.add_argument(
         "--hard", type=positive, default=1024, help="N, 1024 by default; at most the length of the queue"
@@ -58,11 +61,11 @@ def add(commands: Commands) -> None:
     command.add_argument(
         "--synthetic", type=positive, default=960, help="M, 960 by default, spread over the types as published"
     )
-    command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU and in the model by default")
+    command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU and in the model, else float32, by default")
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs; 5 on a CPU and 50 on a GPU by default")
     command.add_argument("--rounds", type=positive, help="fresh processes; 3 on a CPU and 1 on a GPU by default")
-    command.add_argument("--threads", type=positive, help="threads of PyTorch on a CPU")
+    command.add_argument("--threads", type=positive, help="threads on a CPU; PyTorch's own number by default")
     add_options(command, "json")
     command.add_argument(
         "--lines", type=path, metavar="FILE", help="append each result here at once, as a line of JSON"

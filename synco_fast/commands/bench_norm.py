@@ -43,11 +43,11 @@ def add(commands: Commands) -> None:
     command.add_argument("--batch", type=positive, help="256 on a GPU and 16 on a CPU by default")
     command.add_argument("--groups", type=positive, default=8, help="groups of batch norm")
     command.add_argument("--subjects", nargs="+", choices=tuple(NORMS), help="all that run on this machine by default")
-    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of x, bfloat16 by default")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of x, bfloat16 by default")
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, help="timed runs per round; 3 on a CPU and 20 on a GPU by default")
     command.add_argument("--rounds", type=positive, default=5, help="rounds over all subjects")
-    command.add_argument("--threads", type=positive, help="threads of PyTorch on a CPU")
+    command.add_argument("--threads", type=positive, help="threads on a CPU; PyTorch's own number by default")
     command.add_argument("--dry", action="store_true", help="one small layer, once: a test that it runs")
     add_options(command, "json")
 

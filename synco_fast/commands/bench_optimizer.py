@@ -27,11 +27,11 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("--backbone", default="resnet50", help="a torchvision model, or timm/NAME")
     command.add_argument(
-        "--subjects", nargs="+", choices=tuple(OPTIMIZERS), help="all that this machine can run by default"
+        "--subjects", nargs="+", choices=tuple(OPTIMIZERS), help="all that run on this machine by default"
     )
     add_options(command, "device")
     command.add_argument("--repeats", type=positive, default=10, help="timed steps a round")
-    command.add_argument("--rounds", type=positive, default=5, help="how often the subjects are gone through in turn")
+    command.add_argument("--rounds", type=positive, default=5, help="rounds over all subjects")
     add_options(command, "json")
 
 

@@ -22,7 +22,8 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "bench step",
         _bench_step,
-        "Images per second of the training step without data, compared with the encoder alone and a plain loop.",
+        "Images per second of the training step without data, compared with the encoder alone and a plain loop. "
+        "Any key of the configuration can be set as --section.key VALUE.",
         "synco-fast bench step --config synco-r50-200 --engines eager graph --training.precision bf16 --json step.json",
         overrides=True,
     )
@@ -33,13 +34,18 @@ def add(commands: Commands) -> None:
         help="a preset or a YAML file, for encoder, batch and image size",
     )
     command.add_argument(
-        "--subjects", nargs="+", metavar="NAME", help=f"{', '.join(STEPS)}; {' '.join(STEPS_BY_DEFAULT)} if unset"
+        "--subjects", nargs="+", metavar="NAME", help=f"{', '.join(STEPS)}; {' '.join(STEPS_BY_DEFAULT)} by default"
     )
-    command.add_argument("--engines", nargs="+", metavar="NAME", help=f"{', '.join(ENGINES)}; eager if unset")
-    command.add_argument("--backends", nargs="+", metavar="NAME", help=f"backends of the loss: {', '.join(VALIDATED)}")
+    command.add_argument("--engines", nargs="+", metavar="NAME", help=f"{', '.join(ENGINES)}; eager by default")
+    command.add_argument(
+        "--backends",
+        nargs="+",
+        metavar="NAME",
+        help=f"backends of the loss: {', '.join(VALIDATED)}; the configuration's by default",
+    )
     command.add_argument("--steps", type=positive, default=20, help="timed steps of each subject")
     command.add_argument("--rounds", type=positive, default=1, help="rounds over all subjects")
-    command.add_argument("--threads", type=positive, help="threads of each process")
+    command.add_argument("--threads", type=positive, help="threads of each process; PyTorch's own number by default")
     add_options(command, "json")
 
 

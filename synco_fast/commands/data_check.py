@@ -51,6 +51,7 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     start = time.perf_counter()
     figures: dict[str, Any] = {"source": options.source, "images": 0, "corrupt": {}, "lists": [], "truncated": {}}
     unread: Counter[str] = Counter()
+    manifests: dict[str, str] = {}
     for title, split in (("training", source.train), ("held-out", source.validation)):
         if split is None:
             continue
@@ -67,7 +68,9 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
         except OSError as error:
             _warn(f"cache: cannot write the manifest of {options.source} ({error}); runs do without", console)
         else:
-            figures["lists"] += [kept] if kept else []
+            if kept:
+                figures["lists"].append(kept)
+                manifests[title] = kept
     spent = time.perf_counter() - start
     figures |= {"seconds": spent, "unread": dict(unread)}
     write_results(options, figures | {"environment": describe_environment()})
@@ -84,8 +87,10 @@ def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Conso
     table.add_row("images", f"{figures['images']:,}")
     table.add_row("corrupt", f"{len(figures['corrupt']):,} ({share:.2%})")
     table.add_row("time", f"{spent:,.0f} s, {figures['images'] / max(spent, 1e-9):,.0f} images per second")
-    for kept in figures["lists"]:
-        table.add_row("index of the shards" if "counts" in figures else "manifest of the others", kept)
+    for kept in figures["lists"] if "counts" in figures else ():
+        table.add_row("index of the shards", kept)
+    for title, kept in manifests.items():
+        table.add_row(f"manifest, {title}", kept)
     console.print(table)
     return 1 if wrong else 0
 

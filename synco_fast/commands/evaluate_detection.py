@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
         "Fine-tune torchvision's Faster R-CNN (with masks: Mask R-CNN) on the backbone and report COCO metrics.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate detection runs/synco-r50-200 --data voc:/data/voc",
     )
-    add_eval_options(command)
+    add_eval_options(command, "voc:FOLDER or coco:FOLDER; must be given")
     command.add_argument("--steps", type=int, help="iterations; 24000 for VOC, 180000 for COCO by default")
     command.add_argument("--batch", type=int, help="images per step over all processes, 16 by default")
     command.add_argument("--lr", type=float, help="learning rate, 0.02 by default")

@@ -33,7 +33,12 @@ def add(commands: Commands) -> None:
     command.add_argument("--fast", action="store_true", help="train on cached features, all learning rates in one pass")
     command.add_argument("--epochs", type=int, help="100 by default; the learning rate drops after 60 and 80 percent")
     command.add_argument("--batch", type=int, help="images per step over all processes, 256 by default")
-    command.add_argument("--lr", type=float, nargs="+", help="learning rate, 30 by default; several with --fast")
+    command.add_argument(
+        "--lr",
+        type=float,
+        nargs="+",
+        help="learning rate, 30 by default; with --fast one or more, eight from 0.03 to 100 by default",
+    )
     add_options(command, "seed")
     command.set_defaults(check=_check)
 

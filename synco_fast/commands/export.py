@@ -26,9 +26,9 @@ def add(commands: Commands) -> None:
         alone=True,
     )
     command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    command.add_argument("--format", required=True, choices=FORMATS, help="the format; see docs/export.md")
+    command.add_argument("--format", required=True, choices=FORMATS, help="docs/export.md says what loads each")
     command.add_argument("--out", type=path, metavar="DIR", help="the folder; RUN/export/FORMAT by default")
-    command.add_argument("--licence", metavar="TEXT", help="licence stated in the model card")
+    command.add_argument("--licence", metavar="TEXT", help="licence stated in the model card; not stated by default")
     add_options(command, json="write a summary here as well")
 
 

@@ -158,10 +158,10 @@ def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:
     return given
 
 
-def add_eval_options(command: argparse.ArgumentParser) -> None:
+def add_eval_options(command: argparse.ArgumentParser, data: str = "the run's own source by default") -> None:
     """Add the arguments of every evaluation: checkpoint, images, output folder, device."""
     command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
+    command.add_argument("--data", metavar="SOURCE", help=data)
     command.add_argument(
         "--out", type=path, metavar="DIR", help="folder of results and caches; RUN/evaluation by default"
     )

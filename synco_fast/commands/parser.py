@@ -95,7 +95,9 @@ class Commands:
             last,
             help=about.replace("%", "%%"),
             description=_wrapped(about),
-            epilog=f"example:\n  {example}{more and f'{chr(10)}{chr(10)}{more}'}",
+            epilog="\n\n".join(
+                filter(None, (f"example:\n{_command_line(example)}", "\n".join(map(_wrapped, more.splitlines()))))
+            ),
             formatter_class=_WithDefaults,
         )
         command.set_defaults(run=run, overrides=overrides, alone=alone, parser=command)
@@ -109,15 +111,47 @@ class Commands:
 
 
 class _WithDefaults(argparse.RawDescriptionHelpFormatter):
-    """Adds an option's default where its help does not say it."""
+    """Adds an option's default where its help does not say it, and the names that a list of names is made of."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.type in (int, whole, positive):
+            return "N"
+        return "X" if action.type is float else super()._get_default_metavar_for_optional(action)
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Callable[[int], tuple[str, ...]]:
+        if _lists_names(action):
+            return lambda size: ("NAME",) * size
+        return super()._metavar_formatter(action, default_metavar)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         about, default = action.help or "", action.default
+        if _lists_names(action) and action.metavar is None:
+            return f"{', '.join(map(str, action.choices or ()))}; {about}"
         if isinstance(default, bool) or not isinstance(default, int | float | str | Path) or default == "auto":
             return about
         if "default" in about or default == argparse.SUPPRESS:
             return about
         return f"{about}; {default:g} by default" if isinstance(default, float) else f"{about}; %(default)s by default"
+
+
+def _lists_names(action: argparse.Action) -> bool:
+    """Whether an option takes names that would fill the usage line: several of them, or one of many."""
+    return action.choices is not None and (action.nargs == "+" or len(",".join(map(str, action.choices))) > 40)
+
+
+def _command_line(words: str) -> str:
+    """A command line in 80 columns, as a shell takes it, continued before an option."""
+    lines = [""]
+    for part in re.split(r" (?=-)", f"  {words}"):
+        if lines[-1] and len(lines[-1]) + len(part) > 75:
+            lines[-1] += " \\"
+            lines.append(f"      {part}")
+        else:
+            lines[-1] += f"{' ' if lines[-1] else ''}{part}"
+    return "\n".join(lines)
 
 
 def _wrapped(text: str) -> str:

@@ -33,14 +33,22 @@ def add(commands: Commands) -> None:
         overrides=True,
         more="'synco-fast presets NAME' prints every key with its meaning, range and default.",
     )
-    command.add_argument("--config", metavar="PRESET", help="a preset (see 'synco-fast presets') or a YAML file")
-    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source")
+    command.add_argument(
+        "--config",
+        metavar="PRESET",
+        help="a preset (see 'synco-fast presets') or a YAML file; needed to start a run",
+    )
+    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source, the preset's by default")
     command.add_argument(
         "--init",
         metavar="WEIGHTS",
         help="start from a run, a checkpoint, a file of weights, torchvision/NAME or timm/NAME; short for --model.init",
     )
-    command.add_argument("--seed", type=int, help="seed of weights, order, views and draws")
+    command.add_argument(
+        "--seed",
+        type=int,
+        help="seed of weights, order, views and draws; 0 in every preset",
+    )
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/PRESET-DATE-TIME by default")
     command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")
     command.add_argument(
@@ -73,7 +81,7 @@ def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console
 def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple[Config, TrainingConfig, Path | None]:
     """The configuration, which the run keeps; the limits of this start; and the run to resume."""
     from synco_fast.config import build_config
-    from synco_fast.presets import load_config
+    from synco_fast.presets import PRESETS, load_config
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.run_config import read_run_config
 
@@ -83,11 +91,11 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     values, resume = None, None
     if options.go_on:
         if options.out is None or options.resume is not None:
-            raise ConfigError("continue: found without --out or beside --resume, expected --config PRESET --out RUN")
+            raise ConfigError("continue: found no --out, or --resume with it, expected --config PRESET --out RUN")
         values, resume = _begun(options)
     elif options.resume is not None:
         if options.config is not None or options.out is not None or options.init is not None:
-            raise ConfigError("resume: found --config, --out or --init beside it, expected --section.key VALUE alone")
+            raise ConfigError("resume: found --config, --out or --init with it, expected --section.key VALUE alone")
         values, resume = read_run_config(options.resume), options.resume
     elif options.config is None:
         raise ConfigError("config: found none, expected --config PRESET, or --resume RUN; see 'synco-fast presets'")
@@ -98,6 +106,8 @@ def _what_to_do(options: argparse.Namespace, overrides: dict[str, Any]) -> tuple
     limits = {"training.max_steps": options.max_steps, "training.max_time": options.max_time}
     given = {key: value for key, value in limits.items() if value is not None}
     config = build(overrides)
+    if values is None and "data.source" not in overrides and "data" not in PRESETS.get(options.config, {"data": None}):
+        raise ConfigError(f"data: found none, expected --data SOURCE: the preset {options.config} names no images")
     return config, (build({**overrides, **given}) if given else config).training, resume
 
 
@@ -116,7 +126,7 @@ def _begun(options: argparse.Namespace) -> tuple[dict[str, Any] | None, Path | N
         if options.config is None or has_checkpoints(options.out) or not begins_as_run(options.out):
             raise
         # Nothing is lost where nothing was trained.
-        warnings.warn(f"{error}; --continue starts it anew", stacklevel=1)
+        warnings.warn(f"{error}; --continue starts over", stacklevel=1)
         return None, options.out
 
 

@@ -17,7 +17,27 @@ from synco_fast.commands.tables import two_columns
 if TYPE_CHECKING:
     from synco_fast.generated.kid import Features
 
-__all__ = ["add"]
+__all__ = ["KEYS", "add"]
+
+#: The keys of its configuration, which is imported later than the help is printed.
+KEYS = (
+    *(
+        "source",
+        "fraction",
+        "workers",
+        "max_corrupt",
+        "seed",
+        "size",
+        "latent",
+        "width",
+        "steps",
+        "batch",
+        "lr",
+        "betas",
+    ),
+    *("r1", "r1_every", "augment", "average", "collapse", "kid_every", "kid_images", "encoder", "device", "precision"),
+    *("channels_last", "max_time", "max_skipped", "log_every", "sample_every", "checkpoint_every", "keep"),
+)
 
 
 def add(commands: Commands) -> None:
@@ -29,12 +49,12 @@ def add(commands: Commands) -> None:
         "synco-fast pretrain-generator --data demo --out runs/generator --size 64 --steps 20000",
         overrides=True,
         alone=True,
-        more="config.yaml in the run folder lists every key, such as --batch, --lr, --latent, --width and --fraction.",
+        more=f"keys: {', '.join(f'--{key}' for key in KEYS)}\nconfig.yaml in the run folder has the value of each.",
     )
     command.add_argument(
         "--data",
         metavar="SOURCE",
-        help="a folder, tar:FOLDER, list:FILE, idx:FOLDER, cifar:FOLDER, stl10:FOLDER or demo",
+        help="a folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, idx:FOLDER, cifar:FOLDER, stl10:FOLDER or demo",
     )
     command.add_argument("--out", type=path, metavar="DIR", help="the run folder; runs/generator-DATE-TIME by default")
     command.add_argument("--resume", type=path, metavar="RUN", help="resume the run in this folder")
@@ -52,7 +72,7 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
         values["source"] = options.data
     if options.resume is not None:
         if options.out is not None:
-            raise ConfigError("resume: found --out beside it, expected --key VALUE alone")
+            raise ConfigError("resume: found --out with it, expected --key VALUE alone")
         saved = read_run_config(options.resume, "pretrain-generator")
         values = {**migrate_generator_config(saved), **migrate_generator_config(values)}
     elif "source" not in values:
@@ -72,10 +92,11 @@ def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], consol
     table = two_columns(f"generator on {summary['source']}: {summary['steps']:,} steps{done}")
     kid = "not measured" if summary["kid"] is None else f"{summary['kid']:.4f} on {summary['kid_network']}"
     spread = "not measured" if summary["diversity"] is None else f"{summary['diversity']:.2f} of the real images'"
+    rate = summary["images_per_second"]
     for name, value in (
         ("KID", kid),
         ("diversity", spread),
-        ("images per second", f"{summary['images_per_second']:,.0f}"),
+        ("images per second", f"{rate:,.0f}" if rate else "not measured"),
         ("training time", f"{summary['training_seconds']:,.0f} s"),
         ("run folder", summary["run"]),
         ("checkpoint", summary["checkpoint"]),

@@ -25,10 +25,10 @@ def add(commands: Commands) -> None:
         "Write a Chrome trace of SynCo's loss, and a table of the throughput of each kernel.",
         "synco-fast profile loss --rows 256 --length 65536 --trace loss-trace.json",
     )
-    command.add_argument("--backend", choices=tuple(BACKENDS), help="triton where it runs, else blockwise")
+    command.add_argument("--backend", choices=tuple(BACKENDS), help="triton where it runs, else blockwise, by default")
     for name, default, about in (("rows", 256, "B"), ("length", 65536, "K"), ("dim", 128, "D"), ("hard", 1024, "N")):
         command.add_argument(f"--{name}", type=positive, default=default, help=about)
-    command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default")
+    command.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU, else float32, by default")
     add_options(command, "device")
     command.add_argument("--trace", type=path, metavar="FILE", default=Path("loss-trace.json"), help="JSON or JSON.gz")
     add_options(command, json="write the table here as well")

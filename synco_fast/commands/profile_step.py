@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from synco_fast.commands.options import add_options, load_torch, path, write_results
+from synco_fast.commands.options import SOURCE, add_options, load_torch, path, write_results
 from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 from synco_fast.commands.tables import figures_table
@@ -24,12 +24,13 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "profile step",
         _profile_step,
-        "Show where a training step spends its time, by phase, and write a trace.",
+        "Show where a training step spends its time, by phase, and write a trace. Any key of the configuration "
+        "can be set as --section.key VALUE.",
         "synco-fast profile step --config demo --data demo --steps 10",
         overrides=True,
     )
     command.add_argument("--config", metavar="PRESET", default="demo", help="a preset or a YAML file")
-    command.add_argument("--data", metavar="SOURCE", help="short for --data.source")
+    command.add_argument("--data", metavar="SOURCE", help=f"{SOURCE}; short for --data.source, the preset's by default")
     command.add_argument("--steps", type=positive, default=10, help="timed steps")
     command.add_argument(
         "--out", type=path, metavar="DIR", help="folder of the trace; profiles/PRESET-DATE-TIME by default"

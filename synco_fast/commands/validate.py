@@ -42,7 +42,10 @@ def add(commands: Commands) -> None:
     command.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="all by default")
     for name, about in (("rows", "B"), ("length", "K"), ("dim", "D"), ("hard", "N")):
         command.add_argument(
-            f"--{name}", nargs="+", type=positive, help=f"{about}; every combination of the given values is a case"
+            f"--{name}",
+            nargs="+",
+            type=positive,
+            help=f"{about}; every combination is a case; a sweep by default",
         )
     add_options(command, "device")
     command.add_argument("--part", choices=("loss", "norm"), default="loss", help="norm: batch norm, add and ReLU")

@@ -114,7 +114,7 @@ def extract_features(
     finally:
         backbone.train(was_training)
     if not values and numbers is None:
-        raise DataError(f"data: found no readable image beside {split.name(0)}")
+        raise DataError(f"data: found no readable image besides {split.name(0)}")
     if not values:
         empty = torch.empty(0, dtype=torch.int64)
         return Features(torch.empty(0, 0), empty, corrupt, empty)

@@ -22,7 +22,9 @@ class GeneratorConfig(Section):
     """The configuration of ``pretrain-generator``."""
 
     source: str = Field(
-        "demo", description="A folder, tar:FOLDER, list:FILE, idx:FOLDER, cifar:FOLDER, stl10:FOLDER, or demo"
+        "demo",
+        description="A folder, tar:FOLDER, list:FILE, parquet:FOLDER, hf:NAME, idx:FOLDER, cifar:FOLDER, "
+        "stl10:FOLDER, or demo",
     )
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
     workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes; null: one per core, 0: none")
@@ -95,19 +97,19 @@ def check_pairs(config: Config) -> None:
     training, known = config.training, with_queue()
     if config.method.name not in known:
         raise ConfigError(
-            f"generated.pair: found {config.generated.pair}, expected none beside method.name {config.method.name}, "
+            f"generated.pair: found {config.generated.pair}, expected none with method.name {config.method.name}, "
             f"since pairs need the queue of {', '.join(known)}"
         )
     check_size(config.augment.size, "augment.size")
     if config.augment.grows:
         raise ConfigError(
-            f"augment.min_size: found {config.augment.min_size}, expected null beside generated pairs, whose images "
+            f"augment.min_size: found {config.augment.min_size}, expected null with generated pairs, whose images "
             "have one size"
         )
     if training.accumulate != 1:
-        raise ConfigError(f"training.accumulate: found {training.accumulate}, expected 1 beside generated pairs")
+        raise ConfigError(f"training.accumulate: found {training.accumulate}, expected 1 with generated pairs")
     if training.engine not in ("auto", "eager"):
-        raise ConfigError(f"training.engine: found {training.engine}, expected auto or eager beside generated pairs")
+        raise ConfigError(f"training.engine: found {training.engine}, expected auto or eager with generated pairs")
     keys = training.batch * (1 + config.method.symmetric) + config.generated.batch
     if config.method.queue < keys:
         raise ConfigError(f"method.queue: found {config.method.queue}, expected {keys} or more, the keys of one step")

@@ -110,7 +110,7 @@ class Generated(MomentumContrast):
 
     def _make_optimizers(self, run: RunInfo) -> None:
         if run.processes > 1:
-            raise ConfigError(f"processes: found {run.processes}, expected 1 beside generated pairs")
+            raise ConfigError(f"processes: found {run.processes}, expected 1 with generated pairs")
         self.device = run.device
         self.clock = Clock(run.device)
         self.adversarial_update = AdversarialUpdate(self.pair, self.generators, self.discriminator, run, self.clock)

@@ -45,7 +45,7 @@ class ResidentImages:
             filled += len(images)
             self.corrupt |= corrupt
         if not filled:
-            raise DataError(f"data: found no readable image beside {split.name(0)}")
+            raise DataError(f"data: found no readable image besides {split.name(0)}")
         if self._images.nbytes <= room_on(device):
             self._images, self._rows = self._images.to(device), self._rows.to(device)
 

@@ -33,7 +33,7 @@ def build(config: Config, processes: int) -> SimCLR:
     """
     if config.training.accumulate > 1:
         raise ConfigError(
-            f"training.accumulate: found {config.training.accumulate}, expected 1 beside method.name simclr, whose "
+            f"training.accumulate: found {config.training.accumulate}, expected 1 with method.name simclr, whose "
             "negatives are the rest of the batch"
         )
     return SimCLR(build_encoder(config, processes=processes), config.method.temperature)

@@ -126,9 +126,9 @@ def _unwritten(error: Exception, folder: Path, state: dict[str, Any]) -> str:
     reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error, 80)
     kept = checkpoints_in(folder)
     return (
-        f"found no way to write it ({reason}), expected room for {needed:,.1f} MiB, of which {free:,.1f} MiB are free; "
+        f"found no way to write it ({reason}), expected space for {needed:,.1f} MiB, of which {free:,.1f} are free; "
         + (f"the newest good checkpoint is {kept[0].name}" if kept else "there is no older one")
-        + f": make room, then --resume {folder.parent}"
+        + f": free some space, then --resume {folder.parent}"
     )
 
 
@@ -156,6 +156,8 @@ def read_tensors(path: Path) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"checkpoint: found no file {path}")
+    if not _begins_as_saved(path):
+        raise CheckpointError(f"{path}: found no file of torch.save, expected a checkpoint")
     try:
         _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -169,6 +171,12 @@ def read_tensors(path: Path) -> Any:
         if isinstance(error, KeyError | IndexError | EOFError) or "legacy .tar format" in reason:
             reason = "no file of torch.save"
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({reason})") from error
+
+
+def _begins_as_saved(path: Path) -> bool:
+    """Whether a file begins as what `torch.save` writes, a zip archive or a pickle, or is empty or zeros by a fault."""
+    with path.open("rb") as file:
+        return file.read(1) in (b"P", b"\x80", b"\0", b"")
 
 
 def _check_sums(path: Path) -> None:
@@ -256,7 +264,7 @@ def find_checkpoint(
         except CheckpointError as error:
             problems.append(str(error))
     if not problems:
-        raise CheckpointError(f"checkpoint: found none in {path}")
+        raise CheckpointError(f"checkpoint: found none in {path}, expected a run folder or a checkpoint")
     older = f", and {len(problems) - 1} older no better" if problems[1:] else ""
     raise CheckpointError(f"{problems[0]}{older}: restore it from a copy, or start a new run")
 

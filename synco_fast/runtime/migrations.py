@@ -151,5 +151,5 @@ def _part_method_from_pairs(values: dict[str, Any]) -> list[str]:
         # Run folders of that time list every key; with another method this one had no effect.
         del method["base"]
         values["generated"] = {**pairs, "pair": "none"}
-        return [f"method.base as unused beside method.name {method.get('name', 'synco')}"]
+        return [f"method.base as unused with method.name {method.get('name', 'synco')}"]
     return []

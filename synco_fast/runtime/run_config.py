@@ -69,7 +69,7 @@ def _from_file(path: Path) -> dict[str, Any]:
         if has_checkpoints(path.parent):
             help_ = "remove it, and its settings are taken from the newest checkpoint"
         elif begins_as_run(path.parent):
-            help_ = "start the run anew, by --config with --continue or another --out"
+            help_ = "start over, by --config with --continue or another --out"
         else:
             help_ = "it does not begin as a run's, choose another folder"
         raise ConfigError(f"{error}: {help_}") from error
@@ -92,7 +92,7 @@ def _undamaged(path: Path) -> dict[str, Any]:
     if sealed is not None and _digest(sealed[1]) != sealed[2]:
         raise ConfigError(
             f"config: found {path} changed since it was written (its checksum differs), expected changes as "
-            "--section.key VALUE beside --resume"
+            "--section.key VALUE with --resume"
         )
     return values
 

@@ -105,7 +105,7 @@ def test_corrupt_images_are_excluded_and_named(folder, tmp_path):
     assert found.read == sum(len(path.read_bytes()) for path in (folder / "train").rglob("*.*"))
     for path in (folder / "train").rglob("*.*"):
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="found no readable image beside"):
+    with pytest.raises(DataError, match="found no readable image besides"):
         pack(folder, tmp_path / "other")
 
 

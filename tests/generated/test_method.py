@@ -275,8 +275,8 @@ def test_real_and_generated_keys_enter_the_queue():
     ("changes", "says"),
     [
         ({"augment.size": 48, "augment.evaluation_resize": 48}, "augment.size: found 48, expected 32 or 64"),
-        ({"training.accumulate": 2}, "training.accumulate: found 2, expected 1 beside generated pairs"),
-        ({"training.engine": "graph"}, "training.engine: found graph, expected auto or eager beside generated pairs"),
+        ({"training.accumulate": 2}, "training.accumulate: found 2, expected 1 with generated pairs"),
+        ({"training.engine": "graph"}, "training.engine: found graph, expected auto or eager with generated pairs"),
         ({"generated.batch": 25}, "method.queue: found 32, expected 33 or more"),
         ({"generated.pair": "both"}, "generated.pair: found 'both', expected 'joint', 'frozen' or 'none'"),
     ],

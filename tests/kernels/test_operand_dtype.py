@@ -84,7 +84,7 @@ def test_what_it_does_not_take():
     q, k, queue = unit_rows(4, 60, 16)
     with pytest.raises(ValueError, match=r"operand_dtype: found torch.float64, expected torch.bfloat16 or"):
         run(q, k, queue, NEGATIVES["moco"], operand_dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"q: found torch.float64, expected torch.float32 beside operand_dtype"):
+    with pytest.raises(TypeError, match=r"q: found torch.float64, expected torch.float32 with operand_dtype"):
         run(q.double(), k.double(), queue, NEGATIVES["moco"], operand_dtype=torch.bfloat16)
 
 

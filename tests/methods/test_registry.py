@@ -111,9 +111,7 @@ def test_the_extra_registers_itself_when_its_section_is_on():
     assert extra is EXTRAS["generated"]
     assert extra_of(build_config(TINY)) is None
     for name in METHODS.keys() - with_queue().keys():
-        with pytest.raises(
-            ConfigError, match=rf"generated\.pair: found frozen, expected none beside method.name {name}"
-        ):
+        with pytest.raises(ConfigError, match=rf"generated\.pair: found frozen, expected none with method.name {name}"):
             build_config(TINY, {"generated.pair": "frozen", "method.name": name})
 
 

@@ -52,7 +52,7 @@ def test_a_step_takes_the_temperature_of_the_run_and_float32_unit_rows():
 
 
 def test_micro_batches_would_take_negatives_away(tiny, tmp_path):
-    with pytest.raises(ConfigError, match=r"training\.accumulate: found 2, expected 1 beside method\.name simclr"):
+    with pytest.raises(ConfigError, match=r"training\.accumulate: found 2, expected 1 with method\.name simclr"):
         trainer(tiny({**SIMCLR, "training.accumulate": 2}), tmp_path / "run")
 
 

@@ -47,7 +47,7 @@ def test_cut_at_the_end_of_a_line_it_is_refused(tmp_path, command):
         (tmp_path / "config.yaml").write_text("".join(whole[:lines]))
         said = refused(tmp_path, command)
         assert "config: found " in said
-        assert said.endswith(": start the run anew, by --config with --continue or another --out")
+        assert said.endswith(": start over, by --config with --continue or another --out")
     (tmp_path / "config.yaml").write_text("".join(whole[:-1]))
     assert read_run_config(tmp_path, command), "whole but for the checksum, as older versions wrote it"
 
@@ -76,7 +76,7 @@ def test_a_line_changed_or_lost_is_refused_and_says_how_to_change_a_setting(file
     for changed in (text.replace("epochs: 7", "epochs: 8"), text.replace("  epochs: 7\n", "")):
         assert changed != text
         file.write_text(changed)
-        assert "its checksum differs), expected changes as --section.key VALUE beside --resume" in refused(file.parent)
+        assert "its checksum differs), expected changes as --section.key VALUE with --resume" in refused(file.parent)
 
 
 def test_another_commands_run(file):

@@ -69,8 +69,10 @@ def test_a_write_that_fails_leaves_the_older_one_and_says_what_room_it_needs(tmp
         save_checkpoint(folder, 2, {"x": torch.ones(1 << 20), "again": [torch.ones(1 << 19)]}, keep=1)
     said = str(caught.value)
     assert "step-00000002.pt: found no way to write it (" in said
-    assert "expected room for 6.0 MiB, of which " in said
-    assert said.endswith(f"the newest good checkpoint is step-00000001.pt: make room, then --resume {tmp_path / 'run'}")
+    assert "expected space for 6.0 MiB, of which " in said
+    assert said.endswith(
+        f"the newest good checkpoint is step-00000001.pt: free some space, then --resume {tmp_path / 'run'}"
+    )
     state, _, problems = find_checkpoint(folder)
     assert (state["step"], problems) == (1, [])
     assert [path.name for path in folder.iterdir()] == ["step-00000001.pt"]
@@ -135,6 +137,9 @@ def test_what_is_no_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="found no file"):
         load_checkpoint(tmp_path / "none.pt")
+    (tmp_path / "words.pt").write_text("hello: 1\n")
+    with pytest.raises(CheckpointError, match=r"words\.pt: found no file of torch\.save, expected a checkpoint"):
+        load_checkpoint(tmp_path / "words.pt")
     with pytest.raises(CheckpointError, match="found no file or run folder"):
         find_checkpoint(tmp_path / "none")
     with pytest.raises(CheckpointError, match="found none in"):

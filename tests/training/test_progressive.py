@@ -259,7 +259,7 @@ def test_auto_measures_at_the_full_size(tiny, monkeypatch, tmp_path):
 
 
 def test_generated_pairs_have_one_size(tiny):
-    with pytest.raises(ConfigError, match=r"augment\.min_size: found 16, expected null beside generated pairs"):
+    with pytest.raises(ConfigError, match=r"augment\.min_size: found 16, expected null with generated pairs"):
         tiny({**GROWING, "generated.pair": "joint"})
 
 
