@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -15,14 +15,14 @@ from rich.text import Text
 from synco_fast.runtime.console import open_console
 from synco_fast.version import __version__
 
+if TYPE_CHECKING:
+    from synco_fast.runtime.errors import UserError
+
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
-    from synco_fast.commands.options import check_input, check_output
-    from synco_fast.commands.parser import near
-    from synco_fast.runtime.dist_env import DistEnv
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import UNWRITABLE
 
@@ -33,40 +33,60 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] not in (["bench"], ["profile"]):
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        parser = _parser()
-        _complete(parser)
-        options, rest = parser.parse_known_args(words)
-        if rest and not options.overrides:
-            options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
-        if options.alone and not DistEnv.detect().is_main:
-            return 0
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_note
-            check_output(options)
-            check_input(options)
-            if "check" in options:
-                options.check(options)
-            code: int = options.run(options, rest, open_console())
-    except UserError as error:
-        return _failed(str(error))
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        return _failed(f"{error.filename or 'a file'}: found no way to read or write it ({error.strerror})")
-    except RuntimeError as error:
-        from synco_fast.data.loader import killed_worker
+        try:
+            return _run(words)
+        except UserError as error:
+            return _failed(error)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            said = f"{error.filename or 'a file'}: found no way to read or write it ({error.strerror})"
+            return _failed(UserError(said))
+        except RuntimeError as error:
+            from synco_fast.data.loader import killed_worker
 
-        said = killed_worker(error)
-        if said is None:
-            raise
-        return _failed(said)
+            said = killed_worker(error)
+            if said is None:
+                raise
+            return _failed(UserError(said))
     except KeyboardInterrupt:
         return 130
+
+
+def _run(words: list[str]) -> int:
+    from synco_fast.commands.options import check_input, check_output
+    from synco_fast.commands.parser import near
+    from synco_fast.runtime.dist_env import DistEnv
+
+    parser = _parser()
+    _complete(parser)
+    options, rest = parser.parse_known_args(words)
+    if rest and not options.overrides:
+        options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
+    if options.alone and not DistEnv.detect().is_main:
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_note
+        check_output(options)
+        check_input(options)
+        if "check" in options:
+            options.check(options)
+        code: int = options.run(options, rest, open_console())
     return code
 
 
-def _failed(said: str) -> int:
-    _tell("error", "bold red", said)
+def _failed(error: UserError) -> int:
+    """Print an error, once in a job where every rank has it, with rank and machine where one may; the exit code."""
+    from synco_fast.runtime.dist_env import DistEnv
+    from synco_fast.runtime.errors import UserError
+
+    try:
+        env = DistEnv.detect()
+    except UserError:
+        env = DistEnv()
+    env.wait_for_turn(error)
+    if not error.said:
+        _tell("error", "bold red", f"{error}{env.place}")
     return 2
 
 

@@ -7,6 +7,7 @@ B / W: row i is on rank i // (B / W).
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -187,12 +188,24 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
     except LostProcessError:
         atexit.register(_leave)
         raise
+    except UserError as error:
+        # While still in the job: the others would end by the lost connection, and this one with them, unheard.
+        _take_turn(env, store, prefix, error)
+        raise
     finally:
         if dist.is_initialized():
             with nullcontext() if finished else suppress(RuntimeError):
                 dist.destroy_process_group()
         if heartbeat is not None:
             heartbeat.stop(finished=finished)
+
+
+def _take_turn(env: DistEnv, store: Store, prefix: str, error: UserError) -> None:
+    """Wait until this rank may print an error, and note whether another rank has printed the same."""
+    key = f"{prefix}/said/{hashlib.sha256(str(error).encode()).hexdigest()}"
+    with suppress(RuntimeError):  # the process that hosts the store has left
+        env.wait_for_turn(error, lambda: store.check([key]))
+        error.said = error.said or store.add(key, 1) > 1
 
 
 def _leave() -> None:
