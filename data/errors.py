@@ -35,9 +35,10 @@ class UserError(Exception):
     Attributes:
         waited: Whether this process of a job has given the other ones time to print the same.
         said: Whether another process of the job prints it.
+        awaited: Whether other processes of the job may wait for this one to join it.
     """
 
-    waited = said = False
+    waited = said = awaited = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message)))

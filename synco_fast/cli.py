@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise
-            said = f"{error.filename or 'a file'}: found no way to read or write it ({error.strerror})"
-            return _failed(UserError(said))
+            where = error.filename or "a file"
+            return _failed(UserError(f"{where}: found no way to read or write it ({error.strerror})"))
         except RuntimeError as error:
             from synco_fast.data.loader import killed_worker
 
@@ -57,6 +57,7 @@ def _run(words: list[str]) -> int:
     from synco_fast.commands.options import check_input, check_output
     from synco_fast.commands.parser import near
     from synco_fast.runtime.dist_env import DistEnv
+    from synco_fast.runtime.errors import UserError
 
     parser = _parser()
     _complete(parser)
@@ -67,11 +68,15 @@ def _run(words: list[str]) -> int:
         return 0
     with warnings.catch_warnings():
         warnings.showwarning = _show_note
-        check_output(options)
-        check_input(options)
-        if "check" in options:
-            options.check(options)
-        code: int = options.run(options, rest, open_console())
+        try:
+            check_output(options)
+            check_input(options)
+            if "check" in options:
+                options.check(options)
+            code: int = options.run(options, rest, open_console())
+        except UserError as error:
+            error.awaited = options.joint
+            raise
     return code
 
 
@@ -84,9 +89,18 @@ def _failed(error: UserError) -> int:
         env = DistEnv.detect()
     except UserError:
         env = DistEnv()
-    env.wait_for_turn(error)
-    if not error.said:
-        _tell("error", "bold red", f"{error}{env.place}")
+    line = f"{error}{env.place}"
+    if env.is_main and not error.said:
+        _tell("error", "bold red", line)
+    # On one machine the launcher ends them; on others they would wait until their timeout.
+    if error.awaited and env.world > env.local_world:
+        from synco_fast.runtime.distributed import refuse
+
+        refuse(env, error)
+    if not env.is_main:
+        env.wait_for_turn(error)
+        if not error.said:
+            _tell("error", "bold red", line)
     return 2
 
 

@@ -102,9 +102,9 @@ def read_weights(path: Path) -> Weights:
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     content = read_tensors(path)
-    found = weights_in(content, path)
-    if found is not None:
-        return found
+    weights = weights_in(content, path)
+    if weights is not None:
+        return weights
     if is_moco(content):
         raise CheckpointError(
             f"{path}: found a checkpoint in the authors' layout, expected one of synco-fast: "

@@ -72,7 +72,7 @@ def build_backbone(
         elif prefix != "torchvision" and _timm().is_model(bare):
             module = _timm().create_model(bare, pretrained=False, num_classes=0, **(arguments or {}))
             # Where a layer lies between the pooling and the classifier, num_features is the width before that layer.
-            features = int(getattr(module, "head_hidden_size", None) or module.num_features)  # type: ignore[arg-type]
+            features = int(getattr(module, "head_hidden_size", None) or module.num_features)
         else:
             raise ConfigError(f"model.backbone: found {name!r}, expected a torchvision or timm model{_nearest(bare)}")
     except (ConfigError, KeyboardInterrupt):

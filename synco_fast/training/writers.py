@@ -154,8 +154,8 @@ class WandbWriter:
             self._run = wandb.init(project=project, name=name, id=run, dir=str(folder), config=config, resume="allow")
         except wandb.errors.Error as error:
             raise UserError(
-                f"training.wandb: found no way to log to {project!r} ({first_line(error, _REASON)}), expected a key and "
-                "a connection, or WANDB_MODE=offline to log to the run folder alone"
+                f"training.wandb: found no way to log to {project!r} ({first_line(error, _REASON)}), expected a key "
+                "and a connection, or WANDB_MODE=offline to log to the run folder alone"
             ) from error
 
     @staticmethod

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -21,15 +24,21 @@ SIX = [DistEnv(rank, 6, rank % 2, 2) for rank in range(6)]
 
 
 class Clock:
-    """Time that passes in `sleep` alone."""
+    """Time that passes in `sleep` alone, for turns."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(dist_env.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(dist_env.time, "sleep", self.sleep)
+        monkeypatch.setattr(dist_env, "time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
 
     def sleep(self, seconds):
         self.now += seconds
+
+
+def in_job(monkeypatch, rank, world, machine=None):
+    """The environment of a process of a job; all of one machine, or ``machine`` on each."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    for name, value in zip(names, (rank, world, rank % (machine or world), machine or world, 1), strict=True):
+        monkeypatch.setenv(name, str(value))
 
 
 def test_rank_0_speaks_first_then_one_rank_of_each_machine(monkeypatch):
@@ -76,8 +85,7 @@ def test_rank_and_machine_are_named_where_others_may_not_have_met_it(monkeypatch
     assert DistEnv().place == DistEnv(0, 2, 0, 2).place == ""
     assert DistEnv(0, 4, 0, 2).place == f" (rank 0 on {host})"
     Clock(monkeypatch)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "1"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
+    in_job(monkeypatch, 3, 4)
     assert main(["pretrain", "--resume", "gone"]) == 2
     found = "resume: found no run in gone, expected a folder with a config.yaml"
     assert capsys.readouterr().err == f"error: {found} (rank 3 on {host})\n"
@@ -87,21 +95,64 @@ def test_an_interrupt_while_waiting_is_no_traceback(monkeypatch):
     def interrupted(seconds):
         raise KeyboardInterrupt
 
+    Clock(monkeypatch)
     monkeypatch.setattr(dist_env.time, "sleep", interrupted)
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
-        monkeypatch.setenv(name, value)
+    in_job(monkeypatch, 1, 2)
     assert main(["pretrain", "--resume", "gone"]) == 130
+
+
+def test_a_rank_that_cannot_join_ends_those_that_wait_for_it(monkeypatch):
+    """On another machine no launcher ends them, and an evaluation would wait for an hour."""
+    store = dist.HashStore()
+    monkeypatch.setattr(distributed, "_MET", Event())
+    monkeypatch.setattr(distributed, "_open_store", lambda env, timeout: store)
+    error = ConfigError("resume: found no run in gone")
+
+    def join(env):
+        with pytest.raises(ConfigError) as ended, distributed.init_distributed(env, "cpu", timeout=20):
+            pytest.fail("it has started")
+        return ended.value
+
+    def refuse(env):
+        own = ConfigError(str(error))
+        distributed.refuse(env, own)
+        return own
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(6) as pool:
+        Clock(patch)
+        found = [pool.submit(join if env.rank in (0, 1, 2) else refuse, env) for env in (*SIX[3:], *SIX[:3])]
+        refused, joined = ([each.result() for each in part] for part in (found[:3], found[3:]))
+    expected = f"job: found ranks 3-5 unable to start, on {socket.gethostname()}: {error}"
+    assert {str(each) for each in joined} == {expected}
+    assert sorted(each.said for each in joined) == [False, True, True]
+    assert [each.said for each in refused] == [False, True, True]
+    distributed.refuse(SIX[0], error)  # after the others were met, nobody waits
+
+
+@pytest.mark.parametrize(("machine", "refuses"), [(4, []), (2, ["pretrain"])])
+def test_others_are_told_where_no_launcher_ends_them(monkeypatch, capsys, machine, refuses):
+    Clock(monkeypatch)
+    in_job(monkeypatch, 3, 4, machine)
+    told = []
+    monkeypatch.setattr(distributed, "refuse", lambda env, error: told.append((env.rank, str(error))))
+    assert main(["pretrain", "--resume", "gone"]) == 2
+    assert main(["presets", "gone"]) == 2, "no command that ranks run together"
+    assert told == [(3, "resume: found no run in gone, expected a folder with a config.yaml")] * len(refuses)
+    assert capsys.readouterr().err.count("error: ") == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("whose", ["every rank's", "rank 1's"])
 def test_torchrun_prints_it_once_and_fails(tiny, tmp_path, monkeypatch, whose):
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
-    (tmp_path / "job.yaml").write_text(tiny({"training.batch": 9, "model.batch_norm_groups": 1}).to_yaml())
+    (tmp_path / "job.yaml").write_text(tiny().to_yaml())
     words = ["pretrain", "--config", str(tmp_path / "job.yaml"), "--out", str(tmp_path / "run")]
     if whose == "rank 1's":
         (tmp_path / "images0").symlink_to(tmp_path / "images")
-        words += ["--training.batch", "8", "--data", str(tmp_path / "images{rank}")]
+        words += ["--data", str(tmp_path / "images{rank}")]
+    else:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(ChildFailedError) as failed:
         under_torchrun(words, tmp_path / "run", world=2, restarts=0)
     said = [(tmp_path / f"rank{rank}-0.txt").read_text() for rank in range(2)]
@@ -111,6 +162,6 @@ def test_torchrun_prints_it_once_and_fails(tiny, tmp_path, monkeypatch, whose):
         assert said[1] == f"error: data: found no folder {tmp_path / 'images1'} {place}\n"
         assert "error" not in said[0], said
     else:
-        assert said[0].endswith("error: training.batch: found 9, expected a multiple of 2 (2 processes)\n"), said
+        assert f"error: out: found a run in {tmp_path / 'run'}, expected a new folder" in said[0], said
         assert "error" not in said[1], said
     assert all(codes), codes
