@@ -9,10 +9,9 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
 from rich.text import Text
 
-from synco_fast.runtime.console import open_console
+from synco_fast.runtime.console import LastingConsole, open_console
 from synco_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def _failed(error: UserError) -> int:
 
 def _tell(word: str, style: str, said: str) -> None:
     """Print a line to standard error, its first word in colour."""
-    Console(stderr=True).print(Text.assemble((f"{word}:", style), f" {said}"), soft_wrap=True)
+    LastingConsole(stderr=True).print(Text.assemble((f"{word}:", style), f" {said}"), soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
