@@ -97,7 +97,7 @@ setup(
         "pillow>=10.1",
         "pydantic>=2.7,<3",
         "pyyaml>=6.0",
-        "rich>=13.7",
+        "rich>=13.8",
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "jinja2>=3.1",

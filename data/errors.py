@@ -30,7 +30,15 @@ def one_line(error: BaseException, most: int | None = None) -> str:
 
 
 class UserError(Exception):
-    """Wrong input; the message names the thing, what was found and what is expected, in one printable line."""
+    """Wrong input; the message names the thing, what was found and what is expected, in one printable line.
+
+    Attributes:
+        waited: Whether this process of a job has given the other ones time to print the same.
+        said: Whether another process of the job prints it.
+        awaited: Whether other processes of the job may wait for this one to join it.
+    """
+
+    waited = said = awaited = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message)))

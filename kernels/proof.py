@@ -7,6 +7,7 @@ and writes one line for each kernel; a kernel that hangs or crashes affects only
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, TextIO
 
@@ -51,6 +53,8 @@ _MOST_VIEWS = 128
 _GAP = 64
 #: Allowed error of the momentum update, in units in the last place, in addition to twice the error of foreach.
 _UNITS = 2
+#: PR_SET_PDEATHSIG of prctl(2) in Linux: the signal that a process receives when its parent dies.
+_SET_DEATH_SIGNAL = 1
 
 
 @dataclass(frozen=True)
@@ -396,8 +400,11 @@ def main() -> None:
     # Compilers print to standard output: move theirs to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # A parent that is killed ends nothing: the kernel does, so that no compiler and no GPU is kept.
+    with suppress(OSError, AttributeError):  # no Linux
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     request = json.loads(sys.stdin.readline())
-    # In case the parent dies first.
+    # Where that is not known, at least in the end.
     signal.alarm(math.ceil(request["seconds"]))
     answer(request, answers)
 

@@ -7,22 +7,21 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console
 from rich.text import Text
 
-from synco_fast.runtime.console import open_console
+from synco_fast.runtime.console import LastingConsole, open_console
 from synco_fast.version import __version__
+
+if TYPE_CHECKING:
+    from synco_fast.runtime.errors import UserError
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``synco-fast`` and return its exit code: 0 on success, 2 for bad input, 130 after Ctrl-C."""
-    from synco_fast.commands.options import check_input, check_output
-    from synco_fast.commands.parser import near
-    from synco_fast.runtime.dist_env import DistEnv
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import UNWRITABLE
 
@@ -33,46 +32,80 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] not in (["bench"], ["profile"]):
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
-        parser = _parser()
-        _complete(parser)
-        options, rest = parser.parse_known_args(words)
-        if rest and not options.overrides:
-            options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
-        if options.alone and not DistEnv.detect().is_main:
-            return 0
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_note
+        try:
+            return _run(words)
+        except UserError as error:
+            return _failed(error)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            where = error.filename or "a file"
+            return _failed(UserError(f"{where}: found no way to read or write it ({error.strerror})"))
+        except RuntimeError as error:
+            from synco_fast.data.loader import killed_worker
+
+            said = killed_worker(error)
+            if said is None:
+                raise
+            return _failed(UserError(said))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    from synco_fast.commands.options import check_input, check_output
+    from synco_fast.commands.parser import near
+    from synco_fast.runtime.dist_env import DistEnv
+    from synco_fast.runtime.errors import UserError
+
+    parser = _parser()
+    _complete(parser)
+    options, rest = parser.parse_known_args(words)
+    if rest and not options.overrides:
+        options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
+    if options.alone and not DistEnv.detect().is_main:
+        return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_note
+        try:
             check_output(options)
             check_input(options)
             if "check" in options:
                 options.check(options)
             code: int = options.run(options, rest, open_console())
-    except UserError as error:
-        return _failed(str(error))
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
+        except UserError as error:
+            error.awaited = options.joint
             raise
-        return _failed(f"{error.filename or 'a file'}: found no way to read or write it ({error.strerror})")
-    except RuntimeError as error:
-        from synco_fast.data.loader import killed_worker
-
-        said = killed_worker(error)
-        if said is None:
-            raise
-        return _failed(said)
-    except KeyboardInterrupt:
-        return 130
     return code
 
 
-def _failed(said: str) -> int:
-    _tell("error", "bold red", said)
+def _failed(error: UserError) -> int:
+    """Print an error, once in a job where every rank has it, with rank and machine where one may; the exit code."""
+    from synco_fast.runtime.dist_env import DistEnv
+    from synco_fast.runtime.errors import UserError
+
+    try:
+        env = DistEnv.detect()
+    except UserError:
+        env = DistEnv()
+    line = f"{error}{env.place}"
+    if env.is_main and not error.said:
+        _tell("error", "bold red", line)
+    # On one machine the launcher ends them; on others they would wait until their timeout.
+    if error.awaited and env.world > env.local_world:
+        from synco_fast.runtime.distributed import refuse
+
+        refuse(env, error)
+    if not env.is_main:
+        env.wait_for_turn(error)
+        if not error.said:
+            _tell("error", "bold red", line)
     return 2
 
 
 def _tell(word: str, style: str, said: str) -> None:
     """Print a line to standard error, its first word in colour."""
-    Console(stderr=True).print(Text.assemble((f"{word}:", style), f" {said}"), soft_wrap=True)
+    LastingConsole(stderr=True).print(Text.assemble((f"{word}:", style), f" {said}"), soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:

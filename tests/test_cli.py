@@ -292,7 +292,7 @@ def test_a_command_of_one_process_runs_on_rank_0(run, config_file, tmp_path, mon
     """Every rank of a job would compute the same, and write the same file."""
     run("pretrain", "--config", config_file, "--out", tmp_path / "run", "--training.max_steps", "1")
     for rank, files in (("1", []), ("0", ["a.npz"])):
-        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
             monkeypatch.setenv(name, value)
         code, out, err = run("embed", tmp_path / "run", "--out", tmp_path / "new" / "a.npz")
         assert (code, err) == (0, "")

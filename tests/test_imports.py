@@ -134,3 +134,21 @@ def test_nothing_but_its_command_names_the_wing_of_generated_pairs():
         and any(name.startswith("synco_fast.generated") for name in imported(file, known))
     }
     assert naming == {"synco_fast.commands.pretrain_generator"}
+
+
+def test_timm_is_imported_where_it_is_needed():
+    """It takes a second of every start; the fused forms of its ResNets are imported where a backbone is fused."""
+    found = []
+    for module, file in modules():
+        if module.startswith("synco_fast.bench"):
+            continue
+        names = [alias.name for node in ast.parse(file.read_text(encoding="utf-8")).body for alias in named(node)]
+        found += [module for name in names if name.split(".")[0] == "timm"]
+    assert found == ["synco_fast.models.fusion"]
+
+
+def named(node: ast.stmt) -> list[ast.alias]:
+    """The modules that an import names."""
+    if isinstance(node, ast.ImportFrom):
+        return [ast.alias(str(node.module))]
+    return node.names if isinstance(node, ast.Import) else []

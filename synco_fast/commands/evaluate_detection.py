@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
         _evaluate_detection,
         "Fine-tune torchvision's Faster R-CNN (with masks: Mask R-CNN) on the backbone and report COCO metrics.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate detection runs/synco-r50-200 --data voc:/data/voc",
+        joint=True,
     )
     add_eval_options(command, "voc:FOLDER or coco:FOLDER; must be given")
     command.add_argument("--steps", type=int, help="iterations; 24000 for VOC, 180000 for COCO by default")

@@ -30,6 +30,7 @@ def add(commands: Commands) -> None:
         _evaluate_finetune,
         "Accuracy after fine-tuning on few labels: batch 1024, 60 epochs on 1 %, 30 on 10 %, learning rates swept.",
         "synco-fast evaluate finetune runs/synco-r50-200 --data /data/imagenet --percent 10",
+        joint=True,
     )
     add_eval_options(command)
     command.add_argument("--percent", type=float, default=1.0, help="percentage of each class's training images")

@@ -20,6 +20,7 @@ def add(commands: Commands) -> None:
         _evaluate_knn,
         "Weighted kNN accuracy of a checkpoint's backbone on the held-out split.",
         "synco-fast evaluate knn runs/demo-20260101-120000 --k 20 200",
+        joint=True,
     )
     add_eval_options(command)
     command.add_argument(

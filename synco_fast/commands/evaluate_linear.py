@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
         _evaluate_linear,
         "Accuracy of a linear classifier on the frozen backbone: 100 epochs, batch 256, lr 30, as in MoCo.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate linear runs/synco-r50-200 --data /data/imagenet",
+        joint=True,
     )
     add_eval_options(command)
     command.add_argument("--fast", action="store_true", help="train on cached features, all learning rates in one pass")

@@ -77,6 +77,7 @@ class Commands:
         *,
         overrides: bool = False,
         alone: bool = False,
+        joint: bool = False,
         more: str = "",
     ) -> argparse.ArgumentParser:
         """Add a subcommand and return its parser, to which the caller adds arguments.
@@ -88,6 +89,7 @@ class Commands:
             example: A whole command line for the help.
             overrides: Whether unparsed words are passed on to ``run`` (``--section.key VALUE``).
             alone: Whether only rank 0 of a job runs it: every rank would write the same files.
+            joint: Whether the ranks of a job run it together.
             more: Text after the example in the help.
         """
         group, _, last = name.rpartition(" ")
@@ -100,7 +102,7 @@ class Commands:
             ),
             formatter_class=_WithDefaults,
         )
-        command.set_defaults(run=run, overrides=overrides, alone=alone, parser=command)
+        command.set_defaults(run=run, overrides=overrides, alone=alone, joint=joint, parser=command)
         return command
 
     def _group(self, name: str) -> argparse._SubParsersAction[argparse.ArgumentParser]:

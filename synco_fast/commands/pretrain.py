@@ -31,6 +31,7 @@ def add(commands: Commands) -> None:
         "Pretrain an encoder. Any key of the configuration can be set as --section.key VALUE.",
         "synco-fast pretrain --config demo --data demo --method.name mochi --training.epochs 10",
         overrides=True,
+        joint=True,
         more="'synco-fast presets NAME' prints every key with its meaning, range and default.",
     )
     command.add_argument(

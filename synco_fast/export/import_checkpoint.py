@@ -19,7 +19,7 @@ from synco_fast.runtime.checkpoint import FORMAT, load_weights, read_tensors
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.files import atomic_write
 
-__all__ = ["import_checkpoint", "read_foreign"]
+__all__ = ["foreign_state", "import_checkpoint", "read_content"]
 
 _BACKBONE = "encoder.backbone."
 #: Side of the images that a ResNet with the small stem is for, as in the preset ``synco-r18-cifar``.
@@ -45,7 +45,8 @@ def import_checkpoint(
         CheckpointError: The file cannot be read, carries code, has no encoder, or another architecture.
         ConfigError: The architecture is not named, or unknown here.
     """
-    state, content = read_foreign(path)
+    content = read_content(path)
+    state = foreign_state(content, path)
     epoch = content.get("epoch")
     if is_moco(content):
         backbone = backbone or content.get("arch")
@@ -72,28 +73,33 @@ def import_checkpoint(
     return weights
 
 
-def read_foreign(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a published checkpoint: its tensors by our names, and the whole content of the file.
+def foreign_state(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors of a published checkpoint by our names.
 
     Args:
-        path: The authors' layout, or a backbone's ``state_dict`` with its classifier, where `plain_state` finds it.
+        content: The authors' layout, or a backbone's ``state_dict`` with its classifier, where `plain_state` finds it.
+        path: The file it was read from, for the message.
 
     Raises:
-        CheckpointError: The file cannot be read, carries code, or has no encoder.
+        CheckpointError: It has no encoder.
     """
-    content = _read(path)
     if is_moco(content):
         state = from_moco(content["state_dict"], str(path))
         if not any(name.startswith("encoder.") for name in state):
             raise CheckpointError(f"{path}: found no encoder in it, expected names that begin with module.encoder_q.")
-        return state, content
+        return state
     plain = plain_state(content)
     if not isinstance(plain, dict) or not plain or not all(isinstance(value, Tensor) for value in plain.values()):
         raise CheckpointError(f"{path}: found no encoder in it, expected a state_dict of tensors")
-    return {f"{_BACKBONE}{name}": value for name, value in plain.items()}, content
+    return {f"{_BACKBONE}{name}": value for name, value in plain.items()}
 
 
-def _read(path: Path) -> Any:
+def read_content(path: Path) -> Any:
+    """Read a file of ``torch.save`` or of safetensors.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or carries code.
+    """
     if path.suffix != ".safetensors":
         return read_tensors(path)
     if not path.is_file():

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torchvision
 from torch import Tensor, nn
 
 from synco_fast.config import ModelConfig
-from synco_fast.export.import_checkpoint import read_foreign
+from synco_fast.export.import_checkpoint import foreign_state, read_content
 from synco_fast.export.layouts import backbone_in, is_moco
-from synco_fast.export.load import describes_itself, read_weights
+from synco_fast.export.load import Weights, describes_itself, read_weights, weights_in
 from synco_fast.models.encoder import Encoder
 from synco_fast.runtime.checkpoint import load_weights
 from synco_fast.runtime.errors import CheckpointError, first_line
@@ -68,12 +67,16 @@ def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], str]:
     """Tensors by our names, and the file with what is known of its age."""
-    if path.is_dir() or describes_itself(path):
+    weights: Weights | None
+    if path.is_dir() or (path.suffix == ".safetensors" and describes_itself(path)):
         weights = read_weights(path)
+    else:
+        content = read_content(path)
+        weights = weights_in(content, path)
+    if weights is not None:
         return weights.state, f"{weights.file}" + (f", epoch {weights.epochs:.3g}" if weights.epochs else "")
-    state, content = read_foreign(path)
     age = f", epoch {content['epoch']}" if is_moco(content) and type(content.get("epoch")) is int else ""
-    return state, f"{path}{age}"
+    return foreign_state(content, path), f"{path}{age}"
 
 
 def _published(library: str, name: str, model: ModelConfig) -> dict[str, Tensor]:
@@ -82,6 +85,8 @@ def _published(library: str, name: str, model: ModelConfig) -> dict[str, Tensor]
         if library == "torchvision":
             weights = torchvision.models.get_weight(name) if "." in name else _default(name)
             return dict(weights.get_state_dict(progress=False, check_hash=True))
+        import timm  # takes a second, and most runs do not need it
+
         # timm adapts its weights to arguments such as img_size, where they are for the same architecture.
         same = name.partition(".")[0] == model.backbone.rpartition("/")[2]
         arguments = model.backbone_args if same else {}

@@ -22,7 +22,7 @@ from synco_fast.runtime.checkpoint import (
 )
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 
-__all__ = ["Weights", "backbone_of", "describes_itself", "load_backbone", "read_weights"]
+__all__ = ["Weights", "backbone_of", "describes_itself", "load_backbone", "read_weights", "weights_in"]
 
 _BACKBONE = "encoder.backbone."
 
@@ -102,10 +102,9 @@ def read_weights(path: Path) -> Weights:
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
     content = read_tensors(path)
-    if is_checkpoint(content) and "method" in content:
-        return _own(check_checkpoint(content, path), path)
-    if is_moco(content) and isinstance(content.get("synco_fast"), dict):
-        return _described(content["synco_fast"], from_moco(content["state_dict"], str(path)), path)
+    weights = weights_in(content, path)
+    if weights is not None:
+        return weights
     if is_moco(content):
         raise CheckpointError(
             f"{path}: found a checkpoint in the authors' layout, expected one of synco-fast: "
@@ -116,26 +115,28 @@ def read_weights(path: Path) -> Weights:
     )
 
 
+def weights_in(content: Any, path: Path) -> Weights | None:
+    """The weights in what `read_tensors` returned; None if it is no checkpoint or export of synco-fast.
+
+    Raises:
+        CheckpointError: It is one without an encoder, or damaged.
+    """
+    if is_checkpoint(content) and "method" in content:
+        return _own(check_checkpoint(content, path), path)
+    if is_moco(content) and isinstance(content.get("synco_fast"), dict):
+        return _described(content["synco_fast"], from_moco(content["state_dict"], str(path)), path)
+    return None
+
+
 def describes_itself(path: Path) -> bool:
-    """Whether a file is a checkpoint or an export of synco-fast, which `read_weights` takes.
+    """Whether a file of safetensors is an export of synco-fast; reads its header alone.
 
     Raises:
         CheckpointError: It cannot be read.
     """
-    if path.suffix == ".safetensors":
-        return _metadata(path) is not None
-    content = read_tensors(path)
-    if is_checkpoint(content):
-        return "method" in content
-    return is_moco(content) and isinstance(content.get("synco_fast"), dict)
-
-
-def _metadata(path: Path) -> str | None:
-    """The description in a file of safetensors, if there is one."""
     try:
         with safe_open(path, framework="pt") as file:
-            found: str | None = (file.metadata() or {}).get("synco_fast")
-            return found
+            return "synco_fast" in (file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(f"{path}: found a file that is cut short or damaged ({error})") from error
 

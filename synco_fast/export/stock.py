@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import timm
 import torchvision
 from torch import Tensor
 
@@ -33,9 +32,12 @@ def stock_name(weights: Weights, library: str) -> str:
     """
     model = weights.config.model
     bare = model.backbone.rpartition("/")[2]
-    known = (
-        torchvision.models.list_models(module=torchvision.models) if library == "torchvision" else timm.list_models()
-    )
+    if library == "torchvision":
+        known = torchvision.models.list_models(module=torchvision.models)
+    else:
+        import timm
+
+        known = timm.list_models()
     own = in_torchvision(model.backbone) == (library == "torchvision")
     shapes = {name: value.shape for name, value in weights.backbone.items()}
     if bare in known:

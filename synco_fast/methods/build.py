@@ -11,7 +11,6 @@ from synco_fast.config import Config
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.methods.base import Method
 from synco_fast.models.encoder import Encoder, build_backbone, check_input, parameters_of
-from synco_fast.models.fusion import fuse_batch_norm
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.memory import check_memory
 from synco_fast.runtime.precision import resolve_device
@@ -96,6 +95,8 @@ def build_encoder(config: Config, *, processes: int = 1) -> Encoder:
             backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
         encoder = Encoder(backbone, features, model.dim, model.hidden)
     if fused:
+        from synco_fast.models.fusion import fuse_batch_norm  # imports timm, which takes a second
+
         on_gpu = device.type == "cuda"
         fusion = fuse_batch_norm(backbone, groups, "triton" if on_gpu and model.norm == "fused" else "auto")
         if model.norm == "fused" or not fusion.whole:

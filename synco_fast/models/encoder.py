@@ -6,7 +6,6 @@ import difflib
 import weakref
 from typing import Any
 
-import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -70,10 +69,10 @@ def build_backbone(
     try:
         if in_torchvision:
             module, features = _strip(torchvision.models.get_model(bare, weights=None, **(arguments or {})), name)
-        elif prefix != "torchvision" and timm.is_model(bare):
-            module = timm.create_model(bare, pretrained=False, num_classes=0, **(arguments or {}))
+        elif prefix != "torchvision" and _timm().is_model(bare):
+            module = _timm().create_model(bare, pretrained=False, num_classes=0, **(arguments or {}))
             # Where a layer lies between the pooling and the classifier, num_features is the width before that layer.
-            features = int(getattr(module, "head_hidden_size", None) or module.num_features)  # type: ignore[arg-type]
+            features = int(getattr(module, "head_hidden_size", None) or module.num_features)
         else:
             raise ConfigError(f"model.backbone: found {name!r}, expected a torchvision or timm model{_nearest(bare)}")
     except (ConfigError, KeyboardInterrupt):
@@ -88,8 +87,15 @@ def build_backbone(
     return split_batch_norm(module, batch_norm_groups), features
 
 
+def _timm() -> Any:
+    """The library, imported where a model of it is needed: that takes a second, which most runs need not wait."""
+    import timm
+
+    return timm
+
+
 def _nearest(name: str) -> str:
-    known = {*torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
+    known = {*torchvision.models.list_models(module=torchvision.models), *_timm().list_models()}
     near = difflib.get_close_matches(name, known, n=3)
     return f" (nearest: {', '.join(near)})" if near else ""
 

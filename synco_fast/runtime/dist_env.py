@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.errors import ConfigError, UserError
 
 __all__ = ["DistEnv"]
 
 #: Slurm gives no port: it is the lowest one plus the job number modulo the range.
 _PORTS = 20000, 10000
+#: Seconds until the first rank of another machine may print an error; twice as long until every other rank may.
+_TURN = 2.0
+_LOOK = 0.05
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,33 @@ class DistEnv:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
+
+    @property
+    def place(self) -> str:
+        """Rank and machine, as the end of an error's line; empty where only one process can have met it."""
+        if self.rank == 0 and self.world == self.local_world:
+            return ""
+        return f" (rank {self.rank} on {socket.gethostname()})"
+
+    def wait_for_turn(self, error: UserError, said: Callable[[], bool] = lambda: False) -> None:
+        """Wait until this rank may print an error: rank 0 at once, then the first rank of each machine, then all.
+
+        Most errors are met by every rank. When one process of a job has printed such an error and has ended, torchrun
+        and ``srun --kill-on-bad-exit`` end the others, which then have printed nothing. An error that one rank alone
+        has met is printed all the same, a few seconds later. Each error waits once.
+
+        Args:
+            error: The error.
+            said: Whether another rank has printed the same, where the ranks can tell each other.
+        """
+        if error.waited:
+            return
+        error.waited = True
+        end = time.monotonic() + _TURN * ((self.rank > 0) + (self.local_rank > 0))
+        while time.monotonic() < end:
+            # To the end also where it was said: whoever says it may not have printed it yet.
+            error.said = error.said or said()
+            time.sleep(_LOOK)
 
     @staticmethod
     def detect(environment: Mapping[str, str] | None = None) -> DistEnv:

@@ -7,11 +7,14 @@ B / W: row i is on rank i // (B / W).
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from threading import Event
 from typing import Any, TypeVar, cast
 
 import torch
@@ -25,6 +28,7 @@ from synco_fast.runtime.dist_env import DistEnv
 from synco_fast.runtime.errors import ConfigError, LostProcessError, UserError, first_line
 from synco_fast.runtime.heartbeat import Heartbeat
 from synco_fast.runtime.rendezvous import agree_on_prefix
+from synco_fast.runtime.spans import name_ranks
 
 __all__ = [
     "DistEnv",
@@ -37,6 +41,7 @@ __all__ = [
     "lost_process",
     "mean_over_ranks",
     "rank",
+    "refuse",
     "sum_over_ranks",
     "world",
 ]
@@ -45,6 +50,10 @@ T = TypeVar("T")
 
 #: Time limit of the other ranks while rank 0 evaluates or writes.
 _PATIENCE = timedelta(hours=4)
+#: Seconds in which a rank that cannot join tries to tell the others.
+_REFUSING = 60.0
+#: Set once this process goes to meet the others.
+_MET = Event()
 #: Timeouts until NCCL's own watch ends a process by SIGABRT: after `Heartbeat`, which says in a line why.
 _OF_NCCL = 1.5
 #: Words in an error message that indicate a lost process.
@@ -125,7 +134,7 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
         timeout: Seconds that a collective waits for the other ranks before the job ends; 1.5 times as long over NCCL.
 
     Raises:
-        ConfigError: There are more processes on this machine than GPUs.
+        ConfigError: There are more processes on this machine than GPUs, or another rank cannot start (`refuse`).
         LostProcessError: The other processes do not connect, or a collective failed. At its exit this process then
             does not wait for connections, and its exit code is 2.
     """
@@ -139,6 +148,7 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
                 f"processes: found {env.local_world} on this machine, expected {torch.cuda.device_count()}, one per GPU"
             )
         torch.cuda.set_device(env.local_rank)
+    _MET.set()
     control: HostGroup | None = None
 
     def give_up(silent: list[int], seconds: float) -> None:
@@ -155,7 +165,10 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
     try:
         try:
             store = _open_store(env, wait)
-            prefix = agree_on_prefix(store, env.rank, env.world, timeout)
+            prefix, refusals = agree_on_prefix(store, env.rank, env.world, timeout)
+            if refusals:
+                first = next(iter(refusals.values()))
+                raise ConfigError(f"job: found {name_ranks([*refusals])} unable to start, on {first}")
             beats = TCPStore(env.address, env.port, is_master=False, timeout=wait)
             heartbeat = Heartbeat(PrefixStore(f"{prefix}/beats", beats), env.rank, env.world, timeout, give_up)
             heartbeat.start()
@@ -187,12 +200,42 @@ def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300
     except LostProcessError:
         atexit.register(_leave)
         raise
+    except UserError as error:
+        # While still in the job: the others would end by the lost connection, and this one with them, unheard.
+        _take_turn(env, store, prefix, error)
+        raise
     finally:
         if dist.is_initialized():
             with nullcontext() if finished else suppress(RuntimeError):
                 dist.destroy_process_group()
         if heartbeat is not None:
             heartbeat.stop(finished=finished)
+
+
+def refuse(env: DistEnv, error: UserError) -> None:
+    """End the other ranks, which wait for this one to join: they raise a line about its error.
+
+    ``error.said`` is set if a lower rank prints the same. Once this process has joined, nothing is done.
+
+    Args:
+        env: From `DistEnv.detect`.
+        error: Why this rank cannot join.
+    """
+    if _MET.is_set():
+        return
+    said = f"{socket.gethostname()}: {error}"
+    with suppress(RuntimeError, ValueError, LostProcessError):  # nobody is there who would wait
+        store = _open_store(env, timedelta(seconds=_REFUSING))
+        _, refusals = agree_on_prefix(store, env.rank, env.world, _REFUSING, said)
+        error.said = any(rank < env.rank and other.partition(": ")[2] == str(error) for rank, other in refusals.items())
+
+
+def _take_turn(env: DistEnv, store: Store, prefix: str, error: UserError) -> None:
+    """Wait until this rank may print an error, and note whether another rank has printed the same."""
+    key = f"{prefix}/said/{hashlib.sha256(str(error).encode()).hexdigest()}"
+    with suppress(RuntimeError):  # the process that hosts the store has left
+        env.wait_for_turn(error, lambda: store.check([key]))
+        error.said = error.said or store.add(key, 1) > 1
 
 
 def _leave() -> None:

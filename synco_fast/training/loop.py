@@ -113,6 +113,7 @@ class Trainer(Generic[SummaryT]):
             DataError: More images are corrupt than the configuration allows.
             LostProcessError: Another process of the job is gone.
             ConfigError: Another trainer uses the folder.
+            UserError: The folder was moved or removed, or a file in it cannot be written.
         """
         try:
             self._take_folder()
@@ -149,8 +150,9 @@ class Trainer(Generic[SummaryT]):
             self._train()
         except BaseException as error:
             self.reporter.write(f"{type(error).__name__}: {error}")
-            with suppress(OSError):  # TensorBoard raises what it could not write once more
-                self.log.close()
+            if self._is_in_place():  # elsewhere a thread of TensorBoard would say so by a traceback
+                with suppress(OSError):  # TensorBoard raises what it could not write once more
+                    self.log.close()
             raise
         finally:
             task.close()
@@ -185,9 +187,7 @@ class Trainer(Generic[SummaryT]):
                 raise self._lost(error) from error
             raise
         except OSError as error:
-            if self.env.is_main and not self.folder.joinpath("metrics.jsonl").exists():
-                found = f"{self.folder} removed at step {self.step}"
-                raise UserError(f"run: found {found}, expected it to stay to the end") from error
+            self._check_place()
             if error.errno in UNWRITABLE:
                 raise self._unwritten(error) from error
             raise
@@ -225,7 +225,23 @@ class Trainer(Generic[SummaryT]):
         if self._after_step is not None:
             self._after_step(self)
 
+    def _is_in_place(self) -> bool:
+        return not self.env.is_main or (self.folder / "metrics.jsonl").exists()
+
+    def _check_place(self) -> None:
+        """Check that the run folder was not moved: a checkpoint would make another folder of its name.
+
+        Raises:
+            UserError: It was moved or removed.
+        """
+        if not self._is_in_place():
+            raise UserError(
+                f"run: found {self.folder} moved or removed at step {self.step}, expected it to stay to the end; "
+                "--resume takes it where it is, from its newest checkpoint"
+            )
+
     def _write_figures(self, title: str) -> None:
+        self._check_place()
         values, words = self.task.figures(self.step, self.throughput.pop())
         if words:
             self.reporter.line(self.step, title, *words)
@@ -304,6 +320,7 @@ class Trainer(Generic[SummaryT]):
         if bad is not None:
             raise self._diverged(f"found NaN or infinity in {bad} after step {self.task.describe_step(self.step - 1)}")
         if self.env.is_main:
+            self._check_place()
             saved = save_checkpoint(self.folder / "checkpoints", self.step, state, keep=self.task.settings.keep)
             self._keep_best(state["best"], saved)
         self.control.broadcast(None)

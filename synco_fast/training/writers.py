@@ -142,7 +142,7 @@ class WandbWriter:
 
     Raises:
         ConfigError: The package is not installed.
-        UserError: ``wandb.json`` is damaged.
+        UserError: ``wandb.json`` is damaged, or the server refuses the run, such as without a key.
     """
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
@@ -150,7 +150,13 @@ class WandbWriter:
         name, run = folder.resolve().name, self._id(folder, project)
         # Kept first: a folder that W&B has written to without it counts as an older one.
         write_json(folder / "wandb.json", {"project": project, "run": run})
-        self._run = wandb.init(project=project, name=name, id=run, dir=str(folder), config=config, resume="allow")
+        try:
+            self._run = wandb.init(project=project, name=name, id=run, dir=str(folder), config=config, resume="allow")
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"training.wandb: found no way to log to {project!r} ({first_line(error, _REASON)}), expected a key "
+                "and a connection, or WANDB_MODE=offline to log to the run folder alone"
+            ) from error
 
     @staticmethod
     def _id(folder: Path, project: str) -> str:

@@ -199,3 +199,17 @@ def test_a_library_of_names_reads_a_folder_of_its_own(make_run, tiny, tmp_path):
     initial = read_initial(f"timm/local-dir:{tmp_path / 'out'}", ModelConfig())
     load_initial(build_method(config).encoder, initial, config.model)
     assert initial.head == {}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "weights"])
+def test_a_file_is_read_once(tiny, make_run, tmp_path, monkeypatch, kind):
+    """A checkpoint of a large encoder takes seconds."""
+    config, file = tiny(), make_run() / "checkpoints" / "step-00000008.pt"
+    if kind == "weights":
+        backbone = build_method(config).encoder.backbone.state_dict()
+        file = tmp_path / "weights.pth"
+        torch.save(backbone, file)
+    reads, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **settings: reads.append(path) or load(path, **settings))
+    assert read_initial(str(file), config.model).backbone
+    assert reads == [file]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+from pathlib import Path
 
 from rich.console import Console
 
 from synco_fast.cli import main
 from synco_fast.commands.tables import two_columns
-from synco_fast.runtime.console import open_console, say
+from synco_fast.runtime.console import LastingConsole, open_console, say
 from synco_fast.runtime.progress import ProgressBar
 
 NAME = "runs/[final] of :key: x[/b]"
@@ -33,3 +35,16 @@ def test_so_are_those_in_errors_and_in_the_progress_bar(capsys, monkeypatch):
         bar.note(NAME)
         bar.advance()
     assert terminal.file.getvalue().count(NAME) >= 2
+
+
+def test_a_reader_that_has_ended_does_not_end_the_program():
+    """Such as ``tee`` after Ctrl-C, while the run still finishes its step and writes a checkpoint."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", buffering=1) as file:
+        console = LastingConsole(file=file)
+        say(console, "it is read")
+        assert os.read(reading, 100) == b"it is read\n"
+        os.close(reading)
+        say(console, "it is not")
+        say(console, "nor is this")
+        assert os.path.samestat(os.fstat(writing), Path(os.devnull).stat())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +192,20 @@ def test_the_facts_of_a_device(monkeypatch, tmp_path):
     file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\nGCC version: 13.3.0\n")
     assert first_use._driver(file) == "580.65.06"
     assert first_use._driver(tmp_path / "none").startswith("CUDA ")
+
+
+def test_the_process_dies_with_its_run(monkeypatch):
+    """SIGTERM ends a run that validates: the process, in a session of its own, would keep the GPU for minutes."""
+    from synco_fast.kernels import proof
+
+    asked = []
+    libc = SimpleNamespace(prctl=lambda *words: asked.append(("prctl", *words)))
+    monkeypatch.setattr(proof.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(proof.os, "dup2", lambda *numbers: None)
+    monkeypatch.setattr(proof.signal, "alarm", lambda seconds: asked.append(("alarm", seconds)))
+    monkeypatch.setattr(sys, "stdin", StringIO('{"device": "cpu", "wanted": [], "seconds": 90}\n'))
+    proof.main()
+    assert asked == [("prctl", 1, signal.SIGKILL), ("alarm", 90)], "before it reads, so that none is missed"
 
 
 def test_kernels_themselves_in_the_interpreter(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from synco_fast.runtime.rendezvous import agree_on_prefix
 
 def starting(store: dist.Store, ranks: list[int], world: int, timeout: float) -> list[str]:
     with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(lambda rank: agree_on_prefix(store, rank, world, timeout), ranks))
+        found = list(pool.map(lambda rank: agree_on_prefix(store, rank, world, timeout), ranks))
+    assert all(refusals == {} for _, refusals in found)
+    return [prefix for prefix, _ in found]
 
 
 def test_every_start_gets_a_prefix_of_its_own():
@@ -32,3 +34,12 @@ def test_a_start_that_nobody_finished_is_no_obstacle():
     with pytest.raises(LostProcessError, match=r"rank 0 found no rank 1, 2 within 0\.1 s, expected all 3 processes"):
         agree_on_prefix(store, 0, 3, 0.1)
     assert len(set(starting(store, [0, 1, 2], 3, 20))) == 1
+
+
+def test_every_rank_hears_who_cannot_start():
+    store, reasons = dist.HashStore(), [None, "b: found no folder", None, "c: found no folder"]
+    for _ in range(2):
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda rank: agree_on_prefix(store, rank, 4, 20, reasons[rank]), range(4)))
+        assert [refusals for _, refusals in found] == [{1: reasons[1], 3: reasons[3]}] * 4
+    assert len(set(starting(store, [0, 1, 2, 3], 4, 20))) == 1, "a later start knows nothing of it"

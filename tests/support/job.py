@@ -19,6 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from synco_fast.cli import main
 from synco_fast.config import Config
+from synco_fast.runtime import dist_env
 from synco_fast.training.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -99,7 +100,7 @@ def under_torchrun(words: list[str], folder: Path, world: int, restarts: int) ->
     """What ``torchrun --standalone --nproc-per-node WORLD --max-restarts RESTARTS`` does with ``synco-fast WORDS``.
 
     In the first start rank 1 is killed once there is a checkpoint. In the second one rank 0 comes late, so that rank 1
-    meets what the first has left in the store.
+    meets what the first has left in the store. ``{rank}`` in a word is the rank.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -126,12 +127,13 @@ def start_under_torchrun(words: list[str], folder: Path) -> None:
     rank, start = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
     os.environ["COLUMNS"] = "400"
     torch.set_num_threads(1)
+    dist_env._TURN = 0.5
     if (rank, start) == ("1", "0"):
         Thread(target=_die_after_a_checkpoint, args=(folder,), daemon=True).start()
     if (rank, start) == ("0", "1"):
         time.sleep(1)
     with folder.with_name(f"rank{rank}-{start}.txt").open("w") as said, redirect_stdout(said), redirect_stderr(said):
-        code = main(words)
+        code = main([word.format(rank=rank) for word in words])
     if code:
         raise SystemExit(code)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from synco_fast.config import build_config, read_mapping
 from synco_fast.evaluation.monitor import HealthMonitor
+from synco_fast.runtime import dist_env
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import DataError, UserError
 from synco_fast.training.loop import Trainer
@@ -72,6 +73,7 @@ os.environ.update(VARIABLES)
 if ACT == "graph":
     runpy.run_path(str(Path(__file__).with_name("graphs.py")))["install"]()
 torch.set_num_threads(1)
+dist_env._TURN = 0.1
 env = DistEnv.detect()
 words = sys.stderr = (FOLDER / f"rank{env.rank}.txt").open("w")
 try:

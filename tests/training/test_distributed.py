@@ -246,7 +246,7 @@ def test_heartbeats_give_up_before_nccls_own_watch_aborts(device, monkeypatch):
         (torch.cuda, "device_count", lambda: 2),
         (torch.cuda, "set_device", lambda index: None),
         (distributed, "_open_store", lambda env, timeout: dist.HashStore()),
-        (distributed, "agree_on_prefix", lambda *given: "job"),
+        (distributed, "agree_on_prefix", lambda *given: ("job", {})),
         (distributed, "TCPStore", lambda *given, **options: dist.HashStore()),
         (distributed, "Heartbeat", Beats),
         (distributed.atexit, "register", lambda function: None),

@@ -463,13 +463,21 @@ def test_a_disk_that_is_full_ends_the_run_in_one_line(tiny, tmp_path, monkeypatc
     assert str(caught.value).endswith(f"step-00000004.pt: resume with --resume {tmp_path / 'run'}")
 
 
-def test_a_folder_that_is_removed_ends_the_run_in_one_line(tiny, tmp_path):
-    def remove(run):
+@pytest.mark.parametrize(
+    ("act", "log_every"),
+    [(shutil.rmtree, 1), (lambda folder: folder.rename(folder.with_name("moved")), 1), (shutil.rmtree, 100)],
+    ids=["removed", "moved", "noticed by the checkpoint"],
+)
+def test_a_folder_that_is_moved_or_removed_ends_the_run_in_one_line(tiny, tmp_path, capfd, act, log_every):
+    def leave(run):
         if run.step == 5:
-            shutil.rmtree(run.folder)
+            act(run.folder)
 
-    with pytest.raises(UserError, match="removed at step 5, expected it to stay to the end"):
-        trainer(tiny({"evaluation.every": 0}), tmp_path / "run", after_step=remove).run()
+    config, folder = tiny({"evaluation.every": 0, "training.log_every": log_every}), tmp_path / "run"
+    with pytest.raises(UserError, match=r"moved or removed at step [58], expected it to stay to the end"):
+        trainer(config, folder, after_step=leave).run()
+    assert not folder.exists(), "a part of the run in another folder of its name would pass for the run"
+    assert capfd.readouterr().err == "", "nor does a thread say it by a traceback"
 
 
 def test_hooks_are_called_around_every_step_and_can_read_the_run(tiny, tmp_path):

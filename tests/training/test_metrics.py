@@ -108,6 +108,23 @@ def test_weights_and_biases_get_the_same_lines(tiny, tmp_path, monkeypatch):
         open_log(tmp_path, 0, config, trackers={"wandb": "synco"})
 
 
+def test_what_weights_and_biases_refuses_is_one_line(tmp_path, monkeypatch):
+    """Such as a machine without a key, or a cluster's node without a connection."""
+
+    class Refusal(Exception):
+        pass
+
+    def refuse(**settings):
+        raise Refusal("No API key configured.\nUse `wandb login`.")
+
+    fake = types.ModuleType("wandb")
+    fake.init, fake.errors = refuse, types.SimpleNamespace(Error=Refusal)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(UserError, match=r"wandb: found no way to log to 'synco' \(No API key configured\.\), expected"):
+        open_log(tmp_path, 0, {}, trackers={"wandb": "synco"})
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_run_folder_has_a_run_of_its_own_on_weights_and_biases(tmp_path, monkeypatch):
     """Folders of one name, and one that was deleted and begun anew, do not write into each other's run."""
 

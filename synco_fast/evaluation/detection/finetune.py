@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -200,6 +201,12 @@ def evaluate_detection(
         detector = build_detector(weights, len(source.classes), masks=source.masks, protocol=protocol).to(device)
         if world() > 1 and device.type == "cuda":
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        elif world() > 1:
+            warnings.warn(
+                f"batch norm is synchronised on GPUs alone: here each of {world()} processes takes the statistics of "
+                "its own images, so the result is not that of one process",
+                stacklevel=1,
+            )
         job = _Job(
             detector, source, protocol, options, Precision(options.precision, device, key="precision"), device, console
         )

@@ -102,6 +102,16 @@ def test_a_half_trained_detector_is_that_of_its_precision_and_images(make_run, v
     assert found["step"] == 8, "by which a comparison knows the checkpoint, also that of best.pt"
 
 
+def test_several_processes_on_cpus_hear_of_their_batch_norm(make_run, voc, monkeypatch):
+    monkeypatch.setattr(transfer, "build_detector", lambda *arguments, **named: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(transfer._Job, "train", lambda job, state, made_by, fresh: 0.0)
+    monkeypatch.setattr(transfer._Job, "measure", lambda job, images: {"box": {"AP": 0.5}})
+    monkeypatch.setattr(transfer, "world", lambda: 2)
+    options = EvalOptions(data=f"voc:{voc}", device="cpu", workers=0)
+    with pytest.warns(UserWarning, match="each of 2 processes takes the statistics of its own images"):
+        evaluate_detection(make_run(), options, protocol=SMALL)
+
+
 def test_difficult_objects_are_trained_on_and_not_counted(voc):
     """As in detectron2: left out of training they would be background."""
     sets = voc / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
