@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -51,7 +50,7 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _bench_data(options: argparse.Namespace, console: Console) -> int:
     import torch
 
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -52,7 +51,7 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _bench_norm(options: argparse.Namespace, console: Console) -> int:
     import torch
 
     from synco_fast.bench.norm import measure_norm, totals, unavailable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def _check(options: argparse.Namespace) -> str:
     return f"finetune_{options.list.stem}" if options.list else f"finetune_{options.percent:g}"
 
 
-def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _evaluate_finetune(options: argparse.Namespace, console: Console) -> int:
     given = check_ranges(options, epochs=0, batch=0, head_lr=0)
     load_torch(console)
     from synco_fast.evaluation.finetune import RATES, evaluate_finetune, published_protocol

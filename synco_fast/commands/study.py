@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
-from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -70,7 +69,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--table", action="store_true", help="run nothing; write the record of the finished runs")
 
 
-def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _study(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.commands.evaluations import parse_evaluations, parse_supervised
     from synco_fast.methods.schedule import note_without_synthetic
     from synco_fast.runtime.errors import ConfigError
@@ -82,7 +81,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     processes = DistEnv.detect().world
     if processes > 1:  # the runs would take the job's variables for theirs
         raise ConfigError(f"processes: found {processes}, expected 1 for a study: it starts one for each of its runs")
-    overrides = overrides_of(rest)
+    overrides = overrides_of(options.rest)
     if options.data is not None:
         overrides["data.source"] = options.data
     evaluations = parse_evaluations(options.evaluate)
@@ -125,7 +124,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     study = collect(options.out, trials, baseline=options.baseline, evaluations=evaluations, supervised=supervised)
     if options.table and not study.runs:
         raise ConfigError(f"table: found no finished run of this study in {options.out}, expected --out of its runs")
-    command = _command(options, rest)
+    command = _command(options)
     write_record(record, trials, study, command)
     say(console, page(study, command))
     say(console, f"record: {record}")
@@ -149,7 +148,7 @@ def _varied(word: str) -> tuple[str, list[Any]]:
     return key, [parse_yaml(value, f"vary {key}") for value in values.split(",")]
 
 
-def _command(options: argparse.Namespace, rest: Sequence[str]) -> str:
+def _command(options: argparse.Namespace) -> str:
     words = ["synco-fast", "study", *options.configs]
     if options.methods:
         words += ["--methods", *options.methods]
@@ -165,4 +164,4 @@ def _command(options: argparse.Namespace, rest: Sequence[str]) -> str:
         words += ["--data", options.data]
     if options.baseline is not None:
         words += ["--baseline", options.baseline]
-    return shlex.join([*words, *rest, "--out", str(options.out)])
+    return shlex.join([*words, *options.rest, "--out", str(options.out)])
