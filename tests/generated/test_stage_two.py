@@ -39,6 +39,7 @@ def paired(tiny, stage_one):
     return make
 
 
+@pytest.mark.usefixtures("rendered")
 def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
     config = paired(**{"method.name": "synco"})
     pretrain(config, tmp_path / "whole")
