@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -14,6 +15,11 @@ from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 from synco_fast.runtime.console import say
 from synco_fast.runtime.dist_env import DistEnv
+
+if TYPE_CHECKING:
+    from synco_fast.study.evaluations import Evaluation
+    from synco_fast.study.execute import StudyError
+    from synco_fast.study.plan import Trial
 
 __all__ = ["add"]
 
@@ -71,9 +77,7 @@ def add(commands: Commands) -> None:
 
 def _study(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.commands.evaluations import parse_evaluations, parse_supervised
-    from synco_fast.methods.schedule import note_without_synthetic
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.study.execute import StudyError, execute
     from synco_fast.study.plan import plan
     from synco_fast.study.results import collect
     from synco_fast.study.write import check_record, page, write_record
@@ -99,28 +103,7 @@ def _study(options: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
     record = options.record or options.out
     check_record(record)
-    failure: StudyError | None = None
-    if not options.table:
-        # The runs say it in their logs alone.
-        for line in dict.fromkeys(note_without_synthetic(trial.resolved()) for trial in trials if trial.trained):
-            if line is not None:
-                say(console, line, "yellow")
-        # A scheduler stops a job by SIGTERM: as with Ctrl-C, the runs first write checkpoints.
-        before = signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            execute(
-                options.out,
-                trials,
-                evaluations=evaluations,
-                supervised=supervised,
-                parallel=options.parallel,
-                threads=options.threads,
-                note=lambda line: say(console, line),
-            )
-        except StudyError as error:
-            failure = error
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    failure = None if options.table else _run_trials(options, trials, evaluations, supervised, console)
     study = collect(options.out, trials, baseline=options.baseline, evaluations=evaluations, supervised=supervised)
     if options.table and not study.runs:
         raise ConfigError(f"table: found no finished run of this study in {options.out}, expected --out of its runs")
@@ -131,6 +114,40 @@ def _study(options: argparse.Namespace, console: Console) -> int:
     if failure is not None:
         raise failure
     return 0
+
+
+def _run_trials(
+    options: argparse.Namespace,
+    trials: Sequence[Trial],
+    evaluations: Sequence[Evaluation],
+    supervised: Evaluation | None,
+    console: Console,
+) -> StudyError | None:
+    """Run what is missing; the error that says what failed, if anything did, for after the record is written."""
+    from synco_fast.methods.schedule import note_without_synthetic
+    from synco_fast.study.execute import StudyError, execute
+
+    # The runs say it in their logs alone.
+    for line in dict.fromkeys(note_without_synthetic(trial.resolved()) for trial in trials if trial.trained):
+        if line is not None:
+            say(console, line, "yellow")
+    # A scheduler stops a job by SIGTERM: as with Ctrl-C, the runs first write checkpoints.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        execute(
+            options.out,
+            trials,
+            evaluations=evaluations,
+            supervised=supervised,
+            parallel=options.parallel,
+            threads=options.threads,
+            note=lambda line: say(console, line),
+        )
+    except StudyError as error:
+        return error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return None
 
 
 def _interrupt(number: int, frame: object) -> None:
