@@ -106,8 +106,12 @@ def test_no_digits_are_lost_beside_a_large_mean(monkeypatch, mean):
     eps = torch.finfo(torch.float32).eps
     assert (found_mean - expected).abs().max() <= 2 * eps * abs(mean)
     assert (found / variance - 1).abs().max() <= 8 * eps
-    for relu, added in KINDS:
-        check((4, 24, 9, 8), 2, torch.float32, relu, added, mean=mean)
+
+
+@pytest.mark.parametrize(("mean", "kind"), todays(list(itertools.product([1e3, -1e4], KINDS)), 2), ids=str)
+def test_no_digits_are_lost_in_any_kind_of_call(monkeypatch, mean, kind):
+    few_programs(monkeypatch, 16)
+    check((4, 24, 9, 8), 2, torch.float32, *kind, mean=mean)
 
 
 def test_an_outlier_in_the_first_row_costs_few_digits(monkeypatch):
