@@ -88,8 +88,8 @@ def measure_pipelines(
     seconds: float,
     rounds: int,
     recipe: Recipe,
-    tick: Callable[[], None] = lambda: None,
-    keep: Callable[[list[dict[str, Any]]], None] = lambda results: None,
+    tick: Callable[[], None],
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """Throughput of each pipeline.
 

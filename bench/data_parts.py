@@ -73,7 +73,7 @@ def measure_parts(
     pipelines: list[str],
     recipe: Recipe,
     rounds: int,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], None],
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of processor time an image, by pipeline and part, the median of the rounds.
 

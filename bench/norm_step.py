@@ -26,7 +26,7 @@ def measure_norm_steps(
     norms: Sequence[str],
     *,
     rounds: int,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """Time one step of each setting in a round. The order is reversed in every second round.
 

@@ -64,7 +64,7 @@ def measure_optimizers(
     *,
     repeats: int,
     rounds: int,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
     """Time each implementation on the parameters of a backbone with random gradients. They take turns.
 

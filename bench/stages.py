@@ -200,7 +200,7 @@ CHECKS: dict[str, Callable[[Arguments, _Expected], Iterator[Finding]]] = {
 
 
 def check_stages(
-    shape: Shape, device: torch.device, say: Callable[[dict[str, Any]], None], *, tied: bool = False, repeats: int = 20
+    shape: Shape, device: torch.device, say: Callable[[dict[str, Any]], None], *, tied: bool, repeats: int
 ) -> bool:
     """Compare the output of each launch with float64, and repeated runs with each other.
 

@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from synco_fast.bench.baselines.step import plain_step
-from synco_fast.bench.subjects import STEPS_BY_DEFAULT
 from synco_fast.bench.timing import capture, peak_memory, reset_peak_memory
 from synco_fast.config import Config, build_config
 from synco_fast.data.pipelines.base import Batch, normalise
@@ -153,14 +152,14 @@ def _captured(run: Callable[[], None], engine: Engine) -> Callable[[int], object
 def bench_step(
     config: Config,
     *,
-    subjects: tuple[str, ...] = STEPS_BY_DEFAULT,
-    engines: tuple[str, ...] = ("eager",),
-    backends: tuple[str, ...] = (),
-    steps: int = 20,
-    rounds: int = 1,
-    threads: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+    subjects: tuple[str, ...],
+    engines: tuple[str, ...],
+    backends: tuple[str, ...],
+    steps: int,
+    rounds: int,
+    threads: int | None,
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Measure every subject with every engine setting.
 

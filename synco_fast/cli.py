@@ -63,6 +63,7 @@ def _run(words: list[str]) -> int:
     options, rest = parser.parse_known_args(words)
     if rest and not options.overrides:
         options.parser.error(f"found the unknown argument {rest[0]}{near(rest[0], options.parser.words)}")
+    options.rest = rest
     if options.alone and not DistEnv.detect().is_main:
         return 0
     with warnings.catch_warnings():
@@ -72,7 +73,7 @@ def _run(words: list[str]) -> int:
             check_input(options)
             if "check" in options:
                 options.check(options)
-            code: int = options.run(options, rest, open_console())
+            code: int = options.run(options, open_console())
         except UserError as error:
             error.awaited = options.joint
             raise

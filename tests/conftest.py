@@ -11,9 +11,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from synco_fast.config import Config, build_config
+from tests.support.plots import render_nothing, savefig
 from tests.support.rotation import keep_the_day
 
 pytest_plugins = ("tests.support.runs", "tests.support.detection")
@@ -23,6 +25,7 @@ matplotlib.use("Agg")
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 keep_the_day()
+render_nothing()
 
 TINY: dict[str, Any] = {
     "preset": "tiny",
@@ -69,6 +72,12 @@ def _images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image_folder(_images: Path, tmp_path: Path) -> Path:
     """A copy of the small set, 33 training and 12 held-out images, that a test may damage."""
     return Path(shutil.copytree(_images, tmp_path / "images"))
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are rendered, as they are outside of the tests."""
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 @pytest.fixture

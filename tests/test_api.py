@@ -41,13 +41,7 @@ def signalled(monkeypatch):
     return due
 
 
-@pytest.fixture
-def unpictured(monkeypatch):
-    """Without plots, which take longer than such a run."""
-    monkeypatch.setattr("synco_fast.training.run_folder.draw_curves", lambda *lines, **words: None)
-    monkeypatch.setattr("synco_fast.training.pretraining.draw_pairs", lambda batch, path: None)
-
-
+@pytest.mark.usefixtures("rendered")
 def test_a_run_and_what_it_leaves(preset, image_folder, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     # Another backend than the one that a plot would choose, and that the tests run with.
@@ -87,9 +81,7 @@ def test_a_configuration_in_every_form_is_the_same(preset, tiny, tmp_path):
     assert "seed: 4" in found[0]
 
 
-def test_stop_signals_leave_a_checkpoint_and_are_delivered_again(
-    tiny, tmp_path, signalled, unpictured, capsys, request
-):
+def test_stop_signals_leave_a_checkpoint_and_are_delivered_again(tiny, tmp_path, signalled, capsys, request):
     signalled |= {2: signal.SIGINT, 5: signal.SIGTERM}
     # A shell starts its background jobs with SIGINT ignored.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -113,7 +105,7 @@ def test_stop_signals_leave_a_checkpoint_and_are_delivered_again(
     assert capsys.readouterr().out == ""
 
 
-def test_it_runs_outside_the_main_thread(tiny, tmp_path, unpictured):
+def test_it_runs_outside_the_main_thread(tiny, tmp_path):
     """As some notebooks and web applications call it; only there signals cannot be handled."""
     found = []
     few = {"max_steps": 1, "progress": False, "evaluation_every": 0}
@@ -128,7 +120,7 @@ def test_it_runs_outside_the_main_thread(tiny, tmp_path, unpictured):
         synco_fast.pretrain(tiny(), out=tmp_path / "run", progress=False)
 
 
-def test_modes_of_the_process_do_not_reach_a_run(tiny, tmp_path, unpictured, request):
+def test_modes_of_the_process_do_not_reach_a_run(tiny, tmp_path, request):
     request.addfinalizer(lambda: setattr(torch.backends, "fp32_precision", "none"))
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.backends.fp32_precision = "ieee"

@@ -135,8 +135,6 @@ def test_methods(workspace):
 def test_python(workspace, monkeypatch, capsys):
     """Every block as it is printed, one after the other, with the small set's configuration as the demo's."""
     monkeypatch.setitem(PRESETS, "demo", {key: value for key, value in TINY.items() if key != "preset"})
-    monkeypatch.setattr("synco_fast.training.run_folder.draw_curves", lambda *lines, **words: None)
-    monkeypatch.setattr("synco_fast.training.pretraining.draw_pairs", lambda batch, path: None)
     names: dict = {}
     *first, resumed, used, trainer, loss = blocks("python.md", "python")
     for block in first:

@@ -52,7 +52,7 @@ def add(commands):
     add_eval_options(command)
 
 
-def _run(options, rest, console):
+def _run(options, console):
     from synco_fast.evaluation.spread import evaluate_spread
 
     console.print(f"spread {evaluate_spread(options.checkpoint, eval_options(options), console=console)['spread']:.4f}")

@@ -1,4 +1,4 @@
-"""Helpers of the experiments: calling ``synco-fast``, and statistics over seeds."""
+"""Helpers of the experiments: calling ``synco-fast``, statistics over seeds, and the record."""
 
 from __future__ import annotations
 
@@ -12,9 +12,19 @@ from typing import Any
 from synco_fast.methods import METHODS as _REGISTRY
 from synco_fast.methods import with_queue
 from synco_fast.report.runs import mean_and_deviation
-from synco_fast.runtime.files import read_json
+from synco_fast.runtime.files import read_json, write_json, write_text
 
-__all__ = ["FASHION_MNIST", "METHODS", "OverSeeds", "call", "evaluate", "must", "over_seeds"]
+__all__ = [
+    "FASHION_MNIST",
+    "METHODS",
+    "OverSeeds",
+    "call",
+    "evaluate",
+    "measured_on",
+    "must",
+    "over_seeds",
+    "write_record",
+]
 
 #: Debian's location of the files.
 FASHION_MNIST = "idx:/usr/share/datasets/fashion-mnist"
@@ -64,3 +74,24 @@ def over_seeds(values: list[float]) -> OverSeeds:
     """Mean, sample standard deviation and values."""
     mean, deviation = mean_and_deviation(values) or (None, None)
     return {"mean": mean, "deviation": deviation, "values": values}
+
+
+def measured_on(environment: dict[str, Any], how: str, *packages: str) -> str:
+    """The last sentence of a page, up to the commit.
+
+    Args:
+        environment: From `synco_fast.runtime.environment.describe_environment`.
+        how: How the cores were used.
+        packages: Further packages with their versions.
+    """
+    versions = ", ".join([f"torch {environment['torch']}", *packages, f"Python {environment['python']}"])
+    commit = environment.get("commit", "unknown")
+    return f"Measured on {environment['device']}, {environment['cores']} cores{how}; {versions}; commit {commit}"
+
+
+def write_record(folder: Path, record: dict[str, Any], page: str) -> None:
+    """Write ``record.json`` and ``README.md`` into a folder, and print the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "record.json", record)
+    write_text(folder / "README.md", page)
+    print(page)

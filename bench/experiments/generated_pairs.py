@@ -9,7 +9,6 @@ Existing runs are not repeated, so the study can grow by more ``--seeds``.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -22,7 +21,15 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, OverSeeds, evaluate, must, over_seeds
+from synco_fast.bench.experiments.common import (
+    FASHION_MNIST,
+    OverSeeds,
+    evaluate,
+    measured_on,
+    must,
+    over_seeds,
+    write_record,
+)
 from synco_fast.data.sources.open import open_source
 from synco_fast.evaluation.linear import FAST_RATES
 from synco_fast.presets import load_config
@@ -185,45 +192,47 @@ def draw_similarity(options: argparse.Namespace, runs: dict[tuple[str, float, in
     figure.savefig(path, dpi=110)
 
 
+def _cell(found: OverSeeds, *, form: str = ".1f") -> str:
+    """Percent, with a sample standard deviation where there are several seeds."""
+    deviation = f" ± {100 * found['deviation']:.1f}" if len(found["values"]) > 1 else ""
+    return f"{100 * found['mean']:{form}}{deviation}"
+
+
+def _accuracy_rows(record: dict[str, Any], name: str) -> Iterable[str]:
+    for arm, (title, *_) in ARMS.items():
+        cells = (_cell(record["results"][f"{share:g}"][arm][name]) for share in SHARES)
+        yield f"| {title} | " + " | ".join(cells) + " |"
+
+
+def _difference_rows(record: dict[str, Any]) -> Iterable[str]:
+    for (name, title), (arm, than) in product(MEASURES.items(), COMPARED):
+        cells = []
+        for share in SHARES:
+            results = record["results"][f"{share:g}"]
+            pairs = zip(results[arm][name]["values"], results[than][name]["values"], strict=True)
+            cells.append(_cell(over_seeds([one - other for one, other in pairs]), form="+.1f"))
+        yield f"| {title} | {ARMS[arm][0]} | {ARMS[than][0]} | " + " | ".join(cells) + " |"
+
+
+def _pair_rows(record: dict[str, Any]) -> Iterable[str]:
+    for share, (arm, (title, pair, *_)) in product(SHARES, ARMS.items()):
+        if pair == "none":
+            continue
+        found = {name: value["mean"] for name, value in record["pairs"][f"{share:g}"][arm].items()}
+        cells = ["", "", ""]
+        if pair == "joint":
+            cells = [
+                f"{found['similarity_first']:.3f} to {found['similarity_last']:.3f}",
+                f"{found['below_floor_last']:.0%}",
+                f"{found['diversity_last']:.2f}",
+            ]
+        yield f"| {share:.0%} | {title} | " + " | ".join(cells) + f" | {found['generators_time']:.0%} |"
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as a Markdown page."""
     protocol, settings, environment = record["protocol"], record["protocol"]["generated"], record["environment"]
-    seeds = len(record["seeds"])
-
-    def cell(found: OverSeeds) -> str:
-        return f"{100 * found['mean']:.1f}" + (f" ± {100 * found['deviation']:.1f}" if seeds > 1 else "")
-
-    def rows(name: str) -> Iterable[str]:
-        for arm, (title, *_) in ARMS.items():
-            cells = (cell(record["results"][f"{share:g}"][arm][name]) for share in SHARES)
-            yield f"| {title} | " + " | ".join(cells) + " |"
-
-    def difference_rows() -> Iterable[str]:
-        for name, title in MEASURES.items():
-            for arm, than in COMPARED:
-                cells = []
-                for share in SHARES:
-                    results = record["results"][f"{share:g}"]
-                    pairs = zip(results[arm][name]["values"], results[than][name]["values"], strict=True)
-                    found = over_seeds([one - other for one, other in pairs])
-                    deviation = f" ± {100 * found['deviation']:.1f}" if seeds > 1 else ""
-                    cells.append(f"{100 * found['mean']:+.1f}{deviation}")
-                yield f"| {title} | {ARMS[arm][0]} | {ARMS[than][0]} | " + " | ".join(cells) + " |"
-
-    def pair_rows() -> Iterable[str]:
-        for share, (arm, (title, pair, *_)) in product(SHARES, ARMS.items()):
-            if pair == "none":
-                continue
-            found = {name: value["mean"] for name, value in record["pairs"][f"{share:g}"][arm].items()}
-            cells = ["", "", ""]
-            if pair == "joint":
-                cells = [
-                    f"{found['similarity_first']:.3f} to {found['similarity_last']:.3f}",
-                    f"{found['below_floor_last']:.0%}",
-                    f"{found['diversity_last']:.2f}",
-                ]
-            yield f"| {share:.0%} | {title} | " + " | ".join(cells) + f" | {found['generators_time']:.0%} |"
-
+    used, timm = ", two runs at a time, one thread each, with some other load", f"timm {environment['timm']}"
     header = "| pair | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |"
     rule = "|---" * (1 + len(SHARES)) + "|"
     lines = [
@@ -246,11 +255,11 @@ def table(record: dict[str, Any]) -> str:
     ]
     for name, title in MEASURES.items():
         lines += [
-            f"**{title}** (before training: {cell(record['untrained'][name])})",
+            f"**{title}** (before training: {_cell(record['untrained'][name])})",
             "",
             header,
             rule,
-            *rows(name),
+            *_accuracy_rows(record, name),
             "",
         ]
     lines += [
@@ -258,7 +267,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         "| | | minus | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
         "|---" * (3 + len(SHARES)) + "|",
-        *difference_rows(),
+        *_difference_rows(record),
         "",
         "![accuracy by fraction](accuracy.png)",
         "",
@@ -270,7 +279,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         "| fraction | pair | similarity | below floor | diversity | time |",
         "|---|---|---|---|---|---|",
-        *pair_rows(),
+        *_pair_rows(record),
         "",
         "![similarity over steps](similarity.png)",
         "",
@@ -288,10 +297,7 @@ def table(record: dict[str, Any]) -> str:
         "The strength of the update (w_hard, floor, learning rate) and the settings of stage one were chosen by "
         "images, losses and KID of runs on 10 and 20 % with seed 0, not by accuracy.",
         "",
-        f"Measured on {environment['device']}, {environment['cores']} cores, two runs at a time, one thread each, with "
-        "some other load; torch "
-        f"{environment['torch']}, timm {environment['timm']}, Python {environment['python']}; commit "
-        f"{environment.get('commit', 'unknown')}, of stage one "
+        f"{measured_on(environment, used, timm)}, of stage one "
         f"{record['stage_one_environment'].get('commit', 'unknown')}.",
     ]
     return "\n".join(lines) + "\n"
@@ -332,14 +338,11 @@ def main() -> None:
         runs = dict(zip(jobs, pool.map(work, jobs), strict=True))
 
     record = gather(options, runs)
-    options.record.mkdir(parents=True, exist_ok=True)
-    (options.record / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (options.record / "README.md").write_text(table(record), encoding="utf-8")
+    write_record(options.record, record, table(record))
     draw_accuracies(record, options.record / "accuracy.png")
     draw_similarity(options, runs, options.record / "similarity.png")
     sheets = sorted((runs["joint", 1.0, options.seeds[0]] / "plots").glob("generated-0*.png"))
     shutil.copyfile(sheets[-1], options.record / "pairs.png")
-    print(table(record))
 
 
 if __name__ == "__main__":

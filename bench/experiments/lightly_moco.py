@@ -25,7 +25,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from synco_fast.bench.experiments.common import must, over_seeds
+from synco_fast.bench.experiments.common import measured_on, must, over_seeds, write_record
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import normalise
 from synco_fast.data.sources.open import open_source
@@ -159,6 +159,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def table(record: dict[str, Any]) -> str:
     """The record as a page."""
     environment, pairs = record["environment"], record["difference"]
+    threads, lightly = f", {environment['threads']} thread", f"lightly {record['lightly']}"
 
     def row(who: str, name: str, form: str) -> str:
         runs = [record["runs"][who][str(seed)][name] for seed in record["seeds"]]
@@ -193,9 +194,7 @@ def table(record: dict[str, Any]) -> str:
                 "",
                 "![learning curves](curves.png)",
                 "",
-                f"Measured on {environment['device']}, {environment['cores']} cores, {environment['threads']} thread; "
-                f"torch {environment['torch']}, lightly {record['lightly']}, Python {environment['python']}; commit "
-                f"{environment.get('commit', 'unknown')}.",
+                f"{measured_on(environment, threads, lightly)}.",
             ]
         )
         + "\n"
@@ -235,12 +234,9 @@ def main(words: Sequence[str] | None = None) -> None:
         "runs": runs,
         "difference": over_seeds(last),
     }
-    options.record.mkdir(parents=True, exist_ok=True)
-    write_json(options.record / "record.json", record)
+    write_record(options.record, record, table(record))
     write_text(options.record / "config.yaml", config.to_yaml())
-    write_text(options.record / "README.md", table(record))
     draw(record, options.record / "curves.png")
-    print(table(record))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, over_seeds
+from synco_fast.bench.experiments.common import FASHION_MNIST, measured_on, over_seeds, write_record
 from synco_fast.config import Config
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.evaluation.knn import periodic_knn
@@ -157,12 +157,7 @@ def table(record: dict[str, Any]) -> str:
             values = ", ".join(f"{value:.1%}" for value in one["after"]["values"])
             cells = [title, shown, f"{one['steps']:,}", f"{one['seconds']['mean']:.0f}", f"{one['after']['mean']:.1%}"]
             lines.append(f"| {' | '.join(cells)} | {values} |")
-    environment = record["environment"]
-    lines += [
-        "",
-        f"Measured on {environment['device']}, {environment['cores']} cores shared with other work; torch "
-        f"{environment['torch']}, Python {environment['python']}; commit {environment.get('commit', 'unknown')}.",
-    ]
+    lines += ["", f"{measured_on(record['environment'], ' shared with other work')}."]
     return "\n".join(lines) + "\n"
 
 
@@ -209,10 +204,7 @@ def main() -> None:
             for preset, arms in found.items()
         },
     }
-    options.record.mkdir(parents=True, exist_ok=True)
-    (options.record / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (options.record / "README.md").write_text(table(record), encoding="utf-8")
-    print(table(record))
+    write_record(options.record, record, table(record))
 
 
 if __name__ == "__main__":

@@ -29,12 +29,11 @@ __all__ = ["raw_pixels"]
 _PIXELS, _CPU = nn.Flatten(), torch.device("cpu")
 
 
-def raw_pixels(config: Config, k: Sequence[int] = (20, 200)) -> dict[str, Any]:
+def raw_pixels(config: Config) -> dict[str, Any]:
     """Accuracies in [0, 1].
 
     Args:
         config: Its source, image size and evaluation; pixels are not normalised.
-        k: Neighbours.
 
     Returns:
         ``knn_in_training``, and ``accuracies`` by k over all images.
@@ -49,7 +48,7 @@ def raw_pixels(config: Config, k: Sequence[int] = (20, 200)) -> dict[str, Any]:
     bank, queries = (_features(split, recipe) for split in (source.train, source.validation))
     accuracies = {
         str(each): knn_accuracy(*bank, *queries, k=each, temperature=evaluation.temperature)
-        for each in k
+        for each in (20, 200)
         if each <= len(bank[1])
     }
     return {"knn_in_training": during, "accuracies": accuracies}

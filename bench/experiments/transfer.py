@@ -8,11 +8,19 @@ where an earlier call stopped.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from synco_fast.bench.experiments.common import FASHION_MNIST, METHODS, call, evaluate, must, over_seeds
+from synco_fast.bench.experiments.common import (
+    FASHION_MNIST,
+    METHODS,
+    call,
+    evaluate,
+    measured_on,
+    must,
+    over_seeds,
+    write_record,
+)
 from synco_fast.runtime.files import read_json
 
 FORMATS = ("torchvision", "timm", "detectron2", "safetensors", "onnx", "moco")
@@ -82,6 +90,7 @@ def table(record: dict[str, Any]) -> str:
         for method, found in record["linear"].items()
     ]
     environment, protocol = record["environment"], record["protocol"]
+    timm = f"timm {environment['timm']}"
     lines = [
         "# Fashion-MNIST from pretraining to export, on the command line",
         "",
@@ -115,9 +124,7 @@ def table(record: dict[str, Any]) -> str:
         "",
         *(f"- {name}: {said}" for name, said in record["exports"].items()),
         "",
-        f"Measured on {environment['device']}, {environment['cores']} cores with other load, one thread; torch "
-        f"{environment['torch']}, timm {environment['timm']}, Python {environment['python']}; commit "
-        f"{environment.get('commit', 'unknown')}.",
+        f"{measured_on(environment, ' with other load, one thread', timm)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -170,9 +177,7 @@ def main() -> None:
         },
         "exports": exports,
     }
-    (options.record / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (options.record / "README.md").write_text(table(record), encoding="utf-8")
-    print(table(record))
+    write_record(options.record, record, table(record))
 
 
 if __name__ == "__main__":

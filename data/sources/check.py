@@ -8,7 +8,6 @@ from torch.utils.data import Dataset
 
 from synco_fast.data.errors import CorruptImageError
 from synco_fast.data.loader import Loader
-from synco_fast.data.sources.decode import LIMITS, Limits
 from synco_fast.data.sources.manifest import ignore_manifests, manifest_path, write_manifest
 from synco_fast.data.sources.open import Source, open_source
 from synco_fast.data.sources.shards import ShardSplit
@@ -56,14 +55,14 @@ def find_corrupt(
     return corrupt
 
 
-def open_afresh(spec: str, limits: Limits = LIMITS) -> Source:
+def open_afresh(spec: str) -> Source:
     """Open a source without the manifests of earlier checks.
 
     Raises:
         DataError: As `open_source`.
     """
     with ignore_manifests():
-        return open_source(spec, limits)
+        return open_source(spec)
 
 
 def keep_list(split: Split, corrupt: dict[int, str]) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -13,6 +13,9 @@ from synco_fast.commands.options import add_options, path, write_results
 from synco_fast.commands.parser import Commands, positive, whole
 from synco_fast.commands.tables import figures_table
 from synco_fast.runtime.console import say
+
+if TYPE_CHECKING:
+    from synco_fast.runtime.progress import ProgressBar
 
 __all__ = ["add"]
 
@@ -51,11 +54,9 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    import torch
-
+def _bench_data(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.bench.data import has_pipeline, make_photos, measure_pipelines
-    from synco_fast.bench.data_parts import MEASURED, measure_parts
+    from synco_fast.bench.data_parts import MEASURED
     from synco_fast.data.augment.recipe import Recipe
     from synco_fast.data.sources.manifest import cache_folder
     from synco_fast.data.workers import available_cores
@@ -76,15 +77,7 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
     with ProgressBar(console, "drawing photos", None) as bar:
         names = make_photos(folder, options.photos)
         if options.parts:
-            pipelines = [name for name in MEASURED if name in pipelines]
-            bar.restart("measuring", len(pipelines) * options.rounds)
-            spent = measure_parts(
-                folder, names, pipelines=pipelines, recipe=Recipe(), rounds=options.rounds, tick=bar.advance
-            )
-            environment = {**describe_environment(torch.device("cpu")), "threads": 1}
-            write_results(options, {"environment": environment, "photos": len(names), "parts": spent})
-            bar.close()
-            _print_parts(spent, console)
+            _bench_parts(options, folder, names, [name for name in MEASURED if name in pipelines], bar, console)
             return 0
         bar.restart("measuring", len(pipelines) * options.rounds)
         # Without workers there is one thread, as `measure_pipelines` says.
@@ -92,10 +85,6 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
         sizes = [(folder / name).stat().st_size for name in names]
         about = {"device": device.type, "workers": workers, "batch": options.batch, "photos": len(names)}
         about["kilobytes"] = round(sum(sizes) / len(sizes) / 1e3)
-
-        def keep(results: list[dict[str, Any]]) -> None:
-            write_results(options, {"environment": environment, **about, "results": results})
-
         results = measure_pipelines(
             folder,
             names,
@@ -107,10 +96,32 @@ def _bench_data(options: argparse.Namespace, rest: Sequence[str], console: Conso
             rounds=options.rounds,
             recipe=Recipe(),
             tick=bar.advance,
-            keep=keep,
+            keep=lambda results: write_results(options, {"environment": environment, **about, "results": results}),
         )
     _print(results, f"{environment['device']}, {environment['cores']} cores, {workers} workers", console)
     return 0
+
+
+def _bench_parts(
+    options: argparse.Namespace,
+    folder: Path,
+    names: list[str],
+    pipelines: list[str],
+    bar: ProgressBar,
+    console: Console,
+) -> None:
+    import torch
+
+    from synco_fast.bench.data_parts import measure_parts
+    from synco_fast.data.augment.recipe import Recipe
+    from synco_fast.runtime.environment import describe_environment
+
+    bar.restart("measuring", len(pipelines) * options.rounds)
+    spent = measure_parts(folder, names, pipelines=pipelines, recipe=Recipe(), rounds=options.rounds, tick=bar.advance)
+    environment = {**describe_environment(torch.device("cpu")), "threads": 1}
+    write_results(options, {"environment": environment, "photos": len(names), "parts": spent})
+    bar.close()
+    _print_parts(spent, console)
 
 
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:

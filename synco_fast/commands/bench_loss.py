@@ -92,7 +92,7 @@ def _shapes(options: argparse.Namespace, dtype: str, *, large: bool) -> list[Sha
     return [Shape(rows, length, *numbers) for rows, length in pairs]
 
 
-def _bench_loss(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _bench_loss(options: argparse.Namespace, console: Console) -> int:
     if options.model:
         return _model(options, console)
     import torch

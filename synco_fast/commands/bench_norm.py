@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -52,7 +51,27 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _bench_norm(options: argparse.Namespace, console: Console) -> int:
+    import torch
+
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.precision import resolve_device
+
+    device = resolve_device(options.device)
+    batch = options.batch or (256 if device.type == "cuda" and not options.dry else 16)
+    if batch % options.groups:
+        raise UserError(f"batch: found {batch}, expected a multiple of {options.groups} (groups)")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    (_bench_steps if options.part == "step" else _bench_layers)(options, device, batch, console)
+    return 0
+
+
+def _shape(options: argparse.Namespace, batch: int) -> dict[str, Any]:
+    return {"backbone": options.backbone, "batch": batch, "size": options.size, "groups": options.groups}
+
+
+def _bench_layers(options: argparse.Namespace, device: torch.device, batch: int, console: Console) -> None:
     import torch
 
     from synco_fast.bench.norm import measure_norm, totals, unavailable
@@ -60,19 +79,9 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
     from synco_fast.bench.roofline import measure_ceilings
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError
-    from synco_fast.runtime.precision import resolve_device
     from synco_fast.runtime.progress import ProgressBar
 
-    device, dtype = resolve_device(options.device), getattr(torch, options.dtype)
-    on_gpu = device.type == "cuda"
-    batch = options.batch or (256 if on_gpu and not options.dry else 16)
-    if batch % options.groups:
-        raise UserError(f"batch: found {batch}, expected a multiple of {options.groups} (groups)")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.part == "step":
-        return _bench_steps(options, device, batch, console)
-    load = os.getloadavg()
+    load, dtype, on_gpu = os.getloadavg(), getattr(torch, options.dtype), device.type == "cuda"
     reasons = {subject: unavailable(subject, device, dtype) for subject in NORMS}
     subjects = options.subjects or [subject for subject in NORMS if not reasons[subject]]
     for subject in subjects:
@@ -86,8 +95,7 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
         subjects = [subject for subject in subjects if subject != "compiled"]
         layers, rounds, repeats = [layers[-1]], 1, 1
     ceilings = measure_ceilings(device, dtype)
-    shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
-    shape["groups"] = options.groups
+    shape = _shape(options, batch)
     counted = {form: step_work(form, **shape)._asdict() for form in FORMS}
     environment = describe_environment(device)
     about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype, **shape}
@@ -115,17 +123,14 @@ def _bench_norm(options: argparse.Namespace, rest: Sequence[str], console: Conso
     title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"
     _print(results, title, console)
     _print_counted(counted, options.backbone, console)
-    return 0
 
 
-def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, console: Console) -> int:
+def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, console: Console) -> None:
     from synco_fast.bench.norm_step import measure_norm_steps
     from synco_fast.presets import load_config
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.progress import ProgressBar
 
-    shape: dict[str, Any] = {"backbone": options.backbone, "batch": batch, "size": options.size}
-    shape["groups"] = options.groups
     config = load_config(
         "synco-r50-200",
         {
@@ -144,7 +149,7 @@ def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, 
         results = measure_norm_steps(config.model_dump(mode="json"), options.norms, rounds=rounds, advance=bar.advance)
     environment = describe_environment(device)
     about = {"environment": environment, "load": load, "device": device.type, "dtype": options.dtype}
-    write_results(options, {**about, **shape, "steps": results})
+    write_results(options, {**about, **_shape(options, batch), "steps": results})
     title = f"{environment['device']}, {options.dtype}, batch {batch}, {options.groups} groups"
     table = figures_table(title, ["model.norm"], ["ms", "CPU ms", "ratio (quartiles)", "CPU ratio (quartiles)"])
     for row in results:
@@ -155,7 +160,6 @@ def _bench_steps(options: argparse.Namespace, device: torch.device, batch: int, 
         table.add_row(row["norm"], *cells)
     console.print(table)
     say(console, f"whole steps in turn; ratio to {options.norms[0]} in the same round; rounds: {rounds}")
-    return 0
 
 
 def _print(results: list[dict[str, Any]], title: str, console: Console) -> None:

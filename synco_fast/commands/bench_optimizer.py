@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -35,7 +34,7 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _bench_optimizer(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _bench_optimizer(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.bench.optimizer import measure_optimizers, unavailable
     from synco_fast.runtime.environment import describe_environment
     from synco_fast.runtime.errors import UserError

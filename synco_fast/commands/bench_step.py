@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -49,7 +48,7 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _bench_step(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
 
@@ -58,7 +57,7 @@ def _bench_step(options: argparse.Namespace, rest: Sequence[str], console: Conso
         for word in found:
             if word not in expected:
                 raise ConfigError(f"{name}: found {word!r}, expected {', '.join(expected)}")
-    config = load_config(options.config, overrides_of(rest))
+    config = load_config(options.config, overrides_of(options.rest))
     load_torch(console)
     from synco_fast.bench.step import bench_step
 

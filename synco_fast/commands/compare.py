@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -36,7 +35,7 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _compare(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _compare(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.runtime.errors import ConfigError
 
     if options.out.suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -38,7 +38,7 @@ def add(commands: Commands) -> None:
     add_options(command, "workers", json="write the results and all corrupt images here")
 
 
-def _data_check(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _data_check(options: argparse.Namespace, console: Console) -> int:
     load_torch(console)
     from synco_fast.data.errors import printable
     from synco_fast.data.sources.check import find_corrupt, keep_list, open_afresh

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -25,7 +24,7 @@ def add(commands: Commands) -> None:
     add_options(command, "seed")
 
 
-def _data_demo(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _data_demo(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.data.sources.demo import CLASSES, make_demo
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.progress import ProgressBar

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def add(commands: Commands) -> None:
     add_options(command, "workers", json="write the results and all corrupt images here")
 
 
-def _data_pack(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _data_pack(options: argparse.Namespace, console: Console) -> int:
     load_torch(console)
     from synco_fast.data.augment.recipe import Recipe
     from synco_fast.data.pipelines.pack_quality import measure_quality

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -33,14 +32,14 @@ def add(commands: Commands) -> None:
     command.add_argument("--out", type=path, default=Path("pairs.png"), metavar="FILE", help="the PNG to write")
 
 
-def _data_show(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _data_show(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.config import build_config
     from synco_fast.presets import load_config
     from synco_fast.runtime.errors import ConfigError
 
     if options.out.suffix.lower() != ".png":
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .png")
-    overrides = overrides_of(rest) | {"data.source": options.source}
+    overrides = overrides_of(options.rest) | {"data.source": options.source}
     config = load_config(options.config, overrides) if options.config else build_config({}, overrides)
     load_torch(console)
     from synco_fast.data.pipelines.build import choose_pipeline

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -35,7 +34,7 @@ def add(commands: Commands) -> None:
     command.set_defaults(fresh=False)
 
 
-def _embed(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _embed(options: argparse.Namespace, console: Console) -> int:
     if options.out.suffix not in (".npz", ".parquet"):
         raise ConfigError(f"out: found {options.out.name!r}, expected a name that ends in .npz or .parquet")
     load_torch(console)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -51,7 +50,7 @@ def _check(options: argparse.Namespace) -> str:
     return f"detection_{layout}"
 
 
-def _evaluate_detection(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _evaluate_detection(options: argparse.Namespace, console: Console) -> int:
     given = check_ranges(options, steps=0, batch=0, lr=0, size=0)
     load_torch(console)
     from synco_fast.evaluation.detection.finetune import evaluate_detection, published_protocol

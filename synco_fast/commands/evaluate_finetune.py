@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def _check(options: argparse.Namespace) -> str:
     return finetuning_name(options.percent, options.list)
 
 
-def _evaluate_finetune(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _evaluate_finetune(options: argparse.Namespace, console: Console) -> int:
     given = check_ranges(options, epochs=0, batch=0, head_lr=0)
     load_torch(console)
     from synco_fast.evaluation.finetune import RATES, evaluate_finetune, published_protocol

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -40,7 +39,7 @@ def _check(options: argparse.Namespace) -> str:
     return "knn"
 
 
-def _evaluate_knn(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _evaluate_knn(options: argparse.Namespace, console: Console) -> int:
     load_torch(console)
     from synco_fast.evaluation.knn import evaluate_knn
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 
 from rich.console import Console
@@ -54,7 +53,7 @@ def _check(options: argparse.Namespace) -> str:
     return "linear_fast" if options.fast else "linear"
 
 
-def _evaluate_linear(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _evaluate_linear(options: argparse.Namespace, console: Console) -> int:
     given = check_ranges(options, epochs=0, batch=0)
     load_torch(console)
     from synco_fast.evaluation.linear import FAST_RATES, PUBLISHED, evaluate_linear, evaluate_linear_fast

@@ -23,7 +23,7 @@ _NEUTRAL = frozenset(
 )
 
 
-def parse_evaluations(given: Sequence[str], key: str = "evaluate") -> list[Evaluation]:
+def parse_evaluations(given: Sequence[str]) -> list[Evaluation]:
     """The values of ``--evaluate``.
 
     Raises:
@@ -31,10 +31,12 @@ def parse_evaluations(given: Sequence[str], key: str = "evaluate") -> list[Evalu
     """
     found: dict[tuple[str, str | None], Evaluation] = {}
     for words in given:
-        evaluation = _parse(words, key)
+        evaluation = _parse(words, "evaluate")
         other = found.setdefault((evaluation.name, evaluation.data), evaluation)
         if other is not evaluation:
-            raise ConfigError(f"{key}: found {other.text!r} and {words!r}, expected one: both write {other.name}.json")
+            raise ConfigError(
+                f"evaluate: found {other.text!r} and {words!r}, expected one: both write {other.name}.json"
+            )
     return list(found.values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +31,7 @@ def add(commands: Commands) -> None:
     add_options(command, json="write a summary here as well")
 
 
-def _export(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _export(options: argparse.Namespace, console: Console) -> int:
     load_torch(console)
     from synco_fast.export.save import export_checkpoint
     from synco_fast.runtime.environment import describe_environment

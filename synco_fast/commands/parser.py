@@ -17,8 +17,8 @@ from synco_fast.runtime.errors import UserError
 
 __all__ = ["GROUPS", "Commands", "Parser", "Run", "between", "near", "positive", "whole"]
 
-Run = Callable[[argparse.Namespace, Sequence[str], Console], int]
-"""A subcommand: takes parsed options, unparsed words and the console; returns the exit code."""
+Run = Callable[[argparse.Namespace, Console], int]
+"""A subcommand: takes parsed options, with unparsed words as ``rest``, and the console; returns the exit code."""
 
 GROUPS = {
     "evaluate": "Evaluate a checkpoint.",
@@ -87,7 +87,7 @@ class Commands:
             run: Called with the parsed options.
             about: One sentence for the help.
             example: A whole command line for the help.
-            overrides: Whether unparsed words are passed on to ``run`` (``--section.key VALUE``).
+            overrides: Whether words that the parser does not know are allowed (``--section.key VALUE``).
             alone: Whether only rank 0 of a job runs it: every rank would write the same files.
             joint: Whether the ranks of a job run it together.
             more: Text after the example in the help.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +23,7 @@ def add(commands: Commands) -> None:
     )
 
 
-def _presets(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _presets(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.presets import PRESETS, load_config
 
     if options.name is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +63,8 @@ def add(commands: Commands) -> None:
     add_options(command, json="write the summary here as well")
 
 
-def _pretrain(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
-    config, limits, resume = _what_to_do(options, overrides_of(rest))
+def _pretrain(options: argparse.Namespace, console: Console) -> int:
+    config, limits, resume = _what_to_do(options, overrides_of(options.rest))
     check_source(config.data.source)
     if DistEnv.detect().is_main:
         say(console, f"{config.method.name} on {config.data.source}")

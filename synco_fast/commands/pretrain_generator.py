@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,13 +60,13 @@ def add(commands: Commands) -> None:
     add_options(command, json="write the summary here as well")
 
 
-def _pretrain_generator(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _pretrain_generator(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.generated.config import build_generator_config
     from synco_fast.runtime.errors import ConfigError
     from synco_fast.runtime.migrations import migrate_generator_config
     from synco_fast.runtime.run_config import read_run_config
 
-    values = overrides_of(rest)
+    values = overrides_of(options.rest)
     if options.data is not None:
         values["source"] = options.data
     if options.resume is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -34,7 +33,7 @@ def add(commands: Commands) -> None:
     add_options(command, json="write the table here as well")
 
 
-def _profile_loss(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _profile_loss(options: argparse.Namespace, console: Console) -> int:
     import os
     from dataclasses import asdict
 

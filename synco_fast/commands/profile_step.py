@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -38,10 +37,10 @@ def add(commands: Commands) -> None:
     add_options(command, "json")
 
 
-def _profile_step(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _profile_step(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.presets import load_config
 
-    overrides = overrides_of(rest)
+    overrides = overrides_of(options.rest)
     if options.data is not None:
         overrides["data.source"] = options.data
     config = load_config(options.config, overrides)

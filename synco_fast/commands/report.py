@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -30,7 +29,7 @@ def add(commands: Commands) -> None:
     add_options(command, "workers")
 
 
-def _report(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _report(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.runtime.files import check_writable
 
     out = options.out or options.run_folder / "report.html"

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import signal
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,6 +15,11 @@ from synco_fast.commands.overrides import overrides_of
 from synco_fast.commands.parser import Commands, positive
 from synco_fast.runtime.console import say
 from synco_fast.runtime.dist_env import DistEnv
+
+if TYPE_CHECKING:
+    from synco_fast.study.evaluations import Evaluation
+    from synco_fast.study.execute import StudyError
+    from synco_fast.study.plan import Trial
 
 __all__ = ["add"]
 
@@ -70,11 +75,9 @@ def add(commands: Commands) -> None:
     command.add_argument("--table", action="store_true", help="run nothing; write the record of the finished runs")
 
 
-def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _study(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.commands.evaluations import parse_evaluations, parse_supervised
-    from synco_fast.methods.schedule import note_without_synthetic
     from synco_fast.runtime.errors import ConfigError
-    from synco_fast.study.execute import StudyError, execute
     from synco_fast.study.plan import plan
     from synco_fast.study.results import collect
     from synco_fast.study.write import check_record, page, write_record
@@ -82,7 +85,7 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
     processes = DistEnv.detect().world
     if processes > 1:  # the runs would take the job's variables for theirs
         raise ConfigError(f"processes: found {processes}, expected 1 for a study: it starts one for each of its runs")
-    overrides = overrides_of(rest)
+    overrides = overrides_of(options.rest)
     if options.data is not None:
         overrides["data.source"] = options.data
     evaluations = parse_evaluations(options.evaluate)
@@ -100,38 +103,51 @@ def _study(options: argparse.Namespace, rest: Sequence[str], console: Console) -
         raise ConfigError(f"baseline: found {options.baseline}, expected one of {', '.join(methods)}")
     record = options.record or options.out
     check_record(record)
-    failure: StudyError | None = None
-    if not options.table:
-        # The runs say it in their logs alone.
-        for line in dict.fromkeys(note_without_synthetic(trial.resolved()) for trial in trials if trial.trained):
-            if line is not None:
-                say(console, line, "yellow")
-        # A scheduler stops a job by SIGTERM: as with Ctrl-C, the runs first write checkpoints.
-        before = signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            execute(
-                options.out,
-                trials,
-                evaluations=evaluations,
-                supervised=supervised,
-                parallel=options.parallel,
-                threads=options.threads,
-                note=lambda line: say(console, line),
-            )
-        except StudyError as error:
-            failure = error
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    failure = None if options.table else _run_trials(options, trials, evaluations, supervised, console)
     study = collect(options.out, trials, baseline=options.baseline, evaluations=evaluations, supervised=supervised)
     if options.table and not study.runs:
         raise ConfigError(f"table: found no finished run of this study in {options.out}, expected --out of its runs")
-    command = _command(options, rest)
+    command = _command(options)
     write_record(record, trials, study, command)
     say(console, page(study, command))
     say(console, f"record: {record}")
     if failure is not None:
         raise failure
     return 0
+
+
+def _run_trials(
+    options: argparse.Namespace,
+    trials: Sequence[Trial],
+    evaluations: Sequence[Evaluation],
+    supervised: Evaluation | None,
+    console: Console,
+) -> StudyError | None:
+    """Run what is missing; the error that says what failed, if anything did, for after the record is written."""
+    from synco_fast.methods.schedule import note_without_synthetic
+    from synco_fast.study.execute import StudyError, execute
+
+    # The runs say it in their logs alone.
+    for line in dict.fromkeys(note_without_synthetic(trial.resolved()) for trial in trials if trial.trained):
+        if line is not None:
+            say(console, line, "yellow")
+    # A scheduler stops a job by SIGTERM: as with Ctrl-C, the runs first write checkpoints.
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        execute(
+            options.out,
+            trials,
+            evaluations=evaluations,
+            supervised=supervised,
+            parallel=options.parallel,
+            threads=options.threads,
+            note=lambda line: say(console, line),
+        )
+    except StudyError as error:
+        return error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return None
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -149,7 +165,7 @@ def _varied(word: str) -> tuple[str, list[Any]]:
     return key, [parse_yaml(value, f"vary {key}") for value in values.split(",")]
 
 
-def _command(options: argparse.Namespace, rest: Sequence[str]) -> str:
+def _command(options: argparse.Namespace) -> str:
     words = ["synco-fast", "study", *options.configs]
     if options.methods:
         words += ["--methods", *options.methods]
@@ -165,4 +181,4 @@ def _command(options: argparse.Namespace, rest: Sequence[str]) -> str:
         words += ["--data", options.data]
     if options.baseline is not None:
         words += ["--baseline", options.baseline]
-    return shlex.join([*words, *rest, "--out", str(options.out)])
+    return shlex.join([*words, *options.rest, "--out", str(options.out)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ def add(commands: Commands) -> None:
     command.add_argument("--forget", action="store_true", help="empty the cache of first-use validations and exit")
 
 
-def _validate(options: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+def _validate(options: argparse.Namespace, console: Console) -> int:
     if options.forget:
         return _forget(console)
     import torch

@@ -23,13 +23,13 @@ _VERDICTS = (
 )
 
 
-def draw_samples(images: Tensor, path: Path, *, columns: int = 8) -> None:
-    """Images (n, 3, H, W) in [0, 1] in rows of ``columns``, twice their size, as one PNG."""
+def draw_samples(images: Tensor, path: Path) -> None:
+    """Images (n, 3, H, W) in [0, 1] in rows of eight, twice their size, as one PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     large = images.detach().float().cpu().clamp(0, 1)
     for axis in (2, 3):
         large = torch.repeat_interleave(large, _SCALE, dim=axis)
-    save_image(large, path, nrow=columns, padding=_SCALE, pad_value=1.0)
+    save_image(large, path, nrow=8, padding=_SCALE, pad_value=1.0)
 
 
 def draw_generator_curves(lines: list[dict[str, Any]], path: Path, *, title: str, network: str | None) -> None:

@@ -301,12 +301,12 @@ class MomentumContrast(Method):
 class SlowPathMonitor:
     """Warns once if most queries took the slow path of the selection at ``lines`` consecutive log lines."""
 
-    def __init__(self, *, share: float = 0.5, lines: int = 5) -> None:
-        self._share, self._lines, self._row, self._warned = share, lines, 0, False
+    def __init__(self, *, lines: int = 5) -> None:
+        self._lines, self._row, self._warned = lines, 0, False
 
     def look(self, share: float) -> list[str]:
         """Take the share of queries at the next log line, in [0, 1]; returns a warning if one is due."""
-        self._row = self._row + 1 if share > self._share else 0
+        self._row = self._row + 1 if share > 0.5 else 0
         if self._warned or self._row < self._lines:
             return []
         self._warned = True

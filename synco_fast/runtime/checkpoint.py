@@ -288,6 +288,21 @@ def load_weights(
     own = module.state_dict()
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{file}: found {type(state).__name__} for the weights, expected tensors by name")
+    problems = _mismatches(own, state, cast=cast)
+    if problems:
+        raise CheckpointError(f"{file}: found weights of another architecture than {name}: it {'; it '.join(problems)}")
+    # What a network holds beside finite numbers from the start, such as a mask of -inf, is no damage.
+    bad = [key for key in own if not torch.isfinite(state[key]).all() and torch.isfinite(own[key]).all()]
+    if bad:
+        raise CheckpointError(f"{file}: found NaN or infinity in {_listed(bad)}, expected numbers")
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:  # a value that a module refuses
+        raise CheckpointError(f"{file}: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _mismatches(own: Mapping[str, Tensor], state: Mapping[str, Any], *, cast: bool) -> list[str]:
+    """How tensors by name differ from those of a module in names, shapes and dtypes."""
     problems = []
     for what, names in (("lacks", own.keys() - state.keys()), ("has besides", state.keys() - own.keys())):
         if names:
@@ -310,16 +325,7 @@ def load_weights(
         problems.append(
             f"has other dtypes in {_listed(dtypes)}: {first} is {state[first].dtype}, the model's {own[first].dtype}"
         )
-    if problems:
-        raise CheckpointError(f"{file}: found weights of another architecture than {name}: it {'; it '.join(problems)}")
-    # What a network holds beside finite numbers from the start, such as a mask of -inf, is no damage.
-    bad = [key for key in own if not torch.isfinite(state[key]).all() and torch.isfinite(own[key]).all()]
-    if bad:
-        raise CheckpointError(f"{file}: found NaN or infinity in {_listed(bad)}, expected numbers")
-    try:
-        module.load_state_dict(dict(state))
-    except RuntimeError as error:  # a value that a module refuses
-        raise CheckpointError(f"{file}: {str(error).splitlines()[-1].strip()}") from error
+    return problems
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Any, file: Path | str) -> None:

@@ -122,7 +122,7 @@ class HostGroup:
 
 
 @contextmanager
-def init_distributed(env: DistEnv, device: str = "auto", *, timeout: float = 300) -> Iterator[HostGroup]:
+def init_distributed(env: DistEnv, device: str, *, timeout: float) -> Iterator[HostGroup]:
     """Join the job: set this process's GPU, connect to the others, and leave at the end of the block.
 
     Within the block, a rank that is silent for 1.25 timeouts ends this process with one line on standard error and exit

@@ -116,9 +116,9 @@ def proofs_folder() -> Path:
     return cache_folder() / "proofs"
 
 
-def forget(folder: Path | None = None) -> int:
+def forget() -> int:
     """Remove all cached results and return their number."""
-    files = list((folder or proofs_folder()).glob("*.json"))
+    files = list(proofs_folder().glob("*.json"))
     for file in files:
         file.unlink(missing_ok=True)
     return len(files)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from itertools import count
 from threading import Event, Lock, Thread
 
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -63,24 +64,26 @@ class Heartbeat:
 
     def _beat(self) -> None:
         found: list[bytes] = [b""] * len(self._keys)
-        number = 0
         try:
-            while True:
-                number += 1
+            for number in count(1):
                 self._store.set(self._keys[self._rank], str(number))
                 if self._store.check(self._keys):
                     before, found = found, self._store.multi_get(self._keys)
-                    now = time.monotonic()
-                    with self._lock:
-                        for other, (old, new) in enumerate(zip(before, found, strict=True)):
-                            if old != new:
-                                self._heard[other] = math.inf if new == _FINISHED else now
+                    self._listen(before, found)
                 if self._stopped.wait(self._interval):
                     break
             if self._finished:
                 self._store.set(self._keys[self._rank], _FINISHED.decode())
         except RuntimeError:
             return  # the store is gone: all ranks are silent from now on
+
+    def _listen(self, before: list[bytes], found: list[bytes]) -> None:
+        """Note which ranks have written something new since the last time."""
+        now = time.monotonic()
+        with self._lock:
+            for other, (old, new) in enumerate(zip(before, found, strict=True)):
+                if old != new:
+                    self._heard[other] = math.inf if new == _FINISHED else now
 
     def _judge(self) -> None:
         looked = time.monotonic()

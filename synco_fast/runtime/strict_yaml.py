@@ -17,12 +17,8 @@ __all__ = ["parse_yaml", "read_yaml"]
 _BYTES, _DEPTH, _NODES = 1 << 20, 32, 10_000
 
 
-def read_yaml(path: Path, name: str = "config") -> Any:
-    """The content of a YAML file; see `parse_yaml`.
-
-    Args:
-        path: The file.
-        name: Its name in the message.
+def read_yaml(path: Path) -> Any:
+    """The content of a configuration file; see `parse_yaml`.
 
     Raises:
         ConfigError: The file cannot be read, is not UTF-8, or as `parse_yaml` says.
@@ -32,8 +28,8 @@ def read_yaml(path: Path, name: str = "config") -> Any:
             content = file.read(_BYTES + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name}: cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
-    return parse_yaml(text, f"{name}: {path}")
+        raise ConfigError(f"config: cannot read {path} ({getattr(error, 'strerror', None) or error})") from error
+    return parse_yaml(text, f"config: {path}")
 
 
 def parse_yaml(text: str, name: str) -> Any:

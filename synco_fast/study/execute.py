@@ -66,7 +66,7 @@ def execute(
     supervised: Evaluation | None = None,
     parallel: int = 1,
     threads: int | None = None,
-    note: Callable[[str], None] = lambda line: None,
+    note: Callable[[str], None],
 ) -> None:
     """Train and evaluate every trial that is not finished.
 

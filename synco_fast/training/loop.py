@@ -173,14 +173,7 @@ class Trainer(Generic[SummaryT]):
                     self._save()
                 while self.step < self.steps and not self.stopping.agreed:
                     self._train_round()
-                    # A run that stops at the end of a round is evaluated there when it resumes. So is one that ends
-                    # in the evaluation, which may take minutes: the round is saved before.
-                    if not self.stopping.agree():
-                        if self._evaluation_due() and self._checkpoint_due():
-                            self._save()
-                        self._evaluate_if_due()
-                    if self._save_due or self.stopping.agreed or self._checkpoint_due():
-                        self._save()
+                    self._close_round()
                 self.log.close()
         except RuntimeError as error:
             if self.env.world > 1 and lost_process(error):
@@ -192,6 +185,19 @@ class Trainer(Generic[SummaryT]):
                 raise self._unwritten(error) from error
             raise
         self.reporter.write(f"stopped on request at step {self.step:,}" if self.stopping.agreed else "finished")
+
+    def _close_round(self) -> None:
+        """Evaluate and save where that is due after a round.
+
+        A run that stops at the end of a round is evaluated there when it resumes. So is one that ends in the
+        evaluation, which may take minutes: the round is saved before.
+        """
+        if not self.stopping.agree():
+            if self._evaluation_due() and self._checkpoint_due():
+                self._save()
+            self._evaluate_if_due()
+        if self._save_due or self.stopping.agreed or self._checkpoint_due():
+            self._save()
 
     def _train_round(self) -> None:
         """Train to the end of the round, the end of the run, or a stop."""

@@ -102,9 +102,7 @@ PANELS = (
 )
 
 
-def draw_panel(
-    axes: Axes, panel: Panel, lines: list[dict[str, Any]], *, chance: float | None = None, size: int = 8
-) -> bool:
+def draw_panel(axes: Axes, panel: Panel, lines: list[dict[str, Any]], *, chance: float | None = None) -> bool:
     """Draw one panel; whether there was anything to draw.
 
     Args:
@@ -112,7 +110,6 @@ def draw_panel(
         panel: What.
         lines: From `read_metrics`, each with its ``epoch``.
         chance: Chance level of a classification, drawn as a line where the panel asks for it.
-        size: Points of the small text.
     """
     # Without synthetic negatives, top-1 with them is top-1 against the queue.
     same = not _with_synthetic(lines) and any("queue_top1" in line for line in lines)
@@ -138,14 +135,14 @@ def draw_panel(
         axes.set_ylim(bottom=0)
     if panel.top is not None:
         axes.set_ylim(top=1.05 * panel.top)  # so that the legend and the frame leave a curve at the top visible
-    axes.set_xlabel("epoch", fontsize=size)
+    axes.set_xlabel("epoch", fontsize=8)
     if len(axes.get_lines()) > 4:
         # Room above the curves, since so large a legend would cover some of them.
         low, high = axes.get_ylim()
         axes.set_ylim(low, high + 0.5 * (high - low))
-        axes.legend(fontsize=size - 1, ncol=2, loc="upper center")
+        axes.legend(fontsize=7, ncol=2, loc="upper center")
     elif len(axes.get_lines()) > 1 or len(panel.curves) > 1:  # also to tell which of several a single curve is
-        axes.legend(fontsize=size - 1)
+        axes.legend(fontsize=7)
     return True
 
 

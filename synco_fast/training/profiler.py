@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class PhaseClock:
         return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
 
 
-def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int = 3) -> dict[str, Any]:
+def profile_step(config: Config, folder: Path, *, steps: int) -> dict[str, Any]:
     """Train a few steps on the configured images and measure where they spend their time.
 
     Writes ``trace.json`` (for Perfetto or chrome://tracing) and, on a GPU, ``memory.pickle``
@@ -84,7 +84,6 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
             phases.
         folder: Created if missing.
         steps: Timed steps, after those that compile and fill caches.
-        traced: Further steps under PyTorch's profiler, which slows them down.
 
     Returns:
         Environment, configuration, files; by phase the median milliseconds per step and their share of the step; the
@@ -131,7 +130,7 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
                     whole[name] = whole.get(name, 0.0) + seconds
                 by_step.append(whole)
             timeline = list(clock.memory)
-            files = _trace(step, folder, traced, engine.device)
+            files = _trace(step, folder, engine.device)
     finally:
         pipeline.close()
     middle = statistics.median(whole["step"] for whole in by_step)
@@ -150,14 +149,14 @@ def profile_step(config: Config, folder: Path, *, steps: int = 10, traced: int =
     }
 
 
-def _trace(step: Any, folder: Path, traced: int, device: torch.device) -> list[str]:
-    """Run further steps under PyTorch's profiler; returns the files written."""
+def _trace(step: Callable[[], None], folder: Path, device: torch.device) -> list[str]:
+    """Run three further steps under PyTorch's profiler, which slows them down; returns the files written."""
     activities, cuda = [ProfilerActivity.CPU], device.type == "cuda"
     if cuda:
         activities.append(ProfilerActivity.CUDA)
         torch.cuda.memory._record_memory_history()
     with profile(activities=activities, profile_memory=True) as trace:
-        for _ in range(traced):
+        for _ in range(3):
             step()
         wait_for(device)
     files = [folder / "trace.json"]

@@ -23,7 +23,7 @@ class Reporter:
         log: ``train.log`` of the run folder, to which lines are appended; None for no log.
     """
 
-    def __init__(self, console: Console, steps: int, done: int = 0, log: Path | None = None) -> None:
+    def __init__(self, console: Console, steps: int, done: int, log: Path | None) -> None:
         self._log = None if log is None else log.open("a", encoding="utf-8", buffering=1)
         self._bar = ProgressBar(console, "starting", steps, done, unit="step").start()
         self.write(f"starting: {done:,} of {steps:,} steps done")

@@ -259,7 +259,7 @@ def open_log(
     config: dict[str, Any],
     *,
     evaluated: bool = True,
-    trackers: Mapping[str, str | None] | None = None,
+    trackers: Mapping[str, str | None],
     writes: bool = True,
 ) -> MetricLog:
     """Open the writers of a run.
@@ -278,7 +278,7 @@ def open_log(
     if not writes:
         return MetricLog()
     # Trackers first: where one refuses, no file of the run has changed.
-    others = [TRACKERS[name](folder, value, config) for name, value in (trackers or {}).items() if value is not None]
+    others = [TRACKERS[name](folder, value, config) for name, value in trackers.items() if value is not None]
     return MetricLog(
         JsonlWriter(folder, step, evaluated=evaluated), TensorBoardWriter(folder, step, evaluated=evaluated), *others
     )

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from synco_fast.bench.summary import summarise
+from tests.support.kernels import check_interpreted
 from tests.support.rotation import day, in_turn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,13 +25,9 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 @pytest.mark.slow
 @in_turn(1, 3)
 def test_stages_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-o", "python_files=check_*.py"]
-    command += ["-p", "no:cacheprovider", str(Path(__file__).parent / "interpreted" / "check_stages.py")]
     # All cases take a minute and a half, so they take turns as well, among the days on which this test runs.
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "SYNCO_FAST_DAY": str(day() // 3)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    file = Path(__file__).parent / "interpreted" / "check_stages.py"
+    check_interpreted(file, SYNCO_FAST_DAY=str(day() // 3))
 
 
 @pytest.mark.slow

@@ -90,6 +90,7 @@ def test_a_failure_keeps_its_whole_message():
     assert found == {"failed": "RuntimeError: at 14:11:", "message": "at 14:11:\n  tmp4 = tmp3\n  wrong type"}
 
 
+@pytest.mark.usefixtures("rendered")
 def test_picture_leaves_out_what_failed(tmp_path):
     results = [
         {

@@ -26,6 +26,7 @@ from .conftest import generator_trainer as trainer
 CPU = torch.device("cpu")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_describes_itself(small, tmp_path):
     pytest.importorskip("torchmetrics")
     console, text = screen()

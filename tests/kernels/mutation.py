@@ -33,6 +33,8 @@ from tests.support.layout import WITHOUT_EDITABLE, copy_package
 _CRASHES = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT}
 
 ROOT = Path(__file__).resolve().parents[2]
+#: Tests with their -k that pass where nothing is broken.
+RUNS = ((BLOCKWISE, "selection or family"), (SELECTION, "boundary"), (LOSS, "mask"))
 
 
 def noticed(broken: Break) -> bool:
@@ -81,25 +83,19 @@ def chosen(sample: int | None, seed: int | None) -> list[Break]:
     return random.Random(seed).sample(BREAKS, min(sample, len(BREAKS)))
 
 
-def unbroken() -> bool:
+def unbroken(runs: Sequence[tuple[tuple[str, ...], str]] = RUNS) -> bool:
     """Whether the tests pass where nothing is broken: else what they notice says nothing."""
-    for tests, only in ((BLOCKWISE, "selection or family"), (SELECTION, "boundary"), (LOSS, "mask")):
+    for tests, only in runs:
         if noticed(Break("nothing", "kernels/reference.py", "class Contrast", "class Contrast", tests, only)):
             print(f"the tests fail on unbroken code: {' '.join(tests)} -k {only!r}")
             return False
     return True
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Make each break, print what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sample", type=int, help="how many breaks to make; all by default")
-    parser.add_argument("--seed", type=int, help="of the sample; the date by default")
-    options = parser.parse_args(arguments)
-    if options.sample is None and not unbroken():
-        return 1
+def report(breaks: Sequence[Break]) -> int:
+    """Make each break, print what came of it; 1 where one goes unnoticed or cannot be made."""
     missed = 0
-    for broken in chosen(options.sample, options.seed):
+    for broken in breaks:
         try:
             result = "caught" if noticed(broken) else "NOT CAUGHT"
         except LookupError as error:
@@ -109,6 +105,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         missed += result != "caught"
         print(f"{result:10} {broken.what}", flush=True)
     return int(missed > 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Make all breaks, or a sample."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, help="how many breaks to make; all by default")
+    parser.add_argument("--seed", type=int, help="of the sample; the date by default")
+    options = parser.parse_args(arguments)
+    if options.sample is None and not unbroken():
+        return 1
+    return report(chosen(options.sample, options.seed))
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ def test_steps_are_repeatable():
 
 
 def test_a_slow_path_that_stays_is_warned_of_once():
-    monitor = SlowPathMonitor(share=0.5, lines=3)
+    monitor = SlowPathMonitor(lines=3)
     said = [monitor.look(share) for share in (1.0, 1.0, 0.2, 0.9, 0.9, 0.75, 1.0)]
     assert said[:5] == [[], [], [], [], []]
     assert said[5][0].startswith("slow path: 75% of the queries")

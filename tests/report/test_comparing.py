@@ -15,6 +15,7 @@ from synco_fast.runtime.errors import ConfigError, UserError
 from synco_fast.runtime.style import COLOURS
 
 
+@pytest.mark.usefixtures("rendered")
 def test_seeds_are_put_together_and_settings_apart(told_run, tmp_path):
     runs = [
         told_run({"seed": 0}, "a", knn=0.7),

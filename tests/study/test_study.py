@@ -306,6 +306,7 @@ def test_bad_words_end_with_one_line(tmp_path, capsys, words, said):
 
 @pytest.mark.slow
 @in_turn(1, 3)
+@pytest.mark.usefixtures("rendered")
 def test_a_study_runs_resumes_and_leaves_finished_runs_alone(tmp_path, tiny, capsys):
     folder = tmp_path / "study"
     words = ["study", tiny, "--methods", "moco", "synco", "--seeds", "0", "--out", str(folder), "--parallel", "2"]

@@ -72,6 +72,7 @@ ACTS = {
 os.environ.update(VARIABLES)
 if ACT == "graph":
     runpy.run_path(str(Path(__file__).with_name("graphs.py")))["install"]()
+runpy.run_path(str(Path(__file__).with_name("plots.py")))["render_nothing"]()
 torch.set_num_threads(1)
 dist_env._TURN = 0.1
 env = DistEnv.detect()

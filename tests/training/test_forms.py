@@ -239,8 +239,6 @@ def test_a_run_trains_on_fused_views_and_resumes_with_them_to_the_bit(tiny, tmp_
     """Resident, with plain PyTorch in the kernels' place; the checkpoint and the summary name the part."""
     monkeypatch.setattr(forms, "_prover_of", lambda engine: FakeProver("augment"))
     monkeypatch.setattr(forms, "make_views", plain_views)
-    for drawn in ("run_folder.draw_curves", "pretraining.draw_pairs"):
-        monkeypatch.setattr(f"synco_fast.training.{drawn}", lambda *rest, **more: None)
     config = {"data.pipeline": "resident", "training.epochs": 1, "evaluation.every": 0}
     whole = trainer(tiny(config), tmp_path / "whole").run()
     assert whole.forms["augment"] == {"name": "triton", "why": "validated on this device"}

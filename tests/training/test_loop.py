@@ -40,6 +40,7 @@ from tests.support.rotation import todays
 from ..support.training import assert_identical, figures, newest, pretrain, screen, stop_after, trainer
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_run_folder_describes_itself(tiny, tmp_path):
     config = tiny()
     summary = pretrain(config, tmp_path / "run")
@@ -212,6 +213,7 @@ def test_a_run_of_no_steps_saves_the_untrained_encoder(tiny, tmp_path):
     assert_identical(newest(tmp_path / "whole"), newest(run))
 
 
+@pytest.mark.usefixtures("rendered")
 def test_what_an_early_kill_left_out_is_written_by_the_resume(tiny, tmp_path):
     config, run = tiny({"training.max_steps": 2, "evaluation.every": 0}), tmp_path / "run"
     pretrain(config, run)

@@ -3,6 +3,7 @@
 from itertools import groupby
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -66,6 +67,7 @@ def test_a_long_title_stays_in_the_picture(tmp_path, monkeypatch):
     assert max(map(len, titles[0].splitlines())) <= 110
 
 
+@pytest.mark.usefixtures("rendered")
 def test_a_picture_of_everything_and_of_nothing(tmp_path):
     evaluation = {"kind": "evaluation", "step": 40, "epoch": 4.0, "knn": 0.5}
     draw_curves([*BEFORE, *AFTER, evaluation], tmp_path / "curves.png", title="cost_$5_to_$10", chance=0.1)
@@ -74,6 +76,7 @@ def test_a_picture_of_everything_and_of_nothing(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("rendered")
 def test_pairs_are_told_apart_by_their_gaps(tmp_path):
     """The white gap between two pairs is several times the one between the views of a pair."""
     dark = torch.zeros(12, 3, 32, 32, dtype=torch.uint8)

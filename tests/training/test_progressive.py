@@ -92,8 +92,6 @@ def test_a_first_size_that_the_network_cannot_take_is_refused_at_the_start(tiny)
 
 def test_a_run_grows_and_one_that_is_stopped_within_the_ramp_is_never_stopped(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("synco_fast.training.engine._SETTLING_STEPS", 0)
-    for drawn in ("run_folder.draw_curves", "pretraining.draw_pairs"):
-        monkeypatch.setattr(f"synco_fast.training.{drawn}", lambda *rest, **more: None)
     short = {"training.epochs": 3, "augment.end_ramp": 2, "training.batch": 16, "evaluation.every": 0}
     config, seen, side = tiny({**GROWING, **short}), [], [16, 16, 24, 24, 32, 32]
     whole = pretrain(config, tmp_path / "whole")

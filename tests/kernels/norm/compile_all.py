@@ -5,48 +5,20 @@ Usage: python compile_all.py CAPABILITY [--wide]     (80, 90 or 100; --wide adds
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+
+from synco_fast.bench.cost.launches import compiled_for
+from synco_fast.bench.launches import intercepted
 from synco_fast.kernels.norm.triton import launch
+from tests.support.compiled import resources
 
-DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 #: Channels and side of the maps of ResNet-18 and ResNet-50 at 224 pixels.
 MAPS = ((64, 112), (64, 56), (128, 28), (128, 56), (256, 14), (256, 56), (512, 7), (512, 28), (1024, 14), (2048, 7))
-
-
-class Target:
-    """What the compiler asks of a driver, and no more."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def resources(cubin: bytes) -> tuple[str, str, str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(DUMP), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
 
 
 def launch_all(channels: int, side: int, groups: int, dtype: torch.dtype, batch: int = 256) -> None:
@@ -65,25 +37,21 @@ def launch_all(channels: int, side: int, groups: int, dtype: torch.dtype, batch:
 
 
 def main(capability: int, cases: list[tuple[int, int, int, torch.dtype]]) -> None:
-    driver.set_active(Target(capability))
-    original, seen = JITFunction.run, set()
+    seen = set()
 
-    def compile_only(self, *arguments, grid, warmup, **options):
-        kernel = original(self, *arguments, grid=grid, warmup=True, **options)
-        if kernel.hash not in seen:
-            registers, stack, local = resources(kernel.asm["cubin"])
-            shared = kernel.metadata.shared
-            print(
-                f"{self.__name__} {case} registers {registers} stack {stack} local {local} shared {shared}", flush=True
-            )
-        seen.add(kernel.hash)
-        return kernel
+    def keep(kernel, binary, grid, arguments):
+        if binary.hash in seen:
+            return
+        seen.add(binary.hash)
+        registers, stack, local = resources(binary)
+        used = f"registers {registers} stack {stack} local {local} shared {binary.metadata.shared}"
+        print(f"{kernel.__name__} {case} {used}", flush=True)
 
-    JITFunction.run = compile_only
-    for channels, side, groups, dtype in cases:
-        case = f"C={channels} {side}x{side} G={groups} {str(dtype).removeprefix('torch.')}"
-        launch_all(channels, side, groups, dtype)
-        print(f"done {case}", flush=True)
+    with compiled_for(capability), intercepted(keep, run=False):
+        for channels, side, groups, dtype in cases:
+            case = f"C={channels} {side}x{side} G={groups} {str(dtype).removeprefix('torch.')}"
+            launch_all(channels, side, groups, dtype)
+            print(f"done {case}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ shared = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = shared
 spec.loader.exec_module(shared)
 
-Break, noticed, ROOT = shared.Break, shared.noticed, shared.ROOT
+Break, ROOT = shared.Break, shared.ROOT
 REFERENCE = ("tests/kernels/norm/test_reference.py",)
 NATIVE = ("tests/kernels/norm/test_native.py",)
 KERNELS = ("-o", "python_files=check_*.py", "tests/kernels/norm/interpreted/check_norm.py")
@@ -158,20 +158,8 @@ BREAKS = (
 
 def main() -> int:
     """Make each break, print what came of it."""
-    missed = 0
-    for tests, only in ((KERNELS, "test_dtypes and float32 or test_nan or test_the_mask"), (REFERENCE, "closed_form")):
-        same = "def batch_norm("
-        if noticed(Break("nothing", "kernels/norm/reference.py", same, same, tests, only)):
-            print(f"the tests fail on unbroken code: {' '.join(tests)} -k {only!r}")
-            return 1
-    for number, broken in enumerate(BREAKS, 1):
-        try:
-            result = "caught" if noticed(broken) else "NOT CAUGHT"
-        except LookupError as error:
-            result = f"CANNOT BE MADE: {error}"
-        missed += result != "caught"
-        print(f"{number:2} {result:10} {broken.what}", flush=True)
-    return int(missed > 0)
+    runs = ((KERNELS, "test_dtypes and float32 or test_nan or test_the_mask"), (REFERENCE, "closed_form"))
+    return shared.report(BREAKS) if shared.unbroken(runs) else 1
 
 
 if __name__ == "__main__":

@@ -18,45 +18,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+
+from synco_fast.bench.cost.launches import compiled_for, tool
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.triton import config, launch, momentum
+from tests.support.compiled import resources
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LIMIT = {80: 163, 90: 227, 100: 227}
 SYNCO = Negatives.synco(512)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class Target:
-    """What the compiler asks of a driver, and no more."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def resources(kernel) -> tuple[int, int, int]:
-    """Registers, bytes of stack and bytes of local memory a thread."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
-    return int(registers), int(stack), int(local)
 
 
 def serialised(kernel) -> bool:
@@ -68,14 +41,13 @@ def serialised(kernel) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [str(TOOLS / "ptxas"), "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        command = [str(tool("ptxas")), "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "registers" in text
     return "serialized" in text
 
 
 def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str) -> int:
-    driver.set_active(Target(capability))
     original, seen, failures = JITFunction.run, set(), []
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -101,17 +73,18 @@ def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str)
         return kernel
 
     JITFunction.run = compile_only
-    for dim, dtype, masked in cases:
-        case = f"D={dim} {dtype} {'masked' if masked else 'plain'}"
-        q, queue = torch.zeros(256, dim, dtype=dtype), torch.zeros(65536, dim, dtype=dtype)
-        ids = {"image_ids": torch.arange(256), "queue_ids": torch.arange(65536)} if masked else {}
-        launch.contrast_and_gradient(q, q, queue, SYNCO, temperature=0.2, seed=3, step=5, **ids)
-    for dtype in DTYPES.values():
-        case = f"{dtype}"
-        pair = torch.zeros(5000, dtype=dtype), torch.zeros(5000, dtype=dtype)
-        odd = torch.zeros(5001, dtype=dtype)[1:]
-        for weight in (0.001, torch.tensor(0.001)):
-            momentum.update(momentum.Plan([pair[0], odd], [*pair]), weight)
+    with compiled_for(capability):
+        for dim, dtype, masked in cases:
+            case = f"D={dim} {dtype} {'masked' if masked else 'plain'}"
+            q, queue = torch.zeros(256, dim, dtype=dtype), torch.zeros(65536, dim, dtype=dtype)
+            ids = {"image_ids": torch.arange(256), "queue_ids": torch.arange(65536)} if masked else {}
+            launch.contrast_and_gradient(q, q, queue, SYNCO, temperature=0.2, seed=3, step=5, **ids)
+        for dtype in DTYPES.values():
+            case = f"{dtype}"
+            pair = torch.zeros(5000, dtype=dtype), torch.zeros(5000, dtype=dtype)
+            odd = torch.zeros(5001, dtype=dtype)[1:]
+            for weight in (0.001, torch.tensor(0.001)):
+                momentum.update(momentum.Plan([pair[0], odd], [*pair]), weight)
     print("\n".join(["", "failed:", *failures]) if failures else "", file=sys.stderr)
     return int(bool(failures))
 

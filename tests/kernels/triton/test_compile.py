@@ -6,26 +6,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.support.kernels import lines_of_compiler
 from tests.support.rotation import in_turn, todays
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).parent / "compile_all.py"
 KERNELS = {"sample", "rank", "scan", "select", "fill", "choose", "mix", "reduce", "_update"}
 
 
-def compiled(*arguments: str) -> list[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout.splitlines()
+compiled = partial(lines_of_compiler, Path(__file__).parent / "compile_all.py")
 
 
 @pytest.mark.slow

@@ -5,58 +5,28 @@ Usage: python compile_all.py CAPABILITY     (80, 90 or 100)
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
+sys.path.append(str(Path(__file__).resolve().parents[3]))
+
+from synco_fast.bench.cost.launches import compiled_for
+from synco_fast.bench.launches import intercepted
 from synco_fast.kernels.views import PARAMETERS, launch
-
-DUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Target:
-    """What the compiler asks of a driver, and no more."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+from tests.support.compiled import resources
 
 
 def main(capability: int) -> None:
-    driver.set_active(Target(capability))
-    original, seen = JITFunction.run, set()
+    seen = set()
 
-    def compile_only(self, *arguments, grid, warmup, **options):
-        kernel = original(self, *arguments, grid=grid, warmup=True, **options)
-        if kernel.hash in seen:
-            return kernel
-        seen.add(kernel.hash)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            command = [str(DUMP), "--dump-resource-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", text).groups()
-        print(f"{self.__name__} {case} registers {registers} stack {stack} local {local}", flush=True)
-        return kernel
+    def keep(kernel, binary, grid, arguments):
+        if binary.hash not in seen:
+            seen.add(binary.hash)
+            registers, stack, local = resources(binary)
+            print(f"{kernel.__name__} {case} registers {registers} stack {stack} local {local}", flush=True)
 
-    JITFunction.run = compile_only
     launch.unserved_by_triton = lambda pixels: None
     shapes = {"integer": torch.int64, "floating": torch.float32, "bool": torch.bool}
     parameters = {name: torch.zeros(512, *shape, dtype=shapes[kind]) for name, (shape, kind) in PARAMETERS.items()}
@@ -71,7 +41,8 @@ def main(capability: int) -> None:
         pixels, offsets = torch.zeros(1000, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64)
         sizes = torch.ones(256, 2, dtype=torch.int64)
         options = {"size": size, "channels": channels, "planar": planar, "dtype": dtype}
-        launch.make_views(pixels, offsets, sizes, images, parameters, **options)
+        with compiled_for(capability), intercepted(keep, run=False):
+            launch.make_views(pixels, offsets, sizes, images, parameters, **options)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,6 +14,7 @@ pytest.importorskip("pydantic")  # the other GPU tests of the kernels run withou
 
 from synco_fast.data.augment.draw import JITTER, ViewParameters
 from synco_fast.kernels.views import PARAMETERS, WORDS, as_parameters, as_words, make_views
+from tests.support.kernels import check_interpreted, lines_of_compiler
 from tests.support.rotation import in_turn, todays
 
 HERE = Path(__file__).parent
@@ -24,24 +23,15 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @in_turn(2, 3)
 def test_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "python_files=check_*.py", "-p", "no:cacheprovider"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    file = str(HERE / "interpreted" / "check_views.py")
-    done = subprocess.run([*command, file], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    check_interpreted(HERE / "interpreted" / "check_views.py")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", todays([80, 90, 100]))
 def test_compiles_without_spills(capability):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(HERE / "compile_all.py"), str(capability)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    lines = done.stdout.splitlines()
+    lines = lines_of_compiler(HERE / "compile_all.py", str(capability))
     assert {line.split()[0] for line in lines} == {"crop", "colour", "blur_rows", "blur_columns"}
-    assert all("stack 0 local 0" in line for line in lines), done.stdout
+    assert all("stack 0 local 0" in line for line in lines), lines
 
 
 def test_parameters_are_those_that_are_drawn():

@@ -1,0 +1,27 @@
+"""Processes that see the kernels in one way: what Triton does is decided where it is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def check_interpreted(file: Path, **variables: str) -> None:
+    """Run the checks of a file in Triton's interpreter, with these environment variables."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "python_files=check_*.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", str(file)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def lines_of_compiler(script: Path, *words: str) -> list[str]:
+    """The lines that a script prints which compiles kernels."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(script), *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout.splitlines()
