@@ -99,7 +99,7 @@ def _draw(
     w0, w1, w2, w3 = philox(c0 + zero, c1, number.to(tl.uint32), zero, k0, k1)
     first = pick(w1, w3 >> 16, size + zero)
     second = pick(w2, w3 & 0xFFFF, size + zero)
-    # All reads stand before the writes, behind which they would wait: the compiler cannot know that they do not overlap.
+    # Reads before writes: the compiler cannot know that they do not overlap, and would wait for each.
     first_key = tl.load(p_hard_index + first, m_slot, 0)
     second_key = tl.load(p_hard_index + second, slot < pairs, 0)
     m_known = slot < scalar
