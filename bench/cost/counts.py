@@ -12,6 +12,7 @@ from typing import Any
 
 from synco_fast.bench.cost.sass import Instruction, Span, read, spans
 from synco_fast.bench.cost.trips import Construct, Unknown, constructs_of, mean_trips
+from synco_fast.bench.cost.waits import waits
 
 __all__ = ["Counts", "LoopCount", "count"]
 
@@ -46,7 +47,7 @@ class Counts:
     Attributes:
         instructions, shuffles, special, barriers, waits: All; SHFL and REDUX; MUFU; BAR; exposed waits for wgmma.
         loaded, stored: Bytes that all warps of a program load from and store to the L2 cache.
-        round_trips: Iterations of loops that wait for a load.
+        round_trips: Waits for loads, one after another, in latencies of a load (`waits`).
         flops: Tensor-core operations of the whole program.
         loops: The loops, in the order of the machine code.
         assumed: Source lines of branches with unknown conditions, which count as taken.
@@ -77,7 +78,7 @@ def count(
     """Count the instructions of a program.
 
     Args:
-        sass: Output of `nvdisasm -gi -c`.
+        sass: Output of `nvdisasm -gi -c -hex`.
         values: The kernel's arguments by name.
         grid: Programs along each axis.
         warps: Warps of a program.
@@ -107,12 +108,14 @@ class _Counter:
         self.counts = Counts()
         self.met: dict[int, int] = defaultdict(int)
         around = {frames: constructs_of(frames, kernel) for frames in {one.frames for one in instructions}}
+        self.waited = waits(instructions)
         self.paths = [around[one.frames] for one in instructions]
 
     def add(self, span: Span, times: float, above: list[tuple[Construct, bool]]) -> None:
         """Add a span that runs ``times``. ``above`` has the constructs of enclosing spans, and whether they loop."""
         for number in span.own():
             self._add(self.instructions[number], times)
+            self.counts.round_trips += self.waited[number] * times
         siblings = [(inner, self._construct(inner, above)) for inner in span.inner]
         for inner, chosen in siblings:
             share, how = self._trips(inner, chosen, above, siblings)
@@ -122,8 +125,6 @@ class _Counter:
             if inner.loop:
                 own = len(inner.own(loops_only=True))
                 self.counts.loops.append(LoopCount(line or "(no source)", own, share, how))
-                if any(self.instructions[number].base == "LDG" for number in inner.own(loops_only=True)):
-                    self.counts.round_trips += times * share
             elif how == "assumed" and line:
                 self.counts.assumed.append(line)
             self.add(inner, times * share, [*above, *([(chosen[0], inner.loop)] if chosen else [])])

@@ -40,7 +40,7 @@ class Launch:
         arguments: Arguments by parameter name: numbers and constants as they are, tensors as `Bytes`.
         warps, shared, registers, spilled: Resources of a program; shared memory and spills in bytes.
         serialised: Whether ptxas serialised wgmma, with a wait after each one (its remark C7515).
-        sass: The disassembly with source lines.
+        sass: The disassembly with source lines and codes.
         function: The kernel's Python function.
     """
 
@@ -154,7 +154,7 @@ def _examine(
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        sass = _run(tool("nvdisasm"), "-gi", "-c", file.name)
+        sass = _run(tool("nvdisasm"), "-gi", "-c", "-hex", file.name)
     registers = re.search(r"Used (\d+) registers", remarks)
     spilled = re.search(r"(\d+) bytes spill stores", remarks)
     return Launch(

@@ -73,6 +73,7 @@ class Cost:
         name, programs, warps, registers, shared, spilled, serialised: As compiled.
         resident, waves: Resident programs of a multiprocessor, and the number of waves.
         instructions: Warp instructions of the whole launch.
+        waits: Waits of a warp for loads, one after another.
         requested: Bytes that the warps load from and store to L2, by the machine code.
         l2: Bytes through L2, in whole sectors: ``requested``, or as stated.
         used: Those of them that are used.
@@ -94,6 +95,7 @@ class Cost:
     resident: int
     waves: int
     instructions: float
+    waits: float
     requested: float
     l2: float
     used: float
@@ -158,8 +160,7 @@ def _cost(
     warp_clocks = fullest * launch.warps / device.clock
     issue = counts.instructions * warp_clocks / 4 / device.issue
     wait = device.far if launch.programs >= device.processors else device.near
-    # The first loads of a program: an address or index, then the data there.
-    chain = counts.barriers * device.barrier + (counts.round_trips + 2) * wait
+    chain = counts.barriers * device.barrier + counts.round_trips * wait
     latency = math.ceil(fullest / resident) * chain / device.clock / at_once
     tensor = counts.flops * fullest / device.flops / device.clock
     bounds = {
@@ -185,6 +186,7 @@ def _cost(
         resident=resident,
         waves=math.ceil(launch.programs / (resident * device.processors)),
         instructions=counts.instructions * launch.warps * launch.programs,
+        waits=counts.round_trips,
         requested=requested,
         l2=l2,
         used=used,

@@ -5,18 +5,35 @@ from __future__ import annotations
 import bisect
 import re
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
-__all__ = ["Frame", "Instruction", "Span", "read", "spans"]
+__all__ = ["Control", "Frame", "Instruction", "Span", "read", "spans"]
 
 #: A file and a line number.
 Frame = tuple[str, int]
 
 _LINE = re.compile(r'//## File "(?P<file>[^"]+)", line (?P<line>\d+)(?P<inlined> inlined at)?')
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)")
+#: The second half of an instruction's code, on a line of its own.
+_CODE = re.compile(r"^\s*/\* 0x(?P<code>[0-9a-f]{16}) \*/\s*$")
 _LABEL = re.compile(r"^(?P<label>\.L_\w+):")
 _TARGET = re.compile(r"\((?P<label>\.L_\w+)\)")
 #: A forward branch over fewer instructions than this is ignored.
 _SHORT = 24
+
+
+class Control(NamedTuple):
+    """What the hardware is told about an instruction. A warp has six scoreboards, numbered from 0.
+
+    Attributes:
+        clocks: Clocks until the next instruction.
+        sets: The scoreboard that is busy until the result is there, or None.
+        waits: The scoreboards that must be free before the instruction is issued.
+    """
+
+    clocks: int
+    sets: int | None
+    waits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -28,12 +45,14 @@ class Instruction:
         predicated: Whether it has a predicate.
         frames: Source locations, innermost first; an inlined call adds the line of its caller.
         target: Target label of a branch.
+        control: Waits and scoreboards; None if the disassembly has no codes.
     """
 
     opcode: str
     predicated: bool
     frames: tuple[Frame, ...]
     target: str | None = None
+    control: Control | None = None
 
     @property
     def base(self) -> str:
@@ -68,7 +87,7 @@ class Span:
 
 
 def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions in the output of ``nvdisasm -gi -c``, and the instruction number of each label.
+    """The instructions in the output of ``nvdisasm -gi -c -hex``, and the instruction number of each label.
 
     BRA.DIV branches to code for diverged warps. The warps of these kernels do not diverge, so this branch is never
     taken, and the code that only it reaches is omitted.
@@ -92,11 +111,24 @@ def read(text: str) -> tuple[list[Instruction], dict[str, int]]:
             label = target["label"] if target else None
             instructions.append(Instruction(found["opcode"], predicated, tuple(frames), label))
             after_instruction = True
+        elif (found := _CODE.match(line)) and instructions and instructions[-1].control is None:
+            instructions[-1] = replace(instructions[-1], control=_control(int(found["code"], 16)))
     # After the code follow a branch to itself and padding.
     for number, one in enumerate(instructions):
         if one.target is not None and labels.get(one.target) == number:
             return _together(instructions[:number], labels)
     return _together(instructions, labels)
+
+
+def _control(code: int) -> Control:
+    """The control part of an instruction's upper 64 bits (capability 7.0 and later), from bit 41 on.
+
+    Four bits of clocks, one to yield, three each for the scoreboards of result and operands, six of scoreboards to wait
+    for. 7 is no scoreboard (Jia et al., arXiv 1804.06826, section 2.1).
+    """
+    sets = code >> 46 & 7
+    waits = tuple(board for board in range(6) if code >> 52 + board & 1)
+    return Control(code >> 41 & 15, None if sets == 7 else sets, waits)
 
 
 def _together(instructions: list[Instruction], labels: dict[str, int]) -> tuple[list[Instruction], dict[str, int]]:

@@ -99,15 +99,17 @@ def _draw(
     w0, w1, w2, w3 = philox(c0 + zero, c1, number.to(tl.uint32), zero, k0, k1)
     first = pick(w1, w3 >> 16, size + zero)
     second = pick(w2, w3 & 0xFFFF, size + zero)
+    # Reads before writes: the compiler cannot know that they do not overlap, and would wait for each.
+    first_key = tl.load(p_hard_index + first, m_slot, 0)
+    second_key = tl.load(p_hard_index + second, slot < pairs, 0)
+    m_known = slot < scalar
+    known = tl.load(p_hard + first, m_known, 0)
     tl.store(p_drawn + o_mine, tl.minimum(low + span * uniform(w0), most), slot < ranged)
-    key = tl.load(p_hard_index + first, m_slot, 0)
-    tl.store(p_drawn + WIDTH + o_mine, key.to(tl.float32, bitcast=True))
-    key = tl.load(p_hard_index + second, slot < pairs, 0)
+    tl.store(p_drawn + WIDTH + o_mine, first_key.to(tl.float32, bitcast=True))
     # Also for unused slots: whole blocks are read, so every key must be a valid queue index.
     m_block = pairs > 0
-    tl.store(p_drawn + 2 * WIDTH + o_mine, key.to(tl.float32, bitcast=True), m_block)
-    m_known = slot < scalar
-    tl.store(p_drawn + 3 * WIDTH + o_mine, tl.load(p_hard + first, m_known, 0), m_known)
+    tl.store(p_drawn + 2 * WIDTH + o_mine, second_key.to(tl.float32, bitcast=True), m_block)
+    tl.store(p_drawn + 3 * WIDTH + o_mine, known, m_known)
 
 
 @triton.jit
@@ -321,6 +323,14 @@ def mix(
     if MASKED:
         available = tl.load(p_available + row)
     p_similarity += row64 * COUNT
+    # The whole row at once, for its length. The pieces are then in the cache, where they are read one after another.
+    o_row = tl.arange(0, PIECE * PIECES)
+    b_row = tl.load(p_q + row64 * D + o_row, o_row < D, 0).to(tl.float32)
+    shift = tl.load(p_shift + row) * scale
+    # Outside the branch, since Triton does not allow a name to change its type in one.
+    if STEP_ON_DEVICE:
+        step = tl.load(p_step)
+    squared = tl.sum(b_row * b_row)
     q = ()
     b_total = ()
     for piece in tl.static_range(0, PIECES):
@@ -328,12 +338,7 @@ def mix(
         q += (tl.load(p_q + row64 * D + o_dim, o_dim < D, 0).to(tl.float32)[None, :],)
         b_total += (tl.zeros([SLOTS, PIECE], tl.float32),)
     b_along = tl.zeros([SLOTS], tl.float32)
-    # Outside the branch, since Triton does not allow a name to change its type in one.
-    if STEP_ON_DEVICE:
-        step = tl.load(p_step)
     if available > 0:
-        squared = tl.sum(_inner(q, q, PIECES), axis=0)
-        shift = tl.load(p_shift + row) * scale
         k0, k1 = seed.to(tl.uint32), step.to(tl.uint32)
         c0 = (first_row + row).to(tl.uint32)
         size = tl.minimum(available, N).to(tl.uint32)

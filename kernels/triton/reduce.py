@@ -37,17 +37,15 @@ def _finite(b_similarity):
 
 
 @triton.jit
-def _mean(p_similarity, count, BLOCK: tl.constexpr):
-    """The mean of the finite similarities; NaN (0 / 0) if there are none."""
-    b_sum = tl.zeros([BLOCK], tl.float32)
-    b_count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, count, BLOCK):
+def _hard(b_first, p_similarity, count, BLOCK: tl.constexpr):
+    """Sum of the finite similarities, and how many there are. ``b_first`` has those of the first BLOCK."""
+    b_sum, b_count = _finite(b_first)
+    for start in range(BLOCK, count, BLOCK):
         o_slot = start + tl.arange(0, BLOCK)
         finite, one = _finite(tl.load(p_similarity + o_slot, o_slot < count, float("-inf")))
         b_sum += finite
         b_count += one
-    total, many = tl.reduce((b_sum, b_count), 0, _two)
-    return total / many.to(tl.float32)
+    return tl.reduce((b_sum, b_count), 0, _two)
 
 
 @triton.constexpr_function
@@ -58,10 +56,10 @@ def largest(COUNTS):
 
 @triton.jit
 def _families(p_similarity, positive, shift, scale, COUNTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Statistics of all synthetic negatives of a row.
+    """Statistics of all synthetic negatives of a row, by thread, (WIDTH, BLOCK) each. Row i has those of family i.
 
-    Returns the sum of exp((s - m) / T), the number of similarities above the positive, and the mean of each family,
-    (WIDTH,). Families are the rows of one tensor, so one reduction serves them all.
+    Returns sums of exp((s - m) / T), counts of similarities above the positive, sums of the finite similarities, and
+    how many are finite.
     """
     o_column = tl.arange(0, WIDTH)
     first = o_column * 0
@@ -83,8 +81,7 @@ def _families(p_similarity, positive, shift, scale, COUNTS: tl.constexpr, WIDTH:
         b_rank += (b_similarity > positive).to(tl.int32)
         b_finite += finite
         b_count += one
-    own_sum, own_rank, finite, many = tl.reduce((b_sum, b_rank, b_finite, b_count), 1, _four)
-    return tl.sum(own_sum), tl.sum(own_rank), finite / many.to(tl.float32)
+    return b_sum, b_rank, b_finite, b_count
 
 
 @triton.jit
@@ -129,41 +126,56 @@ def reduce(
     row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
-    b_total = tl.zeros([DIM], tl.float32)
-    total_sum = tl.full([], 0, tl.float32)
-    queue_rank = tl.full([], 0, tl.int32)
+    # First everything is read, then added up between threads. No read starts before a barrier that stands above it, so
+    # in another order the program waits for memory many times.
+    positive = tl.load(p_positive + row)
+    shift = tl.load(p_shift + row)
+    k = tl.load(p_k + row * D + o_dim, m_dim, 0)
+    if HARD:
+        p_hard += row * N
+        o_slot = tl.arange(0, WIDTH * BLOCK // 2)
+        b_first = tl.load(p_hard + o_slot, o_slot < N, float("-inf"))
+    b_sum = tl.zeros([STEP], tl.float32)
+    b_rank = tl.zeros([STEP], tl.int32)
+    b_total = tl.zeros([STEP, DIM], tl.float32)
     for start in tl.static_range(0, SPLITS, STEP):
         o_split = (start + tl.arange(0, STEP)).to(tl.int64)
         m_split = o_split < SPLITS
         o_part = o_split * B + row
-        total_sum += tl.sum(tl.load(p_scan_sum + o_part, m_split, 0))
-        queue_rank += tl.sum(tl.load(p_scan_rank + o_part, m_split, 0))
+        b_sum += tl.load(p_scan_sum + o_part, m_split, 0)
+        b_rank += tl.load(p_scan_rank + o_part, m_split, 0)
         m_total = m_split[:, None] & m_dim[None, :]
-        b_total += tl.sum(tl.load(p_scan_total + o_part[:, None] * D + o_dim[None, :], m_total, 0), axis=0)
-    rank = queue_rank
-    positive = tl.load(p_positive + row)
-    shift = tl.load(p_shift + row)
+        b_total += tl.load(p_scan_total + o_part[:, None] * D + o_dim[None, :], m_total, 0)
     if PARTS:
-        o_part = tl.arange(0, PARTS)
-        o_total = (row * PARTS + o_part)[:, None] * D + o_dim[None, :]
-        b_total += tl.sum(tl.load(p_mix_total + o_total, m_dim[None, :], 0), axis=0)
+        for start in tl.static_range(0, PARTS, STEP):
+            o_part = start + tl.arange(0, STEP)
+            m_total = (o_part < PARTS)[:, None] & m_dim[None, :]
+            b_total += tl.load(p_mix_total + (row * PARTS + o_part)[:, None] * D + o_dim[None, :], m_total, 0)
+        p_similarity += row * before(COUNTS, len(COUNTS))
+        own = _families(p_similarity, positive, shift, scale, COUNTS, WIDTH, BLOCK)
+
+    total_sum, queue_rank = tl.reduce((b_sum, b_rank), 0, _two)
+    rank = queue_rank
+    total = tl.sum(b_total, axis=0)
     o_family = tl.arange(0, WIDTH)
     b_mean = tl.full([WIDTH], float("nan"), tl.float32)
     if PARTS:
-        p_similarity += row * before(COUNTS, len(COUNTS))
-        own_sum, own_rank, b_mean = _families(p_similarity, positive, shift, scale, COUNTS, WIDTH, BLOCK)
+        own_sum, own_rank, finite, many = tl.reduce(own, 1, _four)
+        own_sum, own_rank = tl.reduce((own_sum, own_rank), 0, _two)
         total_sum += own_sum
         rank += own_rank
+        b_mean = finite / many.to(tl.float32)
     tl.store(p_synthetic + row * COLUMNS + o_family, b_mean, o_family < COLUMNS)
+    mean = float("nan")
     if HARD:
-        tl.store(p_hard_mean + row, _mean(p_hard + row * N, N, WIDTH * BLOCK // 2))
-    else:
-        tl.store(p_hard_mean + row, float("nan"))
+        finite_sum, finite_count = _hard(b_first, p_hard, N, WIDTH * BLOCK // 2)
+        mean = finite_sum / finite_count.to(tl.float32)
+    tl.store(p_hard_mean + row, mean)
 
     below = (positive - shift) / temperature
     everything = tl.exp(below) + total_sum
     tl.store(p_loss + row, tl.log(everything) - below)
-    k = tl.load(p_k + row * D + o_dim, m_dim, 0).to(tl.float32)
-    tl.store(p_gradient + row * D + o_dim, (b_total - total_sum * k) / (everything * temperature), m_dim)
+    gradient = (total - total_sum * k.to(tl.float32)) / (everything * temperature)
+    tl.store(p_gradient + row * D + o_dim, gradient, m_dim)
     tl.store(p_rank + row, rank.to(tl.int64))
     tl.store(p_queue_rank + row, queue_rank.to(tl.int64))

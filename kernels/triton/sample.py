@@ -114,6 +114,12 @@ def sample(
 
 
 @triton.jit
+def _extremes(a_low, a_high, a_largest, b_low, b_high, b_largest):
+    """Combine a minimum and two maxima in one reduction, so that warps exchange data once."""
+    return tl.minimum(a_low, b_low), tl.maximum(a_high, b_high), tl.maximum(a_largest, b_largest)
+
+
+@triton.jit
 def rank(
     p_q,
     p_k,
@@ -140,24 +146,26 @@ def rank(
     m_dim = o_dim < D
     q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
     k = tl.load(p_k + row * D + o_dim, m_dim, 0).to(tl.float32)
+    # Read before anything is added up between threads. Behind the sum the program would wait once more.
+    o_sample = tl.arange(0, WIDTH)
+    b_sample = tl.load(p_sample + row.to(tl.int64) * SAMPLE + o_sample, o_sample < SAMPLE, float("-inf"))
     positive = tl.sum(q * k)
     if p_halves is not None:
         high, low = halves(q, p_halves.dtype.element_ty)
         tl.store(p_halves + row * D + o_dim, high, m_dim)
         tl.store(p_halves + (tl.num_programs(0) + row) * D + o_dim, low, m_dim)
 
-    o_sample = tl.arange(0, WIDTH)
-    b_sample = tl.load(p_sample + row.to(tl.int64) * SAMPLE + o_sample, o_sample < SAMPLE, float("-inf"))
+    bits = b_sample.to(tl.int32, bitcast=True)
+    b_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    least, most, largest_sample = tl.reduce((b_order, b_order, b_sample), 0, _extremes)
     threshold = tl.full([], float("inf"), tl.float32)
     if ESTIMATE:
-        bits = b_sample.to(tl.int32, bitcast=True)
-        b_order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         # Find an integer with at least `wanted` numbers at or above it, and few more. It need not be exact: the number
         # of keys above the threshold affects speed only. int64, so that the midpoint cannot overflow.
-        low, high = tl.min(b_order, axis=0).to(tl.int64), tl.max(b_order, axis=0).to(tl.int64)
+        low, high = least.to(tl.int64), most.to(tl.int64)
         reached = tl.full([], WIDTH, tl.int32)
         # Bisecting the integers bisects exponents. Start at an eighth of the largest, which is closer.
-        largest = unordered(high.to(tl.int32))
+        largest = unordered(most)
         eighth = (largest * 0.125).to(tl.int32, bitcast=True).to(tl.int64)
         middle = tl.where(largest > 0, tl.maximum(eighth, low + 1), (low + high + 1) >> 1)
         while (low < high) & (reached > wanted + wanted // 16):
@@ -173,4 +181,4 @@ def rank(
         threshold = tl.where(threshold == threshold, threshold, float("-inf"))
     tl.store(p_threshold + row, threshold)
     tl.store(p_positive + row, positive)
-    tl.store(p_shift + row, tl.maximum(positive, tl.max(b_sample, axis=0)))
+    tl.store(p_shift + row, tl.maximum(positive, largest_sample))

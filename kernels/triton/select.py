@@ -96,6 +96,10 @@ _PUT = tl.constexpr(
 )
 
 
+#: Minus infinity in the high word.
+_NONE = tl.constexpr(-(0x00800000 << 32))
+
+
 @triton.jit
 def _put(p_index, p_similarity, b_place, b_index, b_similarity, DEVICE: tl.constexpr):
     """Store indices and similarities at their places, those at negative places nowhere."""
@@ -151,20 +155,22 @@ def select(
     needed = tl.minimum(available, N)
     o_list = tl.arange(0, LISTS)
     b_count = tl.load(p_count + row * lists + o_list, o_list < lists, 0)
+    # All is read before anything is added up between threads, also for a row that turns out to be flagged: behind the
+    # sums the program would wait once more.
+    threshold = tl.load(p_threshold + row)
+    o_place = tl.arange(0, SEGMENT)
+    m_all = o_place[None, :] < b_count[:, None]
+    p_found += row * room
+    o_found = o_list[:, None] * SEGMENT + o_place[None, :]
+    # No candidate: a similarity of -inf, which exceeds no threshold.
+    b_found = tl.load(p_found + o_found, m_all, _NONE)
+    b_order = ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True))
     total = tl.sum(b_count)
     longest = tl.max(b_count)
     flag = (total < needed) | (total > CAPACITY) | (longest > SEGMENT)
     tl.store(p_flag + row, flag.to(tl.int32))
     if flag == 0:
-        o_place = tl.arange(0, SEGMENT)
-        m_all = o_place[None, :] < b_count[:, None]
-        p_found += row * room
-        o_found = o_list[:, None] * SEGMENT + o_place[None, :]
-        b_found = tl.load(p_found + o_found, m_all, 0)
-        b_order = tl.where(m_all, ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)), -(2**31))
-
-        threshold = tl.load(p_threshold + row)
-        low, high = ordered(threshold), tl.max(b_order)
+        low, high = ordered(threshold) + 1, tl.max(b_order)
         last, reached = _cut(b_order, needed, low, high, total)
         if MARGIN > 0:
             border = unordered(last)
@@ -193,11 +199,11 @@ def select(
                 exact = tl.sum(n * q[None, :], axis=1).to(tl.int32, bitcast=True)
                 tl.store(p_place + o_near, exact, m_near)
             tl.debug_barrier()
-            exact = tl.load(p_place + b_place, b_near, 0).to(tl.float32, bitcast=True)
-            b_similarity = tl.where(b_near, exact, b_similarity)
+            b_similarity = tl.load(p_place + b_place, b_near, b_similarity.to(tl.int32, bitcast=True))
+            b_similarity = b_similarity.to(tl.float32, bitcast=True)
             # Keys above the margin are chosen in any case.
             sure = tl.where(m_all & ~(b_similarity < border - margin), 0x7FFFFFFF, -(2**31))
-            b_order = tl.where(b_near, ordered(exact), sure)
+            b_order = tl.where(b_near, ordered(b_similarity), sure)
             total = tl.sum((b_order > -(2**31)).to(tl.int32))
             lowest = tl.min(tl.where(b_near, b_order, 0x7FFFFFFF))
             last, reached = _cut(b_order, needed, lowest, tl.max(b_order), total)

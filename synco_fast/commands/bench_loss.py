@@ -246,7 +246,7 @@ def _model(options: argparse.Namespace, console: Console) -> int:
 def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
     from synco_fast.bench.cost.model import total
 
-    numbers = ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "MB L2", "GFLOP", "us")
+    numbers = ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "waits", "MB L2", "GFLOP", "us")
     table = figures_table(title, ["launch"], numbers, gap=0)
     table.add_column("bound", no_wrap=True)
     for cost in costs:
@@ -259,6 +259,7 @@ def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
             str(cost.resident),
             str(cost.waves),
             f"{cost.instructions / 1e6:.2f}",
+            f"{cost.waits:.1f}",
             f"{cost.l2 / 1e6:.1f}",
             "-" if cost.flops is None else f"{cost.flops / 1e9:.1f}",
             f"{cost.microseconds:.1f}",
@@ -266,9 +267,10 @@ def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
         )
     sums = total(costs)
     table.add_section()
-    row = [f"{sums['instructions'] / 1e6:.1f}", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
+    row = [f"{sums['instructions'] / 1e6:.1f}", "", f"{sums['l2'] / 1e6:.0f}", "", f"{sums['microseconds']:.0f}"]
     table.add_row("sum", *[""] * 6, *row)
     console.print(table)
+    say(console, "waits: of a warp for loads into registers, one after another", "dim")
     line = f"MB L2: in whole sectors of 32 bytes; {sums['used'] / 1e6:.0f} MB of them are used"
     say(console, line, "dim")
     for cost in costs:

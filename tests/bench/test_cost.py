@@ -82,7 +82,10 @@ def test_trips_of_a_function_that_was_inlined_know_the_call(source):
 
 
 def sass(source, body):
-    """A text as nvdisasm writes it, from lines of `label:`, `@line N` and instructions."""
+    """A text as nvdisasm writes it, from lines of `label:`, `@line N` and instructions.
+
+    `; sets N` and `; waits N` behind an instruction name its scoreboards.
+    """
     out, address = [], 0
     for line in textwrap.dedent(body).strip().splitlines():
         if line.startswith("@line"):
@@ -90,7 +93,11 @@ def sass(source, body):
         elif line.startswith(".L"):
             out.append(line)
         else:
-            out.append(f"        /*{address:04x}*/                   {line} ;")
+            text, *control = line.split("; ")
+            boards = {word: int(board) for word, board in (each.split() for each in control)}
+            code = boards.get("sets", 7) << 46 | (1 << 52 + boards["waits"] if "waits" in boards else 0)
+            out.append(f"        /*{address:04x}*/                   {text} ;   /* 0x{address:016x} */")
+            out.append(f"{'':50}/* 0x{code:016x} */")
             address += 16
     return "\n".join(out)
 
@@ -100,8 +107,8 @@ LOOP = """
     S2R R0, SR_CTAID.X
     @line 10
     .L_x_0:
-    LDG.E.128 R4, desc[UR4][R2.64]
-    FADD R1, R1, R4
+    LDG.E.128 R4, desc[UR4][R2.64]; sets 0
+    FADD R1, R1, R4; waits 0
     @P0 BRA `(.L_x_0)
     @line 7
     STG.E R2, R1
@@ -125,6 +132,27 @@ def test_a_loop_counts_its_instructions_as_often_as_it_turns(source):
         7,
         "counted",
     )
+
+
+APART = "LDG.E R4, desc[UR4][R2.64]; sets 0\nFADD R1, R1, R4; waits 0\n"
+TOGETHER = "LDG.E R4, desc[UR4][R2.64]; sets 0\nLDG.E R5, desc[UR4][R2.64]; sets 1\n"
+USES = "FADD R1, R1, R4; waits 0\nFADD R1, R1, R5; waits 1\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (APART * 3, 3),
+        (TOGETHER + USES, 1),
+        (TOGETHER + "LDS R6, [R2]; sets 2\n" + USES + "FADD R1, R1, R6; waits 2\n", 1),
+        ("LDG.E R4, desc[UR4][R2.64]; sets 0\n" + "FADD R1, R1, R1\n" * 300 + "FADD R1, R1, R4; waits 0\n", 0.5),
+        ("LDG.E R4, desc[UR4][R2.64]; sets 0\n", 0),
+        ("LDS R4, [R2]; sets 0\nFADD R1, R1, R4; waits 0\n", 0),
+    ],
+)
+def test_loads_that_are_issued_together_are_waited_for_once(body, expected):
+    found = count(sass("x.py", body + "EXIT"), {}, (1,), 4, "kernel")
+    assert found.round_trips == pytest.approx(expected, abs=0.02)
 
 
 def test_what_is_stated_goes_before_what_is_counted(source):
