@@ -176,11 +176,9 @@ def select(
             b_near = m_all & ~(b_similarity < border - margin)
             if not EVERY:
                 b_near = b_near & ~(b_similarity >= border + margin)
-            b_place = _places(b_near.to(tl.int32))
             near = tl.sum(b_near.to(tl.int32))
             p_place += row * CAPACITY
-            b_found = tl.load(p_found + o_found, b_near, 0)
-            tl.store(p_place + b_place, (b_found & 0xFFFFFFFF).to(tl.int32), b_near)
+            tl.store(p_place + _places(b_near.to(tl.int32)), o_found, b_near)
             tl.debug_barrier()
             o_dim = tl.arange(0, DIM)
             m_dim = o_dim < D
@@ -188,20 +186,20 @@ def select(
             for start in range(0, near, KEYS):
                 o_near = start + tl.arange(0, KEYS)
                 m_near = o_near < near
-                key = tl.load(p_place + o_near, m_near, 0).to(tl.int64)
+                p_near = p_found + tl.load(p_place + o_near, m_near, 0)
+                key = tl.load(p_near, m_near, 0) & 0xFFFFFFFF
                 m_n = m_near[:, None] & m_dim[None, :]
                 n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_n, 0).to(tl.float32)
                 exact = tl.sum(n * q[None, :], axis=1).to(tl.int32, bitcast=True)
-                tl.store(p_place + o_near, exact, m_near)
+                tl.store(p_near, (exact.to(tl.int64) << 32) | key, m_near)
             tl.debug_barrier()
-            exact = tl.load(p_place + b_place, b_near, 0).to(tl.float32, bitcast=True)
-            b_similarity = tl.where(b_near, exact, b_similarity)
-            # Keys above the margin are chosen in any case.
-            sure = tl.where(m_all & ~(b_similarity < border - margin), 0x7FFFFFFF, -(2**31))
-            b_order = tl.where(b_near, ordered(exact), sure)
-            total = tl.sum((b_order > -(2**31)).to(tl.int32))
-            lowest = tl.min(tl.where(b_near, b_order, 0x7FFFFFFF))
-            last, reached = _cut(b_order, needed, lowest, tl.max(b_order), total)
+            # Read all once more: there are no registers that could hold them meanwhile. Keys above the margin are not
+            # recomputed. Nothing that belongs behind the N-th comes before them: it is below the margin's middle plus
+            # the error of a similarity, and they are above that.
+            b_found = tl.load(p_found + o_found, m_all, 0)
+            b_order = tl.where(m_all, ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)), -(2**31))
+            low = tl.min(tl.where(m_all, b_order, 0x7FFFFFFF))
+            last, reached = _cut(b_order, needed, low, tl.max(b_order), total)
         b_chosen = (b_order >= last).to(tl.int32)
         if reached != needed:
             b_tie = (b_order == last).to(tl.int32)
@@ -215,8 +213,7 @@ def select(
         # programs at a time.
         b_found = tl.load(p_found + o_found, b_chosen == 1, 0)
         b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
-        if MARGIN == 0:
-            b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         _put(p_hard_index, p_hard, b_to, b_index, b_similarity, DEVICE)
         if MASKED:
             o_all = tl.arange(0, CAPACITY)

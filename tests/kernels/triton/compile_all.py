@@ -1,6 +1,6 @@
 """Run the launcher with launches replaced by compilations for one target; print what each kernel uses.
 
-Usage: python compile_all.py CAPABILITY [--wide] [--dims 64 128] [--dtypes bfloat16] [--only scan]
+Usage: python compile_all.py CAPABILITY [--wide] [--dims 64 128] [--dtypes bfloat16] [--hard 1024] [--only scan]
 
 CAPABILITY is 80, 90 or 100. Alone it compiles D = 128 with a mask in three dtypes; with --wide the widths 64, 128, 256
 and 512, with and without a mask. The exit code is 1 where a kernel spills, needs more shared memory than there is, or
@@ -28,7 +28,6 @@ from synco_fast.kernels.triton import config, launch, momentum
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LIMIT = {80: 163, 90: 227, 100: 227}
-SYNCO = Negatives.synco(512)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -74,7 +73,7 @@ def serialised(kernel) -> bool:
     return "serialized" in text
 
 
-def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str) -> int:
+def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str, hard: int) -> int:
     driver.set_active(Target(capability))
     original, seen, failures = JITFunction.run, set(), []
 
@@ -105,7 +104,7 @@ def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str)
         case = f"D={dim} {dtype} {'masked' if masked else 'plain'}"
         q, queue = torch.zeros(256, dim, dtype=dtype), torch.zeros(65536, dim, dtype=dtype)
         ids = {"image_ids": torch.arange(256), "queue_ids": torch.arange(65536)} if masked else {}
-        launch.contrast_and_gradient(q, q, queue, SYNCO, temperature=0.2, seed=3, step=5, **ids)
+        launch.contrast_and_gradient(q, q, queue, Negatives.synco(hard), temperature=0.2, seed=3, step=5, **ids)
     for dtype in DTYPES.values():
         case = f"{dtype}"
         pair = torch.zeros(5000, dtype=dtype), torch.zeros(5000, dtype=dtype)
@@ -126,6 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--overlap", action="store_true", help="programmatic dependent launch")
     parser.add_argument("--plain", action="store_true", help="no mask")
     parser.add_argument("--splits", type=int, help="of the queue; by default as many as an H100 gets")
+    parser.add_argument("--hard", type=int, default=1024, help="N")
     parser.add_argument("--only", default="", help="names of kernels, with commas")
     given = parser.parse_args()
     torch.backends.cuda.matmul.fp32_precision = given.float32
@@ -136,4 +136,4 @@ if __name__ == "__main__":
     if given.wide:
         wide = itertools.product((64, 128, 256, 512), given.dtypes, (True, False))
         cases = [(dim, DTYPES[name], masked) for dim, name, masked in wide]
-    sys.exit(main(given.capability, cases, given.only))
+    sys.exit(main(given.capability, cases, given.only, given.hard))
