@@ -32,7 +32,6 @@ __all__ = [
     "REDUCE_WARPS",
     "SAMPLES",
     "SELECT_PER_WARP",
-    "SELECT_WARPS",
     "TILE",
     "TILES",
     "TILES_OF",
@@ -50,7 +49,6 @@ __all__ = [
     "overlap_of",
     "sampling_of",
     "segments_of",
-    "select_warps",
     "splits_of",
     "table",
     "tile_key",
@@ -67,10 +65,8 @@ CHUNK = 128
 SAMPLES = (2048, 4096)
 #: Programmatic dependent launch (see `overlap.py`). Off: on an H100 it gained nothing.
 OVERLAP = False
-#: Places of the candidate lists for each warp of `select`. On an H100 fewer warps are faster, up to these.
+#: Places of the candidate lists for each warp of `select`: 64 a thread. On an H100 fewer warps are faster, up to these.
 SELECT_PER_WARP = 2048
-#: Warps of `select` where it recomputes similarities, which takes more registers: twice as many, up to these.
-SELECT_WARPS = 8
 #: Keys of the sample for each warp of `rank`.
 RANK_PER_WARP = 512
 #: Warps of `reduce` at D from 65 to 256.
@@ -371,11 +367,3 @@ def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:
     """
     many = next_power_of_2(lists)
     return many, min(next_power_of_2(share), max(2 * capacity // many, 32))
-
-
-def select_warps(places: int, recompute: bool) -> int:
-    """Warps of `select` for lists of this many places in all, and whether it recomputes similarities."""
-    warps = places // SELECT_PER_WARP
-    if recompute:
-        warps = max(warps, min(2 * places // SELECT_PER_WARP, SELECT_WARPS))
-    return max(1, min(warps, 32))

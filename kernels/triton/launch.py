@@ -28,7 +28,6 @@ from synco_fast.kernels.triton.config import (
     overlap_of,
     sampling_of,
     segments_of,
-    select_warps,
     splits_of,
     table,
     unserved,
@@ -261,7 +260,7 @@ def _launch(
                 EVERY=form.every,
                 DEVICE=not interpreted(),
                 **overlap,
-                num_warps=select_warps(many * segment, form.margin > 0),
+                num_warps=max(1, min(many * segment // config.SELECT_PER_WARP, 32)),
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)

@@ -90,11 +90,25 @@ def _places(b_number):
 
 
 # As in the scan, inline assembly keeps the layout: `tl.store` would first move every tensor to another one.
+_NOTE = tl.constexpr(
+    "{ .reg .pred kept; .reg .b64 address; setp.ge.s32 kept, $2, 0; mad.wide.s32 address, $2, 4, $1;"
+    " @kept st.global.b32 [address], $3; mov.b32 $0, $2; }"
+)
 _PUT = tl.constexpr(
     "{ .reg .pred kept; .reg .b64 address; setp.ge.s32 kept, $3, 0; mad.wide.s32 address, $3, 4, $1;"
     " @kept st.global.b32 [address], $4; mad.wide.s32 address, $3, 4, $2; @kept st.global.b32 [address], $5;"
     " mov.b32 $0, $3; }"
 )
+
+
+@triton.jit
+def _note(p_number, b_place, b_number, DEVICE: tl.constexpr):
+    """Store numbers at their places, those at negative places nowhere."""
+    if DEVICE:
+        given = [p_number.to(tl.int64), b_place, b_number]
+        tl.inline_asm_elementwise(_NOTE, "=r,l,r,r", given, dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(p_number + b_place, b_number, b_place >= 0)
 
 
 @triton.jit
@@ -178,7 +192,7 @@ def select(
                 b_near = b_near & ~(b_similarity >= border + margin)
             near = tl.sum(b_near.to(tl.int32))
             p_place += row * CAPACITY
-            tl.store(p_place + _places(b_near.to(tl.int32)), o_found, b_near)
+            _note(p_place, tl.where(b_near, _places(b_near.to(tl.int32)), -1), o_found, DEVICE)
             tl.debug_barrier()
             o_dim = tl.arange(0, DIM)
             m_dim = o_dim < D

@@ -73,3 +73,8 @@ def test_the_selection_stores_at_places_that_are_not_negative(place):
     assert int(returned) == place % 2**32
     expected = {indices + 4 * place: index, similarities + 4 * place: word(similarity)}
     assert memory == (expected if place >= 0 else {})
+    constraints, operands = call_of(select._note)
+    values = {"p_number.to(tl.int64)": indices, "b_place": place, "b_number": index}
+    (returned,), memory = run(select._NOTE.value, constraints, [values[operand] for operand in operands])
+    assert int(returned) == place % 2**32
+    assert memory == ({indices + 4 * place: index} if place >= 0 else {})

@@ -1,4 +1,4 @@
-"""The memory that the launcher asks for beside inputs and outputs, and the warps among which it divides registers."""
+"""The memory that the launcher asks for beside inputs and outputs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,3 @@ def test_scratch_is_small(monkeypatch):
     q, queue = torch.empty(256, 128, dtype=torch.bfloat16), torch.empty(65536, 128, dtype=torch.bfloat16)
     outputs = launch.contrast_and_gradient(q, q, queue, Negatives.synco(), temperature=0.2, seed=3, step=5)
     assert 32 << 20 < sum(asked) - sum(output.nbytes for output in outputs) < 64 << 20
-
-
-def test_warps_of_the_selection():
-    from synco_fast.kernels.triton.config import select_warps
-
-    found = {places: (select_warps(places, False), select_warps(places, True)) for places in (64, 8192, 16384, 32768)}
-    # No more than 64 places a thread. At 8,192, N = 1,024, both are tuned on an H100.
-    assert found == {64: (1, 1), 8192: (4, 8), 16384: (8, 8), 32768: (16, 16)}
