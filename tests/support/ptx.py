@@ -42,6 +42,7 @@ def run(
 
     Raises:
         NotImplementedError: For an instruction, or an argument of one, that is not known here.
+        AssertionError: Two threads, or two instructions, store different words at one address.
     """
     kinds = constraints.split(",")
     outputs = sum(kind.startswith("=") for kind in kinds)
@@ -119,7 +120,9 @@ def _store(operands: str, registers: dict[str, NDArray[Any]], chosen: NDArray[An
     for place, word in enumerate(words.split(",")):
         values = np.broadcast_to(_value(word.strip(), registers), chosen.shape)
         for at, value in zip(registers[address][chosen].tolist(), values[chosen].tolist(), strict=True):
-            memory[at + 4 * place] = value
+            at += 4 * place
+            # On a device either might come last.
+            assert memory.setdefault(at, value) == value, f"two threads store at {at:#x}"
 
 
 def _execute(name: str, numbers: list[Bits], error: float) -> NDArray[Any]:

@@ -87,7 +87,8 @@ def test_nan_is_a_candidate_once_where_several_programs_split_the_columns(make, 
     monkeypatch.setattr(config, "SAMPLES", (65,))
     inputs = make(1, 130, 192)
     assert config.form_of(torch.float32, 192, 0, False).chunk < 192
-    inputs.queue[17] = torch.nan
+    # The same lane finds the most similar key first.
+    inputs.queue[16:18] = torch.stack((inputs.q[0], inputs.q[0] * torch.nan))
     _, index, slow = chosen(monkeypatch, inputs, 9)
     assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 9)[1])
     assert slow == 0
@@ -143,29 +144,38 @@ def test_rows_of_the_slow_path_are_reported(make, monkeypatch, case, hard, expec
         assert launch.contrast_and_gradient(*inputs, negatives, **settings).fallback.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("error", "every"), [(2.0**-9, True), (2.0**-9, False), (2.0**-16, False)])
-def test_similarities_of_few_bits_are_settled_in_float32(make, monkeypatch, error, every):
-    # What the scan found, off by up to `error`, which reorders the keys around the N-th.
-    inputs = make(3, K, 16)
+@pytest.fixture
+def rounding(monkeypatch):
+    """Put an error of up to a bound into what the scan found, which reorders the keys around the N-th."""
     rounded = []
 
-    class Rounding:
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                found = arguments[2]
-                bits = (found >> 32).to(torch.int32)
-                off = bits.view(torch.float32) + (torch.rand(found.shape) * 2 - 1) * error
-                found.copy_((off.view(torch.int32).long() << 32) | (found & 0xFFFFFFFF))
-                rounded.append(1)
-                select[grid](*arguments, **options)
+    def patch(error, every, rank, margin):
+        class Rounding:
+            def __getitem__(self, grid):
+                def launch(*arguments, **options):
+                    found = arguments[2]
+                    bits = (found >> 32).to(torch.int32)
+                    off = bits.view(torch.float32) + (torch.rand(found.shape) * 2 - 1) * error
+                    found.copy_((off.view(torch.int32).long() << 32) | (found & 0xFFFFFFFF))
+                    rounded.append(1)
+                    select[grid](*arguments, **options)
 
-            return launch
+                return launch
 
-    select, form_of = launch.select, launch.form_of
-    form = replace(form_of(torch.float32, 16, 0, False), margin=2 * error, every=every)
-    monkeypatch.setattr(launch, "select", Rounding())
-    monkeypatch.setattr(launch, "form_of", lambda *arguments: form)
-    monkeypatch.setattr(config, "stride_and_rank", lambda length, hard, size: (1, 250))
+        select, form_of = launch.select, launch.form_of
+        form = replace(form_of(torch.float32, 16, 0, False), margin=margin, every=every)
+        monkeypatch.setattr(launch, "select", Rounding())
+        monkeypatch.setattr(launch, "form_of", lambda *arguments: form)
+        monkeypatch.setattr(config, "stride_and_rank", lambda length, hard, size: (1, rank))
+        return rounded
+
+    return patch
+
+
+@pytest.mark.parametrize(("error", "every"), [(2.0**-9, True), (2.0**-9, False), (2.0**-16, False)])
+def test_similarities_of_few_bits_are_settled_in_float32(make, monkeypatch, rounding, error, every):
+    inputs = make(3, K, 16)
+    rounded = rounding(error, every, rank=250, margin=2 * error)
     values, index, slow = chosen(monkeypatch, inputs, 63)
     assert rounded == [1]
     assert slow == 0
@@ -175,6 +185,25 @@ def test_similarities_of_few_bits_are_settled_in_float32(make, monkeypatch, erro
         assert torch.equal(values, expected)
     else:
         torch.testing.assert_close(values, expected, rtol=0, atol=error)
+
+
+def test_a_margin_that_reaches_the_threshold_takes_the_slow_path(make, monkeypatch, rounding):
+    inputs = make(1, 130, 16)
+    rounding(2.0**-5, False, rank=36, margin=2.0**-4)
+    _, index, slow = chosen(monkeypatch, inputs, 32)
+    assert slow == 1
+    assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 32)[1])
+
+
+def test_the_margin_grows_with_the_length_of_the_rows(make, monkeypatch, rounding):
+    inputs = make(1, 130, 16)
+    inputs = inputs._replace(q=4 * inputs.q, k=4 * inputs.k)
+    # Off by far more than the margin of unit rows, and by less than half of that of rows 4 long, whose q.k is 13.4.
+    assert (inputs.q * inputs.k).sum() > 13
+    rounding(0.75, False, rank=120, margin=0.12)
+    _, index, slow = chosen(monkeypatch, inputs, 32)
+    assert slow == 0
+    assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 32)[1])
 
 
 @triton.jit
@@ -216,7 +245,7 @@ NASTY = {
 }
 
 
-@pytest.mark.parametrize("case", NASTY)
+@pytest.mark.parametrize("case", todays(list(NASTY), 5))
 def test_the_search_is_exact_and_ends_on_any_numbers(monkeypatch, case):
     steps = []
     module = sys.modules[_cut.fn.__module__]
