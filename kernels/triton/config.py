@@ -65,8 +65,7 @@ CHUNK = 128
 SAMPLES = (2048, 4096)
 #: Programmatic dependent launch (see `overlap.py`). Off: on an H100 it gained nothing.
 OVERLAP = False
-#: Places of the candidate lists for each warp of `select`, half of them where it recomputes similarities, which takes
-#: more registers. On an H100 fewer warps are faster, up to these.
+#: Places of the candidate lists for each warp of `select`: 64 a thread. On an H100 fewer warps are faster, up to these.
 SELECT_PER_WARP = 2048
 #: Keys of the sample for each warp of `rank`.
 RANK_PER_WARP = 512

@@ -260,7 +260,7 @@ def _launch(
                 EVERY=form.every,
                 DEVICE=not interpreted(),
                 **overlap,
-                num_warps=max(1, min(many * segment // (config.SELECT_PER_WARP >> (form.margin > 0)), 32)),
+                num_warps=max(1, min(many * segment // config.SELECT_PER_WARP, 32)),
             )
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)

@@ -213,9 +213,11 @@ def scan(
                 key = split * tiles * KEYS + o_lane * (turns * SHARE) + tile * SHARE
             else:
                 key = (split * LANES + o_lane) * (tiles * SHARE) + tile * SHARE
-            b_place, b_ranks = keep(
-                p_row, b_similarity, threshold, positive, key, b_place, b_ranks, ROWS, KEYS, LANES, DEVICE
-            )
+            b_own = b_similarity
+            if D > CHUNK:
+                # The other programs' threshold is infinite, which NaN exceeds.
+                b_own = tl.where(chunk == 0, b_similarity, 0.0)
+            b_place, b_ranks = keep(p_row, b_own, threshold, positive, key, b_place, b_ranks, ROWS, KEYS, LANES, DEVICE)
             b_place = tl.minimum(b_place, b_first + (SEGMENT + 1))
         else:
             b_rank += tl.sum((b_similarity > positive[:, None]).to(tl.int32), axis=1)

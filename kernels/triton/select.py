@@ -49,7 +49,8 @@ def _cut(b_order, needed, low, high, reached):
 
     The logarithm of the count falls about linearly near the threshold. Each step interpolates it between the bounds by
     the Illinois method (Dowell and Jarratt 1971): where a bound stays a second time, the distance of its logarithm is
-    halved. Every eighth step bisects, which bounds the number of steps.
+    halved. The eighth step bisects, and so do the sixteenth and all later ones: two halvings of at most 2^32 integers,
+    and then 31, so that no input takes more than 48 steps. Among equal numbers interpolation converges slowly.
 
     Returns the integer, and how many numbers are at or above it.
     """
@@ -61,7 +62,7 @@ def _cut(b_order, needed, low, high, reached):
     below = target + 1
     while (low < high) & (reached != needed):
         span = (high - low).to(tl.uint32, bitcast=True)
-        share = tl.where(step % 8 == 7, 0.5, above / (above + below))
+        share = tl.where((step == 7) | (step > 14), 0.5, above / (above + below))
         # At most 2^31: a larger share of a whole span, rounded up, would not fit into uint32.
         ahead = tl.minimum(share * span.to(tl.float32), 2147483648.0).to(tl.uint32)
         middle = low + tl.minimum(tl.maximum(ahead, 1), span).to(tl.int32, bitcast=True)
@@ -89,15 +90,28 @@ def _places(b_number):
 
 
 # As in the scan, inline assembly keeps the layout: `tl.store` would first move every tensor to another one.
+_NOTE = tl.constexpr(
+    "{ .reg .pred kept; .reg .b64 address; setp.ge.s32 kept, $2, 0; mad.wide.s32 address, $2, 4, $1;"
+    " @kept st.global.b32 [address], $3; mov.b32 $0, $2; }"
+)
 _PUT = tl.constexpr(
     "{ .reg .pred kept; .reg .b64 address; setp.ge.s32 kept, $3, 0; mad.wide.s32 address, $3, 4, $1;"
     " @kept st.global.b32 [address], $4; mad.wide.s32 address, $3, 4, $2; @kept st.global.b32 [address], $5;"
     " mov.b32 $0, $3; }"
 )
 
-
-#: Minus infinity in the high word.
+#: A place without a candidate: a similarity of minus infinity, which exceeds no threshold.
 _NONE = tl.constexpr(-(0x00800000 << 32))
+
+
+@triton.jit
+def _note(p_number, b_place, b_number, DEVICE: tl.constexpr):
+    """Store numbers at their places, those at negative places nowhere."""
+    if DEVICE:
+        given = [p_number.to(tl.int64), b_place, b_number]
+        tl.inline_asm_elementwise(_NOTE, "=r,l,r,r", given, dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        tl.store(p_number + b_place, b_number, b_place >= 0)
 
 
 @triton.jit
@@ -155,14 +169,13 @@ def select(
     needed = tl.minimum(available, N)
     o_list = tl.arange(0, LISTS)
     b_count = tl.load(p_count + row * lists + o_list, o_list < lists, 0)
-    # All is read before anything is added up between threads, also for a row that turns out to be flagged: behind the
-    # sums the program would wait once more.
+    # Read before anything is added up between threads, so that the program waits once. A selection by m_all behind the
+    # read would keep the predicates, of which a thread has seven, and make ptxas wait for one load after another.
     threshold = tl.load(p_threshold + row)
     o_place = tl.arange(0, SEGMENT)
     m_all = o_place[None, :] < b_count[:, None]
     p_found += row * room
     o_found = o_list[:, None] * SEGMENT + o_place[None, :]
-    # No candidate: a similarity of -inf, which exceeds no threshold.
     b_found = tl.load(p_found + o_found, m_all, _NONE)
     b_order = ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True))
     total = tl.sum(b_count)
@@ -181,11 +194,9 @@ def select(
             b_near = m_all & ~(b_similarity < border - margin)
             if not EVERY:
                 b_near = b_near & ~(b_similarity >= border + margin)
-            b_place = _places(b_near.to(tl.int32))
             near = tl.sum(b_near.to(tl.int32))
             p_place += row * CAPACITY
-            b_found = tl.load(p_found + o_found, b_near, 0)
-            tl.store(p_place + b_place, (b_found & 0xFFFFFFFF).to(tl.int32), b_near)
+            _note(p_place, tl.where(b_near, _places(b_near.to(tl.int32)), -1), o_found, DEVICE)
             tl.debug_barrier()
             o_dim = tl.arange(0, DIM)
             m_dim = o_dim < D
@@ -193,20 +204,20 @@ def select(
             for start in range(0, near, KEYS):
                 o_near = start + tl.arange(0, KEYS)
                 m_near = o_near < near
-                key = tl.load(p_place + o_near, m_near, 0).to(tl.int64)
+                p_near = p_found + tl.load(p_place + o_near, m_near, 0)
+                key = tl.load(p_near, m_near, 0) & 0xFFFFFFFF
                 m_n = m_near[:, None] & m_dim[None, :]
                 n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_n, 0).to(tl.float32)
                 exact = tl.sum(n * q[None, :], axis=1).to(tl.int32, bitcast=True)
-                tl.store(p_place + o_near, exact, m_near)
+                tl.store(p_near, (exact.to(tl.int64) << 32) | key, m_near)
             tl.debug_barrier()
-            b_similarity = tl.load(p_place + b_place, b_near, b_similarity.to(tl.int32, bitcast=True))
-            b_similarity = b_similarity.to(tl.float32, bitcast=True)
-            # Keys above the margin are chosen in any case.
-            sure = tl.where(m_all & ~(b_similarity < border - margin), 0x7FFFFFFF, -(2**31))
-            b_order = tl.where(b_near, ordered(b_similarity), sure)
-            total = tl.sum((b_order > -(2**31)).to(tl.int32))
-            lowest = tl.min(tl.where(b_near, b_order, 0x7FFFFFFF))
-            last, reached = _cut(b_order, needed, lowest, tl.max(b_order), total)
+            # Read all once more: there are no registers that could hold them meanwhile. Keys above the margin are not
+            # recomputed. Nothing that belongs behind the N-th comes before them: it is below the margin's middle plus
+            # the error of a similarity, and they are above that.
+            b_found = tl.load(p_found + o_found, m_all, 0)
+            b_order = tl.where(m_all, ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)), -(2**31))
+            low = tl.min(tl.where(m_all, b_order, 0x7FFFFFFF))
+            last, reached = _cut(b_order, needed, low, tl.max(b_order), total)
         b_chosen = (b_order >= last).to(tl.int32)
         if reached != needed:
             b_tie = (b_order == last).to(tl.int32)
@@ -220,8 +231,7 @@ def select(
         # programs at a time.
         b_found = tl.load(p_found + o_found, b_chosen == 1, 0)
         b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
-        if MARGIN == 0:
-            b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         _put(p_hard_index, p_hard, b_to, b_index, b_similarity, DEVICE)
         if MASKED:
             o_all = tl.arange(0, CAPACITY)

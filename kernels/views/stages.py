@@ -149,7 +149,8 @@ def crop(
     view, block = tl.program_id(0), tl.program_id(1)
     o_pixel = block * BLOCK + tl.arange(0, BLOCK)
     m_pixel = o_pixel < PIXELS
-    image = tl.load(p_images + view % IMAGES)
+    # Twice an index may not fit into its own dtype.
+    image = tl.load(p_images + view % IMAGES).to(tl.int64)
     p_words += view.to(tl.int64) * _WORDS
     height, width = tl.load(p_sizes + 2 * image), tl.load(p_sizes + 2 * image + 1)
     p_image = p_pixels + tl.load(p_offsets + image)

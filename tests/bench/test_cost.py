@@ -247,7 +247,7 @@ def searches(order, low, high, needed):
     target = log2(needed + 0.5)
     above, below = log2(reached + 0.5) - target, target + 1
     while low < high and reached != needed:
-        share = 0.5 if steps % 8 == 7 else above / (above + below)
+        share = 0.5 if steps == 7 or steps > 14 else above / (above + below)
         middle = low + min(max(int(share * (high - low)), 1), high - low)
         count, steps = int((order >= middle).sum()), steps + 1
         distance, moved = log2(count + 0.5) - target, 1 if count >= needed else -1

@@ -14,6 +14,9 @@ LOSS = (*INTERPRETED, "tests/kernels/triton/interpreted/check_loss.py")
 SELECTION = (*INTERPRETED, "tests/kernels/triton/interpreted/check_selection.py")
 FULL = (*INTERPRETED, "tests/kernels/triton/interpreted/check_full_select.py")
 FORMATS = (*INTERPRETED, "tests/kernels/triton/interpreted/check_formats.py")
+ASSEMBLY = (*INTERPRETED, "tests/kernels/triton/interpreted/check_assembly.py")
+MOMENTUM = (*INTERPRETED, "tests/kernels/triton/interpreted/check_momentum.py")
+VIEWS = (*INTERPRETED, "tests/kernels/views/interpreted/check_views.py")
 KERNEL_EDGES = (*INTERPRETED, "tests/kernels/triton/interpreted/check_edges.py")
 
 
@@ -414,5 +417,101 @@ BREAKS = (
         "with torch.no_grad():",
         LOSS,
         "device_of_q",
+    ),
+    Break(
+        "draws on a device: the cosine of the angle is its sine",
+        "kernels/triton/philox.py",
+        '"cos.approx.ftz.f32',
+        '"sin.approx.ftz.f32',
+        ASSEMBLY,
+        "parts",
+    ),
+    Break(
+        "draws on a device: near 1 the logarithm is that of the special function unit",
+        "kernels/triton/philox.py",
+        "below < 0.015625",
+        "below < 0.0",
+        ASSEMBLY,
+        "parts",
+    ),
+    Break(
+        "draws on a device: the logarithm to base 2 is taken for the natural one",
+        "kernels/triton/philox.py",
+        "square * -1.3862944",
+        "square * -2.0",
+        ASSEMBLY,
+        "parts",
+    ),
+    Break(
+        "kernels: the search for the N-th interpolates to its end",
+        "kernels/triton/select.py",
+        "(step == 7) | (step > 14)",
+        "step == 7",
+        SELECTION,
+        "search",
+    ),
+    Break(
+        "kernels: recomputed similarities are not kept",
+        "kernels/triton/select.py",
+        "(exact.to(tl.int64) << 32) | key",
+        "tl.load(p_near, m_near, 0)",
+        SELECTION,
+        "few_bits",
+    ),
+    Break(
+        "kernels: a margin that reaches the threshold is not noticed",
+        "kernels/triton/select.py",
+        "~(border - margin > threshold)",
+        "(border != border)",
+        SELECTION,
+        "reaches_the_threshold",
+    ),
+    Break(
+        "kernels: the margin is that of unit rows",
+        "kernels/triton/select.py",
+        "MARGIN * tl.maximum(1, tl.load(p_shift + row))",
+        "MARGIN",
+        SELECTION,
+        "length_of_the_rows",
+    ),
+    Break(
+        "kernels: keys that need no recomputation are noted as well",
+        "kernels/triton/select.py",
+        "tl.where(b_near, _places(b_near.to(tl.int32)), -1)",
+        "_places(b_near.to(tl.int32))",
+        ASSEMBLY,
+        "loss",
+    ),
+    Break(
+        "kernels: programs of further columns store NaN keys, too",
+        "kernels/triton/scan.py",
+        "tl.where(chunk == 0, b_similarity, 0.0)",
+        "b_similarity",
+        SELECTION,
+        "several_programs",
+    ),
+    Break(
+        "views: twice an image's index has the index's dtype",
+        "kernels/views/stages.py",
+        " % IMAGES).to(tl.int64)",
+        " % IMAGES)",
+        VIEWS,
+        "any_dtype",
+    ),
+    Break(
+        "views: a view is only smaller than its crop",
+        "kernels/views/stages.py",
+        "reach_y, reach_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)",
+        "reach_y, reach_x = scale_y, scale_x",
+        VIEWS,
+        "two_views",
+    ),
+    Break(
+        "momentum: the last block of a tensor is whole",
+        "kernels/triton/momentum.py",
+        "start + BLOCK <= size",
+        "start <= size",
+        MOMENTUM,
+        "nothing_else",
     ),
 )

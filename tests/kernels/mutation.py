@@ -43,7 +43,7 @@ def noticed(broken: Break) -> bool:
         copy = Path(name)
         package = copy_package(copy)
         ignore = shutil.ignore_patterns("__pycache__")
-        for folder in ("kernels", "support"):
+        for folder in ("kernels", "data", "support"):
             shutil.copytree(ROOT / "tests" / folder, copy / "tests" / folder, ignore=ignore)
         shutil.copy(ROOT / "pyproject.toml", copy)
         file = package / broken.file

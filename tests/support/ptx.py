@@ -1,39 +1,54 @@
-"""Runs the few PTX instructions of the kernels' inline assembly on Python numbers.
+"""Runs the few PTX instructions of the kernels' inline assembly on arrays.
 
-Triton's interpreter cannot run assembly, so without a GPU this is its only test.
+Triton's interpreter has no assembly: without a GPU this is its only test. `interpreted` gives it to the interpreter.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["run"]
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
+__all__ = ["COSINE_ERROR", "LOG2_ERROR", "interpreted", "run"]
+
+#: Largest errors by the PTX ISA (9.1). Of sin.approx and cos.approx between -2 pi and 2 pi, absolute.
+COSINE_ERROR = 2.0**-20.5
+#: Of lg2.approx: absolute between 1/2 and 2, relative elsewhere.
+LOG2_ERROR = 2.0**-22
+
+Bits = NDArray[np.uint64]
 _STATEMENT = re.compile(r"(?:@(\w+)\s+)?([\w.]+)\s+(.*)")
+_WORD = np.uint64(0xFFFFFFFF)
 
 
-def run(assembly: str, constraints: str, inputs: Sequence[float]) -> tuple[list[int], dict[int, int]]:
-    """Run inline assembly for one thread.
+def run(
+    assembly: str, constraints: str, inputs: Sequence[ArrayLike], error: float = 0
+) -> tuple[list[Bits], dict[int, int]]:
+    """Run inline assembly, one thread for each element.
 
     Args:
         assembly: Its text, with $0, $1, ... for outputs and then inputs.
         constraints: Of each operand: r (32 bits), l (64 bits) and f (float32); outputs begin with "=".
-        inputs: Values of the inputs.
+        inputs: Values of the inputs, numbers or arrays that broadcast.
+        error: Error of an approximate instruction, from -1 to 1 times the largest that the PTX ISA allows.
 
     Returns:
-        The outputs as unsigned numbers, and the stored words of 32 bits by address.
+        The bits of the outputs, in the common shape, and the stored words of 32 bits by address.
 
     Raises:
-        NotImplementedError: For an instruction that is not known here.
+        NotImplementedError: For an instruction, or an argument of one, that is not known here.
+        AssertionError: Two threads, or two instructions, store different words at one address.
     """
     kinds = constraints.split(",")
     outputs = sum(kind.startswith("=") for kind in kinds)
-    registers: dict[str, int] = {}
-    for number, value in enumerate(inputs, outputs):
-        wide = kinds[number] == "l"
-        registers[f"${number}"] = _bits(value) if kinds[number] == "f" else int(value) % (1 << (64 if wide else 32))
+    assert len(kinds) == outputs + len(inputs), f"{len(inputs)} inputs for {constraints}"
+    given = np.broadcast_arrays(*(_given(kind, value) for kind, value in zip(kinds[outputs:], inputs, strict=True)))
+    registers: dict[str, NDArray[Any]] = {f"${number}": value for number, value in enumerate(given, outputs)}
     memory: dict[int, int] = {}
     for statement in assembly.strip().strip("{}").split(";"):
         text = statement.strip()
@@ -42,48 +57,131 @@ def run(assembly: str, constraints: str, inputs: Sequence[float]) -> tuple[list[
         found = _STATEMENT.fullmatch(text)
         assert found, text
         predicate, name, operands = found.groups()
-        if predicate is None or registers[predicate]:
-            _execute(name, operands, registers, memory)
-    return [registers[f"${number}"] for number in range(outputs)], memory
+        chosen = np.ones(given[0].shape, bool) if predicate is None else registers[predicate]
+        if name in ("st.global.b32", "st.global.v2.b32"):
+            _store(operands, registers, chosen, memory)
+            continue
+        target, *sources = (operand.strip() for operand in operands.split(","))
+        value = _execute(name, [_value(source, registers) for source in sources], error)
+        registers[target] = value if predicate is None else np.where(chosen, value, registers[target])
+    return [np.broadcast_to(registers[f"${number}"], given[0].shape) for number in range(outputs)], memory
 
 
-def _execute(name: str, operands: str, registers: dict[str, int], memory: dict[int, int]) -> None:
-    def value(operand: str) -> int:
-        return int(operand) % (1 << 32) if operand.lstrip("-").isdigit() else registers[operand]
+@contextmanager
+def interpreted(error: float = 0) -> Iterator[list[str]]:
+    """Triton's interpreter with inline assembly, ``error`` as in `run`. Gives a list of the texts that it ran."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    if name in ("st.global.b32", "st.global.v2.b32"):
-        address, words = re.fullmatch(r"\[(.*?)\]\s*,\s*\{?(.*?)\}?", operands).groups()
-        for place, word in enumerate(words.split(",")):
-            memory[value(address) + 4 * place] = value(word.strip())
-        return
-    target, *given = (operand.strip() for operand in operands.split(","))
-    numbers = [value(operand) for operand in given]
-    match name:
-        case "mov.b32":
-            registers[target] = numbers[0]
-        case "add.u32":
-            registers[target] = (numbers[0] + numbers[1]) % (1 << 32)
-        case "mad.wide.u32":
-            registers[target] = (numbers[0] * numbers[1] + numbers[2]) % (1 << 64)
-        case "mad.wide.s32":
-            registers[target] = (_signed(numbers[0]) * _signed(numbers[1]) + numbers[2]) % (1 << 64)
-        case "setp.gt.f32":
-            registers[target] = _float(numbers[0]) > _float(numbers[1])
-        case "setp.gtu.f32":  # also true where either is NaN
-            registers[target] = not _float(numbers[0]) <= _float(numbers[1])
-        case "setp.ge.s32":
-            registers[target] = _signed(numbers[0]) >= _signed(numbers[1])
-        case _:
-            raise NotImplementedError(name)
+    ran: list[str] = []
 
+    class Call:
+        """What Triton asks for the outputs of a call."""
 
-def _bits(number: float) -> int:
-    return int(struct.unpack("<I", struct.pack("<f", number))[0])
+        def __init__(self, outputs: list[TensorHandle]) -> None:
+            self.get_result = outputs.__getitem__
 
+    def create(
+        _: InterpreterBuilder, assembly: str, constraints: str, values: list[TensorHandle], types: list[Any], *__: Any
+    ) -> Call:
+        ran.append(assembly)
+        outputs, memory = run(assembly, constraints, [value.data for value in values], error)
+        for address, word in memory.items():
+            ctypes.c_uint32.from_address(address).value = word
+        elements = [getattr(one, "element_ty", one) for one in types]
+        kinds = [np.float32 if element.is_floating() else np.int32 for element in elements]
+        words = [output.astype(np.uint32).view(kind) for output, kind in zip(outputs, kinds, strict=True)]
+        return Call([TensorHandle(word, element) for word, element in zip(words, elements, strict=True)])
 
-def _float(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+    original = InterpreterBuilder.create_inline_asm
+    InterpreterBuilder.create_inline_asm = create
+    try:
+        yield ran
+    finally:
+        InterpreterBuilder.create_inline_asm = original
 
 
-def _signed(bits: int) -> int:
-    return bits - (1 << 32) if bits >> 31 else bits
+def _given(kind: str, value: ArrayLike) -> Bits:
+    """The bits of an input."""
+    if kind == "f":
+        return _bits(np.asarray(value, np.float64))
+    return np.asarray(value).astype(np.int64).view(np.uint64) & (_WORD if kind == "r" else ~np.uint64(0))
+
+
+def _value(operand: str, registers: dict[str, NDArray[Any]]) -> Bits:
+    if operand.lstrip("-").isdigit():
+        return np.asarray(int(operand) % (1 << 32), np.uint64)
+    return registers[operand]
+
+
+def _store(operands: str, registers: dict[str, NDArray[Any]], chosen: NDArray[Any], memory: dict[int, int]) -> None:
+    found = re.fullmatch(r"\[(.*?)\]\s*,\s*\{?(.*?)\}?", operands)
+    assert found, operands
+    address, words = found.groups()
+    for place, word in enumerate(words.split(",")):
+        values = np.broadcast_to(_value(word.strip(), registers), chosen.shape)
+        for at, value in zip(registers[address][chosen].tolist(), values[chosen].tolist(), strict=True):
+            at += 4 * place
+            # On a device either might come last.
+            assert memory.setdefault(at, value) == value, f"two threads store at {at:#x}"
+
+
+def _execute(name: str, numbers: list[Bits], error: float) -> NDArray[Any]:
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        match name:
+            case "mov.b32":
+                return numbers[0]
+            case "add.u32":
+                return (numbers[0] + numbers[1]) & _WORD
+            case "mad.wide.u32":
+                return numbers[0] * numbers[1] + numbers[2]
+            case "mad.wide.s32":
+                return (_signed(numbers[0]) * _signed(numbers[1])).view(np.uint64) + numbers[2]
+            case "setp.gt.f32":
+                return _float(numbers[0]) > _float(numbers[1])
+            case "setp.gtu.f32":  # also true where either is NaN
+                return ~(_float(numbers[0]) <= _float(numbers[1]))
+            case "setp.ge.s32":
+                return _signed(numbers[0]) >= _signed(numbers[1])
+            case "sin.approx.ftz.f32":
+                return _approximate(_circular(np.sin), numbers[0], error)
+            case "cos.approx.ftz.f32":
+                return _approximate(_circular(np.cos), numbers[0], error)
+            case "lg2.approx.ftz.f32":
+                return _approximate(_log2, numbers[0], error)
+    raise NotImplementedError(name)
+
+
+def _approximate(function: Callable[[Any, float], Any], number: Bits, error: float) -> Bits:
+    """A function of float32 numbers, with subnormal inputs and results flushed to zero."""
+    return _bits(_flushed(function(_flushed(_float(number)), error).astype(np.float32).astype(np.float64)))
+
+
+def _circular(function: Callable[[Any], Any]) -> Callable[[Any, float], Any]:
+    def at(x: Any, error: float) -> Any:
+        if (np.abs(x[np.isfinite(x)]) > 2 * np.pi).any():
+            raise NotImplementedError("an angle beyond 2 pi")
+        # The sine of zero is zero, with its sign.
+        return np.where(x == 0, function(x), function(x) + error * COSINE_ERROR)
+
+    return at
+
+
+def _log2(x: Any, error: float) -> Any:
+    exact = np.log2(x)
+    return exact + error * LOG2_ERROR * np.where((x > 0.5) & (x < 2), 1, np.where(np.isfinite(exact), abs(exact), 0))
+
+
+def _flushed(x: Any) -> Any:
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(0.0, x), x)
+
+
+def _bits(number: NDArray[Any]) -> Bits:
+    return np.asarray(number).astype(np.float32).view(np.uint32).astype(np.uint64)
+
+
+def _float(bits: Bits) -> Any:
+    return np.asarray(bits).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def _signed(bits: Bits) -> Any:
+    return np.asarray(bits).astype(np.uint32).view(np.int32).astype(np.int64)

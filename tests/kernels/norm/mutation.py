@@ -1,4 +1,4 @@
-"""Break the batch norm in sixteen ways, one at a time, and see that the tests catch each.
+"""Break the batch norm in seventeen ways, one at a time, and see that the tests catch each.
 
 Works on a copy of the folders, never on this one:
 
@@ -80,6 +80,14 @@ BREAKS = (
         "share = part / part",
         KERNELS,
         "test_groups",
+    ),
+    Break(
+        "statistics: every program counts the batch",
+        f"{TRITON}/statistics.py",
+        "tl.load(p_tracked) + 1, first)",
+        "tl.load(p_tracked) + 1)",
+        KERNELS,
+        "cumulative",
     ),
     Break(
         "apply: the ReLU turns NaN into 0",

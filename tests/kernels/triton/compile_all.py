@@ -1,6 +1,6 @@
 """Run the launcher with launches replaced by compilations for one target; print what each kernel uses.
 
-Usage: python compile_all.py CAPABILITY [--wide] [--dims 64 128] [--dtypes bfloat16] [--only scan]
+Usage: python compile_all.py CAPABILITY [--wide] [--dims 64 128] [--dtypes bfloat16] [--hard 1024] [--only scan]
 
 CAPABILITY is 80, 90 or 100. Alone it compiles D = 128 with a mask in three dtypes; with --wide the widths 64, 128, 256
 and 512, with and without a mask. The exit code is 1 where a kernel spills, needs more shared memory than there is, or
@@ -28,7 +28,6 @@ from synco_fast.kernels.triton import config, launch, momentum
 from tests.support.compiled import resources
 
 LIMIT = {80: 163, 90: 227, 100: 227}
-SYNCO = Negatives.synco(512)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -47,7 +46,7 @@ def serialised(kernel) -> bool:
     return "serialized" in text
 
 
-def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str) -> int:
+def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str, hard: int) -> int:
     original, seen, failures = JITFunction.run, set(), []
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -78,7 +77,7 @@ def main(capability: int, cases: list[tuple[int, torch.dtype, bool]], only: str)
             case = f"D={dim} {dtype} {'masked' if masked else 'plain'}"
             q, queue = torch.zeros(256, dim, dtype=dtype), torch.zeros(65536, dim, dtype=dtype)
             ids = {"image_ids": torch.arange(256), "queue_ids": torch.arange(65536)} if masked else {}
-            launch.contrast_and_gradient(q, q, queue, SYNCO, temperature=0.2, seed=3, step=5, **ids)
+            launch.contrast_and_gradient(q, q, queue, Negatives.synco(hard), temperature=0.2, seed=3, step=5, **ids)
         for dtype in DTYPES.values():
             case = f"{dtype}"
             pair = torch.zeros(5000, dtype=dtype), torch.zeros(5000, dtype=dtype)
@@ -99,6 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("--overlap", action="store_true", help="programmatic dependent launch")
     parser.add_argument("--plain", action="store_true", help="no mask")
     parser.add_argument("--splits", type=int, help="of the queue; by default as many as an H100 gets")
+    parser.add_argument("--hard", type=int, default=1024, help="N")
     parser.add_argument("--only", default="", help="names of kernels, with commas")
     given = parser.parse_args()
     torch.backends.cuda.matmul.fp32_precision = given.float32
@@ -109,4 +109,4 @@ if __name__ == "__main__":
     if given.wide:
         wide = itertools.product((64, 128, 256, 512), given.dtypes, (True, False))
         cases = [(dim, DTYPES[name], masked) for dim, name, masked in wide]
-    sys.exit(main(given.capability, cases, given.only))
+    sys.exit(main(given.capability, cases, given.only, given.hard))

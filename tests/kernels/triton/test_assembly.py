@@ -53,7 +53,7 @@ def test_the_scan_keeps_what_is_not_at_most_the_threshold():
         }
         outputs, memory = run(scan._KEEP.value, constraints, [values[operand] for operand in operands])
         kept = not similarity <= threshold
-        assert outputs == [place + kept, rank + (similarity > positive)]
+        assert [int(output) for output in outputs] == [place + kept, rank + (similarity > positive)]
         address = base + 8 * place
         assert memory == ({address: key, address + 4: word(similarity)} if kept else {})
 
@@ -70,6 +70,11 @@ def test_the_selection_stores_at_places_that_are_not_negative(place):
         "b_similarity": similarity,
     }
     (returned,), memory = run(select._PUT.value, constraints, [values[operand] for operand in operands])
-    assert returned == place % 2**32
+    assert int(returned) == place % 2**32
     expected = {indices + 4 * place: index, similarities + 4 * place: word(similarity)}
     assert memory == (expected if place >= 0 else {})
+    constraints, operands = call_of(select._note)
+    values = {"p_number.to(tl.int64)": indices, "b_place": place, "b_number": index}
+    (returned,), memory = run(select._NOTE.value, constraints, [values[operand] for operand in operands])
+    assert int(returned) == place % 2**32
+    assert memory == ({indices + 4 * place: index} if place >= 0 else {})

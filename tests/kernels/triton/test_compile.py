@@ -66,6 +66,15 @@ def test_the_three_products_of_float32_without_a_mask():
 
 
 @pytest.mark.slow
+@in_turn(2, 3)
+def test_the_selection_of_float32_where_candidates_fill_half_the_registers():
+    # 16,384 places, as for every N from 1,500 to 6,000 or so at K = 65,536.
+    for setting in ("none", "tf32"):
+        (line,) = compiled("90", "--dtypes", "float32", "--float32", setting, "--hard", "4096", "--only", "select")
+        assert "stack 0 local 0 " in line
+
+
+@pytest.mark.slow
 def test_the_switch_for_overlapping_launches_reaches_the_kernels():
     chain = {"sample", "rank", "scan", "select", "reduce"}
     lines = compiled("90", "--dtypes", "bfloat16", "--overlap", "--only", ",".join(chain))

@@ -287,3 +287,18 @@ def test_a_second_derivative_is_refused():
     y = batch_norm(x, weight, bias, torch.zeros(8), torch.ones(8), groups=2, backend="triton")
     with pytest.raises(RuntimeError, match="first derivative only"):
         torch.autograd.grad(y.square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_residual_and_gradient_of_any_layout(relu):
+    x, weight, bias, residual = inputs((4, 12, 3, 5), torch.float32)
+    given = torch.arange(5.0).expand_as(x)
+    leaves = x.requires_grad_(), residual.requires_grad_()
+
+    def results(residual, gradient):
+        y = batch_norm(x, weight, bias, None, None, residual=residual, relu=relu, groups=2, backend="triton")
+        return y, *torch.autograd.grad(y, leaves, gradient)
+
+    expected = results(residual, given.contiguous(memory_format=torch.channels_last))
+    for one, other in zip(results(residual.contiguous(), given), expected, strict=True):
+        assert torch.equal(one, other)

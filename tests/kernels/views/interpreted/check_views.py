@@ -97,6 +97,27 @@ def test_two_views_of_images_of_any_size_are_those_of_the_pipeline(seed, monkeyp
     assert_near(*two_views(images, seed=seed))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_an_image_has_its_own_size_by_an_index_of_any_dtype(dtype, monkeypatch):
+    monkeypatch.setattr(launch, "_BLOCK", 16)
+    number = min(torch.iinfo(dtype).max, 20_000)
+    # One column of four black pixels, then all white. Every other image is a row, which would mix the two.
+    pixels, offsets = torch.tensor([0] * 12 + [255] * 36, dtype=torch.uint8), torch.zeros(number + 1, dtype=torch.int64)
+    sizes = torch.tensor([[1, 4]]).repeat(number + 1, 1)
+    sizes[number] = torch.tensor([4, 1])
+    whole = draw_views(
+        RECIPE, seed=0, epoch=0, images=np.zeros(1, np.int64), views=np.zeros(1, np.int64), sizes=np.array([[4, 1]])
+    )
+    parameters = tensors(whole) | {
+        "crop": torch.tensor([[0, 0, 4, 1]]),
+        "factors": torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
+        "sigma": torch.zeros(1),
+        "solarize": torch.zeros(1, dtype=torch.bool),
+    }
+    found = make_views(pixels, offsets, sizes, torch.tensor([number], dtype=dtype), parameters, size=4)
+    assert not found.any()
+
+
 def test_planes_and_single_channels(monkeypatch):
     monkeypatch.setattr(launch, "_BLOCK", 1024)
     images = [photo(40, 30, 1), photo(25, 33, 2)]
