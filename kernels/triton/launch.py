@@ -255,7 +255,8 @@ def _launch(
                 CAPACITY=capacity,
                 MASKED=masked,
                 **dims,
-                KEYS=max(1, 4096 // wide),
+                # Of scans in three products one key or two are near the N-th.
+                KEYS=max(1, (4096 if form.every else 1024) // wide),
                 MARGIN=form.margin,
                 EVERY=form.every,
                 DEVICE=not interpreted(),

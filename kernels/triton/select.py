@@ -100,8 +100,9 @@ _PUT = tl.constexpr(
     " mov.b32 $0, $3; }"
 )
 
-#: A place without a candidate: a similarity of minus infinity, which exceeds no threshold.
+#: A place without a candidate: a similarity of minus infinity, which exceeds no threshold. And its place in the order.
 _NONE = tl.constexpr(-(0x00800000 << 32))
+_LAST = tl.constexpr(-0x7F800001)
 
 
 @triton.jit
@@ -191,7 +192,7 @@ def select(
             flag = (total < available) & ~(border - margin > threshold)
             tl.store(p_flag + row, flag.to(tl.int32))
             b_similarity = unordered(b_order)
-            b_near = m_all & ~(b_similarity < border - margin)
+            b_near = (b_order > _LAST) & ~(b_similarity < border - margin)
             if not EVERY:
                 b_near = b_near & ~(b_similarity >= border + margin)
             near = tl.sum(b_near.to(tl.int32))
@@ -203,21 +204,25 @@ def select(
             q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
             for start in range(0, near, KEYS):
                 o_near = start + tl.arange(0, KEYS)
-                m_near = o_near < near
-                p_near = p_found + tl.load(p_place + o_near, m_near, 0)
-                key = tl.load(p_near, m_near, 0) & 0xFFFFFFFF
-                m_n = m_near[:, None] & m_dim[None, :]
-                n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_n, 0).to(tl.float32)
-                exact = tl.sum(n * q[None, :], axis=1).to(tl.int32, bitcast=True)
-                tl.store(p_near, (exact.to(tl.int64) << 32) | key, m_near)
+                # Beyond the last, the last again: masks would make ptxas wait for one load after another.
+                p_near = p_found + tl.load(p_place + tl.minimum(o_near, near - 1))
+                key = tl.load(p_near) & 0xFFFFFFFF
+                n = tl.load(p_queue + key[:, None] * D + o_dim[None, :], m_dim[None, :], 0).to(tl.float32)
+                exact = tl.sum(n * q[None, :], axis=1)
+                exact = tl.where(exact == float("-inf"), -3.4028235e38, exact).to(tl.int32, bitcast=True)
+                tl.store(p_near, (exact.to(tl.int64) << 32) | key, o_near < near)
             tl.debug_barrier()
             # Read all once more: there are no registers that could hold them meanwhile. Keys above the margin are not
             # recomputed. Nothing that belongs behind the N-th comes before them: it is below the margin's middle plus
-            # the error of a similarity, and they are above that.
-            b_found = tl.load(p_found + o_found, m_all, 0)
-            b_order = tl.where(m_all, ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)), -(2**31))
-            low = tl.min(tl.where(m_all, b_order, 0x7FFFFFFF))
-            last, reached = _cut(b_order, needed, low, tl.max(b_order), total)
+            # the error of a similarity, and they are above that. So N of them are still above the margin's lower end,
+            # where that is a number.
+            b_found = tl.load(p_found + o_found, m_all, _NONE)
+            b_order = ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+            low = ordered(border - margin)
+            reached = tl.sum((b_order >= low).to(tl.int32))
+            low = tl.where(reached < needed, _LAST + 1, low)
+            reached = tl.where(reached < needed, total, reached)
+            last, reached = _cut(b_order, needed, low, tl.max(b_order), reached)
         b_chosen = (b_order >= last).to(tl.int32)
         if reached != needed:
             b_tie = (b_order == last).to(tl.int32)
