@@ -297,6 +297,19 @@ CEILINGS = {
 }
 
 
+#: The same launches' waits for loads, one after another. Those of `mix` include three that find q in the L1 cache.
+WAITS = {
+    "sample": 2.2,
+    "rank": 1.4,
+    "scan": 2,
+    "select": 3.5,
+    "fill": 2.2,
+    "choose": 1.4,
+    "mix": 5.5,
+    "reduce": 3.3,
+}
+
+
 @pytest.mark.slow
 @in_turn(2, 3)
 def test_no_launch_costs_more_than_its_ceiling(tmp_path):
@@ -323,10 +336,11 @@ def test_no_launch_costs_more_than_its_ceiling(tmp_path):
         if launches[name]["instructions"] > 1e6 * ceiling
     }
     assert not above
+    assert not {name: launches[name]["waits"] for name, most in WAITS.items() if launches[name]["waits"] > most}
     assert found["total"]["instructions"] < 30e6
     assert found["total"]["used"] < 170e6
     assert found["total"]["l2"] < 199e6
-    assert found["total"]["microseconds"] < 84
+    assert found["total"]["microseconds"] < 80
     assert not [name for name, launch in launches.items() if launch["spilled"]]
     assert not [launch["assumed"] for launch in found["launches"] if launch["assumed"]], "every branch is known"
     # The two products, each of 2 B K D operations.

@@ -58,6 +58,7 @@ COLUMNS = {
     "MB used": ("used", 1e6),
     "MB in sectors": ("l2", 1e6),
     "us": ("microseconds", 1),
+    "waits": ("waits", 1),
 }
 
 
@@ -105,16 +106,16 @@ ROWS = {
 
 def test_the_page_of_the_kernels():
     before, now, times = recorded("before.json"), recorded("record.json"), measured()
-    header = ("launch", "million instructions", "L2 MB", "model us", "measured us")
+    header = ("launch", "million instructions", "waits", "L2 MB", "model us", "measured us")
     (rows,) = [body for found, body in tables(ROOT / "docs" / "kernels.md") if found == header]
-    assert rows[-1] == ["all in one graph", "", "", "", f"{times['all']:.0f}"]
+    assert rows[-1] == ["all in one graph", "", "", "", "", f"{times['all']:.0f}"]
     assert [row[0] for row in rows[:-1]] == list(ROWS)
 
     def total(launches, names, figure, unit=1e6):
         return sum(launches[name][figure] for name in names) / unit
 
     wrong = []
-    for name, instructions, megabytes, model, clock in rows[:-1]:
+    for name, instructions, waits, megabytes, model, clock in rows[:-1]:
         old, new = ROWS[name]
         expected = {
             "instructions": [total(before, old, "instructions"), total(now, new, "instructions")],
@@ -125,4 +126,8 @@ def test_the_page_of_the_kernels():
         for cell, values in zip((instructions, megabytes, model, clock), expected.values(), strict=True):
             texts = cell.split(" -> ")
             wrong += [(name, cell, values)] if not all(says(*pair) for pair in zip(texts, values, strict=True)) else []
+        if waits:
+            then, waited = waits.split(" -> ")
+            wrong += [] if says(waited, total(now, new, "waits", 1)) else [(name, waits)]
+            wrong += [] if float(then) >= float(waited) else [(name, waits)]
     assert not wrong
