@@ -268,7 +268,8 @@ class GraphRunner:
                 if under_way[0][1] and self._graph is not None:
                     self._graph.outputs()
                 self._done.append(under_way.popleft())
-        except RuntimeError:
+        except (RuntimeError, StopIteration):
+            # StopIteration: interrupted while it waited for outputs, which then are not to be had.
             self._drop(under_way)
         except BaseException:
             self._drop(under_way)
