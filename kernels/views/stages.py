@@ -166,9 +166,10 @@ def crop(
     reach_y, reach_x = tl.maximum(scale_y, 1.0), tl.maximum(scale_x, 1.0)
     middle_y = ((o_pixel // SIZE).to(tl.float32) + 0.5) * scale_y
     middle_x = ((o_pixel % SIZE).to(tl.float32) + 0.5) * scale_x
-    first_y = tl.floor(middle_y - reach_y).to(tl.int32)
-    first_x = tl.floor(middle_x - reach_x).to(tl.int32)
-    taps_y, taps_x = (2.0 * reach_y).to(tl.int32) + 2, (2.0 * reach_x).to(tl.int32) + 2
+    # The pixels whose centres are within reach, as in PyTorch: at most twice the reach, rounded up.
+    first_y = tl.floor(middle_y - reach_y + 0.5).to(tl.int32)
+    first_x = tl.floor(middle_x - reach_x + 0.5).to(tl.int32)
+    taps_y, taps_x = tl.ceil(2.0 * reach_y).to(tl.int32), tl.ceil(2.0 * reach_x).to(tl.int32)
 
     red, green, blue = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)

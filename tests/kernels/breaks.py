@@ -507,6 +507,14 @@ BREAKS = (
         "two_views",
     ),
     Break(
+        "views: a pixel of a view lacks the last of those within reach",
+        "kernels/views/stages.py",
+        "tl.ceil(2.0 * reach_x)",
+        "tl.floor(2.0 * reach_x)",
+        VIEWS,
+        "crop or two_views",
+    ),
+    Break(
         "momentum: the last block of a tensor is whole",
         "kernels/triton/momentum.py",
         "start + BLOCK <= size",
