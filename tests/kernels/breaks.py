@@ -507,6 +507,14 @@ BREAKS = (
         "two_views",
     ),
     Break(
+        "select: the lower end of the margin is always a number",
+        "kernels/triton/select.py",
+        "low = tl.where(reached < needed, _LAST + 1, low)",
+        "low = low + 0",
+        SELECTION,
+        "infinite_margin",
+    ),
+    Break(
         "views: a pixel of a view lacks the last of those within reach",
         "kernels/views/stages.py",
         "tl.ceil(2.0 * reach_x)",

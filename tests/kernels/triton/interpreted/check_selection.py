@@ -21,7 +21,7 @@ from tests.support.rotation import todays
 K = 600
 
 
-def chosen(monkeypatch, inputs, hard: int):
+def chosen(monkeypatch, inputs, hard: int, **ids):
     """Q^N as the kernels find it, and how many rows took the slow path."""
     seen = {}
     original = launch.full_select
@@ -32,7 +32,7 @@ def chosen(monkeypatch, inputs, hard: int):
         seen["index"], seen["value"] = arguments[7].long(), arguments[8]
 
     monkeypatch.setattr(launch, "full_select", watched)
-    launch.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1)
+    launch.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1, **ids)
     monkeypatch.setattr(launch, "full_select", original)
     return seen["value"], seen["index"], seen["slow"]
 
@@ -193,6 +193,18 @@ def test_a_margin_that_reaches_the_threshold_takes_the_slow_path(make, monkeypat
     _, index, slow = chosen(monkeypatch, inputs, 32)
     assert slow == 1
     assert torch.equal(index, hard_negatives(inputs.q @ inputs.queue.T, 32)[1])
+
+
+def test_an_infinite_margin_leaves_no_place_of_the_selection_unwritten(make, monkeypatch, rounding):
+    # Four keys are not masked, so that all are candidates, and the two largest similarities are infinite.
+    inputs = make(1, 130, 16)
+    inputs.queue[41:43] = math.inf * inputs.q[0].sign()
+    rounding(0, False, rank=36, margin=2.0**-9)
+    ids = {"image_ids": torch.tensor([5]), "queue_ids": torch.full((130,), 5)}
+    ids["queue_ids"][40:44] = 7
+    _, index, slow = chosen(monkeypatch, inputs, 1, **ids)
+    assert slow == 0
+    assert index.tolist() == [[41]]
 
 
 def test_the_margin_grows_with_the_length_of_the_rows(make, monkeypatch, rounding):
