@@ -246,7 +246,7 @@ def _model(options: argparse.Namespace, console: Console) -> int:
 def _print_model(costs: Sequence[Cost], title: str, console: Console) -> None:
     from synco_fast.bench.cost.model import total
 
-    numbers = ("programs", "warps", "regs", "KiB", "fit", "waves", "M instr", "waits", "MB L2", "GFLOP", "us")
+    numbers = ("grid", "warps", "regs", "KiB", "fit", "waves", "M instr", "waits", "MB L2", "GFLOP", "us")
     table = figures_table(title, ["launch"], numbers, gap=0)
     table.add_column("bound", no_wrap=True)
     for cost in costs:
