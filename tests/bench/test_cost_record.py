@@ -91,6 +91,28 @@ def test_the_other_compilers_sums():
     assert says(stated[1], total["microseconds"])
 
 
+def test_the_waits_before_and_after():
+    before, after = json.loads((FOLDER / "waits.json").read_text()).values()
+    (rows,) = [body for header, body in tables(FOLDER / "README.md") if header[:2] == ("launch", "waits, Triton 3.6")]
+    wrong = []
+    for name, *cells in rows:
+        for cell, compiler, figure in zip(
+            cells, ("3.6.0", "3.8.0", "3.6.0"), ("waits", "waits", "microseconds"), strict=True
+        ):
+            launches = [record[f"Triton {compiler}"]["bfloat16"] for record in (before, after)]
+            values = [
+                sum(launch[figure] for launch in found.values()) if name == "all launches" else found[name][figure]
+                for found in launches
+            ]
+            texts = cell.split(" -> ") if cell else []
+            wrong += [(name, cell)] if not all(map(says, texts, values)) else []
+    assert not wrong
+    now = recorded("record.json")
+    assert all(
+        says(f"{now[name]['waits']:.3f}", found["waits"]) for name, found in after["Triton 3.8.0"]["bfloat16"].items()
+    )
+
+
 #: A row of the page of the kernels, the launches before and those now.
 ROWS = {
     "sample": (["sample"], ["sample"]),
