@@ -45,9 +45,9 @@ class Counts:
     """Counts of one program, on average over the grid. Instruction counts are per warp.
 
     Attributes:
-        instructions, shuffles, special, barriers, waits: All; SHFL and REDUX; MUFU; BAR; exposed waits for wgmma.
+        instructions, shuffles, special, barriers: All; SHFL and REDUX; MUFU; BAR.
         loaded, stored: Bytes that all warps of a program load from and store to the L2 cache.
-        round_trips: Waits for loads, one after another, in latencies of a load (`waits`).
+        waits: Waits for loads, one after another, in latencies of a load.
         flops: Tensor-core operations of the whole program.
         loops: The loops, in the order of the machine code.
         assumed: Source lines of branches with unknown conditions, which count as taken.
@@ -57,10 +57,9 @@ class Counts:
     shuffles: float = 0
     special: float = 0
     barriers: float = 0
-    waits: float = 0
     loaded: float = 0
     stored: float = 0
-    round_trips: float = 0
+    waits: float = 0
     flops: float = 0
     loops: list[LoopCount] = field(default_factory=list)
     assumed: list[str] = field(default_factory=list)
@@ -115,7 +114,7 @@ class _Counter:
         """Add a span that runs ``times``. ``above`` has the constructs of enclosing spans, and whether they loop."""
         for number in span.own():
             self._add(self.instructions[number], times)
-            self.counts.round_trips += self.waited[number] * times
+            self.counts.waits += self.waited[number] * times
         siblings = [(inner, self._construct(inner, above)) for inner in span.inner]
         for inner, chosen in siblings:
             share, how = self._trips(inner, chosen, above, siblings)
@@ -212,8 +211,6 @@ class _Counter:
             counts.special += times
         elif base == "BAR":
             counts.barriers += times
-        elif one.opcode.startswith("WARPGROUP.DEPBAR"):
-            counts.waits += times
         elif base in (*_LOADS, *_STORES):
             width = next((_WIDTHS[part] for part in one.opcode.split(".") if part in _WIDTHS), 4)
             moved = 32 * width * self.warps * times

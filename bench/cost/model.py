@@ -160,7 +160,7 @@ def _cost(
     warp_clocks = fullest * launch.warps / device.clock
     issue = counts.instructions * warp_clocks / 4 / device.issue
     wait = device.far if launch.programs >= device.processors else device.near
-    chain = counts.barriers * device.barrier + counts.round_trips * wait
+    chain = counts.barriers * device.barrier + counts.waits * wait
     latency = math.ceil(fullest / resident) * chain / device.clock / at_once
     tensor = counts.flops * fullest / device.flops / device.clock
     bounds = {
@@ -186,7 +186,7 @@ def _cost(
         resident=resident,
         waves=math.ceil(launch.programs / (resident * device.processors)),
         instructions=counts.instructions * launch.warps * launch.programs,
-        waits=counts.round_trips,
+        waits=counts.waits,
         requested=requested,
         l2=l2,
         used=used,

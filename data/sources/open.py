@@ -58,7 +58,7 @@ class Source:
     Attributes:
         spec: Its name.
         train, validation: The splits.
-        labelled: The training images of evaluations, where ``train`` has others without labels.
+        labelled: The training images with labels, where ``train`` has others without.
         layout: A warning about files in neither split, or in the wrong one.
     """
 
@@ -67,6 +67,11 @@ class Source:
     validation: Split | None
     layout: str | None = None
     labelled: Split | None = None
+
+    @property
+    def evaluated(self) -> Split:
+        """The training images of evaluations."""
+        return self.train if self.labelled is None else self.labelled
 
     @property
     def notes(self) -> list[str]:

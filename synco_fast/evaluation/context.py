@@ -228,14 +228,13 @@ def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:
         raise DataError(
             f"data: found no held-out split in {source.spec}, expected train/ and val/ with one folder per class{hint}"
         )
-    train = source.train if source.labelled is None else source.labelled
-    for split in (train, source.validation):
+    for split in (source.evaluated, source.validation):
         if split.labels is None:
             raise DataError(
                 f"data: found no class folders or labels beside {split.name(0)}, expected one folder per class, or a "
                 f"label of each image{hint}"
             )
-    return train, source.validation
+    return source.evaluated, source.validation
 
 
 def check_labels(source: Source) -> tuple[Split, Split]:

@@ -49,8 +49,7 @@ def embed(
     device = resolve_device(options.device)
     precision = Precision(options.precision, device, key="precision")
     source = open_source(source_of(weights, options))
-    labelled = source.train if source.labelled is None else source.labelled
-    chosen = {"train": labelled, "val": source.validation}
+    chosen = {"train": source.evaluated, "val": source.validation}
     chosen = {name: split for name, split in chosen.items() if splits in (name, "both")}
     if splits == "val" and source.validation is None:
         raise DataError(f"data: found no held-out split in {source.spec}, expected --split train")

@@ -124,7 +124,7 @@ def test_a_loop_counts_its_instructions_as_often_as_it_turns(source):
     assert found.instructions == 1 + 7 * 3 + 2
     assert found.loaded == 7 * 32 * 16 * 4
     assert found.stored == 32 * 4 * 4
-    assert found.round_trips == 7
+    assert found.waits == 7
     (loop,) = found.loops
     assert (loop.source, loop.instructions, loop.trips, loop.how) == (
         "for start in range(0, size, WIDE)",
@@ -152,7 +152,7 @@ USES = "FADD R1, R1, R4; waits 0\nFADD R1, R1, R5; waits 1\n"
 )
 def test_loads_that_are_issued_together_are_waited_for_once(body, expected):
     found = count(sass("x.py", body + "EXIT"), {}, (1,), 4, "kernel")
-    assert found.round_trips == pytest.approx(expected, abs=0.02)
+    assert found.waits == pytest.approx(expected, abs=0.02)
 
 
 def test_what_is_stated_goes_before_what_is_counted(source):
