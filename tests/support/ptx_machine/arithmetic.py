@@ -1,0 +1,489 @@
+"""The instructions that compute in registers alone, as functions of NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.support.ptx_machine.operands import DTYPES, as_bfloat16, bits_of, from_bfloat16, reader, writer
+from tests.support.ptx_machine.parse import Instruction, Operand, Register
+
+__all__ = ["decode", "exact_fma", "flushed"]
+
+Array = NDArray[Any]
+Run = Callable[[Any, Any], None]
+
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": np.equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "lo": np.less,
+    "ls": np.less_equal,
+    "hi": np.greater,
+    "hs": np.greater_equal,
+    "ne": lambda a, b: (a != b) & ~(np.isnan(a) | np.isnan(b)) if a.dtype.kind == "f" else a != b,
+    # True where either is NaN.
+    "equ": lambda a, b: (a == b) | np.isnan(a) | np.isnan(b),
+    "neu": np.not_equal,
+    "ltu": lambda a, b: ~(a >= b),
+    "leu": lambda a, b: ~(a > b),
+    "gtu": lambda a, b: ~(a <= b),
+    "geu": lambda a, b: ~(a < b),
+    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
+    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+}
+_JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
+_KINDS = {*DTYPES, "bf16"}
+_LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+_PLAIN = {"add": np.add, "sub": np.subtract}
+
+
+def flushed(x: Any) -> Any:
+    """Subnormal numbers of float32 as zeros of their sign."""
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
+
+
+def exact_fma(a: Any, b: Any, c: Any) -> Any:
+    """a b + c in float32, rounded once.
+
+    The product is exact in float64. Rounding the sum to float64 first matters only where it lands halfway between two
+    float32 numbers; there the rest of the sum decides.
+    """
+    product = a.astype(np.float64) * b.astype(np.float64)
+    wide = c.astype(np.float64)
+    total = np.asarray(product + wide)
+    bits = total.view(np.int64)
+    halfway = (bits & 0x1FFFFFFF) == 0x10000000
+    if halfway.any():
+        part = total - product
+        rest = (product - (total - part)) + (wide - part)
+        toward = np.sign(rest) * np.sign(total)
+        total = np.where(halfway & np.isfinite(total), (bits + toward.astype(np.int64)).view(np.float64), total)
+    return total.astype(np.float32)
+
+
+def _approximate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: np.asarray(function(x.astype(np.float64))).astype(x.dtype)
+
+
+_UNARY: dict[str, Callable[[Any], Any]] = {
+    "ex2": _approximate(np.exp2),
+    "lg2": _approximate(np.log2),
+    "sin": _approximate(np.sin),
+    "cos": _approximate(np.cos),
+    "tanh": _approximate(np.tanh),
+    "sqrt": np.sqrt,
+    "rsqrt": _approximate(lambda x: 1 / np.sqrt(x)),
+    "rcp": _approximate(lambda x: 1 / x),
+    "neg": np.negative,
+    "abs": np.abs,
+}
+
+
+def _high(a: Any, b: Any) -> Any:
+    """The upper half of a product."""
+    if a.dtype.itemsize == 4:
+        wide = np.int64 if a.dtype.kind == "i" else np.uint64
+        return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
+    exact = np.asarray(a).astype(object) * np.asarray(b).astype(object)
+    return np.asarray(exact >> 64 & (1 << 64) - 1).astype(np.uint64).view(a.dtype)
+
+
+def _extreme(name: str, nan: bool) -> Callable[[Any, Any], Any]:
+    plain = {"min": np.minimum, "max": np.maximum} if nan else {"min": np.fmin, "max": np.fmax}
+
+    def of(a: Any, b: Any) -> Any:
+        found = plain[name](a, b)
+        if a.dtype.kind != "f":
+            return found
+        zeros = (a == 0) & (b == 0)
+        if np.any(zeros):
+            lower, upper = np.copysign(0, np.minimum(np.copysign(1, a), np.copysign(1, b))), a + b
+            found = np.where(zeros, (lower if name == "min" else upper).astype(a.dtype), found)
+        return found
+
+    return of
+
+
+def _divided(a: Any, b: Any) -> Any:
+    """Quotient of integers, toward zero."""
+    zero = b == 0
+    safe = np.where(zero, b.dtype.type(1), b)
+    found = a // safe
+    if a.dtype.kind == "i":
+        found = found + ((a % safe != 0) & ((a < 0) != (safe < 0)))
+    return np.where(zero, np.asarray(-1).astype(a.dtype), found).astype(a.dtype)
+
+
+def _shifted(name: str, a: Any, b: Any) -> Any:
+    bits = a.dtype.itemsize * 8
+    if isinstance(b, np.generic) and b < bits:
+        shift = a.dtype.type(b)
+        return a << shift if name == "shl" else a >> shift
+    most = np.minimum(b, np.uint32(bits - 1)).astype(a.dtype)
+    if name == "shl":
+        return np.where(b >= bits, a.dtype.type(0), a << most)
+    return a >> most if a.dtype.kind == "i" else np.where(b >= bits, a.dtype.type(0), a >> most)
+
+
+def _extracted(a: Any, begin: Any, count: Any) -> Any:
+    bits = a.dtype.itemsize * 8
+    begin, count = np.broadcast_arrays(begin & np.uint32(255), count & np.uint32(255), a)[:2]
+    begin, count = begin.astype(np.int64), count.astype(np.int64)
+    wide = a.astype(np.int64) if bits == 32 else a
+    unsigned = (a.view(np.uint32).astype(np.uint64) if bits == 32 else a.view(np.uint64)).astype(object)
+    found = np.array(
+        [
+            _field(int(one), bits, int(low), int(many), a.dtype.kind == "i")
+            for one, low, many in zip(np.broadcast_to(unsigned, wide.shape), begin, count, strict=True)
+        ],
+        np.uint64,
+    )
+    return found.astype(np.uint32).view(a.dtype) if bits == 32 else found.view(a.dtype)
+
+
+def _field(value: int, bits: int, low: int, many: int, signed: bool) -> int:
+    found = value >> low & (1 << many) - 1
+    if signed and many:
+        top = value >> min(low + many - 1, bits - 1) & 1
+        if top:
+            found |= (1 << bits) - 1 & ~((1 << max(0, min(many, bits - low))) - 1)
+    return found
+
+
+def _bfe(a: Any, begin: Any, count: Any) -> Any:
+    bits = a.dtype.itemsize * 8
+    if isinstance(begin, np.generic) and isinstance(count, np.generic) and count > 0 and begin + count <= bits:
+        left, right = a.dtype.type(bits - int(begin) - int(count)), a.dtype.type(bits - int(count))
+        return a << left >> right
+    return _extracted(a, begin, count)
+
+
+def _bfi(a: Any, b: Any, begin: Any, count: Any) -> Any:
+    kind = a.dtype.type if isinstance(a, np.generic) else b.dtype.type
+    bits = np.dtype(kind).itemsize * 8
+    low, many = (np.minimum(x & np.uint32(255), np.uint32(bits)).astype(np.uint64) for x in (begin, count))
+    mask = np.where(many >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(many, np.uint64(63))) - np.uint64(1))
+    low = np.minimum(low, np.uint64(63))
+    mask = (mask << low).astype(kind)
+    return (b & ~mask) | ((a.astype(np.uint64) << low).astype(kind) & mask)
+
+
+def _prmt(a: Any, b: Any, selector: Any) -> Any:
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    found: Any = np.uint32(0)
+    for place in range(4):
+        pick = selector >> np.uint32(4 * place) & np.uint32(15)
+        byte = both >> (pick & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)
+        byte = np.where(pick & np.uint32(8), (byte >> np.uint64(7)) * np.uint64(255), byte)
+        found = found | byte.astype(np.uint32) << np.uint32(8 * place)
+    return found
+
+
+def _lop3(a: Any, b: Any, c: Any, table: Any) -> Any:
+    found: Any = np.uint32(0)
+    for row in range(8):
+        if int(table) >> row & 1:
+            parts = (x if row & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
+            term: Any = np.uint32(0xFFFFFFFF)
+            for part in parts:
+                term = term & part
+            found = found | term
+    return found
+
+
+def _funnel(left: bool, wrap: bool) -> Callable[[Any, Any, Any], Any]:
+    def of(a: Any, b: Any, c: Any) -> Any:
+        shift = (c & np.uint32(31) if wrap else np.minimum(c, np.uint32(32))).astype(np.uint64)
+        both = b.astype(np.uint64) << np.uint64(32) | a.astype(np.uint64)
+        found = both << shift >> np.uint64(32) if left else both >> shift
+        return found.astype(np.uint32)
+
+    return of
+
+
+def _clz(a: Any) -> Any:
+    return (np.uint32(32) - np.ceil(np.log2(a.astype(np.float64) + 1)).astype(np.uint32)).astype(np.uint32)
+
+
+def _brev(a: Any) -> Any:
+    found: Any = np.uint32(0)
+    for bit in range(32):
+        found = found | (a >> np.uint32(bit) & np.uint32(1)) << np.uint32(31 - bit)
+    return found
+
+
+def _made(kind: str, value: Any) -> Any:
+    """A number as computed, in the type that is written: bfloat16 as its bits."""
+    return as_bfloat16(value) if kind == "bf16" else value
+
+
+def _simple(instruction: Instruction, kinds: list[str], to: str, function: Callable[..., Any]) -> Run:
+    """Read operands of some kinds, write a result."""
+    put = writer(instruction.operands[0])
+    reads = [reader(operand, kind) for operand, kind in zip(instruction.operands[1:], kinds, strict=True)]
+    if to == "bf16":
+        inner = function
+        function = lambda *values: as_bfloat16(inner(*values))  # noqa: E731
+    if len(reads) == 1:
+        (one,) = reads
+        return lambda s, m: put(s, function(one(s)), m)
+    if len(reads) == 2:
+        one, two = reads
+        return lambda s, m: put(s, function(one(s), two(s)), m)
+    return lambda s, m: put(s, function(*(read(s) for read in reads)), m)
+
+
+def _packed(instruction: Instruction, kind: str, function: Callable[..., Any]) -> Run:
+    """An operation on both halves of 32 bits."""
+    put = writer(instruction.operands[0])
+    reads = [reader(operand, "u32") for operand in instruction.operands[1:]]
+
+    def half(value: Any, shift: int) -> Any:
+        bits = (value >> np.uint32(shift)).astype(np.uint16)
+        return from_bfloat16(bits) if kind == "bf16" else bits.view(np.float16)
+
+    def run(s: Any, m: Any) -> None:
+        values = [read(s) for read in reads]
+        both: Any = np.uint32(0)
+        for shift in (0, 16):
+            found = function(*(half(value, shift) for value in values))
+            bits = as_bfloat16(found) if kind == "bf16" else np.asarray(found, np.float16).view(np.uint16)
+            both = both | bits.astype(np.uint32) << np.uint32(shift)
+        put(s, both, m)
+
+    return run
+
+
+def _half_fma(a: Any, b: Any, c: Any) -> Any:
+    """a b + c of 16-bit floats, which float64 holds exactly but for extreme exponents."""
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(a.dtype)
+
+
+def decode(instruction: Instruction) -> Run | None:
+    """The function of an instruction, or None if it is not one of these."""
+    name, *modifiers = instruction.name.split(".")
+    kinds = [word for word in modifiers if word in _KINDS]
+    kind = kinds[-1] if kinds else ""
+    operands = instruction.operands
+    ftz = "ftz" in modifiers
+    if modifiers and modifiers[-1] in ("f16x2", "bf16x2") and name != "cvt":
+        half = modifiers[-1][:-2]
+        function = {**_PLAIN, "mul": np.multiply, "fma": _half_fma, "neg": np.negative, "abs": np.abs}.get(name)
+        function = _extreme(name, "NaN" in modifiers) if name in ("min", "max") else function
+        return _packed(instruction, half, function) if function else None
+
+    def flush(function: Callable[..., Any]) -> Callable[..., Any]:
+        if not ftz:
+            return function
+        return lambda *values: flushed(function(*map(flushed, values)))
+
+    def of(count: int, function: Callable[..., Any], to: str = "") -> Run:
+        return _simple(instruction, [kind] * count, to or kind, function)
+
+    match name:
+        case "mov":
+            return _mov(operands, kind)
+        case "add" | "sub" if "cc" not in modifiers and "sat" not in modifiers:
+            return of(2, flush(_PLAIN[name]))
+        case "mul":
+            return _mul(instruction, modifiers, kind, flush)
+        case "mad" if kind[0] != "f":
+            return _mad(instruction, modifiers, kind)
+        case "fma" | "mad" if not {"relu", "sat"} & set(modifiers):
+            if kind == "f64":
+                return of(3, lambda a, b, c: (a.astype(np.longdouble) * b + c).astype(np.float64))
+            return of(3, flush(exact_fma) if kind == "f32" else _half_fma)
+        case "div":
+            return of(2, flush(np.divide) if kind[0] == "f" else _divided)
+        case "rem":
+            return of(2, lambda a, b: (a - _divided(a, b) * b).astype(a.dtype))
+        case "min" | "max" if not {"abs", "xorsign"} & set(modifiers):
+            return of(2, flush(_extreme(name, "NaN" in modifiers)))
+        case "ex2" | "lg2" | "sin" | "cos" | "tanh" | "sqrt" | "rsqrt" | "rcp":
+            return of(1, flush(_UNARY[name]))
+        case "neg" | "abs":
+            return of(1, flush(_UNARY[name]))
+        case "and" | "or" | "xor":
+            return of(2, _LOGIC[name])
+        case "not":
+            return of(1, np.logical_not if kind == "pred" else np.invert)
+        case "shl" | "shr":
+            return _simple(instruction, [kind, "u32"], kind, lambda a, b: _shifted(name, a, b))
+        case "bfe":
+            return _simple(instruction, [kind, "u32", "u32"], kind, _bfe)
+        case "bfi":
+            return _simple(instruction, [kind, kind, "u32", "u32"], kind, _bfi)
+        case "prmt" if len(modifiers) == 1:
+            return _simple(instruction, ["u32"] * 3, "u32", _prmt)
+        case "lop3":
+            return _simple(instruction, ["u32"] * 4, "u32", _lop3)
+        case "shf":
+            return _simple(instruction, ["u32"] * 3, "u32", _funnel(modifiers[0] == "l", "wrap" in modifiers))
+        case "popc":
+            return of(1, lambda a: np.bitwise_count(a).astype(np.uint32), "u32")
+        case "clz" if kind == "b32":
+            return of(1, _clz)
+        case "brev" if kind == "b32":
+            return of(1, _brev)
+        case "copysign":
+            return of(2, lambda a, b: np.copysign(b, a))
+        case "selp":
+            chosen = kind.replace("f", "b") if kind != "bf16" else "b16"
+            return _simple(instruction, [chosen, chosen, "pred"], chosen, lambda a, b, p: np.where(p, a, b))
+        case "setp":
+            return _setp(instruction, modifiers, kind, ftz)
+        case "cvt":
+            return _cvt(instruction, modifiers)
+        case "cvta":
+            return of(1, lambda a: a)
+    return None
+
+
+def _mov(operands: tuple[Operand, ...], kind: str) -> Run:
+    target, source = operands
+    if isinstance(target, tuple):
+        # The parts of a register.
+        assert isinstance(source, Register)
+        bits = source.bits // len(target)
+        read = reader(source, f"u{source.bits}")
+        puts = [writer(part) for part in target]
+
+        def split(s: Any, m: Any) -> None:
+            value = read(s)
+            for place, put in enumerate(puts):
+                put(s, (value >> value.dtype.type(bits * place)).astype(DTYPES[f"u{bits}"]), m)
+
+        return split
+    put = writer(target)
+    if isinstance(source, tuple):
+        whole = bits_of(kind)
+        bits = whole // len(source)
+        reads = [reader(part, f"u{bits}") for part in source]
+        to = DTYPES[f"u{whole}"]
+
+        def join(s: Any, m: Any) -> None:
+            value = reads[0](s).astype(to)
+            for place, read in enumerate(reads[1:], 1):
+                value = value | read(s).astype(to) << to.type(bits * place)
+            put(s, value, m)
+
+        return join
+    one = reader(source, kind)
+    return lambda s, m: put(s, one(s), m)
+
+
+def _mul(instruction: Instruction, modifiers: list[str], kind: str, flush: Callable[..., Any]) -> Run:
+    if kind[0] == "f" or kind == "bf16":
+        return _simple(instruction, [kind] * 2, kind, flush(np.multiply))
+    if "wide" in modifiers:
+        wide = DTYPES[f"{kind[0]}{2 * bits_of(kind)}"]
+        return _simple(instruction, [kind] * 2, kind, lambda a, b: np.multiply(a, b, dtype=wide))
+    if "hi" in modifiers:
+        return _simple(instruction, [kind] * 2, kind, _high)
+    assert "lo" in modifiers, instruction
+    return _simple(instruction, [kind] * 2, kind, np.multiply)
+
+
+def _mad(instruction: Instruction, modifiers: list[str], kind: str) -> Run:
+    if "wide" in modifiers:
+        name = f"{kind[0]}{2 * bits_of(kind)}"
+        wide = DTYPES[name]
+        return _simple(instruction, [kind, kind, name], name, lambda a, b, c: np.multiply(a, b, dtype=wide) + c)
+    if "hi" in modifiers:
+        return _simple(instruction, [kind] * 3, kind, lambda a, b, c: _high(a, b) + c)
+    assert "lo" in modifiers, instruction
+    return _simple(instruction, [kind] * 3, kind, lambda a, b, c: a * b + c)
+
+
+def _setp(instruction: Instruction, modifiers: list[str], kind: str, ftz: bool) -> Run:
+    compare = _COMPARE[modifiers[0]]
+    target, *operands = instruction.operands
+    puts = [writer(one) for one in (target if isinstance(target, tuple) else (target,))]
+    reads = [reader(operand, kind) for operand in operands[:2]]
+    other = reader(operands[2], "pred") if len(operands) > 2 else None
+    join = _JOIN.get(modifiers[1]) if other else None
+    assert (other is None) == (join is None), instruction
+
+    def run(s: Any, m: Any) -> None:
+        a, b = reads[0](s), reads[1](s)
+        if ftz:
+            a, b = flushed(a), flushed(b)
+        found = compare(a, b)
+        results = (found, ~found)
+        for put, result in zip(puts, results, strict=False):
+            put(s, result if join is None or other is None else join(result, other(s)), m)
+
+    return run
+
+
+def _cvt(instruction: Instruction, modifiers: list[str]) -> Run | None:
+    put = writer(instruction.operands[0])
+    to, source = modifiers[-2:]
+    options = set(modifiers[:-2])
+    if to in ("bf16x2", "f16x2") and source == "f32" and options == {"rn"}:
+        high, low = (reader(operand, "f32") for operand in instruction.operands[1:])
+
+        def pack(s: Any, m: Any) -> None:
+            parts = []
+            for read in (low, high):
+                value = read(s)
+                parts.append(as_bfloat16(value) if to == "bf16x2" else _as_half(value))
+            put(s, parts[0].astype(np.uint32) | parts[1].astype(np.uint32) << np.uint32(16), m)
+
+        return pack
+    if to == "tf32" and source == "f32" and "rna" in options:
+        read = reader(instruction.operands[1], "u32")
+        # To nearest, ties away from zero.
+        return lambda s, m: put(s, read(s) + np.uint32(0x1000) & np.uint32(0xFFFFE000), m)
+    if to not in _KINDS or source not in _KINDS or options - {"rn", "rz", "rzi", "rni", "rmi", "rpi", "sat", "ftz"}:
+        return None
+    read = reader(instruction.operands[1], source)
+    function = _conversion(to, source, options)
+    if function is None:
+        return None
+    return lambda s, m: put(s, function(read(s)), m)
+
+
+def _as_half(value: Any) -> Any:
+    return np.asarray(value).astype(np.float16).view(np.uint16)
+
+
+def _conversion(to: str, source: str, options: set[str]) -> Callable[[Any], Any] | None:
+    floats = {"f16", "bf16", "f32", "f64"}
+    if to not in floats and source not in floats:
+        if "sat" in options:
+            return None
+        return lambda a: a.astype(DTYPES[to])
+    if to not in floats:
+        steps = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+        rounding = next(steps[name] for name in options if name in steps)
+        limits = np.iinfo(DTYPES[to])
+        if limits.bits > 32:
+            return lambda a: np.nan_to_num(rounding(a.astype(np.float64))).astype(DTYPES[to])
+
+        def whole(a: Any) -> Any:
+            return np.clip(np.nan_to_num(rounding(a.astype(np.float64)), nan=0.0), limits.min, limits.max).astype(
+                DTYPES[to]
+            )
+
+        return whole
+    if source in floats and {"rzi", "rni", "rmi", "rpi"} & options:
+        steps = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
+        rounding = next(steps[name] for name in options if name in steps)
+        return rounding if to == source != "bf16" else None
+    if "rz" in options:
+        return None
+
+    def number(a: Any) -> Any:
+        if to == "bf16":
+            return as_bfloat16(a.astype(np.float32))
+        found = a.astype(DTYPES[to])
+        return np.clip(found, 0, 1) if "sat" in options else found
+
+    return number

@@ -1,0 +1,146 @@
+"""Triton's launches on CPU tensors, compiled for a GPU that is not there and run by the machine."""
+
+from __future__ import annotations
+
+import inspect
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from synco_fast.bench.cost.launches import compiled_for
+from tests.support.ptx_machine.machine import parameters_of, run
+from tests.support.ptx_machine.memory import GlobalMemory
+
+__all__ = ["Emulator", "emulated"]
+
+_EMPTY = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
+
+
+class Emulator:
+    """What a test sees of the machine.
+
+    Attributes:
+        memory: Global memory.
+        launches: Name and grid of each launch.
+        only: Names of the kernels to run; the others are compiled only. None runs all.
+    """
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.memory = GlobalMemory()
+        self.launches: list[tuple[str, tuple[int, ...]]] = []
+        self.seconds: list[float] = []
+
+    def launch(self, kernel: Any, compiled: Any, grid: Any, values: dict[str, Any]) -> None:
+        """Run a compiled kernel."""
+        sizes = tuple(grid(values)) if callable(grid) else tuple(grid)
+        text = compiled.asm["ptx"]
+        names = parameters_of(text)
+        self.memory.begin(1)
+        given = []
+        for name, kind in compiled.src.signature.items():
+            given += _bits(self.memory, kind, values[name])
+        # Scratch memory of Triton's own comes last, and none is asked for.
+        assert len(names) - len(given) in (0, 1, 2), f"{len(given)} arguments for {len(names)} parameters"
+        given += [0] * (len(names) - len(given))
+        self.launches.append((kernel.__name__, sizes))
+        run(
+            text,
+            sizes,
+            dict(zip(names, given, strict=True)),
+            memory=self.memory,
+            shared=compiled.metadata.shared,
+            threads=32 * compiled.metadata.num_warps,
+        )
+
+
+def _bits(memory: GlobalMemory, kind: Any, value: Any) -> list[int]:
+    """The bits of an argument, none for one that is compiled in."""
+    if isinstance(kind, tuple | list):
+        return [bits for one, part in zip(kind, value, strict=True) for bits in _bits(memory, one, part)]
+    if kind == "constexpr":
+        return []
+    if isinstance(value, Tensor):
+        return [memory.pointer(value)]
+    if kind.startswith("fp") or kind in ("f32", "f64"):
+        return [int.from_bytes(struct.pack("<d" if kind.endswith("64") else "<f", value), "little")]
+    bits = 1 if kind in ("i1", "u1") else int(kind[1:])
+    return [int(value) & (1 << bits) - 1]
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which memory PyTorch allocates without writing it, and what it writes."""
+
+    def __init__(self, memory: GlobalMemory) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        schema = func._schema
+        if schema.name in _EMPTY:
+            if result.numel() and result.device.type == "cpu":
+                # A number that is read as a float is none.
+                result.view(-1).view(torch.uint8).fill_(0xFF) if result.is_contiguous() else None
+                self.memory.register(result, written=False)
+            return result
+        for number, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[number] if number < len(args) else kwargs.get(argument.name)
+                for tensor in value if isinstance(value, list | tuple) else [value]:
+                    if isinstance(tensor, Tensor) and tensor.device.type == "cpu":
+                        self.memory.mark(tensor)
+        return result
+
+
+@contextmanager
+def emulated(capability: int) -> Iterator[Emulator]:
+    """Context in which Triton's kernels run on CPU tensors as they are compiled for a device.
+
+    Every launch is compiled for ``capability`` (80, 90, ...) and its PTX is run, thread by thread of the grid, before
+    the launch returns. Memory from `torch.empty` counts as unwritten until a kernel or PyTorch writes it.
+
+        with emulated(90):
+            outputs = launch.contrast_and_gradient(q, k, queue, Negatives.synco(32), temperature=0.2, seed=3, step=7)
+
+    Yields:
+        An `Emulator`.
+
+    Raises:
+        Fault: A kernel reads or writes what it must not; see `synco_fast`'s docs/kernels.md.
+        NotImplementedError: A kernel has an instruction that the machine does not know.
+    """
+    emulator = Emulator(capability)
+    original, seen = JITFunction.run, set()
+
+    def launched(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if self not in seen:
+            seen.add(self)
+            self.device_caches.clear()
+        compiled = original(self, *arguments, grid=grid, warmup=True, **options)
+        if not warmup:
+            signature = inspect.signature(self.fn)
+            known = {name: value for name, value in options.items() if name in signature.parameters}
+            bound = signature.bind(*arguments, **known)
+            bound.apply_defaults()
+            with torch.utils._python_dispatch._disable_current_modes():
+                emulator.launch(self, compiled, grid, dict(bound.arguments))
+        return compiled
+
+    JITFunction.run = launched
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(compiled_for(capability))
+            stack.enter_context(_Watch(emulator.memory))
+            yield emulator
+    finally:
+        JITFunction.run = original
+        for kernel in seen:
+            kernel.device_caches.clear()

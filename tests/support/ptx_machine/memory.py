@@ -1,0 +1,188 @@
+"""Global memory: the tensors of a launch at made-up addresses, with every access checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tests.support.ptx_machine.faults import Fault
+
+__all__ = ["GlobalMemory", "Space"]
+
+Array = NDArray[Any]
+#: Bits of the addresses of one space, and the address of its first byte there: nothing lies around it.
+_BITS, _ORIGIN = 40, 1 << 39
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+class Space:
+    """The bytes of one storage.
+
+    Attributes:
+        data: The bytes themselves.
+        written: 1 for each byte that has been written; None where all have.
+        ranges: First and last byte + 1 of each part that the launch may touch.
+        stamps: Who wrote each granule in this launch, and when; None until somebody does.
+    """
+
+    def __init__(self, data: Array, *, written: bool) -> None:
+        self.data = data
+        self.written = None if written else np.zeros(len(data), np.uint8)
+        self.ranges: list[tuple[int, int]] = []
+        self.stamps: Array | None = None
+
+    def view(self, width: int) -> Array:
+        """The bytes as unsigned integers of ``width`` bytes."""
+        return self.data[: len(self.data) // width * width].view(_UNSIGNED[width])
+
+    def allow(self, begin: int, end: int) -> None:
+        """Let the launch touch these bytes."""
+        self.ranges.append((begin, end))
+        self.ranges.sort()
+        merged = [self.ranges[0]]
+        for low, high in self.ranges[1:]:
+            if low <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+            else:
+                merged.append((low, high))
+        self.ranges = merged
+
+
+class GlobalMemory:
+    """All storages that launches have seen, and whether their bytes are known to be written."""
+
+    def __init__(self) -> None:
+        self.spaces: list[Space] = []
+        self._numbers: dict[int, int] = {}
+        # Nobody else may get their memory while it is known here.
+        self._kept: list[Tensor] = []
+        self.granule = 1
+
+    def register(self, tensor: Tensor, *, written: bool = True) -> int:
+        """The number of the space of a tensor, which is known from now on."""
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+        if address not in self._numbers or not storage.nbytes():
+            assert address % 16 == 0, "a storage that is not aligned to 16 bytes"
+            self._kept.append(tensor)
+            self._numbers[address] = len(self.spaces)
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[no-untyped-call]
+            self.spaces.append(Space(whole.numpy(), written=written))
+        return self._numbers[address]
+
+    def mark(self, tensor: Tensor) -> None:
+        """PyTorch has written this tensor."""
+        number = self._numbers.get(tensor.untyped_storage().data_ptr())
+        if number is not None and (written := self.spaces[number].written) is not None:
+            begin, end = _extent(tensor)
+            written[begin:end] = 1
+
+    def pointer(self, tensor: Tensor) -> int:
+        """The address of a tensor, which the launch may touch from now on."""
+        number = self.register(tensor)
+        begin, end = _extent(tensor)
+        self.spaces[number].allow(begin, end)
+        return (number + 1 << _BITS) + _ORIGIN + begin
+
+    def begin(self, granule: int) -> None:
+        """A new launch, whose accesses are multiples of ``granule`` bytes."""
+        self.granule = granule
+        for space in self.spaces:
+            space.ranges, space.stamps = [], None
+
+    def load(self, s: Any, threads: Array, address: Array, width: int, count: int) -> Array:
+        """(n, count) numbers of ``width`` bytes for these threads, at addresses (n,)."""
+        found = np.empty((len(threads), count), _UNSIGNED[width])
+        for space, some, place in self._places(threads, address, width * count):
+            whole = width * count
+            if space.written is not None:
+                unit = min(whole, 8)
+                index = (place // unit)[:, None] + np.arange(whole // unit)
+                full = space.written[: len(space.written) // unit * unit].view(_UNSIGNED[unit])
+                _raise(full[index] != int.from_bytes(b"\1" * unit, "little"), threads[some], "reads unwritten bytes")
+            if space.stamps is not None:
+                stamps = space.stamps[self._granules(place, whole)]
+                if stamps.any():
+                    _raise(self._conflict(s, stamps, threads[some]), threads[some], "reads what another thread writes")
+            found[some] = space.view(width)[(place // width)[:, None] + np.arange(count)]
+        return found
+
+    def store(self, s: Any, threads: Array, address: Array, values: Array) -> None:
+        """Store (n, count) unsigned numbers."""
+        width, count = values.dtype.itemsize, values.shape[1]
+        for space, some, place in self._places(threads, address, width * count):
+            who = threads[some]
+            index = (place // width)[:, None] + np.arange(count)
+            view, own = space.view(width), values[some]
+            granules = self._granules(place, width * count)
+            if space.stamps is None:
+                space.stamps = np.zeros(-(-len(space.data) // self.granule), np.int64)
+            else:
+                other = self._conflict(s, space.stamps[granules], who)
+                if other.any():
+                    # Writing the same number again is harmless.
+                    differs = (view[index] != own).any(axis=1)
+                    _raise(other & differs[:, None], who, "writes what another thread writes")
+            view[index] = own
+            _raise(view[index] != own, who, "writes what another thread writes")
+            space.stamps[granules] = ((s.number[who] + 1) << 32 | s.epoch[s.cta[who]])[:, None]
+            if space.written is not None:
+                unit = min(width * count, 8)
+                place_of = (place // unit)[:, None] + np.arange(width * count // unit)
+                full = space.written[: len(space.written) // unit * unit].view(_UNSIGNED[unit])
+                full[place_of] = int.from_bytes(b"\1" * unit, "little")
+
+    def _granules(self, place: Array, width: int) -> Array:
+        return (place // self.granule)[:, None] + np.arange(width // self.granule)
+
+    def _conflict(self, s: Any, stamps: Array, threads: Array) -> Array:
+        """Where somebody else has written in this launch, without a barrier since."""
+        writer, epoch, own = (stamps >> 32) - 1, stamps & 0xFFFFFFFF, s.number[threads][:, None]
+        alike = writer // s.threads == own // s.threads
+        settled = (alike & (epoch < s.epoch[s.cta[threads]][:, None])) | (writer == own)
+        return (stamps != 0) & ~settled
+
+    def _places(self, threads: Array, address: Array, width: int) -> Iterable[tuple[Space, Any, Array]]:
+        """For each space its threads and the places of their bytes."""
+        _raise(address % width != 0, threads, f"a misaligned access of {width} bytes at", address)
+        number = (address >> np.uint64(_BITS)).astype(np.int64) - 1
+        offset = (address & np.uint64((1 << _BITS) - 1)).astype(np.int64) - _ORIGIN
+        low, high = int(number.min()), int(number.max())
+        for one in [low] if low == high else np.unique(number).tolist():
+            some = slice(None) if low == high else number == one
+            place, who = offset[some], threads[some]
+            if not 0 <= one < len(self.spaces):
+                raise Fault(f"an access at {int(address[some][0]):#x}, where no tensor is", int(who[0]))
+            space = self.spaces[one]
+            within = np.zeros(len(place), bool)
+            for begin, end in space.ranges:
+                within |= (place >= begin) & (place + width <= end)
+            if not within.all():
+                first = int(np.argmin(within))
+                parts = ", ".join(f"{begin} to {end}" for begin, end in space.ranges) or "none"
+                raise Fault(
+                    f"an access out of bounds: {width} bytes at {int(place[first])} of a storage of {len(space.data)}"
+                    f" bytes, of which the launch has {parts}",
+                    int(who[first]),
+                )
+            yield space, some, place
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """First byte and last + 1 of a tensor in its storage."""
+    begin = tensor.storage_offset() * tensor.itemsize
+    if not tensor.numel():
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.itemsize
+
+
+def _raise(wrong: Array, threads: Array, message: str, address: Array | None = None) -> None:
+    if wrong.any():
+        first = int(np.argmax(wrong.reshape(len(threads), -1).any(axis=1)))
+        raise Fault(message if address is None else f"{message} {int(address[first]):#x}", int(threads[first]))
