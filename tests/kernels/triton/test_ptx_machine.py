@@ -395,3 +395,136 @@ def test_what_is_not_known_says_so():
     ):
         with pytest.raises(NotImplementedError, match=re.escape(text.split(",")[-1].strip(" ;").split()[-1])):
             run(text)
+
+
+#: Each copies a word of 128 threads into shared memory.
+LINES = 32
+FILL = " ".join(f"ld.global.b32 %r7, [%rd4+{512 * n}]; st.shared.b32 [%r4+{512 * n}], %r7;" for n in range(LINES))
+ACCUMULATORS = "{" + ", ".join(f"%r{40 + number}" for number in range(16)) + "}"
+ZEROS = " ".join(f"mov.b32 %r{40 + number}, 0;" for number in range(16))
+ASYNC = FILL + ZEROS + "fence.proxy.async.shared::cta; bar.sync 0; wgmma.fence.sync.aligned;"
+DONE = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+RESULT = """
+    mul.wide.u32 %rd6, %r1, 64; add.s64 %rd6, %rd6, %rd2;
+""" + " ".join(f"st.global.b32 [%rd6+{4 * number}], %r{40 + number};" for number in range(16))  # fmt: skip
+
+
+def placed(values, begin, row_bytes, turned, leading, stride):
+    """Bytes and descriptor of a matrix (rows, depth of 16) of 16-bit numbers, element by element.
+
+    ``row_bytes`` is that of the swizzle, 0 for none; ``turned`` has consecutive rows next to each other.
+    """
+    room = np.zeros(LINES * 256, np.int16)
+    for (row, depth), value in np.ndenumerate(values.view(torch.int16).numpy()):
+        across, along = (depth, row) if turned else (row, depth)
+        # Eight lines of a pattern, each of row_bytes of consecutive numbers.
+        per_line = (row_bytes or 16) // 2
+        line, pattern = divmod(along, per_line)[::-1], across // 8
+        place = begin + across % 8 * 2 * per_line + line[0] * 2
+        if row_bytes:
+            place += pattern * stride + line[1] * leading
+        else:
+            place += pattern * (leading if turned else stride) + line[1] * (stride if turned else leading)
+        address = place + 1024
+        address ^= (address >> 7 & {0: 0, 32: 1, 64: 3, 128: 7}[row_bytes]) << 4
+        room[(address - 1024) // 2] = value
+    mode = {0: 0, 128: 1, 64: 2, 32: 3}[row_bytes]
+    return room, (begin + 1024) >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | mode << 62
+
+
+def factors(kind="bf16"):
+    generator = torch.Generator().manual_seed(1)
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16}[kind]
+    return [(torch.randint(-8, 9, (rows, 16), generator=generator) / 8).to(dtype) for rows in (64, 32)]
+
+
+def result_of(found):
+    """The (64, 32) product from what each thread stored."""
+    got = found.view(128, 16).numpy()
+    thread = np.arange(128)
+    result = np.zeros((64, 32), np.float32)
+    for number in range(16):
+        row = thread // 32 * 16 + thread % 32 // 4 + 8 * (number // 2 % 2)
+        result[row, number // 4 * 8 + thread % 4 * 2 + number % 2] = got[:, number]
+    return result
+
+
+def layout(rows, row_bytes, turned):
+    """Strides of a matrix (leading, stride) without gaps, and its bytes."""
+    along, across = (rows, 16) if turned else (16, rows)
+    pattern = 8 * (row_bytes or 16)
+    # Patterns that follow each other along the lines, then across them.
+    repeats = -(-2 * along // (row_bytes or 16))
+    leading, stride = pattern, pattern * repeats
+    if turned and not row_bytes:
+        leading, stride = stride, leading
+    return (leading, stride), pattern * repeats * (across // 8)
+
+
+@pytest.mark.parametrize("turned", [(0, 0), (0, 1), (1, 0), (1, 1)])
+@pytest.mark.parametrize("row_bytes", [0, 32, 64, 128])
+def test_products_of_four_warps(row_bytes, turned):
+    left, right = factors()
+    strides, size = layout(64, row_bytes, turned[0])
+    begin = -(-size // 1024) * 1024
+    rooms = [
+        placed(left, 0, row_bytes, turned[0], *strides),
+        placed(right, begin, row_bytes, turned[1], *layout(32, row_bytes, turned[1])[0]),
+    ]
+    x = torch.from_numpy(rooms[0][0] | rooms[1][0]).view(torch.int32)
+    (_, one), (_, other) = rooms
+    flags = f"0, 1, 1, {turned[0]}, {turned[1]}"
+    body = f"""
+        {ASYNC} mov.u64 %rd7, {one:#x}; mov.u64 %rd8, {other:#x};
+        wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {ACCUMULATORS}, %rd7, %rd8, {flags};
+        {DONE} {RESULT}
+    """
+    found = run(body, x, torch.zeros(2048), threads=128, shared=LINES * 512)
+    assert np.array_equal(result_of(found), (left.double() @ right.double().T).float().numpy())
+
+
+def in_registers(after, before="", kind="bf16"):
+    """A product with its first factor in registers, all ones, twice into the same accumulators."""
+    _, right = factors(kind)
+    room, descriptor = placed(right, 0, 32, 0, 0, 256)
+    one = {"bf16": 0x3F803F80, "f16": 0x3C003C00}[kind]
+    product = f"wgmma.mma_async.sync.aligned.m64n32k16.f32.{kind}.{kind} {ACCUMULATORS}, {{%r8, %r8, %r8, %r8}}, %rd8,"
+    body = f"""
+        mov.b32 %r8, {one:#x}; {ASYNC} setp.eq.s32 %p1, %r3, %r3; mov.u64 %rd8, {descriptor:#x}; {before}
+        {product} 0, 1, 1, 0; {product} %p1, 1, 1, 0; {after} {RESULT}
+    """
+    found = run(body, torch.from_numpy(room).view(torch.int32), torch.zeros(2048), threads=128, shared=LINES * 512)
+    return result_of(found), np.broadcast_to(2 * right.float().sum(dim=1).numpy(), (64, 32))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_a_factor_in_registers(kind):
+    found, expected = in_registers(DONE, kind=kind)
+    assert np.array_equal(found, expected)
+
+
+COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned {};"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("", "", "has not been waited for"),
+        ("", COMMIT + WAIT.format(1), "has not been waited for"),
+        ("", WAIT.format(0), "has not been waited for"),
+        ("", COMMIT + "mov.b32 %r8, 0;" + WAIT.format(0), "has not been waited for"),
+        ("", COMMIT + "st.shared.b32 [%r4], 0;" + WAIT.format(0), "a product reads"),
+        ("", COMMIT + WAIT.format(0) + "xor.b32 %r5, %r4, 128; st.shared.b32 [%r5], 1;", "another warp has read"),
+        ("mov.b32 %r8, 0;", DONE, "changes its registers"),
+        ("bar.sync 0; st.shared.b32 [%r4], 9; bar.sync 0; wgmma.fence.sync.aligned;", DONE, "no proxy fence"),
+        ("st.shared.b32 [%r4], 9; fence.proxy.async; wgmma.fence.sync.aligned;", DONE, "race in shared memory"),
+    ],
+)
+def test_products_are_waited_for_and_fenced(before, after, message):
+    with pytest.raises(Fault, match=message):
+        in_registers(after, before)
+
+
+def test_a_proxy_fence_may_come_before_the_barrier_or_after_it():
+    for between in ("bar.sync 0; fence.proxy.async.shared::cta;", "fence.proxy.async.shared::cta; bar.sync 0;"):
+        in_registers(DONE, f"bar.sync 0; st.shared.b32 [%r4], 9; {between} wgmma.fence.sync.aligned;")

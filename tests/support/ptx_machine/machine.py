@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.support.ptx_machine import arithmetic, memory_access, warp
+from tests.support.ptx_machine import arithmetic, memory_access, warp, warpgroup
 from tests.support.ptx_machine.faults import Fault
 from tests.support.ptx_machine.memory import GlobalMemory
 from tests.support.ptx_machine.operands import UNSIGNED, bits_of, reader
@@ -23,6 +23,7 @@ Array = NDArray[Any]
 
 #: Threads that run at once: more amortise the time of a call of NumPy, but more of them wait where they diverge.
 THREADS_AT_ONCE = 8192
+_MODULES = (arithmetic, memory_access, warp, warpgroup)
 _NOTHING = ("griddepcontrol", "fence", "membar", "nanosleep", "pragma")
 
 
@@ -36,6 +37,8 @@ class Step:
         guard: Reader of its predicate, or None.
         target: Where a branch leads.
         instruction: The instruction itself.
+        together: Threads that must come together: a warp, or four.
+        registers: Registers that it uses.
         begins: Whether a label stands before it.
     """
 
@@ -46,6 +49,8 @@ class Step:
     target: int
     instruction: Instruction
     begins: bool
+    together: int = 32
+    registers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,14 @@ def program_of(text: str) -> Program:
         NotImplementedError: For an instruction that is not known.
     """
     kernel = parse(text)
-    begins = set(kernel.labels.values())
+    # Most labels are those of the debugger.
+    begins = {
+        kernel.labels[operand.name]
+        for instruction in kernel.instructions
+        for operand in instruction.operands
+        if isinstance(operand, Symbol) and operand.name in kernel.labels
+    }
+    warpgroup.check_fences(kernel.instructions, begins)
     steps = [_step(instruction, kernel, place in begins) for place, instruction in enumerate(kernel.instructions)]
     return Program(kernel, steps, _granule(kernel, "shared"), _granule(kernel, "global"))
 
@@ -100,17 +112,19 @@ def _step(instruction: Instruction, kernel: Kernel, begins: bool) -> Step:
         kind = "barrier"
     elif name == "trap":
         run = _trap
-    elif name.startswith(_NOTHING):
+    elif name.startswith(_NOTHING) and not name.startswith("fence.proxy"):
         run = _nothing
     else:
         try:
-            run = arithmetic.decode(instruction) or memory_access.decode(instruction) or warp.decode(instruction)
+            run = next(filter(None, (module.decode(instruction) for module in _MODULES)), None)
         except (AssertionError, KeyError, ValueError, StopIteration) as error:
             raise NotImplementedError(f"{instruction} ({error!r})") from error
         if run is None:
             raise NotImplementedError(str(instruction))
         kind = "warp" if warp.needs_warp(name) else "plain"
-    return Step(kind, run, guard, instruction.negated, target, instruction, begins)
+    together = 128 if warpgroup.is_product(name) else 32
+    registers = warpgroup.registers_of(instruction) if together == 32 else frozenset()
+    return Step(kind, run, guard, instruction.negated, target, instruction, begins, together, registers)
 
 
 def _nothing(s: Any, m: Any) -> None:
@@ -189,6 +203,7 @@ class _Run:
         self.passed = self.clock.copy()
         self.shared = SharedMemory(self, shared, program.shared)
         self.copies = memory_access.Copies(self)
+        self.products = warpgroup.Products(self)
         poison = {bits: _poison(bits, self.shape) for bits in UNSIGNED}
         self.r: list[Array] = [poison[bits] for bits in program.kernel.registers]
         self._special: dict[str, Array] = {}
@@ -266,6 +281,8 @@ class _Run:
                 if self._left < 0:
                     raise Fault("an endless loop", int(np.flatnonzero(active)[0]))
                 kind = step.kind
+                if self.products.under_way:
+                    self.products.check(m, step.registers)
                 if kind == "plain":
                     if step.guard is None:
                         step.run(self, m)  # type: ignore[misc]
@@ -287,7 +304,7 @@ class _Run:
                         self._at[taken] = step.target
                         return
                 elif kind == "warp":
-                    active = self._together(place, active)
+                    active = self._together(place, active, step.together)
                     if not active.any():
                         return
                     m = None if active.all() else active
@@ -298,7 +315,7 @@ class _Run:
                         self._pass_barrier(slice(None))
                         place += 1
                         continue
-                    active = self._together(place, active)
+                    active = self._together(place, active, 32)
                     self._at[active] = place + 1
                     self._parked |= active
                     self._at_barrier |= active
@@ -328,12 +345,12 @@ class _Run:
         found = self._guarded(step, active)
         return active if found is None else found
 
-    def _together(self, place: int, active: Array) -> Array:
-        """The threads of a mask whose whole warp is here; the others of the mask wait."""
-        by_warp = active.reshape(-1, 32)
-        waiting = (self._parked & ~self._at_barrier & (self._at == place)).reshape(-1, 32)
+    def _together(self, place: int, active: Array, threads: int) -> Array:
+        """The threads of a mask whose whole warp, or group of warps, is here; the others of the mask wait."""
+        by_warp = active.reshape(-1, threads)
+        waiting = (self._parked & ~self._at_barrier & (self._at == place)).reshape(-1, threads)
         here = by_warp | waiting
-        whole = (here | ~self._alive.reshape(-1, 32)).all(axis=1) & by_warp.any(axis=1)
+        whole = (here | ~self._alive.reshape(-1, threads)).all(axis=1) & by_warp.any(axis=1)
         ready = (here & whole[:, None]).reshape(-1)
         left = active & ~ready
         self._parked &= ~ready

@@ -35,8 +35,13 @@ class SharedMemory:
         count = s.ctas * self.size // granule
         self.stamps = np.zeros(count, np.int64)
         self.read_at = np.full((count, s.warps), -1, np.int32)
-        #: Granules that an asynchronous product reads.
+        #: How many asynchronous products read each granule.
         self.held: Array | None = None
+        #: Count of stores and fences, at which each granule was stored and each thread fenced, and in which epoch.
+        self.now = 1
+        self.stored_at = np.zeros(count, np.int32)
+        self.fenced_at = np.zeros(s.shape, np.int32)
+        self.fenced_in = np.zeros(s.shape, np.int64)
 
     def view(self, width: int) -> Array:
         """The bytes as unsigned integers."""
@@ -58,7 +63,7 @@ class SharedMemory:
         self._check_write(threads, granules, (view[index] == values).all(axis=1))
         view[index] = values
         raise_at(view[index] != values, threads, "a race: two threads of one instruction write shared bytes")
-        self.stamps[granules] = self._stamp(threads)[:, None]
+        self._note_write(threads, granules)
 
     def add(self, threads: Array, address: Array, values: Array) -> Array:
         """Atomically add (n,) words, and return what was there before."""
@@ -90,7 +95,26 @@ class SharedMemory:
     def land(self, threads: Array, place: Array, values: Array) -> None:
         """A copy has arrived, as if its threads wrote now."""
         self.data[place[:, None] + np.arange(values.shape[1])] = values
-        self.stamps[self._granules(place, values.shape[1])] = self._stamp(threads)[:, None]
+        self._note_write(threads, self._granules(place, values.shape[1]))
+
+    def fence(self, threads: Array) -> None:
+        """What these threads have seen may be read by asynchronous products."""
+        self.now += 1
+        self.fenced_at[threads], self.fenced_in[threads] = self.now, self.s.epoch[self.s.cta[threads]]
+
+    def check_proxy(self, threads: Array, granules: Array) -> None:
+        """Between a store and a product that reads it stands a proxy fence: of the thread that stored, or of those that
+        read, after a barrier."""
+        stamps = self.stamps[granules]
+        writer = np.minimum(stamps & 0xFFF, self.s.threads - 1) + (self.s.cta[threads] * self.s.threads)[:, None]
+        by_writer = self.fenced_at[writer] > self.stored_at[granules]
+        by_reader = self.fenced_in[threads][:, None] > stamps >> 40
+        raise_at((stamps > 0) & ~by_writer & ~by_reader, threads, "no proxy fence between a store and a product")
+
+    def _note_write(self, threads: Array, granules: Array) -> None:
+        self.stamps[granules] = self._stamp(threads)[:, None]
+        self.now += 1
+        self.stored_at[granules] = self.now
 
     def note_read(self, threads: Array, granules: Array) -> None:
         """Check that these threads may read these granules, (n, any), now, and remember it."""
@@ -110,7 +134,7 @@ class SharedMemory:
         """Check that these threads may write these granules now. ``same`` where they write what is there already."""
         s = self.s
         if self.held is not None:
-            raise_at(self.held[granules], threads, "a race: writes shared bytes that a product reads")
+            raise_at(self.held[granules] > 0, threads, "a race: writes shared bytes that a product reads")
         stamps = self.stamps[granules]
         cta, warp = s.cta[threads], s.warp[threads]
         suspicious = stamps >> 40 >= s.epoch[cta][:, None]

@@ -17,7 +17,7 @@ __all__ = ["decode", "needs_warp"]
 Array = NDArray[Any]
 Run = Callable[[Any, Any], None]
 
-_FIRST = ("shfl", "redux", "vote", "ldmatrix", "stmatrix", "mma", "match", "elect")
+_FIRST = ("shfl", "redux", "vote", "ldmatrix", "stmatrix", "mma", "match", "elect", "wgmma")
 
 
 def needs_warp(name: str) -> bool:
