@@ -162,6 +162,18 @@ def test_global_memory_between_threads_and_ctas():
         run(exchange.format("bar.sync 0;") + load, grid=(2,))
 
 
+def test_writing_to_global_memory_what_another_thread_has_read():
+    load = "xor.b32 %r5, %r2, 128; cvt.u64.u32 %rd6, %r5; add.s64 %rd6, %rd1, %rd6; ld.global.b32 %r7, [%rd6];"
+    store = "st.global.b32 [%rd4], 99;"
+    run(load + "bar.sync 0;" + store)
+    run("ld.global.b32 %r7, [%rd4];" + store)
+    every = "ld.global.b32 %r7, [%rd1];"
+    run(every + "bar.sync 0;" + store)
+    for read, grid in ((load, (1,)), (every, (1,)), (load + "bar.sync 0;", (2,)), (every + "bar.sync 0;", (2,))):
+        with pytest.raises(Fault, match="writes what another thread reads"):
+            run(read + store, grid=grid)
+
+
 COPY = "cp.async.ca.shared.global [ %r4 + 0 ], [ %rd4 + 0 ], 0x4; cp.async.commit_group;"
 
 

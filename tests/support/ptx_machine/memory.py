@@ -17,6 +17,8 @@ __all__ = ["GlobalMemory", "Space"]
 Array = NDArray[Any]
 #: Bits of the addresses of one space, and the address of its first byte there: nothing lies around it.
 _BITS, _ORIGIN = 40, 1 << 39
+#: Stamps of reads by several threads of a CTA (a mask), and of several CTAs.
+_MANY, _EVERYWHERE = 0xFFFF, 0xFFFFF << 40
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -28,6 +30,7 @@ class Space:
         written: 1 for each byte that has been written; None where all have.
         ranges: First and last byte + 1 of each part that the launch may touch.
         stamps: Who wrote each granule in this launch, and when; None until somebody does.
+        reads: Who read each granule in this launch, and when; None until somebody does.
     """
 
     def __init__(self, data: Array, *, written: bool) -> None:
@@ -35,6 +38,7 @@ class Space:
         self.written = None if written else np.zeros(len(data), np.uint8)
         self.ranges: list[tuple[int, int]] = []
         self.stamps: Array | None = None
+        self.reads: Array | None = None
 
     def view(self, width: int) -> Array:
         """The bytes as unsigned integers of ``width`` bytes."""
@@ -93,7 +97,7 @@ class GlobalMemory:
         """A new launch, whose accesses are multiples of ``granule`` bytes."""
         self.granule = granule
         for space in self.spaces:
-            space.ranges, space.stamps = [], None
+            space.ranges, space.stamps, space.reads = [], None, None
 
     def load(self, s: Any, threads: Array, address: Array, width: int, count: int) -> Array:
         """(n, count) numbers of ``width`` bytes for these threads, at addresses (n,)."""
@@ -105,10 +109,12 @@ class GlobalMemory:
                 index = (place // unit)[:, None] + np.arange(whole // unit)
                 full = space.written[: len(space.written) // unit * unit].view(_UNSIGNED[unit])
                 _raise(full[index] != int.from_bytes(b"\1" * unit, "little"), threads[some], "reads unwritten bytes")
+            granules = self._granules(place, whole)
             if space.stamps is not None:
-                stamps = space.stamps[self._granules(place, whole)]
+                stamps = space.stamps[granules]
                 if stamps.any():
                     _raise(self._conflict(s, stamps, threads[some]), threads[some], "reads what another thread writes")
+            self._note_read(s, space, granules, threads[some])
             found[some] = space.view(width)[(place // width)[:, None] + np.arange(count)]
         return found
 
@@ -120,14 +126,17 @@ class GlobalMemory:
             index = (place // width)[:, None] + np.arange(count)
             view, own = space.view(width), values[some]
             granules = self._granules(place, width * count)
+            # Writing the same number again is harmless.
+            differs = (view[index] != own).any(axis=1)
             if space.stamps is None:
                 space.stamps = np.zeros(-(-len(space.data) // self.granule), np.int64)
             else:
                 other = self._conflict(s, space.stamps[granules], who)
-                if other.any():
-                    # Writing the same number again is harmless.
-                    differs = (view[index] != own).any(axis=1)
-                    _raise(other & differs[:, None], who, "writes what another thread writes")
+                _raise(other & differs[:, None], who, "writes what another thread writes")
+            if space.reads is not None:
+                read, mine = space.reads[granules], self._reader(s, who)
+                settled = (read >> 40 == mine >> 40) & ((read >> 16 < mine >> 16) | (read == mine))
+                _raise((read != 0) & ~settled & differs[:, None], who, "writes what another thread reads")
             view[index] = own
             _raise(view[index] != own, who, "writes what another thread writes")
             space.stamps[granules] = ((s.number[who] + 1) << 32 | s.epoch[s.cta[who]])[:, None]
@@ -139,6 +148,31 @@ class GlobalMemory:
 
     def _granules(self, place: Array, width: int) -> Array:
         return (place // self.granule)[:, None] + np.arange(width // self.granule)
+
+    def _reader(self, s: Any, threads: Array) -> Array:
+        """Threads as stamps of reads, (n, 1): CTA, barriers that it has passed, and thread."""
+        cta = s.cta[threads]
+        stamps: Array = s.numbers[cta] + 1 << 40 | s.epoch[cta] << 16 | s.tid[threads] + 1
+        return stamps[:, None]
+
+    def _note_read(self, s: Any, space: Space, granules: Array, threads: Array) -> None:
+        """Remember the last reader of each granule, or that there are several in its CTA or in several CTAs."""
+        if space.reads is None:
+            space.reads = np.zeros(-(-len(space.data) // self.granule), np.int64)
+        mine, before = self._reader(s, threads), space.reads[granules]
+
+        def joined(one: Array, other: Array) -> Array:
+            later = np.where(one >> 16 == other >> 16, one | _MANY, np.maximum(one, other))
+            both = np.where(one >> 40 == other >> 40, later, _EVERYWHERE)
+            return np.where((one == other) | (other == 0), one, both)
+
+        found = joined(mine, before)
+        space.reads[granules] = found
+        # Threads of one instruction that read the same granule.
+        after = space.reads[granules]
+        lost = after != found
+        if lost.any():
+            space.reads[granules[lost]] = joined(found[lost], after[lost])
 
     def _conflict(self, s: Any, stamps: Array, threads: Array) -> Array:
         """Where somebody else has written in this launch, without a barrier since."""
