@@ -44,7 +44,8 @@ def partial_statistics(
     end = tl.minimum(begin + tiles * BLOCK_ROWS, count)
     first = (tl.program_id(0) == 0) & (split == 0) & (tl.program_id(2) == 0)
     if p_tracked is not None:
-        tl.store(p_tracked, tl.load(p_tracked) + 1, first)
+        # The others must not read what this one writes.
+        tl.store(p_tracked, tl.load(p_tracked, first, 0) + 1, first)
     b_mean = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     b_squares = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     # One 64-bit offset for a tile, 32-bit offsets within it.

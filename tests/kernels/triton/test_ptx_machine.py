@@ -28,7 +28,7 @@ def run(body, *tensors, threads=64, shared=4096, grid=(1,), unwritten=(), most=1
     memory = GlobalMemory()
     for number in unwritten:
         memory.register(given[number], written=False)
-    memory.begin(1)
+    memory.begin()
     text = f""".version 8.8
     .target sm_90a
     .address_size 64
@@ -234,6 +234,14 @@ def test_atomic_additions_in_shared_memory_do_not_race():
     assert found.tolist() == [100 + 2 * (number // 3) for number in range(64)]
     with pytest.raises(Fault, match="race"):
         run("st.shared.b32 [%r4], 0; bar.sync 0; atom.shared.add.u32 %r6, [%r3], 2; ld.shared.b32 %r7, [%r4];")
+
+
+def test_atomic_additions_in_global_memory_do_not_race():
+    found = run("red.global.add.u32 [%rd2], 3; atom.global.gpu.relaxed.add.u32 %r7, [%rd2+4], 1;", grid=(2,))
+    assert found[:3].tolist() == [3 * 128, 128, 0]
+    for other in ("ld.global.b32 %r7, [%rd2];", "st.global.b32 [%rd2], 1;"):
+        with pytest.raises(Fault, match="another thread"):
+            run("red.global.add.u32 [%rd2], 3;" + other)
 
 
 @pytest.mark.parametrize(("mode", "by", "clamp"), [("up", 3, 0), ("down", 3, 31), ("bfly", 5, 31), ("idx", 7, 31)])

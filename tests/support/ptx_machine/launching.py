@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
@@ -31,6 +31,9 @@ class Emulator:
     Attributes:
         memory: Global memory.
         launches: Name, grid and PTX text of each launch.
+        copies: Names of kernels in which a thread may store what other threads of its CTA read before, without a
+            barrier. Triton gives several threads copies of an element where a tensor has fewer of them than a CTA has
+            threads; all load it and one stores it. The others' copies are then used by nobody.
         change: Given the name of a kernel and its PTX, returns the PTX to run: for tests that break it.
     """
 
@@ -38,13 +41,24 @@ class Emulator:
         self.memory = GlobalMemory()
         self.launches: list[tuple[str, tuple[int, ...], str]] = []
         self.change: Callable[[str, str], str] = lambda name, text: text
+        self.copies: set[str] = set()
+        self._reachable: list[Tensor] = []
+
+    def address(self, tensor: Tensor) -> int:
+        """The address of a tensor that kernels read from memory, where they find others; all launches may touch it."""
+        self._reachable.append(tensor)
+        with _disable_current_modes():
+            return self.memory.pointer(tensor)
 
     def launch(self, kernel: Any, compiled: Any, grid: Any, values: dict[str, Any]) -> None:
         """Run a compiled kernel."""
         sizes = tuple(grid(values)) if callable(grid) else tuple(grid)
         text = self.change(kernel.__name__, compiled.asm["ptx"])
         names = parameters_of(text)
-        self.memory.begin(1)
+        self.memory.begin()
+        self.memory.copies = kernel.__name__ in self.copies
+        for tensor in self._reachable:
+            self.memory.pointer(tensor)
         given = []
         for name, kind in compiled.src.signature.items():
             given += _bits(self.memory, kind, values[name])
@@ -85,6 +99,10 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "synco_fast":
+            # Look into the package's own operators.
+            with self:
+                return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         result = func(*args, **kwargs)
         schema = func._schema
         if schema.name in _EMPTY:
@@ -148,7 +166,7 @@ def emulated(capability: int) -> Iterator[Emulator]:
             known = {name: value for name, value in options.items() if name in signature.parameters}
             bound = signature.bind(*arguments, **known)
             bound.apply_defaults()
-            with torch.utils._python_dispatch._disable_current_modes():
+            with _disable_current_modes():
                 emulator.launch(self, compiled, grid, dict(bound.arguments))
         return compiled
 

@@ -65,7 +65,10 @@ class GlobalMemory:
         self._numbers: dict[int, int] = {}
         # Nobody else may get their memory while it is known here.
         self._kept: list[Tensor] = []
+        #: Bytes that divide every access of the launch.
         self.granule = 1
+        #: Whether a thread may store what others of its CTA have read: see `Emulator.copies`.
+        self.copies = False
 
     def register(self, tensor: Tensor, *, written: bool = True) -> int:
         """The number of the space of a tensor, which is known from now on."""
@@ -93,13 +96,12 @@ class GlobalMemory:
         self.spaces[number].allow(begin, end)
         return (number + 1 << _BITS) + _ORIGIN + begin
 
-    def begin(self, granule: int) -> None:
-        """A new launch, whose accesses are multiples of ``granule`` bytes."""
-        self.granule = granule
+    def begin(self) -> None:
+        """A new launch, which may touch nothing yet."""
         for space in self.spaces:
             space.ranges, space.stamps, space.reads = [], None, None
 
-    def load(self, s: Any, threads: Array, address: Array, width: int, count: int) -> Array:
+    def load(self, s: Any, threads: Array, address: Array, width: int, count: int, *, atomic: bool = False) -> Array:
         """(n, count) numbers of ``width`` bytes for these threads, at addresses (n,)."""
         found = np.empty((len(threads), count), _UNSIGNED[width])
         for space, some, place in self._places(threads, address, width * count):
@@ -113,12 +115,14 @@ class GlobalMemory:
             if space.stamps is not None:
                 stamps = space.stamps[granules]
                 if stamps.any():
-                    _raise(self._conflict(s, stamps, threads[some]), threads[some], "reads what another thread writes")
-            self._note_read(s, space, granules, threads[some])
+                    other = self._conflict(s, stamps, threads[some], atomic)
+                    _raise(other, threads[some], "reads what another thread writes")
+            if not atomic:
+                self._note_read(s, space, granules, threads[some])
             found[some] = space.view(width)[(place // width)[:, None] + np.arange(count)]
         return found
 
-    def store(self, s: Any, threads: Array, address: Array, values: Array) -> None:
+    def store(self, s: Any, threads: Array, address: Array, values: Array, *, atomic: bool = False) -> None:
         """Store (n, count) unsigned numbers."""
         width, count = values.dtype.itemsize, values.shape[1]
         for space, some, place in self._places(threads, address, width * count):
@@ -131,20 +135,31 @@ class GlobalMemory:
             if space.stamps is None:
                 space.stamps = np.zeros(-(-len(space.data) // self.granule), np.int64)
             else:
-                other = self._conflict(s, space.stamps[granules], who)
+                other = self._conflict(s, space.stamps[granules], who, atomic)
                 _raise(other & differs[:, None], who, "writes what another thread writes")
             if space.reads is not None:
                 read, mine = space.reads[granules], self._reader(s, who)
-                settled = (read >> 40 == mine >> 40) & ((read >> 16 < mine >> 16) | (read == mine))
+                settled = (read >> 40 == mine >> 40) & ((read >> 16 < mine >> 16) | (read == mine) | self.copies)
                 _raise((read != 0) & ~settled & differs[:, None], who, "writes what another thread reads")
             view[index] = own
             _raise(view[index] != own, who, "writes what another thread writes")
-            space.stamps[granules] = ((s.number[who] + 1) << 32 | s.epoch[s.cta[who]])[:, None]
+            space.stamps[granules] = ((s.number[who] + 1) << 32 | atomic << 31 | s.epoch[s.cta[who]])[:, None]
             if space.written is not None:
                 unit = min(width * count, 8)
                 place_of = (place // unit)[:, None] + np.arange(width * count // unit)
                 full = space.written[: len(space.written) // unit * unit].view(_UNSIGNED[unit])
                 full[place_of] = int.from_bytes(b"\1" * unit, "little")
+
+    def add(self, s: Any, threads: Array, address: Array, values: Array) -> Array:
+        """Atomically add (n,) unsigned numbers, and return what was there before."""
+        before = np.empty(len(threads), values.dtype)
+        # One after another: few threads do this.
+        for number in range(len(threads)):
+            some = slice(number, number + 1)
+            found = self.load(s, threads[some], address[some], values.dtype.itemsize, 1, atomic=True)
+            before[some] = found[:, 0]
+            self.store(s, threads[some], address[some], found + values[some, None], atomic=True)
+        return before
 
     def _granules(self, place: Array, width: int) -> Array:
         return (place // self.granule)[:, None] + np.arange(width // self.granule)
@@ -174,11 +189,13 @@ class GlobalMemory:
         if lost.any():
             space.reads[granules[lost]] = joined(found[lost], after[lost])
 
-    def _conflict(self, s: Any, stamps: Array, threads: Array) -> Array:
-        """Where somebody else has written in this launch, without a barrier since."""
-        writer, epoch, own = (stamps >> 32) - 1, stamps & 0xFFFFFFFF, s.number[threads][:, None]
+    def _conflict(self, s: Any, stamps: Array, threads: Array, atomic: bool) -> Array:
+        """Where somebody else has written in this launch, without a barrier since. Atomic accesses do not conflict."""
+        writer, epoch, own = (stamps >> 32) - 1, stamps & 0x7FFFFFFF, s.number[threads][:, None]
         alike = writer // s.threads == own // s.threads
         settled = (alike & (epoch < s.epoch[s.cta[threads]][:, None])) | (writer == own)
+        if atomic:
+            settled |= stamps >> 31 & 1 == 1
         return (stamps != 0) & ~settled
 
     def _places(self, threads: Array, address: Array, width: int) -> Iterable[tuple[Space, Any, Array]]:

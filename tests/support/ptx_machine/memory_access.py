@@ -83,8 +83,8 @@ def decode(instruction: Instruction) -> Run | None:
         if space not in ("global", "shared"):
             return None
         return (_load if first == "ld" else _store)(instruction, space, kind, count)
-    if first == "atom" and spaces_of(name) == "shared" and name.endswith(".add.u32"):
-        return _atomic(instruction)
+    if first in ("atom", "red"):
+        return _atomic(instruction, name.split("."))
     if first == "cp" and name.startswith("cp.async.") and "bulk" not in name:
         return _asynchronous(instruction)
     if first in ("prefetch", "discard", "applypriority"):
@@ -158,17 +158,28 @@ def _store(instruction: Instruction, space: str, kind: str, count: int) -> Run:
     return run
 
 
-def _atomic(instruction: Instruction) -> Run:
-    target, source, added = instruction.operands
-    address, put, read = address_reader(source), writer(target), reader(added, "u32")
+def _atomic(instruction: Instruction, words: list[str]) -> Run | None:
+    space, kind = spaces_of(instruction.name), words[-1]
+    wanted = {"shared": ("u32", "s32"), "global": ("u32", "s32", "u64")}
+    if words[-2] != "add" or kind not in wanted.get(space, ()):
+        return None
+    *target, source, added = instruction.operands
+    bits = f"u{bits_of(kind)}"
+    address, read = address_reader(source), reader(added, bits)
+    put = writer(target[0]) if target else None
 
     def run(s: Any, m: Any) -> None:
         threads = chosen(s, m)
         if not len(threads):
             return
-        value = np.zeros(s.shape, np.uint32)
-        value[threads] = s.shared.add(threads, address(s, threads), np.broadcast_to(read(s), s.shape)[threads])
-        put(s, value, m)
+        values, places = np.broadcast_to(read(s), s.shape)[threads], address(s, threads)
+        value = np.zeros(s.shape, DTYPES[bits])
+        if space == "shared":
+            value[threads] = s.shared.add(threads, places, values)
+        else:
+            value[threads] = s.memory.add(s, threads, places, values)
+        if put is not None:
+            put(s, value, m)
 
     return run
 
