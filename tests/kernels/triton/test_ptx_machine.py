@@ -308,6 +308,8 @@ NUMBERS = [0.0, -0.0, 1.0, -1.5, 3e-39, 2.5, 65519.0, 65520.0, np.inf, -np.inf, 
         ("cvt.rn.f16x2.f32 %r8, %r6, %r5; mov.b32 {%rs1, %rs2}, %r8; cvt.f32.f16 %r7, %rs2",
          lambda a, b: b.astype(np.float16)),
         ("setp.gtu.f32 %p1, %r5, %r6; selp.f32 %r7, 0f3F800000, 0f00000000, %p1", lambda a, b: ~(a <= b)),
+        ("cvt.rn.f16x2.f32 %r5, %r6, %r5; setp.lt.f16x2 %p1|%p2, %r5, 0x3E003E00; selp.f32 %r7, 1.0, 0.0, %p1;"
+         "@%p2 add.f32 %r7, %r7, 0f40000000", lambda a, b: (a < 1.5) + 2.0 * (b < 1.5)),
         ("setp.num.f32 %p1, %r5, %r6; selp.f32 %r7, 0f3F800000, 0f00000000, %p1", lambda a, b: (a == a) & (b == b)),
         ("setp.ne.f32 %p1, %r5, %r6; selp.f32 %r7, 0f3F800000, 0f00000000, %p1",
          lambda a, b: (a != b) & (a == a) & (b == b)),
@@ -330,6 +332,11 @@ def test_the_product_of_a_fused_addition_is_not_rounded():
     words = [hex(int(np.float32(x).view(np.uint32)))[2:].zfill(8) for x in (a, c)]
     found = run(f"fma.rn.f32 %r7, 0f{words[0]}, 0f{words[0]}, 0f{words[1]}; st.global.b32 [%rd5], %r7;")
     assert found.view(torch.float32)[0].item() == 1 + 2.0**-11 + 2.0**-23
+
+
+def test_there_is_one_nan():
+    body = "add.f32 %r7, 0fFFC12345, 0f3F800000; setp.ne.b32 %p1, %r7, 0x7FFFFFFF; @%p1 trap;"
+    run(body + "mov.b32 %r8, 0fFFC12345; setp.ne.b32 %p1, %r8, 0xFFC12345; @%p1 trap;")
 
 
 def words_of(values, kind):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tests.support.ptx_machine.operands import DTYPES, as_bfloat16, bits_of, from_bfloat16, reader, writer
 from tests.support.ptx_machine.parse import Instruction, Operand, Register
 
-__all__ = ["decode", "exact_fma", "flushed"]
+__all__ = ["canonical", "decode", "exact_fma", "flushed"]
 
 Array = NDArray[Any]
 Run = Callable[[Any, Any], None]
@@ -39,6 +39,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 }
 _JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 _KINDS = {*DTYPES, "bf16"}
+_NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 _PLAIN = {"add": np.add, "sub": np.subtract}
 
@@ -46,6 +47,12 @@ _PLAIN = {"add": np.add, "sub": np.subtract}
 def flushed(x: Any) -> Any:
     """Subnormal numbers of float32 as zeros of their sign."""
     return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
+
+
+def canonical(x: Any) -> Any:
+    """Numbers with the one NaN that a device computes; NumPy keeps one of the operands' bits."""
+    none = x != x
+    return np.where(none, _NAN, x) if np.any(none) else x
 
 
 def exact_fma(a: Any, b: Any, c: Any) -> Any:
@@ -227,9 +234,11 @@ def _simple(instruction: Instruction, kinds: list[str], to: str, function: Calla
     """Read operands of some kinds, write a result."""
     put = writer(instruction.operands[0])
     reads = [reader(operand, kind) for operand, kind in zip(instruction.operands[1:], kinds, strict=True)]
+    inner = function
     if to == "bf16":
-        inner = function
         function = lambda *values: as_bfloat16(inner(*values))  # noqa: E731
+    elif to == "f32" and instruction.name[:3] not in ("neg", "abs"):
+        function = lambda *values: canonical(inner(*values))  # noqa: E731
     if len(reads) == 1:
         (one,) = reads
         return lambda s, m: put(s, function(one(s)), m)
@@ -244,20 +253,22 @@ def _packed(instruction: Instruction, kind: str, function: Callable[..., Any]) -
     put = writer(instruction.operands[0])
     reads = [reader(operand, "u32") for operand in instruction.operands[1:]]
 
-    def half(value: Any, shift: int) -> Any:
-        bits = (value >> np.uint32(shift)).astype(np.uint16)
-        return from_bfloat16(bits) if kind == "bf16" else bits.view(np.float16)
-
     def run(s: Any, m: Any) -> None:
         values = [read(s) for read in reads]
         both: Any = np.uint32(0)
         for shift in (0, 16):
-            found = function(*(half(value, shift) for value in values))
+            found = function(*(_half(value, shift, kind) for value in values))
             bits = as_bfloat16(found) if kind == "bf16" else np.asarray(found, np.float16).view(np.uint16)
             both = both | bits.astype(np.uint32) << np.uint32(shift)
         put(s, both, m)
 
     return run
+
+
+def _half(value: Any, shift: int, kind: str) -> Any:
+    """One of two 16-bit floats."""
+    bits = (value >> np.uint32(shift)).astype(np.uint16)
+    return from_bfloat16(bits) if kind == "bf16" else bits.view(np.float16)
 
 
 def _half_fma(a: Any, b: Any, c: Any) -> Any:
@@ -274,6 +285,8 @@ def decode(instruction: Instruction) -> Run | None:
     ftz = "ftz" in modifiers
     if modifiers and modifiers[-1] in ("f16x2", "bf16x2") and name != "cvt":
         half = modifiers[-1][:-2]
+        if name == "setp":
+            return _setp_of_halves(instruction, modifiers, half)
         function = {**_PLAIN, "mul": np.multiply, "fma": _half_fma, "neg": np.negative, "abs": np.abs}.get(name)
         function = _extreme(name, "NaN" in modifiers) if name in ("min", "max") else function
         return _packed(instruction, half, function) if function else None
@@ -418,6 +431,22 @@ def _setp(instruction: Instruction, modifiers: list[str], kind: str, ftz: bool) 
         results = (found, ~found)
         for put, result in zip(puts, results, strict=False):
             put(s, result if join is None or other is None else join(result, other(s)), m)
+
+    return run
+
+
+def _setp_of_halves(instruction: Instruction, modifiers: list[str], kind: str) -> Run | None:
+    """Compare both halves of 32 bits: a predicate for each, the lower one first."""
+    targets, *operands = instruction.operands
+    if not isinstance(targets, tuple) or len(modifiers) != 2 or len(operands) != 2:
+        return None
+    compare, puts = _COMPARE[modifiers[0]], [writer(one) for one in targets]
+    reads = [reader(operand, "u32") for operand in operands]
+
+    def run(s: Any, m: Any) -> None:
+        a, b = (read(s) for read in reads)
+        for shift, put in zip((0, 16), puts, strict=True):
+            put(s, compare(_half(a, shift, kind), _half(b, shift, kind)), m)
 
     return run
 

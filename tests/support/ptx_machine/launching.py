@@ -34,6 +34,8 @@ class Emulator:
         copies: Names of kernels in which a thread may store what other threads of its CTA read before, without a
             barrier. Triton gives several threads copies of an element where a tensor has fewer of them than a CTA has
             threads; all load it and one stores it. The others' copies are then used by nobody.
+        overlaps: Names of kernels that may store different numbers at one place of global memory, since nobody uses
+            what stands there in the end.
         change: Given the name of a kernel and its PTX, returns the PTX to run: for tests that break it.
     """
 
@@ -42,6 +44,7 @@ class Emulator:
         self.launches: list[tuple[str, tuple[int, ...], str]] = []
         self.change: Callable[[str, str], str] = lambda name, text: text
         self.copies: set[str] = set()
+        self.overlaps: set[str] = set()
         self._reachable: list[Tensor] = []
 
     def address(self, tensor: Tensor) -> int:
@@ -57,6 +60,7 @@ class Emulator:
         names = parameters_of(text)
         self.memory.begin()
         self.memory.copies = kernel.__name__ in self.copies
+        self.memory.overlaps = kernel.__name__ in self.overlaps
         for tensor in self._reachable:
             self.memory.pointer(tensor)
         given = []

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.ptx_machine.arithmetic import canonical
 from tests.support.ptx_machine.memory_access import address_reader
 from tests.support.ptx_machine.operands import from_bfloat16, reader, writer
 from tests.support.ptx_machine.parse import Immediate, Instruction, Operand
@@ -257,7 +258,7 @@ def _product(instruction: Instruction) -> Run | None:
             x = as_tf32(one).reshape(-1, 8, 4, 2, 2).transpose(0, 4, 1, 3, 2).reshape(-1, 16, 8)
             y = as_tf32(other).transpose(0, 3, 2, 1).reshape(-1, 8, 8)
         z = start.view(np.float32).astype(np.float64).reshape(-1, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4)
-        found = (x @ y + z.reshape(-1, 16, 8)).astype(np.float32)
+        found = canonical((x @ y + z.reshape(-1, 16, 8)).astype(np.float32))
         words_of = found.reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(len(warps), 32, 4)
         for number, put in enumerate(puts):
             value = np.zeros(s.shape, np.uint32)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.ptx_machine.arithmetic import canonical
 from tests.support.ptx_machine.faults import Fault
 from tests.support.ptx_machine.memory_access import chosen
 from tests.support.ptx_machine.operands import reader
@@ -210,7 +211,7 @@ def _product(instruction: Instruction) -> Run | None:
         before = before.reshape(-1, 4, 8, 4, columns // 8, 2, 2).transpose(0, 1, 5, 2, 4, 3, 6)
         before = before.reshape(len(groups), 64, columns).astype(np.float64)
         add = np.broadcast_to(kept(s), s.shape)[groups][:, :1, None]
-        found = (total + np.where(add, before, 0)).astype(np.float32)
+        found = canonical((total + np.where(add, before, 0)).astype(np.float32))
         found = found.reshape(-1, 4, 2, 8, columns // 8, 4, 2).transpose(0, 1, 3, 5, 4, 2, 6).reshape(-1, columns // 2)
         bits = np.ascontiguousarray(found).view(np.uint32)
         for place, number in enumerate(numbers):
