@@ -10,8 +10,18 @@ from pathlib import Path
 
 def check_interpreted(file: Path, **variables: str) -> None:
     """Run the checks of a file in Triton's interpreter, with these environment variables."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "python_files=check_*.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **variables}
+    _check(file, {"TRITON_INTERPRET": "1", **variables})
+
+
+def check_compiled(file: Path, capability: int, *options: str) -> None:
+    """Run the checks of a file as compiled for a GPU that is not there, with these options of pytest."""
+    # The checks' conftest.py reads the capability.
+    _check(file, {"TRITON_INTERPRET": "0", "SYNCO_FAST_CAPABILITY": str(capability)}, *options)
+
+
+def _check(file: Path, variables: dict[str, str], *options: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-o", "python_files=check_*.py", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **variables}
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", str(file)], env=environment, capture_output=True, text=True
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +18,20 @@ import triton.language as tl  # noqa: E402
 from synco_fast.kernels import Negatives  # noqa: E402
 from synco_fast.kernels.triton import launch  # noqa: E402
 from synco_fast.kernels.validation import exact_inputs, reference_answer  # noqa: E402
+from tests.support.kernels import check_compiled  # noqa: E402
 from tests.support.ptx_machine import Fault, emulated  # noqa: E402
-from tests.support.rotation import todays  # noqa: E402
+from tests.support.rotation import in_turn, todays  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KERNELS = ["sample", "rank", "scan", "select", "fill", "choose", "mix", "reduce"]
 COUNTS = ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")
+#: Files of checks, and which of them. The search alone is no kernel; its check counts calls of the interpreter.
+CHECKS = [
+    ("check_selection.py", "selection_is_exact"),
+    ("check_selection.py", "few_bits or margin or reported"),
+    ("check_selection.py", "(nan or ties or room or unevenly) and not search"),
+    ("check_full_select.py", "test"),
+]
 CASES = list(itertools.product((90, 80), DTYPES, (True, False)))
 
 
@@ -83,6 +92,14 @@ def test_every_barrier_wait_and_fence_is_missed(capability):
 def name(case):
     capability, dtype, masked = case
     return f"{capability} {str(dtype).removeprefix('torch.')}{' masked' * masked}"
+
+
+@pytest.mark.slow
+@in_turn(1, 3)
+@pytest.mark.parametrize(("capability", "checks"), todays(list(itertools.product((90, 80), CHECKS))))
+def test_nasty_inputs_of_the_selection(capability, checks):
+    file, names = checks
+    check_compiled(Path(__file__).parent / "interpreted" / file, capability, "-k", names)
 
 
 @pytest.mark.slow

@@ -109,6 +109,17 @@ def test_writing_what_another_warp_has_read_needs_a_barrier(between):
             run(body)
 
 
+@pytest.mark.parametrize("between", ["", "bar.warp.sync -1;", "bar.sync 0;"])
+def test_writing_what_another_lane_has_read_needs_a_barrier(between):
+    run(EXCHANGE.format(between="", other=0) + "add.s32 %r7, %r7, 1; st.shared.b32 [%r4], %r7;")
+    body = EXCHANGE.format(between="bar.warp.sync -1;", other=4) + between + "st.shared.b32 [%r4], %r7;"
+    if between:
+        run(body)
+    else:
+        with pytest.raises(Fault, match="race: writes shared bytes that another lane has read"):
+            run(body)
+
+
 def test_two_threads_may_store_the_same_at_one_place_but_nothing_else():
     run("st.shared.b32 [%r3], 7; st.global.b32 [%rd2], 7;")
     with pytest.raises(Fault, match="two threads of one instruction"):
@@ -541,7 +552,7 @@ COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligne
         ("", WAIT.format(0), "has not been waited for"),
         ("", COMMIT + "mov.b32 %r8, 0;" + WAIT.format(0), "has not been waited for"),
         ("", COMMIT + "st.shared.b32 [%r4], 0;" + WAIT.format(0), "a product reads"),
-        ("", COMMIT + WAIT.format(0) + "xor.b32 %r5, %r4, 128; st.shared.b32 [%r5], 1;", "another warp has read"),
+        ("", COMMIT + WAIT.format(0) + "xor.b32 %r5, %r4, 128; st.shared.b32 [%r5], 1;", "has read, without"),
         ("mov.b32 %r8, 0;", DONE, "changes its registers"),
         ("bar.sync 0; st.shared.b32 [%r4], 9; bar.sync 0; wgmma.fence.sync.aligned;", DONE, "no proxy fence"),
         ("st.shared.b32 [%r4], 9; fence.proxy.async; wgmma.fence.sync.aligned;", DONE, "race in shared memory"),

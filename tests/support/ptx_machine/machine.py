@@ -195,7 +195,7 @@ class _Run:
         self.everyone_by_warp = self.everyone.reshape(-1, 32)
         self.cta = self.everyone // threads
         self.tid = self.everyone % threads
-        self.warp = self.tid // 32
+        self.warp, self.lane = self.tid // 32, self.tid % 32
         #: Number of each thread in the grid, for the stamps of global memory.
         self.number = numbers[self.cta] * threads + self.tid
         self.epoch = np.ones(self.ctas, np.int64)
@@ -229,7 +229,7 @@ class _Run:
             case "nctaid":
                 return np.full(self.shape, self.grid[place])
             case "laneid":
-                return self.tid % 32
+                return self.lane
             case "warpid":
                 return self.warp
         raise NotImplementedError(f"the register {name}")

@@ -17,11 +17,13 @@ ORIGIN = 1024
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 #: Stamp of bytes that an asynchronous copy is on its way to.
 _FLYING = -1
+#: In place of a lane: several lanes of a warp.
+_SEVERAL = 255
 
 
 class SharedMemory:
     """(CTAs, bytes). Each granule has a stamp of its last write (barriers of the CTA, of the warp, and thread), and for
-    each warp the last read.
+    each warp the last read and its lane.
 
     Two clocks count barriers: ``epoch`` those of a CTA, (CTAs,), and ``clock`` those of a warp, of both kinds,
     (CTAs x warps,). ``passed`` is the clock of a warp at the last barrier of its CTA.
@@ -34,7 +36,8 @@ class SharedMemory:
         self.data = np.zeros(s.ctas * self.size, np.uint8)
         count = s.ctas * self.size // granule
         self.stamps = np.zeros(count, np.int64)
-        self.read_at = np.full((count, s.warps), -1, np.int32)
+        #: By warp: its clock at the last read, times 256, plus the lane.
+        self.reads = np.full((count, s.warps), -1, np.int64)
         #: How many asynchronous products read each granule.
         self.held: Array | None = None
         #: Count of stores and fences, at which each granule was stored and each thread fenced, and in which epoch.
@@ -116,8 +119,8 @@ class SharedMemory:
         self.now += 1
         self.stored_at[granules] = self.now
 
-    def note_read(self, threads: Array, granules: Array) -> None:
-        """Check that these threads may read these granules, (n, any), now, and remember it."""
+    def note_read(self, threads: Array, granules: Array, *, whole: bool = False) -> None:
+        """Check that these threads, or with ``whole`` their warps, may read granules, (n, any), and remember it."""
         s = self.s
         stamps = self.stamps[granules]
         cta = s.cta[threads]
@@ -128,7 +131,18 @@ class SharedMemory:
             raise_at(stamps == _FLYING, threads, "reads shared bytes that an asynchronous copy has not brought yet")
             suspicious &= (stamps & 0xFFF) != s.tid[threads][:, None]
             self._raise_race(suspicious, stamps, threads, "reads what")
-        self.read_at[granules, warp[:, None]] = s.clock[cta, warp][:, None]
+        place = granules * s.warps + warp[:, None]
+        reads, clock = self.reads.reshape(-1), s.clock[cta, warp][:, None].astype(np.int64) << 8
+        if whole:
+            reads[place] = clock | _SEVERAL
+            return
+        mine = clock | s.lane[threads][:, None]
+        before = reads[place]
+        mine = np.where((before >= clock) & (before != mine), clock | _SEVERAL, mine)
+        reads[place] = mine
+        several = reads[place] != mine
+        if several.any():
+            reads[place[several]] |= _SEVERAL
 
     def _check_write(self, threads: Array, granules: Array, same: Array) -> None:
         """Check that these threads may write these granules now. ``same`` where they write what is there already."""
@@ -142,7 +156,12 @@ class SharedMemory:
         if suspicious.any():
             suspicious &= ((stamps & 0xFFF) != s.tid[threads][:, None]) & ~same[:, None]
             self._raise_race(suspicious, stamps, threads, "writes what")
-        recent = self.read_at[granules] >= s.passed[cta][:, None, :]
+        reads = self.reads[granules]
+        clock = s.clock[cta, warp][:, None].astype(np.int64) << 8
+        own = np.take_along_axis(reads, warp[:, None, None], 2)[..., 0]
+        other = (own >= clock) & (own != clock | s.lane[threads][:, None]) & ~same[:, None]
+        raise_at(other, threads, "a race: writes shared bytes that another lane has read, without a barrier between")
+        recent = reads >= s.passed[cta][:, None, :].astype(np.int64) << 8
         if recent.any():
             recent[np.arange(len(warp)), :, warp] = False
             raise_at(

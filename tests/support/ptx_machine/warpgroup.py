@@ -119,7 +119,7 @@ class Products:
         shared = self.s.shared
         if shared.held is None:
             shared.held = np.zeros(len(shared.stamps), np.int32)
-        np.add.at(shared.held, granules, 1)
+        self._hold(readers, granules, 1)
         self.under_way.append(_Flying(threads, np.full(len(threads), -1), registers, granules, readers))
 
     def commit(self, threads: Array) -> None:
@@ -139,8 +139,8 @@ class Products:
             readers = self._mask(one.threads[done])[one.readers]
             if readers.any():
                 # The products may have read until now.
-                np.subtract.at(self.s.shared.held, one.granules[readers], 1)
-                self.s.shared.note_read(one.readers[readers], one.granules[readers])
+                self._hold(one.readers[readers], one.granules[readers], -1)
+                self.s.shared.note_read(one.readers[readers], one.granules[readers], whole=True)
             if not done.all():
                 stay = ~done
                 left.append(
@@ -149,6 +149,12 @@ class Products:
                     )
                 )
         self.under_way = left
+
+    def _hold(self, readers: Array, granules: Array, by: int) -> None:
+        """Count the readers of granules, of which no warp has one twice."""
+        warps = self.s.warp[readers]
+        for warp in np.unique(warps):
+            self.s.shared.held[granules[warps == warp]] += by
 
     def check(self, m: Any, registers: frozenset[int]) -> None:
         """Threads are about to use these registers."""
@@ -280,7 +286,7 @@ class _Matrix:
             self.readers = groups[:, ::32].reshape(-1)
             self.granules = np.repeat(granules, 4, axis=0) if turned else granules.reshape(len(groups) * 4, -1)
         s.shared.check_proxy(self.readers, self.granules)
-        s.shared.note_read(self.readers, self.granules)
+        s.shared.note_read(self.readers, self.granules, whole=True)
 
     def words(self) -> Array:
         """(groups, rows, words) of 32 bits, with the depth in the last dimension."""
