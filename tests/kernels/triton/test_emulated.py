@@ -115,7 +115,7 @@ def test_the_whole_loss(monkeypatch, within, case):
     inputs = exact_inputs(rows, length, dim, dtype, peaked=masked).guarded()
     ids = {"image_ids": torch.arange(rows), "queue_ids": torch.arange(length) * 7 % 10} if masked else {}
     settings = {"temperature": 0.1, "seed": 3, "step": 7, **ids}
-    with emulated(capability) as emulator:
+    with emulated(capability, error=todays([0, 1, -1])[0]) as emulator:
         found = launch.contrast_and_gradient(*inputs, negatives, **settings)
     assert [launched[0] for launched in emulator.launches] == KERNELS
     exact, plain = (reference_answer(inputs, negatives, one, **settings) for one in (torch.float64, torch.float32))

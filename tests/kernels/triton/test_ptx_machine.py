@@ -22,7 +22,7 @@ HEAD = """
 """
 
 
-def run(body, *tensors, threads=64, shared=4096, grid=(1,), unwritten=(), most=10_000):
+def run(body, *tensors, threads=64, shared=4096, grid=(1,), unwritten=(), most=10_000, error=0):
     """Run instructions after `HEAD` with two tensors, which are x and y of 32-bit numbers by default."""
     given = tensors or (torch.arange(threads, dtype=torch.int32), torch.zeros(threads, dtype=torch.int32))
     memory = GlobalMemory()
@@ -40,7 +40,7 @@ def run(body, *tensors, threads=64, shared=4096, grid=(1,), unwritten=(), most=1
     {HEAD} {body} ret;
     }}"""
     pointers = {f"k_param_{number}": memory.pointer(tensor) for number, tensor in enumerate(given)}
-    machine.run(text, grid, pointers, memory=memory, shared=shared, most=most)
+    machine.run(text, grid, pointers, memory=memory, shared=shared, most=most, error=error)
     return given[1]
 
 
@@ -343,6 +343,25 @@ def test_the_product_of_a_fused_addition_is_not_rounded():
     words = [hex(int(np.float32(x).view(np.uint32)))[2:].zfill(8) for x in (a, c)]
     found = run(f"fma.rn.f32 %r7, 0f{words[0]}, 0f{words[0]}, 0f{words[1]}; st.global.b32 [%rd5], %r7;")
     assert found.view(torch.float32)[0].item() == 1 + 2.0**-11 + 2.0**-23
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "exact", "allowed"),
+    [
+        ("ex2", 3.25, 2**3.25, 2**-22 * 2**3.25),
+        ("lg2", 1.25, np.log2(1.25), 2**-22),
+        ("lg2", 16.0, 4.0, 2**-20),
+        ("sin", 3.0, np.sin(3.0), 2**-20.5),
+        ("cos", 3.0, np.cos(3.0), 2**-20.5),
+        ("rsqrt", 4.0, 0.5, 2**-23.9),
+    ],
+)
+def test_approximate_instructions_are_off_by_what_is_allowed(name, x, exact, allowed):
+    word = hex(int(np.float32(x).view(np.uint32)))[2:].zfill(8)
+    body = f"{name}.approx.ftz.f32 %r7, 0f{word}; st.global.b32 [%rd5], %r7;"
+    for error in (-1, 0, 1):
+        found = run(body, error=error).view(torch.float32)[0].item()
+        assert found == np.float32(exact + error * allowed)
 
 
 def test_there_is_one_nan():

@@ -19,7 +19,8 @@ threads meet again where they diverged. `Fault` is raised, with CTA, thread, lin
 - bytes that an asynchronous copy has not brought yet, because no wait covers it;
 - a deadlock, and lanes that do not all come to an instruction of their warp.
 
-Approximate instructions are exact to float32, and products on tensor cores are added up in float64.
+Approximate instructions are exact to float32, or off by what the PTX ISA allows (``error``), and products on tensor
+cores are added up in float64.
 """
 
 from tests.support.ptx_machine.faults import Fault

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.support.ptx_machine import integers
 from tests.support.ptx_machine.operands import DTYPES, as_bfloat16, bits_of, from_bfloat16, reader, writer
 from tests.support.ptx_machine.parse import Instruction, Operand, Register
 
@@ -52,7 +53,7 @@ def flushed(x: Any) -> Any:
 def canonical(x: Any) -> Any:
     """Numbers with the one NaN that a device computes; NumPy keeps one of the operands' bits."""
     none = x != x
-    return np.where(none, _NAN, x) if np.any(none) else x
+    return np.where(none, _NAN.astype(x.dtype), x) if np.any(none) else x
 
 
 def exact_fma(a: Any, b: Any, c: Any) -> Any:
@@ -74,31 +75,42 @@ def exact_fma(a: Any, b: Any, c: Any) -> Any:
     return total.astype(np.float32)
 
 
-def _approximate(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda x: np.asarray(function(x.astype(np.float64))).astype(x.dtype)
-
-
-_UNARY: dict[str, Callable[[Any], Any]] = {
-    "ex2": _approximate(np.exp2),
-    "lg2": _approximate(np.log2),
-    "sin": _approximate(np.sin),
-    "cos": _approximate(np.cos),
-    "tanh": _approximate(np.tanh),
-    "sqrt": np.sqrt,
-    "rsqrt": _approximate(lambda x: 1 / np.sqrt(x)),
-    "rcp": _approximate(lambda x: 1 / x),
-    "neg": np.negative,
-    "abs": np.abs,
+#: Functions of float64 numbers, and the largest error of the approximate instruction by the PTX ISA (9.1).
+_FUNCTIONS: dict[str, tuple[Callable[[Any], Any], float]] = {
+    "ex2": (np.exp2, 2.0**-22),
+    "lg2": (np.log2, 2.0**-22),
+    "sin": (np.sin, 2.0**-20.5),
+    "cos": (np.cos, 2.0**-20.5),
+    "tanh": (np.tanh, 2.0**-11),
+    "sqrt": (np.sqrt, 2.0**-23),
+    "rsqrt": (lambda x: 1 / np.sqrt(x), 2.0**-22.9),
+    "rcp": (lambda x: 1 / x, 2.0**-23),
 }
 
 
-def _high(a: Any, b: Any) -> Any:
-    """The upper half of a product."""
-    if a.dtype.itemsize == 4:
-        wide = np.int64 if a.dtype.kind == "i" else np.uint64
-        return (a.astype(wide) * b.astype(wide) >> wide(32)).astype(a.dtype)
-    exact = np.asarray(a).astype(object) * np.asarray(b).astype(object)
-    return np.asarray(exact >> 64 & (1 << 64) - 1).astype(np.uint64).view(a.dtype)
+def _allowed(name: str, x: Any, exact: Any) -> Any:
+    """What the largest error is relative to: of sine and cosine nothing, of the logarithm nothing near 1."""
+    if name in ("sin", "cos"):
+        return np.where(x == 0, 0, 1)
+    size = np.where(np.isfinite(exact), np.abs(exact), 0)
+    return np.where((x > 0.5) & (x < 2), 1, size) if name == "lg2" else size
+
+
+def _approximation(instruction: Instruction, name: str, kind: str, ftz: bool) -> Run:
+    """A function of one number, off by ``s.error`` times the largest error where the instruction is approximate."""
+    (function, limit), put = _FUNCTIONS[name], writer(instruction.operands[0])
+    read, rounded = reader(instruction.operands[1], kind), "approx" not in instruction.name
+
+    def run(s: Any, m: Any) -> None:
+        given = read(s)
+        x = (flushed(given) if ftz else given).astype(np.float64)
+        y = np.asarray(function(x))
+        if s.error and not rounded:
+            y = y + s.error * limit * _allowed(name, x, y)
+        found = y.astype(given.dtype)
+        put(s, canonical(flushed(found) if ftz else found), m)
+
+    return run
 
 
 def _extreme(name: str, nan: bool) -> Callable[[Any, Any], Any]:
@@ -115,119 +127,6 @@ def _extreme(name: str, nan: bool) -> Callable[[Any, Any], Any]:
         return found
 
     return of
-
-
-def _divided(a: Any, b: Any) -> Any:
-    """Quotient of integers, toward zero."""
-    zero = b == 0
-    safe = np.where(zero, b.dtype.type(1), b)
-    found = a // safe
-    if a.dtype.kind == "i":
-        found = found + ((a % safe != 0) & ((a < 0) != (safe < 0)))
-    return np.where(zero, np.asarray(-1).astype(a.dtype), found).astype(a.dtype)
-
-
-def _shifted(name: str, a: Any, b: Any) -> Any:
-    bits = a.dtype.itemsize * 8
-    if isinstance(b, np.generic) and b < bits:
-        shift = a.dtype.type(b)
-        return a << shift if name == "shl" else a >> shift
-    most = np.minimum(b, np.uint32(bits - 1)).astype(a.dtype)
-    if name == "shl":
-        return np.where(b >= bits, a.dtype.type(0), a << most)
-    return a >> most if a.dtype.kind == "i" else np.where(b >= bits, a.dtype.type(0), a >> most)
-
-
-def _extracted(a: Any, begin: Any, count: Any) -> Any:
-    bits = a.dtype.itemsize * 8
-    begin, count = np.broadcast_arrays(begin & np.uint32(255), count & np.uint32(255), a)[:2]
-    begin, count = begin.astype(np.int64), count.astype(np.int64)
-    wide = a.astype(np.int64) if bits == 32 else a
-    unsigned = (a.view(np.uint32).astype(np.uint64) if bits == 32 else a.view(np.uint64)).astype(object)
-    found = np.array(
-        [
-            _field(int(one), bits, int(low), int(many), a.dtype.kind == "i")
-            for one, low, many in zip(np.broadcast_to(unsigned, wide.shape), begin, count, strict=True)
-        ],
-        np.uint64,
-    )
-    return found.astype(np.uint32).view(a.dtype) if bits == 32 else found.view(a.dtype)
-
-
-def _field(value: int, bits: int, low: int, many: int, signed: bool) -> int:
-    found = value >> low & (1 << many) - 1
-    if signed and many:
-        top = value >> min(low + many - 1, bits - 1) & 1
-        if top:
-            found |= (1 << bits) - 1 & ~((1 << max(0, min(many, bits - low))) - 1)
-    return found
-
-
-def _bfe(a: Any, begin: Any, count: Any) -> Any:
-    bits = a.dtype.itemsize * 8
-    if isinstance(begin, np.generic) and isinstance(count, np.generic) and count > 0 and begin + count <= bits:
-        left, right = a.dtype.type(bits - int(begin) - int(count)), a.dtype.type(bits - int(count))
-        return a << left >> right
-    return _extracted(a, begin, count)
-
-
-def _bfi(a: Any, b: Any, begin: Any, count: Any) -> Any:
-    kind = a.dtype.type if isinstance(a, np.generic) else b.dtype.type
-    bits = np.dtype(kind).itemsize * 8
-    low, many = (np.minimum(x & np.uint32(255), np.uint32(bits)).astype(np.uint64) for x in (begin, count))
-    mask = np.where(many >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(many, np.uint64(63))) - np.uint64(1))
-    low = np.minimum(low, np.uint64(63))
-    mask = (mask << low).astype(kind)
-    return (b & ~mask) | ((a.astype(np.uint64) << low).astype(kind) & mask)
-
-
-def _prmt(a: Any, b: Any, selector: Any) -> Any:
-    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    found: Any = np.uint32(0)
-    for place in range(4):
-        pick = selector >> np.uint32(4 * place) & np.uint32(15)
-        byte = both >> (pick & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)
-        byte = np.where(pick & np.uint32(8), (byte >> np.uint64(7)) * np.uint64(255), byte)
-        found = found | byte.astype(np.uint32) << np.uint32(8 * place)
-    return found
-
-
-def _lop3(a: Any, b: Any, c: Any, table: Any) -> Any:
-    found: Any = np.uint32(0)
-    for row in range(8):
-        if int(table) >> row & 1:
-            parts = (x if row & bit else ~x for x, bit in ((a, 4), (b, 2), (c, 1)))
-            term: Any = np.uint32(0xFFFFFFFF)
-            for part in parts:
-                term = term & part
-            found = found | term
-    return found
-
-
-def _funnel(left: bool, wrap: bool) -> Callable[[Any, Any, Any], Any]:
-    def of(a: Any, b: Any, c: Any) -> Any:
-        shift = (c & np.uint32(31) if wrap else np.minimum(c, np.uint32(32))).astype(np.uint64)
-        both = b.astype(np.uint64) << np.uint64(32) | a.astype(np.uint64)
-        found = both << shift >> np.uint64(32) if left else both >> shift
-        return found.astype(np.uint32)
-
-    return of
-
-
-def _clz(a: Any) -> Any:
-    return (np.uint32(32) - np.ceil(np.log2(a.astype(np.float64) + 1)).astype(np.uint32)).astype(np.uint32)
-
-
-def _brev(a: Any) -> Any:
-    found: Any = np.uint32(0)
-    for bit in range(32):
-        found = found | (a >> np.uint32(bit) & np.uint32(1)) << np.uint32(31 - bit)
-    return found
-
-
-def _made(kind: str, value: Any) -> Any:
-    """A number as computed, in the type that is written: bfloat16 as its bits."""
-    return as_bfloat16(value) if kind == "bf16" else value
 
 
 def _simple(instruction: Instruction, kinds: list[str], to: str, function: Callable[..., Any]) -> Run:
@@ -313,37 +212,37 @@ def decode(instruction: Instruction) -> Run | None:
                 return of(3, lambda a, b, c: (a.astype(np.longdouble) * b + c).astype(np.float64))
             return of(3, flush(exact_fma) if kind == "f32" else _half_fma)
         case "div":
-            return of(2, flush(np.divide) if kind[0] == "f" else _divided)
+            return of(2, flush(np.divide) if kind[0] == "f" else integers.divided)
         case "rem":
-            return of(2, lambda a, b: (a - _divided(a, b) * b).astype(a.dtype))
+            return of(2, lambda a, b: (a - integers.divided(a, b) * b).astype(a.dtype))
         case "min" | "max" if not {"abs", "xorsign"} & set(modifiers):
             return of(2, flush(_extreme(name, "NaN" in modifiers)))
         case "ex2" | "lg2" | "sin" | "cos" | "tanh" | "sqrt" | "rsqrt" | "rcp":
-            return of(1, flush(_UNARY[name]))
+            return _approximation(instruction, name, kind, ftz)
         case "neg" | "abs":
-            return of(1, flush(_UNARY[name]))
+            return of(1, flush(np.negative if name == "neg" else np.abs))
         case "and" | "or" | "xor":
             return of(2, _LOGIC[name])
         case "not":
             return of(1, np.logical_not if kind == "pred" else np.invert)
         case "shl" | "shr":
-            return _simple(instruction, [kind, "u32"], kind, lambda a, b: _shifted(name, a, b))
+            return _simple(instruction, [kind, "u32"], kind, lambda a, b: integers.shifted(name, a, b))
         case "bfe":
-            return _simple(instruction, [kind, "u32", "u32"], kind, _bfe)
+            return _simple(instruction, [kind, "u32", "u32"], kind, integers.bfe)
         case "bfi":
-            return _simple(instruction, [kind, kind, "u32", "u32"], kind, _bfi)
+            return _simple(instruction, [kind, kind, "u32", "u32"], kind, integers.bfi)
         case "prmt" if len(modifiers) == 1:
-            return _simple(instruction, ["u32"] * 3, "u32", _prmt)
+            return _simple(instruction, ["u32"] * 3, "u32", integers.prmt)
         case "lop3":
-            return _simple(instruction, ["u32"] * 4, "u32", _lop3)
+            return _simple(instruction, ["u32"] * 4, "u32", integers.lop3)
         case "shf":
-            return _simple(instruction, ["u32"] * 3, "u32", _funnel(modifiers[0] == "l", "wrap" in modifiers))
+            return _simple(instruction, ["u32"] * 3, "u32", integers.funnel(modifiers[0] == "l", "wrap" in modifiers))
         case "popc":
             return of(1, lambda a: np.bitwise_count(a).astype(np.uint32), "u32")
         case "clz" if kind == "b32":
-            return of(1, _clz)
+            return of(1, integers.clz)
         case "brev" if kind == "b32":
-            return of(1, _brev)
+            return of(1, integers.brev)
         case "copysign":
             return of(2, lambda a, b: np.copysign(b, a))
         case "selp":
@@ -398,7 +297,7 @@ def _mul(instruction: Instruction, modifiers: list[str], kind: str, flush: Calla
         wide = DTYPES[f"{kind[0]}{2 * bits_of(kind)}"]
         return _simple(instruction, [kind] * 2, kind, lambda a, b: np.multiply(a, b, dtype=wide))
     if "hi" in modifiers:
-        return _simple(instruction, [kind] * 2, kind, _high)
+        return _simple(instruction, [kind] * 2, kind, integers.high)
     assert "lo" in modifiers, instruction
     return _simple(instruction, [kind] * 2, kind, np.multiply)
 
@@ -409,7 +308,7 @@ def _mad(instruction: Instruction, modifiers: list[str], kind: str) -> Run:
         wide = DTYPES[name]
         return _simple(instruction, [kind, kind, name], name, lambda a, b, c: np.multiply(a, b, dtype=wide) + c)
     if "hi" in modifiers:
-        return _simple(instruction, [kind] * 3, kind, lambda a, b, c: _high(a, b) + c)
+        return _simple(instruction, [kind] * 3, kind, lambda a, b, c: integers.high(a, b) + c)
     assert "lo" in modifiers, instruction
     return _simple(instruction, [kind] * 3, kind, lambda a, b, c: a * b + c)
 

@@ -39,8 +39,9 @@ class Emulator:
         change: Given the name of a kernel and its PTX, returns the PTX to run: for tests that break it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, error: float) -> None:
         self.memory = GlobalMemory()
+        self._error = error
         self.launches: list[tuple[str, tuple[int, ...], str]] = []
         self.change: Callable[[str, str], str] = lambda name, text: text
         self.copies: set[str] = set()
@@ -77,6 +78,7 @@ class Emulator:
             memory=self.memory,
             shared=compiled.metadata.shared,
             threads=32 * compiled.metadata.num_warps,
+            error=self._error,
         )
 
 
@@ -141,7 +143,7 @@ def _without_machine_code() -> Iterator[None]:
 
 
 @contextmanager
-def emulated(capability: int) -> Iterator[Emulator]:
+def emulated(capability: int, error: float = 0) -> Iterator[Emulator]:
     """Context in which Triton's kernels run on CPU tensors as they are compiled for a device.
 
     Every launch is compiled for ``capability`` (80, 90, ...) and its PTX is run, thread by thread of the grid, before
@@ -150,6 +152,11 @@ def emulated(capability: int) -> Iterator[Emulator]:
         with emulated(90):
             outputs = launch.contrast_and_gradient(q, k, queue, Negatives.synco(32), temperature=0.2, seed=3, step=7)
 
+    Args:
+        capability: What to compile for.
+        error: Error of sine, exponential and other approximate instructions, from -1 to 1 times the largest that the
+            PTX ISA allows.
+
     Yields:
         An `Emulator`.
 
@@ -157,7 +164,7 @@ def emulated(capability: int) -> Iterator[Emulator]:
         Fault: A kernel reads or writes what it must not; see `synco_fast`'s docs/kernels.md.
         NotImplementedError: A kernel has an instruction that the machine does not know.
     """
-    emulator = Emulator()
+    emulator = Emulator(error)
     original, seen = JITFunction.run, set()
 
     def launched(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
