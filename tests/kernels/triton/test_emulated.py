@@ -22,6 +22,8 @@ from tests.support.kernels import check_compiled  # noqa: E402
 from tests.support.ptx_machine import Fault, emulated  # noqa: E402
 from tests.support.rotation import in_turn, todays  # noqa: E402
 
+#: A fault of Triton, mended in 3.8.
+UNFENCED = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 KERNELS = ["sample", "rank", "scan", "select", "fill", "choose", "mix", "reduce"]
 COUNTS = ("interpolated", "extrapolated", "mixed", "noisy", "perturbed", "adversarial")
@@ -61,7 +63,7 @@ def product_of(capability, change):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(-4, 5, (64, 128), generator=generator).bfloat16() for _ in range(2))
     with emulated(capability) as emulator:
-        emulator.change = change
+        emulator.change, emulator.unfenced_copies = change, UNFENCED
         z, total = torch.empty(64, 64), torch.empty(64)
         _product[(1,)](x, y, z, total, 128, ROWS=64, PIECE=32, STAGES=3, num_warps=4)
     exact = x.float() @ y.float().T
@@ -116,6 +118,7 @@ def test_the_whole_loss(monkeypatch, within, case):
     ids = {"image_ids": torch.arange(rows), "queue_ids": torch.arange(length) * 7 % 10} if masked else {}
     settings = {"temperature": 0.1, "seed": 3, "step": 7, **ids}
     with emulated(capability, error=todays([0, 1, -1])[0]) as emulator:
+        emulator.unfenced_copies = UNFENCED
         found = launch.contrast_and_gradient(*inputs, negatives, **settings)
     assert [launched[0] for launched in emulator.launches] == KERNELS
     exact, plain = (reference_answer(inputs, negatives, one, **settings) for one in (torch.float64, torch.float32))

@@ -582,6 +582,13 @@ def test_products_are_waited_for_and_fenced(before, after, message):
         in_registers(after, before)
 
 
+def test_what_an_asynchronous_copy_brought_needs_a_proxy_fence_too():
+    copy = "bar.sync 0; cp.async.ca.shared.global [%r4], [%rd4], 0x4; cp.async.commit_group; cp.async.wait_group 0;"
+    in_registers(DONE, copy + "bar.sync 0; fence.proxy.async.shared::cta; wgmma.fence.sync.aligned;")
+    with pytest.raises(Fault, match="no proxy fence"):
+        in_registers(DONE, copy + "bar.sync 0; wgmma.fence.sync.aligned;")
+
+
 def test_a_proxy_fence_may_come_before_the_barrier_or_after_it():
     for between in ("bar.sync 0; fence.proxy.async.shared::cta;", "fence.proxy.async.shared::cta; bar.sync 0;"):
         in_registers(DONE, f"bar.sync 0; st.shared.b32 [%r4], 9; {between} wgmma.fence.sync.aligned;")

@@ -36,6 +36,8 @@ class Emulator:
             threads; all load it and one stores it. The others' copies are then used by nobody.
         overlaps: Names of kernels that may store different numbers at one place of global memory, since nobody uses
             what stands there in the end.
+        unfenced_copies: Whether a product may read what an asynchronous copy brought without a proxy fence. Triton
+            before 3.8 has none there.
         change: Given the name of a kernel and its PTX, returns the PTX to run: for tests that break it.
     """
 
@@ -46,6 +48,7 @@ class Emulator:
         self.change: Callable[[str, str], str] = lambda name, text: text
         self.copies: set[str] = set()
         self.overlaps: set[str] = set()
+        self.unfenced_copies = False
         self._reachable: list[Tensor] = []
 
     def address(self, tensor: Tensor) -> int:
@@ -79,6 +82,7 @@ class Emulator:
             shared=compiled.metadata.shared,
             threads=32 * compiled.metadata.num_warps,
             error=self._error,
+            unfenced_copies=self.unfenced_copies,
         )
 
 

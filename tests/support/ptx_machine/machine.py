@@ -147,6 +147,7 @@ def run(
     threads: int = 0,
     most: int = 0,
     error: float = 0,
+    unfenced_copies: bool = False,
 ) -> None:
     """Run a kernel.
 
@@ -158,6 +159,7 @@ def run(
         shared: Bytes of shared memory of a CTA.
         threads: Threads of a CTA, if the text does not say.
         error: Error of approximate instructions, from -1 to 1 times the largest that the PTX ISA allows.
+        unfenced_copies: See `Emulator`.
         most: Instructions after which the machine takes the kernel for an endless loop, by default a great many.
 
     Raises:
@@ -174,7 +176,9 @@ def run(
     at_once = max(1, THREADS_AT_ONCE // threads)
     for first in range(0, total, at_once):
         numbers = np.arange(first, min(first + at_once, total))
-        _Run(program, sizes, numbers, threads, parameters, memory, shared, error).run(most or 1 << 40)
+        machine = _Run(program, sizes, numbers, threads, parameters, memory, shared)
+        machine.error, machine.unfenced_copies = error, unfenced_copies
+        machine.run(most or 1 << 40)
 
 
 class _Run:
@@ -189,10 +193,9 @@ class _Run:
         parameters: Mapping[str, int],
         memory: GlobalMemory,
         shared: int,
-        error: float,
     ) -> None:
         self.program, self.grid, self.numbers, self.parameters, self.memory = program, grid, numbers, parameters, memory
-        self.error = error
+        self.error, self.unfenced_copies = 0.0, False
         self.ctas, self.threads, self.warps = len(numbers), threads, threads // 32
         self.shape = (self.ctas * threads,)
         self.everyone = np.arange(self.shape[0])

@@ -98,7 +98,10 @@ class SharedMemory:
     def land(self, threads: Array, place: Array, values: Array) -> None:
         """A copy has arrived, as if its threads wrote now."""
         self.data[place[:, None] + np.arange(values.shape[1])] = values
-        self._note_write(threads, self._granules(place, values.shape[1]))
+        granules = self._granules(place, values.shape[1])
+        self._note_write(threads, granules)
+        if self.s.unfenced_copies:
+            self.stored_at[granules] = -1
 
     def fence(self, threads: Array) -> None:
         """What these threads have seen may be read by asynchronous products."""

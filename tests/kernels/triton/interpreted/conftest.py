@@ -11,6 +11,7 @@ import os
 
 import pytest
 import torch
+import triton
 
 from synco_fast.kernels.triton import config, launch
 
@@ -37,6 +38,8 @@ def _compiled():
     with emulated(CAPABILITY) as emulator:
         # Where a segment overflows, its candidates overwrite others of a row that takes the slow path.
         emulator.overlaps = {"scan"}
+        # A fault of Triton, mended in 3.8.
+        emulator.unfenced_copies = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
         yield
 
 
