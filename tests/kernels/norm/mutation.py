@@ -84,7 +84,7 @@ BREAKS = (
     Break(
         "statistics: every program counts the batch",
         f"{TRITON}/statistics.py",
-        "tl.load(p_tracked) + 1, first)",
+        "tl.load(p_tracked, first, 0) + 1, first)",
         "tl.load(p_tracked) + 1)",
         KERNELS,
         "cumulative",
