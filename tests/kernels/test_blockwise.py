@@ -12,6 +12,7 @@ from synco_fast.kernels import FAMILIES, Negatives, blockwise, mixing, ops, topk
 from synco_fast.kernels.blockwise import contrast_and_gradient
 from synco_fast.kernels.reference import contrast, hard_negatives
 from synco_fast.kernels.validation import random_cases, validate
+from tests.support.answers import compare
 
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
 COUNTS = {"interpolated": 40, "extrapolated": 33, "mixed": 37, "noisy": 9, "perturbed": 8, "adversarial": 7}
@@ -32,14 +33,7 @@ def check(make, answer, within, shape, negatives, *, dtype=torch.float32, by_vec
     assert found.loss.dtype == plain.contrast.loss.dtype
     # In float64 the plain form is its own measure, so its error is 0; 1 / T magnifies that of a similarity.
     units = 8 if dtype != torch.float64 else 8 / settings["temperature"]
-    within(found.loss, plain.contrast.loss, exact.contrast.loss, "loss", units)
-    within(found.gradient, plain.gradient, exact.gradient, "gradient", units)
-    for name in ("positive", "hard", "synthetic"):
-        expected = getattr(exact.contrast.statistics, name)
-        torch.testing.assert_close(getattr(found, name).double(), expected, rtol=0, atol=1e-6, equal_nan=True)
-    assert torch.equal(found.queue_rank, exact.contrast.statistics.queue_rank)
-    # A synthetic negative may tie with the positive but for rounding.
-    assert (found.rank - exact.contrast.statistics.rank).abs().max() <= 1
+    compare(within, found, plain, exact, units)
 
 
 SHAPES = [(1, 4096, 64, 64), (7, 4097, 96, 1000), (255, 700, 16, 1), (3, 5000, 256, 63), (300, 130, 128, 130)]

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["COSINE_ERROR", "LOG2_ERROR", "interpreted", "run"]
+from tests.support.ptx_machine.arithmetic import approximate
 
-#: Largest errors by the PTX ISA (9.1). Of sin.approx and cos.approx between -2 pi and 2 pi, absolute.
-COSINE_ERROR = 2.0**-20.5
-#: Of lg2.approx: absolute between 1/2 and 2, relative elsewhere.
-LOG2_ERROR = 2.0**-22
+__all__ = ["interpreted", "run"]
 
 Bits = NDArray[np.uint64]
 _STATEMENT = re.compile(r"(?:@(\w+)\s+)?([\w.]+)\s+(.*)")
@@ -142,37 +139,16 @@ def _execute(name: str, numbers: list[Bits], error: float) -> NDArray[Any]:
                 return ~(_float(numbers[0]) <= _float(numbers[1]))
             case "setp.ge.s32":
                 return _signed(numbers[0]) >= _signed(numbers[1])
-            case "sin.approx.ftz.f32":
-                return _approximate(_circular(np.sin), numbers[0], error)
-            case "cos.approx.ftz.f32":
-                return _approximate(_circular(np.cos), numbers[0], error)
-            case "lg2.approx.ftz.f32":
-                return _approximate(_log2, numbers[0], error)
+            case "sin.approx.ftz.f32" | "cos.approx.ftz.f32" | "lg2.approx.ftz.f32":
+                return _approximate(name.split(".")[0], numbers[0], error)
     raise NotImplementedError(name)
 
 
-def _approximate(function: Callable[[Any, float], Any], number: Bits, error: float) -> Bits:
-    """A function of float32 numbers, with subnormal inputs and results flushed to zero."""
-    return _bits(_flushed(function(_flushed(_float(number)), error).astype(np.float32).astype(np.float64)))
-
-
-def _circular(function: Callable[[Any], Any]) -> Callable[[Any, float], Any]:
-    def at(x: Any, error: float) -> Any:
-        if (np.abs(x[np.isfinite(x)]) > 2 * np.pi).any():
-            raise NotImplementedError("an angle beyond 2 pi")
-        # The sine of zero is zero, with its sign.
-        return np.where(x == 0, function(x), function(x) + error * COSINE_ERROR)
-
-    return at
-
-
-def _log2(x: Any, error: float) -> Any:
-    exact = np.log2(x)
-    return exact + error * LOG2_ERROR * np.where((x > 0.5) & (x < 2), 1, np.where(np.isfinite(exact), abs(exact), 0))
-
-
-def _flushed(x: Any) -> Any:
-    return np.where(np.abs(x) < 2.0**-126, np.copysign(0.0, x), x)
+def _approximate(name: str, number: Bits, error: float) -> Bits:
+    x = _float(number).astype(np.float32)
+    if name != "lg2" and (np.abs(x[np.isfinite(x)]) > 2 * np.pi).any():
+        raise NotImplementedError("an angle beyond 2 pi")
+    return _bits(approximate(name, x, error))
 
 
 def _bits(number: NDArray[Any]) -> Bits:

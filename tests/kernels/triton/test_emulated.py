@@ -18,6 +18,7 @@ import triton.language as tl  # noqa: E402
 from synco_fast.kernels import Negatives  # noqa: E402
 from synco_fast.kernels.triton import launch  # noqa: E402
 from synco_fast.kernels.validation import exact_inputs, reference_answer  # noqa: E402
+from tests.support.answers import compare  # noqa: E402
 from tests.support.kernels import check_compiled  # noqa: E402
 from tests.support.ptx_machine import Fault, emulated  # noqa: E402
 from tests.support.rotation import in_turn, todays  # noqa: E402
@@ -122,14 +123,8 @@ def test_the_whole_loss(monkeypatch, within, case):
         found = launch.contrast_and_gradient(*inputs, negatives, **settings)
     assert [launched[0] for launched in emulator.launches] == KERNELS
     exact, plain = (reference_answer(inputs, negatives, one, **settings) for one in (torch.float64, torch.float32))
-    within(found.loss, plain.contrast.loss, exact.contrast.loss, "loss", 16)
     # Softmax weights are rounded for the second product.
     rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 0}[dtype] / settings["temperature"]
     units = 64 + rounding / torch.finfo(torch.float32).eps
-    within(found.gradient, plain.gradient, exact.gradient, "gradient", units)
-    for column in ("positive", "hard", "synthetic"):
-        expected = getattr(exact.contrast.statistics, column)
-        torch.testing.assert_close(getattr(found, column).double(), expected, rtol=0, atol=1e-5, equal_nan=True)
-    assert torch.equal(found.queue_rank, exact.contrast.statistics.queue_rank)
-    assert (found.rank - exact.contrast.statistics.rank).abs().max() <= 1
+    compare(within, found, plain, exact, 16, of_gradient=units, of_statistics=1e-5)
     assert not found.fallback.any()

@@ -12,7 +12,7 @@ from tests.support.ptx_machine import integers
 from tests.support.ptx_machine.operands import DTYPES, as_bfloat16, bits_of, from_bfloat16, reader, writer
 from tests.support.ptx_machine.parse import Instruction, Operand, Register
 
-__all__ = ["canonical", "decode", "exact_fma", "flushed"]
+__all__ = ["COSINE_ERROR", "LOG2_ERROR", "approximate", "canonical", "decode", "exact_fma", "flushed"]
 
 Array = NDArray[Any]
 Run = Callable[[Any, Any], None]
@@ -42,6 +42,8 @@ _JOIN = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 _KINDS = {*DTYPES, "bf16"}
 _NAN = np.uint32(0x7FFFFFFF).view(np.float32)
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+#: Roundings to whole numbers.
+_STEPS: dict[str, Any] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 _PLAIN = {"add": np.add, "sub": np.subtract}
 
 
@@ -75,12 +77,16 @@ def exact_fma(a: Any, b: Any, c: Any) -> Any:
     return total.astype(np.float32)
 
 
-#: Functions of float64 numbers, and the largest error of the approximate instruction by the PTX ISA (9.1).
+#: Largest errors by the PTX ISA (9.1). Of sin.approx and cos.approx between -2 pi and 2 pi, absolute.
+COSINE_ERROR = 2.0**-20.5
+#: Of lg2.approx: absolute between 1/2 and 2, relative elsewhere.
+LOG2_ERROR = 2.0**-22
+#: Functions of float64 numbers, and the largest error of the approximate instruction.
 _FUNCTIONS: dict[str, tuple[Callable[[Any], Any], float]] = {
     "ex2": (np.exp2, 2.0**-22),
-    "lg2": (np.log2, 2.0**-22),
-    "sin": (np.sin, 2.0**-20.5),
-    "cos": (np.cos, 2.0**-20.5),
+    "lg2": (np.log2, LOG2_ERROR),
+    "sin": (np.sin, COSINE_ERROR),
+    "cos": (np.cos, COSINE_ERROR),
     "tanh": (np.tanh, 2.0**-11),
     "sqrt": (np.sqrt, 2.0**-23),
     "rsqrt": (lambda x: 1 / np.sqrt(x), 2.0**-22.9),
@@ -96,21 +102,23 @@ def _allowed(name: str, x: Any, exact: Any) -> Any:
     return np.where((x > 0.5) & (x < 2), 1, size) if name == "lg2" else size
 
 
+def approximate(name: str, given: Any, error: float, *, ftz: bool = True) -> Any:
+    """A function of float numbers, rounded to their type, off by ``error`` times the largest error allowed."""
+    function, limit = _FUNCTIONS[name]
+    x = (flushed(given) if ftz else given).astype(np.float64)
+    y = np.asarray(function(x))
+    if error:
+        y = y + error * limit * _allowed(name, x, y)
+    found = y.astype(given.dtype)
+    return flushed(found) if ftz else found
+
+
 def _approximation(instruction: Instruction, name: str, kind: str, ftz: bool) -> Run:
     """A function of one number, off by ``s.error`` times the largest error where the instruction is approximate."""
-    (function, limit), put = _FUNCTIONS[name], writer(instruction.operands[0])
+    put = writer(instruction.operands[0])
     read, rounded = reader(instruction.operands[1], kind), "approx" not in instruction.name
 
-    def run(s: Any, m: Any) -> None:
-        given = read(s)
-        x = (flushed(given) if ftz else given).astype(np.float64)
-        y = np.asarray(function(x))
-        if s.error and not rounded:
-            y = y + s.error * limit * _allowed(name, x, y)
-        found = y.astype(given.dtype)
-        put(s, canonical(flushed(found) if ftz else found), m)
-
-    return run
+    return lambda s, m: put(s, canonical(approximate(name, read(s), 0 if rounded else s.error, ftz=ftz)), m)
 
 
 def _extreme(name: str, nan: bool) -> Callable[[Any, Any], Any]:
@@ -369,7 +377,7 @@ def _cvt(instruction: Instruction, modifiers: list[str]) -> Run | None:
         read = reader(instruction.operands[1], "u32")
         # To nearest, ties away from zero.
         return lambda s, m: put(s, read(s) + np.uint32(0x1000) & np.uint32(0xFFFFE000), m)
-    if to not in _KINDS or source not in _KINDS or options - {"rn", "rz", "rzi", "rni", "rmi", "rpi", "sat", "ftz"}:
+    if to not in _KINDS or source not in _KINDS or options - {"rn", "rz", *_STEPS, "sat", "ftz"}:
         return None
     read = reader(instruction.operands[1], source)
     function = _conversion(to, source, options)
@@ -388,9 +396,9 @@ def _conversion(to: str, source: str, options: set[str]) -> Callable[[Any], Any]
         if "sat" in options:
             return None
         return lambda a: a.astype(DTYPES[to])
+    rounding = next((_STEPS[name] for name in options if name in _STEPS), None)
     if to not in floats:
-        steps = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-        rounding = next(steps[name] for name in options if name in steps)
+        assert rounding is not None, options
         limits = np.iinfo(DTYPES[to])
         if limits.bits > 32:
             return lambda a: np.nan_to_num(rounding(a.astype(np.float64))).astype(DTYPES[to])
@@ -401,9 +409,7 @@ def _conversion(to: str, source: str, options: set[str]) -> Callable[[Any], Any]
             )
 
         return whole
-    if source in floats and {"rzi", "rni", "rmi", "rpi"} & options:
-        steps = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-        rounding = next(steps[name] for name in options if name in steps)
+    if rounding is not None:
         return rounding if to == source != "bf16" else None
     if "rz" in options:
         return None

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Fault"]
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Fault", "raise_at"]
 
 
 class Fault(Exception):
@@ -20,3 +25,10 @@ class Fault(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}{self.where}"
+
+
+def raise_at(wrong: NDArray[Any], threads: NDArray[Any], message: str, address: NDArray[Any] | None = None) -> None:
+    """Raise for the first thread that something is wrong for, (n,) or (n, any), with its address if given."""
+    if wrong.any():
+        first = int(np.argmax(wrong.reshape(len(threads), -1).any(axis=1)))
+        raise Fault(message if address is None else f"{message} {int(address[first]):#x}", int(threads[first]))

@@ -117,8 +117,9 @@ class _Watch(TorchDispatchMode):
         schema = func._schema
         if schema.name in _EMPTY:
             if result.numel() and result.device.type == "cpu":
-                # A number that is read as a float is none.
-                result.view(-1).view(torch.uint8).fill_(0xFF) if result.is_contiguous() else None
+                # As a float it is NaN.
+                if result.is_contiguous():
+                    result.view(-1).view(torch.uint8).fill_(0xFF)
                 self.memory.register(result, written=False)
             return result
         for number, argument in enumerate(schema.arguments):

@@ -34,7 +34,7 @@ class Step:
     Attributes:
         kind: "plain", "warp" (of a whole warp), "branch", "barrier" or "exit".
         run: What a plain one does, given the state and the mask of threads, None for all.
-        guard: Reader of its predicate, or None.
+        guard, negated: Reader of its predicate, or None; whether that is negated.
         target: Where a branch leads.
         instruction: The instruction itself.
         together: Threads that must come together: a warp, or four.

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.support.ptx_machine.faults import Fault
+from tests.support.ptx_machine.faults import Fault, raise_at
+from tests.support.ptx_machine.operands import UNSIGNED
 
 __all__ = ["GlobalMemory", "Space"]
 
@@ -19,7 +20,6 @@ Array = NDArray[Any]
 _BITS, _ORIGIN = 40, 1 << 39
 #: Stamps of reads by several threads of a CTA (a mask), and of several CTAs.
 _MANY, _EVERYWHERE = 0xFFFF, 0xFFFFF << 40
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Space:
@@ -42,7 +42,7 @@ class Space:
 
     def view(self, width: int) -> Array:
         """The bytes as unsigned integers of ``width`` bytes."""
-        return self.data[: len(self.data) // width * width].view(_UNSIGNED[width])
+        return self.data[: len(self.data) // width * width].view(UNSIGNED[8 * width])
 
     def allow(self, begin: int, end: int) -> None:
         """Let the launch touch these bytes."""
@@ -105,20 +105,20 @@ class GlobalMemory:
 
     def load(self, s: Any, threads: Array, address: Array, width: int, count: int, *, atomic: bool = False) -> Array:
         """(n, count) numbers of ``width`` bytes for these threads, at addresses (n,)."""
-        found = np.empty((len(threads), count), _UNSIGNED[width])
+        found = np.empty((len(threads), count), UNSIGNED[8 * width])
         for space, some, place in self._places(threads, address, width * count):
             whole = width * count
             if space.written is not None:
                 unit = min(whole, 8)
                 index = (place // unit)[:, None] + np.arange(whole // unit)
-                full = space.written[: len(space.written) // unit * unit].view(_UNSIGNED[unit])
-                _raise(full[index] != int.from_bytes(b"\1" * unit, "little"), threads[some], "reads unwritten bytes")
+                full = space.written[: len(space.written) // unit * unit].view(UNSIGNED[8 * unit])
+                raise_at(full[index] != int.from_bytes(b"\1" * unit, "little"), threads[some], "reads unwritten bytes")
             granules = self._granules(place, whole)
             if space.stamps is not None:
                 stamps = space.stamps[granules]
                 if stamps.any():
                     other = self._conflict(s, stamps, threads[some], atomic)
-                    _raise(other, threads[some], "reads what another thread writes")
+                    raise_at(other, threads[some], "reads what another thread writes")
             if not atomic:
                 self._note_read(s, space, granules, threads[some])
             found[some] = space.view(width)[(place // width)[:, None] + np.arange(count)]
@@ -139,19 +139,19 @@ class GlobalMemory:
             else:
                 other = self._conflict(s, space.stamps[granules], who, atomic)
                 if not self.overlaps:
-                    _raise(other & differs[:, None], who, "writes what another thread writes")
+                    raise_at(other & differs[:, None], who, "writes what another thread writes")
             if space.reads is not None:
                 read, mine = space.reads[granules], self._reader(s, who)
                 settled = (read >> 40 == mine >> 40) & ((read >> 16 < mine >> 16) | (read == mine) | self.copies)
-                _raise((read != 0) & ~settled & differs[:, None], who, "writes what another thread reads")
+                raise_at((read != 0) & ~settled & differs[:, None], who, "writes what another thread reads")
             view[index] = own
             if not self.overlaps:
-                _raise(view[index] != own, who, "writes what another thread writes")
+                raise_at(view[index] != own, who, "writes what another thread writes")
             space.stamps[granules] = ((s.number[who] + 1) << 32 | atomic << 31 | s.epoch[s.cta[who]])[:, None]
             if space.written is not None:
                 unit = min(width * count, 8)
                 place_of = (place // unit)[:, None] + np.arange(width * count // unit)
-                full = space.written[: len(space.written) // unit * unit].view(_UNSIGNED[unit])
+                full = space.written[: len(space.written) // unit * unit].view(UNSIGNED[8 * unit])
                 full[place_of] = int.from_bytes(b"\1" * unit, "little")
 
     def add(self, s: Any, threads: Array, address: Array, values: Array) -> Array:
@@ -204,7 +204,7 @@ class GlobalMemory:
 
     def _places(self, threads: Array, address: Array, width: int) -> Iterable[tuple[Space, Any, Array]]:
         """For each space its threads and the places of their bytes."""
-        _raise(address % width != 0, threads, f"a misaligned access of {width} bytes at", address)
+        raise_at(address % width != 0, threads, f"a misaligned access of {width} bytes at", address)
         number = (address >> np.uint64(_BITS)).astype(np.int64) - 1
         offset = (address & np.uint64((1 << _BITS) - 1)).astype(np.int64) - _ORIGIN
         low, high = int(number.min()), int(number.max())
@@ -235,9 +235,3 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
         return begin, begin
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (last + 1) * tensor.itemsize
-
-
-def _raise(wrong: Array, threads: Array, message: str, address: Array | None = None) -> None:
-    if wrong.any():
-        first = int(np.argmax(wrong.reshape(len(threads), -1).any(axis=1)))
-        raise Fault(message if address is None else f"{message} {int(address[first]):#x}", int(threads[first]))

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.support.ptx_machine.faults import Fault
+from tests.support.ptx_machine.faults import Fault, raise_at
+from tests.support.ptx_machine.operands import UNSIGNED
 
 __all__ = ["ORIGIN", "SharedMemory"]
 
 Array = NDArray[Any]
 #: Address of the first byte: on a device the system has the first KiB.
 ORIGIN = 1024
-_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 #: Stamp of bytes that an asynchronous copy is on its way to.
 _FLYING = -1
 #: In place of a lane: several lanes of a warp.
@@ -48,7 +48,7 @@ class SharedMemory:
 
     def view(self, width: int) -> Array:
         """The bytes as unsigned integers."""
-        return self.data.view(_UNSIGNED[width])
+        return self.data.view(UNSIGNED[8 * width])
 
     def load(self, threads: Array, address: Array, width: int, count: int) -> Array:
         """(n, count) numbers of ``width`` bytes for these threads, at addresses (n,)."""
@@ -210,10 +210,3 @@ class SharedMemory:
                 int(threads[first]),
             )
         return self.s.cta[threads] * self.size + offset
-
-
-def raise_at(wrong: Array, threads: Array, message: str) -> None:
-    """Raise for the first thread that something is wrong for, (n,) or (n, any)."""
-    if wrong.any():
-        first = int(np.argmax(wrong.reshape(len(threads), -1).any(axis=1)))
-        raise Fault(message, int(threads[first]))

@@ -279,12 +279,10 @@ class _Matrix:
         self.place = s.cta[groups[:, 0]][:, None, None] * s.shared.size + place
         granule = s.shared.granule
         granules = (self.place[..., None] // granule + np.arange(16 // granule)).reshape(len(groups), -1)
-        if every:
-            self.readers = groups[:, ::32].reshape(-1)
-            self.granules = np.repeat(granules, 4, axis=0)
-        else:
-            self.readers = groups[:, ::32].reshape(-1)
-            self.granules = np.repeat(granules, 4, axis=0) if turned else granules.reshape(len(groups) * 4, -1)
+        self.readers = groups[:, ::32].reshape(-1)
+        # What is turned is not divided among the warps here.
+        whole = every or turned
+        self.granules = np.repeat(granules, 4, axis=0) if whole else granules.reshape(len(groups) * 4, -1)
         s.shared.check_proxy(self.readers, self.granules)
         s.shared.note_read(self.readers, self.granules, whole=True)
 

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from synco_fast.kernels import Negatives, rng
 from synco_fast.kernels.triton import config, contrast_and_gradient, launch, philox
-from tests.support.ptx import COSINE_ERROR, LOG2_ERROR, interpreted
+from tests.support.ptx import interpreted
+from tests.support.ptx_machine.arithmetic import COSINE_ERROR, LOG2_ERROR
 
 SIGMA = 0.01
 #: Both ends of a word, of its upper 23 bits and of half a turn; both sides of the limit of the series.

@@ -10,6 +10,7 @@ import torch
 
 from synco_fast.kernels import Negatives, synthetic_contrast
 from synco_fast.kernels.triton import config, contrast_and_gradient, launch
+from tests.support.answers import compare
 from tests.support.devices import devices_entered
 from tests.support.rotation import in_turn, todays
 
@@ -28,13 +29,7 @@ def check(make, answer, within, shape, negatives, *, dtype=torch.float32, peaked
     found = contrast_and_gradient(*inputs, negatives, **settings)
     exact = answer(inputs, negatives, **settings)
     plain = answer(inputs, negatives, torch.float32, **settings)
-    within(found.loss, plain.contrast.loss, exact.contrast.loss, "loss", 16)
-    within(found.gradient, plain.gradient, exact.gradient, "gradient", 16)
-    for name in ("positive", "hard", "synthetic"):
-        expected = getattr(exact.contrast.statistics, name)
-        torch.testing.assert_close(getattr(found, name).double(), expected, rtol=0, atol=1e-6, equal_nan=True)
-    assert torch.equal(found.queue_rank, exact.contrast.statistics.queue_rank)
-    assert (found.rank - exact.contrast.statistics.rank).abs().max() <= 1
+    compare(within, found, plain, exact, 16)
 
 
 # One row, rows beyond a tile, keys no multiple of a tile; widths below, at and above a tile and a chunk.
