@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from synco_fast.bench.cost.sass import Instruction, Span, read, spans
-from synco_fast.bench.cost.trips import Construct, Unknown, constructs_of, mean_trips
+from synco_fast.bench.cost.trips import Construct, Unknown, constructs_of, copied, mean_trips
 from synco_fast.bench.cost.waits import waits
 
 __all__ = ["Counts", "LoopCount", "count"]
@@ -183,18 +183,19 @@ class _Counter:
             # The guard in front of a loop, or a loop of at most one iteration.
             return entered, "counted"
         trips = mean / entered if guarded and entered else mean
-        return self._unrolled(span, node, trips, siblings), "counted"
+        return self._unrolled(span, chosen, trips, siblings), "counted"
 
     def _unrolled(
         self,
         span: Span,
-        node: Construct,
+        chosen: tuple[Construct, Any],
         trips: float,
         siblings: list[tuple[Span, tuple[Construct, Any] | None]],
     ) -> float:
         """Iterations of the machine code's loop: fewer than in the source if a second loop takes the remainder."""
-        same = [other for other, chosen in siblings if other.loop and chosen is not None and chosen[0] is node]
-        if len(same) != 2:
+        # Calls of one function have loops of their own, and so do the copies of a `static_range`.
+        same = [other for other, of in siblings if other.loop and of == chosen]
+        if len(same) != 2 or copied(chosen[1]):
             return trips
         sizes = sorted(other.end - other.begin for other in same)
         factor = max(1, round(sizes[1] / max(1, sizes[0])))

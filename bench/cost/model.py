@@ -14,9 +14,11 @@ them. If a measurement contradicts the model, the model is wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from triton.runtime.jit import JITFunction
 
 from synco_fast.bench.cost.counts import Counts, count
 from synco_fast.bench.cost.launches import Bytes, Launch, launches_of_loss
@@ -124,6 +126,13 @@ def occupancy(warps: int, registers: int, shared: int, device: Device) -> int:
     return max(1, min(by_registers, by_shared, 64 // warps, 32))
 
 
+def names_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The global names of a kernel's module, and of the modules of the functions that it imports."""
+    own = function.__globals__
+    modules = (value.fn.__globals__ for value in own.values() if isinstance(value, JITFunction))
+    return {name: value for names in (*modules, own) for name, value in names.items()}
+
+
 def costs_of_loss(shape: Shape, capability: int) -> list[Cost]:
     """Compile the launches of SynCo's loss for a compute capability, and count and model them, in order.
 
@@ -142,7 +151,7 @@ def costs_of_loss(shape: Shape, capability: int) -> list[Cost]:
             launch.warps,
             launch.name,
             lambda line, stated=stated: stated.turns_of(line, shape),  # type: ignore[misc]
-            launch.function.__globals__,
+            names_of(launch.function),
         )
         found.append(_cost(launch, counts, stated, shape, device, seen, capability))
     return found

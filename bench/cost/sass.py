@@ -163,6 +163,7 @@ def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:
     """The whole function as a span, with its loops and skipped spans nested inside."""
     found: dict[tuple[int, int], Span] = {}
     backward: dict[int, int] = {}
+    chosen: set[int] = set()
     dominated = _Dominators(instructions, labels)
     for number, one in enumerate(instructions):
         if one.base == "EXIT" and one.predicated:
@@ -175,8 +176,11 @@ def spans(instructions: list[Instruction], labels: dict[str, int]) -> Span:
             # Out-of-line code branches back without being a loop.
             if dominated(number, by=place):
                 backward[place] = max(backward.get(place, 0), number + 1)
-        elif one.predicated and place - number - 1 >= _SHORT and place <= len(instructions):
+        elif place - number - 1 >= _SHORT and place <= len(instructions) and (one.predicated or number + 1 in chosen):
             found.setdefault((number + 1, place), Span(number + 1, place, loop=False))
+        # The other side of a branch, if this side ends with a branch over it.
+        if one.predicated and place > number:
+            chosen.add(place)
     for begin, end in backward.items():
         found[begin, end] = Span(begin, end, loop=True)
     whole = Span(0, len(instructions), loop=False)

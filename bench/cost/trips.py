@@ -16,7 +16,7 @@ from typing import Any
 
 from synco_fast.bench.cost.sass import Frame
 
-__all__ = ["Construct", "Unknown", "constructs_of", "mean_trips"]
+__all__ = ["Construct", "Unknown", "constructs_of", "copied", "mean_trips"]
 
 Construct = ast.For | ast.While | ast.If
 _BLOCKS = (ast.For, ast.While, ast.If)
@@ -78,11 +78,16 @@ def constructs_of(frames: Sequence[Frame], kernel: str) -> list[tuple[Construct,
 
 
 def _call_of(name: str, file: str) -> Frame | None:
-    """The first call of a function by its name in ``file``."""
-    for function in _functions(file):
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
-                return file, node.lineno
+    """The first call of a function, in ``file`` or else in its folder; None if several functions call it."""
+    for path in (file, *sorted(str(other) for other in Path(file).parent.glob("*.py") if str(other) != file)):
+        calls = {
+            function.name: node.lineno
+            for function in _functions(path)
+            for node in reversed([*ast.walk(function)])
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+        }
+        if calls:
+            return (path, next(iter(calls.values()))) if len(calls) == 1 else None
     return None
 
 
@@ -98,6 +103,16 @@ def _around(function: ast.FunctionDef, line: int) -> Iterator[Construct]:
 
 def _is_static(node: ast.AST) -> bool:
     return isinstance(node, ast.For) and "static_range" in ast.unparse(node.iter)
+
+
+def copied(scope: Any) -> bool:
+    """Whether a `static_range` is around the scope's line or that of a caller."""
+    while scope is not None:
+        for node in ast.walk(scope.function):
+            if _is_static(node) and node.lineno < scope.line <= (node.end_lineno or 0):
+                return True
+        scope = scope.caller
+    return False
 
 
 def mean_trips(
@@ -194,9 +209,14 @@ class _Evaluator:
                 if not inside:
                     continue
                 if _is_static(statement) and isinstance(statement, ast.For) and isinstance(statement.target, ast.Name):
-                    names[statement.target.id] = self.turn
+                    names[statement.target.id] = self._first(statement.iter, names) + self.turn
                 in_body = statement.body[0].lineno <= line <= (statement.body[-1].end_lineno or 0)
                 self._follow(statement.body if in_body else statement.orelse, names, line)
+
+    def _first(self, node: ast.expr, names: dict[str, Any]) -> int:
+        """The number that a range starts with."""
+        arguments = node.args if isinstance(node, ast.Call) else []
+        return int(self(arguments[0], names)) if len(arguments) > 1 else 0
 
     def _branch(self, statement: ast.If, names: dict[str, Any], changed: set[str]) -> None:
         try:
