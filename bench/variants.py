@@ -40,16 +40,22 @@ _TILES = (
 )
 
 
-#: The mix: programs for each row, pieces of a vector, warps of a program, and stages.
+#: The mix: programs for each row, pieces of a vector, warps of a program, stages, and stages of the products.
 _MIXES = (
-    (8, 2, 1, 1),
-    (8, 2, 1, 2),
-    (8, 1, 1, 1),
-    (16, 2, 1, 1),
-    (4, 2, 2, 1),
-    (2, 4, 2, 3),
-    (4, 4, 1, 1),
-    (4, 4, 1, 3),
+    (4, 4, 1, 2, 3),
+    (4, 4, 1, 2, 2),
+    (4, 4, 1, 1, 3),
+    (4, 4, 1, 3, 5),
+    (4, 4, 1, 3, 3),
+    (4, 4, 1, 3, 2),
+    (4, 2, 1, 2, 3),
+    (8, 4, 1, 2, 3),
+    (4, 4, 1, 3, 0),
+    (4, 4, 1, 1, 0),
+    (8, 2, 1, 1, 0),
+    (8, 2, 1, 2, 0),
+    (8, 1, 1, 1, 0),
+    (2, 4, 2, 3, 0),
 )
 
 
@@ -113,13 +119,13 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
         for value in values
         if value != getattr(config, key)
     ]
-    text = "mix in {} parts, {} pieces, {} warps, {} stages"
-    found += [
-        Variant(text.format(*mix), "mix", config.MIXES, shape.itemsize, mix)
-        for mix in _MIXES
-        if mix != config.MIXES[shape.itemsize]
-    ]
     generation, dtype = config.generation_of(device), shape.torch_dtype
+    text = "mix in {} parts, {} pieces, {} warps, {} and {} stages"
+    found += [
+        Variant(text.format(*mix), "mix", config.MIXES, dtype, mix)
+        for mix in _MIXES
+        if mix != config.MIXES[dtype] and (dtype == torch.bfloat16 or not mix[-1])
+    ]
     name, narrow = config.tile_key(dtype, shape.dim, generation, masked=False)
     key = (generation, name, narrow)
     present = config.TILES_OF.get(key, config.TILES[name, narrow])

@@ -85,14 +85,16 @@ def _mix(launch: Launch, shape: Shape) -> Moved:
     negatives, values = shape.negatives, launch.arguments
     picks = drawn = picked = 0
     for _, count, *numbers in values["TABLE"]:
-        _, _, _, a_slope, _, first_slope, second, second_slope, sigma, eta, _, _ = numbers
-        paired, sloped = bool(second or second_slope), bool(a_slope or first_slope or second_slope)
-        known = not (paired or sigma or eta)
+        _, _, _, _, _, _, second, second_slope, sigma, eta, _, _ = numbers
+        paired = bool(second or second_slope)
+        known = not (sigma or eta) and bool(values["PRODUCTS"] or not paired)
         picks += count * (1 + paired)
-        # The draws are written and read once, and what they pick is read once: t, keys, and q.n_i if no x is formed.
-        drawn += 4 * count * 2 * (1 + paired + sloped + known)
-        picked += 4 * count * (1 + paired + known)
-    shared = values["PARTS"] * (4 * shape.dim + _row(shape) + 16) + 4 * negatives.synthetic
+        # Four numbers of each key are written and read once, and what they pick is read once: index, and q.n if needed.
+        drawn += 16 * count * 2 * (1 + paired)
+        picked += 4 * count * (1 + paired) * (1 + known)
+    # The sum of the products is written apart.
+    sums = 2 if values["PRODUCTS"] else 1
+    shared = values["PARTS"] * (4 * shape.dim * sums + _row(shape) + 16) + 4 * negatives.synthetic
     once = picks * _row(shape) + drawn + shared
     return Moved(shape.rows * (once + picked), shape.rows * (once + values["PARTS"] * 8 * negatives.hard))
 
@@ -136,6 +138,6 @@ STATED: dict[str, Stated] = {
         _flags,
     ),
     "choose": Stated({"for number in": _NEVER}, _flags),
-    "mix": Stated({"if available > 0": _ALWAYS, "if tl.max(cancelled.to(tl.int32), axis=0) > 0": _NEVER}, _mix),
+    "mix": Stated({"if available > 0": _ALWAYS, "if marked > 0": _NEVER}, _mix),
     "reduce": Stated(moved=_reduce),
 }

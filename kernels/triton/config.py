@@ -115,6 +115,8 @@ def table(negatives: Negatives) -> tuple[tuple[float, ...], ...]:
         numbers = (low, high, *affine, mixture.noise, mixture.sign, largest_below(low, high, torch.float32))
         column = FAMILIES.index(family)
         rows.append((family.number, negatives.count_of(family), *(float(number) for number in numbers), column))
+    # Those without noise and sign first, and of these the ones of one key.
+    rows.sort(key=lambda row: (row[10] != 0 or row[11] != 0, row[8] != 0 or row[9] != 0))
     return tuple(rows)
 
 
@@ -327,9 +329,10 @@ class Mix:
         parts: Programs for each row.
         pieces: Tensors that a vector is split into. Each is spread over fewer threads, so fewer threads repeat the work
             that is the same for a whole vector.
-        slots: Synthetic negatives that a program makes at a time.
+        slots: Synthetic negatives that a program makes at a time, where it forms their vectors.
         warps: Warps of a program.
-        stages: Blocks of slots whose keys are read ahead; 1 reads none.
+        stages: Triton's `num_stages` of the loops over slots, whose reads run ahead; 1 for none.
+        products: The same where tensor cores sum negatives without noise and sign (`products.py`); 0 where they do not.
     """
 
     parts: int
@@ -337,20 +340,29 @@ class Mix:
     slots: int
     warps: int
     stages: int
+    products: int
 
 
-#: Parts, pieces, warps and stages by the item size of the queue's dtype, in bytes. A program takes as many slots as
-#: its threads hold with 16 bytes of each piece. Tuned on an H100.
-MIXES = {2: (4, 4, 1, 3), 4: (8, 4, 1, 1)}
+#: Parts, pieces, warps, stages and products by the dtype of the queue. A program takes as many slots as its threads
+#: hold with 16 bytes of each piece. Without products tuned on an H100; with products not measured.
+MIXES = {
+    torch.bfloat16: (4, 4, 1, 2, 2),
+    torch.float16: (4, 4, 1, 3, 0),
+    torch.float32: (8, 4, 1, 1, 0),
+}
+#: Largest D for which tensor cores sum the keys: their sums take 16 rows of registers.
+_PRODUCTS = 128
 
 
-def mix_of(itemsize: int, wide: int) -> Mix:
-    """The `Mix` for vectors of ``wide`` numbers, a power of two, of ``itemsize`` bytes each."""
+def mix_of(dtype: torch.dtype, wide: int, generation: int) -> Mix:
+    """The `Mix` for vectors of ``wide`` numbers, a power of two, of a dtype, on a `generation_of` device."""
+    parts, pieces, warps, stages, products = MIXES[dtype]
+    # On compute capability 10.0 a few bytes would be on the stack.
+    products = products if wide <= _PRODUCTS and generation < 10 else 0
     if interpreted():
-        return Mix(2, max(1, wide // 64), 16, 1, 1)
-    parts, pieces, warps, stages = MIXES[itemsize]
+        return Mix(2, max(1, wide // 64), 16, 2 if products else 1, 1, products)
     pieces = min(pieces, wide // 32)
-    return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * itemsize)), warps, stages)
+    return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * dtype.itemsize)), warps, stages, products)
 
 
 def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from synco_fast.kernels.triton.config import (
     table,
     unserved,
 )
+from synco_fast.kernels.triton.draws import DRAWN
 from synco_fast.kernels.triton.full_select import full_select, rows_at_once
 from synco_fast.kernels.triton.mix import mix
 from synco_fast.kernels.triton.reduce import reduce
@@ -272,14 +273,17 @@ def _launch(
 
     # Step 4: mix.
     families = table(negatives)
-    tile = mix_of(queue.itemsize, wide)
+    tile = mix_of(queue.dtype, wide, generation)
     parts = tile.parts if families else 0
-    mix_total = empty(rows, parts, dim, device=device)
+    # All families may have noise or a sign.
+    stages = tile.products if any(family[10:12] == (0, 0) for family in families) else 0
+    # A program writes the sum of the products apart.
+    sums = parts * (2 if stages else 1)
+    mix_total = empty(rows, sums, dim, device=device)
     similarities = empty(rows, negatives.synthetic, device=device)
     if parts:
         on_device = isinstance(step, Tensor)
-        width = next_power_of_2(sum(cdiv(int(family[1]), parts * tile.slots) for family in families))
-        width *= tile.slots
+        width = sum(cdiv(int(family[1]), parts) for family in families)
         mix[(rows, parts)](
             q,
             queue,
@@ -288,7 +292,7 @@ def _launch(
             shift,
             available,
             step if on_device else None,
-            empty(rows, parts, 4, width, device=device),
+            empty(rows, parts, DRAWN, width, device=device),
             mix_total,
             similarities,
             length,
@@ -305,6 +309,7 @@ def _launch(
             PARTS=parts,
             WIDTH=width,
             STAGES=tile.stages,
+            PRODUCTS=stages,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
             DEVICE=not interpreted(),
@@ -339,7 +344,7 @@ def _launch(
         **dims,
         SPLITS=splits,
         STEP=min(next_power_of_2(splits), max(8, 8192 // wide)),
-        PARTS=parts,
+        PARTS=sums,
         HARD=hard > 0,
         BLOCK=256,
         **overlap,

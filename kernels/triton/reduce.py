@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.mix import before
+from synco_fast.kernels.triton.draws import before
 from synco_fast.kernels.triton.overlap import begin
 
 __all__ = ["reduce"]

@@ -292,12 +292,12 @@ CEILINGS = {
     "select": 5.8,
     "fill": 0.2,
     "choose": 0.3,
-    "mix": 12.2,
+    "mix": 8.3,
     "reduce": 1.6,
 }
 
 
-#: The same launches' waits for loads, one after another. Those of `mix` include three that find q in the L1 cache.
+#: The same launches' waits for loads, one after another. Each block of slots of `mix` reads draws, then keys.
 WAITS = {
     "sample": 2.2,
     "rank": 1.4,
@@ -305,7 +305,7 @@ WAITS = {
     "select": 3.5,
     "fill": 2.2,
     "choose": 1.4,
-    "mix": 5.5,
+    "mix": 23,
     "reduce": 3.3,
 }
 
@@ -337,10 +337,10 @@ def test_no_launch_costs_more_than_its_ceiling(tmp_path):
     }
     assert not above
     assert not {name: launches[name]["waits"] for name, most in WAITS.items() if launches[name]["waits"] > most}
-    assert found["total"]["instructions"] < 30e6
-    assert found["total"]["used"] < 170e6
-    assert found["total"]["l2"] < 199e6
-    assert found["total"]["microseconds"] < 80
+    assert found["total"]["instructions"] < 27e6
+    assert found["total"]["used"] < 178e6
+    assert found["total"]["l2"] < 204e6
+    assert found["total"]["microseconds"] < 74
     assert not [name for name, launch in launches.items() if launch["spilled"]]
     assert not [launch["assumed"] for launch in found["launches"] if launch["assumed"]], "every branch is known"
     # The two products, each of 2 B K D operations.

@@ -16,6 +16,7 @@ FULL = (*INTERPRETED, "tests/kernels/triton/interpreted/check_full_select.py")
 FORMATS = (*INTERPRETED, "tests/kernels/triton/interpreted/check_formats.py")
 ASSEMBLY = (*INTERPRETED, "tests/kernels/triton/interpreted/check_assembly.py")
 MOMENTUM = (*INTERPRETED, "tests/kernels/triton/interpreted/check_momentum.py")
+EMULATED = ("tests/kernels/triton/test_emulated.py",)
 VIEWS = (*INTERPRETED, "tests/kernels/views/interpreted/check_views.py")
 KERNEL_EDGES = (*INTERPRETED, "tests/kernels/triton/interpreted/check_edges.py")
 
@@ -349,18 +350,42 @@ BREAKS = (
     Break(
         "kernels: a floor of 0.001 under |x|",
         "kernels/triton/mix.py",
-        "other_inverse = tl.rsqrt(tl.maximum(_inner(sums, sums, PIECES), 1e-24))",
-        "other_inverse = tl.rsqrt(tl.maximum(_inner(sums, sums, PIECES), 1e-6))",
+        "inverse = tl.rsqrt(tl.maximum(_inner(x, x, PIECES), 1e-24))",
+        "inverse = tl.rsqrt(tl.maximum(_inner(x, x, PIECES), 1e-6))",
         KERNEL_EDGES,
         "length_1",
     ),
     Break(
         "kernels: coefficients reach the end of their range",
-        "kernels/triton/mix.py",
-        "tl.minimum(low + span * uniform(w0), most)",
-        "low + span * uniform(w0)",
+        "kernels/triton/draws.py",
+        "tl.minimum(low + (high - low) * uniform(w0), most)",
+        "low + (high - low) * uniform(w0)",
         KERNEL_EDGES,
         "end_of_their_range",
+    ),
+    Break(
+        "kernels: tensor cores sum vectors that cancelled",
+        "kernels/triton/products.py",
+        "cancelled = m_slot & (length < own * CANCELLED)",
+        "cancelled = m_slot & (length < 0)",
+        KERNEL_EDGES,
+        "length_1",
+    ),
+    Break(
+        "kernels: tensor cores leave the second key out of the sum",
+        "kernels/triton/products.py",
+        "total = _add(total, weight * c, other)",
+        "total = _add(total, weight * 0, other)",
+        LOSS,
+        "family_alone and mixed",
+    ),
+    Break(
+        "kernels: weights of one bfloat16 number",
+        "kernels/triton/products.py",
+        "low = (weight - high.to(tl.float32)).to(n.dtype)",
+        "low = (weight * 0).to(n.dtype)",
+        EMULATED,
+        "weights",
     ),
     Break(
         "kernels: NaN is no candidate",

@@ -128,3 +128,17 @@ def test_the_whole_loss(monkeypatch, within, case):
     units = 64 + rounding / torch.finfo(torch.float32).eps
     compare(within, found, plain, exact, 16, of_gradient=units, of_statistics=1e-5)
     assert not found.fallback.any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", todays([90, 80]))
+def test_weights_of_synthetic_negatives_are_as_exact_as_float32(within, capability):
+    # Interpolated ones are far closer to q than any key, whose weights alone are rounded.
+    counts = {"interpolated": 64, "mixed": 64, "interpolated_range": (0.3, 0.5)}
+    inputs = exact_inputs(2, 256, 128, torch.bfloat16)
+    negatives, settings = Negatives(hard=64, **counts), {"temperature": 0.02, "seed": 3, "step": 7}
+    with emulated(capability) as emulator:
+        emulator.unfenced_copies = UNFENCED
+        found = launch.contrast_and_gradient(*inputs, negatives, **settings)
+    exact, plain = (reference_answer(inputs, negatives, one, **settings) for one in (torch.float64, torch.float32))
+    compare(within, found, plain, exact, 16)

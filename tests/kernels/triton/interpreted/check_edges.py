@@ -11,6 +11,8 @@ from synco_fast.kernels.triton import contrast_and_gradient
 from synco_fast.kernels.validation import exact_inputs
 
 SETTINGS = {"temperature": 0.2, "seed": 3, "step": 7}
+#: In bfloat16 tensor cores sum these synthetic negatives.
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
 # Without a threshold, and with one.
@@ -27,24 +29,27 @@ def test_ties_with_the_positive_are_not_above_it(length):
     assert found.rank.tolist() == [0, 18]
 
 
-def test_short_vectors_have_length_1_too():
-    # x = q / 2^14: a floor under |x| far above the smallest number would shorten s.
-    q = torch.zeros(1, 16)
+@DTYPES
+def test_short_vectors_have_length_1_too(dtype):
+    # x = q / 2^18: a floor under |x| far above the smallest number would shorten s.
+    q = torch.zeros(1, 16, dtype=dtype)
     q[0, 3] = 1
-    queue = -q * (1 - 2.0**-13)
-    negatives = Negatives(hard=1, interpolated=4, interpolated_range=(0.5, 0.5))
+    queue = -q * (1 - 2.0**-8)
+    negatives = Negatives(hard=1, interpolated=4, interpolated_range=(0.5 - 2.0**-10, 0.5 - 2.0**-10))
     found = contrast_and_gradient(q, q, queue, negatives, **SETTINGS)
-    expected = contrast(q, q, queue, negatives, **SETTINGS)
+    expected = contrast(q.float(), q.float(), queue.float(), negatives, **SETTINGS)
     assert expected.statistics.synthetic[0, 0].item() == 1
     assert found.synthetic[0, 0].item() == 1
     torch.testing.assert_close(found.loss, expected.loss)
 
 
-def test_coefficients_stay_below_the_end_of_their_range():
+@DTYPES
+def test_coefficients_stay_below_the_end_of_their_range(dtype):
     # x = (2 t - 1) q, and a quarter of the draws would round up to t = 1/2, where nothing is left of x.
-    q = torch.zeros(1, 16)
+    q = torch.zeros(1, 16, dtype=dtype)
     q[0, 3] = 1
     negatives = Negatives(hard=1, interpolated=64, interpolated_range=(0.5 - 2.0**-24, 0.5))
     found = contrast_and_gradient(q, q, -q, negatives, **SETTINGS)
-    assert contrast(q, q, -q, negatives, **SETTINGS).statistics.synthetic[0, 0].item() == -1
+    expected = contrast(q.float(), q.float(), -q.float(), negatives, **SETTINGS)
+    assert expected.statistics.synthetic[0, 0].item() == -1
     assert found.synthetic[0, 0].item() == -1

@@ -65,29 +65,32 @@ def test_dtypes_and_softmax(make, answer, within, dtype, softmax):
     check(make, answer, within, (2, 200, 64), some(20), dtype=dtype, peaked=peaked, temperature=temperature)
 
 
+FAMILIES = [*((name, "released") for name in (*COUNTS, "none", "moco")), ("extrapolated", "paper")]
+
+
+# In bfloat16 tensor cores sum those without noise and sign.
 @pytest.mark.parametrize(
-    ("name", "extrapolation"),
-    todays([*((name, "released") for name in (*COUNTS, "none", "moco")), ("extrapolated", "paper")], 4),
+    ("family", "dtype"), todays(list(itertools.product(FAMILIES, [torch.float32, torch.bfloat16])), 6), ids=str
 )
-def test_each_family_alone(make, answer, within, name, extrapolation):
+def test_each_family_alone(make, answer, within, family, dtype):
+    name, extrapolation = family
     alone = Negatives(hard=0 if name == "moco" else 9, extrapolation=extrapolation, sigma=0.05, delta=-0.3, eta=0.02)
     if name in COUNTS:
         alone = replace(alone, **{name: COUNTS[name]})
-    check(make, answer, within, (2, 130, 64), alone, peaked=True)
+    check(make, answer, within, (2, 130, 64), alone, dtype=dtype, peaked=True)
 
 
-def test_mask(make, answer, within):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mask(make, answer, within, dtype):
     # Row 0 may use nothing, row 1 fewer keys than N, the others nearly all.
     image_ids = torch.tensor([7, 2**40, -5, 7])
     queue_ids = torch.full((150,), -1)
     queue_ids[::3], queue_ids[1::7] = 2**40, 7
-    inputs = make(4, 150, 32)
+    inputs = make(4, 150, 32, dtype)
     for ids in (queue_ids, torch.where(torch.arange(150) < 145, 7, queue_ids)):
         masks = {"image_ids": image_ids, "queue_ids": ids}
         found = contrast_and_gradient(*inputs, some(12), **SETTINGS, **masks)
-        exact, plain = (
-            answer(inputs, some(12), dtype, **SETTINGS, **masks) for dtype in (torch.float64, torch.float32)
-        )
+        exact, plain = (answer(inputs, some(12), one, **SETTINGS, **masks) for one in (torch.float64, torch.float32))
         within(found.loss, plain.contrast.loss, exact.contrast.loss, "loss", 16)
         within(found.gradient, plain.gradient, exact.gradient, "gradient", 16)
         for name in ("hard", "synthetic"):
@@ -110,12 +113,13 @@ def test_nan_rows_stay_alone(make):
     assert contrast_and_gradient(*inputs, some(20), **SETTINGS).loss.isnan().all()
 
 
-def test_vectors_of_length_zero(make):
-    inputs = make(1, 1, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_vectors_of_length_zero(make, dtype):
+    inputs = make(1, 1, 16, dtype)
     inputs = inputs._replace(queue=-inputs.q)
     negatives = Negatives(hard=1, interpolated=6, interpolated_range=(0.5, 0.5))
     found = contrast_and_gradient(*inputs, negatives, **SETTINGS)
-    expected = synthetic_contrast(*inputs, negatives, **SETTINGS, backend="reference")
+    expected = synthetic_contrast(*inputs.to(torch.float32), negatives, **SETTINGS, backend="reference")
     assert found.synthetic[0, 0].item() == 0
     torch.testing.assert_close(found.loss, expected.loss)
 

@@ -1,0 +1,166 @@
+"""The slots of a program of `mix`, and their random draws.
+
+A slot is one synthetic negative. A program takes a run of consecutive slots of each family of a row. It draws for all
+of them, one slot per thread, and writes what it drew to scratch memory, where the families follow one another in the
+order of TABLE. Threads that share a slot read it there; otherwise each would have to draw it again.
+
+The scratch memory has four numbers of n_i for each of WIDTH slots, (WIDTH, 4) float32: its queue index as bits, b, a
+and q.n_i. After these come as many of n_j: its queue index, c, 0 and q.n_j.
+
+TABLE has a tuple for each family: number, count, range of t (two values), constant and slope of a, b and c, sigma, eta,
+largest t, and column in the statistics.
+"""
+
+# mypy: disable-error-code="assignment, misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from synco_fast.kernels.triton.philox import philox, pick, uniform
+
+__all__ = ["DRAWN", "before", "draw", "first_of", "paired", "read", "read_all", "run_of", "share", "slots_of"]
+
+#: Numbers of a slot in the scratch memory.
+DRAWN = 8
+
+
+@triton.constexpr_function
+def run_of(TABLE, PARTS, family):
+    """Slots of a family that each of PARTS programs takes."""
+    return -(-TABLE[family][1] // PARTS)
+
+
+@triton.constexpr_function
+def share(TABLE, PARTS, family):
+    """Slots of a program that the families before this one take."""
+    return sum(-(-row[1] // PARTS) for row in TABLE[:family])
+
+
+@triton.constexpr_function
+def before(TABLE, family):
+    """Slots of all programs taken by the families before this one."""
+    return sum(row[1] for row in TABLE[:family])
+
+
+@triton.constexpr_function
+def first_of(TABLE, kind):
+    """The first family of a kind: 0 with only a and b, 1 with c as well, 2 with noise or a sign; 3 for their number.
+
+    The families of the table are in this order (`config.table`).
+    """
+    kinds = [2 if row[10] or row[11] else 1 if row[8] or row[9] else 0 for row in TABLE]
+    return sum(own < kind for own in kinds)
+
+
+@triton.constexpr_function
+def paired(TABLE, family):
+    """Whether a family has a second hard negative."""
+    return bool(TABLE[family][8] or TABLE[family][9])
+
+
+@triton.constexpr_function
+def _threads(size):
+    return 1 << (size - 1).bit_length()
+
+
+@triton.constexpr_function
+def whole(TABLE, PARTS, BLOCK, FIRST, LAST):
+    """Whether the slots of FIRST to LAST - 1 fill whole blocks of all programs."""
+    counts = [row[1] for row in TABLE[FIRST:LAST]]
+    return all(count % PARTS == 0 for count in counts) and sum(counts) // PARTS % BLOCK == 0
+
+
+@triton.jit
+def slots_of(o_own, part, TABLE: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
+    """Where a program's slots of the families FIRST to LAST - 1 are in the row, and whether they are slots.
+
+    ``o_own`` is a block of slots, counted from the first slot of FIRST.
+    """
+    o_slot = before(TABLE, FIRST) + part * run_of(TABLE, PARTS, FIRST) + o_own
+    m_slot = o_own < share(TABLE, PARTS, LAST) - share(TABLE, PARTS, FIRST)
+    if PARTS > 1:
+        for family in tl.static_range(FIRST + 1, LAST):
+            first = share(TABLE, PARTS, family) - share(TABLE, PARTS, FIRST)
+            o_here = before(TABLE, family) + part * run_of(TABLE, PARTS, family) - first + o_own
+            o_slot = tl.where(o_own < first, o_slot, o_here)
+        for family in tl.static_range(FIRST, LAST):
+            # The last program may have fewer.
+            if TABLE[family][1] % PARTS != 0:
+                first = share(TABLE, PARTS, family) - share(TABLE, PARTS, FIRST)
+                last = share(TABLE, PARTS, family + 1) - share(TABLE, PARTS, FIRST)
+                m_slot &= (o_own < first) | (o_own >= last) | (o_slot < before(TABLE, family + 1))
+    if whole(TABLE, PARTS, o_own.shape[0], FIRST, LAST):
+        m_slot = tl.full(o_own.shape, True, tl.int1)
+    return o_slot, m_slot
+
+
+@triton.jit
+def read(p_drawn, o_own, m_slot, NUMBER: tl.constexpr):
+    """A number of n_i of some slots, 0 where there is no slot. Those of n_j are 4 * WIDTH further."""
+    return tl.load(p_drawn + 4 * o_own + NUMBER, m_slot, 0)
+
+
+@triton.jit
+def read_all(p_drawn, o_own, m_slot):
+    """All numbers of n_i of some slots: queue index, b, a and q.n_i; 0 where there is no slot."""
+    four = tl.load(p_drawn + 4 * o_own[:, None] + tl.arange(0, 4)[None, :], m_slot[:, None], 0)
+    even, odd = tl.split(tl.reshape(four, [o_own.shape[0], 2, 2]))
+    key, a = tl.split(even)
+    b, known = tl.split(odd)
+    return key.to(tl.int32, bitcast=True), b, a, known
+
+
+@triton.jit
+def _write(p_drawn, o_own, m_slot, key, b, a, known):
+    """Write what `read_all` reads."""
+    four = tl.join(tl.join(key.to(tl.float32, bitcast=True), a), tl.join(b, known))
+    four = tl.reshape(four, [o_own.shape[0], 4])
+    tl.store(p_drawn + 4 * o_own[:, None] + tl.arange(0, 4)[None, :], four, m_slot[:, None])
+
+
+@triton.jit
+def draw(
+    p_hard_index,
+    p_hard,
+    p_drawn,
+    size,
+    c0,
+    k0,
+    k1,
+    part,
+    TABLE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KNOWN: tl.constexpr,
+):
+    """Write the program's random draws. Only the first KNOWN families need q.n_i and q.n_j."""
+    first_key, second_key, known, other_known, t = (), (), (), (), ()
+    # All families' reads before the first write: the compiler cannot know that they do not overlap, and would wait.
+    for family in tl.static_range(0, len(TABLE)):
+        o_own = tl.arange(0, _threads(run_of(TABLE, PARTS, family)))
+        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, family, family + 1)
+        c1 = (o_slot - before(TABLE, family)).to(tl.uint32)
+        zero = c1 * 0
+        w0, w1, w2, w3 = philox(c0 + zero, c1, zero + TABLE[family][0], zero, k0, k1)
+        first = pick(w1, w3 >> 16, size + zero)
+        second = pick(w2, w3 & 0xFFFF, size + zero)
+        low, high, most = TABLE[family][2], TABLE[family][3], TABLE[family][12]
+        t += (tl.minimum(low + (high - low) * uniform(w0), most),)
+        first_key += (tl.load(p_hard_index + first, m_slot, 0),)
+        second_key += (tl.load(p_hard_index + second, m_slot, 0) if paired(TABLE, family) else first,)
+        nothing = tl.zeros(o_own.shape, tl.float32)
+        known += (tl.load(p_hard + first, m_slot, 0) if family < KNOWN else nothing,)
+        wanted = paired(TABLE, family) and family < KNOWN
+        other_known += (tl.load(p_hard + second, m_slot, 0) if wanted else nothing,)
+    for family in tl.static_range(0, len(TABLE)):
+        o_own = tl.arange(0, _threads(run_of(TABLE, PARTS, family)))
+        _, m_slot = slots_of(o_own, part, TABLE, PARTS, family, family + 1)
+        p_own = p_drawn + 4 * share(TABLE, PARTS, family)
+        a = TABLE[family][4] + TABLE[family][5] * t[family]
+        b = TABLE[family][6] + TABLE[family][7] * t[family]
+        _write(p_own, o_own, m_slot, first_key[family], b, a, known[family])
+        if paired(TABLE, family):
+            c = TABLE[family][8] + TABLE[family][9] * t[family]
+            _write(p_own + 4 * WIDTH, o_own, m_slot, second_key[family], c, a * 0, other_known[family])
