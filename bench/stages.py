@@ -163,8 +163,9 @@ def _mix(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     total = torch.zeros_like(expected.q)
     similarities = []
     vectors = synthesise(expected.q, expected.queue[expected.index], negatives, draws)
-    for family in negatives.active():
-        made = vectors[family.name]
+    names = {family.number: family.name for family in negatives.active()}
+    for number, *_ in a["TABLE"]:
+        made = vectors[names[number]]
         similarity = torch.einsum("bd,bnd->bn", expected.q, made)
         total += torch.einsum("bn,bnd->bd", expected.weights(similarity), made)
         similarities.append(similarity)
