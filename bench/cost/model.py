@@ -11,6 +11,8 @@ Half of the time of a launch's matrix products overlaps with its other instructi
 them. If a measurement contradicts the model, the model is wrong.
 """
 
+# mypy: disable-error-code="import-untyped"
+
 from __future__ import annotations
 
 import math

@@ -109,7 +109,7 @@ def copied(scope: Any) -> bool:
     """Whether a `static_range` is around the scope's line or that of a caller."""
     while scope is not None:
         for node in ast.walk(scope.function):
-            if _is_static(node) and node.lineno < scope.line <= (node.end_lineno or 0):
+            if isinstance(node, ast.For) and _is_static(node) and node.lineno < scope.line <= (node.end_lineno or 0):
                 return True
         scope = scope.caller
     return False
