@@ -425,5 +425,6 @@ def mix(
             )
     for piece in tl.static_range(0, PIECES):
         o_dim = piece * PIECE + tl.arange(0, PIECE)
+        # q is added once, in equal shares of the slots, of which there is a power of two.
         b_out = tl.sum(b_total[piece] + q[piece] * (along / SLOTS), axis=0)
         tl.store(p_total + o_dim, b_out, o_dim < D)
