@@ -62,7 +62,7 @@ def constructs_of(frames: Sequence[Frame], kernel: str) -> list[tuple[Construct,
     chain = [frame for frame in reversed(frames) if not ("/triton/" in frame[0] and "/site-packages/" in frame[0])]
     # Triton 3.6 omits the call site of a function.
     while chain and (outermost := _function_at(chain[0])) is not None and outermost.name != kernel:
-        call = _call_of(outermost.name, chain[0][0])
+        call = _call_of(outermost.name, chain[0][0], kernel)
         if call is None or len(chain) > _DEEPEST:
             break
         chain.insert(0, call)
@@ -77,9 +77,14 @@ def constructs_of(frames: Sequence[Frame], kernel: str) -> list[tuple[Construct,
     return found
 
 
-def _call_of(name: str, file: str) -> Frame | None:
-    """The first call of a function, in ``file`` or else in its folder; None if several functions call it."""
-    for path in (file, *sorted(str(other) for other in Path(file).parent.glob("*.py") if str(other) != file)):
+def _call_of(name: str, file: str, kernel: str) -> Frame | None:
+    """The first call of a function, in ``file`` or else in its folder; None if several functions call it.
+
+    Where several files do, that of the kernel counts.
+    """
+    others = [str(other) for other in Path(file).parent.glob("*.py") if str(other) != file]
+    others.sort(key=lambda path: (all(function.name != kernel for function in _functions(path)), path))
+    for path in (file, *others):
         calls = {
             function.name: node.lineno
             for function in _functions(path)

@@ -170,6 +170,7 @@ def _launch(
         **dims,
         WIDTH=width,
         ESTIMATE=capacity > 0,
+        DEVICE=not interpreted(),
         **overlap,
         num_warps=max(1, min(width // config.RANK_PER_WARP, 8)),
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.order import unordered
+from synco_fast.kernels.triton.order import count_from, unordered
 from synco_fast.kernels.triton.overlap import begin
 
 __all__ = ["halves", "multiply", "product", "rank", "sample", "three"]
@@ -134,6 +134,7 @@ def rank(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     ESTIMATE: tl.constexpr,
+    DEVICE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Grid (B,). Writes t, q.k and m of each row, and q as `halves`, (2, B, D) float16, if p_halves is not None.
@@ -169,7 +170,7 @@ def rank(
         eighth = (largest * 0.125).to(tl.int32, bitcast=True).to(tl.int64)
         middle = tl.where(largest > 0, tl.maximum(eighth, low + 1), (low + high + 1) >> 1)
         while (low < high) & (reached > wanted + wanted // 16):
-            count = tl.sum((b_order >= middle.to(tl.int32)).to(tl.int32))
+            count = count_from(b_order, middle.to(tl.int32), DEVICE)
             enough = count >= wanted
             low = tl.where(enough, middle, low)
             reached = tl.where(enough, count, reached)

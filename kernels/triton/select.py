@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.order import ordered, unordered
+from synco_fast.kernels.triton.order import count_from, ordered, unordered
 from synco_fast.kernels.triton.overlap import begin
 
 __all__ = ["select"]
@@ -41,7 +41,7 @@ def _log2(x):
 
 
 @triton.jit
-def _cut(b_order, needed, low, high, reached):
+def _cut(b_order, needed, low, high, reached, DEVICE: tl.constexpr):
     """Search for the threshold: the largest integer with at least `needed` numbers at or above it.
 
     Stops early at an integer with exactly `needed`. On entry `reached` numbers are at or above low, and none is above
@@ -66,7 +66,7 @@ def _cut(b_order, needed, low, high, reached):
         # At most 2^31: a larger share of a whole span, rounded up, would not fit into uint32.
         ahead = tl.minimum(share * span.to(tl.float32), 2147483648.0).to(tl.uint32)
         middle = low + tl.minimum(tl.maximum(ahead, 1), span).to(tl.int32, bitcast=True)
-        count = tl.sum((b_order >= middle).to(tl.int32))
+        count = count_from(b_order, middle, DEVICE)
         distance = _log2(count.to(tl.float32) + 0.5) - target
         enough = count >= needed
         low = tl.where(enough, middle, low)
@@ -185,7 +185,7 @@ def select(
     tl.store(p_flag + row, flag.to(tl.int32))
     if flag == 0:
         low, high = ordered(threshold) + 1, tl.max(b_order)
-        last, reached = _cut(b_order, needed, low, high, total)
+        last, reached = _cut(b_order, needed, low, high, total, DEVICE)
         if MARGIN > 0:
             border = unordered(last)
             margin = MARGIN * tl.maximum(1, tl.load(p_shift + row))
@@ -222,7 +222,7 @@ def select(
             reached = tl.sum((b_order >= low).to(tl.int32))
             low = tl.where(reached < needed, _LAST + 1, low)
             reached = tl.where(reached < needed, total, reached)
-            last, reached = _cut(b_order, needed, low, tl.max(b_order), reached)
+            last, reached = _cut(b_order, needed, low, tl.max(b_order), reached, DEVICE)
         b_chosen = (b_order >= last).to(tl.int32)
         if reached != needed:
             b_tie = (b_order == last).to(tl.int32)

@@ -287,9 +287,9 @@ def test_searches_turn_as_often_as_stated():
 #: For H100, B = 256, K = 65,536, D = 128, N = 1,024, bfloat16: instructions of all warps in millions, by launch.
 CEILINGS = {
     "sample": 0.3,
-    "rank": 1.2,
+    "rank": 0.9,
     "scan": 9.8,
-    "select": 5.8,
+    "select": 5,
     "fill": 0.2,
     "choose": 0.3,
     "mix": 8.3,
@@ -337,10 +337,10 @@ def test_no_launch_costs_more_than_its_ceiling(tmp_path):
     }
     assert not above
     assert not {name: launches[name]["waits"] for name, most in WAITS.items() if launches[name]["waits"] > most}
-    assert found["total"]["instructions"] < 27e6
+    assert found["total"]["instructions"] < 26e6
     assert found["total"]["used"] < 178e6
     assert found["total"]["l2"] < 204e6
-    assert found["total"]["microseconds"] < 74
+    assert found["total"]["microseconds"] < 72
     assert not [name for name, launch in launches.items() if launch["spilled"]]
     assert not [launch["assumed"] for launch in found["launches"] if launch["assumed"]], "every branch is known"
     # The two products, each of 2 B K D operations.

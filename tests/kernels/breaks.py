@@ -16,6 +16,7 @@ FULL = (*INTERPRETED, "tests/kernels/triton/interpreted/check_full_select.py")
 FORMATS = (*INTERPRETED, "tests/kernels/triton/interpreted/check_formats.py")
 ASSEMBLY = (*INTERPRETED, "tests/kernels/triton/interpreted/check_assembly.py")
 MOMENTUM = (*INTERPRETED, "tests/kernels/triton/interpreted/check_momentum.py")
+TEXTS = ("tests/kernels/triton/test_assembly.py",)
 EMULATED = ("tests/kernels/triton/test_emulated.py",)
 VIEWS = (*INTERPRETED, "tests/kernels/views/interpreted/check_views.py")
 KERNEL_EDGES = (*INTERPRETED, "tests/kernels/triton/interpreted/check_edges.py")
@@ -362,6 +363,14 @@ BREAKS = (
         "low + (high - low) * uniform(w0)",
         KERNEL_EDGES,
         "end_of_their_range",
+    ),
+    Break(
+        "kernels: a search counts three of four numbers",
+        "kernels/triton/order.py",
+        " @four add.u32 $0, $0, 1;",
+        " @three add.u32 $0, $0, 0;",
+        TEXTS,
+        "counted",
     ),
     Break(
         "kernels: tensor cores sum vectors that cancelled",

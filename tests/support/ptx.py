@@ -133,6 +133,8 @@ def _execute(name: str, numbers: list[Bits], error: float) -> NDArray[Any]:
                 return numbers[0] * numbers[1] + numbers[2]
             case "mad.wide.s32":
                 return (_signed(numbers[0]) * _signed(numbers[1])).view(np.uint64) + numbers[2]
+            case "selp.b32":
+                return np.where(numbers[2], numbers[0], numbers[1])
             case "setp.gt.f32":
                 return _float(numbers[0]) > _float(numbers[1])
             case "setp.gtu.f32":  # also true where either is NaN

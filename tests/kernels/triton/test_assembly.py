@@ -15,7 +15,7 @@ from tests.support.ptx import run
 
 pytest.importorskip("triton")
 
-from synco_fast.kernels.triton import scan, select
+from synco_fast.kernels.triton import order, scan, select
 
 NUMBERS = (math.nan, math.inf, -math.inf, 0.0, -0.0, 0.25, 0.5, -0.5)
 
@@ -56,6 +56,15 @@ def test_the_scan_keeps_what_is_not_at_most_the_threshold():
         assert [int(output) for output in outputs] == [place + kept, rank + (similarity > positive)]
         address = base + 8 * place
         assert memory == ({address: key, address + 4: word(similarity)} if kept else {})
+
+
+def test_numbers_at_or_above_a_bound_are_counted():
+    constraints, operands = call_of(order.count_from)
+    assert operands == ["b_one", "b_two", "b_three", "b_four", "low"]
+    numbers = (-(2**31), -5, -4, 0, 2**31 - 1)
+    for *four, low in itertools.product(numbers, repeat=5):
+        (found,), _ = run(order._COUNT.value, constraints, [*four, low])
+        assert int(found) == sum(number >= low for number in four)
 
 
 @pytest.mark.parametrize("place", [-5, -1, 0, 1, 1023])
