@@ -186,6 +186,9 @@ def explain_error(error: ValidationError, model: type[BaseModel]) -> str:
     said = first["msg"].replace("Input should be ", "")
     if first["type"] == "model_type":
         said = f"a section with keys{nearest_key(f'{dotted}.name', model)}"
+    elif first["type"] == "truth" and (field := _field_of(first["loc"], model)) and range_in_words(field):
+        # YAML reads yes, no, on and off as true and false.
+        said = range_in_words(field)
     elif first["type"] == "literal_error":
         said += nearest_name(str(first["input"]), re.findall(r"'([^']+)'", said))
     elif first["type"] in _NUMBERS:

@@ -97,6 +97,16 @@ def test_no_number_takes_what_is_none(key):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("training.fused", "auto, none"), ("training.precision", "auto, fp32, tf32, bf16, fp16"), ("seed", "0 or more")],
+)
+def test_a_boolean_where_none_belongs_is_told_the_values(key, values):
+    """YAML reads yes, no, on and off as booleans, and nobody typed true or false."""
+    with pytest.raises(ConfigError, match=f"{key}: found False, expected {values}"):
+        build_config({}, {key: False})
+
+
 def test_sections_are_found_by_a_near_name():
     for key, near in (
         ("augmnt.size", "augment.size"),

@@ -85,6 +85,8 @@ def write_card(
     """
     config = weights.config
     environment = {**describe_environment(), **_json(weights.run / "environment.json" if weights.run else Path())}
+    forms = environment.pop("forms", {})
+    used = [" ".join([part, form["name"]]) for part, form in forms.items()]
     results = known_results(weights)
     lines = [
         *_front_matter(config, format, licence),
@@ -107,7 +109,7 @@ def write_card(
         "",
         "## Versions",
         "",
-        ", ".join(f"{name} {value}" for name, value in environment.items()),
+        ", ".join(f"{name} {value}" for name, value in environment.items()) + (f"; {', '.join(used)}" if used else ""),
         "",
         "## Licence",
         "",

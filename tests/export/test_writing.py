@@ -308,6 +308,8 @@ def test_the_card_says_what_the_weights_are(make_run, tmp_path):
     run = make_run()
     (run / "evaluation").mkdir()
     (run / "evaluation" / "knn.json").write_text(json.dumps({"headline": {"kNN, k 20": 0.5}, "chance": 1 / 3}))
+    forms = {"loss": {"name": "blockwise", "why": "on a CPU"}, "norm": {"name": "native", "why": "on a CPU"}}
+    (run / "environment.json").write_text(json.dumps({"torch": torch.__version__, "forms": forms}))
     done = export_checkpoint(run, "safetensors", licence="CC-BY-4.0")
     assert done.folder == run / "export" / "safetensors"
     card = (done.folder / "README.md").read_text()
@@ -318,6 +320,7 @@ def test_the_card_says_what_the_weights_are(make_run, tmp_path):
     for words in ("SynCo", "timm/resnet18", "| epochs | 2 |", "kNN, k 20: 50.0% (chance 33.3%)", "75.0%", "CC-BY-4.0"):
         assert words in card
     assert str(torch.__version__).split("+")[0] in card
+    assert "; loss blockwise, norm native\n" in card
 
 
 def test_the_card_has_only_results_of_these_weights_and_names_other_images(make_run):
