@@ -289,7 +289,7 @@ def train(
     with init_distributed(DistEnv.detect(), config.training.device, timeout=config.training.timeout) as control:
         check_same_start(control, "no run" if resume is None else "a run")
         # The name holds the time, so one rank chooses it.
-        folder = resume or control.from_main(lambda: choose_run_folder(out, config.preset))
+        folder = resume or control.from_main(lambda: choose_run_folder(out, config.preset, config.data.source))
         task = Pretraining(config, control=control, evaluate=PeriodicKnn(), monitor=HealthMonitor(), limits=limits)
         trainer = Trainer(task, folder, resume=resume, console=console)
         return trainer, trainer.run()

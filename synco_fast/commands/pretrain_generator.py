@@ -83,7 +83,7 @@ def _pretrain_generator(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.training.loop import Trainer
     from synco_fast.training.run_folder import choose_run_folder
 
-    folder = options.resume or choose_run_folder(options.out, "generator")
+    folder = options.resume or choose_run_folder(options.out, "generator", config.source)
     task = GeneratorTraining(config, _features(config.encoder) if config.encoder and config.kid_every else None)
     summary = Trainer(task, folder, resume=options.resume, console=console).run()
     write_results(options, summary)

@@ -163,10 +163,14 @@ class Trainer(Generic[SummaryT]):
         self.control.broadcast(None)
         return summary
 
+    def _say_stopping(self, line: str) -> None:
+        with suppress(ValueError):  # the run has ended meanwhile, and closed its log
+            self.reporter.note(line)
+
     def _train(self) -> None:
         """Train, evaluate and save to the end of the run, or until it is asked to stop."""
         try:
-            with self.stopping.on_signals():
+            with self.stopping.on_signals(self._say_stopping):
                 self.stopping.begin(self.step)
                 # Without this save, every later resume from the same checkpoint would repeat the evaluation.
                 if (self._evaluate_if_due() and self.step) or not self.task.settings.end:

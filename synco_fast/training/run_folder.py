@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from synco_fast.config import Config
+from synco_fast.data.sources.layout import TRAIN
 from synco_fast.data.sources.open import Source
 from synco_fast.runtime.checkpoint import BEST, newest_checkpoint
 from synco_fast.runtime.environment import describe_environment
@@ -66,17 +68,30 @@ class Summary:
         return asdict(self)
 
 
-def choose_run_folder(folder: Path | None, name: str) -> Path:
+def choose_run_folder(folder: Path | None, name: str, source: str) -> Path:
     """The folder of a new run: ``folder``, or ``runs/NAME-DATE-TIME`` in the working folder; not created yet.
 
+    Args:
+        folder: As the user named it.
+        name: Begins the name of a new one.
+        source: The training images, as ``data.source`` names them.
+
     Raises:
-        ConfigError: The folder already holds a run, or is a file.
+        ConfigError: The folder already holds a run, is a file, or lies where the training images are read.
     """
     folder = folder or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     refuse_run(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
     check_writable(folder, "out")
+    whole = os.path.expanduser(source)  # noqa: PTH111 - which leaves what is no path as it is
+    inner = os.path.join(whole, TRAIN)  # noqa: PTH118
+    images = inner if os.path.isdir(inner) else whole  # noqa: PTH112 - false of what no path can be
+    if source != "demo" and os.path.isdir(images) and folder.resolve().is_relative_to(Path(images).resolve()):  # noqa: PTH112
+        raise ConfigError(
+            f"out: found {folder} inside {images}, where its plots would become training images of the next run, "
+            "expected --out with a folder elsewhere"
+        )
     return folder
 
 

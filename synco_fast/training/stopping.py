@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ _SECONDS, _STEPS = 1.0, 10
 #: Seconds in which several signals are one request: a terminal or Slurm signals a run and also the program that started
 #: it, such as a study or torchrun, which passes the request on.
 _TOGETHER = 2.0
+_STOPPING = "stopping after this step or evaluation, with a checkpoint; a second {} ends the run at once, without one"
 
 
 class StopSignals:
@@ -49,12 +51,16 @@ class StopSignals:
         self.agreed = False
 
     @contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def on_signals(self, say: Callable[[str], None] | None = None) -> Iterator[None]:
         """SIGTERM, SIGINT and SIGHUP request a stop after the current step.
 
         A further SIGTERM or SIGINT, two seconds later or more, ends the process at once. A lost terminal can cause
         several SIGHUPs. SIGHUP stays ignored where it is, as under ``nohup``. Outside the main thread nothing is
         handled: Python forbids it.
+
+        Args:
+            say: Called once with a line for the user, from a thread of its own: a step or an evaluation may take
+                minutes, and a handler must not wait for locks that the interrupted code may hold.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -67,6 +73,9 @@ class StopSignals:
                 _leave_lost_terminal()
             elif self._asked is not None and now - self._asked >= _TOGETHER:
                 raise KeyboardInterrupt
+            elif self._asked is None and say is not None:
+                name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+                _thread.start_new_thread(say, (_STOPPING.format(name),))
             self._asked = now if self._asked is None else self._asked
             self.received = self.received or number
 

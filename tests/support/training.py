@@ -34,7 +34,7 @@ def trainer(config: Config, folder: Path, **settings: Any) -> Trainer[Summary]:
 def pretrain(config: Config, folder: Path, resume: Path | None = None) -> Summary:
     """A whole run; what it shows goes to ``screen.txt``."""
     if resume is None:
-        choose_run_folder(folder, config.preset)
+        choose_run_folder(folder, config.preset, config.data.source)
     folder.mkdir(exist_ok=True)
     console = Console(file=(folder / "screen.txt").open("a"), width=200)
     return trainer(config, folder, resume=resume, console=console).run()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +17,10 @@ import pytest
 import torch
 
 from synco_fast.runtime.distributed import DistEnv, HostGroup
-from synco_fast.runtime.errors import DataError
+from synco_fast.runtime.errors import ConfigError, DataError
 from synco_fast.training import throughput
 from synco_fast.training.bad_images import CorruptImages
+from synco_fast.training.run_folder import choose_run_folder
 from synco_fast.training.stopping import StopSignals
 from synco_fast.training.throughput import Throughput
 
@@ -126,6 +129,43 @@ def test_a_signal_asks_and_a_second_one_interrupts(number, monkeypatch):
     assert stopping.received == number
 
 
+def test_the_first_signal_says_what_follows():
+    """A step or an evaluation may take minutes, and a second signal in the meantime would lose them."""
+    said, told = [], threading.Event()
+    stopping = StopSignals(HostGroup(DistEnv()), minutes=None)
+    with stopping.on_signals(lambda line: (said.append(line), told.set())):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert told.wait(30)
+    assert said == [
+        "stopping after this step or evaluation, with a checkpoint; a second Ctrl-C ends the run at once, without one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "out", "inside"),
+    [
+        ("", "runs/one", True),
+        ("", ".", True),
+        ("train", "runs/one", False),  # beside the images
+        ("train", "train/one", True),
+        ("", "../elsewhere", False),
+    ],
+)
+def test_a_run_folder_among_the_images_is_refused(layout, out, inside, tmp_path, monkeypatch):
+    """Its plots would be images of the next run, and runs/ a class."""
+    images = tmp_path / "images"
+    (images / layout).mkdir(parents=True)
+    monkeypatch.chdir(images)
+    for source in (".", str(images)):
+        if inside:
+            with pytest.raises(ConfigError, match=rf"^out: found {re.escape(out)} inside .*, expected --out with"):
+                choose_run_folder(Path(out), "demo", source)
+        else:
+            assert choose_run_folder(Path(out), "demo", source) == Path(out)
+    assert choose_run_folder(Path(out), "demo", "demo") == Path(out)
+
+
 class Processes:
     """Stands for the communication of two processes: the other one's wish and time, and how often they exchanged."""
 
@@ -183,6 +223,7 @@ def test_hanging_up_asks_as_often_as_it_comes_and_nohup_keeps_it_away():
 WRITER = """
 import sys, time
 from types import SimpleNamespace
+from synco_fast.training.run_folder import choose_run_folder
 from synco_fast.training.stopping import StopSignals
 stopping = StopSignals(SimpleNamespace(max=lambda *wishes: wishes), None)
 with stopping.on_signals():
