@@ -59,7 +59,7 @@ def walk_folder(root: Path) -> Manifest:
         walk.unread[annotations.suffix] -= 1
         walk.stamps[os.path.realpath(annotations)] = annotations.stat().st_mtime_ns
     if classes:
-        walk.unread["image outside the class folders"] += len(files)
+        walk.unread[f"image{'s' * (len(files) > 1)} outside the class folders"] += len(files)
         manifest = Manifest(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes))
     else:
         manifest = Manifest(PackedNames.pack(files))

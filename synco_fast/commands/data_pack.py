@@ -54,6 +54,7 @@ def add(commands: Commands) -> None:
 def _data_pack(options: argparse.Namespace, console: Console) -> int:
     load_torch(console)
     from synco_fast.data.augment.recipe import Recipe
+    from synco_fast.data.errors import printable
     from synco_fast.data.pipelines.pack_quality import measure_quality
     from synco_fast.data.sources.open import open_shards, open_source
     from synco_fast.data.sources.pack import PackSettings, pack_source
@@ -62,6 +63,9 @@ def _data_pack(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.runtime.progress import ProgressBar
 
     source = open_source(options.source)
+    for line in source.notes:  # what the pack will lack
+        if line != f"{source.spec}: {getattr(source.train, 'note', None)}":  # Parquet's slow reads, which it ends
+            say(console, printable(line), "yellow")
     settings = PackSettings(options.short_side, options.quality, options.shard_size << 20)
     start = time.perf_counter()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,13 @@ def explain_changes(
                 f"{key}: found {new[key]!r}, expected {old[key]!r} as in {file}: it cannot change in the middle of a "
                 "run; start a new one"
             )
-    said = ", ".join(f"{key} {old[key]} -> {new[key]}" for key in changed)
+    said = ", ".join(f"{key} {_shown(old[key])} -> {_shown(new[key])}" for key in changed)
     return f"changed since {file.name}: {said}" if said else None
+
+
+def _shown(value: Any) -> str:
+    """A value as one writes it in a file: null, true."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _by_dotted_name(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -280,11 +280,13 @@ def test_the_share_of_small_crops_is_counted(tmp_path):
 
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
+    (folder / "train" / "notes.txt").write_text("")
     words = ["data", "pack", str(folder), str(tmp_path / "out"), "--short-side", "30", "--workers", "1", "--view", "16"]
     assert main([*words, "--json", str(tmp_path / "pack.json")]) == 0
     out = capsys.readouterr().out
     assert "19 train, 6 val" in out
     assert "9/02.jpg: the file is empty" in out
+    assert f"{folder}: not read: 1 .txt" in out
     assert "--data tar:" in out
     figures = json.loads((tmp_path / "pack.json").read_text())
     assert sorted(figures["corrupt"]) == ["10/19.jpg", "9/02.jpg"]

@@ -61,6 +61,10 @@ def test_a_folder_says_what_it_does_not_read(image_folder, tmp_path, monkeypatch
     ]
     source = open_source(str(image_folder))
     assert source.notes == expected
+    shutil.copy(image_folder / "val" / "class0" / "0.jpg", image_folder / "train" / "1.jpg")
+    assert open_source(str(image_folder)).notes[1].endswith(": 2 images outside the class folders")
+    (image_folder / "train" / "1.jpg").unlink()
+    source = open_source(str(image_folder))
     keep_list(source.train, {})
     assert open_source(str(image_folder)).notes == expected
     (image_folder / "val").rename(image_folder / "valid")

@@ -104,6 +104,7 @@ def test_what_may_change_in_the_middle_of_a_run_is_said():
     assert said.startswith("changed since step-00000004.pt: ")
     assert all(key in said for key in FREE)
     assert "optimizer.lr 1.0 -> 0.25" in said
+    assert "augment.min_size null -> 24" in changed({"augment.min_size": 24, "augment.size": 32}), "as in a file"
 
 
 @pytest.mark.parametrize("key", FIXED)
