@@ -74,8 +74,8 @@ class Source:
         return self.train if self.labelled is None else self.labelled
 
     @property
-    def notes(self) -> list[str]:
-        """Warnings: files that are not read, images excluded by an earlier check, truncated shards, slow reads."""
+    def missing(self) -> list[str]:
+        """Warnings: files that are not read, images excluded by an earlier check, truncated shards."""
         found = [f"{self.spec}: {self.layout}"] if self.layout else []
         unread: Counter[str] = Counter()
         for split in (self.train, self.validation):
@@ -85,7 +85,12 @@ class Source:
                 first = next(iter(excluded.items()))
                 found.append(f"{self.spec}: {len(excluded):,} excluded as corrupt, the first: {first[0]}: {first[1]}")
         kinds = list_unread(f"{count:,} {kind}" for kind, count in unread.most_common())
-        found += [f"{self.spec}: {kinds}"] if kinds else []
+        return found + ([f"{self.spec}: {kinds}"] if kinds else [])
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings: what is `missing`, slow reads, and a stream's size that may be out of date."""
+        found = self.missing
         if isinstance(self.train, ParquetSplit) and self.train.note:
             found.append(f"{self.spec}: {self.train.note}")
         if isinstance(self.train, StreamSplit) and self.train.note:

@@ -63,9 +63,8 @@ def _data_pack(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.runtime.progress import ProgressBar
 
     source = open_source(options.source)
-    for line in source.notes:  # what the pack will lack
-        if line != f"{source.spec}: {getattr(source.train, 'note', None)}":  # Parquet's slow reads, which it ends
-            say(console, printable(line), "yellow")
+    for line in source.missing:
+        say(console, printable(line), "yellow")
     settings = PackSettings(options.short_side, options.quality, options.shard_size << 20)
     start = time.perf_counter()
     try:

@@ -68,6 +68,16 @@ class Summary:
         return asdict(self)
 
 
+def _image_folder(source: str) -> Path | None:
+    """The folder in which a source's training images are, if it is one."""
+    # Unlike pathlib's functions these take a long list of files, or a user that is not there, for no folder.
+    place = os.path.expanduser(source)  # noqa: PTH111
+    for folder in (os.path.join(place, TRAIN), place):  # noqa: PTH118
+        if source != "demo" and os.path.isdir(folder):  # noqa: PTH112
+            return Path(folder)
+    return None
+
+
 def choose_run_folder(folder: Path | None, name: str, source: str) -> Path:
     """The folder of a new run: ``folder``, or ``runs/NAME-DATE-TIME`` in the working folder; not created yet.
 
@@ -84,10 +94,8 @@ def choose_run_folder(folder: Path | None, name: str, source: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
     check_writable(folder, "out")
-    whole = os.path.expanduser(source)  # noqa: PTH111 - which leaves what is no path as it is
-    inner = os.path.join(whole, TRAIN)  # noqa: PTH118
-    images = inner if os.path.isdir(inner) else whole  # noqa: PTH112 - false of what no path can be
-    if source != "demo" and os.path.isdir(images) and folder.resolve().is_relative_to(Path(images).resolve()):  # noqa: PTH112
+    images = _image_folder(source)
+    if images and folder.resolve().is_relative_to(images.resolve()):
         raise ConfigError(
             f"out: found {folder} inside {images}, where its plots would become training images of the next run, "
             "expected --out with a folder elsewhere"

@@ -223,7 +223,6 @@ def test_hanging_up_asks_as_often_as_it_comes_and_nohup_keeps_it_away():
 WRITER = """
 import sys, time
 from types import SimpleNamespace
-from synco_fast.training.run_folder import choose_run_folder
 from synco_fast.training.stopping import StopSignals
 stopping = StopSignals(SimpleNamespace(max=lambda *wishes: wishes), None)
 with stopping.on_signals():
