@@ -224,6 +224,7 @@ def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
         ),
         (["--config", "demo", "--method.temprature", "1"], "did you mean method.temperature?"),
         (["--config", "demo", "--data", "/no/such/folder"], "found no folder /no/such/folder"),
+        (["--config", "demo", "--data", "gone"], "found no folder gone in /"),
         (["--config", "demo", "--method.queue", "32"], "method.queue: found 32, expected 64 or more"),
         (["--config", "demo", "--method.queue"], "--method.queue: found no value"),
         (["--config", "demo", "stray"], "found 'stray'"),

@@ -167,7 +167,8 @@ class FolderSplit(FileSplit):
         if not root.is_dir():
             if root.exists():
                 raise DataError(f"data: found a file {root}, expected a folder or another source{_as_source(root)}")
-            raise DataError(f"data: found no folder {root}")
+            # A run from another folder may have recorded it.
+            raise DataError(f"data: found no folder {root}" + ("" if root.is_absolute() else f" in {Path.cwd()}"))
         key = f"folder:{root.resolve()}"
         manifest = read_manifest(manifest_path(key)) or walk_folder(root)
         if not len(manifest.names):

@@ -325,7 +325,7 @@ class Pretraining:
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ConfigError(
                 f"{path}: found {state['steps_per_epoch']} steps an epoch, expected {self.steps_per_epoch}: resume "
-                "with the batch and the number of images that the run started with"
+                "with the training.batch and the number of images that the run started with"
             )
         if state.get("stream", 1) != self.method.stream:
             raise ConfigError(

@@ -348,7 +348,7 @@ def test_a_damaged_checkpoint_on_resume_gives_way(tiny, tmp_path):
 
 def test_epochs_of_another_length_on_resume(tiny, tmp_path):
     pretrain(tiny(), tmp_path / "run")
-    with pytest.raises(ConfigError, match="found 4 steps an epoch, expected 2"):
+    with pytest.raises(ConfigError, match=r"found 4 steps an epoch, expected 2: resume with the training\.batch"):
         trainer(tiny({"training.batch": 16}), tmp_path / "run", resume=tmp_path / "run")
 
 
