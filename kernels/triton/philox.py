@@ -69,7 +69,7 @@ def _turned(word, DEVICE: tl.constexpr):
 
 @triton.jit
 def _distance(word, SIGMA: tl.constexpr, DEVICE: tl.constexpr):
-    """SIGMA times the square root of -2 ln u for u = `uniform(word)`, on a device to SIGMA 2^-19.
+    """|SIGMA| times the square root of -2 ln u for u = `uniform(word)`, on a device to |SIGMA| 2^-19.
 
     The logarithm is exact to 2^-22, which is too little for u near 1, where the root is steep. There a series serves.
     """
@@ -88,6 +88,9 @@ def _distance(word, SIGMA: tl.constexpr, DEVICE: tl.constexpr):
 def normal(w0, w1, w2, w3, SIGMA: tl.constexpr, DEVICE: tl.constexpr):
     """Map four words to four normal numbers of deviation SIGMA (Box-Muller). DEVICE: not in the interpreter."""
     cosine, sine = _turned(w1, DEVICE)
-    near, far = -_distance(w0, SIGMA, DEVICE), -_distance(w2, SIGMA, DEVICE)
+    near, far = _distance(w0, SIGMA, DEVICE), _distance(w2, SIGMA, DEVICE)
+    # The angle is half a turn off.
+    if SIGMA > 0:
+        near, far = -near, -far
     other_cosine, other_sine = _turned(w3, DEVICE)
     return near * cosine, near * sine, far * other_cosine, far * other_sine

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -45,13 +46,14 @@ def _normal(p_word, p_found, SIGMA: tl.constexpr, N: tl.constexpr):
     tl.store(p_found + N + o, far)
 
 
-def test_the_largest_and_smallest_normal_numbers_are_right():
+@pytest.mark.parametrize("sigma", [0.01, -0.01])
+def test_the_largest_and_smallest_normal_numbers_are_right(sigma):
     # The ends of u, and both sides of the limit beyond which a series stands for the logarithm.
     limit = 2**32 - 2**26
     words = torch.tensor([0, 511, 512, 2**32 - 1, 2**32 - 512, 2**32 - 513, limit - 512, limit + 511])
     found = torch.zeros(2, 8)
-    _normal[(1,)](words, found, SIGMA=0.01, N=8)
-    exact = 0.01 * rng.normal((words, words * 0, words, words * 0), torch.float64)
+    _normal[(1,)](words, found, SIGMA=sigma, N=8)
+    exact = sigma * rng.normal((words, words * 0, words, words * 0), torch.float64)
     torch.testing.assert_close(found.double(), exact[:, [0, 2]].T.contiguous(), rtol=1e-6, atol=2e-8)
 
 
