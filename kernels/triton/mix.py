@@ -171,6 +171,8 @@ def _cancelled(
         o_own = start + tl.arange(0, SLOTS)
         o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, FAMILY, FAMILY + 1)
         m_slot &= tl.load(p_similarity + o_slot, m_slot, 0) == MARK
+        # Several threads read a mark, and one of them overwrites it.
+        tl.debug_barrier()
         a, b = read(p_drawn, o_own, m_slot, 2), read(p_drawn, o_own, m_slot, 1)
         n = _keys(p_queue, p_drawn, o_own, m_slot, D, PIECE, PIECES)
         if paired(TABLE, FAMILY):

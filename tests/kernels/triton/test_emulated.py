@@ -17,7 +17,7 @@ import triton.language as tl  # noqa: E402
 
 from synco_fast.kernels import Negatives  # noqa: E402
 from synco_fast.kernels.triton import launch  # noqa: E402
-from synco_fast.kernels.validation import exact_inputs, reference_answer  # noqa: E402
+from synco_fast.kernels.validation import Inputs, exact_inputs, reference_answer  # noqa: E402
 from tests.support.answers import compare  # noqa: E402
 from tests.support.kernels import check_compiled  # noqa: E402
 from tests.support.ptx_machine import Fault, emulated  # noqa: E402
@@ -142,3 +142,23 @@ def test_weights_of_synthetic_negatives_are_as_exact_as_float32(within, capabili
         found = launch.contrast_and_gradient(*inputs, negatives, **settings)
     exact, plain = (reference_answer(inputs, negatives, one, **settings) for one in (torch.float64, torch.float32))
     compare(within, found, plain, exact, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dtype"), todays(list(itertools.product((90, 80), DTYPES))))
+def test_slots_whose_vectors_cancel(within, capability, dtype):
+    """Threads that share such a slot read its mark before one of them writes its similarity there."""
+    q, k, queue = exact_inputs(2, 24, 48, dtype)
+    # The first query cancels with some of its keys, and the second with none. Keys cancel with one another.
+    queue[:8], queue[16:] = -q[0], -queue[8:16]
+    inputs = Inputs(q, k, queue).guarded()
+    near = (0.5 - 2.0**-10, 0.5 + 2.0**-10)
+    counts = {"interpolated": 11, "extrapolated": 5, "mixed": 22, "interpolated_range": near, "mixed_range": near}
+    negatives, settings = Negatives(hard=24, **counts), {"temperature": 0.2, "seed": 3, "step": 7}
+    with emulated(capability) as emulator:
+        emulator.unfenced_copies = UNFENCED
+        found = launch.contrast_and_gradient(*inputs, negatives, **settings)
+    exact, plain = (reference_answer(inputs, negatives, one, **settings) for one in (torch.float64, torch.float32))
+    # Softmax weights of keys are rounded for the second product.
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10, torch.float32: 0}[dtype] / settings["temperature"]
+    compare(within, found, plain, exact, 16, of_gradient=64 + rounding / torch.finfo(torch.float32).eps)
