@@ -1,4 +1,4 @@
-"""A seventh family is one row of the table: every backend then computes it, on a copy of the package."""
+"""Further families are a row of the table each: every backend then computes them, on a copy of the package."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ ROW = """    Family(
         paired=True,
         noisy=True,
     ),
+    Family(
+        "turned",
+        42,
+        "The same without noise and sign",
+        "t n_i - n_j / 2 + 0.3 q",
+        vector=lambda q, n_i, n_j, t, e, negatives: t * n_i - n_j / 2 + 0.3 * q,
+        mixture=lambda negatives: Mixture(q=Affine(0.3, 0), first=Affine(0, 1), second=Affine(-0.5, 0)),
+        range=(0.2, 0.8),
+        paired=True,
+    ),
 )
 
 
@@ -48,13 +58,16 @@ assert synco_fast.kernels.__file__.startswith(os.getcwd()), synco_fast.kernels._
 from synco_fast.kernels import FAMILIES, Negatives, blockwise, ops, synthetic_contrast, validation
 from synco_fast.kernels.validation import Case, validate
 
-assert [family.name for family in FAMILIES][-1] == "swung"
+assert [family.name for family in FAMILIES][-2:] == ["swung", "turned"]
 assert Negatives.synco().swung == 0 and Negatives.synco().synthetic == 960
 swung = Negatives(hard=9, mixed=3, swung=11, swung_range=(0.3, 0.4), kappa=0.25)
 assert ops._describe(ops._counts(swung), ops._numbers(swung), "released") == swung
 backends = ["reference", "blockwise"] + ["triton"] * (importlib.util.find_spec("triton") is not None)
-for negatives in (swung, Negatives(hard=9, swung=11)):
-    case = Case(2, 130, 24, 9, negatives, "swung", torch.float32, 0.2, peaked=False)
+turned = Negatives(hard=9, mixed=3, turned=21)
+for negatives in (swung, Negatives(hard=9, swung=11), turned):
+    # In bfloat16 tensor cores sum those without noise and sign.
+    dtype = torch.bfloat16 if negatives.turned else torch.float32
+    case = Case(2, 130, 24, 9, negatives, "further", dtype, 0.2, peaked=False)
     for verdict in validate(backends, [case], torch.device("cpu")):
         assert not verdict.misses, verdict.as_dict()
         print(verdict.backend)
@@ -63,8 +76,8 @@ settings = dict(temperature=0.2, seed=3, step=7)
 plain = synthetic_contrast(*inputs, Negatives(hard=9, mixed=3), **settings)
 for backend in backends:
     found = synthetic_contrast(*inputs, swung, **settings, backend=backend)
-    assert found.statistics.synthetic.shape == (2, 7)
-    assert found.statistics.synthetic[:, -1].isfinite().all() and (found.loss > plain.loss).all()
+    assert found.statistics.synthetic.shape == (2, 8)
+    assert found.statistics.synthetic[:, -2].isfinite().all() and (found.loss > plain.loss).all()
 by_vectors = blockwise.contrast_and_gradient(*inputs, swung, **settings, by_vectors=True)
 torch.testing.assert_close(by_vectors.loss, found.loss)
 """
