@@ -5,7 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from synco_fast.kernels import rng
+from synco_fast.kernels import Negatives, rng
+from synco_fast.kernels.triton.config import table
+from synco_fast.kernels.triton.draws import DRAWN, draw
 from synco_fast.kernels.triton.philox import normal, philox, pick
 
 
@@ -76,3 +78,31 @@ def test_picks_are_equal_where_a_position_ends():
             found = torch.full((128,), -1, dtype=torch.int32)
             _pick[(1,)](word, more, found, size, N=128)
             assert torch.equal(found.long(), rng.pick(word, more, size))
+
+
+@triton.jit
+def _slots(p_index, p_drawn, size, row, seed, step, TABLE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    part = tl.program_id(0)
+    p_drawn += part * WIDTH * 8
+    words = size.to(tl.uint32), row.to(tl.uint32), seed.to(tl.uint32), step.to(tl.uint32)
+    draw(p_index, p_index, p_drawn, words[0], words[1], words[2], words[3], part, TABLE, PARTS, WIDTH, 0)
+
+
+def test_slots_are_drawn_with_all_48_bits():
+    # With as many positions, no power of two, the 16 bits more decide some of the picks.
+    size, parts, shares = 4_000_003, 4, {"interpolated": 2, "mixed": 4096}
+    negatives = Negatives(hard=size, interpolated=5, mixed=16_383)
+    width = sum(shares.values())
+    drawn = torch.full((parts, DRAWN, width), torch.nan)
+    index = torch.arange(size, dtype=torch.int32)
+    _slots[(parts,)](index, drawn, size, 2**32 - 9, 3, 7, TABLE=table(negatives), PARTS=parts, WIDTH=width)
+    numbers = drawn.view(parts, 2, width, 4).split(list(shares.values()), dim=2)
+    expected = rng.draw(negatives, 1, 1, seed=3, step=7, first_row=2**32 - 9)
+    for name, found in zip(shares, numbers, strict=True):
+        positions = [exact[0] for exact in (expected[name].first, expected[name].second) if exact is not None]
+        t = expected[name].coefficient[0]
+        factors = (1 - t, t) if name == "interpolated" else (t, 1 - t)
+        for key, exact, factor in zip(found.transpose(0, 1), positions, factors, strict=False):
+            key = key.reshape(-1, 4)[: getattr(negatives, name)]
+            assert torch.equal(key[:, 0].contiguous().view(torch.int32).long(), exact)
+            torch.testing.assert_close(key[:, 1], factor, rtol=1e-6, atol=1e-7)
