@@ -16,6 +16,7 @@ FULL = (*INTERPRETED, "tests/kernels/triton/interpreted/check_full_select.py")
 FORMATS = (*INTERPRETED, "tests/kernels/triton/interpreted/check_formats.py")
 ASSEMBLY = (*INTERPRETED, "tests/kernels/triton/interpreted/check_assembly.py")
 MOMENTUM = (*INTERPRETED, "tests/kernels/triton/interpreted/check_momentum.py")
+RNG = (*INTERPRETED, "tests/kernels/triton/interpreted/check_rng.py")
 TEXTS = ("tests/kernels/triton/test_assembly.py",)
 EMULATED = ("tests/kernels/triton/test_emulated.py",)
 VIEWS = (*INTERPRETED, "tests/kernels/views/interpreted/check_views.py")
@@ -153,7 +154,7 @@ BREAKS = (
         "kernels/triton/philox.py",
         "carried = low + tl.umulhi(more << 16, size) < low",
         "carried = low < low",
-        (*INTERPRETED, "tests/kernels/triton/interpreted/check_rng.py"),
+        RNG,
         "picks",
     ),
     Break(
@@ -395,6 +396,102 @@ BREAKS = (
         "low = (weight * 0).to(n.dtype)",
         EMULATED,
         "weights",
+    ),
+    Break(
+        "kernels: a floor of 0.001 under |x| that tensor cores sum",
+        "kernels/triton/products.py",
+        "inverse = tl.rsqrt(tl.maximum(length, 1e-24))",
+        "inverse = tl.rsqrt(tl.maximum(length, 1e-6))",
+        KERNEL_EDGES,
+        "short_keys",
+    ),
+    Break(
+        "kernels: tensor cores sum vectors that nearly cancel",
+        "kernels/triton/products.py",
+        "CANCELLED = tl.constexpr(0.1)",
+        "CANCELLED = tl.constexpr(0.00001)",
+        EMULATED,
+        "cancel",
+    ),
+    Break(
+        "kernels: tensor cores add vectors that cancelled, too",
+        "kernels/triton/products.py",
+        "weight = tl.where(m_slot & (cancelled == 0),",
+        "weight = tl.where(m_slot,",
+        EMULATED,
+        "cancel",
+    ),
+    Break(
+        "kernels: with one marked slot, all slots of its program are added again",
+        "kernels/triton/mix.py",
+        "m_slot &= tl.load(p_similarity + o_slot, m_slot, 0) == MARK",
+        "m_slot &= o_own >= 0",
+        EMULATED,
+        "cancel",
+    ),
+    Break(
+        "kernels: marked slots lack the second key",
+        "kernels/triton/mix.py",
+        "x_piece = a[:, None] * q[piece] + b[:, None] * n[piece]\n            if paired(TABLE, FAMILY):",
+        "x_piece = a[:, None] * q[piece] + b[:, None] * n[piece]\n            if False:",
+        EMULATED,
+        "cancel",
+    ),
+    Break(
+        "kernels: with a query and two keys, tensor cores forget the product of the query and the second key",
+        "kernels/triton/products.py",
+        "double += a * inner",
+        "double += a * b * known",
+        ("tests/kernels/test_families.py",),
+        "one_row",
+    ),
+    Break(
+        "kernels: a program that has one slot fewer than others counts as full",
+        "kernels/triton/draws.py",
+        "all(count % PARTS == 0 for count in counts) and ",
+        "",
+        LOSS,
+        "family_alone and interpolated",
+    ),
+    Break(
+        "kernels: both picks of a slot take the same 16 bits more",
+        "kernels/triton/draws.py",
+        "pick(w2, w3 & 0xFFFF, size + zero)",
+        "pick(w2, w3 >> 16, size + zero)",
+        RNG,
+        "48_bits",
+    ),
+    Break(
+        "kernels: the noise of a negative sigma has the other sign",
+        "kernels/triton/philox.py",
+        "if SIGMA > 0:",
+        "if SIGMA != 0:",
+        RNG,
+        "smallest_normal",
+    ),
+    Break(
+        "kernels: no barrier between the draws and their readers",
+        "kernels/triton/mix.py",
+        "        # Other threads of this program read these draws.\n        tl.debug_barrier()\n",
+        "",
+        EMULATED,
+        "cancel",
+    ),
+    Break(
+        "kernels: no barrier between marks and their readers",
+        "kernels/triton/mix.py",
+        "        # Other threads of this program marked the slots.\n        tl.debug_barrier()\n",
+        "",
+        EMULATED,
+        "cancel",
+    ),
+    Break(
+        "kernels: no barrier between marks and the similarities that replace them",
+        "kernels/triton/mix.py",
+        "        # Several threads read a mark, and one of them overwrites it.\n        tl.debug_barrier()\n",
+        "",
+        EMULATED,
+        "cancel",
     ),
     Break(
         "kernels: NaN is no candidate",

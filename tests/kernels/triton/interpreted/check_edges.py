@@ -44,6 +44,17 @@ def test_short_vectors_have_length_1_too(dtype):
 
 
 @DTYPES
+def test_mixtures_of_short_keys_have_length_1_too(dtype):
+    q, k, queue = exact_inputs(1, 12, 16, dtype)
+    queue *= 2.0**-14
+    negatives = Negatives(hard=12, mixed=9, perturbed=5, delta=0.0)
+    found = contrast_and_gradient(q, k, queue, negatives, **SETTINGS)
+    expected = contrast(q.float(), k.float(), queue.float(), negatives, **SETTINGS)
+    torch.testing.assert_close(found.synthetic, expected.statistics.synthetic, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(found.loss, expected.loss)
+
+
+@DTYPES
 def test_coefficients_stay_below_the_end_of_their_range(dtype):
     # x = (2 t - 1) q, and a quarter of the draws would round up to t = 1/2, where nothing is left of x.
     q = torch.zeros(1, 16, dtype=dtype)
