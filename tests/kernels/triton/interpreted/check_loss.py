@@ -83,12 +83,13 @@ def test_each_family_alone(make, answer, within, family, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mask(make, answer, within, dtype):
-    # Row 0 may use nothing, row 1 fewer keys than N, the others nearly all.
+    # Rows 0 and 3 may use most keys, then fewer than N, then none.
     image_ids = torch.tensor([7, 2**40, -5, 7])
     queue_ids = torch.full((150,), -1)
     queue_ids[::3], queue_ids[1::7] = 2**40, 7
     inputs = make(4, 150, 32, dtype)
-    for ids in (queue_ids, torch.where(torch.arange(150) < 145, 7, queue_ids)):
+    few = torch.where(torch.arange(150) < 145, 7, queue_ids)
+    for ids in (queue_ids, few, torch.full_like(few, 7)):
         masks = {"image_ids": image_ids, "queue_ids": ids}
         found = contrast_and_gradient(*inputs, some(12), **SETTINGS, **masks)
         exact, plain = (answer(inputs, some(12), one, **SETTINGS, **masks) for one in (torch.float64, torch.float32))
