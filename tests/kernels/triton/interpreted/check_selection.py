@@ -228,7 +228,7 @@ def _search(p_similarity, p_threshold, p_order, p_found, needed, N: tl.constexpr
     similarity, threshold = tl.load(p_similarity + o), tl.load(p_threshold)
     kept = ~(similarity <= threshold)
     b_order = tl.where(kept, ordered(similarity), -(2**31))
-    last, reached = _cut(b_order, needed, ordered(threshold), tl.max(b_order), tl.sum(kept.to(tl.int32)))
+    last, reached = _cut(b_order, needed, ordered(threshold), tl.max(b_order), tl.sum(kept.to(tl.int32)), False)
     tl.store(p_order + o, b_order)
     tl.store(p_found, last)
     tl.store(p_found + 1, reached)
