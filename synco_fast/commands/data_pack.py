@@ -92,7 +92,7 @@ def _figures(packed: dict[str, PackIndex], quality: PackQuality) -> dict[str, An
         "bytes_packed": sum(sum(index.shards.values()) for index in indices),
         "shards": sum(len(index.shards) for index in indices),
         "corrupt": {name: reason for index in indices for name, reason in index.excluded.items()},
-        "quality": asdict(quality),
+        "loss_of_quality": asdict(quality),
     }
 
 

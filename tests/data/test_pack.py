@@ -289,6 +289,8 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     assert f"{folder}: not read: 1 .txt" in out
     assert "--data tar:" in out
     figures = json.loads((tmp_path / "pack.json").read_text())
+    assert (figures["short_side"], figures["quality"]) == (30, 90), "what was asked for, beside what it cost"
+    assert figures["loss_of_quality"]["views"] == 19
     assert sorted(figures["corrupt"]) == ["10/19.jpg", "9/02.jpg"]
     assert figures["bytes_packed"] == sum(path.stat().st_size for path in (tmp_path / "out").rglob("*.tar"))
     assert main(words) == 0, "a finished pack"
