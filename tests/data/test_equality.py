@@ -37,15 +37,15 @@ TOLERANCE = {
     "blur": (0.1, 1),
     "solarize": (0, 0),
     "flip": (0, 0),
-    "jitter": (1.8, 8),
+    "jitter": (1.7, 6),
     "all": (2.0, 8),
 }
 #: The same against torchvision on Pillow's images, whose hue has 256 steps and whose blur is three box filters.
 PILLOW_TOLERANCE = {
     **TOLERANCE,
     "hue": (0.6, 6),
-    "blur": (2.2, 20),
-    "jitter": (1.8, 10),
+    "blur": (2.1, 20),
+    "jitter": (1.8, 8),
     "all": (1.9, 22),
 }
 
