@@ -154,3 +154,16 @@ def test_the_page_of_the_kernels():
             # The page says why `mix` waits more often.
             wrong += [] if float(then) >= float(waited) or name == "mix" else [(name, waits)]
     assert not wrong
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    (sectors,) = re.findall(r"which the model's time\ncounts: (\d+) MB", page)
+    assert says(sectors, now["sum"]["l2"] / 1e6)
+    modelled = re.findall(r"the model gives (\d+) us .*? took (\d+) \(Triton 3.6\), and (\d+) for those of now", page)
+    waited, _ = json.loads((FOLDER / "waits.json").read_text()).values()
+    told = [sum(launch["microseconds"] for launch in waited["Triton 3.6.0"]["bfloat16"].values()), times["sum"]]
+    told.append(recorded("record-triton-3.6.json")["sum"]["microseconds"])
+    assert all(map(says, *modelled, told))
+    (parts,) = [body for header, body in tables(ROOT / "docs" / "kernels.md") if header[:2] == ("part", "MB now")]
+    *rows, (_, whole, least, _) = parts
+    assert abs(sum(float(row[1]) for row in rows) - float(whole)) <= 1
+    assert says(whole, now["sum"]["used"] / 1e6)
+    assert sum(float(row[2]) for row in rows) == float(least)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
 
@@ -49,6 +51,31 @@ def test_the_count_is_that_of_the_layers(counted):
             size = 256 * layer.channels * layer.height * layer.width * 2
             expected += layer.times * size * (2 * forward + backward)
         assert 0 <= work.bytes - expected < 0.13 * expected, "the sums are an eighth of the kernels' at most"
+
+
+def test_the_page_has_these_counts(counted):
+    """Passes by layer, bytes and launches by form, in docs/norm.md."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "norm.md").read_text(encoding="utf-8")
+    for form, work in counted.items():
+        name = "kernels" if form == "triton" else form
+        (cells,) = re.findall(rf"^\| {name} \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \|$", page, re.M)
+        shares = [work.bytes / counted[other].bytes for other in ("grouped", "plain")]
+        expected = f"{work.bytes / 1e9:.1f}", *(f"{share:.2f}" for share in shares), f"{work.launches:,}"
+        assert cells == expected
+    printed = {}
+    for times, maps, after, *passed in re.findall(
+        r"^\| ([\d, ]+) \| ([\d,]+ x [^|]+) \| ([^|]*?) ?\| ([\d +]+) \| ([\d +]+) \| ([\d +]+) \|$", page, re.M
+    ):
+        channels, _, sides = maps.partition(" x ")
+        for many, side in zip(times.split(", "), sides.split(", "), strict=True):
+            height, width = map(int, side.split(" x "))
+            layer = Layer(int(channels.replace(",", "")), height, width, "ReLU" in after, "add" in after, int(many))
+            printed[layer] = passed
+    expected = {
+        layer: [" + ".join(map(str, passes(layer, form))) for form in ("triton", "plain", "grouped")]
+        for layer in layers_of()
+    }
+    assert printed == expected
 
 
 def test_launches_do_not_grow_with_the_groups():

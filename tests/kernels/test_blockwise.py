@@ -363,5 +363,5 @@ def test_few_calls_on_a_device_and_none_looks_at_data(dtype, masked):
             found = contrast_and_gradient(q, q, queue, Negatives.synco(), **SETTINGS | {"step": step}, **ids)
         assert found.gradient.shape == (256, 128)
         assert found.gradient.is_meta
-        assert calls.count < 800
+        assert 600 < calls.count <= 720, "docs/kernels.md says so"
         assert calls.largest <= 64 << 20

@@ -25,6 +25,12 @@ def test_each_is_another():
     assert len({(broken.file, broken.old, broken.new) for broken in mutation.BREAKS}) == len(mutation.BREAKS)
 
 
+def test_the_pages_count_them():
+    said = {"docs/kernels.md": "breaks the code in {} ways", "CHANGELOG.md": "{} mutations test the kernels"}
+    for page, text in said.items():
+        assert text.format(len(mutation.BREAKS)) in (mutation.ROOT / page).read_text(encoding="utf-8"), page
+
+
 def test_samples_follow_the_seed():
     assert mutation.chosen(None, None) == list(mutation.BREAKS)
     assert mutation.chosen(4, 1) == mutation.chosen(4, 1) != mutation.chosen(4, 2)

@@ -5,8 +5,10 @@ from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.functional import normalize
 
-from synco_fast.kernels import FAMILIES, Negatives, negatives
+from synco_fast.kernels import FAMILIES, Negatives, negatives, synthetic_contrast
 
 
 def test_published_counts():
@@ -35,6 +37,23 @@ def test_counts_scale_with_the_queue():
             Negatives.synco().scaled(factor)
     with pytest.raises(ValueError, match="hard: found 0"):
         Negatives.synco().scaled(0.5, hard=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "hard", "scale", "temperature", "share"),
+    [(32, 65536, 1024, 1, 0.2, 8), (512, 1024, 64, 1 / 16, 0.1, 78), (512, 1024, 512, 1 / 64, 0.2, 5)],
+)
+def test_the_share_of_the_softmax_that_docs_curves_states(count, length, hard, scale, temperature, share):
+    """Weight of the synthetic negatives among all negatives in percent, for random unit rows."""
+    generator = torch.Generator().manual_seed(0)
+    q, queue = (normalize(torch.randn(rows, 128, generator=generator), dim=1) for rows in (count, length))
+    chosen = Negatives.synco().scaled(scale, hard=hard)
+    # With k = q the loss is log(1 + negatives / exp(1 / T)).
+    weights = [
+        torch.expm1(synthetic_contrast(q, q, queue, each, temperature=temperature, seed=0, step=0).loss.double())
+        for each in (chosen, Negatives.moco())
+    ]
+    assert 100 * (1 - weights[1] / weights[0]).mean() == pytest.approx(share, abs=1)
 
 
 def test_without_synthetic_keeps_the_hard_negatives():
