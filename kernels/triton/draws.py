@@ -66,7 +66,7 @@ def _threads(size):
 
 
 @triton.constexpr_function
-def whole(TABLE, PARTS, BLOCK, FIRST, LAST):
+def _whole(TABLE, PARTS, BLOCK, FIRST, LAST):
     """Whether the slots of FIRST to LAST - 1 fill whole blocks of all programs."""
     counts = [row[1] for row in TABLE[FIRST:LAST]]
     return all(count % PARTS == 0 for count in counts) and sum(counts) // PARTS % BLOCK == 0
@@ -88,10 +88,9 @@ def slots_of(o_own, part, TABLE: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.co
         for family in tl.static_range(FIRST, LAST):
             # The last program may have fewer.
             if TABLE[family][1] % PARTS != 0:
-                first = share(TABLE, PARTS, family) - share(TABLE, PARTS, FIRST)
                 last = share(TABLE, PARTS, family + 1) - share(TABLE, PARTS, FIRST)
-                m_slot &= (o_own < first) | (o_own >= last) | (o_slot < before(TABLE, family + 1))
-    if whole(TABLE, PARTS, o_own.shape[0], FIRST, LAST):
+                m_slot &= (o_own >= last) | (o_slot < before(TABLE, family + 1))
+    if _whole(TABLE, PARTS, o_own.shape[0], FIRST, LAST):
         m_slot = tl.full(o_own.shape, True, tl.int1)
     return o_slot, m_slot
 

@@ -33,7 +33,7 @@ def unordered(order):
 
 @triton.jit
 def count_from(b_order, low, DEVICE: tl.constexpr):
-    """How many numbers of a tensor are at or above ``low``."""
+    """How many numbers of a tensor, of a multiple of four, are at or above ``low``."""
     if DEVICE:
         # Numbers whose places differ in the last bit or the first are in one thread, so that nothing is moved.
         QUARTER: tl.constexpr = b_order.numel // 4

@@ -21,18 +21,39 @@ import triton.language as tl
 
 from synco_fast.kernels.triton.draws import first_of, read_all, share, slots_of
 
-__all__ = ["CANCELLED", "MARK", "sum_by_products"]
+__all__ = ["MARK", "sum_by_products", "weigh"]
 
 #: |x|^2 counts as cancelled below this fraction of the sum of its squared terms, as in `mixing.py`.
-CANCELLED = tl.constexpr(0.1)
+_CANCELLED = tl.constexpr(0.1)
 #: What is written as the similarity of a slot whose terms cancel.
 MARK = tl.constexpr(float("inf"))
 #: Slots of a block, as many as a matrix of a tensor core has rows.
 _BLOCK = tl.constexpr(16)
 
 
+@triton.jit
+def weigh(own, double, inner, m_slot, shift, scale):
+    """Similarities and weights of slots without their x.
+
+    Args:
+        own: The squared terms of |x|^2.
+        double: Half of its other terms.
+        inner: q.x.
+
+    Returns:
+        q.s, or MARK where the terms cancel; exp((q.s - m) / T) / |x|, or 0 where they cancel or there is no slot; and
+        where they cancel.
+    """
+    length = own + 2 * double
+    cancelled = m_slot & (length < own * _CANCELLED)
+    inverse = tl.rsqrt(tl.maximum(length, 1e-24))
+    similarity = inner * inverse
+    weight = tl.where(m_slot & (cancelled == 0), tl.exp2(similarity * scale - shift) * inverse, 0)
+    return tl.where(cancelled, MARK, similarity), weight, cancelled
+
+
 @triton.constexpr_function
-def has_query(TABLE, FIRST, LAST):
+def _has_query(TABLE, FIRST, LAST):
     """Whether q is a term of one of the families FIRST to LAST - 1."""
     return any(row[4] or row[5] for row in TABLE[FIRST:LAST])
 
@@ -104,22 +125,18 @@ def _families(
             own += c * c * _diagonal(other, other)
             double += b * c * _diagonal(n, other)
             inner += c * other_known
-        if has_query(TABLE, FIRST, LAST):
+        if _has_query(TABLE, FIRST, LAST):
             own += a * a * squared
             double += a * inner
             inner += a * squared
-        length = own + 2 * double
-        cancelled = m_slot & (length < own * CANCELLED)
+        similarity, weight, cancelled = weigh(own, double, inner, m_slot, shift, scale)
         b_marked += cancelled.to(tl.int32)
-        inverse = tl.rsqrt(tl.maximum(length, 1e-24))
-        similarity = inner * inverse
-        weight = tl.where(m_slot & (cancelled == 0), tl.exp2(similarity * scale - shift) * inverse, 0)
-        if has_query(TABLE, FIRST, LAST):
+        if _has_query(TABLE, FIRST, LAST):
             b_along += weight * a
         total = _add(total, weight * b, n)
         if PAIRED:
             total = _add(total, weight * c, other)
-        tl.store(p_similarity + o_slot, tl.where(cancelled, MARK, similarity), m_slot)
+        tl.store(p_similarity + o_slot, similarity, m_slot)
     return total, b_along, b_marked
 
 

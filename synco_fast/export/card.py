@@ -86,7 +86,7 @@ def write_card(
     config = weights.config
     environment = {**describe_environment(), **_json(weights.run / "environment.json" if weights.run else Path())}
     forms = environment.pop("forms", {})
-    used = [" ".join([part, form["name"]]) for part, form in forms.items()]
+    used = [f"{part} {form['name']}" for part, form in forms.items()]
     results = known_results(weights)
     lines = [
         *_front_matter(config, format, licence),

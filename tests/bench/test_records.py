@@ -21,10 +21,15 @@ def read(name):
 H100 = read("h100/record.json")
 
 
-def rows_of(page, *columns):
-    """The rows of the page's one table whose header begins so, by their first cell."""
+def rows_of_all(page, *columns):
+    """The rows of the page's one table whose header begins so."""
     (found,) = [rows for header, rows in tables(ROOT / page) if header[: len(columns)] == columns]
-    return {cells[0]: cells[1:] for cells in found}
+    return found
+
+
+def rows_of(page, *columns):
+    """The same by their first cell."""
+    return {cells[0]: cells[1:] for cells in rows_of_all(page, *columns)}
 
 
 def digits(text):
@@ -285,11 +290,6 @@ def test_the_host_of_the_loss():
         shares += [median(each)] if call == "loss" else []
     page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
     assert f"takes the host {min(shares):.2f} to {max(shares):.2f} of\nthe operator's time" in page
-
-
-def rows_of_all(page, *columns):
-    (found,) = [rows for header, rows in tables(ROOT / page) if header[: len(columns)] == columns]
-    return found
 
 
 def test_the_step_on_a_cpu():

@@ -376,7 +376,7 @@ BREAKS = (
     Break(
         "kernels: tensor cores sum vectors that cancelled",
         "kernels/triton/products.py",
-        "cancelled = m_slot & (length < own * CANCELLED)",
+        "cancelled = m_slot & (length < own * _CANCELLED)",
         "cancelled = m_slot & (length < 0)",
         KERNEL_EDGES,
         "length_1",
@@ -408,8 +408,8 @@ BREAKS = (
     Break(
         "kernels: tensor cores sum vectors that nearly cancel",
         "kernels/triton/products.py",
-        "CANCELLED = tl.constexpr(0.1)",
-        "CANCELLED = tl.constexpr(0.00001)",
+        "_CANCELLED = tl.constexpr(0.1)",
+        "_CANCELLED = tl.constexpr(0.00001)",
         EMULATED,
         "cancel",
     ),
