@@ -136,7 +136,8 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
             name = f"scan {other.rows} x {other.keys}, {other.warps} warps, {other.stages} stages"
             found.append(Variant(name, "scan", config.TILES_OF, key, other))
     if generation >= 9:
-        found.append(Variant("programmatic dependent launch", None, config, "OVERLAP", not config.OVERLAP))
+        names = ("programmatic dependent launch, early", "programmatic dependent launch, late")
+        found += [Variant(name, None, config, "OVERLAP", value) for value, name in enumerate(names, 1)]
     return found
 
 

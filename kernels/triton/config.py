@@ -64,7 +64,7 @@ CHUNK = 128
 #: Sample sizes for the threshold, in queue keys. A large sample gives a closer threshold, a small one is read faster.
 SAMPLES = (2048, 4096)
 #: Programmatic dependent launch (see `overlap.py`). Off: on an H100 it gained nothing.
-OVERLAP = False
+OVERLAP = 0
 #: Places of the candidate lists for each warp of `select`: 64 a thread. On an H100 fewer warps are faster, up to these.
 SELECT_PER_WARP = 2048
 #: Keys of the sample for each warp of `rank`.
@@ -277,11 +277,11 @@ def generation_of(device: torch.device) -> int:
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
 
 
-def overlap_of(generation: int) -> dict[str, bool]:
+def overlap_of(generation: int) -> dict[str, Any]:
     """Launch options for programmatic dependent launch, on or off."""
     if not (OVERLAP and generation >= 9) or interpreted():
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
+        return {"OVERLAP": 0}
+    return {"OVERLAP": OVERLAP, "launch_pdl": True}
 
 
 def formats_of(dtype: torch.dtype, generation: int) -> str:

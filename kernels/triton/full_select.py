@@ -16,6 +16,8 @@ The buffer has a fixed size, and the host never waits.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch import Tensor
 from synco_fast.kernels.sizes import cdiv, next_power_of_2
 from synco_fast.kernels.triton.config import TILE, Form
 from synco_fast.kernels.triton.order import ordered, unordered
+from synco_fast.kernels.triton.overlap import begin
 from synco_fast.kernels.triton.sample import product
 
 __all__ = ["choose", "fill", "full_select", "rows_at_once"]
@@ -49,6 +52,7 @@ def full_select(
     hard_index: Tensor,
     hard_similarity: Tensor,
     form: Form,
+    overlap: dict[str, Any],
     every: bool = False,
 ) -> None:
     """Write Q^N of the flagged rows, in queue order.
@@ -62,6 +66,7 @@ def full_select(
         room: Scratch space, (`rows_at_once`, K) int32.
         hard_index, hard_similarity: Outputs, (B, N) int32 and float32. Rows that are not flagged stay unchanged.
         form: Number formats and tile sizes of the products.
+        overlap: Launch options of `overlap_of`.
         every: Whether all rows are flagged by their shape alone. Then `fill` and `choose` are launched for as many rows
             at a time as the buffer holds.
     """
@@ -96,6 +101,7 @@ def full_select(
             ROWS=TILE,
             KEYS=keys,
             MANY=many,
+            **overlap,
             num_warps=8,
             num_stages=2,
         )
@@ -119,6 +125,7 @@ def full_select(
             KEYS=max(1, 8192 // wide),
             MANY=many,
             BLOCK=4096,
+            **overlap,
             num_warps=16,
         )
 
@@ -143,17 +150,19 @@ def fill(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     MANY: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (row blocks, splits). Writes the similarities of the first flagged rows, `ordered`, (places, K).
 
     Masked keys get -inf. MANY is a power of two that covers B.
     """
-    begin = tl.program_id(0) * ROWS
-    o_row = begin + tl.arange(0, ROWS)
+    begin(OVERLAP)
+    first = tl.program_id(0) * ROWS
+    o_row = first + tl.arange(0, ROWS)
     b_flag = (tl.load(p_flag + o_row, o_row < B, 0) != 0).to(tl.int32)
     if tl.max(b_flag) > 0:
         o_before = tl.arange(0, MANY)
-        before = tl.sum((tl.load(p_flag + o_before, o_before < tl.minimum(begin, B), 0) != 0).to(tl.int32))
+        before = tl.sum((tl.load(p_flag + o_before, o_before < tl.minimum(first, B), 0) != 0).to(tl.int32))
         b_place = before + tl.cumsum(b_flag, 0) - 1
         m_row = (b_flag != 0) & (b_place < places)
         # Row blocks beyond the buffer have nothing to do.
@@ -266,11 +275,13 @@ def choose(
     KEYS: tl.constexpr,
     MANY: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Grid (places of the room). For flagged rows writes Q^N as indices and similarities, (B, N) each.
 
     MANY is a power of two that covers B.
     """
+    begin(OVERLAP)
     place, places = tl.program_id(0), tl.num_programs(0)
     o_row = tl.arange(0, MANY)
     b_flag = (tl.load(p_flag + o_row, o_row < B, 0) != 0).to(tl.int32)

@@ -269,7 +269,7 @@ def _launch(
             flag = torch.ones(rows, dtype=torch.int32, device=device)
         scratch = both.view(torch.int32)[: at_once * length].view(at_once, length)
         full_select(
-            q, queue, images, queue_images, available, flag, scratch, hard_index, hard_similarity, form, not capacity
+            q, queue, images, queue_images, available, flag, scratch, hard_index, hard_similarity, form, overlap, not capacity
         )
 
     # Step 4: mix.

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.draws import before, draw, first_of, paired, read, run_of, share, slots_of
-from synco_fast.kernels.triton.overlap import begin
+from synco_fast.kernels.triton.overlap import begin, release
 from synco_fast.kernels.triton.philox import normal, philox
 from synco_fast.kernels.triton.products import MARK, sum_by_products, weigh
 
@@ -426,6 +426,7 @@ def mix(
                 STAGES,
                 DEVICE,
             )
+    release(OVERLAP)
     for piece in tl.static_range(0, PIECES):
         o_dim = piece * PIECE + tl.arange(0, PIECE)
         # q is added once, in equal shares of the slots, of which there is a power of two.

@@ -14,12 +14,23 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["begin"]
+__all__ = ["EARLY", "LATE", "begin", "release"]
+
+#: Where a kernel allows the next one to start: as it starts itself, or after its loops.
+EARLY, LATE = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Wait for the previous kernel, then release the next. The first statement of every kernel in the chain."""
-    if OVERLAP:
+    """Wait for the previous kernel. The first statement of every kernel in the chain."""
+    if OVERLAP > 0:
         gdc_wait()
+    if OVERLAP == EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def release(OVERLAP: tl.constexpr):
+    """Allow the next kernel to start, once all programs are here or have ended."""
+    if OVERLAP == LATE:
         gdc_launch_dependents()

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.draws import before
-from synco_fast.kernels.triton.overlap import begin
+from synco_fast.kernels.triton.overlap import begin, release
 
 __all__ = ["reduce"]
 
@@ -172,6 +172,7 @@ def reduce(
         mean = finite_sum / finite_count.to(tl.float32)
     tl.store(p_hard_mean + row, mean)
 
+    release(OVERLAP)
     below = (positive - shift) / temperature
     everything = tl.exp(below) + total_sum
     tl.store(p_loss + row, tl.log(everything) - below)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.order import count_from, unordered
-from synco_fast.kernels.triton.overlap import begin
+from synco_fast.kernels.triton.overlap import begin, release
 
 __all__ = ["halves", "multiply", "product", "rank", "sample", "three"]
 
@@ -110,6 +110,7 @@ def sample(
         image = tl.load(p_image + o_row, m_row, 0)
         queue_image = tl.load(p_queue_image + o_key, m_sample, -1)
         b_similarity = tl.where(image[:, None] == queue_image[None, :], float("-inf"), b_similarity)
+    release(OVERLAP)
     tl.store(p_sample + o_row[:, None].to(tl.int64) * SAMPLE + o_sample[None, :], b_similarity, m_both)
 
 
@@ -180,6 +181,7 @@ def rank(
         threshold = unordered(found)
         # No similarity compares above NaN; every unmasked one exceeds -inf.
         threshold = tl.where(threshold == threshold, threshold, float("-inf"))
+    release(OVERLAP)
     tl.store(p_threshold + row, threshold)
     tl.store(p_positive + row, positive)
     tl.store(p_shift + row, tl.maximum(positive, largest_sample))

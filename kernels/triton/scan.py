@@ -24,7 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.overlap import begin
+from synco_fast.kernels.triton.overlap import begin, release
 from synco_fast.kernels.triton.sample import halves, multiply, product, three
 
 __all__ = ["LANES", "OVERHANG", "scan"]
@@ -224,6 +224,7 @@ def scan(
         b_p = tl.exp2(b_similarity * scale - shift[:, None])
         b_sum += tl.sum(b_p, axis=1)
         b_total = multiply(b_p, b_n, b_total, WEIGHT, WEIGHT_PRECISION, WEIGHT_THREE)
+    release(OVERLAP)
     if SEGMENT:
         b_rank = tl.sum(b_ranks, axis=1)
     o_part = split.to(tl.int64) * B + o_row

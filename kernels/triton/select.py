@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.order import count_from, ordered, unordered
-from synco_fast.kernels.triton.overlap import begin
+from synco_fast.kernels.triton.overlap import begin, release
 
 __all__ = ["select"]
 
@@ -229,6 +229,7 @@ def select(
             spare = reached - needed
             tied = tl.sum(b_tie)
             b_chosen = tl.where((b_tie == 1) & (_places(b_tie) >= tied - spare), 0, b_chosen)
+        release(OVERLAP)
         p_hard_index += row * N
         p_hard += row * N
         b_to = tl.where(b_chosen == 1, _places(b_chosen), -1)
