@@ -102,6 +102,11 @@ def _scan(a: Arguments, expected: _Expected) -> Iterator[Finding]:
         yield "candidates", float(_wrong_candidates(a, expected)), 0
 
 
+def _index_and_similarity(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The parts of candidates: the queue index is in the low word, the similarity in the high word."""
+    return packed & 0xFFFFFFFF, (packed >> 32).to(torch.int32).view(torch.float32)
+
+
 def _wrong_candidates(a: Arguments, expected: _Expected) -> int:
     """Number of rows whose segments do not hold exactly the keys above the threshold, in order, unless one is full."""
     wrong = 0
@@ -112,8 +117,7 @@ def _wrong_candidates(a: Arguments, expected: _Expected) -> int:
             continue
         parts = [found[row, split * segment :][: int(held)] for split, held in enumerate(count[row].tolist())]
         packed = torch.cat(parts)
-        index = (packed & 0xFFFFFFFF).long()
-        value = (packed >> 32).to(torch.int32).view(torch.float32).double()
+        index, value = _index_and_similarity(packed)
         wanted = above[row].nonzero()[:, 0]
         right = torch.equal(index, wanted) and _largest(value, expected.similarity[row, wanted]) <= 1e-6
         wrong += not right
@@ -123,7 +127,7 @@ def _wrong_candidates(a: Arguments, expected: _Expected) -> int:
 def _select(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     expected.flagged = a["p_flag"] != 0
     yield "rows left", float(expected.flagged.sum()), float(len(expected.q))
-    yield from _hard(a["p_hard_index"], a["p_hard"], expected, ~expected.flagged)
+    yield from _hard(a["p_hard"], expected, ~expected.flagged)
 
 
 def _fill(a: Arguments, expected: _Expected) -> Iterator[Finding]:
@@ -139,10 +143,9 @@ def _choose(a: Arguments, expected: _Expected) -> Iterator[Finding]:
     some = _rows_of(a["p_flag"])
     done = torch.zeros_like(expected.flagged)
     done[some] = True
-    hard = a["p_hard_index"].shape[1]
-    index, value = (a[name].new_zeros(len(done), hard) for name in ("p_hard_index", "p_hard"))
-    index[some], value[some] = a["p_hard_index"], a["p_hard"]
-    yield from _hard(index, value, expected, done)
+    packed = a["p_hard"].new_zeros(len(done), a["p_hard"].shape[1])
+    packed[some] = a["p_hard"]
+    yield from _hard(packed, expected, done)
 
 
 def _rows_of(flag: Tensor) -> slice:
@@ -151,9 +154,10 @@ def _rows_of(flag: Tensor) -> slice:
     return slice(begin, begin + len(flag))
 
 
-def _hard(index: Tensor, value: Tensor, expected: _Expected, done: Tensor) -> Iterator[Finding]:
+def _hard(packed: Tensor, expected: _Expected, done: Tensor) -> Iterator[Finding]:
     """Compare Q^N with that of the reference, in its order, for the rows that are done."""
-    yield "index", float((index.long() != expected.index)[done].sum()), 0
+    index, value = _index_and_similarity(packed)
+    yield "index", float((index != expected.index)[done].sum()), 0
     yield "hard", _largest(value[done], expected.values[done]), 1e-6
 
 

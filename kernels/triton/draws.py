@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from synco_fast.kernels.triton.order import similarity_of
 from synco_fast.kernels.triton.philox import philox, pick, uniform
 
 __all__ = ["DRAWN", "before", "draw", "first_of", "paired", "read", "read_all", "run_of", "share", "slots_of"]
@@ -121,7 +122,6 @@ def _write(p_drawn, o_own, m_slot, key, b, a, known):
 
 @triton.jit
 def draw(
-    p_hard_index,
     p_hard,
     p_drawn,
     size,
@@ -135,7 +135,7 @@ def draw(
     KNOWN: tl.constexpr,
 ):
     """Write the program's random draws. Only the first KNOWN families need q.n_i and q.n_j."""
-    first_key, second_key, known, other_known, t = (), (), (), (), ()
+    first_hard, second_hard, t = (), (), ()
     # All families' reads before the first write: the compiler cannot know that they do not overlap, and would wait.
     for family in tl.static_range(0, len(TABLE)):
         o_own = tl.arange(0, _threads(run_of(TABLE, PARTS, family)))
@@ -147,19 +147,17 @@ def draw(
         second = pick(w2, w3 & 0xFFFF, size + zero)
         low, high, most = TABLE[family][2], TABLE[family][3], TABLE[family][12]
         t += (tl.minimum(low + (high - low) * uniform(w0), most),)
-        first_key += (tl.load(p_hard_index + first, m_slot, 0),)
-        second_key += (tl.load(p_hard_index + second, m_slot, 0) if paired(TABLE, family) else first,)
-        nothing = tl.zeros(o_own.shape, tl.float32)
-        known += (tl.load(p_hard + first, m_slot, 0) if family < KNOWN else nothing,)
-        wanted = paired(TABLE, family) and family < KNOWN
-        other_known += (tl.load(p_hard + second, m_slot, 0) if wanted else nothing,)
+        first_hard += (tl.load(p_hard + first, m_slot, 0),)
+        second_hard += (tl.load(p_hard + second, m_slot, 0) if paired(TABLE, family) else first,)
     for family in tl.static_range(0, len(TABLE)):
         o_own = tl.arange(0, _threads(run_of(TABLE, PARTS, family)))
         _, m_slot = slots_of(o_own, part, TABLE, PARTS, family, family + 1)
         p_own = p_drawn + 4 * share(TABLE, PARTS, family)
         a = TABLE[family][4] + TABLE[family][5] * t[family]
         b = TABLE[family][6] + TABLE[family][7] * t[family]
-        _write(p_own, o_own, m_slot, first_key[family], b, a, known[family])
+        known = similarity_of(first_hard[family]) if family < KNOWN else a * 0
+        _write(p_own, o_own, m_slot, first_hard[family].to(tl.int32), b, a, known)
         if paired(TABLE, family):
             c = TABLE[family][8] + TABLE[family][9] * t[family]
-            _write(p_own + 4 * WIDTH, o_own, m_slot, second_key[family], c, a * 0, other_known[family])
+            known = similarity_of(second_hard[family]) if family < KNOWN else a * 0
+            _write(p_own + 4 * WIDTH, o_own, m_slot, second_hard[family].to(tl.int32), c, a * 0, known)

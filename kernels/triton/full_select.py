@@ -24,7 +24,7 @@ from torch import Tensor
 
 from synco_fast.kernels.sizes import cdiv, next_power_of_2
 from synco_fast.kernels.triton.config import TILE, Form
-from synco_fast.kernels.triton.order import ordered, unordered
+from synco_fast.kernels.triton.order import NOTHING, ordered, unordered
 from synco_fast.kernels.triton.overlap import begin
 from synco_fast.kernels.triton.sample import product
 
@@ -49,8 +49,7 @@ def full_select(
     available: Tensor | None,
     flag: Tensor,
     room: Tensor,
-    hard_index: Tensor,
-    hard_similarity: Tensor,
+    chosen: Tensor,
     form: Form,
     overlap: dict[str, Any],
     every: bool = False,
@@ -64,20 +63,20 @@ def full_select(
         images, queue_images, available: From `compact_ids`; None without a mask.
         flag: (B,) int32, nonzero for the rows to select.
         room: Scratch space, (`rows_at_once`, K) int32.
-        hard_index, hard_similarity: Outputs, (B, N) int32 and float32. Rows that are not flagged stay unchanged.
+        chosen: Output, (B, N) int64, as `select` writes it. Rows that are not flagged stay unchanged.
         form: Number formats and tile sizes of the products.
         overlap: Launch options of `overlap_of`.
         every: Whether all rows are flagged by their shape alone. Then `fill` and `choose` are launched for as many rows
             at a time as the buffer holds.
     """
-    (rows, dim), length, hard = q.shape, len(queue), hard_index.shape[1]
+    (rows, dim), length, hard = q.shape, len(queue), chosen.shape[1]
     keys = min(form.keys, TILE)
     tiles = cdiv(cdiv(length, keys), _SPLITS)
     splits = cdiv(cdiv(length, keys), tiles)
     masked = images is not None
     step = len(room) if every else rows
-    for begin in range(0, rows, step):
-        some = slice(begin, begin + step)
+    for first in range(0, rows, step):
+        some = slice(first, first + step)
         count = len(flag[some])
         many = next_power_of_2(count)
         own = images[some] if images is not None else None
@@ -114,8 +113,7 @@ def full_select(
             flag[some],
             available[some] if available is not None else None,
             room,
-            hard_index[some],
-            hard_similarity[some],
+            chosen[some],
             count,
             length,
             hard,
@@ -211,8 +209,8 @@ def _fill_alone(
 
 
 @triton.jit
-def _choose(p_room, p_hard_index, p_hard, needed, K, N, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Q^N of one row from its similarities, (N,) indices and similarities."""
+def _choose(p_room, p_hard, needed, K, N, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Q^N of one row, (N,), from its similarities."""
     o_bin = tl.arange(0, 256)
     # The leading bits of the N-th largest, and how many keys with these leading bits are still wanted.
     leading = tl.full([], 0, tl.uint32)
@@ -243,16 +241,14 @@ def _choose(p_room, p_hard_index, p_hard, needed, K, N, MASKED: tl.constexpr, BL
         b_ties = ties + (b_both >> 16)
         place = above + (b_both & 0xFFFF) + tl.minimum(b_ties, wanted) - 1
         m_chosen = m_above | (m_tie & (b_ties <= wanted))
-        b_similarity = unordered(b_order)
-        tl.store(p_hard_index + place, o_key, m_chosen)
-        tl.store(p_hard + place, b_similarity, m_chosen)
+        b_high = unordered(b_order).to(tl.int32, bitcast=True).to(tl.int64) << 32
+        tl.store(p_hard + place, b_high | o_key, m_chosen)
         above += tl.sum(m_above.to(tl.int32))
         ties += tl.sum(m_tie.to(tl.int32))
     if MASKED:
         for start in range(needed, N, BLOCK):
             o_place = start + tl.arange(0, BLOCK)
-            tl.store(p_hard_index + o_place, 0, o_place < N)
-            tl.store(p_hard + o_place, float("-inf"), o_place < N)
+            tl.store(p_hard + o_place, NOTHING, o_place < N)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -264,7 +260,6 @@ def choose(
     p_flag,
     p_available,
     p_room,
-    p_hard_index,
     p_hard,
     B,
     K,
@@ -277,7 +272,7 @@ def choose(
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (places of the room). For flagged rows writes Q^N as indices and similarities, (B, N) each.
+    """Grid (places of the room). For flagged rows writes Q^N, (B, N) int64, as `select` does.
 
     MANY is a power of two that covers B.
     """
@@ -298,4 +293,4 @@ def choose(
         needed = tl.minimum(K, N)
         if MASKED:
             needed = tl.minimum(tl.load(p_available + row), N)
-        _choose(p_room, p_hard_index + row * N, p_hard + row * N, needed, K, N, MASKED, BLOCK)
+        _choose(p_room, p_hard + row * N, needed, K, N, MASKED, BLOCK)

@@ -229,8 +229,7 @@ def _launch(
     )
 
     # Step 3: select. It reuses the buffer of the sample's similarities.
-    hard_index = empty(rows, hard, dtype=torch.int32, device=device)
-    hard_similarity = empty(rows, hard, device=device)
+    chosen = empty(rows, hard, dtype=torch.int64, device=device)
     if not capacity:
         outputs.fallback.zero_()
     if hard:
@@ -245,8 +244,7 @@ def _launch(
                 threshold,
                 shift,
                 available,
-                hard_index,
-                hard_similarity,
+                chosen,
                 flag,
                 length,
                 hard,
@@ -268,9 +266,7 @@ def _launch(
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
         scratch = both.view(torch.int32)[: at_once * length].view(at_once, length)
-        full_select(
-            q, queue, images, queue_images, available, flag, scratch, hard_index, hard_similarity, form, overlap, not capacity
-        )
+        full_select(q, queue, images, queue_images, available, flag, scratch, chosen, form, overlap, not capacity)
 
     # Step 4: mix.
     families = table(negatives)
@@ -288,8 +284,7 @@ def _launch(
         mix[(rows, parts)](
             q,
             queue,
-            hard_index,
-            hard_similarity,
+            chosen,
             shift,
             available,
             step if on_device else None,
@@ -328,7 +323,7 @@ def _launch(
         scan_rank,
         mix_total,
         similarities,
-        hard_similarity,
+        chosen,
         outputs.loss,
         outputs.gradient,
         outputs.hard,

@@ -251,7 +251,6 @@ def _vectors(
 def mix(
     p_q,
     p_queue,
-    p_hard_index,
     p_hard,
     p_shift,
     p_available,
@@ -315,8 +314,7 @@ def mix(
     p_drawn += (row64 * PARTS + part) * 8 * WIDTH
     if some:
         size = tl.minimum(available, N).to(tl.uint32)
-        p_index = p_hard_index + row64 * N
-        draw(p_index, p_hard + row64 * N, p_drawn, size, c0, k0, k1, part, TABLE, PARTS, WIDTH, SUMMED)
+        draw(p_hard + row64 * N, p_drawn, size, c0, k0, k1, part, TABLE, PARTS, WIDTH, SUMMED)
         # Other threads of this program read these draws.
         tl.debug_barrier()
         if PRODUCTS > 0:

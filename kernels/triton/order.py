@@ -1,4 +1,4 @@
-"""Integers in the order of float32 numbers, on which thresholds are searched."""
+"""Candidates as int64, and integers in the order of float32 numbers, on which thresholds are searched."""
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
@@ -7,7 +7,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["count_from", "ordered", "unordered"]
+__all__ = ["NOTHING", "count_from", "ordered", "similarity_of", "unordered"]
+
+#: A candidate that is none: a similarity of minus infinity, and index 0.
+NOTHING = tl.constexpr(-(0x00800000 << 32))
 
 #: How many of four numbers are at or above a bound. Written with comparisons and sums, ptxas takes three instructions a
 #: number where these take two and a quarter.
@@ -16,6 +19,12 @@ _COUNT = tl.constexpr(
     " setp.ge.s32 four, $4, $5; selp.b32 $0, 1, 0, one; @two add.u32 $0, $0, 1; @three add.u32 $0, $0, 1;"
     " @four add.u32 $0, $0, 1; }"
 )
+
+
+@triton.jit
+def similarity_of(found):
+    """The similarity of candidates, int64: it is in the high word, and the queue index in the low word."""
+    return (found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit

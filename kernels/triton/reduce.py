@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from synco_fast.kernels.triton.draws import before
+from synco_fast.kernels.triton.order import NOTHING, similarity_of
 from synco_fast.kernels.triton.overlap import begin, release
 
 __all__ = ["reduce"]
@@ -37,12 +38,12 @@ def _finite(b_similarity):
 
 
 @triton.jit
-def _hard(b_first, p_similarity, count, BLOCK: tl.constexpr):
-    """Sum of the finite similarities, and how many there are. ``b_first`` has those of the first BLOCK."""
-    b_sum, b_count = _finite(b_first)
+def _hard(b_first, p_hard, count, BLOCK: tl.constexpr):
+    """Sum of the finite similarities of Q^N, and how many there are. ``b_first`` has the first BLOCK of its keys."""
+    b_sum, b_count = _finite(similarity_of(b_first))
     for start in range(BLOCK, count, BLOCK):
         o_slot = start + tl.arange(0, BLOCK)
-        finite, one = _finite(tl.load(p_similarity + o_slot, o_slot < count, float("-inf")))
+        finite, one = _finite(similarity_of(tl.load(p_hard + o_slot, o_slot < count, NOTHING)))
         b_sum += finite
         b_count += one
     return tl.reduce((b_sum, b_count), 0, _two)
@@ -134,7 +135,7 @@ def reduce(
     if HARD:
         p_hard += row * N
         o_slot = tl.arange(0, WIDTH * BLOCK // 2)
-        b_first = tl.load(p_hard + o_slot, o_slot < N, float("-inf"))
+        b_first = tl.load(p_hard + o_slot, o_slot < N, NOTHING)
     b_sum = tl.zeros([STEP], tl.float32)
     b_rank = tl.zeros([STEP], tl.int32)
     b_total = tl.zeros([STEP, DIM], tl.float32)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.order import count_from, ordered, unordered
+from synco_fast.kernels.triton.order import NOTHING, count_from, ordered, similarity_of, unordered
 from synco_fast.kernels.triton.overlap import begin, release
 
 __all__ = ["select"]
@@ -95,13 +95,11 @@ _NOTE = tl.constexpr(
     " @kept st.global.b32 [address], $3; mov.b32 $0, $2; }"
 )
 _PUT = tl.constexpr(
-    "{ .reg .pred kept; .reg .b64 address; setp.ge.s32 kept, $3, 0; mad.wide.s32 address, $3, 4, $1;"
-    " @kept st.global.b32 [address], $4; mad.wide.s32 address, $3, 4, $2; @kept st.global.b32 [address], $5;"
-    " mov.b32 $0, $3; }"
+    "{ .reg .pred kept; .reg .b64 address; setp.ge.s32 kept, $2, 0; mad.wide.s32 address, $2, 8, $1;"
+    " @kept st.global.b64 [address], $3; mov.b32 $0, $2; }"
 )
 
-#: A place without a candidate: a similarity of minus infinity, which exceeds no threshold. And its place in the order.
-_NONE = tl.constexpr(-(0x00800000 << 32))
+#: The place of minus infinity in the order. It exceeds no threshold.
 _LAST = tl.constexpr(-0x7F800001)
 
 
@@ -116,14 +114,13 @@ def _note(p_number, b_place, b_number, DEVICE: tl.constexpr):
 
 
 @triton.jit
-def _put(p_index, p_similarity, b_place, b_index, b_similarity, DEVICE: tl.constexpr):
-    """Store indices and similarities at their places, those at negative places nowhere."""
+def _put(p_hard, b_place, b_found, DEVICE: tl.constexpr):
+    """Store candidates at their places, those at negative places nowhere."""
     if DEVICE:
-        given = [p_index.to(tl.int64), p_similarity.to(tl.int64), b_place, b_index, b_similarity]
-        tl.inline_asm_elementwise(_PUT, "=r,l,l,r,r,f", given, dtype=tl.int32, is_pure=False, pack=1)
+        given = [p_hard.to(tl.int64), b_place, b_found]
+        tl.inline_asm_elementwise(_PUT, "=r,l,r,l", given, dtype=tl.int32, is_pure=False, pack=1)
     else:
-        tl.store(p_index + b_place, b_index, b_place >= 0)
-        tl.store(p_similarity + b_place, b_similarity, b_place >= 0)
+        tl.store(p_hard + b_place, b_found, b_place >= 0)
 
 
 @triton.jit(do_not_specialize=["K", "N"])
@@ -136,7 +133,6 @@ def select(
     p_threshold,
     p_shift,
     p_available,
-    p_hard_index,
     p_hard,
     p_flag,
     K,
@@ -155,12 +151,12 @@ def select(
     DEVICE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Grid (B,). Writes Q^N as indices and similarities, (B, N) each, and a flag for rows that need the slow path.
+    """Grid (B,). Writes Q^N, (B, N) int64, and a flag for rows that need the slow path.
 
-    found is (B, room) int64: the similarity in the high word, the index in the low word, SEGMENT places for each list.
-    count is (B, lists) int32. place, (B, CAPACITY) int32, is scratch space. If a row may use fewer than N keys, the
-    rest of its Q^N is -inf with index 0. MARGIN is twice the error of similarities of unit rows, 0 if they are exact.
-    EVERY recomputes all keys down to the margin, KEYS at a time.
+    found is (B, room) int64, SEGMENT places for each list. Both hold the similarity in the high word and the index in
+    the low word. If a row may use fewer than N keys, the rest of its Q^N is -inf with index 0. count is (B, lists)
+    int32. place, (B, CAPACITY) int32, is scratch space. MARGIN is twice the error of similarities of unit rows, 0 if
+    they are exact. EVERY recomputes all keys down to the margin, KEYS at a time.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
@@ -177,8 +173,7 @@ def select(
     m_all = o_place[None, :] < b_count[:, None]
     p_found += row * room
     o_found = o_list[:, None] * SEGMENT + o_place[None, :]
-    b_found = tl.load(p_found + o_found, m_all, _NONE)
-    b_order = ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+    b_order = ordered(similarity_of(tl.load(p_found + o_found, m_all, NOTHING)))
     total = tl.sum(b_count)
     longest = tl.max(b_count)
     flag = (total < needed) | (total > CAPACITY) | (longest > SEGMENT)
@@ -216,8 +211,7 @@ def select(
             # recomputed. Nothing that belongs behind the N-th comes before them: it is below the margin's middle plus
             # the error of a similarity, and they are above that. So N of them are still above the margin's lower end,
             # where that is a number.
-            b_found = tl.load(p_found + o_found, m_all, _NONE)
-            b_order = ordered((b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True))
+            b_order = ordered(similarity_of(tl.load(p_found + o_found, m_all, NOTHING)))
             low = ordered(border - margin)
             reached = tl.sum((b_order >= low).to(tl.int32))
             low = tl.where(reached < needed, _LAST + 1, low)
@@ -230,17 +224,12 @@ def select(
             tied = tl.sum(b_tie)
             b_chosen = tl.where((b_tie == 1) & (_places(b_tie) >= tied - spare), 0, b_chosen)
         release(OVERLAP)
-        p_hard_index += row * N
         p_hard += row * N
         b_to = tl.where(b_chosen == 1, _places(b_chosen), -1)
         # Read what is chosen once more. The registers that would hold it during the search would halve the number of
         # programs at a time.
-        b_found = tl.load(p_found + o_found, b_chosen == 1, 0)
-        b_index = (b_found & 0xFFFFFFFF).to(tl.int32)
-        b_similarity = (b_found >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        _put(p_hard_index, p_hard, b_to, b_index, b_similarity, DEVICE)
+        b_found = tl.load(p_found + o_found, b_chosen == 1)
+        _put(p_hard, b_to, b_found, DEVICE)
         if MASKED:
             o_all = tl.arange(0, CAPACITY)
-            m_beyond = (o_all >= needed) & (o_all < N)
-            tl.store(p_hard_index + o_all, 0, m_beyond)
-            tl.store(p_hard + o_all, float("-inf"), m_beyond)
+            tl.store(p_hard + o_all, NOTHING, (o_all >= needed) & (o_all < N))

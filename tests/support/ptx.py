@@ -55,8 +55,8 @@ def run(
         assert found, text
         predicate, name, operands = found.groups()
         chosen = np.ones(given[0].shape, bool) if predicate is None else registers[predicate]
-        if name in ("st.global.b32", "st.global.v2.b32"):
-            _store(operands, registers, chosen, memory)
+        if name in ("st.global.b32", "st.global.v2.b32", "st.global.b64"):
+            _store(operands, registers, chosen, memory, halves=name.endswith("b64"))
             continue
         target, *sources = (operand.strip() for operand in operands.split(","))
         value = _execute(name, [_value(source, registers) for source in sources], error)
@@ -110,13 +110,18 @@ def _value(operand: str, registers: dict[str, NDArray[Any]]) -> Bits:
     return registers[operand]
 
 
-def _store(operands: str, registers: dict[str, NDArray[Any]], chosen: NDArray[Any], memory: dict[int, int]) -> None:
+def _store(
+    operands: str, registers: dict[str, NDArray[Any]], chosen: NDArray[Any], memory: dict[int, int], *, halves: bool
+) -> None:
+    """Store words of 32 bits one after another, or the two halves of one of 64."""
     found = re.fullmatch(r"\[(.*?)\]\s*,\s*\{?(.*?)\}?", operands)
     assert found, operands
     address, words = found.groups()
-    for place, word in enumerate(words.split(",")):
-        values = np.broadcast_to(_value(word.strip(), registers), chosen.shape)
-        for at, value in zip(registers[address][chosen].tolist(), values[chosen].tolist(), strict=True):
+    values = [np.broadcast_to(_value(word.strip(), registers), chosen.shape) for word in words.split(",")]
+    if halves:
+        values = [values[0] & _WORD, values[0] >> np.uint64(32)]
+    for place, word in enumerate(values):
+        for at, value in zip(registers[address][chosen].tolist(), word[chosen].tolist(), strict=True):
             at += 4 * place
             # On a device either might come last.
             assert memory.setdefault(at, value) == value, f"two threads store at {at:#x}"

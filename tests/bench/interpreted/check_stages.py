@@ -36,7 +36,7 @@ def test_the_slow_way_is_right_and_a_wrong_one_is_named(monkeypatch):
     assert left == [SMALL.rows], "every row was flagged"
     for name, spoil in (
         ("fill", lambda a: a["p_room"].add_(1 << 20)),
-        ("choose", lambda a: a["p_hard_index"][:, -1].add_(1)),
+        ("choose", lambda a: a["p_hard"][:, -1].add_(1)),
     ):
         check = stages.CHECKS[name]
 
@@ -57,7 +57,7 @@ SPOILT = {
     "scan": lambda a: a["p_sum"].mul_(1.001),
     "mix": lambda a: a["p_total"].mul_(1.01),
     "reduce": lambda a: a["p_loss"].add_(1e-3),
-    "select": lambda a: a["p_hard_index"][:, 0].add_(1),
+    "select": lambda a: a["p_hard"][:, 0].add_(1),
 }
 
 

@@ -70,20 +70,14 @@ def test_numbers_at_or_above_a_bound_are_counted():
 @pytest.mark.parametrize("place", [-5, -1, 0, 1, 1023])
 def test_the_selection_stores_at_places_that_are_not_negative(place):
     constraints, operands = call_of(select._put)
-    indices, similarities, index, similarity = 1 << 40, 1 << 41, 65_535, -0.125
-    values = {
-        "p_index.to(tl.int64)": indices,
-        "p_similarity.to(tl.int64)": similarities,
-        "b_place": place,
-        "b_index": index,
-        "b_similarity": similarity,
-    }
+    base, index, similarity = 1 << 40, 65_535, word(-0.125)
+    values = {"p_hard.to(tl.int64)": base, "b_place": place, "b_found": (similarity << 32) | index}
     (returned,), memory = run(select._PUT.value, constraints, [values[operand] for operand in operands])
     assert int(returned) == place % 2**32
-    expected = {indices + 4 * place: index, similarities + 4 * place: word(similarity)}
+    expected = {base + 8 * place: index, base + 8 * place + 4: similarity}
     assert memory == (expected if place >= 0 else {})
     constraints, operands = call_of(select._note)
-    values = {"p_number.to(tl.int64)": indices, "b_place": place, "b_number": index}
+    values = {"p_number.to(tl.int64)": base, "b_place": place, "b_number": index}
     (returned,), memory = run(select._NOTE.value, constraints, [values[operand] for operand in operands])
     assert int(returned) == place % 2**32
-    assert memory == ({indices + 4 * place: index} if place >= 0 else {})
+    assert memory == ({base + 4 * place: index} if place >= 0 else {})

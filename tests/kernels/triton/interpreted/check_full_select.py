@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from synco_fast.kernels.triton import full_select as module
-from synco_fast.kernels.triton.config import compact_ids, form_of, generation_of
+from synco_fast.kernels.triton.config import compact_ids, form_of, generation_of, overlap_of
 
 
 def exact(similarity, hard):
@@ -21,11 +21,11 @@ def select(inputs, hard, flag=None, ids=None, every=False):
     flag = torch.ones(rows, dtype=torch.int32) if flag is None else flag
     images, queue_images, available = compact_ids(*ids) if ids else (None, None, None)
     room = torch.full((module.rows_at_once(rows, length), length), 5, dtype=torch.int32)
-    index, similarity = torch.full((rows, hard), -7, dtype=torch.int32), torch.full((rows, hard), torch.nan)
+    packed = torch.full((rows, hard), -7)
     form = form_of(inputs.q.dtype, inputs.q.shape[1], generation_of(inputs.q.device), masked=bool(ids))
-    given = (inputs.q, inputs.queue, images, queue_images, available, flag, room, index, similarity, form, every)
+    given = (inputs.q, inputs.queue, images, queue_images, available, flag, room, packed, form, overlap_of(0), every)
     module.full_select(*given)
-    return similarity, index.long()
+    return (packed >> 32).to(torch.int32).view(torch.float32), packed.to(torch.int32).long()
 
 
 CASES = {

@@ -81,11 +81,11 @@ def test_picks_are_equal_where_a_position_ends():
 
 
 @triton.jit
-def _slots(p_index, p_drawn, size, row, seed, step, TABLE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+def _slots(p_hard, p_drawn, size, row, seed, step, TABLE: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     part = tl.program_id(0)
     p_drawn += part * WIDTH * 8
     words = size.to(tl.uint32), row.to(tl.uint32), seed.to(tl.uint32), step.to(tl.uint32)
-    draw(p_index, p_index, p_drawn, words[0], words[1], words[2], words[3], part, TABLE, PARTS, WIDTH, 0)
+    draw(p_hard, p_drawn, words[0], words[1], words[2], words[3], part, TABLE, PARTS, WIDTH, 0)
 
 
 def test_slots_are_drawn_with_all_48_bits():
@@ -94,7 +94,7 @@ def test_slots_are_drawn_with_all_48_bits():
     negatives = Negatives(hard=size, interpolated=5, mixed=16_383)
     width = sum(shares.values())
     drawn = torch.full((parts, DRAWN, width), torch.nan)
-    index = torch.arange(size, dtype=torch.int32)
+    index = torch.arange(size)
     _slots[(parts,)](index, drawn, size, 2**32 - 9, 3, 7, TABLE=table(negatives), PARTS=parts, WIDTH=width)
     numbers = drawn.view(parts, 2, width, 4).split(list(shares.values()), dim=2)
     expected = rng.draw(negatives, 1, 1, seed=3, step=7, first_row=2**32 - 9)

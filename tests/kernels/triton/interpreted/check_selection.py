@@ -32,7 +32,8 @@ def chosen(monkeypatch, inputs, hard: int, **ids):
     def watched(*arguments):
         seen["slow"] = int(arguments[5].sum())
         original(*arguments)
-        seen["index"], seen["value"] = arguments[7].long(), arguments[8]
+        seen["value"] = (arguments[7] >> 32).to(torch.int32).view(torch.float32)
+        seen["index"] = arguments[7] & 0xFFFFFFFF
 
     monkeypatch.setattr(launch, "full_select", watched)
     launch.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1, **ids)
