@@ -40,22 +40,16 @@ _TILES = (
 )
 
 
-#: The mix: programs for each row, pieces of a vector, warps of a program, stages, and stages of the products.
+#: The mix: programs for each row, pieces of a vector, warps of a program, and stages.
 _MIXES = (
-    (4, 4, 1, 2, 3),
-    (4, 4, 1, 2, 2),
-    (4, 4, 1, 1, 3),
-    (4, 4, 1, 3, 5),
-    (4, 4, 1, 3, 3),
-    (4, 4, 1, 3, 2),
-    (4, 2, 1, 2, 3),
-    (8, 4, 1, 2, 3),
-    (4, 4, 1, 3, 0),
-    (4, 4, 1, 1, 0),
-    (8, 2, 1, 1, 0),
-    (8, 2, 1, 2, 0),
-    (8, 1, 1, 1, 0),
-    (2, 4, 2, 3, 0),
+    (4, 4, 1, 3),
+    (4, 4, 1, 2),
+    (4, 4, 1, 1),
+    (8, 4, 1, 1),
+    (8, 2, 1, 1),
+    (2, 4, 4, 1),
+    (2, 2, 4, 1),
+    (1, 2, 8, 1),
 )
 
 
@@ -120,11 +114,11 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
         if value != getattr(config, key)
     ]
     generation, dtype = config.generation_of(device), shape.torch_dtype
-    text = "mix in {} parts, {} pieces, {} warps, {} and {} stages"
+    text = "mix in {} parts, {} pieces, {} warps, {} stages"
     found += [
         Variant(text.format(*mix), "mix", config.MIXES, dtype, mix)
         for mix in _MIXES
-        if mix != config.MIXES[dtype] and (dtype == torch.bfloat16 or not mix[-1])
+        if mix != config.MIXES[dtype]
     ]
     name, narrow = config.tile_key(dtype, shape.dim, generation, masked=False)
     key = (generation, name, narrow)

@@ -85,16 +85,13 @@ def _mix(launch: Launch, shape: Shape) -> Moved:
     negatives, values = shape.negatives, launch.arguments
     picks = drawn = picked = 0
     for _, count, *numbers in values["TABLE"]:
-        _, _, _, _, _, _, second, second_slope, sigma, eta, _, _ = numbers
+        _, _, _, _, _, _, second, second_slope, *_ = numbers
         paired = bool(second or second_slope)
-        known = not (sigma or eta) and bool(values["PRODUCTS"] or not paired)
         picks += count * (1 + paired)
-        # Four numbers of each key are written and read once, and what they pick is read once: index, and q.n if needed.
+        # Four numbers of each key are written and read once, and what they pick is read once: index and q.n.
         drawn += 16 * count * 2 * (1 + paired)
-        picked += 4 * count * (1 + paired) * (1 + known)
-    # The sum of the products is written apart.
-    sums = 2 if values["PRODUCTS"] else 1
-    shared = values["PARTS"] * (4 * shape.dim * sums + _row(shape) + 16) + 4 * negatives.synthetic
+        picked += 8 * count * (1 + paired)
+    shared = values["PARTS"] * (4 * shape.dim + _row(shape) + 16) + 4 * negatives.synthetic
     once = picks * _row(shape) + drawn + shared
     return Moved(shape.rows * (once + picked), shape.rows * (once + values["PARTS"] * 8 * negatives.hard))
 

@@ -64,7 +64,7 @@ CHUNK = 128
 #: Sample sizes for the threshold, in queue keys. A large sample gives a closer threshold, a small one is read faster.
 SAMPLES = (2048, 4096)
 #: Programmatic dependent launch (see `overlap.py`). Off: on an H100 it gained nothing.
-OVERLAP = 0
+OVERLAP = 1
 #: Places of the candidate lists for each warp of `select`: 64 a thread. On an H100 fewer warps are faster, up to these.
 SELECT_PER_WARP = 2048
 #: Keys of the sample for each warp of `rank`.
@@ -332,7 +332,6 @@ class Mix:
         slots: Synthetic negatives that a program makes at a time, where it forms their vectors.
         warps: Warps of a program.
         stages: Triton's `num_stages` of the loops over slots, whose reads run ahead; 1 for none.
-        products: The same where tensor cores sum negatives without noise and sign (`products.py`); 0 where they do not.
     """
 
     parts: int
@@ -340,29 +339,24 @@ class Mix:
     slots: int
     warps: int
     stages: int
-    products: int
 
 
-#: Parts, pieces, warps, stages and products by the dtype of the queue. A program takes as many slots as its threads
-#: hold with 16 bytes of each piece. Without products tuned on an H100; with products not measured.
+#: Parts, pieces, warps and stages by the dtype of the queue, tuned on an H100. A program takes as many slots as its
+#: threads hold with 16 bytes of each piece.
 MIXES = {
-    torch.bfloat16: (4, 4, 1, 2, 2),
-    torch.float16: (4, 4, 1, 3, 0),
-    torch.float32: (8, 4, 1, 1, 0),
+    torch.bfloat16: (4, 4, 1, 3),
+    torch.float16: (4, 4, 1, 3),
+    torch.float32: (8, 4, 1, 1),
 }
-#: Largest D for which tensor cores sum the keys: their sums take 16 rows of registers.
-_PRODUCTS = 128
 
 
-def mix_of(dtype: torch.dtype, wide: int, generation: int) -> Mix:
-    """The `Mix` for vectors of ``wide`` numbers, a power of two, of a dtype, on a `generation_of` device."""
-    parts, pieces, warps, stages, products = MIXES[dtype]
-    # On compute capability 10.0 a few bytes would be on the stack.
-    products = products if wide <= _PRODUCTS and generation < 10 else 0
+def mix_of(dtype: torch.dtype, wide: int) -> Mix:
+    """The `Mix` for vectors of ``wide`` numbers, a power of two, of a dtype."""
+    parts, pieces, warps, stages = MIXES[dtype]
     if interpreted():
-        return Mix(2, max(1, wide // 64), 16, 2 if products else 1, 1, products)
+        return Mix(2, max(1, wide // 64), 16, 1, 1)
     pieces = min(pieces, wide // 32)
-    return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * dtype.itemsize)), warps, stages, products)
+    return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * dtype.itemsize)), warps, stages)
 
 
 def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import triton.language as tl
 from synco_fast.kernels.triton.order import similarity_of
 from synco_fast.kernels.triton.philox import philox, pick, uniform
 
-__all__ = ["DRAWN", "before", "draw", "first_of", "paired", "read", "read_all", "run_of", "share", "slots_of"]
+__all__ = ["DRAWN", "before", "draw", "paired", "read", "run_of", "share", "slots_of", "summed"]
 
 #: Numbers of a slot in the scratch memory.
 DRAWN = 8
@@ -46,13 +46,9 @@ def before(TABLE, family):
 
 
 @triton.constexpr_function
-def first_of(TABLE, kind):
-    """The first family of a kind: 0 with only a and b, 1 with c as well, 2 with noise or a sign; 3 for their number.
-
-    The families of the table are in this order (`config.table`).
-    """
-    kinds = [2 if row[10] or row[11] else 1 if row[8] or row[9] else 0 for row in TABLE]
-    return sum(own < kind for own in kinds)
+def summed(TABLE):
+    """The families with only a and b. They are the first of the table (`config.table`)."""
+    return sum(not any(row[8:12]) for row in TABLE)
 
 
 @triton.constexpr_function
@@ -66,33 +62,22 @@ def _threads(size):
     return 1 << (size - 1).bit_length()
 
 
-@triton.constexpr_function
-def _whole(TABLE, PARTS, BLOCK, FIRST, LAST):
-    """Whether the slots of FIRST to LAST - 1 fill whole blocks of all programs."""
-    counts = [row[1] for row in TABLE[FIRST:LAST]]
-    return all(count % PARTS == 0 for count in counts) and sum(counts) // PARTS % BLOCK == 0
-
-
 @triton.jit
-def slots_of(o_own, part, TABLE: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """Where a program's slots of the families FIRST to LAST - 1 are in the row, and whether they are slots.
+def slots_of(o_own, part, TABLE: tl.constexpr, PARTS: tl.constexpr, FAMILY: tl.constexpr):
+    """Where a program's slots of a family are in the row, and whether they are slots.
 
-    ``o_own`` is a block of slots, counted from the first slot of FIRST.
+    ``o_own`` is a block of slots, counted from the program's first of the family.
     """
-    o_slot = before(TABLE, FIRST) + part * run_of(TABLE, PARTS, FIRST) + o_own
-    m_slot = o_own < share(TABLE, PARTS, LAST) - share(TABLE, PARTS, FIRST)
-    if PARTS > 1:
-        for family in tl.static_range(FIRST + 1, LAST):
-            first = share(TABLE, PARTS, family) - share(TABLE, PARTS, FIRST)
-            o_here = before(TABLE, family) + part * run_of(TABLE, PARTS, family) - first + o_own
-            o_slot = tl.where(o_own < first, o_slot, o_here)
-        for family in tl.static_range(FIRST, LAST):
-            # The last program may have fewer.
-            if TABLE[family][1] % PARTS != 0:
-                last = share(TABLE, PARTS, family + 1) - share(TABLE, PARTS, FIRST)
-                m_slot &= (o_own >= last) | (o_slot < before(TABLE, family + 1))
-    if _whole(TABLE, PARTS, o_own.shape[0], FIRST, LAST):
+    RUN: tl.constexpr = run_of(TABLE, PARTS, FAMILY)
+    COUNT: tl.constexpr = TABLE[FAMILY][1]
+    o_slot = before(TABLE, FAMILY) + part * RUN + o_own
+    if COUNT % PARTS == 0 and RUN % o_own.shape[0] == 0:
         m_slot = tl.full(o_own.shape, True, tl.int1)
+    else:
+        m_slot = o_own < RUN
+        # The last program may have fewer.
+        if COUNT % PARTS != 0:
+            m_slot &= o_slot < before(TABLE, FAMILY + 1)
     return o_slot, m_slot
 
 
@@ -103,18 +88,8 @@ def read(p_drawn, o_own, m_slot, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def read_all(p_drawn, o_own, m_slot):
-    """All numbers of n_i of some slots: queue index, b, a and q.n_i; 0 where there is no slot."""
-    four = tl.load(p_drawn + 4 * o_own[:, None] + tl.arange(0, 4)[None, :], m_slot[:, None], 0)
-    even, odd = tl.split(tl.reshape(four, [o_own.shape[0], 2, 2]))
-    key, a = tl.split(even)
-    b, known = tl.split(odd)
-    return key.to(tl.int32, bitcast=True), b, a, known
-
-
-@triton.jit
 def _write(p_drawn, o_own, m_slot, key, b, a, known):
-    """Write what `read_all` reads."""
+    """Write all four numbers of a key."""
     four = tl.join(tl.join(key.to(tl.float32, bitcast=True), a), tl.join(b, known))
     four = tl.reshape(four, [o_own.shape[0], 4])
     tl.store(p_drawn + 4 * o_own[:, None] + tl.arange(0, 4)[None, :], four, m_slot[:, None])
@@ -134,12 +109,12 @@ def draw(
     WIDTH: tl.constexpr,
     KNOWN: tl.constexpr,
 ):
-    """Write the program's random draws. Only the first KNOWN families need q.n_i and q.n_j."""
+    """Write the program's random draws. Only the first KNOWN families need q.n_i."""
     first_hard, second_hard, t = (), (), ()
     # All families' reads before the first write: the compiler cannot know that they do not overlap, and would wait.
     for family in tl.static_range(0, len(TABLE)):
         o_own = tl.arange(0, _threads(run_of(TABLE, PARTS, family)))
-        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, family, family + 1)
+        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, family)
         c1 = (o_slot - before(TABLE, family)).to(tl.uint32)
         zero = c1 * 0
         w0, w1, w2, w3 = philox(c0 + zero, c1, zero + TABLE[family][0], zero, k0, k1)
@@ -151,7 +126,7 @@ def draw(
         second_hard += (tl.load(p_hard + second, m_slot, 0) if paired(TABLE, family) else first,)
     for family in tl.static_range(0, len(TABLE)):
         o_own = tl.arange(0, _threads(run_of(TABLE, PARTS, family)))
-        _, m_slot = slots_of(o_own, part, TABLE, PARTS, family, family + 1)
+        _, m_slot = slots_of(o_own, part, TABLE, PARTS, family)
         p_own = p_drawn + 4 * share(TABLE, PARTS, family)
         a = TABLE[family][4] + TABLE[family][5] * t[family]
         b = TABLE[family][6] + TABLE[family][7] * t[family]
@@ -159,5 +134,4 @@ def draw(
         _write(p_own, o_own, m_slot, first_hard[family].to(tl.int32), b, a, known)
         if paired(TABLE, family):
             c = TABLE[family][8] + TABLE[family][9] * t[family]
-            known = similarity_of(second_hard[family]) if family < KNOWN else a * 0
-            _write(p_own + 4 * WIDTH, o_own, m_slot, second_hard[family].to(tl.int32), c, a * 0, known)
+            _write(p_own + 4 * WIDTH, o_own, m_slot, second_hard[family].to(tl.int32), c, a * 0, a * 0)

@@ -270,13 +270,9 @@ def _launch(
 
     # Step 4: mix.
     families = table(negatives)
-    tile = mix_of(queue.dtype, wide, generation)
+    tile = mix_of(queue.dtype, wide)
     parts = tile.parts if families else 0
-    # All families may have noise or a sign.
-    stages = tile.products if any(family[10:12] == (0, 0) for family in families) else 0
-    # A program writes the sum of the products apart.
-    sums = parts * (2 if stages else 1)
-    mix_total = empty(rows, sums, dim, device=device)
+    mix_total = empty(rows, parts, dim, device=device)
     similarities = empty(rows, negatives.synthetic, device=device)
     if parts:
         on_device = isinstance(step, Tensor)
@@ -305,7 +301,6 @@ def _launch(
             PARTS=parts,
             WIDTH=width,
             STAGES=tile.stages,
-            PRODUCTS=stages,
             MASKED=masked,
             STEP_ON_DEVICE=on_device,
             DEVICE=not interpreted(),
@@ -340,7 +335,7 @@ def _launch(
         **dims,
         SPLITS=splits,
         STEP=min(next_power_of_2(splits), max(8, 8192 // wide)),
-        PARTS=sums,
+        PARTS=parts,
         HARD=hard > 0,
         BLOCK=256,
         **overlap,

@@ -6,9 +6,12 @@ A slot is one synthetic negative. A program draws the random numbers of its slot
 
 for a block of slots at a time, and adds exp((q.s - m) / T) s to its sum. No synthetic vector is written to memory.
 
-Families with only a, b and c need no x. With PRODUCTS tensor cores compute what |x|^2 lacks and the sum of the keys
-(`products.py`). Without it, families with only a and b sum |n_i|^2 in registers, and others form x there. If the terms
-of |x|^2 cancel, their sum loses digits. Such slots form x in registers too.
+Families with only a and b need no x. The selection has q.n_i, so
+
+    |x|^2 = a^2 |q|^2 + b^2 |n_i|^2 + 2 a b q.n_i
+
+lacks only |n_i|^2. If these terms cancel, their sum loses digits. Such slots are marked, with a similarity of inf, and
+form x afterwards. On an H100, tensor cores took longer for inner products and sums of keys (bench/records/h100).
 
 The kernel writes the similarities q.s, and `reduce` computes the loss and the statistics from them. The description of
 the negatives is a compile-time constant: a new family of this form is a new row of the launcher's table.
@@ -21,13 +24,37 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from synco_fast.kernels.triton.draws import before, draw, first_of, paired, read, run_of, share, slots_of
+from synco_fast.kernels.triton.draws import before, draw, paired, read, run_of, share, slots_of, summed
 from synco_fast.kernels.triton.overlap import begin, release
 from synco_fast.kernels.triton.philox import normal, philox
-from synco_fast.kernels.triton.products import MARK, sum_by_products, weigh
 
 __all__ = ["mix"]
 
+#: |x|^2 counts as cancelled below this fraction of the sum of its squared terms, as in `mixing.py`.
+_CANCELLED = tl.constexpr(0.1)
+#: What is written as the similarity of a slot whose terms cancel.
+_MARK = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _weigh(own, double, inner, m_slot, shift, scale):
+    """Similarities and weights of slots without their x.
+
+    Args:
+        own: The squared terms of |x|^2.
+        double: Half of its other terms.
+        inner: q.x.
+
+    Returns:
+        q.s, or _MARK where the terms cancel; exp((q.s - m) / T) / |x|, or 0 where they cancel or there is no slot; and
+        where they cancel.
+    """
+    length = own + 2 * double
+    cancelled = m_slot & (length < own * _CANCELLED)
+    inverse = tl.rsqrt(tl.maximum(length, 1e-24))
+    similarity = inner * inverse
+    weight = tl.where(m_slot & (cancelled == 0), tl.exp2(similarity * scale - shift) * inverse, 0)
+    return tl.where(cancelled, _MARK, similarity), weight, cancelled
 
 @triton.jit
 def _keys(p_queue, p_drawn, o_own, m_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
@@ -119,13 +146,13 @@ def _lengths(
     p_drawn += 4 * share(TABLE, PARTS, FAMILY)
     for start in tl.range(0, run_of(TABLE, PARTS, FAMILY), SLOTS, num_stages=STAGES):
         o_own = start + tl.arange(0, SLOTS)
-        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, FAMILY, FAMILY + 1)
+        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, FAMILY)
         a, b = read(p_drawn, o_own, m_slot, 2), read(p_drawn, o_own, m_slot, 1)
         n = _keys(p_queue, p_drawn, o_own, m_slot, D, PIECE, PIECES)
         known = read(p_drawn, o_own, m_slot, 3)
         own = a * a * squared + b * b * _inner(n, n, PIECES)
         inner = a * squared + b * known
-        similarity, weight, cancelled = weigh(own, a * b * known, inner, m_slot, shift, scale)
+        similarity, weight, cancelled = _weigh(own, a * b * known, inner, m_slot, shift, scale)
         b_marked += cancelled.to(tl.int32)
         b_along += weight * a
         b_total = _add(b_total, weight * b, n, PIECES)
@@ -170,21 +197,15 @@ def _cancelled(
     p_drawn += 4 * share(TABLE, PARTS, FAMILY)
     for start in range(0, run_of(TABLE, PARTS, FAMILY), SLOTS):
         o_own = start + tl.arange(0, SLOTS)
-        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, FAMILY, FAMILY + 1)
-        m_slot &= tl.load(p_similarity + o_slot, m_slot, 0) == MARK
+        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, FAMILY)
+        m_slot &= tl.load(p_similarity + o_slot, m_slot, 0) == _MARK
         # Several threads read a mark, and one of them overwrites it.
         tl.debug_barrier()
         a, b = read(p_drawn, o_own, m_slot, 2), read(p_drawn, o_own, m_slot, 1)
         n = _keys(p_queue, p_drawn, o_own, m_slot, D, PIECE, PIECES)
-        if paired(TABLE, FAMILY):
-            c = read(p_drawn + 4 * WIDTH, o_own, m_slot, 1)
-            other = _keys(p_queue, p_drawn + 4 * WIDTH, o_own, m_slot, D, PIECE, PIECES)
         x = ()
         for piece in tl.static_range(0, PIECES):
-            x_piece = a[:, None] * q[piece] + b[:, None] * n[piece]
-            if paired(TABLE, FAMILY):
-                x_piece += c[:, None] * other[piece]
-            x += (x_piece,)
+            x += (a[:, None] * q[piece] + b[:, None] * n[piece],)
         b_total = _finish(p_similarity, o_slot, m_slot, x, q, shift, scale, b_total, PIECES)
     return b_total
 
@@ -220,7 +241,7 @@ def _vectors(
     p_drawn += 4 * share(TABLE, PARTS, FAMILY)
     for start in tl.range(0, run_of(TABLE, PARTS, FAMILY), SLOTS, num_stages=STAGES):
         o_own = start + tl.arange(0, SLOTS)
-        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, FAMILY, FAMILY + 1)
+        o_slot, m_slot = slots_of(o_own, part, TABLE, PARTS, FAMILY)
         a, b = read(p_drawn, o_own, m_slot, 2), read(p_drawn, o_own, m_slot, 1)
         n = _keys(p_queue, p_drawn, o_own, m_slot, D, PIECE, PIECES)
         if paired(TABLE, FAMILY):
@@ -272,7 +293,6 @@ def mix(
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
-    PRODUCTS: tl.constexpr,
     MASKED: tl.constexpr,
     STEP_ON_DEVICE: tl.constexpr,
     DEVICE: tl.constexpr,
@@ -283,13 +303,12 @@ def mix(
     Writes the part's sum of exp((q.s - m) / T) s, (B, PARTS, D), and all q.s, (B, M), both float32. q.s is -inf for a
     row without keys. drawn, (B, PARTS, 8, WIDTH) float32, is scratch space. `draws.py` describes it and TABLE.
     """
-    begin(OVERLAP)
     row = tl.program_id(0)
     part = tl.program_id(1)
     row64 = row.to(tl.int64)
     COUNT: tl.constexpr = before(TABLE, len(TABLE))
     # Families that form x only if it cancels.
-    SUMMED: tl.constexpr = first_of(TABLE, 2 if PRODUCTS > 0 else 1)
+    SUMMED: tl.constexpr = summed(TABLE)
     # Whether the row has keys; without a mask it does.
     available = K
     some = True
@@ -297,12 +316,11 @@ def mix(
         available = tl.load(p_available + row)
         some = available > 0
     p_similarity += row64 * COUNT
-    # That of the products comes after that of the others.
-    p_total += (row64 * PARTS + part) * (2 if PRODUCTS > 0 else 1) * D
+    p_total += (row64 * PARTS + part) * D
     # The whole row at once, for its length. The pieces are then in the cache, where they are read one after another.
     o_row = tl.arange(0, PIECE * PIECES)
     b_row = tl.load(p_q + row64 * D + o_row, o_row < D, 0).to(tl.float32)
-    shift = tl.load(p_shift + row) * scale
+    shift = tl.load(p_shift + row, cache_modifier=".cg") * scale
     # Outside the branch, since Triton does not allow a name to change its type in one.
     if STEP_ON_DEVICE:
         step = tl.load(p_step)
@@ -312,44 +330,24 @@ def mix(
     along = 0.0
     marked = 0
     p_drawn += (row64 * PARTS + part) * 8 * WIDTH
+    begin(OVERLAP)
     if some:
         size = tl.minimum(available, N).to(tl.uint32)
         draw(p_hard + row64 * N, p_drawn, size, c0, k0, k1, part, TABLE, PARTS, WIDTH, SUMMED)
         # Other threads of this program read these draws.
         tl.debug_barrier()
-        if PRODUCTS > 0:
-            along, marked = sum_by_products(
-                p_queue,
-                p_drawn,
-                p_total + D,
-                p_similarity,
-                squared,
-                shift,
-                scale,
-                part,
-                TABLE,
-                D,
-                PIECE * PIECES,
-                PARTS,
-                WIDTH,
-                PRODUCTS,
-                DEVICE,
-            )
     else:
         for start in range(0, COUNT, 256):
             o_slot = start + tl.arange(0, 256)
             tl.store(p_similarity + o_slot, float("-inf"), o_slot < COUNT)
-        if PRODUCTS > 0:
-            tl.store(p_total + D + o_row, tl.zeros_like(b_row), o_row < D)
-    # After the products, which need the registers.
     q = ()
     b_total = ()
     for piece in tl.static_range(0, PIECES):
         o_dim = piece * PIECE + tl.arange(0, PIECE)
         q += (tl.load(p_q + row64 * D + o_dim, o_dim < D, 0).to(tl.float32)[None, :],)
         b_total += (tl.zeros([SLOTS, PIECE], tl.float32),)
-    # Triton decides the first when it compiles, and only "and" of two conditions.
-    if PRODUCTS == 0 and SUMMED > 0:  # noqa: SIM102
+    # Triton decides the first when it compiles, and not "and" of the two.
+    if SUMMED > 0:  # noqa: SIM102
         if some:
             b_along = tl.zeros([SLOTS], tl.float32)
             b_marked = tl.zeros([SLOTS], tl.int32)

@@ -1,9 +1,10 @@
 """Programmatic dependent launch: a kernel is scheduled while the previous one still runs.
 
-Each kernel first waits until the previous one has completed and its writes are visible. Then it allows the next one to
-start. It may also read the output of earlier kernels, since every kernel in the chain has waited in the same way.
+Every kernel of the chain waits until the previous one has completed and its writes are visible. After that it allows the
+next one to start. So when a kernel starts, all but the previous one have completed: before it waits, it may read what
+these wrote, through L2 (``cache_modifier=".cg"``), and the inputs of the operator. It writes nothing before.
 
-Off by default (`config.OVERLAP`). It needs compute capability 9.0 or higher; the interpreter does not have it.
+`config.OVERLAP` turns it on. It needs compute capability 9.0 or higher; the interpreter does not have it.
 """
 
 # mypy: disable-error-code="misc, import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
@@ -22,7 +23,7 @@ EARLY, LATE = tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def begin(OVERLAP: tl.constexpr):
-    """Wait for the previous kernel. The first statement of every kernel in the chain."""
+    """Wait for the previous kernel. Once in every kernel of the chain, above all it writes."""
     if OVERLAP > 0:
         gdc_wait()
     if OVERLAP == EARLY:

@@ -123,19 +123,20 @@ def reduce(
     COUNTS holds the column and the count of each active family, in the order of their similarities. PARTS is 0 without
     synthetic negatives. COLUMNS is the number of families, and WIDTH the power of two that covers it.
     """
-    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
+    if PARTS == 0:
+        begin(OVERLAP)
     # First everything is read, then added up between threads. No read starts before a barrier that stands above it, so
     # in another order the program waits for memory many times.
-    positive = tl.load(p_positive + row)
-    shift = tl.load(p_shift + row)
+    positive = tl.load(p_positive + row, cache_modifier=".cg")
+    shift = tl.load(p_shift + row, cache_modifier=".cg")
     k = tl.load(p_k + row * D + o_dim, m_dim, 0)
     if HARD:
         p_hard += row * N
         o_slot = tl.arange(0, WIDTH * BLOCK // 2)
-        b_first = tl.load(p_hard + o_slot, o_slot < N, NOTHING)
+        b_first = tl.load(p_hard + o_slot, o_slot < N, NOTHING, cache_modifier=".cg")
     b_sum = tl.zeros([STEP], tl.float32)
     b_rank = tl.zeros([STEP], tl.int32)
     b_total = tl.zeros([STEP, DIM], tl.float32)
@@ -143,11 +144,13 @@ def reduce(
         o_split = (start + tl.arange(0, STEP)).to(tl.int64)
         m_split = o_split < SPLITS
         o_part = o_split * B + row
-        b_sum += tl.load(p_scan_sum + o_part, m_split, 0)
-        b_rank += tl.load(p_scan_rank + o_part, m_split, 0)
+        b_sum += tl.load(p_scan_sum + o_part, m_split, 0, cache_modifier=".cg")
+        b_rank += tl.load(p_scan_rank + o_part, m_split, 0, cache_modifier=".cg")
         m_total = m_split[:, None] & m_dim[None, :]
-        b_total += tl.load(p_scan_total + o_part[:, None] * D + o_dim[None, :], m_total, 0)
+        p_total = p_scan_total + o_part[:, None] * D + o_dim[None, :]
+        b_total += tl.load(p_total, m_total, 0, cache_modifier=".cg")
     if PARTS:
+        begin(OVERLAP)
         for start in tl.static_range(0, PARTS, STEP):
             o_part = start + tl.arange(0, STEP)
             m_total = (o_part < PARTS)[:, None] & m_dim[None, :]

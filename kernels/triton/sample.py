@@ -142,12 +142,12 @@ def rank(
 
     Without ESTIMATE t is +inf, which no key exceeds.
     """
-    begin(OVERLAP)
     row = tl.program_id(0)
     o_dim = tl.arange(0, DIM)
     m_dim = o_dim < D
     q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
     k = tl.load(p_k + row * D + o_dim, m_dim, 0).to(tl.float32)
+    begin(OVERLAP)
     # Read before anything is added up between threads. Behind the sum the program would wait once more.
     o_sample = tl.arange(0, WIDTH)
     b_sample = tl.load(p_sample + row.to(tl.int64) * SAMPLE + o_sample, o_sample < SAMPLE, float("-inf"))

@@ -152,7 +152,6 @@ def scan(
 
     EVEN states that all tiles are whole, SHORT that they are and that the last split has fewer of them.
     """
-    begin(OVERLAP)
     # As in the layout of a product, a lane holds pairs of neighbouring columns: its keys are then consecutive.
     SHARE: tl.constexpr = KEYS // LANES
     o_column = tl.arange(0, KEYS)
@@ -166,16 +165,18 @@ def scan(
     m_row = o_row < B
     o_out = chunk * CHUNK + tl.arange(0, CHUNK)
     m_out = o_out < D
+    ONE: tl.constexpr = CHUNK >= D and PIECE >= D
+    if ONE and THREE is None:
+        b_q = tl.load(p_q + o_row[:, None] * D + o_out[None, :], m_row[:, None] & m_out[None, :], 0)
+    begin(OVERLAP)
     positive = tl.load(p_positive + o_row, m_row, 0)
     shift = tl.load(p_shift + o_row, m_row, 0) * scale
-    ONE: tl.constexpr = CHUNK >= D and PIECE >= D
-    if ONE:
+    if ONE and THREE is not None:
         m_q = m_row[:, None] & m_out[None, :]
         p_own = p_q + o_row[:, None] * D + o_out[None, :]
         b_q = tl.load(p_own, m_q, 0)
-        if THREE is not None:
-            # `rank` has split q. What is loaded as it is multiplied stays in shared memory and takes no registers.
-            b_low = tl.load(p_own + B * D, m_q, 0)
+        # `rank` has split q. What is loaded as it is multiplied stays in shared memory and takes no registers.
+        b_low = tl.load(p_own + B * D, m_q, 0)
     if MASKED:
         image = tl.load(p_image + o_row, m_row, 0)
     if SEGMENT:
