@@ -15,6 +15,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,6 +91,11 @@ def recorded(run: Callable[[], object]) -> list[Recorded]:
     return found
 
 
+def _replay(launches: list[Recorded]) -> None:
+    for launch in launches:
+        launch()
+
+
 def time_launches(
     run: Callable[[], object], device: torch.device, *, repeats: int, only: str | None = None
 ) -> list[dict[str, Any]]:
@@ -103,11 +109,14 @@ def time_launches(
 
     Returns:
         For each launch its name and ``microseconds``. On a GPU also ``cold_us``, the time of one launch with a cold L2
-        cache, which includes the launch of a graph.
+        cache, which includes the launch of a graph, and without ``only`` ``added_us``, what it adds to a graph of the
+        launches before it. A copy of itself has just read what a launch reads, and the launches before it have not.
     """
     found = []
+    launches = recorded(run)
+    until = 0.0
     # In order, since launches share buffers: each reads what the previous ones have just written.
-    for number, launch in enumerate(recorded(run)):
+    for number, launch in enumerate(launches):
         if only not in (None, launch.name):
             continue
         line: dict[str, Any] = {"launch": launch.name, "number": number}
@@ -115,6 +124,12 @@ def time_launches(
             line["microseconds"] = 1e6 * graph_seconds(launch, device, copies=_COPIES, repeats=repeats)
             once = capture(launch, device)
             line["cold_us"] = 1e6 * statistics.median(seconds_of(once, device, repeats=repeats, cold=True))
+            if only is None:
+                before = until
+                until = 1e6 * graph_seconds(
+                    partial(_replay, launches[: number + 1]), device, copies=_COPIES, repeats=repeats
+                )
+                line["added_us"] = until - before
         else:
             line["microseconds"] = 1e6 * statistics.median(seconds_of(launch, device, repeats=repeats, warmup=0))
         found.append(line)

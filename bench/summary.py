@@ -77,10 +77,12 @@ def _launches(folder: Path, model: Path) -> str:
     for file in sorted(folder.glob("launches-*.jsonl")):
         for line in _lines(file):
             known = modelled.get(line["launch"]) if line["dtype"] == "bfloat16" else None
-            cold = f"{line['cold_us']:10.1f}" if "cold_us" in line else " " * 10
+            others = [f"{line[key]:10.1f}" if key in line else " " * 10 for key in ("added_us", "cold_us")]
             said = f"{known:10.1f}" if known is not None else ""
-            rows.append(f"  {line['dtype']:9} {line['launch']:12} {line['microseconds']:10.1f} {cold} {said}")
-    title = f"  {'us':22} {'graph':>10} {'cold':>10} {'model':>10}"
+            rows.append(
+                f"  {line['dtype']:9} {line['launch']:12} {line['microseconds']:10.1f} {' '.join(others)} {said}"
+            )
+    title = f"  {'us':22} {'graph':>10} {'added':>10} {'cold':>10} {'model':>10}"
     return "\n".join([title, *rows]) if rows else ""
 
 

@@ -116,9 +116,7 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
     generation, dtype = config.generation_of(device), shape.torch_dtype
     text = "mix in {} parts, {} pieces, {} warps, {} stages"
     found += [
-        Variant(text.format(*mix), "mix", config.MIXES, dtype, mix)
-        for mix in _MIXES
-        if mix != config.MIXES[dtype]
+        Variant(text.format(*mix), "mix", config.MIXES, dtype, mix) for mix in _MIXES if mix != config.MIXES[dtype]
     ]
     name, narrow = config.tile_key(dtype, shape.dim, generation, masked=False)
     key = (generation, name, narrow)

@@ -62,22 +62,24 @@ def _threads(size):
     return 1 << (size - 1).bit_length()
 
 
+@triton.constexpr_function
+def _whole(TABLE, PARTS, family, block):
+    """Whether the slots of a family fill whole blocks of all programs."""
+    return TABLE[family][1] % (PARTS * block) == 0
+
+
 @triton.jit
 def slots_of(o_own, part, TABLE: tl.constexpr, PARTS: tl.constexpr, FAMILY: tl.constexpr):
     """Where a program's slots of a family are in the row, and whether they are slots.
 
     ``o_own`` is a block of slots, counted from the program's first of the family.
     """
-    RUN: tl.constexpr = run_of(TABLE, PARTS, FAMILY)
-    COUNT: tl.constexpr = TABLE[FAMILY][1]
-    o_slot = before(TABLE, FAMILY) + part * RUN + o_own
-    if COUNT % PARTS == 0 and RUN % o_own.shape[0] == 0:
+    o_slot = before(TABLE, FAMILY) + part * run_of(TABLE, PARTS, FAMILY) + o_own
+    if _whole(TABLE, PARTS, FAMILY, o_own.shape[0]):
         m_slot = tl.full(o_own.shape, True, tl.int1)
     else:
-        m_slot = o_own < RUN
-        # The last program may have fewer.
-        if COUNT % PARTS != 0:
-            m_slot &= o_slot < before(TABLE, FAMILY + 1)
+        # The last program may have fewer than the others.
+        m_slot = (o_own < run_of(TABLE, PARTS, FAMILY)) & (o_slot < before(TABLE, FAMILY + 1))
     return o_slot, m_slot
 
 

@@ -134,8 +134,7 @@ def _launch(
     size = cdiv(length, stride)
     similarities = empty(rows, max(size, capacity), device=device)
     threshold, shift = empty(rows, device=device), empty(rows, device=device)
-    # On compute capability 10.0 a taller tile keeps a few bytes on the stack.
-    height, keys = min(form.rows, TILE) if generation >= 10 else form.rows, min(form.keys, TILE)
+    height, keys = min(form.rows, TILE), min(form.keys, TILE)
     grid = (cdiv(rows, height), cdiv(size, keys))
     sample[grid](
         q,

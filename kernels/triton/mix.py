@@ -56,6 +56,7 @@ def _weigh(own, double, inner, m_slot, shift, scale):
     weight = tl.where(m_slot & (cancelled == 0), tl.exp2(similarity * scale - shift) * inverse, 0)
     return tl.where(cancelled, _MARK, similarity), weight, cancelled
 
+
 @triton.jit
 def _keys(p_queue, p_drawn, o_own, m_slot, D: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr):
     """The vectors of a block of drawn keys, as PIECES tensors (SLOTS, PIECE) float32."""

@@ -189,7 +189,7 @@ def test_the_summary_shows_what_broke(tmp_path):
         {"launch": "rank", "dtype": "bfloat16"},
     ]
     (tmp_path / "stages-bfloat16.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
-    figures = {"dtype": "bfloat16", "launch": "sample", "microseconds": 4.5, "cold_us": 7.0}
+    figures = {"dtype": "bfloat16", "launch": "sample", "microseconds": 4.5, "added_us": 5.5, "cold_us": 7.0}
     (tmp_path / "launches-bfloat16.jsonl").write_text(json.dumps(figures) + "\n")
     differs = {"variant": "mix in 4 parts", "dtype": "bfloat16", "agrees": False, "microseconds": 60.0}
     failed = {"variant": "other", "dtype": "bfloat16", "failed": "OutOfResources: shared memory"}
@@ -207,7 +207,7 @@ def test_the_summary_shows_what_broke(tmp_path):
     for words in (
         "sample       similarity: found 1",
         "rank         never came back",
-        "4.5        7.0        3.5",
+        "4.5        5.5        7.0        3.5",
         "60.0 us  DIFFERS",
         "OutOfResources",
         "tests: 2, 1 failed, 0 skipped",

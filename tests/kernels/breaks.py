@@ -416,8 +416,8 @@ BREAKS = (
     Break(
         "kernels: a program that has one slot fewer than others counts as full",
         "kernels/triton/draws.py",
-        "COUNT % PARTS == 0 and RUN",
-        "RUN",
+        "TABLE[family][1] % (PARTS * block) == 0",
+        "-(-TABLE[family][1] // PARTS) % block == 0",
         LOSS,
         "family_alone and interpolated",
     ),
