@@ -50,6 +50,7 @@ __all__ = [
     "sampling_of",
     "segments_of",
     "splits_of",
+    "step_of",
     "table",
     "tile_key",
     "unserved",
@@ -64,7 +65,7 @@ CHUNK = 128
 #: Sample sizes for the threshold, in queue keys. A large sample gives a closer threshold, a small one is read faster.
 SAMPLES = (2048, 4096)
 #: Programmatic dependent launch (see `overlap.py`). Off: on an H100 it gained nothing.
-OVERLAP = 1
+OVERLAP = 2
 #: Places of the candidate lists for each warp of `select`: 64 a thread. On an H100 fewer warps are faster, up to these.
 SELECT_PER_WARP = 2048
 #: Keys of the sample for each warp of `rank`.
@@ -127,6 +128,11 @@ def splits_of(rows: int, length: int, form: Form, device: torch.device) -> int:
     resident = 1 if form.rows * form.keys > TILE * TILE else 2
     wanted = max(1, resident * processors // -(-rows // form.rows))
     return min(wanted, 64, -(-length // form.keys))
+
+
+def step_of(parts: int, wide: int) -> int:
+    """How many sums of ``wide`` numbers, of the given number of programs, are read at a time."""
+    return min(next_power_of_2(parts), max(8, 8192 // wide))
 
 
 def capacity_of(stride: int, wanted: int) -> int | None:
@@ -259,7 +265,7 @@ TILES = {
 #: Other tiles for some devices, by the major compute capability as well. Those of bfloat16 that hold all columns on 9.0
 #: are the fastest on an H100 (bench/records/h100); the others are larger ones, not tuned.
 TILES_OF = {
-    (9, "bfloat16", True): Tile(128, 64, 128, 128, 8, 3),
+    (9, "bfloat16", True): Tile(128, 64, 128, 128, 8, 4),
     (9, "bfloat16", False): Tile(128, 64, 128, 64, 8, 1),
     (9, "float16", True): Tile(128, 64, 128, 128, 8, 2),
     (9, "float16", False): Tile(128, 64, 128, 64, 8, 1),

@@ -29,6 +29,7 @@ from synco_fast.kernels.triton.config import (
     sampling_of,
     segments_of,
     splits_of,
+    step_of,
     table,
     unserved,
 )
@@ -234,6 +235,11 @@ def _launch(
     if hard:
         if capacity:
             flag = outputs.fallback
+            sums = (
+                empty(1, rows, device=device),
+                empty(1, rows, dtype=torch.int32, device=device),
+                empty(1, rows, dim, device=device),
+            )
             select[(rows,)](
                 q,
                 queue,
@@ -243,8 +249,13 @@ def _launch(
                 threshold,
                 shift,
                 available,
+                scan_sum,
+                scan_rank,
+                scan_total,
                 chosen,
                 flag,
+                *sums,
+                rows,
                 length,
                 hard,
                 lists,
@@ -258,10 +269,13 @@ def _launch(
                 KEYS=max(1, (4096 if form.every else 1024) // wide),
                 MARGIN=form.margin,
                 EVERY=form.every,
+                SPLITS=splits,
+                STEP=step_of(splits, wide),
                 DEVICE=not interpreted(),
                 **overlap,
                 num_warps=max(1, min(many * segment // config.SELECT_PER_WARP, 32)),
             )
+            (scan_sum, scan_rank, scan_total), splits = sums, 1
         else:
             flag = torch.ones(rows, dtype=torch.int32, device=device)
         scratch = both.view(torch.int32)[: at_once * length].view(at_once, length)
@@ -333,7 +347,7 @@ def _launch(
         WIDTH=next_power_of_2(len(FAMILIES)),
         **dims,
         SPLITS=splits,
-        STEP=min(next_power_of_2(splits), max(8, 8192 // wide)),
+        STEP=step_of(max(splits, parts), wide),
         PARTS=parts,
         HARD=hard > 0,
         BLOCK=256,

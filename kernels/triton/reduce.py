@@ -15,6 +15,7 @@ import triton.language as tl
 from synco_fast.kernels.triton.draws import before
 from synco_fast.kernels.triton.order import NOTHING, similarity_of
 from synco_fast.kernels.triton.overlap import begin, release
+from synco_fast.kernels.triton.scan import add_splits, two
 
 __all__ = ["reduce"]
 
@@ -23,11 +24,6 @@ __all__ = ["reduce"]
 def _four(a0, a1, a2, a3, b0, b1, b2, b3):
     """Combine four sums in one reduction, so that warps exchange data once."""
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def _two(a0, a1, b0, b1):
-    return a0 + b0, a1 + b1
 
 
 @triton.jit
@@ -46,7 +42,7 @@ def _hard(b_first, p_hard, count, BLOCK: tl.constexpr):
         finite, one = _finite(similarity_of(tl.load(p_hard + o_slot, o_slot < count, NOTHING)))
         b_sum += finite
         b_count += one
-    return tl.reduce((b_sum, b_count), 0, _two)
+    return tl.reduce((b_sum, b_count), 0, two)
 
 
 @triton.constexpr_function
@@ -137,18 +133,7 @@ def reduce(
         p_hard += row * N
         o_slot = tl.arange(0, WIDTH * BLOCK // 2)
         b_first = tl.load(p_hard + o_slot, o_slot < N, NOTHING, cache_modifier=".cg")
-    b_sum = tl.zeros([STEP], tl.float32)
-    b_rank = tl.zeros([STEP], tl.int32)
-    b_total = tl.zeros([STEP, DIM], tl.float32)
-    for start in tl.static_range(0, SPLITS, STEP):
-        o_split = (start + tl.arange(0, STEP)).to(tl.int64)
-        m_split = o_split < SPLITS
-        o_part = o_split * B + row
-        b_sum += tl.load(p_scan_sum + o_part, m_split, 0, cache_modifier=".cg")
-        b_rank += tl.load(p_scan_rank + o_part, m_split, 0, cache_modifier=".cg")
-        m_total = m_split[:, None] & m_dim[None, :]
-        p_total = p_scan_total + o_part[:, None] * D + o_dim[None, :]
-        b_total += tl.load(p_total, m_total, 0, cache_modifier=".cg")
+    b_sum, b_rank, b_total = add_splits(p_scan_sum, p_scan_rank, p_scan_total, row, B, o_dim, D, SPLITS, STEP)
     if PARTS:
         begin(OVERLAP)
         for start in tl.static_range(0, PARTS, STEP):
@@ -158,14 +143,14 @@ def reduce(
         p_similarity += row * before(COUNTS, len(COUNTS))
         own = _families(p_similarity, positive, shift, scale, COUNTS, WIDTH, BLOCK)
 
-    total_sum, queue_rank = tl.reduce((b_sum, b_rank), 0, _two)
+    total_sum, queue_rank = tl.reduce((b_sum, b_rank), 0, two)
     rank = queue_rank
     total = tl.sum(b_total, axis=0)
     o_family = tl.arange(0, WIDTH)
     b_mean = tl.full([WIDTH], float("nan"), tl.float32)
     if PARTS:
         own_sum, own_rank, finite, many = tl.reduce(own, 1, _four)
-        own_sum, own_rank = tl.reduce((own_sum, own_rank), 0, _two)
+        own_sum, own_rank = tl.reduce((own_sum, own_rank), 0, two)
         total_sum += own_sum
         rank += own_rank
         b_mean = finite / many.to(tl.float32)

@@ -27,7 +27,7 @@ import triton.language as tl
 from synco_fast.kernels.triton.overlap import begin, release
 from synco_fast.kernels.triton.sample import halves, multiply, product, three
 
-__all__ = ["LANES", "OVERHANG", "scan"]
+__all__ = ["LANES", "OVERHANG", "add_splits", "scan", "two"]
 
 #: Places after a row's last segment that a tile may overwrite, in addition to one for each of its keys.
 OVERHANG = 16
@@ -236,3 +236,29 @@ def scan(
         o_count = (o_row * (splits * LANES) + split * LANES)[:, None] + o_lane[None, :]
         tl.store(p_count + o_count, b_place - b_first, m_first[:, None])
     tl.store(p_total + o_part[:, None] * D + o_out[None, :], b_total, m_row[:, None] & m_out[None, :])
+
+
+@triton.jit
+def two(a0, a1, b0, b1):
+    """Combine two sums in one reduction, so that warps exchange data once."""
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def add_splits(p_sum, p_rank, p_total, row, B, o_dim, D: tl.constexpr, SPLITS: tl.constexpr, STEP: tl.constexpr):
+    """Add up what `scan` wrote for a row, STEP splits at a time: sums and ranks, (STEP,), and totals, (STEP, D).
+
+    Reads through L2, so that a kernel may do so before it waits.
+    """
+    b_sum = tl.zeros([STEP], tl.float32)
+    b_rank = tl.zeros([STEP], tl.int32)
+    b_total = tl.zeros([STEP, o_dim.shape[0]], tl.float32)
+    for start in tl.static_range(0, SPLITS, STEP):
+        o_split = (start + tl.arange(0, STEP)).to(tl.int64)
+        m_split = o_split < SPLITS
+        o_part = o_split * B + row
+        b_sum += tl.load(p_sum + o_part, m_split, 0, cache_modifier=".cg")
+        b_rank += tl.load(p_rank + o_part, m_split, 0, cache_modifier=".cg")
+        p_own = p_total + o_part[:, None] * D + o_dim[None, :]
+        b_total += tl.load(p_own, m_split[:, None] & (o_dim < D)[None, :], 0, cache_modifier=".cg")
+    return b_sum, b_rank, b_total

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from synco_fast.kernels.triton.order import NOTHING, count_from, ordered, similarity_of, unordered
 from synco_fast.kernels.triton.overlap import begin, release
+from synco_fast.kernels.triton.scan import add_splits, two
 
 __all__ = ["select"]
 
@@ -133,8 +134,15 @@ def select(
     p_threshold,
     p_shift,
     p_available,
+    p_scan_sum,
+    p_scan_rank,
+    p_scan_total,
     p_hard,
     p_flag,
+    p_sum,
+    p_rank,
+    p_total,
+    B,
     K,
     N,
     lists,
@@ -148,6 +156,8 @@ def select(
     KEYS: tl.constexpr,
     MARGIN: tl.constexpr,
     EVERY: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STEP: tl.constexpr,
     DEVICE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -160,6 +170,13 @@ def select(
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
+    o_dim = tl.arange(0, DIM)
+    # Here rather than in `reduce`, while they are in L2.
+    b_sum, b_rank, b_total = add_splits(p_scan_sum, p_scan_rank, p_scan_total, row, B, o_dim, D, SPLITS, STEP)
+    sum_of_row, rank_of_row = tl.reduce((b_sum, b_rank), 0, two)
+    tl.store(p_sum + row, sum_of_row)
+    tl.store(p_rank + row, rank_of_row)
+    tl.store(p_total + row * D + o_dim, tl.sum(b_total, axis=0), o_dim < D)
     available = K
     if MASKED:
         available = tl.load(p_available + row)
@@ -194,7 +211,6 @@ def select(
             p_place += row * CAPACITY
             _note(p_place, tl.where(b_near, _places(b_near.to(tl.int32)), -1), o_found, DEVICE)
             tl.debug_barrier()
-            o_dim = tl.arange(0, DIM)
             m_dim = o_dim < D
             q = tl.load(p_q + row * D + o_dim, m_dim, 0).to(tl.float32)
             for start in range(0, near, KEYS):
