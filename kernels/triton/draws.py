@@ -90,9 +90,11 @@ def read(p_drawn, o_own, m_slot, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _write(p_drawn, o_own, m_slot, key, b, a, known):
-    """Write all four numbers of a key."""
-    four = tl.join(tl.join(key.to(tl.float32, bitcast=True), a), tl.join(b, known))
+def _write(p_drawn, o_own, m_slot, hard, b, a, KNOWN: tl.constexpr):
+    """Write all four numbers of keys of Q^N; 0 for a similarity that nobody reads."""
+    key = hard.to(tl.int32).to(tl.float32, bitcast=True)
+    known = similarity_of(hard) if KNOWN else a * 0
+    four = tl.join(tl.join(key, a), tl.join(b, known))
     four = tl.reshape(four, [o_own.shape[0], 4])
     tl.store(p_drawn + 4 * o_own[:, None] + tl.arange(0, 4)[None, :], four, m_slot[:, None])
 
@@ -132,8 +134,7 @@ def draw(
         p_own = p_drawn + 4 * share(TABLE, PARTS, family)
         a = TABLE[family][4] + TABLE[family][5] * t[family]
         b = TABLE[family][6] + TABLE[family][7] * t[family]
-        known = similarity_of(first_hard[family]) if family < KNOWN else a * 0
-        _write(p_own, o_own, m_slot, first_hard[family].to(tl.int32), b, a, known)
+        _write(p_own, o_own, m_slot, first_hard[family], b, a, family < KNOWN)
         if paired(TABLE, family):
             c = TABLE[family][8] + TABLE[family][9] * t[family]
-            _write(p_own + 4 * WIDTH, o_own, m_slot, second_hard[family].to(tl.int32), c, a * 0, a * 0)
+            _write(p_own + 4 * WIDTH, o_own, m_slot, second_hard[family], c, a * 0, False)
