@@ -71,14 +71,21 @@ def _scan(launch: Launch, shape: Shape) -> Moved:
     return Moved(read + sums + 8 * found, read + sums + _SECTOR * found)
 
 
+def _splits(launch: Launch, shape: Shape) -> Moved:
+    """Of a row: a sum, a rank and a vector of each split."""
+    splits: int = launch.arguments["SPLITS"]
+    return Moved(splits * (4.0 * shape.dim + 8), splits * (4.0 * shape.dim + 2 * _SECTOR))
+
+
 def _select(launch: Launch, shape: Shape) -> Moved:
     lists, found, hard = launch.arguments["lists"], candidates(shape), shape.negatives.hard
-    # The chosen are read twice, and their indices and similarities written.
-    used = 8 * found + 4 * lists + 16 * hard
+    sums = _splits(launch, shape)
+    # The chosen are read twice, and written; so is the sum of all splits.
+    used = 8 * found + 4 * lists + 16 * hard + 4 * shape.dim + 8
     # A list ends in the middle of a sector. Nearly every sector with candidates holds a chosen one. Of 32 candidates
     # some are stored side by side, from anywhere on.
-    sectors = 2 * (8 * found + lists * _SECTOR / 2) + 4 * lists + 8 * hard + 2 * found / 32 * (_SECTOR - 4)
-    return Moved(shape.rows * used, shape.rows * sectors)
+    sectors = 2 * (8 * found + lists * _SECTOR / 2) + 4 * lists + 8 * hard + 2 * found / 32 * (_SECTOR - 8)
+    return Moved(shape.rows * (used + sums.used), shape.rows * (sectors + 4 * shape.dim + 2 * _SECTOR + sums.sectors))
 
 
 def _mix(launch: Launch, shape: Shape) -> Moved:
@@ -98,12 +105,11 @@ def _mix(launch: Launch, shape: Shape) -> Moved:
 
 def _reduce(launch: Launch, shape: Shape) -> Moved:
     negatives, values = shape.negatives, launch.arguments
-    shares: int = values["SPLITS"] + values["PARTS"]
-    alone = 4 * (negatives.hard + negatives.synthetic) + 2 * _row(shape)
-    # Of each split a sum and a rank beside its vector.
+    sums = _splits(launch, shape)
+    # Of Q^N the similarities alone are used.
+    alone = 4 * negatives.synthetic + 2 * _row(shape) + 4 * shape.dim * values["PARTS"]
     return Moved(
-        float(shape.rows * (shares * 4 * shape.dim + values["SPLITS"] * 8 + alone)),
-        float(shape.rows * (shares * 4 * shape.dim + values["SPLITS"] * 2 * _SECTOR + alone)),
+        shape.rows * (sums.used + alone + 4 * negatives.hard), shape.rows * (sums.sectors + alone + 8 * negatives.hard)
     )
 
 
