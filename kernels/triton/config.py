@@ -64,7 +64,8 @@ TILE = 64
 CHUNK = 128
 #: Sample sizes for the threshold, in queue keys. A large sample gives a closer threshold, a small one is read faster.
 SAMPLES = (2048, 4096)
-#: Programmatic dependent launch (see `overlap.py`). Off: on an H100 it gained nothing.
+#: Programmatic dependent launch (see `overlap.py`): 0 for none, or where a kernel allows the next one to start. On an
+#: H100 late is best, after the loops.
 OVERLAP = 2
 #: Places of the candidate lists for each warp of `select`: 64 a thread. On an H100 fewer warps are faster, up to these.
 SELECT_PER_WARP = 2048

@@ -1,9 +1,9 @@
 """Programmatic dependent launch: a kernel is scheduled while the previous one still runs.
 
-Every kernel of the chain waits until the previous one has completed and its writes are visible, and only then allows the
-next one to start. So when a kernel starts, all but the previous one have completed. Before it waits, it may read the
-inputs of the operator and, through L2 (``cache_modifier=".cg"``), what earlier kernels than the previous one wrote. It
-writes nothing before.
+Every kernel of the chain waits until the previous one has completed and its writes are visible, and only then allows
+the next one to start. So when a kernel starts, all but the previous one have completed. Before it waits, it may read
+the inputs of the operator and, through L2 (``cache_modifier=".cg"``), what earlier kernels than the previous one wrote.
+It writes nothing before.
 
 `config.OVERLAP` turns it on. It needs compute capability 9.0 or higher; the interpreter does not have it.
 """
