@@ -292,21 +292,21 @@ CEILINGS = {
     "select": 5,
     "fill": 0.2,
     "choose": 0.3,
-    "mix": 8.3,
-    "reduce": 1.6,
+    "mix": 11.6,
+    "reduce": 1.2,
 }
 
 
-#: The same launches' waits for loads, one after another. Each block of slots of `mix` reads draws, then keys.
+#: The same launches' waits for loads, one after another.
 WAITS = {
-    "sample": 2.2,
+    "sample": 3.2,
     "rank": 1.4,
     "scan": 2,
-    "select": 3.5,
+    "select": 5,
     "fill": 2.2,
     "choose": 1.4,
-    "mix": 23,
-    "reduce": 3.3,
+    "mix": 7,
+    "reduce": 2.2,
 }
 
 
@@ -337,10 +337,10 @@ def test_no_launch_costs_more_than_its_ceiling(tmp_path):
     }
     assert not above
     assert not {name: launches[name]["waits"] for name, most in WAITS.items() if launches[name]["waits"] > most}
-    assert found["total"]["instructions"] < 26e6
+    assert found["total"]["instructions"] < 28e6
     assert found["total"]["used"] < 178e6
     assert found["total"]["l2"] < 204e6
-    assert found["total"]["microseconds"] < 72
+    assert found["total"]["microseconds"] < 76
     assert not [name for name, launch in launches.items() if launch["spilled"]]
     assert not [launch["assumed"] for launch in found["launches"] if launch["assumed"]], "every branch is known"
     # The two products, each of 2 B K D operations.

@@ -95,7 +95,9 @@ if __name__ == "__main__":
     parser.add_argument("--dims", type=int, nargs="+", default=[128])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--float32", choices=["none", "ieee", "tf32"], default="none", help="precision allowed")
-    parser.add_argument("--overlap", type=int, choices=(0, 1, 2), default=0, help="programmatic dependent launch")
+    parser.add_argument(
+        "--overlap", type=int, choices=(0, 1, 2), default=config.OVERLAP, help="programmatic dependent launch"
+    )
     parser.add_argument("--plain", action="store_true", help="no mask")
     parser.add_argument("--splits", type=int, help="of the queue; by default as many as an H100 gets")
     parser.add_argument("--hard", type=int, default=1024, help="N")

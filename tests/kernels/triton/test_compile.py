@@ -76,7 +76,8 @@ def test_the_selection_of_float32_where_candidates_fill_half_the_registers():
 
 @pytest.mark.slow
 def test_the_switch_for_overlapping_launches_reaches_the_kernels():
-    chain = {"sample", "rank", "scan", "select", "reduce"}
-    lines = compiled("90", "--dtypes", "bfloat16", "--overlap", "--only", ",".join(chain))
-    assert {line.split()[0] for line in lines if line.endswith(" overlapped")} == chain
-    assert not [line for line in compiled("80", "--overlap", "--only", "rank") if "overlapped" in line]
+    chain = {"sample", "rank", "scan", "select", "fill", "choose", "mix", "reduce"}
+    for options, expected in (([], chain), (["--overlap", "0"], set())):
+        lines = compiled("90", "--dtypes", "bfloat16", "--plain", *options, "--only", ",".join(chain))
+        assert {line.split()[0] for line in lines if line.endswith(" overlapped")} == expected
+    assert not [line for line in compiled("80", "--only", "rank") if "overlapped" in line]
