@@ -22,6 +22,7 @@ from synco_fast.kernels.negatives import FAMILIES, Negatives
 from synco_fast.kernels.rng import largest_below
 from synco_fast.kernels.sizes import next_power_of_2
 from synco_fast.kernels.topk import stride_and_rank
+from synco_fast.kernels.triton.overlap import LATE
 
 __all__ = [
     "CAPACITY",
@@ -64,9 +65,9 @@ TILE = 64
 CHUNK = 128
 #: Sample sizes for the threshold, in queue keys. A large sample gives a closer threshold, a small one is read faster.
 SAMPLES = (2048, 4096)
-#: Programmatic dependent launch (see `overlap.py`): 0 for none, or where a kernel allows the next one to start. On an
-#: H100 late is best, after the loops.
-OVERLAP = 2
+#: Programmatic dependent launch (see `overlap.py`): 0 for none, or `overlap.EARLY` or `overlap.LATE`, which is the
+#: fastest on an H100.
+OVERLAP = LATE.value
 #: Places of the candidate lists for each warp of `select`: 64 a thread. On an H100 fewer warps are faster, up to these.
 SELECT_PER_WARP = 2048
 #: Keys of the sample for each warp of `rank`.
@@ -285,7 +286,7 @@ def generation_of(device: torch.device) -> int:
 
 
 def overlap_of(generation: int) -> dict[str, Any]:
-    """Launch options for programmatic dependent launch, on or off."""
+    """Launch options for programmatic dependent launch."""
     if not (OVERLAP and generation >= 9) or interpreted():
         return {"OVERLAP": 0}
     return {"OVERLAP": OVERLAP, "launch_pdl": True}

@@ -5,7 +5,7 @@ of them, one slot per thread, and writes what it drew to scratch memory, where t
 order of TABLE. Threads that share a slot read it there; otherwise each would have to draw it again.
 
 The scratch memory has four numbers of n_i for each of WIDTH slots, (WIDTH, 4) float32: its queue index as bits, b, a
-and q.n_i. After these come as many of n_j: its queue index, c, 0 and q.n_j.
+and q.n_i. After these come as many of n_j: its queue index, c, 0 and 0.
 
 TABLE has a tuple for each family: number, count, range of t (two values), constant and slope of a, b and c, sigma, eta,
 largest t, and column in the statistics.
@@ -47,7 +47,7 @@ def before(TABLE, family):
 
 @triton.constexpr_function
 def summed(TABLE):
-    """The families with only a and b. They are the first of the table (`config.table`)."""
+    """How many families have only a and b. They are the first of the table (`config.table`)."""
     return sum(not any(row[8:12]) for row in TABLE)
 
 

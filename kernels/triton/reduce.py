@@ -116,6 +116,8 @@ def reduce(
 ):
     """Grid (B,). Writes the outputs of the operator. STEP splits are read at a time; scale is log2(e) / T.
 
+    SPLITS is 1 where `select` has added up the splits of the scan.
+
     COUNTS holds the column and the count of each active family, in the order of their similarities. PARTS is 0 without
     synthetic negatives. COLUMNS is the number of families, and WIDTH the power of two that covers it.
     """

@@ -167,11 +167,13 @@ def select(
     the low word. If a row may use fewer than N keys, the rest of its Q^N is -inf with index 0. count is (B, lists)
     int32. place, (B, CAPACITY) int32, is scratch space. MARGIN is twice the error of similarities of unit rows, 0 if
     they are exact. EVERY recomputes all keys down to the margin, KEYS at a time.
+
+    Also adds up what the scan wrote for each split: sum, float32, and rank, int32, (B,), and total, (B, D) float32.
     """
     begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     o_dim = tl.arange(0, DIM)
-    # Here rather than in `reduce`, while they are in L2.
+    # Not in `reduce`: they would have left L2 by then (bench/records/h100).
     b_sum, b_rank, b_total = add_splits(p_scan_sum, p_scan_rank, p_scan_total, row, B, o_dim, D, SPLITS, STEP)
     sum_of_row, rank_of_row = tl.reduce((b_sum, b_rank), 0, two)
     tl.store(p_sum + row, sum_of_row)
