@@ -259,6 +259,20 @@ def test_data_on_an_h100():
     waits = median(line["data_wait"] for line in lines)
     assert says(*re.findall(r"Of the (\d+) ms", text), step)
     assert says(*re.findall(r"the other (\d+)", text), step * (1 - waits))
+    trained = {
+        name: [median(line[figure] for line in lines[3:]) for figure in ("images_per_second", "data_wait")]
+        for name, lines in H100["data"]["training"].items()
+        if name in ("full first batch", "three batches in flight")
+    }
+    told = re.findall(
+        r"trains on these files at ([\d,]+) images/s there, .*? waits for data (\d+) %.* waited (\d+) %, at ([\d,]+) images/s",
+        page,
+        re.S,
+    )
+    (fast, wait, waited, slow), (before, now) = told[0], trained.values()
+    assert [fast, slow] == [f"{round(rate, -1):,.0f}" for rate in (now[0], before[0])]
+    assert says(wait, now[1] * 100)
+    assert says(waited, before[1] * 100)
 
 
 def test_the_loss_on_a_cpu():
