@@ -264,11 +264,8 @@ def test_data_on_an_h100():
         for name, lines in H100["data"]["training"].items()
         if name in ("full first batch", "three batches in flight")
     }
-    told = re.findall(
-        r"trains on these files at ([\d,]+) images/s there, .*? waits for data (\d+) %.* waited (\d+) %, at ([\d,]+) images/s",
-        page,
-        re.S,
-    )
+    sentences = r"trains on these files at ([\d,]+) images/s .*? waits for data (\d+) %.* waited (\d+) %, at ([\d,]+) "
+    told = re.findall(sentences, page, re.S)
     (fast, wait, waited, slow), (before, now) = told[0], trained.values()
     assert [fast, slow] == [f"{round(rate, -1):,.0f}" for rate in (now[0], before[0])]
     assert says(wait, now[1] * 100)
