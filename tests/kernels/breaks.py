@@ -118,6 +118,22 @@ BREAKS = (
         "boundary",
     ),
     Break(
+        "kernels: without mixtures, the last step reads what the previous launch wrote before it waits",
+        "kernels/triton/reduce.py",
+        "    if PARTS == 0:\n        begin(OVERLAP)\n",
+        "",
+        ("tests/kernels/triton/test_overlap.py",),
+        "reduce",
+    ),
+    Break(
+        "kernels: the last split of the scan is not added",
+        "kernels/triton/scan.py",
+        "m_split = o_split < SPLITS",
+        "m_split = o_split < SPLITS - 1",
+        LOSS,
+        "family_alone and interpolated",
+    ),
+    Break(
         "kernels: a segment that has run over is not noticed",
         "kernels/triton/select.py",
         " | (longest > SEGMENT)",
