@@ -7,6 +7,7 @@ All of it follows from shapes, dtypes and the device.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import os
@@ -285,9 +286,20 @@ def generation_of(device: torch.device) -> int:
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
 
 
+@functools.cache
+def _driver() -> int:
+    """CUDA version of the driver, 1,000 times the major one and 10 times the minor one; 0 without a driver."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
 def overlap_of(generation: int) -> dict[str, Any]:
-    """Launch options for programmatic dependent launch."""
-    if not (OVERLAP and generation >= 9) or interpreted():
+    """Launch options for programmatic dependent launch, which CUDA graphs have since CUDA 12.3."""
+    if not (OVERLAP and generation >= 9) or interpreted() or 0 < _driver() < 12030:
         return {"OVERLAP": 0}
     return {"OVERLAP": OVERLAP, "launch_pdl": True}
 

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from synco_fast.kernels.triton import config
+
 #: The module of each kernel of the chain, and what it reads before it waits: of the operator's inputs, and of what
 #: kernels before the previous one wrote.
 CHAIN = {
@@ -72,3 +74,13 @@ def test_reduce_waits_first_where_the_previous_kernel_wrote_what_it_reads():
     assert [ast.unparse(branch.test) for branch in branches] == ["PARTS == 0", "PARTS"]
     first = min(call.lineno for call in calls_in(function_of("reduce")) if called(call) == "load")
     assert branches[0].lineno < first
+
+
+@pytest.mark.parametrize(
+    ("driver", "generation", "on"), [(13000, 9, True), (0, 10, True), (12020, 9, False), (13000, 8, False)]
+)
+def test_which_devices_and_drivers_have_it(monkeypatch, driver, generation, on):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(config, "_driver", lambda: driver)
+    expected = {"OVERLAP": config.OVERLAP, "launch_pdl": True} if on else {"OVERLAP": 0}
+    assert config.overlap_of(generation) == expected
