@@ -376,6 +376,9 @@ def mix_of(dtype: torch.dtype, wide: int) -> Mix:
     if interpreted():
         return Mix(2, max(1, wide // 64), 16, 1, 1)
     pieces = min(pieces, wide // 32)
+    if wide * dtype.itemsize > 512:
+        # Without reads ahead, 8 bytes would be on the stack on compute capability 8.0.
+        stages = max(stages, 2)
     return Mix(parts, pieces, max(2, 512 * warps * pieces // (wide * dtype.itemsize)), warps, stages)
 
 
