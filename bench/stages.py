@@ -23,7 +23,7 @@ from synco_fast.kernels.rng import draw
 from synco_fast.kernels.triton import contrast_and_gradient
 from synco_fast.kernels.validation import Inputs, exact_inputs, reference_answer
 
-__all__ = ["CHECKS", "check_stages"]
+__all__ = ["CHECKS", "check_stages", "index_and_similarity"]
 
 _SEED, _STEP = 3, 7
 #: Rounding of the softmax weights of queue keys before the second product, relative to the largest.
@@ -102,7 +102,7 @@ def _scan(a: Arguments, expected: _Expected) -> Iterator[Finding]:
         yield "candidates", float(_wrong_candidates(a, expected)), 0
 
 
-def _index_and_similarity(packed: Tensor) -> tuple[Tensor, Tensor]:
+def index_and_similarity(packed: Tensor) -> tuple[Tensor, Tensor]:
     """The parts of candidates: the queue index is in the low word, the similarity in the high word."""
     return packed & 0xFFFFFFFF, (packed >> 32).to(torch.int32).view(torch.float32)
 
@@ -117,7 +117,7 @@ def _wrong_candidates(a: Arguments, expected: _Expected) -> int:
             continue
         parts = [found[row, split * segment :][: int(held)] for split, held in enumerate(count[row].tolist())]
         packed = torch.cat(parts)
-        index, value = _index_and_similarity(packed)
+        index, value = index_and_similarity(packed)
         wanted = above[row].nonzero()[:, 0]
         right = torch.equal(index, wanted) and _largest(value, expected.similarity[row, wanted]) <= 1e-6
         wrong += not right
@@ -156,7 +156,7 @@ def _rows_of(flag: Tensor) -> slice:
 
 def _hard(packed: Tensor, expected: _Expected, done: Tensor) -> Iterator[Finding]:
     """Compare Q^N with that of the reference, in its order, for the rows that are done."""
-    index, value = _index_and_similarity(packed)
+    index, value = index_and_similarity(packed)
     yield "index", float((index != expected.index)[done].sum()), 0
     yield "hard", _largest(value[done], expected.values[done]), 1e-6
 

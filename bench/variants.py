@@ -106,6 +106,7 @@ def applied(variant: Variant | None) -> Iterator[None]:
 def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
     """The variants for a shape."""
     from synco_fast.kernels.triton import config
+    from synco_fast.kernels.triton.overlap import EARLY, LATE
 
     found = [
         Variant(f"{launch} with {value} {what}", launch, config, key, value)
@@ -128,8 +129,11 @@ def variants_of(shape: Shape, device: torch.device) -> list[Variant]:
             name = f"scan {other.rows} x {other.keys}, {other.warps} warps, {other.stages} stages"
             found.append(Variant(name, "scan", config.TILES_OF, key, other))
     if generation >= 9:
-        names = ("programmatic dependent launch, early", "programmatic dependent launch, late")
-        found += [Variant(name, None, config, "OVERLAP", value) for value, name in enumerate(names, 1)]
+        found += [
+            Variant(f"programmatic dependent launch {name}", None, config, "OVERLAP", value)
+            for name, value in (("off", 0), ("early", EARLY.value), ("late", LATE.value))
+            if value != config.OVERLAP
+        ]
     return found
 
 

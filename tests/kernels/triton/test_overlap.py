@@ -26,8 +26,8 @@ CHAIN = {
     # Without synthetic negatives the previous one is not `mix`, and it waits first.
     "reduce": ("reduce", {"p_k"}, {"p_positive", "p_shift", "p_hard"}),
 }
-#: Functions that only compute or read through L2.
-HARMLESS = {"add_splits", "before", "begin", "len", "range", "summed"}
+#: Functions that only compute.
+HARMLESS = {"before", "begin", "len", "range", "summed"}
 
 
 def function_of(name):
@@ -53,7 +53,8 @@ def test_a_kernel_waits_before_it_writes_or_reads_what_the_previous_one_wrote(na
     assert len(waits) == (2 if name == "reduce" else 1)
     early = [call for call in calls_in(function) if call.lineno < max(waits)]
     own = {called(call) for call in early if isinstance(call.func, ast.Name)}
-    assert own <= HARMLESS, "what these do is unknown"
+    # `add_splits` reads, through L2, what the scan wrote, which is the previous kernel of `select`.
+    assert own <= HARMLESS | ({"add_splits"} if name == "reduce" else set()), "what these do is unknown"
     assert not {"store", "inline_asm_elementwise", "debug_barrier"} & {called(call) for call in early}
     for call in early:
         if called(call) != "load":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from synco_fast.bench.stages import index_and_similarity
 from synco_fast.kernels.triton import full_select as module
 from synco_fast.kernels.triton.config import compact_ids, form_of, generation_of, overlap_of
 
@@ -25,7 +26,9 @@ def select(inputs, hard, flag=None, ids=None, every=False):
     form = form_of(inputs.q.dtype, inputs.q.shape[1], generation_of(inputs.q.device), masked=bool(ids))
     given = (inputs.q, inputs.queue, images, queue_images, available, flag, room, packed, form, overlap_of(0), every)
     module.full_select(*given)
-    return (packed >> 32).to(torch.int32).view(torch.float32), packed.to(torch.int32).long()
+    index, similarity = index_and_similarity(packed)
+    # As a signed word, for what a row had before.
+    return similarity, index.to(torch.int32).long()
 
 
 CASES = {

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from synco_fast.bench.stages import index_and_similarity
 from synco_fast.kernels import Negatives
 from synco_fast.kernels.reference import hard_negatives
 from synco_fast.kernels.triton import config, launch
@@ -32,8 +33,7 @@ def chosen(monkeypatch, inputs, hard: int, **ids):
     def watched(*arguments):
         seen["slow"] = int(arguments[5].sum())
         original(*arguments)
-        seen["value"] = (arguments[7] >> 32).to(torch.int32).view(torch.float32)
-        seen["index"] = arguments[7] & 0xFFFFFFFF
+        seen["index"], seen["value"] = index_and_similarity(arguments[7])
 
     monkeypatch.setattr(launch, "full_select", watched)
     launch.contrast_and_gradient(*inputs, Negatives(hard=hard), temperature=0.2, seed=1, step=1, **ids)
