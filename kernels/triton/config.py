@@ -51,6 +51,7 @@ __all__ = [
     "overlap_of",
     "sampling_of",
     "segments_of",
+    "select_warps",
     "splits_of",
     "step_of",
     "table",
@@ -396,3 +397,10 @@ def segments_of(capacity: int, lists: int, share: int) -> tuple[int, int]:
     """
     many = next_power_of_2(lists)
     return many, min(next_power_of_2(share), max(2 * capacity // many, 32))
+
+
+def select_warps(places: int, form: Form, wide: int) -> int:
+    """Warps of `select` for a row's places of candidates, and vectors of ``wide`` numbers, a power of two."""
+    # Wide keys that are recomputed would put 8 bytes on the stack on compute capability 10.0.
+    places_of_a_warp = SELECT_PER_WARP // 2 if form.margin and wide > 256 else SELECT_PER_WARP
+    return max(1, min(places // places_of_a_warp, 32))

@@ -30,6 +30,7 @@ from synco_fast.kernels.triton.config import (
     overlap_of,
     sampling_of,
     segments_of,
+    select_warps,
     splits_of,
     step_of,
     table,
@@ -403,7 +404,7 @@ def _select(series: _Series, sampled: _Sample, candidates: _Candidates, sums: _S
             SPLITS=splits,
             STEP=step_of(splits, series.wide),
             DEVICE=not interpreted(),
-            num_warps=max(1, min(candidates.many * candidates.segment // config.SELECT_PER_WARP, 32)),
+            num_warps=select_warps(candidates.many * candidates.segment, form, series.wide),
         )
         sums = added
     else:
