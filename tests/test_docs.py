@@ -135,8 +135,8 @@ def test_methods(workspace):
 def test_python(workspace, monkeypatch, capsys):
     """Every block as it is printed, one after the other, with the small set's configuration as the demo's."""
     monkeypatch.setitem(PRESETS, "demo", {key: value for key, value in TINY.items() if key != "preset"})
-    names: dict = {}
-    *first, resumed, used, trainer, loss = blocks("python.md", "python")
+    names: dict = {"__name__": __name__}  # timm looks up the module of an encoder
+    *first, resumed, used, features, encoder, trainer, loss = blocks("python.md", "python")
     for block in first:
         exec(block, names)
     assert names["run"].finished
@@ -150,6 +150,10 @@ def test_python(workspace, monkeypatch, capsys):
     assert names["run"].summary["epochs"] == 3
     exec(used, names)
     assert (names["run"].folder / "report.html").is_file()
+    exec(features, names)
+    assert names["features"].values.shape == (len(names["images"]), 16)
+    exec(encoder, names)
+    assert (names["run"].folder / "export" / "safetensors" / "backbone.safetensors").is_file()
     exec(trainer, names)
     assert len(names["rates"]) == names["summary"].steps == 4
     exec(loss, names)
