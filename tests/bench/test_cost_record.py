@@ -162,7 +162,9 @@ def test_the_page_of_the_kernels():
 
 def test_the_model_beside_the_measurements():
     page = (FOLDER / "README.md").read_text()
-    told = re.findall(r"gives (\d+) us for the launches that took (\d+) on the second day, and (\d+) for those of now", page)
+    told = re.findall(
+        r"gives (\d+) us for the launches that took (\d+) on the second day, and (\d+) for those of now", page
+    )
     waited, _ = json.loads((FOLDER / "waits.json").read_text()).values()
     values = [sum(launch["microseconds"] for launch in waited["Triton 3.6.0"]["bfloat16"].values())]
     values.append(measured(day="second_day")["sum"])
