@@ -435,5 +435,6 @@ def test_the_demo_of_the_readme():
     ends = [value for row in study["rows"] for value in row["figures"]["kNN in training"]["by_seed"].values()]
     begins = [value for row in study["rows"] for value in row["untrained"]["by_seed"].values()]
     assert len(ends) == 20
+    page = " ".join(page.split())
     assert f"begin at {min(begins):.0%}".replace("%", "") + f" to {max(begins):.0%}".replace("%", " %") in page
     assert f"end at {100 * min(ends):.1f} to {100 * max(ends):.0f} %" in page
