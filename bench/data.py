@@ -38,7 +38,7 @@ from synco_fast.data.sources.stream import StreamSettings, StreamSplit
 from synco_fast.data.workers import available_cores, keep_freed_memory
 from synco_fast.kernels.views import make_views, unserved_by_triton
 from synco_fast.runtime.phases import wait_for
-from synco_fast.training.trials import feed
+from synco_fast.training.tuning.trials import feed
 
 __all__ = ["busy_seconds", "draw_photo", "has_pipeline", "make_photos", "measure_pipelines"]
 

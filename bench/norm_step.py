@@ -16,7 +16,7 @@ from synco_fast.config import build_config
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.runtime.phases import wait_for
 from synco_fast.runtime.precision import resolve_device
-from synco_fast.training.engine import Engine
+from synco_fast.training.step.engine import Engine
 
 __all__ = ["measure_norm_steps"]
 

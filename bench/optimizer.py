@@ -17,8 +17,8 @@ from synco_fast.config import OptimizerConfig
 from synco_fast.models.encoder import build_backbone
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.optim_step import OptimStep
-from synco_fast.training.audit import count_operations
-from synco_fast.training.optimizer import build_optimizer, decayed_apart
+from synco_fast.training.step.optimizer import build_optimizer, decayed_apart
+from synco_fast.training.tuning.audit import count_operations
 
 __all__ = ["build", "measure_optimizers", "unavailable"]
 

@@ -29,8 +29,8 @@ from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.phases import wait_for
 from synco_fast.runtime.precision import resolve_device
-from synco_fast.training.engine import Engine
-from synco_fast.training.forms import choose_forms
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.forms import choose_forms
 
 __all__ = ["bench_step", "measure"]
 

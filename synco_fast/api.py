@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from synco_fast.config import TrainingConfig
-    from synco_fast.training.loop import Trainer
-    from synco_fast.training.run_folder import Summary
+    from synco_fast.training.run.loop import Trainer
+    from synco_fast.training.run.run_folder import Summary
 
 __all__ = ["Run", "pretrain", "train"]
 
@@ -82,7 +82,7 @@ class Run:
         Raises:
             UserError: A line is damaged.
         """
-        from synco_fast.training.metrics import read_metrics
+        from synco_fast.training.run.metrics import read_metrics
 
         return read_metrics(self.folder)
 
@@ -281,10 +281,10 @@ def train(
     from synco_fast.evaluation.knn import PeriodicKnn
     from synco_fast.evaluation.monitor import HealthMonitor
     from synco_fast.runtime.distributed import DistEnv, init_distributed
-    from synco_fast.training.loop import Trainer
     from synco_fast.training.pretraining import Pretraining
-    from synco_fast.training.resuming import check_same_start
-    from synco_fast.training.run_folder import choose_run_folder
+    from synco_fast.training.run.loop import Trainer
+    from synco_fast.training.run.resuming import check_same_start
+    from synco_fast.training.run.run_folder import choose_run_folder
 
     with init_distributed(DistEnv.detect(), config.training.device, timeout=config.training.timeout) as control:
         check_same_start(control, "no run" if resume is None else "a run")

@@ -308,7 +308,7 @@ def test_a_killed_worker_is_one_line(run, config_file, tmp_path, monkeypatch):
     def killed(*arguments, **options):
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
 
-    monkeypatch.setattr("synco_fast.training.loop.Trainer.run", killed)
+    monkeypatch.setattr("synco_fast.training.run.loop.Trainer.run", killed)
     code, _, err = run("pretrain", "--config", config_file, "--out", tmp_path / "run")
     assert code == 2
     assert err.splitlines()[-1].startswith("error: data.workers: found a worker process that was killed (Killed)")

@@ -38,6 +38,9 @@ BESIDE = {
     ("synco_fast.generated", "synco_fast.training"),
 }
 
+#: Inside of training, from the ground up; the rest of it is the last floor.
+INNER = ("synco_fast.training.run", "synco_fast.training.step", "synco_fast.training.tuning", "synco_fast.training")
+
 
 def room(module: str) -> tuple[int, str]:
     """Floor and name of the room in which a module lies."""
@@ -97,6 +100,23 @@ def test_imports_run_one_way():
     assert sorted(violations()) == []
 
 
+def inner(module: str) -> int | None:
+    """The floor inside of training on which a module lies; None outside of training."""
+    return next((floor for floor, name in enumerate(INNER) if f"{module}.".startswith(f"{name}.")), None)
+
+
+def test_imports_inside_of_training_run_one_way():
+    known = {module for module, _ in modules()}
+    arrows = {
+        (module, target)
+        for module, file in modules()
+        for target in imported(file, known)
+        if inner(module) is not None and inner(target) is not None
+    }
+    assert {inner(module) for module, _ in arrows} == {0, 1, 2, 3}
+    assert [(module, target) for module, target in sorted(arrows) if inner(module) < inner(target)] == []
+
+
 def test_every_module_has_a_room():
     assert [module for module, _ in modules() if room(module)[0] < 0] == []
 
@@ -107,18 +127,18 @@ def test_every_module_has_a_room():
         ("synco_fast.kernels.ops", "synco_fast.runtime.errors", True),
         ("synco_fast.data.workers", "synco_fast.kernels.rng", True),
         ("synco_fast.runtime.files", "synco_fast.data.files", False),
-        ("synco_fast.runtime.optim_step", "synco_fast.training.optimizer", True),
+        ("synco_fast.runtime.optim_step", "synco_fast.training.step.optimizer", True),
         ("synco_fast.config", "synco_fast.methods", False),
         ("synco_fast.config", "synco_fast.methods.base", True),
         ("synco_fast.methods", "synco_fast.config", True),
         ("synco_fast.methods.simclr", "synco_fast.config", False),
-        ("synco_fast.methods.simclr", "synco_fast.training.engine", True),
-        ("synco_fast.training.loop", "synco_fast.evaluation.knn", True),
-        ("synco_fast.training.engine", "synco_fast.generated.adversarial_update", True),
-        ("synco_fast.generated.stage_one", "synco_fast.training.task", False),
+        ("synco_fast.methods.simclr", "synco_fast.training.step.engine", True),
+        ("synco_fast.training.run.loop", "synco_fast.evaluation.knn", True),
+        ("synco_fast.training.step.engine", "synco_fast.generated.adversarial_update", True),
+        ("synco_fast.generated.stage_one", "synco_fast.training.run.task", False),
         ("synco_fast.generated.kid", "synco_fast.export.load", True),
-        ("synco_fast.report.page", "synco_fast.training.metrics", False),
-        ("synco_fast.training.loop", "synco_fast.commands.parser", True),
+        ("synco_fast.report.page", "synco_fast.training.run.metrics", False),
+        ("synco_fast.training.run.loop", "synco_fast.commands.parser", True),
     ],
 )
 def test_the_rule_itself(module, target, refused):

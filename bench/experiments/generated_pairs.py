@@ -35,7 +35,7 @@ from synco_fast.evaluation.linear import FAST_RATES
 from synco_fast.presets import load_config
 from synco_fast.runtime.files import read_json
 from synco_fast.runtime.style import COLOURS
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 #: Title, kind of pair, negatives and color in the figures, by name.
 ARMS = {

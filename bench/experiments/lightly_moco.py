@@ -34,9 +34,9 @@ from synco_fast.methods.build import build_encoder
 from synco_fast.presets import load_config
 from synco_fast.runtime.files import read_json, write_json, write_text
 from synco_fast.runtime.style import COLOURS
-from synco_fast.training.metrics import read_metrics
-from synco_fast.training.optimizer import learning_rate
-from synco_fast.training.pipeline import open_pipeline
+from synco_fast.training.run.metrics import read_metrics
+from synco_fast.training.step.optimizer import learning_rate
+from synco_fast.training.step.pipeline import open_pipeline
 
 #: What both implementations can do.
 _SETTINGS: dict[str, Any] = {

@@ -25,9 +25,9 @@ from synco_fast.evaluation.knn import periodic_knn
 from synco_fast.presets import load_config
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import read_json
-from synco_fast.training.engine import Engine
-from synco_fast.training.loop import Trainer
 from synco_fast.training.pretraining import Pretraining
+from synco_fast.training.run.loop import Trainer
+from synco_fast.training.step.engine import Engine
 
 _PRESET, _BATCH, _ROUNDS = "synco-r50-fast", 8, 3
 _GROWING = {"augment.min_size": 16, "augment.size_step": 8}

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from synco_fast.kernels.sizes import cdiv, next_power_of_2
-from synco_fast.kernels.triton.config import TILE, Form
+from synco_fast.kernels.triton.config import TILE, TILES, Form
 from synco_fast.kernels.triton.order import NOTHING, ordered, unordered
 from synco_fast.kernels.triton.overlap import begin
 from synco_fast.kernels.triton.sample import product
@@ -70,7 +70,10 @@ def full_select(
             at a time as the buffer holds.
     """
     (rows, dim), length, hard = q.shape, len(queue), chosen.shape[1]
-    keys = min(form.keys, TILE)
+    # Where the scan uses lower precision than float32, the slow path uses float32, and the tile for it.
+    exact = bool(form.margin)
+    tile = TILES["ieee", True] if exact else form
+    keys = min(tile.keys, TILE)
     tiles = cdiv(cdiv(length, keys), _SPLITS)
     splits = cdiv(cdiv(length, keys), tiles)
     masked = images is not None
@@ -92,10 +95,9 @@ def full_select(
             tiles,
             len(room),
             D=dim,
-            PIECE=form.piece,
-            # Where the scan uses lower precision than float32, the slow path uses float32.
-            DOT=tl.float32 if form.margin else form.dot,
-            PRECISION="ieee" if form.margin else form.precision,
+            PIECE=min(form.piece, tile.piece),
+            DOT=tl.float32 if exact else form.dot,
+            PRECISION="ieee" if exact else form.precision,
             MASKED=masked,
             ROWS=TILE,
             KEYS=keys,

@@ -45,8 +45,8 @@ def _data_show(options: argparse.Namespace, console: Console) -> int:
     from synco_fast.data.pipelines.build import choose_pipeline
     from synco_fast.data.sources.open import open_source
     from synco_fast.runtime.precision import Precision, resolve_device
-    from synco_fast.training.pipeline import open_pipeline
-    from synco_fast.training.plots import draw_pairs
+    from synco_fast.training.run.plots import draw_pairs
+    from synco_fast.training.step.pipeline import open_pipeline
 
     device = resolve_device(config.training.device)
     split = open_source(config.data.source, config.data.limits, config.data.stream).train

@@ -80,8 +80,8 @@ def _pretrain_generator(options: argparse.Namespace, console: Console) -> int:
     check_source(config.source)
     load_torch(console)
     from synco_fast.generated.stage_one import GeneratorTraining
-    from synco_fast.training.loop import Trainer
-    from synco_fast.training.run_folder import choose_run_folder
+    from synco_fast.training.run.loop import Trainer
+    from synco_fast.training.run.run_folder import choose_run_folder
 
     folder = options.resume or choose_run_folder(options.out, "generator", config.source)
     task = GeneratorTraining(config, _features(config.encoder) if config.encoder and config.kid_every else None)

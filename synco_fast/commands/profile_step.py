@@ -48,7 +48,7 @@ def _profile_step(options: argparse.Namespace, console: Console) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     load_torch(console)
-    from synco_fast.training.profiler import profile_step
+    from synco_fast.training.tuning.profiler import profile_step
 
     folder = options.out or Path("profiles") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     report = profile_step(config, folder, steps=options.steps)

@@ -33,7 +33,7 @@ from synco_fast.runtime.checkpoint import find_checkpoint, load_weights
 from synco_fast.runtime.errors import CheckpointError, ConfigError
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import resolve_device
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 __all__ = ["GENERATED", "Generated", "build", "load_stage_one"]
 

@@ -37,10 +37,10 @@ from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.changes import explain_changes
-from synco_fast.training.metrics import RunningMeans, read_metrics
-from synco_fast.training.task import Notes, TrainerSettings
-from synco_fast.training.throughput import Throughput
-from synco_fast.training.writers import MetricLog
+from synco_fast.training.run.metrics import RunningMeans, read_metrics
+from synco_fast.training.run.task import Notes, TrainerSettings
+from synco_fast.training.run.throughput import Throughput
+from synco_fast.training.run.writers import MetricLog
 
 __all__ = ["GeneratorTraining"]
 

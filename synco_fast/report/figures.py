@@ -12,7 +12,7 @@ from torch import Tensor
 
 from synco_fast.report.runs import Run
 from synco_fast.runtime.style import columns_of, plain, told_apart
-from synco_fast.training.plots import PANELS, draw_panel
+from synco_fast.training.run.plots import PANELS, draw_panel
 
 __all__ = ["draw_confusion", "draw_map", "draw_run"]
 

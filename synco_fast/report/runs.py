@@ -14,7 +14,7 @@ from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import read_json
 from synco_fast.runtime.results import Result, columns, read_results
 from synco_fast.runtime.run_config import read_run_config
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 __all__ = ["IN_TRAINING", "Run", "accuracy_columns", "mean_and_deviation", "read_run"]
 

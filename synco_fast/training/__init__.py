@@ -1,1 +1,1 @@
-"""Training: the trainer, the engine of a step, optimizers, metrics, run folders."""
+"""Training: pretraining as a task; its rooms are ``run`` (of any task), ``step`` and ``tuning`` (what a step costs)."""

@@ -21,20 +21,20 @@ from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError
 from synco_fast.runtime.files import read_json, write_json
 from synco_fast.runtime.migrations import OldLayoutWarning
 from synco_fast.runtime.precision import resolve_device
-from synco_fast.training.autotune import Auto
 from synco_fast.training.bad_images import CorruptImages
 from synco_fast.training.changes import explain_changes
-from synco_fast.training.engine import Engine
-from synco_fast.training.forms import Form, choose_forms, chosen_here, forms_state
-from synco_fast.training.metrics import read_metrics
 from synco_fast.training.observers import Evaluate, Monitor
-from synco_fast.training.plots import draw_pairs, is_whole
-from synco_fast.training.run_folder import Summary, close_run
+from synco_fast.training.run.metrics import read_metrics
+from synco_fast.training.run.plots import draw_pairs, is_whole
+from synco_fast.training.run.run_folder import Summary, close_run
+from synco_fast.training.run.task import Notes, TrainerSettings
+from synco_fast.training.run.throughput import Throughput
+from synco_fast.training.run.writers import TRACKERS, MetricLog
 from synco_fast.training.same_images import SameImages
-from synco_fast.training.task import Notes, TrainerSettings
-from synco_fast.training.throughput import Throughput
-from synco_fast.training.trials import try_largest
-from synco_fast.training.writers import TRACKERS, MetricLog
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.forms import Form, choose_forms, chosen_here, forms_state
+from synco_fast.training.tuning.autotune import Auto
+from synco_fast.training.tuning.trials import try_largest
 
 __all__ = ["Pretraining"]
 

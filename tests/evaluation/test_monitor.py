@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 from synco_fast.evaluation.health import rankme, uniformity
 from synco_fast.evaluation.monitor import HealthMonitor, feature_figures
 from synco_fast.methods.base import Recent
-from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
+from synco_fast.training.run.loop import Trainer
+from synco_fast.training.run.metrics import read_metrics
 
 from ..support.training import assert_identical, newest, pretrain, screen
 from .test_health import CONTRACTED, LEARNED, noise

@@ -16,8 +16,8 @@ from synco_fast.evaluation.context import EvalOptions, check_labels, open_contex
 from synco_fast.evaluation.finetune import evaluate_finetune, published_protocol
 from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear
 from synco_fast.runtime.errors import DataError
-from synco_fast.training.run_folder import close_run
-from synco_fast.training.throughput import Throughput
+from synco_fast.training.run.run_folder import close_run
+from synco_fast.training.run.throughput import Throughput
 
 ONE = replace(PUBLISHED, epochs=1, batch=8)
 OPTIONS = EvalOptions(workers=0, precision="fp32")

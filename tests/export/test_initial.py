@@ -16,8 +16,8 @@ from synco_fast.methods.build import build_method
 from synco_fast.models.encoder import Encoder, build_backbone
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.errors import ConfigError, UserError
-from synco_fast.training.loop import Trainer
 from synco_fast.training.pretraining import Pretraining
+from synco_fast.training.run.loop import Trainer
 
 from ..support.runs import STOCK, published
 from ..support.training import screen

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from synco_fast.generated.config import GeneratorConfig, build_generator_config
 from synco_fast.generated.stage_one import GeneratorTraining
-from synco_fast.training.loop import Trainer
+from synco_fast.training.run.loop import Trainer
 
 SMALL = {
     "workers": 0,

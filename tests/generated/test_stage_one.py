@@ -17,7 +17,7 @@ from synco_fast.generated.kid import KID, Features
 from synco_fast.runtime import memory
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.errors import ConfigError, DivergedError
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 from ..support.training import assert_identical, figures, pretrain, screen, stop_after
 from .conftest import SMALL

@@ -10,7 +10,7 @@ from PIL import Image
 from synco_fast.generated.plots import draw_pair_curves
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError, DivergedError
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 from ..support.training import assert_identical, pretrain, stop_after, trainer
 from .conftest import generator_trainer

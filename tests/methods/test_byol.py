@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from synco_fast.config import build_config
 from synco_fast.methods.base import Encoders, Views
 from synco_fast.methods.build import build_method
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 from tests.support.rotation import in_turn
 
 from ..conftest import TINY

@@ -93,7 +93,7 @@ def test_auto_keeps_the_dtype_that_a_run_began_with(tiny):
 
 
 def test_an_odd_queue_of_halves_has_a_hash(tiny):
-    from synco_fast.training.engine import Engine
+    from synco_fast.training.step.engine import Engine
 
     config = tiny({**HALF, "method.queue": 33, "model.dim": 15, "training.batch": 8})
     engine = Engine(config, steps_per_epoch=4)

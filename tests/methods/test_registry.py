@@ -15,7 +15,7 @@ from synco_fast.methods import EXTRAS, METHODS, extra_of, with_queue
 from synco_fast.methods.build import build_method
 from synco_fast.presets import PRESETS, load_config
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.training.engine import Engine
+from synco_fast.training.step.engine import Engine
 
 from ..conftest import TINY
 

@@ -18,7 +18,7 @@ from synco_fast.generated.config import build_generator_config
 from synco_fast.runtime.checkpoint import save_checkpoint
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.migrations import OldLayoutWarning, migrate_checkpoint
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 from ..support.training import assert_identical, newest, trainer
 

@@ -9,7 +9,7 @@ import torch
 
 from synco_fast.runtime.precision import Precision
 from synco_fast.runtime.torch_state import torch_state_kept
-from synco_fast.training import parallel
+from synco_fast.training.step import parallel
 
 CUDNN, GPU = torch.backends.cudnn, torch.device("cuda")
 

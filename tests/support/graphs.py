@@ -10,9 +10,9 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from synco_fast.training import autotune, trials
-from synco_fast.training import engine as engine_module
-from synco_fast.training.engine import Engine
+from synco_fast.training.step import engine as engine_module
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.tuning import autotune, trials
 
 #: Eager steps of DDP before a capture, in the place of eleven.
 WARMUP = 3

@@ -20,11 +20,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from synco_fast.cli import main
 from synco_fast.config import Config
 from synco_fast.runtime import dist_env
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 WORKER = Path(__file__).with_name("worker.py")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["synco_fast.training.loop", "synco_fast.training.pretraining"])
+CONTEXT.set_forkserver_preload(["synco_fast.training.run.loop", "synco_fast.training.pretraining"])
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.presets import load_config
 from synco_fast.runtime.optim_step import OptimStep
-from synco_fast.training.audit import count_operations
-from synco_fast.training.engine import Engine
-from synco_fast.training.optimizer import build_optimizer
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.optimizer import build_optimizer
+from synco_fast.training.tuning.audit import count_operations
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 BEGIN, END = "<!-- audit: python -m tests.support.launches -->\n", "<!-- end of the audit -->\n"

@@ -16,7 +16,7 @@ from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear_fast
 from synco_fast.methods.build import build_method
 from synco_fast.runtime.checkpoint import save_checkpoint
 from synco_fast.runtime.files import write_json
-from synco_fast.training.run_folder import describe_run
+from synco_fast.training.run.run_folder import describe_run
 
 #: Models that the libraries have under that name, small enough for a test.
 STOCK = {"model.backbone": "resnet18", "model.backbone_args": {}, "augment.size": 64, "augment.evaluation_resize": 64}

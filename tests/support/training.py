@@ -16,10 +16,10 @@ from synco_fast.config import Config
 from synco_fast.evaluation.knn import PeriodicKnn
 from synco_fast.evaluation.monitor import HealthMonitor
 from synco_fast.runtime.checkpoint import find_checkpoint
-from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
-from synco_fast.training.run_folder import Summary, choose_run_folder
+from synco_fast.training.run.loop import Trainer
+from synco_fast.training.run.metrics import read_metrics
+from synco_fast.training.run.run_folder import Summary, choose_run_folder
 
 #: What a clock or the machine decides.
 OF_THE_MACHINE = ("images_per_second", "data_wait", "memory_mib", "generators_time")

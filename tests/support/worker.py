@@ -17,8 +17,8 @@ from synco_fast.evaluation.monitor import HealthMonitor
 from synco_fast.runtime import dist_env
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import DataError, UserError
-from synco_fast.training.loop import Trainer
 from synco_fast.training.pretraining import Pretraining
+from synco_fast.training.run.loop import Trainer
 
 given = globals()
 VARIABLES: dict[str, str] = given["VARIABLES"]

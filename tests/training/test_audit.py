@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from synco_fast.runtime.phases import phase
-from synco_fast.training.audit import OTHER, count_operations
+from synco_fast.training.tuning.audit import OTHER, count_operations
 
 from ..support import launches
 

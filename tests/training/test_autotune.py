@@ -15,12 +15,12 @@ from synco_fast.data.pipelines.build import pipelines_for
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import DataError
 from synco_fast.runtime.optim_step import OptimStep
-from synco_fast.training import autotune, trials
-from synco_fast.training import engine as engine_module
-from synco_fast.training.autotune import Auto, fastest
-from synco_fast.training.engine import Engine
 from synco_fast.training.pretraining import Pretraining
-from synco_fast.training.trials import EngineTrial, trial, try_engines, try_pipeline
+from synco_fast.training.step import engine as engine_module
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.tuning import autotune, trials
+from synco_fast.training.tuning.autotune import Auto, fastest
+from synco_fast.training.tuning.trials import EngineTrial, trial, try_engines, try_pipeline
 
 from ..support.training import assert_identical, figures, flat, newest, pretrain, stop_after, trainer
 

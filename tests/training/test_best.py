@@ -9,10 +9,10 @@ from rich.console import Console
 from synco_fast.export.load import read_weights
 from synco_fast.runtime.checkpoint import BEST, keep_best, load_checkpoint
 from synco_fast.runtime.errors import CheckpointError
-from synco_fast.training import loop
-from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
+from synco_fast.training.run import loop
+from synco_fast.training.run.loop import Trainer
+from synco_fast.training.run.metrics import read_metrics
 
 BESTS = {"training.keep_best": True, "training.keep": 1, "training.epochs": 4}
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from synco_fast.data.pipelines.base import Batch
 from synco_fast.models.batch_norm import SplitBatchNorm2d
-from synco_fast.training import compiled
-from synco_fast.training.compiled import Compiled
-from synco_fast.training.engine import Engine
+from synco_fast.training.step import compiled
+from synco_fast.training.step.compiled import Compiled
+from synco_fast.training.step.engine import Engine
 
 MILD = {"training.batch": 16, "optimizer.lr": 0.05, "evaluation.every": 0, "method.warmup_epochs": 1}
 

@@ -12,10 +12,10 @@ from synco_fast.cli import main
 from synco_fast.config import build_config
 from synco_fast.export.load import read_weights
 from synco_fast.runtime.errors import CheckpointError, DataError, UserError
-from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
-from synco_fast.training.writers import JsonlWriter
+from synco_fast.training.run.loop import Trainer
+from synco_fast.training.run.metrics import read_metrics
+from synco_fast.training.run.writers import JsonlWriter
 
 from ..conftest import TINY
 from ..support.training import screen, trainer

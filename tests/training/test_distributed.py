@@ -15,7 +15,7 @@ from synco_fast.runtime import distributed, heartbeat
 from synco_fast.runtime.checkpoint import find_checkpoint
 from synco_fast.runtime.distributed import DistEnv, init_distributed
 from synco_fast.runtime.errors import ConfigError, LostProcessError
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 from tests.support.rotation import in_turn, todays
 
 from ..support.job import Job, losses, run_job, under_torchrun

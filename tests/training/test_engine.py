@@ -11,8 +11,8 @@ import torch
 from synco_fast.config import build_config
 from synco_fast.data.pipelines.base import Batch, normalise
 from synco_fast.data.seeding import derive_seed
-from synco_fast.training.engine import Engine
-from synco_fast.training.optimizer import key_momentum, learning_rate
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.optimizer import key_momentum, learning_rate
 
 from ..conftest import TINY
 from ..support.training import assert_identical

@@ -19,10 +19,11 @@ from synco_fast.methods import contrastive
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.first_use import Outcome, key_of
-from synco_fast.training import autotune, forms
-from synco_fast.training.autotune import Auto
-from synco_fast.training.engine import Engine
-from synco_fast.training.forms import Form, choose_forms, choose_views, forms_state
+from synco_fast.training.step import forms
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.forms import Form, choose_forms, choose_views, forms_state
+from synco_fast.training.tuning import autotune
+from synco_fast.training.tuning.autotune import Auto
 
 from ..support.training import assert_identical, newest, screen, stop_after, trainer
 

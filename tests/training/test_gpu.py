@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.base import Batch, normalise
-from synco_fast.training import engine as engine_module
-from synco_fast.training.engine import Engine
-from synco_fast.training.parallel import DDP_GRAPH_WARMUP, on_all_processes
+from synco_fast.training.step import engine as engine_module
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.parallel import DDP_GRAPH_WARMUP, on_all_processes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -88,7 +88,7 @@ def test_a_job_of_captured_steps_ends(tiny, tmp_path):
 FAILS = """
 import torch
 from synco_fast.methods.base import StepInputs
-from synco_fast.training.compiled import GRAPH_WARMUP, GraphedStep
+from synco_fast.training.step.compiled import GRAPH_WARMUP, GraphedStep
 
 device, notes, drawn = torch.device("cuda", 0), [], []
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from synco_fast.methods.base import StepInputs
-from synco_fast.training.compiled import GRAPH_WARMUP, GraphedStep
-from synco_fast.training.parallel import DDP_GRAPH_WARMUP
+from synco_fast.training.step.compiled import GRAPH_WARMUP, GraphedStep
+from synco_fast.training.step.parallel import DDP_GRAPH_WARMUP
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.optim_step import OptimStep
-from synco_fast.training.audit import OperationCounter
-from synco_fast.training.optimizer import build_optimizer
+from synco_fast.training.step.optimizer import build_optimizer
+from synco_fast.training.tuning.audit import OperationCounter
 
 CPU = torch.device("cpu")
 

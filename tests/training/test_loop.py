@@ -30,11 +30,11 @@ from synco_fast.evaluation.monitor import HealthMonitor
 from synco_fast.methods import with_queue
 from synco_fast.runtime.checkpoint import checkpoints_in
 from synco_fast.runtime.errors import ConfigError, DataError, DivergedError, UserError
-from synco_fast.training.loop import Trainer
-from synco_fast.training.metrics import read_metrics
 from synco_fast.training.pretraining import Pretraining
-from synco_fast.training.run_folder import describe_run
-from synco_fast.training.writers import JsonlWriter
+from synco_fast.training.run.loop import Trainer
+from synco_fast.training.run.metrics import read_metrics
+from synco_fast.training.run.run_folder import describe_run
+from synco_fast.training.run.writers import JsonlWriter
 from tests.support.rotation import todays
 
 from ..support.training import assert_identical, figures, newest, pretrain, screen, stop_after, trainer

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from synco_fast.runtime.errors import ConfigError, UserError
-from synco_fast.training.metrics import RunningMeans, read_metrics
-from synco_fast.training.writers import JsonlWriter, MetricLog, TensorBoardWriter, WandbWriter, open_log
+from synco_fast.training.run.metrics import RunningMeans, read_metrics
+from synco_fast.training.run.writers import JsonlWriter, MetricLog, TensorBoardWriter, WandbWriter, open_log
 
 
 def test_means_over_steps_without_what_was_not_measured():

@@ -7,8 +7,8 @@ from torch import nn
 from synco_fast.config import OptimizerConfig
 from synco_fast.models.batch_norm import SplitBatchNorm2d
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
-from synco_fast.training.optimizer import build_optimizer
-from synco_fast.training.statistics import RunningStatistics
+from synco_fast.training.step.optimizer import build_optimizer
+from synco_fast.training.step.statistics import RunningStatistics
 
 CPU = torch.device("cpu")
 

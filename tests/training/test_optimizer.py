@@ -9,7 +9,7 @@ from torch import nn
 
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
+from synco_fast.training.step.optimizer import build_optimizer, key_momentum, learning_rate
 
 CPU = torch.device("cpu")
 

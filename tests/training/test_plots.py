@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from synco_fast.data.pipelines.base import Batch
-from synco_fast.training.plots import PANELS, draw_curves, draw_pairs, draw_panel, synthetic_start
+from synco_fast.training.run.plots import PANELS, draw_curves, draw_pairs, draw_panel, synthetic_start
 
 
 def train(step: int, **values: float) -> dict:

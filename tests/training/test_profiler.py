@@ -6,7 +6,7 @@ import torch
 
 from synco_fast.cli import main
 from synco_fast.runtime.phases import PHASES, phase, recorded_by
-from synco_fast.training.profiler import PhaseClock
+from synco_fast.training.tuning.profiler import PhaseClock
 
 
 def test_phases_are_timed_only_where_a_recorder_is_active():

@@ -15,12 +15,14 @@ from synco_fast.methods.base import StepInputs
 from synco_fast.presets import load_config
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.training import forms, throughput, trials
-from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, allow_shapes
-from synco_fast.training.engine import Engine
-from synco_fast.training.metrics import read_metrics
-from synco_fast.training.throughput import Throughput
-from synco_fast.training.trials import try_largest
+from synco_fast.training.run import throughput
+from synco_fast.training.run.metrics import read_metrics
+from synco_fast.training.run.throughput import Throughput
+from synco_fast.training.step import forms
+from synco_fast.training.step.compiled import GRAPH_WARMUP, Compiled, GraphedStep, allow_shapes
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.tuning import trials
+from synco_fast.training.tuning.trials import try_largest
 
 from ..support.graphs import Graph, stand_in
 from ..support.training import assert_identical, figures, newest, pretrain, stop_after, trainer
@@ -91,7 +93,7 @@ def test_a_first_size_that_the_network_cannot_take_is_refused_at_the_start(tiny)
 
 
 def test_a_run_grows_and_one_that_is_stopped_within_the_ramp_is_never_stopped(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("synco_fast.training.engine._SETTLING_STEPS", 0)
+    monkeypatch.setattr("synco_fast.training.step.engine._SETTLING_STEPS", 0)
     short = {"training.epochs": 3, "augment.end_ramp": 2, "training.batch": 16, "evaluation.every": 0}
     config, seen, side = tiny({**GROWING, **short}), [], [16, 16, 24, 24, 32, 32]
     whole = pretrain(config, tmp_path / "whole")
@@ -170,8 +172,8 @@ def test_a_step_is_compiled_for_every_side(monkeypatch):
     from torch._dynamo import config as dynamo
 
     compiled, sides = [], 4
-    monkeypatch.setattr("synco_fast.training.compiled.BACKEND", lambda graph, inputs: compiled.append(1) or graph)
-    monkeypatch.setattr("synco_fast.training.compiled._CODE_PER_SHAPE", 1)
+    monkeypatch.setattr("synco_fast.training.step.compiled.BACKEND", lambda graph, inputs: compiled.append(1) or graph)
+    monkeypatch.setattr("synco_fast.training.step.compiled._CODE_PER_SHAPE", 1)
     torch._dynamo.reset()
     notes = []
     # Not by `monkeypatch`, which would delete the setting afterwards.
@@ -232,7 +234,8 @@ def test_nothing_is_tried_on_a_cpu_or_with_one_side(tiny, monkeypatch):
 
 
 def test_auto_measures_at_the_full_size(tiny, monkeypatch, tmp_path):
-    from synco_fast.training import autotune, pretraining
+    from synco_fast.training import pretraining
+    from synco_fast.training.tuning import autotune
 
     sides = []
     monkeypatch.setattr(autotune, "MIN_STEPS", 1)

@@ -9,7 +9,7 @@ import pytest
 
 from synco_fast.runtime.checkpoint import save_checkpoint
 from synco_fast.runtime.errors import CheckpointError, ConfigError
-from synco_fast.training.resuming import check_same_start, find_start
+from synco_fast.training.run.resuming import check_same_start, find_start
 
 
 class Told:

@@ -13,9 +13,9 @@ import pytest
 
 from synco_fast.cli import main
 from synco_fast.runtime.errors import ConfigError
-from synco_fast.training import run_lock
-from synco_fast.training.run_folder import describe_run
-from synco_fast.training.run_lock import RunLock
+from synco_fast.training.run import run_lock
+from synco_fast.training.run.run_folder import describe_run
+from synco_fast.training.run.run_lock import RunLock
 
 from ..generated.conftest import SMALL
 from ..support.training import trainer
@@ -24,7 +24,7 @@ from ..support.training import trainer
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from synco_fast.training.run_lock import RunLock
+from synco_fast.training.run.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]), print)
 lock.take()
 worker = os.fork()

@@ -18,11 +18,11 @@ import torch
 
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.errors import ConfigError, DataError
-from synco_fast.training import throughput
 from synco_fast.training.bad_images import CorruptImages
-from synco_fast.training.run_folder import choose_run_folder
-from synco_fast.training.stopping import StopSignals
-from synco_fast.training.throughput import Throughput
+from synco_fast.training.run import throughput
+from synco_fast.training.run.run_folder import choose_run_folder
+from synco_fast.training.run.stopping import StopSignals
+from synco_fast.training.run.throughput import Throughput
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_throughput_goes_on_after_a_checkpoint(clock):
 def test_a_signal_asks_and_a_second_one_interrupts(number, monkeypatch):
     """Those that come together are one: of a terminal and of a study, or of Slurm and of torchrun."""
     now = [100.0]
-    monkeypatch.setattr("synco_fast.training.stopping.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("synco_fast.training.run.stopping.time.monotonic", lambda: now[0])
     before = signal.getsignal(number)
     stopping = StopSignals(HostGroup(DistEnv()), minutes=None)
     with stopping.on_signals():
@@ -187,7 +187,7 @@ class Processes:
 def test_processes_agree_about_once_a_second_and_after_ten_steps_at_the_latest(monkeypatch, own, other, between):
     """torchrun kills 30 s after SIGTERM: ten steps of four seconds would not get to a checkpoint."""
     clock, control = [0.0], Processes()
-    monkeypatch.setattr("synco_fast.training.stopping.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("synco_fast.training.run.stopping.time.monotonic", lambda: clock[0])
     stopping = StopSignals(control, minutes=None)
     exchanged, since = [], 0.0
     for step in range(1, 41):
@@ -223,7 +223,7 @@ def test_hanging_up_asks_as_often_as_it_comes_and_nohup_keeps_it_away():
 WRITER = """
 import sys, time
 from types import SimpleNamespace
-from synco_fast.training.stopping import StopSignals
+from synco_fast.training.run.stopping import StopSignals
 stopping = StopSignals(SimpleNamespace(max=lambda *wishes: wishes), None)
 with stopping.on_signals():
     print("ready", flush=True)

@@ -14,7 +14,7 @@ from torch import nn
 from synco_fast.config import OptimizerConfig
 from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.optim_step import build_sgd
-from synco_fast.training.large_batch import Lamb, Lars
+from synco_fast.training.step.large_batch import Lamb, Lars
 
 __all__ = ["build_optimizer", "decayed_apart", "key_momentum", "learning_rate"]
 

@@ -21,8 +21,8 @@ from synco_fast.runtime.errors import ConfigError, UserError, first_line
 from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import SkippedSteps
 from synco_fast.runtime.phases import wait_for
-from synco_fast.training.engine import Engine
-from synco_fast.training.metrics import RunningMeans
+from synco_fast.training.run.metrics import RunningMeans
+from synco_fast.training.step.engine import Engine
 
 __all__ = ["EngineTrial", "PipelineTrial", "feed", "reason_of", "trial", "try_engines", "try_largest", "try_pipeline"]
 

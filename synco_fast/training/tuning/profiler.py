@@ -17,9 +17,9 @@ from synco_fast.data.sources.open import open_source
 from synco_fast.runtime.distributed import DistEnv, HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.phases import PHASES, Mark, mark, phase, recorded_by, seconds_between, wait_for
-from synco_fast.training.engine import Engine
-from synco_fast.training.forms import choose_forms, choose_views
-from synco_fast.training.pipeline import open_pipeline
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.forms import choose_forms, choose_views
+from synco_fast.training.step.pipeline import open_pipeline
 
 __all__ = ["PhaseClock", "profile_step"]
 

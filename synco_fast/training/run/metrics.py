@@ -1,4 +1,4 @@
-"""Metrics: averaged on the device, and read back from ``metrics.jsonl``; `synco_fast.training.writers` writes them."""
+"""Metrics: averaged on the device, and read back from ``metrics.jsonl``, which `writers.py` beside it writes."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from synco_fast.runtime.errors import ConfigError, UserError, first_line
 from synco_fast.runtime.files import read_json, write_json, write_text
-from synco_fast.training.metrics import read_metrics
+from synco_fast.training.run.metrics import read_metrics
 
 __all__ = [
     "TRACKERS",

@@ -21,10 +21,10 @@ from synco_fast.runtime.errors import ConfigError
 from synco_fast.runtime.files import check_writable, write_json
 from synco_fast.runtime.precision import resolve_device
 from synco_fast.runtime.run_config import holds_run, write_run_config
-from synco_fast.training.metrics import read_metrics
-from synco_fast.training.plots import draw_curves
-from synco_fast.training.task import RunConfig
-from synco_fast.training.throughput import Throughput
+from synco_fast.training.run.metrics import read_metrics
+from synco_fast.training.run.plots import draw_curves
+from synco_fast.training.run.task import RunConfig
+from synco_fast.training.run.throughput import Throughput
 
 __all__ = ["Summary", "choose_run_folder", "close_run", "describe_run", "refuse_run"]
 

@@ -26,10 +26,10 @@ from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.files import write_json
 from synco_fast.runtime.names import EngineName
-from synco_fast.training.engine import Engine
-from synco_fast.training.forms import choose_views, chosen_here
-from synco_fast.training.pipeline import open_pipeline
-from synco_fast.training.trials import EngineTrial, PipelineTrial, feed, reason_of, try_engines, try_pipeline
+from synco_fast.training.step.engine import Engine
+from synco_fast.training.step.forms import choose_views, chosen_here
+from synco_fast.training.step.pipeline import open_pipeline
+from synco_fast.training.tuning.trials import EngineTrial, PipelineTrial, feed, reason_of, try_engines, try_pipeline
 
 __all__ = ["FILE", "Auto", "engines_for", "fastest", "scope_of"]
 
@@ -96,7 +96,7 @@ class Auto:
         All processes call it.
 
         Args:
-            kept: `synco_fast.training.forms.forms_state` of the resumed checkpoint, as in `choose_forms`.
+            kept: `synco_fast.training.step.forms.forms_state` of the resumed checkpoint, as in `choose_forms`.
         """
         self._kept = kept
         if self._stored is not None:

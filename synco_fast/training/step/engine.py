@@ -25,12 +25,12 @@ from synco_fast.runtime.names import EngineName
 from synco_fast.runtime.optim_step import OptimStep, SkippedSteps
 from synco_fast.runtime.phases import phase
 from synco_fast.runtime.precision import Precision, memory_format, resolve_device
-from synco_fast.training.compiled import GRAPH_WARMUP, Compiled, GraphedStep, allow_shapes, keep_compile_cache
-from synco_fast.training.forms import Form
-from synco_fast.training.metrics import RunningMeans
-from synco_fast.training.optimizer import build_optimizer, key_momentum, learning_rate
-from synco_fast.training.parallel import DDP_GRAPH_WARMUP, on_all_processes, works_on_all
-from synco_fast.training.statistics import RunningStatistics
+from synco_fast.training.run.metrics import RunningMeans
+from synco_fast.training.step.compiled import GRAPH_WARMUP, Compiled, GraphedStep, allow_shapes, keep_compile_cache
+from synco_fast.training.step.forms import Form
+from synco_fast.training.step.optimizer import build_optimizer, key_momentum, learning_rate
+from synco_fast.training.step.parallel import DDP_GRAPH_WARMUP, on_all_processes, works_on_all
+from synco_fast.training.step.statistics import RunningStatistics
 
 __all__ = ["Engine"]
 

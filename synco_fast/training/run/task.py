@@ -11,8 +11,8 @@ import torch
 
 from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.optim_step import SkippedSteps
-from synco_fast.training.throughput import Throughput
-from synco_fast.training.writers import MetricLog
+from synco_fast.training.run.throughput import Throughput
+from synco_fast.training.run.writers import MetricLog
 
 __all__ = ["Notes", "RunConfig", "Task", "TrainerSettings"]
 
@@ -44,7 +44,8 @@ class TrainerSettings:
         max_skipped_key: Its key in the configuration.
         max_time: Minutes after which the run stops; None for no limit.
         settling: First steps that are excluded from throughput.
-        trackers: By name in `synco_fast.training.writers.TRACKERS`, a project or experiment; None for one that is off.
+        trackers: By name in `TRACKERS` of `synco_fast.training.run.writers`, a project or experiment; None for one that
+            is off.
         keep_best: Whether the checkpoint of the highest score is kept as ``best.pt``.
         stop_at: Step after which this start of the run stops, as after a signal; None for no limit.
     """

@@ -23,7 +23,7 @@ from synco_fast.runtime.distributed import HostGroup
 from synco_fast.runtime.first_use import Outcome, Prover, device_facts
 
 if TYPE_CHECKING:
-    from synco_fast.training.engine import Engine
+    from synco_fast.training.step.engine import Engine
 
 __all__ = ["Form", "choose_forms", "choose_views", "chosen_here", "forms_state"]
 

@@ -23,14 +23,14 @@ from synco_fast.runtime.errors import (
     first_line,
 )
 from synco_fast.runtime.files import UNWRITABLE
-from synco_fast.training.progress import Reporter
-from synco_fast.training.resuming import find_start
-from synco_fast.training.run_folder import describe_run, refuse_run
-from synco_fast.training.run_lock import RunLock
-from synco_fast.training.stopping import StopSignals
-from synco_fast.training.task import Task
-from synco_fast.training.throughput import Throughput
-from synco_fast.training.writers import MetricLog, open_log
+from synco_fast.training.run.progress import Reporter
+from synco_fast.training.run.resuming import find_start
+from synco_fast.training.run.run_folder import describe_run, refuse_run
+from synco_fast.training.run.run_lock import RunLock
+from synco_fast.training.run.stopping import StopSignals
+from synco_fast.training.run.task import Task
+from synco_fast.training.run.throughput import Throughput
+from synco_fast.training.run.writers import MetricLog, open_log
 
 __all__ = ["Trainer"]
 
