@@ -71,6 +71,21 @@ def test_every_printed_command_parses():
         assert set(overrides_of(rest)) <= keys, line
 
 
+def test_every_key_that_a_page_names_is_there():
+    """In the text, where no command is parsed; `method.base` is named as an older one."""
+    from synco_fast.config import SECTIONS, Config
+    from synco_fast.explain import known_keys
+
+    known, count = {*known_keys(Config), "method.base"}, 0
+    for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
+        for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            named = re.findall(rf"(?:^|\s|--)((?:{'|'.join(SECTIONS)})\.[a-z_0-9]+)(?![\w./])", span)
+            unknown = [key for key in named if key not in known and not key.endswith((".safetensors", ".png"))]
+            assert not unknown, f"{page.name}: {span}"
+            count += len(named)
+    assert count > 150
+
+
 @pytest.mark.slow
 @in_turn(1, 3)
 def test_evaluation(workspace, voc):
