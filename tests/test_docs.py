@@ -86,6 +86,16 @@ def test_every_key_that_a_page_names_is_there():
     assert count > 150
 
 
+def test_the_yaml_that_a_page_shows_is_read(tmp_path):
+    from synco_fast.presets import load_config
+
+    (block,) = blocks("training.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(block)
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert (config.preset, config.training.batch, config.method.cooldown_epochs) == ("synco-r50-200", 512, 20)
+    assert config.evaluation.train_images == 128_000, "that of the preset"
+
+
 @pytest.mark.slow
 @in_turn(1, 3)
 def test_evaluation(workspace, voc):
