@@ -1,1 +1,1 @@
-"""Training: pretraining as a task; its packages are ``run`` (of any task), ``step`` and ``tuning`` (engine, pipeline)."""
+"""Training: pretraining as a task; its packages are ``run`` (of any task), ``step`` and ``tuning`` (its cost)."""
