@@ -2,7 +2,7 @@
 
     python examples/plain_pytorch.py --data /data/photos
 
-Pretrains a ResNet-18 on a folder of images (`torchvision.datasets.ImageFolder`) and writes its backbone.
+Pretrains a ResNet-18 on a folder of class folders (`torchvision.datasets.ImageFolder`) and writes its backbone.
 """
 
 from __future__ import annotations

@@ -51,9 +51,11 @@ class DataConfig(Section):
     fraction: float = Field(1.0, gt=0, le=1, description="Fraction of the training images to use")
     pipeline: PipelineName = Field(
         "auto",
-        description="Data pipeline; auto: by the device, in a long run the one that is measured to serve the step",
+        description="Data pipeline; auto: by the device; a long run measures which one keeps up with the training step",
     )
-    decode: Decode = Field("once", description="DALI: decode the image once, or the window of each view")
+    decode: Decode = Field(
+        "once", description="DALI: decode the whole image once for both views, or the region of each view"
+    )
     hw_decoder_load: float | None = Field(
         None, ge=0, le=1, description="DALI: fraction of the JPEG files for the GPU's JPEG decoder; null: by the GPU"
     )
@@ -64,19 +66,21 @@ class DataConfig(Section):
         None, ge=0, le=65_535, description="DALI: height of images to allocate decoder memory for; null: by the GPU"
     )
     jpeg_fancy_upsampling: bool = Field(True, description="DALI: interpolate chroma as Pillow does")
-    dali_threads: int | None = Field(None, ge=1, le=1024, description="DALI: its threads on a rank; null: by the GPU")
-    workers: int | None = Field(None, ge=0, le=1024, description="Decoding processes a rank; null: its cores, 0: none")
+    dali_threads: int | None = Field(None, ge=1, le=1024, description="DALI: threads per rank; null: by the GPU")
+    workers: int | None = Field(
+        None, ge=0, le=1024, description="Decoding processes per rank; null: one per core that it has, 0: none"
+    )
     images: int | None = Field(
-        None, ge=1, lt=1 << 48, description="stream: images in an epoch; null: those that an index counts"
+        None, ge=1, lt=1 << 48, description="Stream: images per epoch; null: as many as an index counts"
     )
     shuffle_buffer: int = Field(
-        8192, ge=1, le=1 << 24, description="stream: images in the shuffle buffers of all readers together"
+        8192, ge=1, le=1 << 24, description="Stream: images in the shuffle buffers of all readers together"
     )
     readers: int | None = Field(
         None,
         ge=1,
         le=65_536,
-        description="stream: shards read side by side, over all processes and workers; null: up to 16, by the batch",
+        description="Stream: shards read in parallel, over all processes and workers; null: up to 16, by the batch",
     )
     max_corrupt: Fraction = Field(0.01, description="Fraction of corrupt images above which the run stops")
     max_file_bytes: int = Field(
@@ -135,7 +139,8 @@ class ModelConfig(Section):
     )
     norm: Literal["auto", "plain", "fused"] = Field(
         "auto",
-        description="Batch norm with add and ReLU: plain modules, fused kernels, or auto: PyTorch's or validated ones",
+        description="Batch norm with the add and ReLU after it; plain: modules, fused: Triton kernels on a GPU, "
+        "auto: fused blocks, by Triton kernels where they are validated",
     )
     batch_norm_groups: int = Field(
         8, ge=1, le=65_536, description="Groups of the global batch, each with its own batch-norm statistics"
@@ -184,7 +189,9 @@ class MethodConfig(_MethodCounts):
     cooldown_epochs: int = Field(0, ge=0, le=100_000, description="Last epochs without synthetic negatives")
     symmetric: bool = Field(False, description="Use each view as query and as key")
     mask_same_image: bool = Field(False, description="Exclude queue keys of the query's own image from its negatives")
-    backend: Backend = Field("auto", description="Backend of the loss; auto: the kernels where they are validated")
+    backend: Backend = Field(
+        "auto", description="Backend of the loss; auto: triton where it is validated, else blockwise"
+    )
     queue_dtype: QueueDtype = Field(
         "auto", description="Dtype of the queue, and of q and k in the loss; auto: bfloat16 on a GPU, else float32"
     )
@@ -230,13 +237,16 @@ class GeneratedConfig(Section):
     batch: int = Field(64, ge=2, le=1 << 20, description="Generated pairs per step")
     weight: float = Field(0.5, ge=0, le=1e6, description="w_syn, weight of generated pairs in the encoder's loss")
     hardness: float = Field(
-        0.05, ge=0, le=1e6, description="Final w_hard: weight of that loss, which the generators maximise"
+        0.05,
+        ge=0,
+        le=1e6,
+        description="Final w_hard: weight of the contrastive loss across a pair, which the generators maximise",
     )
     ramp_epochs: Epochs = Field(10, description="Epochs over which w_hard rises from 0")
     floor: float = Field(0.9, ge=-1, le=1, description="Cosine similarity below which a pair is pulled together")
-    floor_weight: float = Field(10, ge=0, le=1e6, description="Weight of that term")
+    floor_weight: float = Field(10, ge=0, le=1e6, description="Weight of the term that pulls such pairs together")
     lr: float = Field(2e-4, gt=0, le=1e6, description="Learning rate of generators and discriminator (Adam)")
-    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Betas of that Adam")
+    betas: tuple[Beta, Beta] = Field((0.0, 0.99), description="Adam's betas for generators and discriminator")
     r1: float = Field(0.1, ge=0, le=1e6, description="Weight of the R1 gradient penalty")
     r1_every: int = Field(16, ge=1, le=1 << 31, description="Steps between two gradient penalties")
     collapse: float = Field(
@@ -260,7 +270,7 @@ class OptimizerConfig(Section):
     )
     lr: float = Field(0.03, gt=0, le=1e6, description="Peak learning rate at a batch of 256; scaled with the batch")
     momentum: Beta = Field(0.9, description="Momentum of sgd and lars")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of adamw, lamb and apex's")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of adamw, lamb, and apex's Adam and LAMB")
     weight_decay: float = Field(1e-4, ge=0, le=100, description="Weight decay; all but SGD exempt biases and norms")
     warmup_epochs: Epochs = Field(0, description="Epochs over which the learning rate rises from 0")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning-rate schedule after the warm-up")
@@ -285,12 +295,13 @@ class TrainingConfig(Section):
     )
     device: Device = Field("auto", description="auto: a GPU if there is one")
     precision: Format = Field(
-        "auto", description="Number format of the encoders; auto: bf16 where the device has it at full speed, else fp32"
+        "auto",
+        description="Number format of the encoders; auto: bf16 where the device computes it at full speed, else fp32",
     )
     channels_last: bool = Field(True, description="Channels-last memory layout")
     fused: Literal["auto", "none"] = Field(
         "auto",
-        description="Fused kernels on a GPU whose own key is auto: those that pass validation there, or none",
+        description="Fused kernels on a GPU where their own key is auto: those that pass validation there, or none",
     )
     engine: EngineName = Field(
         "auto",
@@ -316,9 +327,9 @@ class EvaluationConfig(Section):
     source: str | None = Field(
         None, min_length=1, description="Labelled images to evaluate on, also after the run; null: data.source"
     )
-    k: int = Field(200, ge=1, le=1 << 24, description="k, neighbours that vote")
+    k: int = Field(200, ge=1, le=1 << 24, description="k, number of neighbours that vote")
     temperature: float = Field(0.07, ge=1e-4, le=100, description="Temperature of the votes")
-    train_images: int | None = Field(None, ge=1, lt=1 << 31, description="Training images in the bank; null: all")
+    train_images: int | None = Field(None, ge=1, lt=1 << 31, description="Training images that can vote; null: all")
     images: int | None = Field(None, ge=1, lt=1 << 31, description="Held-out images to classify; null: all")
     batch: int = Field(256, ge=1, le=65_536, description="Batch size of feature extraction")
 

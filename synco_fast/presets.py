@@ -112,7 +112,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "evaluation": {"every": 1, "k": 20, "train_images": 10000, "images": 5000},
     },
     "demo": {
-        "about": "SynCo on the embedded texture images: a thin ResNet-10, one to two minutes on two CPU cores",
+        "about": "SynCo on the built-in texture images: a thin ResNet-10, one to two minutes on two CPU cores",
         "data": {"source": "demo", "pipeline": "resident"},
         # Grayscale views: colour tells images apart but not classes, and takes steps to be learned past.
         "augment": {"size": 32, "grayscale_probability": 1.0, "blur_sigma": [0.1, 0.5]},

@@ -71,6 +71,31 @@ def test_every_printed_command_parses():
         assert set(overrides_of(rest)) <= keys, line
 
 
+def test_every_key_that_a_page_names_is_there():
+    """In the text, where no command is parsed; `method.base` is named as an older one."""
+    from synco_fast.config import SECTIONS, Config
+    from synco_fast.explain import known_keys
+
+    known, count = {*known_keys(Config), "method.base"}, 0
+    for page in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):
+        for span in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
+            named = re.findall(rf"(?:^|\s|--)((?:{'|'.join(SECTIONS)})\.[a-z_0-9]+)(?![\w./])", span)
+            unknown = [key for key in named if key not in known and not key.endswith((".safetensors", ".png"))]
+            assert not unknown, f"{page.name}: {span}"
+            count += len(named)
+    assert count > 150
+
+
+def test_the_yaml_that_a_page_shows_is_read(tmp_path):
+    from synco_fast.presets import load_config
+
+    (block,) = blocks("training.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(block)
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert (config.preset, config.training.batch, config.method.cooldown_epochs) == ("synco-r50-200", 512, 20)
+    assert config.evaluation.train_images == 128_000, "that of the preset"
+
+
 @pytest.mark.slow
 @in_turn(1, 3)
 def test_evaluation(workspace, voc):
@@ -135,8 +160,8 @@ def test_methods(workspace):
 def test_python(workspace, monkeypatch, capsys):
     """Every block as it is printed, one after the other, with the small set's configuration as the demo's."""
     monkeypatch.setitem(PRESETS, "demo", {key: value for key, value in TINY.items() if key != "preset"})
-    names: dict = {}
-    *first, resumed, used, trainer, loss = blocks("python.md", "python")
+    names: dict = {"__name__": __name__}  # timm looks up the module of an encoder
+    *first, resumed, used, features, encoder, trainer, loss = blocks("python.md", "python")
     for block in first:
         exec(block, names)
     assert names["run"].finished
@@ -150,6 +175,10 @@ def test_python(workspace, monkeypatch, capsys):
     assert names["run"].summary["epochs"] == 3
     exec(used, names)
     assert (names["run"].folder / "report.html").is_file()
+    exec(features, names)
+    assert names["features"].values.shape == (len(names["images"]), 16)
+    exec(encoder, names)
+    assert (names["run"].folder / "export" / "safetensors" / "backbone.safetensors").is_file()
     exec(trainer, names)
     assert len(names["rates"]) == names["summary"].steps == 4
     exec(loss, names)

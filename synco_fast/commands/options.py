@@ -52,7 +52,7 @@ _OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "json": ("write the results here as well", {"type": path, "metavar": "FILE"}),
     "device": ("auto: a GPU if there is one", {"choices": get_args(Device), "default": "auto"}),
     "precision": (
-        "auto: fp32 for frozen features, else bf16 where the device has it at full speed",
+        "auto: fp32 for frozen features, else bf16 where the device computes it at full speed",
         {"choices": get_args(Format), "default": "auto"},
     ),
     "workers": ("decoding processes; 0 for none, one per core by default", {"type": whole, "metavar": "N"}),

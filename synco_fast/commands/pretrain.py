@@ -55,10 +55,13 @@ def add(commands: Commands) -> None:
         "--continue", action="store_true", dest="go_on", help="resume the run in --out if there is one"
     )
     command.add_argument(
-        "--max-steps", type=int, metavar="N", help="stop this start after step N; not kept in the configuration"
+        "--max-steps", type=int, metavar="N", help="stop after step N this time; the configuration does not keep it"
     )
     command.add_argument(
-        "--max-time", type=float, metavar="MINUTES", help="stop this start after so long; not kept in the configuration"
+        "--max-time",
+        type=float,
+        metavar="MINUTES",
+        help="stop after so many minutes this time; the configuration does not keep it",
     )
     add_options(command, json="write the summary here as well")
 

@@ -289,7 +289,7 @@ class PeriodicKnn:
             DataError: There is no held-out split, or a split has no labels.
             ConfigError: k is larger than the number of training images to choose from.
         """
-        hint = " for kNN; --evaluation.source SOURCE takes other images, --evaluation.every 0 pretrains without"
+        hint = " for kNN; --evaluation.source SOURCE takes other images, --evaluation.every 0 pretrains without kNN"
         train, _ = labelled_splits(source, hint)
         bank = min(len(train), evaluation.train_images or len(train))
         if evaluation.k > bank:

@@ -99,9 +99,9 @@ class Fusion:
     def __str__(self) -> str:
         """One line about what was fused and what was not."""
         if not self.counts:
-            return f"no part fused, {self.plain} norms plain: its blocks are not torchvision's or timm's ResNet blocks"
+            return "nothing fused: none of its blocks is a ResNet block of torchvision or timm"
         fused = ", ".join(f"{self.counts[kind]} {kind}" for kind in _KINDS if self.counts[kind])
-        return f"fused {fused}" + (f"; {self.plain} norms plain" if self.plain else "")
+        return f"fused {fused}" + (f"; not fused: {self.plain} norms" if self.plain else "")
 
 
 def fuse_batch_norm(module: nn.Module, groups: int = 1, backend: NormBackend = "auto") -> Fusion:

@@ -1,1 +1,1 @@
-"""Training: pretraining as a task; its rooms are ``run`` (of any task), ``step`` and ``tuning`` (what a step costs)."""
+"""Training: pretraining as a task; its packages are ``run`` (of any task), ``step`` and ``tuning`` (its cost)."""

@@ -135,6 +135,14 @@ def test_the_loss_on_an_h100():
     printed = [number for cell in loss for number in digits(cell)]
     told = [found[name]["graph_s"] * 1e3 for name in ("triton", "released", "compiled", "topk")]
     assert all(says(number, value) for number, value in zip(printed, told, strict=True))
+    found = by(H100["now"]["selection"], "backend")
+    told = [found[name]["graph_s"] * 1e6 for name in ("triton", "topk", "topk-only")]
+    for page, sentence in (
+        ("docs/kernels.md", r"takes\s(\d+) us, product and `torch.topk` (\d+) us, `topk` alone (\d+)"),
+        ("bench/records/h100/README.md", r"takes (\d+) us as a graph; .*?product takes (\d+) us, `topk` alone (\d+)"),
+    ):
+        (printed,) = re.findall(sentence, (ROOT / page).read_text(encoding="utf-8"), re.S)
+        assert all(says(number, value) for number, value in zip(printed, told, strict=True)), page
 
 
 def test_the_launches_on_an_h100():
@@ -427,5 +435,6 @@ def test_the_demo_of_the_readme():
     ends = [value for row in study["rows"] for value in row["figures"]["kNN in training"]["by_seed"].values()]
     begins = [value for row in study["rows"] for value in row["untrained"]["by_seed"].values()]
     assert len(ends) == 20
+    page = " ".join(page.split())
     assert f"begin at {min(begins):.0%}".replace("%", "") + f" to {max(begins):.0%}".replace("%", " %") in page
     assert f"end at {100 * min(ends):.1f} to {100 * max(ends):.0f} %" in page

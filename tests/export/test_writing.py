@@ -47,6 +47,23 @@ def test_round_trips_are_bit_equal(make_run, tmp_path, format, backbone):
     assert torch.equal(synco_fast.load_backbone(again)(images), synco_fast.load_backbone(run)(images))
 
 
+def test_an_encoder_that_a_user_registered(make_run, tmp_path):
+    """docs/python.md: it has none of timm's own description."""
+
+    @timm.models.register_model
+    def plain_encoder(pretrained=False, num_classes=0, width=8, **_):
+        layers = torch.nn.Conv2d(3, width, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()
+        model = torch.nn.Sequential(*layers)
+        model.num_features = width
+        return model
+
+    run = make_run({**STOCK, "model.backbone": "timm/plain_encoder", "model.backbone_args": {"width": 4}})
+    export_checkpoint(run, "timm", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in state.items()} == {"0.weight": (4, 3, 3, 3), "0.bias": (4,)}
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"] == {"width": 4}
+
+
 def test_the_libraries_load_what_is_theirs(make_run, tmp_path):
     statistics = {"augment.mean": [0.1, 0.2, 0.3], "augment.std": [0.4, 0.5, 0.6], "augment.evaluation_resize": 80}
     run = make_run({**STOCK, **statistics})

@@ -31,7 +31,7 @@ def write(weights: Weights, folder: Path) -> Written:
     recipe = weights.config.augment
     arguments = model.backbone_args if not in_torchvision(model.backbone) else {}
     built = build_backbone(f"timm/{name}", arguments=arguments)[0]
-    stock: Any = built.pretrained_cfg
+    stock: dict[str, Any] = getattr(built, "pretrained_cfg", None) or {}  # none where a user registered the model
     card = {
         "architecture": name,
         "num_classes": 0,
