@@ -35,7 +35,7 @@ class Weights:
         config: The training configuration; for imported weights, what is known of it.
         state: Tensors by our names (``encoder.backbone.*``, ``encoder.head.*``, ``key_encoder.*``, ``queue.*``).
         file: The file they were read from.
-        run: The run folder of the file, if any.
+        run: The run folder that wrote the file, if any.
         step: Training steps done, if known.
         epochs: Epochs done, if known.
         imported: Origin of imported weights; empty for our own.
@@ -157,7 +157,7 @@ def _own(content: dict[str, Any], file: Path) -> Weights:
         config=config,
         state=content["method"],
         file=file,
-        run=run if (run / "config.yaml").is_file() else None,
+        run=run if not imported and (run / "config.yaml").is_file() else None,
         step=content.get("step"),
         epochs=content["step"] / length if isinstance(length, int) and length > 0 else imported.get("epoch"),
         imported=imported,

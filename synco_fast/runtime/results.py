@@ -220,9 +220,9 @@ def result_stem(name: str, source: str | None, own: str | None) -> str:
     Args:
         name: The evaluation, such as ``linear_fast``.
         source: The images; None for the run's own.
-        own: The images that the run is evaluated on by default; None where there are none.
+        own: The images that the run is evaluated on by default; empty where there are none, None to leave the part out.
     """
-    if source is None or own is None or same_source(source, own):
+    if source is None or own is None or (own and same_source(source, own)):
         return name
     place = _place(source)
     words = re.sub(r"[^\w.=+]+", "_", place.rstrip("/").rpartition("/")[2]).strip("_")[:40]
