@@ -21,6 +21,7 @@ from synco_fast.runtime.checkpoint import (
     read_tensors,
 )
 from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.files import named_path
 
 __all__ = ["Weights", "backbone_of", "describes_itself", "load_backbone", "read_weights", "weights_in"]
 
@@ -74,8 +75,9 @@ def load_backbone(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: The file is missing, carries code, has no encoder, or another architecture.
         ConfigError: Its backbone is unknown.
+        UserError: The path is empty, or that of a user who is not here.
     """
-    return backbone_of(read_weights(Path(path)))
+    return backbone_of(read_weights(named_path(path, "checkpoint")))
 
 
 def backbone_of(weights: Weights) -> nn.Module:
