@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def backbone_of(weights: Weights) -> nn.Module:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read whatever `load_backbone` takes.
+    """Read whatever `load_backbone` takes; warns of each newer checkpoint of a run that cannot be read.
 
     Raises:
         CheckpointError: The file is missing, carries code, or has no encoder.
@@ -99,7 +100,9 @@ def read_weights(path: Path) -> Weights:
             if (path / name).is_file():
                 return _from_safetensors(path / name)
         found: list[Weights] = []
-        find_checkpoint(path, lambda state, file: found.append(_own(state, file)))
+        _, _, problems = find_checkpoint(path, lambda state, file: found.append(_own(state, file)))
+        for problem in problems:
+            warnings.warn(f"{problem}; taking {found[0].file.name}", stacklevel=2)
         return found[0]
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
