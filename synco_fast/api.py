@@ -6,6 +6,7 @@ import gc
 import math
 import signal
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from synco_fast.config import SECTIONS, Config, build_config, read_mapping
 from synco_fast.presets import load_config, load_values
 from synco_fast.runtime.console import open_console, say
 from synco_fast.runtime.errors import CheckpointError, ConfigError
-from synco_fast.runtime.files import read_json
+from synco_fast.runtime.files import named_path, read_json
 from synco_fast.runtime.run_config import holds_run, read_run_config
 
 if TYPE_CHECKING:
@@ -33,11 +34,11 @@ class Run:
     """A run folder: its metrics, its checkpoint and its backbone.
 
     Attributes:
-        folder: The folder.
+        folder: The folder, absolute: the process may work in another one later.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = named_path(folder, "run").absolute()
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
@@ -46,9 +47,13 @@ class Run:
         Raises:
             ConfigError: The folder holds no run.
         """
-        if not holds_run(Path(folder)):
-            raise ConfigError(f"run: found no run in {folder}, expected a folder with a config.yaml")
-        return cls(folder)
+        found = cls(folder)
+        found._check()
+        return found
+
+    def _check(self) -> None:
+        if not holds_run(self.folder):
+            raise ConfigError(f"run: found no run in {self.folder}, expected a folder with a config.yaml")
 
     @property
     def config(self) -> Config:
@@ -61,7 +66,13 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The content of ``summary.json``; empty while the run has not ended or stopped."""
+        """The content of ``summary.json``; empty while the run has not ended or stopped.
+
+        Raises:
+            ConfigError: The folder holds no run, as where it was moved or removed.
+            UserError: The file is damaged.
+        """
+        self._check()
         return read_json(self.folder / "summary.json")
 
     @property
@@ -80,10 +91,12 @@ class Run:
         Each has ``kind`` (``train`` or ``evaluation``), ``step``, ``epoch`` and the values measured there.
 
         Raises:
+            ConfigError: The folder holds no run, as where it was moved or removed.
             UserError: A line is damaged.
         """
         from synco_fast.training.run.metrics import read_metrics
 
+        self._check()
         return read_metrics(self.folder)
 
     @property
@@ -155,7 +168,7 @@ class Run:
         from synco_fast.evaluation.context import EvalOptions
         from synco_fast.report.page import write_report
 
-        page = self.folder / "report.html" if out is None else Path(out)
+        page = self.folder / "report.html" if out is None else named_path(out, "out")
         return write_report(self.folder, page, EvalOptions(out=page.parent))
 
     def export(self, format: str, out: str | Path | None = None) -> Path:
@@ -171,12 +184,17 @@ class Run:
         """
         from synco_fast.export.save import export_checkpoint
 
-        return export_checkpoint(self.folder, format, None if out is None else Path(out)).folder
+        return export_checkpoint(self.folder, format, None if out is None else named_path(out, "out")).folder
 
     def __repr__(self) -> str:
-        """Folder, steps and accuracy."""
+        """Folder, from the one where the process works, steps and accuracy."""
+        place = self.folder
+        with suppress(ValueError, OSError):  # elsewhere, or a working folder that was removed
+            place = place.relative_to(Path.cwd())
+        if not holds_run(self.folder):
+            return f"Run({place}, moved or removed)"
         summary, knn = self.summary, self.knn
-        words = [f"{self.folder}", f"{summary['steps']:,} steps" if "steps" in summary else "not ended"]
+        words = [f"{place}", f"{summary['steps']:,} steps" if "steps" in summary else "not ended"]
         return f"Run({', '.join(words if knn is None else [*words, f'kNN {knn:.1%}'])})"
 
 
@@ -226,9 +244,8 @@ def pretrain(
         if "data.source" in changes:
             raise ConfigError(f"data.source: found {changes['data.source']} with data={data}, expected one of them")
         changes["data.source"] = str(data)
-    return _pretrain(
-        _read(config, changes), _limits(max_steps, max_time), out=None if out is None else Path(out), progress=progress
-    )
+    place = None if out is None else named_path(out, "out")
+    return _pretrain(_read(config, changes), _limits(max_steps, max_time), out=place, progress=progress)
 
 
 def _pretrain(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from pathlib import Path
 
 import matplotlib
 import pytest
@@ -14,7 +13,7 @@ import torch
 import synco_fast
 from synco_fast.api import _overrides, _read
 from synco_fast.presets import PRESETS
-from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError
+from synco_fast.runtime.errors import CheckpointError, ConfigError, DataError, UserError
 from synco_fast.training.pretraining import Pretraining
 from tests.conftest import TINY
 
@@ -56,7 +55,7 @@ def test_a_run_and_what_it_leaves(preset, image_folder, tmp_path, monkeypatch, c
     assert matplotlib.get_backend() == backend
     assert "kNN" in capsys.readouterr().out
 
-    assert run.folder.parent == Path("runs")
+    assert run.folder.parent == tmp_path / "runs"
     assert run.folder.name.startswith("tiny-")
     assert run.finished
     assert (run.config.method.name, run.config.training.epochs, run.config.seed) == ("moco", 1, 3)
@@ -66,10 +65,33 @@ def test_a_run_and_what_it_leaves(preset, image_folder, tmp_path, monkeypatch, c
     assert run.backbone(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
     assert run.backbone is run.backbone
     assert not run.backbone.training
-    assert repr(run) == f"Run({run.folder}, 4 steps, kNN {run.knn:.1%})"
+    assert repr(run) == f"Run(runs/{run.folder.name}, 4 steps, kNN {run.knn:.1%})"
 
     again = synco_fast.Run.open(run.folder)
     assert again.metrics == run.metrics
+
+
+def test_a_run_stays_where_it_is_when_the_process_goes_elsewhere(tiny, tmp_path, monkeypatch):
+    """Read from there by a relative path, it had no metrics."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    few = {"max_steps": 1, "progress": False, "evaluation_every": 0}
+    run = synco_fast.pretrain(tiny(), out="one", **few)
+    home = synco_fast.pretrain(tiny(), out="~/two", **few)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [line["step"] for line in run.metrics] == [1]
+    assert run.resume(max_steps=2, progress=False).summary["steps"] == 2
+    assert home.folder == tmp_path / "home" / "two"
+    assert synco_fast.Run.open("~/two").checkpoint == home.checkpoint
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(UserError, match="out: found '', expected the name"):
+        synco_fast.pretrain(tiny(), out="", **few)
+    run.folder.rename(tmp_path / "moved")
+    assert repr(run) == f"Run({tmp_path / 'one'}, moved or removed)"
+    for read in (lambda: run.knn, lambda: run.finished, lambda: run.metrics):
+        with pytest.raises(ConfigError, match=r"found no run in .*one"):
+            read()
 
 
 def test_a_configuration_in_every_form_is_the_same(preset, tiny, tmp_path):

@@ -232,6 +232,7 @@ def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
         (["--resume", "/no/run"], "found no run in /no/run"),
         ([], "found none, expected --config PRESET"),
         (["--config", "demo", "--out", ""], "out: found '', expected the name of a file or folder"),
+        (["--config", "demo", "--out=~nobody-here/run"], "out: found '~nobody-here/run', whose user is not here"),
         (["--config", "demo", "--out", "a\nb"], "out: found 'a\\nb', expected the name of a file or folder"),
         (["--config", "demo", "--resume", " "], "resume: found ' ', expected the name of a file or folder"),
         (["--config", "demo", "--out", "/etc/hostname/run"], "below /etc/hostname, which is a file"),

@@ -7,7 +7,6 @@ All of it follows from shapes, dtypes and the device.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
@@ -19,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from synco_fast.kernels.driver import driver_version
 from synco_fast.kernels.negatives import FAMILIES, Negatives
 from synco_fast.kernels.rng import largest_below
 from synco_fast.kernels.sizes import next_power_of_2
@@ -287,20 +287,9 @@ def generation_of(device: torch.device) -> int:
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch) // 10
 
 
-@functools.cache
-def _driver() -> int:
-    """CUDA version of the driver, 1,000 times the major one and 10 times the minor one; 0 without a driver."""
-    version = ctypes.c_int()
-    try:
-        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
-    except (OSError, AttributeError):
-        return 0
-    return version.value
-
-
 def overlap_of(generation: int) -> dict[str, Any]:
     """Launch options for programmatic dependent launch, which CUDA graphs have since CUDA 12.3."""
-    if not (OVERLAP and generation >= 9) or interpreted() or 0 < _driver() < 12030:
+    if not (OVERLAP and generation >= 9) or interpreted() or 0 < driver_version() < 12030:
         return {"OVERLAP": 0}
     return {"OVERLAP": OVERLAP, "launch_pdl": True}
 

@@ -68,7 +68,7 @@ def _evaluate_linear(options: argparse.Namespace, console: Console) -> int:
     else:
         protocol = replace(protocol, head_lr=options.lr[0]) if options.lr else protocol
         result = evaluate_linear(options.checkpoint, eval_options(options), protocol=protocol, console=console)
-        rows = [("best epoch", f"{result['best']:.1%}")]
+        rows = [("top-1, best epoch", f"{result['best']:.1%}")]
     rows += [("epochs, batch, lr", f"{result['epochs']}, {result['batch']}, {result['lr']:g}")]
     if agreement := result["agreement"]:
         other = "published protocol" if options.fast else "cached features"

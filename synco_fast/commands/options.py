@@ -42,9 +42,15 @@ CHECKPOINT = "a run folder, a checkpoint, or an imported file"
 
 def path(word: str) -> Path:
     """Argument type: the name of a file or folder."""
-    if not word.strip() or not word.isprintable():
+    from synco_fast.runtime.errors import UserError
+    from synco_fast.runtime.files import named_path
+
+    if not word.isprintable():
         raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
-    return Path(word)
+    try:
+        return named_path(word)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 #: Options by name: the usual help text, and how they are read.

@@ -18,6 +18,7 @@ from torch import nn
 from synco_fast.data.augment.recipe import Recipe
 from synco_fast.data.pipelines.names import PipelineName
 from synco_fast.data.sources.open import Source, Split, open_source
+from synco_fast.export.card import has_card
 from synco_fast.export.load import Weights, backbone_of, read_weights
 from synco_fast.runtime.distributed import DistEnv, init_distributed, rank
 from synco_fast.runtime.environment import describe_environment
@@ -101,11 +102,18 @@ class EvalContext:
         return 1 / self.present
 
     def file_of(self, name: str) -> Path:
-        """The file of a result; in the run folder, one on other images than the run's own has a name of its own."""
+        """The file of a result; images other than the run's own are part of its name.
+
+        Weights without a run have no images of their own. In a folder that the user chose, no images are named.
+        """
         run, config = self.weights.run, self.weights.config
-        inside = run is not None and not self.weights.imported and self.folder.resolve() == run / "evaluation"
-        own = (config.evaluation.source or config.data.source) if inside else None
-        return self.folder / f"{result_stem(name, self.source.spec, own)}.json"
+        if run is not None and self.folder.resolve() == run / "evaluation":
+            stem = result_stem(name, self.source.spec, config.evaluation.source or config.data.source)
+        elif run is None and self.folder == _beside(self.weights.file):
+            stem = result_stem(name, self.source.spec, "")
+        else:
+            stem = name
+        return self.folder / f"{stem}.json"
 
     def result(self, name: str, headline: dict[str, float], **figures: Any) -> dict[str, Any]:
         """An evaluation's result with everything that identifies it; rank 0 writes it, see `file_of`."""
@@ -113,6 +121,7 @@ class EvalContext:
             "evaluation": name,
             "checkpoint": str(self.weights.file),
             "step": self.weights.step,
+            "weights": weights_sha256(self.backbone),
             "source": self.source.spec,
             "classes": self.present,
             "chance": self.chance,
@@ -201,15 +210,23 @@ def source_of(weights: Weights, options: EvalOptions) -> str:
 def folder_of(weights: Weights, options: EvalOptions) -> Path:
     """The folder of an evaluation's files: ``out``, else in the run folder, else beside the checkpoint.
 
+    Of an export it is beside its folder, which is copied and uploaded as a whole.
+
     Raises:
         UserError: It cannot be written.
     """
-    beside = weights.run / "evaluation" if weights.run else weights.file.with_name(f"{weights.file.stem}-evaluation")
-    folder = options.out or beside
+    folder = options.out or (weights.run / "evaluation" if weights.run else _beside(weights.file))
     if folder.is_file():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
     check_writable(folder, "out")
     return folder
+
+
+def _beside(file: Path) -> Path:
+    if not has_card(file.parent):
+        return file.with_name(f"{file.stem}-evaluation")
+    export = file.parent.resolve()
+    return export.with_name(f"{export.name}-evaluation")
 
 
 def labelled_splits(source: Source, hint: str = "") -> tuple[Split, Split]:

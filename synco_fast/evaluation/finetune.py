@@ -78,7 +78,8 @@ def evaluate_finetune(
         name = finetuning_name(percent, listed)
         found: dict[str, ClassifierResult] = {}
         for rate in rates:
-            state = context.folder / f"{name}-lr{rate:g}.pt"
+            result = context.file_of(name)
+            state = result.with_name(f"{result.stem}-lr{rate:g}.pt")
             title = f"fine-tuning on {len(numbers):,} images, lr {rate:g}"
             one = replace(protocol, backbone_lr=rate)
             found[f"{rate:g}"] = train_classifier(context, numbers, one, state, title, console)

@@ -27,6 +27,7 @@ from synco_fast.evaluation.features import cached_features
 from synco_fast.runtime.distributed import barrier, rank
 from synco_fast.runtime.files import read_json
 from synco_fast.runtime.progress import ProgressBar
+from synco_fast.runtime.results import same_source
 
 __all__ = ["FAST_RATES", "PUBLISHED", "evaluate_linear", "evaluate_linear_fast", "sweep_heads"]
 
@@ -59,7 +60,8 @@ def evaluate_linear(
     with join_job(options.device) as device:
         context = open_context(path, options, device)
         numbers = list(range(len(context.train)))
-        found = train_classifier(context, numbers, protocol, context.folder / "linear.pt", "linear probe", console)
+        state = context.file_of("linear").with_suffix(".pt")
+        found = train_classifier(context, numbers, protocol, state, "linear probe", console)
         barrier()
         return context.result(
             "linear",
@@ -190,8 +192,11 @@ def sweep_heads(
 
 
 def _agreement(context: EvalContext, other: str, top1: float) -> dict[str, float] | None:
-    """The difference from the other variant's result for the same checkpoint and source, or None."""
+    """The difference from the other variant's result for the same weights and source, or None."""
     found = read_json(context.file_of(other)) if rank() == 0 else {}
-    if (found.get("checkpoint"), found.get("source")) != (str(context.weights.file), context.source.spec):
+    if not same_source(str(found.get("source") or ""), context.source.spec):
+        return None
+    # By their content: the folder may have moved, or is named from another one now.
+    if found.get("weights") != weights_sha256(context.backbone):
         return None
     return {"other_top1": found["top1"], "difference_in_points": 100 * (top1 - found["top1"])}

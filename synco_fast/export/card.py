@@ -16,10 +16,16 @@ from synco_fast.runtime.errors import UserError
 from synco_fast.runtime.files import read_json, write_text
 from synco_fast.runtime.results import read_results
 
-__all__ = ["ABOUT", "known_results", "write_card"]
+__all__ = ["has_card", "known_results", "write_card"]
 
 #: Begins the first sentence of every card, by which a card is told from other files of its name.
-ABOUT = "The backbone without its projection head"
+_ABOUT = "The backbone without its projection head"
+
+
+def has_card(folder: Path) -> bool:
+    """Whether a folder has a model card, as that of an export does."""
+    card = folder / "README.md"
+    return card.is_file() and _ABOUT in card.read_text(encoding="utf-8", errors="replace")
 
 
 def known_results(weights: Weights) -> dict[str, str]:
@@ -92,7 +98,7 @@ def write_card(
         *_front_matter(config, format, licence),
         f"# {config.model.backbone}, pretrained by {config.method.name}",
         "",
-        f"{ABOUT}, for {format}: {', '.join(f'`{name}`' for name in files)}.",
+        f"{_ABOUT}, for {format}: {', '.join(f'`{name}`' for name in files)}.",
         "",
         "```",
         usage,

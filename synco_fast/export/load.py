@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from synco_fast.runtime.checkpoint import (
     read_tensors,
 )
 from synco_fast.runtime.errors import CheckpointError, ConfigError
+from synco_fast.runtime.files import named_path
 
 __all__ = ["Weights", "backbone_of", "describes_itself", "load_backbone", "read_weights", "weights_in"]
 
@@ -35,7 +37,7 @@ class Weights:
         config: The training configuration; for imported weights, what is known of it.
         state: Tensors by our names (``encoder.backbone.*``, ``encoder.head.*``, ``key_encoder.*``, ``queue.*``).
         file: The file they were read from.
-        run: The run folder of the file, if any.
+        run: The run folder that wrote the file, if any.
         step: Training steps done, if known.
         epochs: Epochs done, if known.
         imported: Origin of imported weights; empty for our own.
@@ -74,8 +76,9 @@ def load_backbone(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: The file is missing, carries code, has no encoder, or another architecture.
         ConfigError: Its backbone is unknown.
+        UserError: The path is empty, or that of a user who is not here.
     """
-    return backbone_of(read_weights(Path(path)))
+    return backbone_of(read_weights(named_path(path, "checkpoint")))
 
 
 def backbone_of(weights: Weights) -> nn.Module:
@@ -87,7 +90,7 @@ def backbone_of(weights: Weights) -> nn.Module:
 
 
 def read_weights(path: Path) -> Weights:
-    """Read whatever `load_backbone` takes.
+    """Read whatever `load_backbone` takes; warns of each newer checkpoint of a run that cannot be read.
 
     Raises:
         CheckpointError: The file is missing, carries code, or has no encoder.
@@ -97,7 +100,9 @@ def read_weights(path: Path) -> Weights:
             if (path / name).is_file():
                 return _from_safetensors(path / name)
         found: list[Weights] = []
-        find_checkpoint(path, lambda state, file: found.append(_own(state, file)))
+        _, _, problems = find_checkpoint(path, lambda state, file: found.append(_own(state, file)))
+        for problem in problems:
+            warnings.warn(f"{problem}; taking {found[0].file.name}", stacklevel=2)
         return found[0]
     if path.suffix == ".safetensors":
         return _from_safetensors(path)
@@ -157,7 +162,7 @@ def _own(content: dict[str, Any], file: Path) -> Weights:
         config=config,
         state=content["method"],
         file=file,
-        run=run if (run / "config.yaml").is_file() else None,
+        run=run if not imported and (run / "config.yaml").is_file() else None,
         step=content.get("step"),
         epochs=content["step"] / length if isinstance(length, int) and length > 0 else imported.get("epoch"),
         imported=imported,

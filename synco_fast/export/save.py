@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from synco_fast.export.card import ABOUT, write_card
+from synco_fast.export.card import has_card, write_card
 from synco_fast.export.formats import FORMATS, Written
 from synco_fast.export.load import read_weights
 from synco_fast.runtime.errors import ConfigError
@@ -44,7 +44,7 @@ def export_checkpoint(path: Path, format: str, out: Path | None = None, *, licen
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"out: found a file {folder}, expected a folder")
     card = folder / "README.md"
-    if card.exists() and ABOUT not in card.read_text(encoding="utf-8", errors="replace"):
+    if card.exists() and not has_card(folder):
         raise ConfigError(f"out: found a README.md in {folder} that is no model card, expected a folder for the export")
     written: Written = import_module(f"synco_fast.export.formats.{format}").write(weights, folder)
     files, checks, usage = written

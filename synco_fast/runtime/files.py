@@ -11,7 +11,7 @@ from typing import Any
 from synco_fast.data.files import atomic_write
 from synco_fast.runtime.errors import UserError
 
-__all__ = ["UNWRITABLE", "atomic_write", "check_writable", "read_json", "write_json", "write_text"]
+__all__ = ["UNWRITABLE", "atomic_write", "check_writable", "named_path", "read_json", "write_json", "write_text"]
 
 #: What a system says that has no room left, or lets this user write no longer.
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
@@ -43,6 +43,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: found {type(found).__name__}, expected a JSON object")
     return found
+
+
+def named_path(name: str | Path, key: str = "") -> Path:
+    """A file or folder as a user names it: ``~`` is the home folder, as in a shell.
+
+    A shell leaves ``--out=~/run`` alone, and Python every path: a folder named ``~`` would come into being.
+
+    Args:
+        name: The name.
+        key: What the message calls it.
+
+    Raises:
+        UserError: The name is empty, or there is no such user.
+    """
+    if not str(name).strip():
+        raise UserError(f"{key}{': ' if key else ''}found {name!r}, expected the name of a file or folder")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key}{': ' if key else ''}found {str(name)!r}, whose user is not here") from error
 
 
 def check_writable(path: Path, name: str, *, file: bool = False) -> None:

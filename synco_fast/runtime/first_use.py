@@ -81,17 +81,17 @@ def device_facts(index: int) -> dict[str, str]:
 
 
 def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    """Version of the driver's kernel module; if unknown, the CUDA version that the driver supports."""
+    """Version of the driver's kernel module, as on bare Linux; else the CUDA version that the driver supports."""
     try:
         found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", file.read_text(encoding="utf-8"))
     except OSError:
         found = None
     if found is not None:
         return found[0]
-    import torch
+    from synco_fast.kernels.driver import driver_version
 
-    serves = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
-    return f"CUDA {serves}"
+    supported = driver_version()
+    return f"CUDA {supported // 1000}.{supported % 1000 // 10}" if supported else "unknown"
 
 
 def _digest() -> str:

@@ -220,9 +220,9 @@ def result_stem(name: str, source: str | None, own: str | None) -> str:
     Args:
         name: The evaluation, such as ``linear_fast``.
         source: The images; None for the run's own.
-        own: The images that the run is evaluated on by default; None where there are none.
+        own: The images that the run is evaluated on by default; empty where there are none, None to leave the part out.
     """
-    if source is None or own is None or same_source(source, own):
+    if source is None or own is None or (own and same_source(source, own)):
         return name
     place = _place(source)
     words = re.sub(r"[^\w.=+]+", "_", place.rstrip("/").rpartition("/")[2]).strip("_")[:40]
@@ -235,9 +235,23 @@ def same_source(first: str, second: str) -> bool:
 
 
 def _place(source: str) -> str:
-    """A source with absolute paths. The demo set is the same wherever the user's cache lies."""
-    prefix, colon, rest = source.partition(":") if ":" in source else ("", "", source)
+    """A source with absolute paths; names on a server and commands stay as they are, wherever the process works.
+
+    The demo set is the same wherever the user's cache lies.
+    """
+    prefix, colon, rest = source.partition(":")
+    # A folder may have a colon in its name. Unlike pathlib's, this function takes any text.
+    if "/" in prefix or os.path.exists(source):  # noqa: PTH110
+        prefix, colon, rest = "", "", source
+    elif not colon:
+        prefix, rest = "", source
     if source == "demo" or (not colon and Path(source).parts[-2:] == ("synco-fast", "demo")):
         return "demo"
-    paths = (part if "=" in part else os.path.realpath(Path(part).expanduser()) for part in rest.split(","))
-    return f"{prefix}{colon}{','.join(paths)}"
+    if "://" in rest or rest.startswith("pipe:"):
+        return source
+
+    def placed(part: str) -> str:
+        remote = prefix == "hf" and not os.path.exists(part)  # noqa: PTH110
+        return part if "=" in part or remote else os.path.realpath(Path(part).expanduser())
+
+    return f"{prefix}{colon}{','.join(map(placed, rest.split(',')))}"

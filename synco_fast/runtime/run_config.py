@@ -98,6 +98,8 @@ def _undamaged(path: Path) -> dict[str, Any]:
 
 
 def _from_checkpoint(folder: Path, part: str) -> dict[str, Any]:
+    if folder.is_file() and holds_run(folder.parent.parent):
+        raise ConfigError(f"resume: found the file {folder}, expected the folder of its run: {folder.parent.parent}")
     if not has_checkpoints(folder):
         raise ConfigError(f"resume: found no run in {folder}, expected a folder with a config.yaml")
     from synco_fast.runtime.checkpoint import find_checkpoint

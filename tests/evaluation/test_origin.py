@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ from synco_fast.data.sources.splits import ArraySplit
 from synco_fast.evaluation import classifier
 from synco_fast.evaluation.context import EvalOptions, check_labels, open_context
 from synco_fast.evaluation.finetune import evaluate_finetune, published_protocol
-from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear
+from synco_fast.evaluation.linear import PUBLISHED, evaluate_linear, evaluate_linear_fast
+from synco_fast.export.load import read_weights
+from synco_fast.export.save import export_checkpoint
 from synco_fast.runtime.errors import DataError
 from synco_fast.training.run.run_folder import close_run
 from synco_fast.training.run.throughput import Throughput
@@ -83,6 +88,69 @@ def test_a_list_is_trained_on_for_as_long_as_its_share_says(make_run, tmp_path, 
     trained.clear()
     assert main(["evaluate", "finetune", str(run), "--list", str(tmp_path / "list.txt"), "--lr", "0.1"]) == 0
     assert len(trained) == 30
+
+
+def test_two_sets_of_images_have_two_states_and_weights_without_a_run_two_results(
+    make_run, image_folder, tmp_path, trained
+):
+    """Otherwise an interrupted probe on one would be lost, and the result of an imported file."""
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    run = make_run()
+    for data in (image_folder, other, image_folder):
+        evaluate_linear(run, replace(OPTIONS, data=str(data)), protocol=ONE)
+        evaluate_finetune(run, replace(OPTIONS, data=str(data)), percent=50, rates=(0.1,), protocol=ONE)
+    assert len(trained) == 4
+    content = torch.load(next((run / "checkpoints").iterdir()), weights_only=True)
+    file = tmp_path / "weights" / "moco.v2.pt"
+    file.parent.mkdir()
+    torch.save({**content, "imported": {"from": "moco.pth"}}, file)
+    for data in (image_folder, other, image_folder):
+        evaluate_linear(file, replace(OPTIONS, data=str(data)), protocol=ONE)
+    assert len(trained) == 6
+    names = sorted(found.name for found in (file.parent / "moco.v2-evaluation").glob("*.json"))
+    assert [name.rpartition("-")[0] for name in names] == ["linear-on-images", "linear-on-other"]
+    evaluate_linear(file, replace(OPTIONS, data=str(other), out=tmp_path / "here"), protocol=ONE)
+    assert (tmp_path / "here" / "linear.json").is_file()
+
+
+def test_an_imported_file_below_a_run_is_not_the_run_s(make_run, image_folder, trained):
+    run = make_run()
+    evaluate_linear(run, OPTIONS, protocol=ONE)
+    before = (run / "evaluation" / "linear.json").read_text()
+    content = torch.load(next((run / "checkpoints").iterdir()), weights_only=True)
+    (run / "imported").mkdir()
+    torch.save({**content, "imported": {"from": "moco.pth"}}, run / "imported" / "moco.pt")
+    evaluate_linear(run / "imported" / "moco.pt", replace(OPTIONS, data=str(image_folder)), protocol=ONE)
+    assert (run / "evaluation" / "linear.json").read_text() == before
+    assert read_weights(run / "imported" / "moco.pt").run is None
+
+
+def test_the_evaluation_of_an_export_is_beside_its_folder(make_run, image_folder, tmp_path, trained, monkeypatch):
+    """The folder is uploaded as it is, and the file in it is named the same as those of other exports."""
+    export = export_checkpoint(make_run(), "safetensors", tmp_path / "exports" / "mine").folder
+    options = replace(OPTIONS, data=str(image_folder))
+    files = sorted(export.iterdir())
+    evaluate_linear(export / "backbone.safetensors", options, protocol=ONE)
+    monkeypatch.chdir(export)
+    evaluate_linear(Path(), options, protocol=ONE)
+    assert sorted(export.iterdir()) == files
+    assert len(trained) == 1
+    assert len([*(tmp_path / "exports" / "mine-evaluation").glob("linear-on-*.json")]) == 1
+    alone = shutil.copy(export / "backbone.safetensors", tmp_path / "other.safetensors")
+    evaluate_linear(alone, options, protocol=ONE)
+    assert (tmp_path / "other-evaluation").is_dir()
+
+
+def test_the_variants_of_a_linear_evaluation_agree_after_the_run_has_moved(make_run, tmp_path, trained, monkeypatch):
+    run = make_run()
+    fast = evaluate_linear_fast(run, OPTIONS, protocol=ONE)
+    moved = run.rename(tmp_path / "moved")
+    full = evaluate_linear(moved, OPTIONS, protocol=ONE)
+    assert full["agreement"]["other_top1"] == fast["top1"]
+    monkeypatch.chdir(moved)
+    assert evaluate_linear_fast(Path(), OPTIONS, protocol=ONE)["agreement"]["other_top1"] == full["top1"]
+    (moved / "evaluation" / "linear.json").write_text(json.dumps({**full, "weights": "of another file"}))
+    assert evaluate_linear_fast(moved, OPTIONS, protocol=ONE)["agreement"] is None
 
 
 def labelled(train, held_out) -> Source:

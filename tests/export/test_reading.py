@@ -29,6 +29,15 @@ def test_the_backbone_is_plain_and_the_same(make_run, tiny):
     )
 
 
+def test_an_older_checkpoint_in_place_of_a_damaged_one_is_said(make_run):
+    """Otherwise an export or features would silently be of an earlier step."""
+    folder = make_run()
+    newer = folder / "checkpoints" / "step-00000009.pt"
+    newer.write_bytes((folder / "checkpoints" / "step-00000008.pt").read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"step-00000009.pt: found .* damaged .*; taking step-00000008.pt"):
+        assert read_weights(folder).step == 8
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from synco_fast.cli import main
+from synco_fast.kernels import driver
 from synco_fast.runtime import first_use
 from synco_fast.runtime.first_use import Outcome, Prover, device_facts, forget, key_of, proofs_folder
 
@@ -191,7 +192,28 @@ def test_the_facts_of_a_device(monkeypatch, tmp_path):
     file = tmp_path / "version"
     file.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\nGCC version: 13.3.0\n")
     assert first_use._driver(file) == "580.65.06"
-    assert first_use._driver(tmp_path / "none").startswith("CUDA ")
+
+
+@pytest.mark.parametrize(("library", "said"), [(13010, "CUDA 13.1"), (12080, "CUDA 12.8"), (None, "unknown")])
+def test_a_driver_without_its_module_s_version_is_known_by_its_library(monkeypatch, tmp_path, library, said):
+    """In a virtual machine's or a container's /proc; two drivers must not share a result."""
+
+    class Library:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+            if library is None:
+                raise OSError(f"{name}: cannot open shared object file")
+
+        def cuDriverGetVersion(self, version):
+            version._obj.value = library
+            return 0
+
+    monkeypatch.setattr(driver.ctypes, "CDLL", Library)
+    driver.driver_version.cache_clear()
+    try:
+        assert first_use._driver(tmp_path / "none") == said
+    finally:
+        driver.driver_version.cache_clear()
 
 
 def test_the_process_dies_with_its_run(monkeypatch):

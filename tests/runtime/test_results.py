@@ -129,6 +129,27 @@ def test_a_file_on_other_images_has_a_name_of_its_own(tmp_path, monkeypatch):
     assert protocol_of("spread").title is None
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["hf:org/name,train=a", "stream:s3://bucket/{000..146}.tar", "stream:pipe:cat {0..3}.tar, b.tar", "/data/at 9:30"],
+)
+def test_the_name_of_a_file_does_not_depend_on_the_working_folder(tmp_path, monkeypatch, source):
+    names = set()
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        names.add(result_stem("knn", source, "demo"))
+    assert len(names) == 1
+
+
+def test_a_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "at 9:30").mkdir()
+    assert same_source("at 9:30", str(tmp_path / "at 9:30"))
+    (tmp_path / "set").mkdir()
+    assert same_source("hf:set", f"hf:{tmp_path / 'set'}")
+
+
 def test_a_list_never_passes_for_a_percentage():
     assert finetuning_name(10, None) == "finetune_10"
     assert finetuning_name(1, Path("10percent.txt")) == "finetune_10percent"

@@ -94,6 +94,8 @@ def test_without_the_file_the_newest_checkpoint_has_the_settings(tmp_path):
     (tmp_path / "checkpoints" / "step-00000004.pt").write_bytes(b"")
     assert holds_run(tmp_path)
     assert build_config(read_run_config(tmp_path)) == CONFIG
+    said = refused(tmp_path / "checkpoints" / "step-00000003.pt")
+    assert said.endswith(f"expected the folder of its run: {tmp_path}")
     (tmp_path / "config.yaml").write_text("")
     assert refused(tmp_path).endswith(": remove it, and its settings are taken from the newest checkpoint")
     (tmp_path / "config.yaml").unlink()

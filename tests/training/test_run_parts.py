@@ -129,6 +129,29 @@ def test_a_signal_asks_and_a_second_one_interrupts(number, monkeypatch):
     assert stopping.received == number
 
 
+def test_a_second_signal_that_python_discards_ends_the_run_where_it_next_looks(monkeypatch, capsys):
+    """What a generator raises while it is finalized, as one that drains a pipeline, is discarded."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: print(type(raised.exc_value).__name__))
+    monkeypatch.setattr("synco_fast.training.stopping._TOGETHER", 0.0)
+
+    def batches():
+        try:
+            yield "one"
+        finally:
+            signal.raise_signal(signal.SIGINT)
+
+    stopping = StopSignals(HostGroup(DistEnv()), minutes=None)
+    with stopping.on_signals():
+        left = batches()
+        next(left)
+        signal.raise_signal(signal.SIGINT)
+        assert stopping.after_step(1)
+        del left
+        assert capsys.readouterr().out == "KeyboardInterrupt\n"
+        with pytest.raises(KeyboardInterrupt):
+            stopping.agree()
+
+
 def test_the_first_signal_says_what_follows():
     """A step or an evaluation may take minutes, and a second signal in the meantime would lose them."""
     said, told = [], threading.Event()

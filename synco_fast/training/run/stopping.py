@@ -45,6 +45,8 @@ class StopSignals:
         self._hung_up = False
         #: When a stop was first requested.
         self._asked: float | None = None
+        #: Whether a further signal ended the process, or should have.
+        self._insisted = False
         # The first step is the first that is timed, so the processes agree after it.
         self._interval, self._steps, self._since = 1, 0, time.monotonic()
         self.received: int | None = None
@@ -72,6 +74,7 @@ class StopSignals:
                 self._hung_up = True
                 _leave_lost_terminal()
             elif self._asked is not None and now - self._asked >= _TOGETHER:
+                self._insisted = True
                 raise KeyboardInterrupt
             elif self._asked is None and say is not None:
                 name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
@@ -104,7 +107,14 @@ class StopSignals:
         return self.agreed
 
     def agree(self) -> bool:
-        """Agree on whether to stop, and when to agree next; called by all processes at the same step."""
+        """Agree on whether to stop, and when to agree next; called by all processes at the same step.
+
+        Raises:
+            KeyboardInterrupt: A further signal came where Python discards what its handler raised: while an object is
+                finalized, such as the batches that are left in the middle of an epoch.
+        """
+        if self._insisted:
+            raise KeyboardInterrupt
         if self._hung_up:
             _leave_lost_terminal()
         now = time.monotonic()

@@ -82,6 +82,6 @@ def test_reduce_waits_first_where_the_previous_kernel_wrote_what_it_reads():
 )
 def test_which_devices_and_drivers_have_it(monkeypatch, driver, generation, on):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(config, "_driver", lambda: driver)
+    monkeypatch.setattr(config, "driver_version", lambda: driver)
     expected = {"OVERLAP": config.OVERLAP, "launch_pdl": True} if on else {"OVERLAP": 0}
     assert config.overlap_of(generation) == expected
