@@ -24,6 +24,7 @@ from synco_fast.data.sources.manifest import (
     write_manifest,
 )
 from synco_fast.data.sources.pack_index import packed_manifest
+from synco_fast.data.sources.samples import LABEL_SUFFIXES, choose_images, sample_key, split_suffix
 from synco_fast.data.sources.splits import Split, map_labels
 from synco_fast.data.sources.stream_reader import DAMAGED, NEGATIVE
 
@@ -38,11 +39,8 @@ _Sample = tuple[str, int, int, list[_Label]]
 class ShardSplit(Split):
     """The images of some tar shards, in order of shard and member.
 
-    Members whose names agree up to the first dot behind the folder form a sample: one image, and its label in ``.cls``
-    (a class name or number) or else in the key ``label`` of ``.json``. Without either, the image's folder is its class.
-    The image is the member with nothing but a suffix behind the dot (``7.jpg``), before others (``7.mask.png``), and a
-    JPEG before other formats. Names with more dots are names of their own where they have a label of their own, or
-    where no image and no label has nothing but a suffix behind the first dot.
+    A sample is one image, chosen by `choose_images`, and its label in ``.cls`` (a class name or number) or else in the
+    key ``label`` of ``.json``. Without either, the image's folder is its class.
 
     Only regular members are read, only by offset and size: names in a shard never reach the file system.
 
@@ -212,17 +210,6 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (1 << 62, name)
 
 
-def _stem(name: str) -> str:
-    """A member's name without its suffix."""
-    return os.path.splitext(name)[0]  # noqa: PTH122
-
-
-def _key(name: str) -> str:
-    """WebDataset's key of a member: its name up to the first dot behind the folder."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
-
-
 def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[_Sample]:
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, list[_Label]] = {}
@@ -235,15 +222,14 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
                 for member in archive:
                     if member.size < 0 or archive.offset <= member.offset:
                         raise tarfile.ReadError(NEGATIVE)
-                    stem, suffix = os.path.splitext(member.name)  # noqa: PTH122
-                    suffix = suffix.lower()
+                    stem, suffix = split_suffix(member.name)
                     if not member.isreg() or member.sparse or PurePosixPath(stem).name.startswith("."):
                         continue
                     if member.offset_data + member.size > length:
                         raise tarfile.ReadError("unexpected end of data")
                     if suffix in IMAGE_SUFFIXES:
                         images[member.name] = (member.name, member.offset_data, member.size)
-                    elif suffix in (".cls", ".json"):
+                    elif suffix in LABEL_SUFFIXES:
                         labels.setdefault(stem, []).append((suffix, member.offset_data, member.size))
                     else:
                         unread[suffix or "without a suffix"] += 1
@@ -265,22 +251,13 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
 def _samples(
     images: list[tuple[str, int, int]], labels: dict[str, list[_Label]], unread: Counter[str]
 ) -> list[_Sample]:
-    """One image of each sample, with its label, by the rules of `ShardSplit`; counts the others."""
-    stems = [_stem(name) for name, _, _ in images]
-    keys = [_key(name) for name, _, _ in images]
-    whole = {key for stem, key in zip(stems, keys, strict=True) if stem == key} | {
-        stem for stem in labels if "." not in stem.rpartition("/")[2]
-    }
-    chosen: dict[str, tuple[tuple[bool, bool], tuple[str, int, int]]] = {}
-    for image, stem, key in zip(images, stems, keys, strict=True):
-        sample = key if key in whole and (stem == key or stem not in labels) else stem
-        better = (stem != sample, not image[0].lower().endswith((".jpg", ".jpeg"))), image
-        if sample in chosen:
-            held = chosen[sample]
-            better, other = (better, held) if better[0] < held[0] else (held, better)
-            unread[other[1][0][len(key) :].lower()] += 1
-        chosen[sample] = better
-    return [(*image, labels.get(sample, [])) for sample, (_, image) in chosen.items()]
+    """One image of each sample, with its label, by `choose_images`; counts the others."""
+    found = choose_images([name for name, _, _ in images], labels)
+    for sample in found:
+        for place in sample.others:
+            name = images[place][0]
+            unread[name[len(sample_key(name)) :].lower()] += 1
+    return [(*images[sample.image], labels.get(sample.name, [])) for sample in found]
 
 
 def _block(shard: Path, offset: int) -> bytes:

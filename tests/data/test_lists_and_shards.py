@@ -17,6 +17,7 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_pat
 from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import FolderSplit
+from synco_fast.data.sources.stream_reader import read_images
 from tests.data.photos import photo
 
 
@@ -178,6 +179,9 @@ def test_a_sample_has_one_image(tmp_path, members, images, labels, unread):
     write_shard(tmp_path / "a.tar", written)
     split = open_source(f"tar:{tmp_path}").train
     assert names(split) == images
+    streamed = [*read_images(f"{tmp_path}/a.tar", lambda _: True)]
+    assert [name.rpartition(":")[2].strip("'") for _, name, _ in streamed] == images, "as from a stream"
+    assert [content for _, _, content in streamed] == [split.read_bytes(place) for place in range(len(split))]
     assert (split.labels is None) if labels is None else (split.labels.tolist() == labels)
     assert split.manifest.unread == unread
 
