@@ -19,8 +19,10 @@ from synco_fast.data.sources.manifest import (
     RULES,
     Manifest,
     PackedNames,
+    Stamp,
     manifest_path,
     read_manifest,
+    stamp_of,
     write_manifest,
 )
 from synco_fast.data.sources.pack_index import packed_manifest
@@ -69,6 +71,8 @@ class ShardSplit(Split):
         self.key = "tar:" + "\n".join(str(shard.resolve()) for shard in shards)
         kept = manifest_path(self.key)
         manifest = read_manifest(kept) or packed_manifest(shards)
+        if manifest is not None and not _has_last_images(manifest, shards):
+            manifest = None
         if manifest is None or manifest.places is None or _is_outdated(manifest):
             manifest = _newer(manifest, index_shards(shards))
             if len(manifest.names):
@@ -109,12 +113,31 @@ class ShardSplit(Split):
         return content
 
     def _descriptor(self, shard: int) -> int:
-        """An open shard. Reads carry their own offset, so that forked workers may share it."""
+        """An open shard. Reads carry their own offset, so that forked workers may share it.
+
+        Raises:
+            DataError: It is another one than when it was indexed, with images elsewhere.
+        """
         if shard not in self._opened:
             if len(self._opened) >= _OPEN_SHARDS:
                 os.close(self._opened.pop(next(iter(self._opened))))
             self._opened[shard] = os.open(self._shards[shard], os.O_RDONLY)
+            self._check_unchanged(shard)
         return self._opened[shard]
+
+    def _check_unchanged(self, shard: int) -> None:
+        """Refuse another shard under the same name. Of one that was cut short, the images that are left are read."""
+        about, expected = os.fstat(self._opened[shard]), self.manifest.stamps.get(os.path.realpath(self._shards[shard]))
+        if expected is None or stamp_of(about, like=expected) == expected or self.manifest.checksums is not None:
+            return
+        assert self._places is not None
+        left = np.flatnonzero((self._places[:, 0] == shard) & (self._places[:, 1] <= about.st_size))
+        if len(left) and not _has_image(self._shards[shard], self.manifest, int(left[-1])):
+            os.close(self._opened.pop(shard))
+            raise DataError(
+                f"data: found {self._shards[shard]} changed since its headers were read, expected the same shard until "
+                "the end of the run; start again"
+            )
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_opened", {}).values():
@@ -130,6 +153,32 @@ _OPEN_SHARDS = 256
 #: Bytes read of a label member, and maximum length of a class name.
 _LONGEST_LABEL, _LONGEST_CLASS = 1 << 16, 1000
 _REASON = 200
+
+
+def _has_image(shard: str | Path, manifest: Manifest, image: int) -> bool:
+    """Whether an image lies in a shard where an index says: another shard can have the same size and time."""
+    assert manifest.places is not None
+    _, offset, size = manifest.places[image].tolist()
+    try:
+        member = tarfile.TarInfo.frombuf(_block(shard, offset - _BLOCK), "utf-8", "surrogateescape")
+    except (OSError, IndexError, *DAMAGED):
+        return False
+    # Longer names and those that are not ASCII can lie in headers of their own, as can large sizes.
+    name = manifest.names[image]
+    return (member.size == size or size >= 8 << 30) and (
+        member.name == name or len(name) > tarfile.LENGTH_NAME or not name.isascii()
+    )
+
+
+def _has_last_images(manifest: Manifest, shards: list[Path]) -> bool:
+    """Whether the last image of each shard lies where an index says."""
+    if manifest.places is None or manifest.checksums is not None:
+        return True  # a pack's checksums tell
+    numbers, backwards = np.unique(manifest.places[::-1, 0], return_index=True)
+    last = len(manifest.places) - 1 - backwards
+    with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
+        there = pool.map(lambda shard, image: _has_image(shards[shard], manifest, image), numbers, last.tolist())
+        return all(there)
 
 
 def _is_outdated(manifest: Manifest) -> bool:
@@ -164,9 +213,9 @@ def index_shards(shards: list[Path]) -> Manifest:
     excluded: dict[str, str] = {}
     unread: Counter[str] = Counter()
     # Before anything is read, so that the index of a shard that is written meanwhile is outdated.
-    stamps: dict[str, int] = {}
+    stamps: dict[str, Stamp] = {}
     with suppress(OSError):  # of what is not there, which `_index` reports
-        stamps = {str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards}
+        stamps = {str(shard.resolve()): stamp_of(shard.stat()) for shard in shards}
     with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
         found = list(pool.map(lambda shard: _index(shard, excluded, unread), shards))
     names, places, labels = [], [], []
@@ -260,8 +309,8 @@ def _samples(
     return [(*images[sample.image], labels.get(sample.name, [])) for sample in found]
 
 
-def _block(shard: Path, offset: int) -> bytes:
-    with shard.open("rb") as opened:
+def _block(shard: str | Path, offset: int) -> bytes:
+    with Path(shard).open("rb") as opened:
         return os.pread(opened.fileno(), _BLOCK, offset)
 
 

@@ -243,6 +243,57 @@ def test_the_index_is_kept_until_a_shard_changes(shards, monkeypatch):
     assert len(open_source(f"tar:{shards}").train) == 9
 
 
+def replace_shard(path, members):
+    """As a copy that keeps times: another file under the same name, with the same modification time."""
+    time = path.stat().st_mtime_ns
+    other = write_shard(path.with_suffix(".part"), members)
+    os.utime(other, ns=(time, time))
+    other.replace(path)
+
+
+def test_a_shard_of_the_same_time_or_size_is_indexed_again(tmp_path):
+    """Its images would be read at the places of those before."""
+    path = write_shard(tmp_path / "a.tar", [("0.png", bytes(700)), ("1.png", bytes(100))])
+    assert names(open_source(f"tar:{tmp_path}").train) == ["0.png", "1.png"]
+    replace_shard(path, [(f"{number}.png", bytes(9000)) for number in range(3)])
+    assert names(open_source(f"tar:{tmp_path}").train) == ["0.png", "1.png", "2.png"]
+    for members in (  # of one size, as tar files are padded to 10 KiB
+        [("5.png", bytes(700)), ("6.png", bytes(100))],
+        [("5.png", bytes(100)), ("6.png", bytes(700))],
+        [("5.png", bytes(90)), ("6.png", bytes(700))],
+        [("5.png", bytes(1700))],
+    ):
+        replace_shard(path, members)
+        split = open_source(f"tar:{tmp_path}").train
+        assert names(split) == [name for name, _ in members]
+        assert split.read_bytes(len(members) - 1) == members[-1][1]
+
+
+def test_a_shard_that_is_replaced_during_a_run_ends_it(tmp_path):
+    """Unless its images are where they were, as after a copy of the same shard, or one whose time is set later."""
+    members = [(f"{number}.jpg", jpeg(number)) for number in range(2)]
+    path = write_shard(tmp_path / "a.tar", members)
+    split = open_source(f"tar:{tmp_path}").train
+    os.utime(path, ns=(1, 1))
+    assert split.read(1).size == (40, 30)
+    split = open_source(f"tar:{tmp_path}").train
+    replace_shard(path, [("7.jpg", bytes(9000)), *members])
+    with pytest.raises(
+        DataError, match=r"^data: found .*a\.tar changed since its headers were read, expected the same shard"
+    ):
+        split.read(0)
+    assert len(open_source(f"tar:{tmp_path}").train) == 3, "the next run reads it as it is"
+
+
+def test_long_names_and_names_of_any_letters_keep_their_index(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar", [("x" * 150 + ".jpg", jpeg())])
+    write_shard(tmp_path / "b.tar", [("été.jpg", jpeg())])
+    write_shard(tmp_path / "c.tar", [("d" * 90 + "/" + "x" * 90 + ".jpg", jpeg())])
+    found = names(open_source(f"tar:{tmp_path}").train)
+    monkeypatch.setattr(shards_module, "index_shards", None)
+    assert names(open_source(f"tar:{tmp_path}").train) == found
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(shards, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
