@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -66,6 +67,7 @@ class Loader(Generic[T]):
         )
         self._seed = seed
         self._loader: DataLoader[T | _Failure] | None = None
+        self._epoch: Callable[[], Generator[T, None, None] | None] = lambda: None
 
     def __iter__(self) -> Iterator[T]:
         """One epoch; the workers start on it at once.
@@ -75,9 +77,22 @@ class Loader(Generic[T]):
         """
         if self._loader is None:
             self._loader = self._make(generator=torch.Generator().manual_seed(self._seed))
-        return self._items(iter(self._loader))
+        items = self._items(iter(self._loader))
+        self._epoch = weakref.ref(items)
+        return items
 
-    def _items(self, found: Iterator[T | _Failure]) -> Iterator[T]:
+    def close(self) -> None:
+        """End the workers, also where an epoch is left in the middle and still referenced, as by a traceback.
+
+        They would be left for good: freed with the traceback, in any order, PyTorch's iterator tells them no more, and
+        they ignore SIGTERM. The next epoch starts others.
+        """
+        items = self._epoch()
+        if items is not None:
+            items.close()
+        self._loader = None
+
+    def _items(self, found: Iterator[T | _Failure]) -> Generator[T, None, None]:
         while True:
             try:
                 item = next(found)

@@ -114,7 +114,9 @@ class StreamPipeline:
 
     def close(self) -> None:
         """End the workers; the pipeline yields nothing afterwards."""
-        self.__dict__.pop("_loader", None)
+        loader = self.__dict__.pop("_loader", None)
+        if loader is not None:
+            loader.close()
 
 
 def _readers(split: StreamSplit, batch: int, world: int) -> int:

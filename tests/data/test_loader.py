@@ -1,5 +1,6 @@
 """The loader of all pipelines: what fails in a worker is one line here."""
 
+import multiprocessing
 import os
 import signal
 
@@ -67,3 +68,18 @@ def test_a_killed_worker_is_one_line():
 def test_what_means_that_a_worker_was_killed(error, says):
     found = killed_worker(error)
     assert (found is None) if says is None else (says in found)
+
+
+def test_closing_ends_the_workers_of_an_epoch_that_a_traceback_holds():
+    """As that of an error in a notebook does."""
+    before, loader = set(multiprocessing.active_children()), Loader(Items(), [0, 1, 1], workers=1)
+    items = iter(loader)
+    assert next(items).tolist() == [0] * 3
+    (worker,) = set(multiprocessing.active_children()) - before
+    loader.close()
+    assert not worker.is_alive()
+    assert list(items) == []
+    assert [item.tolist() for item in loader] == [[0] * 3, [1] * 3, [1] * 3], "the next epoch starts others"
+    loader.close()
+    loader.close()
+    assert set(multiprocessing.active_children()) <= before

@@ -121,7 +121,9 @@ class DaliPipeline(EpochPipeline):
         self._runner.close()
         if self._pool is not None:
             self._pool.shutdown()
-        self.__dict__.pop("_loader", None)
+        loader = self.__dict__.pop("_loader", None)
+        if loader is not None:
+            loader.close()
 
     @property
     def kernel_input(self) -> dict[str, Any] | None:
