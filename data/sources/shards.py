@@ -255,8 +255,8 @@ def index_shards(shards: list[Path]) -> Manifest:
 
 
 def _natural(name: str) -> tuple[int, str]:
-    """Numbers in order of value, before names."""
-    return (int(name), "") if name.isdecimal() else (1 << 62, name)
+    """Numbers in order of value, before names; the order of a set, of 7 and 07, would be another in each process."""
+    return (int(name), name) if name.isdecimal() else (1 << 62, name)
 
 
 def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[_Sample]:

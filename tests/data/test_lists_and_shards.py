@@ -148,6 +148,11 @@ def test_numbered_classes_are_in_order_of_value(tmp_path):
     assert open_source(f"tar:{tmp_path}").train.classes == ("2", "9", "10")
 
 
+def test_numbers_written_in_several_ways_have_one_order():
+    ways = ["7", "07", "007", "0007", "00007"]
+    assert [sorted(given, key=shards_module._natural) for given in (ways, ways[::-1])] == [sorted(ways)] * 2
+
+
 def names(split):
     return [split.name(index).rpartition(":")[2].strip("'") for index in range(len(split))]
 
