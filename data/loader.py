@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -68,6 +70,8 @@ class Loader(Generic[T]):
         self._seed = seed
         self._loader: DataLoader[T | _Failure] | None = None
         self._epoch: Callable[[], Generator[T, None, None] | None] = lambda: None
+        self._iterator: Callable[[], object] = lambda: None
+        self._processes: list[BaseProcess] = []
 
     def __iter__(self) -> Iterator[T]:
         """One epoch; the workers start on it at once.
@@ -77,7 +81,12 @@ class Loader(Generic[T]):
         """
         if self._loader is None:
             self._loader = self._make(generator=torch.Generator().manual_seed(self._seed))
-        items = self._items(iter(self._loader))
+        others = set(multiprocessing.active_children())
+        found = iter(self._loader)
+        if self._iterator() is not found:
+            self._iterator = weakref.ref(found)
+            self._processes = [each for each in multiprocessing.active_children() if each not in others]
+        items = self._items(found)
         self._epoch = weakref.ref(items)
         return items
 
@@ -85,12 +94,17 @@ class Loader(Generic[T]):
         """End the workers, also where an epoch is left in the middle and still referenced, as by a traceback.
 
         They would be left for good: freed with the traceback, in any order, PyTorch's iterator tells them no more, and
-        they ignore SIGTERM. The next epoch starts others.
+        they ignore SIGTERM. One that does not answer, such as one that waits for a disk, is killed. The next epoch
+        starts others.
         """
         items = self._epoch()
         if items is not None:
             items.close()
         self._loader = None
+        if self._iterator() is None:  # else PyTorch would report each as a failed worker
+            for process in self._processes:
+                process.kill()
+            self._processes = []
 
     def _items(self, found: Iterator[T | _Failure]) -> Generator[T, None, None]:
         while True:

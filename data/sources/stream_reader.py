@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import util
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -234,6 +235,8 @@ def _output(command: str) -> Iterator[IO[bytes]]:
             command, shell=True, stdout=subprocess.PIPE, stderr=said, bufsize=0, start_new_session=True
         )
         assert process.stdout is not None
+        # A worker that ends, frees no reader that is in the middle of a shard.
+        end = util.Finalize(process, _end_group, (process.pid,), exitpriority=0)
         try:
             yield process.stdout
         except tarfile.TarError:
@@ -246,9 +249,13 @@ def _output(command: str) -> Iterator[IO[bytes]]:
             _check(process, said)
         finally:
             process.stdout.close()
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            end()
             process.wait()
+
+
+def _end_group(leader: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _check(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:

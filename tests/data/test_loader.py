@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from synco_fast.data.loader import Loader, killed_worker
 
 
 class Items(Dataset):
-    """Tensors by number; 2 is a user's error, 3 kills its process, 4 is a bug."""
+    """Tensors by number; 2 is a user's error, 3 kills its process, 4 is a bug, 5 takes a minute."""
 
     def __getitem__(self, number):
+        if number == 5:
+            time.sleep(60)
         if number == 2:
             raise CorruptImageError("data: found two, expected another")
         if number == 3:
@@ -83,3 +86,13 @@ def test_closing_ends_the_workers_of_an_epoch_that_a_traceback_holds():
     loader.close()
     loader.close()
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_closing_ends_a_worker_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
+    before, loader = set(multiprocessing.active_children()), Loader(Items(), [0, 5], workers=1)
+    assert next(iter(loader)).tolist() == [0] * 3
+    (worker,) = set(multiprocessing.active_children()) - before
+    loader.close()
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL

@@ -7,6 +7,7 @@ import re
 import tarfile
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -309,10 +310,14 @@ def test_a_shard_that_fails_for_a_while_is_read_on(shards, monkeypatch):
         next(read_images(f"{shards}/002.tar", lambda _: True))
 
 
-def test_a_command_ends_with_its_reader(shards, tmp_path):
+@pytest.mark.parametrize("by", ["a reader", "a worker"])
+def test_a_command_ends_with_its_reader(shards, tmp_path, by):
     command = f"pipe:cat {shards}/002.tar; sleep 60 & echo $! > {tmp_path}/pid; wait"
-    images = read_images(command, lambda _: True)
-    next(images)
+    if by == "a reader":
+        images = read_images(command, lambda _: True)
+    else:
+        images = pipeline(opened(command, images=4, readers=1, buffer=1), batch=2, workers=1)
+    assert len([*islice(images, 2)]) == 2
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
         pass
     images.close()
