@@ -56,6 +56,7 @@ class Loader(Generic[T]):
         keep: bool = True,
     ) -> None:
         self.workers = available_cores() if workers is None else workers
+        self._kept = keep and self.workers > 0
         self._make = partial(
             DataLoader,
             _Reporting(dataset),
@@ -64,11 +65,12 @@ class Loader(Generic[T]):
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
-            persistent_workers=keep and self.workers > 0,
+            persistent_workers=self._kept,
             worker_init_fn=start_worker,
         )
         self._seed = seed
         self._loader: DataLoader[T | _Failure] | None = None
+        self._number = 0
         self._epoch: Callable[[], Generator[T, None, None] | None] = lambda: None
         self._iterator: Callable[[], object] = lambda: None
         self._processes: list[BaseProcess] = []
@@ -78,6 +80,7 @@ class Loader(Generic[T]):
 
         Raises:
             DataError: A worker raised a `UserError`, or was killed. All workers end then; the next epoch starts others.
+            RuntimeError: The caller went on with an epoch after the next one began, to which its workers have gone.
         """
         if self._loader is None:
             self._loader = self._make(generator=torch.Generator().manual_seed(self._seed))
@@ -86,7 +89,8 @@ class Loader(Generic[T]):
         if self._iterator() is not found:
             self._iterator = weakref.ref(found)
             self._processes = [each for each in multiprocessing.active_children() if each not in others]
-        items = self._items(found)
+        self._number += 1
+        items = self._items(found, self._number)
         self._epoch = weakref.ref(items)
         return items
 
@@ -106,8 +110,12 @@ class Loader(Generic[T]):
                 process.kill()
             self._processes = []
 
-    def _items(self, found: Iterator[T | _Failure]) -> Generator[T, None, None]:
+    def _items(self, found: Iterator[T | _Failure], number: int) -> Generator[T, None, None]:
         while True:
+            if self._kept and self._number != number:  # the workers have gone on to the other one
+                raise RuntimeError(
+                    "found an epoch that goes on after another one of its loader began, expected one at a time"
+                )
             try:
                 item = next(found)
             except StopIteration:

@@ -96,3 +96,22 @@ def test_closing_ends_a_worker_that_does_not_answer(monkeypatch):
     loader.close()
     worker.join(10)
     assert worker.exitcode == -signal.SIGKILL
+
+
+def test_an_epoch_that_goes_on_after_another_one_is_refused():
+    """Kept workers have gone on to the other one, whose items it would take."""
+    loader = Loader(Items(), [0, 1], workers=1)
+    first = iter(loader)
+    assert next(first).tolist() == [0] * 3
+    unread, second = iter(loader), iter(loader)
+    assert next(second).tolist() == [0] * 3
+    for left in (first, unread):
+        with pytest.raises(RuntimeError, match="found an epoch that goes on after another one"):
+            next(left)
+    assert [item.tolist() for item in second] == [[1] * 3]
+    loader.close()
+    alone = Loader(Items(), [0, 1], workers=0)
+    assert [(one.tolist(), other.tolist()) for one, other in zip(alone, alone, strict=True)] == [
+        ([0] * 3, [0] * 3),
+        ([1] * 3, [1] * 3),
+    ]
