@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -120,8 +121,12 @@ class Loader(Generic[T]):
                 item = next(found)
             except StopIteration:
                 return
-            except (RuntimeError, EOFError, OSError) as error:
+            except BaseException as error:
                 reason = killed_worker(error) if self.workers else None
+                if reason is None and self.workers:
+                    self._loader = None
+                    del found
+                    traceback.clear_frames(error.__traceback__)  # of PyTorch's functions
                 if reason is None:
                     raise
                 item = _Failure(reason)

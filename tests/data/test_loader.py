@@ -36,9 +36,15 @@ def test_a_users_error_is_one_line(workers):
             next(items)
 
 
-def test_a_bug_keeps_its_traceback():
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_bug_keeps_its_traceback_but_no_worker(keep):
+    before, loader = set(multiprocessing.active_children()), Loader(Items(), [0, 4], workers=1, keep=keep)
+    items = iter(loader)
+    next(items)
+    (worker,) = set(multiprocessing.active_children()) - before
     with pytest.raises(IndexError, match="Original Traceback"):
-        list(Loader(Items(), [4], workers=1, keep=False))
+        next(items)
+    assert not worker.is_alive()
 
 
 def test_a_killed_worker_is_one_line():
