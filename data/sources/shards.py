@@ -293,8 +293,19 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
     except DataError:
         raise
     except (OSError, *DAMAGED) as error:
+        if _is_compressed(shard):
+            raise DataError(
+                f"data: found a compressed tar file at {shard}, expected an uncompressed one, or stream:{shard}"
+            ) from error
         raise DataError(f"data: found no readable tar file at {shard} ({one_line(error, _REASON)})") from error
     return _samples([*images.values()], labels, unread)
+
+
+def _is_compressed(shard: Path) -> bool:
+    """Whether a file is one of gzip, bzip2 or xz, which a stream reads."""
+    with suppress(OSError):
+        return _block(shard, 0).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+    return False
 
 
 def _samples(

@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "evaluate detection",
         _evaluate_detection,
-        "Fine-tune torchvision's Faster R-CNN (with masks: Mask R-CNN) on the backbone and report COCO metrics.",
+        "Fine-tune torchvision's Faster R-CNN (with masks: Mask R-CNN) on the backbone and report average precision.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate detection runs/synco-r50-200 --data voc:/data/voc",
         joint=True,
     )

@@ -1,7 +1,10 @@
 """Sources beside folders: lists of files, tar shards, and the lists that are kept of them."""
 
+import bz2
 import dataclasses
+import gzip
 import io
+import lzma
 import os
 import pickle
 import tarfile
@@ -335,6 +338,16 @@ def test_what_is_no_shard(tmp_path):
     write_shard(tmp_path / "a.tar", [("a.txt", b"words"), ("n01440764.tar", b"as in ImageNet's own archive")])
     with pytest.raises(DataError, match=r"found no image in the shards of .* \(1 \.txt, 1 \.tar\), expected .* unpack"):
         open_source(f"tar:{tmp_path}")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_shard_is_named_as_such(tmp_path, compress):
+    path = write_shard(tmp_path / "a.tar", [("0.jpg", jpeg())])
+    path.write_bytes(compress(path.read_bytes()))
+    says = rf"^data: found a compressed tar file at {path}, expected an uncompressed one, or stream:{path}$"
+    with pytest.raises(DataError, match=says):
+        open_source(f"tar:{tmp_path}")
+    assert len([*read_images(str(path), lambda _: True)]) == 1
 
 
 def test_a_split_of_many_shards_holds_few_open_and_travels_to_workers(tmp_path, monkeypatch):
