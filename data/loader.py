@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
-from collections.abc import Iterable, Iterator
+import traceback
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -53,6 +57,7 @@ class Loader(Generic[T]):
         keep: bool = True,
     ) -> None:
         self.workers = available_cores() if workers is None else workers
+        self._kept = keep and self.workers > 0
         self._make = partial(
             DataLoader,
             _Reporting(dataset),
@@ -61,30 +66,67 @@ class Loader(Generic[T]):
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=pin_memory,
-            persistent_workers=keep and self.workers > 0,
+            persistent_workers=self._kept,
             worker_init_fn=start_worker,
         )
         self._seed = seed
         self._loader: DataLoader[T | _Failure] | None = None
+        self._number = 0
+        self._epoch: Callable[[], Generator[T, None, None] | None] = lambda: None
+        self._iterator: Callable[[], object] = lambda: None
+        self._processes: list[BaseProcess] = []
 
     def __iter__(self) -> Iterator[T]:
         """One epoch; the workers start on it at once.
 
         Raises:
             DataError: A worker raised a `UserError`, or was killed. All workers end then; the next epoch starts others.
+            RuntimeError: The caller went on with an epoch after the next one began, to which its workers have gone.
         """
         if self._loader is None:
             self._loader = self._make(generator=torch.Generator().manual_seed(self._seed))
-        return self._items(iter(self._loader))
+        others = set(multiprocessing.active_children())
+        found = iter(self._loader)
+        if self._iterator() is not found:
+            self._iterator = weakref.ref(found)
+            self._processes = [each for each in multiprocessing.active_children() if each not in others]
+        self._number += 1
+        items = self._items(found, self._number)
+        self._epoch = weakref.ref(items)
+        return items
 
-    def _items(self, found: Iterator[T | _Failure]) -> Iterator[T]:
+    def close(self) -> None:
+        """End the workers, also where an epoch is left in the middle and still referenced, as by a traceback.
+
+        They would be left for good: freed with the traceback, in any order, PyTorch's iterator tells them no more, and
+        they ignore SIGTERM. One that does not answer, such as one that waits for a disk, is killed. The next epoch
+        starts others.
+        """
+        items = self._epoch()
+        if items is not None:
+            items.close()
+        self._loader = None
+        if self._iterator() is None:  # else PyTorch would report each as a failed worker
+            for process in self._processes:
+                process.kill()
+            self._processes = []
+
+    def _items(self, found: Iterator[T | _Failure], number: int) -> Generator[T, None, None]:
         while True:
+            if self._kept and self._number != number:  # the workers have gone on to the other one
+                raise RuntimeError(
+                    "found an epoch that goes on after another one of its loader began, expected one at a time"
+                )
             try:
                 item = next(found)
             except StopIteration:
                 return
-            except (RuntimeError, EOFError, OSError) as error:
+            except BaseException as error:
                 reason = killed_worker(error) if self.workers else None
+                if reason is None and self.workers:
+                    self._loader = None
+                    del found
+                    traceback.clear_frames(error.__traceback__)  # of PyTorch's functions
                 if reason is None:
                     raise
                 item = _Failure(reason)

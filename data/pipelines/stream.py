@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -113,7 +114,9 @@ class StreamPipeline:
 
     def close(self) -> None:
         """End the workers; the pipeline yields nothing afterwards."""
-        self.__dict__.pop("_loader", None)
+        loader = self.__dict__.pop("_loader", None)
+        if loader is not None:
+            loader.close()
 
 
 def _readers(split: StreamSplit, batch: int, world: int) -> int:
@@ -268,18 +271,6 @@ class _Reader:
         self._samples.close()
 
 
-class _Wanted:
-    """Which images of a piece are wanted, by their number in the shard; counts those that the shard has."""
-
-    def __init__(self, piece: Piece, start: int, keep: Callable[[int], bool]) -> None:
-        self._first, self._start, self._keep = piece.first, start, keep
-        self.met = 0
-
-    def __call__(self, number: int) -> bool:
-        self.met = max(self.met, number + 1 - self._first)
-        return number >= self._first and self._keep(self._start + number - self._first)
-
-
 def _positions(
     split: StreamSplit, pieces: list[Piece], keep: Callable[[int], bool]
 ) -> Generator[tuple[int, _Sample], None, None]:
@@ -299,28 +290,36 @@ def _positions(
         if end is not None and not any(map(keep, range(start, end))):
             position, found = end, True
             continue
-        wanted, reason = _Wanted(piece, start, keep), ""
+        met, reason = 0, ""
+        wanted = partial(_is_wanted, piece.first, start, keep)
         stop = None if piece.count is None else piece.first + piece.count
         images = read_images(_shard(split, piece), wanted, split.limits, stop=stop)
         try:
             for number, name, content in images:
-                yield start + number - piece.first, _Sample(piece.shard << 32 | number, name, content, turn)
+                met = max(met, number + 1 - piece.first)
+                if content is not None:
+                    yield start + number - piece.first, _Sample(piece.shard << 32 | number, name, content, turn)
         except ShardError as error:
             reason = str(error)
         finally:
             images.close()
-        found |= wanted.met > 0
+        found |= met > 0
         if end is None:
-            position = start + wanted.met
+            position = start + met
             if reason:
                 if keep(position):
                     yield position, _missing(split, piece, _WHOLE, reason, turn)
                 position += 1
             continue
-        reason = reason or f"the shard holds {piece.first + wanted.met} images, fewer than the index says"
-        for position in filter(keep, range(start + wanted.met, end)):
+        reason = reason or f"the shard holds {piece.first + met} images, fewer than the index says"
+        for position in filter(keep, range(start + met, end)):
             yield position, _missing(split, piece, piece.first + position - start, reason, turn)
         position = end
+
+
+def _is_wanted(first: int, start: int, keep: Callable[[int], bool], number: int) -> bool:
+    """Whether the image of this number in a shard is wanted, where image ``first`` has the position ``start``."""
+    return number >= first and keep(start + number - first)
 
 
 def _shard(split: StreamSplit, piece: Piece) -> str:

@@ -163,7 +163,9 @@ class TorchvisionPipeline(EpochPipeline):
 
     def close(self) -> None:
         """End the workers; the pipeline yields nothing afterwards."""
-        self.__dict__.pop("_loader", None)
+        loader = self.__dict__.pop("_loader", None)
+        if loader is not None:
+            loader.close()
 
 
 class _Whole(Dataset[tuple[Tensor, Tensor, dict[int, str]]]):

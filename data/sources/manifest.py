@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ __all__ = [
     "RULES",
     "Manifest",
     "PackedNames",
+    "Stamp",
     "cache_folder",
     "ignore_manifests",
     "manifest_path",
     "read_manifest",
+    "stamp_of",
     "write_manifest",
 ]
 
@@ -34,6 +37,8 @@ _VERSION = 2
 _ignored = ContextVar("ignored", default=False)
 #: Incremented when members of tar shards become other images or labels than before; see `Manifest.rules`.
 RULES = 2
+Stamp = int | list[int]
+"""Modification time in nanoseconds; of a file, in a list with its size in bytes."""
 #: Names of a `Manifest`'s arrays with one row per image.
 _ARRAYS = ("labels", "places", "checksums")
 
@@ -77,7 +82,7 @@ class Manifest:
         classes: Class names, or None.
         places: For images in tar shards, (n, 3) int64: number of the shard, offset and size in bytes.
         checksums: For images of a pack, the CRC-32 of their bytes, (n,) uint32.
-        stamps: Modification times in nanoseconds of the folders, list files and shards that were read.
+        stamps: Those of the folders, list files and shards that were read, by path.
         excluded: Reason by name, for excluded corrupt images and shards.
         unread: Number of files that are not read, by kind.
         rules: The rules by which the images were found; 0 before there were any.
@@ -88,7 +93,7 @@ class Manifest:
     classes: tuple[str, ...] | None = None
     places: NDArray[np.int64] | None = None
     checksums: NDArray[np.uint32] | None = None
-    stamps: dict[str, int] = field(default_factory=dict)
+    stamps: dict[str, Stamp] = field(default_factory=dict)
     excluded: dict[str, str] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     rules: int = RULES
@@ -114,9 +119,22 @@ class Manifest:
     def is_current(self) -> bool:
         """Whether no folder, list file or shard has changed since."""
         try:
-            return all(os.stat(path).st_mtime_ns == time for path, time in self.stamps.items())  # noqa: PTH116
+            return all(stamp == stamp_of(os.stat(path), like=stamp) for path, stamp in self.stamps.items())  # noqa: PTH116
         except OSError:
             return False
+
+
+def stamp_of(about: os.stat_result, *, like: Stamp | None = None) -> Stamp:
+    """The stamp of a file or folder.
+
+    A file copied with its time is another one by its size. The size of a folder says nothing: copies differ in it.
+
+    Args:
+        about: What the system says of it.
+        like: An earlier stamp, with or without a size.
+    """
+    sized = not stat.S_ISDIR(about.st_mode) if like is None else isinstance(like, list)
+    return [about.st_mtime_ns, about.st_size] if sized else about.st_mtime_ns
 
 
 def cache_folder() -> Path:

@@ -22,6 +22,7 @@ from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.files import atomic_write
 from synco_fast.data.loader import Loader
 from synco_fast.data.sources.decode import decode_image, plain_jpeg_size
+from synco_fast.data.sources.identity import digest_of
 from synco_fast.data.sources.open import Source
 from synco_fast.data.sources.pack_index import INDEX, PackIndex, member_name, read_index
 from synco_fast.data.sources.shards import ShardSplit
@@ -175,7 +176,9 @@ def _check_settings(out: Path, source: Source, settings: PackSettings) -> None:
     """Start a pack, or check that the existing one has the same settings."""
     file = out / _SETTINGS
     wanted = {"version": _VERSION, "source": os.fsencode(source.spec).decode(errors="replace"), **asdict(settings)}
-    wanted["images"] = [len(split) for split in (source.train, source.validation) if split is not None]
+    splits = [split for split in (source.train, source.validation) if split is not None]
+    wanted["images"] = [len(split) for split in splits]
+    digests = [digest_of(split) for split in splits]
     if file.is_file():
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -187,11 +190,17 @@ def _check_settings(out: Path, source: Source, settings: PackSettings) -> None:
                 raise DataError(
                     f"data: found a pack with {name} {was!r} in {out}, expected {value!r}; choose another folder"
                 )
+        # Earlier versions kept no digests.
+        if found.get("digests", digests) != digests:
+            raise DataError(
+                f"data: found a pack in {out} of other images than those of {source.spec} today, though as many; "
+                "choose another folder"
+            )
     elif any(path.name != ".lock" for path in out.iterdir()):
         raise DataError(f"data: found other files in {out}, expected a new or empty folder, or an interrupted pack")
     else:
         with atomic_write(file) as temporary:
-            temporary.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps({**wanted, "digests": digests}, indent=2) + "\n", encoding="utf-8")
 
 
 def _pack_split(

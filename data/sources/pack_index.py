@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synco_fast.data.files import atomic_write
-from synco_fast.data.sources.manifest import Manifest, PackedNames
+from synco_fast.data.sources.manifest import Manifest, PackedNames, stamp_of
 
 __all__ = ["INDEX", "PackIndex", "counts_in", "member_name", "packed_manifest", "read_index"]
 
@@ -132,5 +132,5 @@ def packed_manifest(shards: Sequence[Path]) -> Manifest | None:
         found.classes,
         found.places,
         found.checksums,
-        {str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards},
+        {str(shard.resolve()): stamp_of(shard.stat()) for shard in shards},
     )

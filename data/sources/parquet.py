@@ -24,6 +24,10 @@ _LARGE_GROUP = 1 << 20
 _REASON = 200
 
 
+class _ChangedError(DataError):
+    """A file is another one than before."""
+
+
 class ParquetSplit(Split):
     """The images of some Parquet files, in order of file and row.
 
@@ -59,6 +63,8 @@ class ParquetSplit(Split):
         self._files, self.limits = [os.fspath(file) for file in files], limits
         self._group: tuple[int, Any] | None = None
         self._opened: dict[int, Any] = {}
+        #: Rows and bytes of each row group of each file.
+        self._contents: dict[int, list[tuple[int, int]]] = {}
         schema = self._open(0).schema_arrow
         self._column = choose_column(schema.names, IMAGES, image, files[0])
         labels = label_column(schema.names, label, files[0])
@@ -111,6 +117,7 @@ class ParquetSplit(Split):
 
         Raises:
             CorruptImageError: The row group cannot be read, or the row holds no bytes.
+            DataError: The file was replaced by another since the rows were counted.
         """
         group = int(np.searchsorted(self._ends, index, side="right"))
         try:
@@ -118,6 +125,8 @@ class ParquetSplit(Split):
                 number, inside = self._groups[group]
                 self._group = group, self._open(number).read_row_group(inside, [self._column]).column(0)
             value = self._group[1][index - (int(self._ends[group - 1]) if group else 0)].as_py()
+        except _ChangedError:
+            raise
         except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are subclasses of these
             raise CorruptImageError(f"{self.name(index)}: {error}") from error
         content = value.get("bytes") if isinstance(value, dict) else value
@@ -127,11 +136,23 @@ class ParquetSplit(Split):
         return content
 
     def _open(self, number: int) -> Any:
-        """An open file; the last few are kept."""
+        """An open file; the last few are kept.
+
+        Raises:
+            DataError: It cannot be read, or holds other row groups than when it was opened first.
+        """
         if number not in self._opened:
             if len(self._opened) >= _OPEN_FILES:
                 self._opened.pop(next(iter(self._opened))).close()
-            self._opened[number] = _open_file(Path(self._files[number]))
+            opened = _open_file(Path(self._files[number]))
+            groups = [opened.metadata.row_group(group) for group in range(opened.num_row_groups)]
+            content = [(group.num_rows, group.total_byte_size) for group in groups]
+            if self._contents.setdefault(number, content) != content:
+                raise _ChangedError(
+                    f"data: found {self._files[number]} changed since its rows were counted, expected the same file "
+                    "until the end of the run; start again"
+                )
+            self._opened[number] = opened
         return self._opened[number]
 
     def __getstate__(self) -> dict[str, object]:

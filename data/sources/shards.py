@@ -19,11 +19,14 @@ from synco_fast.data.sources.manifest import (
     RULES,
     Manifest,
     PackedNames,
+    Stamp,
     manifest_path,
     read_manifest,
+    stamp_of,
     write_manifest,
 )
 from synco_fast.data.sources.pack_index import packed_manifest
+from synco_fast.data.sources.samples import LABEL_SUFFIXES, choose_images, sample_key, split_suffix
 from synco_fast.data.sources.splits import Split, map_labels
 from synco_fast.data.sources.stream_reader import DAMAGED, NEGATIVE
 
@@ -38,11 +41,8 @@ _Sample = tuple[str, int, int, list[_Label]]
 class ShardSplit(Split):
     """The images of some tar shards, in order of shard and member.
 
-    Members whose names agree up to the first dot behind the folder form a sample: one image, and its label in ``.cls``
-    (a class name or number) or else in the key ``label`` of ``.json``. Without either, the image's folder is its class.
-    The image is the member with nothing but a suffix behind the dot (``7.jpg``), before others (``7.mask.png``), and a
-    JPEG before other formats. Names with more dots are names of their own where they have a label of their own, or
-    where no image and no label has nothing but a suffix behind the first dot.
+    A sample is one image, chosen by `choose_images`, and its label in ``.cls`` (a class name or number) or else in the
+    key ``label`` of ``.json``. Without either, the image's folder is its class.
 
     Only regular members are read, only by offset and size: names in a shard never reach the file system.
 
@@ -71,6 +71,8 @@ class ShardSplit(Split):
         self.key = "tar:" + "\n".join(str(shard.resolve()) for shard in shards)
         kept = manifest_path(self.key)
         manifest = read_manifest(kept) or packed_manifest(shards)
+        if manifest is not None and not _has_last_images(manifest, shards):
+            manifest = None
         if manifest is None or manifest.places is None or _is_outdated(manifest):
             manifest = _newer(manifest, index_shards(shards))
             if len(manifest.names):
@@ -111,12 +113,31 @@ class ShardSplit(Split):
         return content
 
     def _descriptor(self, shard: int) -> int:
-        """An open shard. Reads carry their own offset, so that forked workers may share it."""
+        """An open shard. Reads carry their own offset, so that forked workers may share it.
+
+        Raises:
+            DataError: It is another one than when it was indexed, with images elsewhere.
+        """
         if shard not in self._opened:
             if len(self._opened) >= _OPEN_SHARDS:
                 os.close(self._opened.pop(next(iter(self._opened))))
             self._opened[shard] = os.open(self._shards[shard], os.O_RDONLY)
+            self._check_unchanged(shard)
         return self._opened[shard]
+
+    def _check_unchanged(self, shard: int) -> None:
+        """Refuse another shard under the same name. Of one that was cut short, the images that are left are read."""
+        about, expected = os.fstat(self._opened[shard]), self.manifest.stamps.get(os.path.realpath(self._shards[shard]))
+        if expected is None or stamp_of(about, like=expected) == expected or self.manifest.checksums is not None:
+            return
+        assert self._places is not None
+        left = np.flatnonzero((self._places[:, 0] == shard) & (self._places[:, 1] <= about.st_size))
+        if len(left) and not _has_image(self._shards[shard], self.manifest, int(left[-1])):
+            os.close(self._opened.pop(shard))
+            raise DataError(
+                f"data: found {self._shards[shard]} changed since its headers were read, expected the same shard until "
+                "the end of the run; start again"
+            )
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_opened", {}).values():
@@ -132,6 +153,32 @@ _OPEN_SHARDS = 256
 #: Bytes read of a label member, and maximum length of a class name.
 _LONGEST_LABEL, _LONGEST_CLASS = 1 << 16, 1000
 _REASON = 200
+
+
+def _has_image(shard: str | Path, manifest: Manifest, image: int) -> bool:
+    """Whether an image lies in a shard where an index says: another shard can have the same size and time."""
+    assert manifest.places is not None
+    _, offset, size = manifest.places[image].tolist()
+    try:
+        member = tarfile.TarInfo.frombuf(_block(shard, offset - _BLOCK), "utf-8", "surrogateescape")
+    except (OSError, IndexError, *DAMAGED):
+        return False
+    # Longer names and those that are not ASCII can lie in headers of their own, as can large sizes.
+    name = manifest.names[image]
+    return (member.size == size or size >= 8 << 30) and (
+        member.name == name or len(name) > tarfile.LENGTH_NAME or not name.isascii()
+    )
+
+
+def _has_last_images(manifest: Manifest, shards: list[Path]) -> bool:
+    """Whether the last image of each shard lies where an index says."""
+    if manifest.places is None or manifest.checksums is not None:
+        return True  # a pack's checksums tell
+    numbers, backwards = np.unique(manifest.places[::-1, 0], return_index=True)
+    last = len(manifest.places) - 1 - backwards
+    with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
+        there = pool.map(lambda shard, image: _has_image(shards[shard], manifest, image), numbers, last.tolist())
+        return all(there)
 
 
 def _is_outdated(manifest: Manifest) -> bool:
@@ -166,9 +213,9 @@ def index_shards(shards: list[Path]) -> Manifest:
     excluded: dict[str, str] = {}
     unread: Counter[str] = Counter()
     # Before anything is read, so that the index of a shard that is written meanwhile is outdated.
-    stamps: dict[str, int] = {}
+    stamps: dict[str, Stamp] = {}
     with suppress(OSError):  # of what is not there, which `_index` reports
-        stamps = {str(shard.resolve()): shard.stat().st_mtime_ns for shard in shards}
+        stamps = {str(shard.resolve()): stamp_of(shard.stat()) for shard in shards}
     with ThreadPoolExecutor(max_workers=min(8, len(shards))) as pool:
         found = list(pool.map(lambda shard: _index(shard, excluded, unread), shards))
     names, places, labels = [], [], []
@@ -208,19 +255,8 @@ def index_shards(shards: list[Path]) -> Manifest:
 
 
 def _natural(name: str) -> tuple[int, str]:
-    """Numbers in order of value, before names."""
-    return (int(name), "") if name.isdecimal() else (1 << 62, name)
-
-
-def _stem(name: str) -> str:
-    """A member's name without its suffix."""
-    return os.path.splitext(name)[0]  # noqa: PTH122
-
-
-def _key(name: str) -> str:
-    """WebDataset's key of a member: its name up to the first dot behind the folder."""
-    folder, slash, base = name.rpartition("/")
-    return folder + slash + base.partition(".")[0]
+    """Numbers in order of value, before names; the order of a set, of 7 and 07, would be another in each process."""
+    return (int(name), name) if name.isdecimal() else (1 << 62, name)
 
 
 def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[_Sample]:
@@ -235,15 +271,14 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
                 for member in archive:
                     if member.size < 0 or archive.offset <= member.offset:
                         raise tarfile.ReadError(NEGATIVE)
-                    stem, suffix = os.path.splitext(member.name)  # noqa: PTH122
-                    suffix = suffix.lower()
+                    stem, suffix = split_suffix(member.name)
                     if not member.isreg() or member.sparse or PurePosixPath(stem).name.startswith("."):
                         continue
                     if member.offset_data + member.size > length:
                         raise tarfile.ReadError("unexpected end of data")
                     if suffix in IMAGE_SUFFIXES:
                         images[member.name] = (member.name, member.offset_data, member.size)
-                    elif suffix in (".cls", ".json"):
+                    elif suffix in LABEL_SUFFIXES:
                         labels.setdefault(stem, []).append((suffix, member.offset_data, member.size))
                     else:
                         unread[suffix or "without a suffix"] += 1
@@ -258,33 +293,35 @@ def _index(shard: Path, excluded: dict[str, str], unread: Counter[str]) -> list[
     except DataError:
         raise
     except (OSError, *DAMAGED) as error:
+        if _is_compressed(shard):
+            raise DataError(
+                f"data: found a compressed tar file at {shard}, expected an uncompressed one, or stream:{shard}"
+            ) from error
         raise DataError(f"data: found no readable tar file at {shard} ({one_line(error, _REASON)})") from error
     return _samples([*images.values()], labels, unread)
+
+
+def _is_compressed(shard: Path) -> bool:
+    """Whether a file is one of gzip, bzip2 or xz, which a stream reads."""
+    with suppress(OSError):
+        return _block(shard, 0).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ"))
+    return False
 
 
 def _samples(
     images: list[tuple[str, int, int]], labels: dict[str, list[_Label]], unread: Counter[str]
 ) -> list[_Sample]:
-    """One image of each sample, with its label, by the rules of `ShardSplit`; counts the others."""
-    stems = [_stem(name) for name, _, _ in images]
-    keys = [_key(name) for name, _, _ in images]
-    whole = {key for stem, key in zip(stems, keys, strict=True) if stem == key} | {
-        stem for stem in labels if "." not in stem.rpartition("/")[2]
-    }
-    chosen: dict[str, tuple[tuple[bool, bool], tuple[str, int, int]]] = {}
-    for image, stem, key in zip(images, stems, keys, strict=True):
-        sample = key if key in whole and (stem == key or stem not in labels) else stem
-        better = (stem != sample, not image[0].lower().endswith((".jpg", ".jpeg"))), image
-        if sample in chosen:
-            held = chosen[sample]
-            better, other = (better, held) if better[0] < held[0] else (held, better)
-            unread[other[1][0][len(key) :].lower()] += 1
-        chosen[sample] = better
-    return [(*image, labels.get(sample, [])) for sample, (_, image) in chosen.items()]
+    """One image of each sample, with its label, by `choose_images`; counts the others."""
+    found = choose_images([name for name, _, _ in images], labels)
+    for sample in found:
+        for place in sample.others:
+            name = images[place][0]
+            unread[name[len(sample_key(name)) :].lower()] += 1
+    return [(*images[sample.image], labels.get(sample.name, [])) for sample in found]
 
 
-def _block(shard: Path, offset: int) -> bytes:
-    with shard.open("rb") as opened:
+def _block(shard: str | Path, offset: int) -> bytes:
+    with Path(shard).open("rb") as opened:
         return os.pread(opened.fileno(), _BLOCK, offset)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from synco_fast.data.errors import CorruptImageError, DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits, decode_image, encode_pixels
-from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest
+from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_path, read_manifest, stamp_of
 from synco_fast.data.sources.stream import refuse_stream
 from synco_fast.data.sources.walk import is_image, walk_folder
 
@@ -226,7 +226,7 @@ def _parse_list(file: Path) -> Manifest:
     try:
         if file.exists() and not file.is_file():
             raise DataError(f"data: found a folder, pipe or device at {file}, expected a list of images")
-        stamp, text = file.stat().st_mtime_ns, file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        stamp, text = stamp_of(file.stat()), file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise DataError(f"data: cannot read the list {file} ({error.strerror})") from error
     if "\0" in text:

@@ -46,6 +46,7 @@ class _Shards(Dataset[CheckedShard]):
                 try:
                     if isinstance(content, CorruptImageError):
                         raise content
+                    assert content is not None
                     decode_image(content, name, self.split.limits)
                 except CorruptImageError as error:
                     found.corrupt[name] = str(error)

@@ -22,6 +22,8 @@ Counts = tuple[int, ...] | None
 #: Size and modification time in nanoseconds of a local shard; None for others.
 Stamp = tuple[int, int] | None
 _FILE = "file://"
+#: By which images are counted: one of each sample. The first rules counted all images of a sample, or kept no stamps.
+_RULES = 2
 
 
 def find_counts(shards: Sequence[str], title: str) -> tuple[Counts, str | None]:
@@ -38,17 +40,16 @@ def find_counts(shards: Sequence[str], title: str) -> tuple[Counts, str | None]:
         found = json.loads(file.read_text(encoding="utf-8"))
         counts = _checked(found["counts"], len(shards)) if found["shards"] == [*shards] else None
         date = datetime.fromtimestamp(file.stat().st_mtime, UTC).date().isoformat()
-        # Older versions kept no stamps.
-        kept = [None if stamp is None else tuple(stamp) for stamp in found.get("stamps", [None] * len(shards))]
+        again = f"'synco-fast data check {title}' counts again"
+        if found.get("rules") != _RULES:
+            return None, f"{title}: the check of {date} is of an earlier version, by other rules; {again}"
+        kept = [None if stamp is None else tuple(stamp) for stamp in found["stamps"]]
         now = [stamp_of(shard) for shard in shards]
         changed = sum(one != other for one, other in zip(kept, now, strict=True))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, None
     if counts is None:
         return None, None
-    again = f"'synco-fast data check {title}' counts again"
-    if changed and "stamps" not in found:
-        return None, f"{title}: the check of {date} did not keep size and time of the shards; {again}"
     if changed:
         return None, f"{title}: {changed:,} of {len(shards):,} shards changed since the check of {date}; {again}"
     if None in now:
@@ -69,7 +70,7 @@ def keep_counts(shards: Sequence[str], counts: Sequence[int], stamps: Sequence[S
     """
     file = _kept_file(shards)
     with atomic_write(file) as temporary:
-        kept = {"shards": [*shards], "counts": [*counts], "stamps": [*stamps]}
+        kept = {"shards": [*shards], "counts": [*counts], "stamps": [*stamps], "rules": _RULES}
         temporary.write_text(json.dumps(kept), encoding="utf-8")
     return str(file)
 

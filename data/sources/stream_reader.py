@@ -10,11 +10,14 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import util
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from synco_fast.data.errors import CorruptImageError, DataError, one_line
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES, LIMITS, Limits
+from synco_fast.data.sources.samples import LABEL_SUFFIXES, choose_images, is_best, sample_key, split_suffix
 
 __all__ = ["DAMAGED", "NEGATIVE", "PIPE", "ShardError", "is_url", "read_images", "read_whole"]
 
@@ -27,6 +30,8 @@ PIPE = "pipe:"
 #: Attempts to read a shard, and the seconds between the first two.
 _TRIES, _PAUSE = 4, 1.0
 _REASON = 200
+#: Images of a run that are held until it ends, at most.
+_HELD = 64
 #: Bytes read at a time.
 _CHUNK = 1 << 18
 
@@ -42,19 +47,22 @@ def is_url(shard: str) -> bool:
 
 def read_images(
     shard: str, keep: Callable[[int], bool], limits: Limits = LIMITS, *, stop: int | None = None
-) -> Generator[tuple[int, str, bytes | CorruptImageError], None, None]:
-    """The images of a shard in their order.
+) -> Generator[tuple[int, str, bytes | CorruptImageError | None], None, None]:
+    """The images of a shard in their order, one of each sample.
 
-    After a failure of disk, network or command the shard is opened again, and read on where it stopped.
+    A sample is a run of members, by the rules of `choose_images`. What comes behind others of the same sample in
+    another run is skipped, too. After a failure of disk, network or command the shard is opened again, and read on
+    where it stopped.
 
     Args:
         shard: A path, a URL, or ``pipe:COMMAND``; compressed or not.
-        keep: Whether the bytes of the image of this number are wanted; others are skipped.
+        keep: Whether the bytes of the image of this number are wanted.
         limits: Size limits.
         stop: The number of the first image that is not read any more; None for the whole shard.
 
     Yields:
-        Number in the shard, from 0; name; and bytes, or the reason why there are none.
+        Number in the shard, from 0; name; and bytes, or the reason why there are none, or None where they are not
+        wanted.
 
     Raises:
         ShardError: It is truncated or no tar file.
@@ -79,23 +87,78 @@ def read_images(
 
 def _read_once(
     shard: str, keep: Callable[[int], bool], limits: Limits, done: int, stop: int | None
-) -> Iterator[tuple[int, str, bytes | CorruptImageError]]:
+) -> Iterator[tuple[int, str, bytes | CorruptImageError | None]]:
+    run = _Run()
+
+    def wanted(number: int) -> bool:
+        return number >= done and keep(number)
+
     with (
         suppress(_Enough),
         _opened(shard) as file,
         tarfile.open(fileobj=file, mode="r|*", bufsize=_CHUNK, tarinfo=_Member) as archive,
     ):
-        number = 0
+        for name, content in _chosen(archive, run, wanted, shard, limits):
+            number, run.number = run.number, run.number + 1
+            if number >= done:
+                yield number, f"{shard}:{name!r}", content if wanted(number) else None
+            if run.number == stop:
+                raise _Enough
+
+
+@dataclass
+class _Run:
+    """The run of members that is being read.
+
+    Attributes:
+        number: Images before those held.
+        key: What the names of its members have in common.
+        held: Its images that are not chosen from yet, and their bytes, if they may be wanted.
+        labels: Names of its members with labels, without their suffixes.
+        given: Samples of the shard whose image is given out.
+    """
+
+    number: int = 0
+    key: str = ""
+    held: list[tuple[str, bytes | CorruptImageError | None]] = field(default_factory=list)
+    labels: set[str] = field(default_factory=set)
+    given: set[str] = field(default_factory=set)
+
+    def end(self) -> Iterator[tuple[str, bytes | CorruptImageError | None]]:
+        """The chosen images of those held."""
+        held, self.held = self.held, []
+        for sample in choose_images([name for name, _ in held], self.labels, self.given):
+            if sample.name not in self.given:
+                self.given.add(sample.name)
+                yield held[sample.image]
+
+
+def _chosen(
+    archive: tarfile.TarFile, run: _Run, wanted: Callable[[int], bool], shard: str, limits: Limits
+) -> Iterator[tuple[str, bytes | CorruptImageError | None]]:
+    """Name and content of one image of each sample; the caller counts them in ``run.number``."""
+    try:
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-            path = PurePosixPath(member.name)
-            if not member.isreg() or path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+            if not member.isreg() or PurePosixPath(member.name).name.startswith("."):
                 continue
-            if number >= done and keep(number):
-                yield number, f"{shard}:{member.name!r}", _content(archive, member, shard, limits)
-            number += 1
-            if number == stop:
-                raise _Enough
+            if sample_key(member.name) != run.key:
+                yield from run.end()
+                run.key, run.labels = sample_key(member.name), set()
+            stem, suffix = split_suffix(member.name)
+            if suffix in LABEL_SUFFIXES:
+                run.labels.add(stem)
+            if suffix not in IMAGE_SUFFIXES or stem in run.given:
+                continue
+            # Of the images held, each may be a sample of its own.
+            needed = any(map(wanted, range(run.number, run.number + len(run.held) + 1)))
+            run.held.append((member.name, _content(archive, member, shard, limits) if needed else None))
+            if len(run.held) == _HELD or (len(run.held) == 1 and is_best(member.name)):
+                yield from run.end()
+    except tarfile.TarError:
+        yield from run.end()
+        raise
+    yield from run.end()
 
 
 def _content(
@@ -172,6 +235,8 @@ def _output(command: str) -> Iterator[IO[bytes]]:
             command, shell=True, stdout=subprocess.PIPE, stderr=said, bufsize=0, start_new_session=True
         )
         assert process.stdout is not None
+        # A worker that ends, frees no reader that is in the middle of a shard.
+        end = util.Finalize(process, _end_group, (process.pid,), exitpriority=0)
         try:
             yield process.stdout
         except tarfile.TarError:
@@ -184,9 +249,13 @@ def _output(command: str) -> Iterator[IO[bytes]]:
             _check(process, said)
         finally:
             process.stdout.close()
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            end()
             process.wait()
+
+
+def _end_group(leader: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _check(process: subprocess.Popen[bytes], said: IO[bytes]) -> None:

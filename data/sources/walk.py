@@ -10,7 +10,7 @@ import numpy as np
 
 from synco_fast.data.errors import DataError
 from synco_fast.data.sources.decode import IMAGE_SUFFIXES
-from synco_fast.data.sources.manifest import Manifest, PackedNames
+from synco_fast.data.sources.manifest import Manifest, PackedNames, Stamp, stamp_of
 
 __all__ = ["is_image", "kind_of_file", "walk_folder"]
 
@@ -57,7 +57,7 @@ def walk_folder(root: Path) -> Manifest:
     if classes == ["images"] and not files and annotations.is_file():
         labels, classes = _annotated(annotations, names)
         walk.unread[annotations.suffix] -= 1
-        walk.stamps[os.path.realpath(annotations)] = annotations.stat().st_mtime_ns
+        walk.stamps[os.path.realpath(annotations)] = stamp_of(annotations.stat())
     if classes:
         walk.unread[f"image{'s' * (len(files) > 1)} outside the class folders"] += len(files)
         manifest = Manifest(PackedNames.pack(names), np.array(labels, dtype=np.int64), tuple(classes))
@@ -86,14 +86,14 @@ class _Walk:
     """One walk.
 
     Attributes:
-        stamps: Modification time in nanoseconds of every folder that was read.
+        stamps: The stamp of every folder that was read, by path.
         unread: Number of files that are not read, by kind.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._seen: set[tuple[int, int]] = set()
-        self.stamps: dict[str, int] = {}
+        self.stamps: dict[str, Stamp] = {}
         self.unread: Counter[str] = Counter()
 
     def enter(self, folder: str) -> tuple[list[str], list[str]]:
@@ -123,7 +123,7 @@ class _Walk:
                 else:
                     self.unread[kind_of_file(entry.name) if kind == "file" else kind] += 1
         self._seen.add((about.st_dev, about.st_ino))
-        self.stamps[os.path.realpath(path)] = about.st_mtime_ns
+        self.stamps[os.path.realpath(path)] = stamp_of(about)
         return sorted(files), sorted(folders)
 
     def images(self, folder: str) -> list[str]:

@@ -25,7 +25,7 @@ def add(commands: Commands) -> None:
     command = commands.add(
         "evaluate detection",
         _evaluate_detection,
-        "Fine-tune torchvision's Faster R-CNN (with masks: Mask R-CNN) on the backbone and report COCO metrics.",
+        "Fine-tune torchvision's Faster R-CNN (with masks: Mask R-CNN) on the backbone and report average precision.",
         "torchrun --nproc-per-node 8 -m synco_fast evaluate detection runs/synco-r50-200 --data voc:/data/voc",
         joint=True,
     )
@@ -68,6 +68,7 @@ def _evaluate_detection(options: argparse.Namespace, console: Console) -> int:
         ("detector", result["detector"]),
         ("trained on", f"{result['train_set']}, {result['train_images']:,} images"),
         ("tested on", f"{result['test_set']}, {result['test_images']:,} images"),
+        ("average precision", f"as of {result['metric']}, over overlaps from 0.5 to 0.95"),
         ("iterations, batch, lr", f"{protocol.steps:,}, {protocol.batch}, {protocol.lr:g}"),
     ]
     print_result(result, options, console, rows, chance="AP before training")

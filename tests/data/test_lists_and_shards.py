@@ -1,7 +1,10 @@
 """Sources beside folders: lists of files, tar shards, and the lists that are kept of them."""
 
+import bz2
 import dataclasses
+import gzip
 import io
+import lzma
 import os
 import pickle
 import tarfile
@@ -17,6 +20,7 @@ from synco_fast.data.sources.manifest import Manifest, PackedNames, manifest_pat
 from synco_fast.data.sources.open import ArraySplit, open_source
 from synco_fast.data.sources.shards import ShardSplit
 from synco_fast.data.sources.splits import FolderSplit
+from synco_fast.data.sources.stream_reader import read_images
 from tests.data.photos import photo
 
 
@@ -147,6 +151,11 @@ def test_numbered_classes_are_in_order_of_value(tmp_path):
     assert open_source(f"tar:{tmp_path}").train.classes == ("2", "9", "10")
 
 
+def test_numbers_written_in_several_ways_have_one_order():
+    ways = ["7", "07", "007", "0007", "00007"]
+    assert [sorted(given, key=shards_module._natural) for given in (ways, ways[::-1])] == [sorted(ways)] * 2
+
+
 def names(split):
     return [split.name(index).rpartition(":")[2].strip("'") for index in range(len(split))]
 
@@ -178,6 +187,9 @@ def test_a_sample_has_one_image(tmp_path, members, images, labels, unread):
     write_shard(tmp_path / "a.tar", written)
     split = open_source(f"tar:{tmp_path}").train
     assert names(split) == images
+    streamed = [*read_images(f"{tmp_path}/a.tar", lambda _: True)]
+    assert [name.rpartition(":")[2].strip("'") for _, name, _ in streamed] == images, "as from a stream"
+    assert [content for _, _, content in streamed] == [split.read_bytes(place) for place in range(len(split))]
     assert (split.labels is None) if labels is None else (split.labels.tolist() == labels)
     assert split.manifest.unread == unread
 
@@ -239,6 +251,57 @@ def test_the_index_is_kept_until_a_shard_changes(shards, monkeypatch):
     assert len(open_source(f"tar:{shards}").train) == 9
 
 
+def replace_shard(path, members):
+    """As a copy that keeps times: another file under the same name, with the same modification time."""
+    time = path.stat().st_mtime_ns
+    other = write_shard(path.with_suffix(".part"), members)
+    os.utime(other, ns=(time, time))
+    other.replace(path)
+
+
+def test_a_shard_of_the_same_time_or_size_is_indexed_again(tmp_path):
+    """Its images would be read at the places of those before."""
+    path = write_shard(tmp_path / "a.tar", [("0.png", bytes(700)), ("1.png", bytes(100))])
+    assert names(open_source(f"tar:{tmp_path}").train) == ["0.png", "1.png"]
+    replace_shard(path, [(f"{number}.png", bytes(9000)) for number in range(3)])
+    assert names(open_source(f"tar:{tmp_path}").train) == ["0.png", "1.png", "2.png"]
+    for members in (  # of one size, as tar files are padded to 10 KiB
+        [("5.png", bytes(700)), ("6.png", bytes(100))],
+        [("5.png", bytes(100)), ("6.png", bytes(700))],
+        [("5.png", bytes(90)), ("6.png", bytes(700))],
+        [("5.png", bytes(1700))],
+    ):
+        replace_shard(path, members)
+        split = open_source(f"tar:{tmp_path}").train
+        assert names(split) == [name for name, _ in members]
+        assert split.read_bytes(len(members) - 1) == members[-1][1]
+
+
+def test_a_shard_that_is_replaced_during_a_run_ends_it(tmp_path):
+    """Unless its images are where they were, as after a copy of the same shard, or one whose time is set later."""
+    members = [(f"{number}.jpg", jpeg(number)) for number in range(2)]
+    path = write_shard(tmp_path / "a.tar", members)
+    split = open_source(f"tar:{tmp_path}").train
+    os.utime(path, ns=(1, 1))
+    assert split.read(1).size == (40, 30)
+    split = open_source(f"tar:{tmp_path}").train
+    replace_shard(path, [("7.jpg", bytes(9000)), *members])
+    with pytest.raises(
+        DataError, match=r"^data: found .*a\.tar changed since its headers were read, expected the same shard"
+    ):
+        split.read(0)
+    assert len(open_source(f"tar:{tmp_path}").train) == 3, "the next run reads it as it is"
+
+
+def test_long_names_and_names_of_any_letters_keep_their_index(tmp_path, monkeypatch):
+    write_shard(tmp_path / "a.tar", [("x" * 150 + ".jpg", jpeg())])
+    write_shard(tmp_path / "b.tar", [("été.jpg", jpeg())])
+    write_shard(tmp_path / "c.tar", [("d" * 90 + "/" + "x" * 90 + ".jpg", jpeg())])
+    found = names(open_source(f"tar:{tmp_path}").train)
+    monkeypatch.setattr(shards_module, "index_shards", None)
+    assert names(open_source(f"tar:{tmp_path}").train) == found
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(shards, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -275,6 +338,16 @@ def test_what_is_no_shard(tmp_path):
     write_shard(tmp_path / "a.tar", [("a.txt", b"words"), ("n01440764.tar", b"as in ImageNet's own archive")])
     with pytest.raises(DataError, match=r"found no image in the shards of .* \(1 \.txt, 1 \.tar\), expected .* unpack"):
         open_source(f"tar:{tmp_path}")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_shard_is_named_as_such(tmp_path, compress):
+    path = write_shard(tmp_path / "a.tar", [("0.jpg", jpeg())])
+    path.write_bytes(compress(path.read_bytes()))
+    says = rf"^data: found a compressed tar file at {path}, expected an uncompressed one, or stream:{path}$"
+    with pytest.raises(DataError, match=says):
+        open_source(f"tar:{tmp_path}")
+    assert len([*read_images(str(path), lambda _: True)]) == 1
 
 
 def test_a_split_of_many_shards_holds_few_open_and_travels_to_workers(tmp_path, monkeypatch):

@@ -166,6 +166,15 @@ def test_what_a_pack_cannot_be_made_of_or_in(folder, tmp_path):
     pack(folder, out)
     with pytest.raises(DataError, match=r"found a pack with short_side 30 in .*out, expected 31"):
         pack(folder, out, PackSettings(31, 90, 20_000))
+    moved = next((folder / "train" / "9").iterdir())
+    moved.rename(moved.with_name("renamed.jpg"))
+    with pytest.raises(DataError, match=r"found a pack in .*out of other images than those of .*, though as many"):
+        pack(folder, out)
+    moved.with_name("renamed.jpg").rename(moved)
+    about = json.loads((out / "pack.json").read_text())
+    del about["digests"]  # as earlier versions
+    (out / "pack.json").write_text(json.dumps(about))
+    pack(folder, out)
     photo(60, 60, 7).save(folder / "train" / "9" / "more.jpg")
     with pytest.raises(DataError, match=r"found a pack with images \[21, 6\]"):
         pack(folder, out)

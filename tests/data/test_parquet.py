@@ -226,3 +226,20 @@ def test_a_damaged_row_group_is_corrupt_images(tmp_path):
     with pytest.raises(CorruptImageError, match=r"a\.parquet\[0\]"):
         split.read(0)
     assert split.read(5).size == (50, 40)
+
+
+def test_a_file_that_is_replaced_during_a_run_ends_it(tmp_path):
+    """Each worker opens the files for itself: rows would be others, or none."""
+
+    def write(rows, size):
+        table = {"image": [b"image"] * rows, "label": [0] * rows}
+        parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet", row_group_size=size)
+
+    for rows, size in ((5, 5), (20, 5), (20, 20)):
+        write(20, 10)
+        split = pickle.loads(pickle.dumps(open_source(f"parquet:{tmp_path}").train))
+        write(rows, size)
+        with pytest.raises(
+            DataError, match=r"^data: found .*a\.parquet changed since its rows were counted, expected the"
+        ):
+            split.read_bytes(17)

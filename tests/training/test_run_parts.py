@@ -132,7 +132,7 @@ def test_a_signal_asks_and_a_second_one_interrupts(number, monkeypatch):
 def test_a_second_signal_that_python_discards_ends_the_run_where_it_next_looks(monkeypatch, capsys):
     """What a generator raises while it is finalized, as one that drains a pipeline, is discarded."""
     monkeypatch.setattr(sys, "unraisablehook", lambda raised: print(type(raised.exc_value).__name__))
-    monkeypatch.setattr("synco_fast.training.stopping._TOGETHER", 0.0)
+    monkeypatch.setattr("synco_fast.training.run.stopping._TOGETHER", 0.0)
 
     def batches():
         try:

@@ -121,7 +121,9 @@ class DaliPipeline(EpochPipeline):
         self._runner.close()
         if self._pool is not None:
             self._pool.shutdown()
-        self.__dict__.pop("_loader", None)
+        loader = self.__dict__.pop("_loader", None)
+        if loader is not None:
+            loader.close()
 
     @property
     def kernel_input(self) -> dict[str, Any] | None:
@@ -223,12 +225,14 @@ def dali_evaluation(
         depth=_DEPTH,
     )
     nothing = torch.empty((0, recipe.size, recipe.size, 3), dtype=torch.uint8, device=device)
+    loader = reader.loader(places, workers, 0)
     try:
-        for files, images in runner.run(reader.loader(places, workers, 0)):
+        for files, images in runner.run(loader):
             crops = (images[0] if images else nothing).permute(0, 3, 1, 2)
             yield crops, torch.from_numpy(files.images), files.corrupt
     finally:
         runner.close()
+        loader.close()
 
 
 def _gpu_number(device: torch.device | None) -> int | None:

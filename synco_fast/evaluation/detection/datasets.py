@@ -9,7 +9,6 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from synco_fast.data.errors import one_line
 from synco_fast.data.pipelines.base import epoch_order
 from synco_fast.data.seeding import derive_seed
 from synco_fast.runtime.errors import ConfigError, DataError
@@ -51,6 +51,7 @@ class DetectionSource:
         classes: Class names in order of label.
         masks: Whether objects have masks.
         sets: What the layout calls the images of ``train`` and of ``test``.
+        metric: Whose average precision is measured: ``COCO``, ``VOC 2007`` or ``VOC 2012``.
     """
 
     spec: str
@@ -60,13 +61,14 @@ class DetectionSource:
     classes: tuple[str, ...]
     masks: bool
     sets: tuple[str, str]
+    metric: str
 
 
 class Detections(Dataset[tuple[Tensor, Target]]):
     """Images as float32 (3, H, W) in [0, 1], and targets as torchvision's detectors take them.
 
-    A target holds ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) int64, ``iscrowd`` (n,) (difficult
-    objects of VOC are marked the same way in test images), and with masks ``masks`` (n, H, W) bool.
+    A target holds ``boxes`` (n, 4) as x1, y1, x2, y2 in pixels, ``labels`` (n,) int64, ``iscrowd`` (n,), of VOC
+    ``difficult`` (n,), and with masks ``masks`` (n, H, W) bool.
 
     Args:
         parts: Datasets of images and raw annotations, concatenated.
@@ -99,9 +101,13 @@ class Detections(Dataset[tuple[Tensor, Target]]):
             if inside < len(part):
                 break
             inside -= len(part)
-        picture, annotation = part[inside]
+        try:
+            picture, annotation = part[inside]
+            image = tv_tensors.Image(v2.functional.pil_to_tensor(picture.convert("RGB")))
+        except (OSError, SyntaxError) as error:  # the latter of a damaged PNG or of damaged XML
+            name = _names(part)[inside]
+            raise DataError(f"data: cannot read the image {name} or its annotation ({one_line(error)})") from error
         target = self.convert(part, annotation, picture)
-        image = tv_tensors.Image(v2.functional.pil_to_tensor(picture.convert("RGB")))
         if self.augment:
             keep = ~target["iscrowd"].bool()
             target = {name: _rows(value, keep) for name, value in target.items()}
@@ -208,16 +214,14 @@ def _open_voc(spec: str, folder: Path, seed: int) -> DetectionSource:
             f"data: found no VOC2007 test in {folder}: trained on {named[0]}, tested on {named[1]}", stacklevel=3
         )
     # Difficult objects are trained on, as in detectron2 and so in MoCo: dropped, they would count as background.
-    objects = partial(_voc_target, difficult=False)
-    train = Detections([part(*pair) for pair in trained], objects, augment=True, seed=seed)
+    train = Detections([part(*pair) for pair in trained], _voc_target, augment=True, seed=seed)
     test = Detections([part(*tested)], _voc_target)
-    return DetectionSource(spec, "voc", train, test, VOC_CLASSES, masks=False, sets=named)
+    return DetectionSource(spec, "voc", train, test, VOC_CLASSES, masks=False, sets=named, metric=f"VOC {tested[0]}")
 
 
-def _voc_target(part: _Raw, annotation: Any, picture: Any, *, difficult: bool = True) -> Target:
-    """An image's annotation as a target; ``difficult``: whether difficult objects are marked."""
+def _voc_target(part: _Raw, annotation: Any, picture: Any) -> Target:
     objects = annotation["annotation"].get("object", [])
-    boxes, labels, marked = [], [], []
+    boxes, labels, difficult = [], [], []
     for one in objects:
         if one["name"] not in VOC_CLASSES:
             raise DataError(f"data: found an object {one['name']!r}, expected the twenty classes of VOC")
@@ -226,8 +230,9 @@ def _voc_target(part: _Raw, annotation: Any, picture: Any, *, difficult: bool = 
         # VOC counts pixels from 1, and its last pixel is inclusive.
         boxes.append([left - 1, top - 1, right, bottom])
         labels.append(VOC_CLASSES.index(one["name"]) + 1)
-        marked.append(int(one.get("difficult", 0)) if difficult else 0)
-    return _target(boxes, labels, marked, picture)
+        difficult.append(int(one.get("difficult", 0)))
+    target = _target(boxes, labels, [0] * len(boxes), picture)
+    return target | {"difficult": torch.tensor(difficult, dtype=torch.int64)}
 
 
 def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
@@ -256,7 +261,7 @@ def _open_coco(spec: str, folder: Path, seed: int) -> DetectionSource:
     names = tuple(categories[0][number] for number in sorted(categories[0]))
     train = Detections([splits[0]], convert, augment=True, seed=seed)
     test = Detections([splits[1]], convert)
-    return DetectionSource(spec, "coco", train, test, names, masks, sets=("train2017", "val2017"))
+    return DetectionSource(spec, "coco", train, test, names, masks, ("train2017", "val2017"), "COCO")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -30,9 +28,11 @@ from synco_fast.evaluation.context import (
     weights_sha256,
 )
 from synco_fast.evaluation.detection.datasets import Detections, DetectionSource, Steps, open_detection
+from synco_fast.evaluation.detection.precision import VOC_LEVELS, CocoPrecision, VocPrecision
+from synco_fast.evaluation.detection.precision import Precision as AveragePrecision
 from synco_fast.export.load import Weights, backbone_of, read_weights
 from synco_fast.runtime.checkpoint import read_tensors
-from synco_fast.runtime.distributed import barrier, gather_lists, rank, world
+from synco_fast.runtime.distributed import barrier, rank, world
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError, DivergedError
 from synco_fast.runtime.files import atomic_write, write_json
@@ -170,7 +170,7 @@ def decayed_without_norms(detector: nn.Module) -> list[dict[str, Any]]:
 def evaluate_detection(
     path: Path, options: EvalOptions, *, protocol: DetectionProtocol | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Fine-tune a detector on a checkpoint's backbone and measure COCO's average precision.
+    """Fine-tune a detector on a checkpoint's backbone and measure the average precision of its layout.
 
     Args:
         path: A run folder, a checkpoint, or an imported file.
@@ -186,12 +186,18 @@ def evaluate_detection(
         UserError: The folder of results cannot be written.
         DivergedError: The loss became NaN or infinite.
     """
-    missing = [name for name in ("torchmetrics", "pycocotools") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"evaluate detection: found no {', '.join(missing)}: pip install 'synco-fast[detection]'")
     if options.data is None:
         raise ConfigError("data: found none, expected voc:FOLDER or coco:FOLDER")
+    needed = ("torchmetrics", "pycocotools") if options.data.startswith("coco:") else ()
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"evaluate detection: found no {', '.join(missing)}: pip install 'synco-fast[detection]'")
     with join_job(options.device) as device:
+        if world() > 1 and device.type != "cuda":
+            raise ConfigError(
+                f"device: found {world()} processes on CPUs, expected one, or a GPU for each: batch norm is "
+                "synchronised on GPUs alone"
+            )
         weights = read_weights(path)
         folder = folder_of(weights, options)
         source = open_detection(options.data, seed=protocol.seed if protocol else 0)
@@ -199,14 +205,8 @@ def evaluate_detection(
         if protocol.batch % world():
             raise ConfigError(f"batch: found {protocol.batch}, expected a multiple of {world()}, the processes")
         detector = build_detector(weights, len(source.classes), masks=source.masks, protocol=protocol).to(device)
-        if world() > 1 and device.type == "cuda":
+        if world() > 1:
             detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
-        elif world() > 1:
-            warnings.warn(
-                f"batch norm is synchronised on GPUs alone: here each of {world()} processes takes the statistics of "
-                "its own images, so the result is not that of one process",
-                stacklevel=1,
-            )
         job = _Job(
             detector, source, protocol, options, Precision(options.precision, device, key="precision"), device, console
         )
@@ -255,6 +255,7 @@ def _result(
         "test_images": len(source.test),
         "train_set": source.sets[0],
         "test_set": source.sets[1],
+        "metric": source.metric,
         "protocol": asdict(protocol),
         "backbone_unchanged": protocol.freeze,
         "precision": job.precision.name,
@@ -286,12 +287,14 @@ class _Job:
         found = read_tensors(state) if state.is_file() and not fresh else None
         step, before = 0, 0.0
         if isinstance(found, dict) and found.get("made_by") == made_by:
-            step, before = found["step"], found["before"]
+            # Earlier versions measured VOC as COCO.
+            known = found.get("metric", "COCO") == self.source.metric
+            step, before = found["step"], found["before"] if known else self._measure_before()
             self.detector.load_state_dict(found["detector"])
             optimizer.load_state_dict(found["optimizer"])
             optim.load_state_dict(found.get("scaling", {}))
         else:
-            before = self.measure(min(_BEFORE, len(self.source.test)))["box"]["AP"]
+            before = self._measure_before()
         barrier()
         model = DistributedDataParallel(self.detector) if world() > 1 else self.detector
         model.train()
@@ -316,7 +319,7 @@ class _Job:
                 if step % 20 == 0 or step == protocol.steps:
                     self._check_loss(float(total), step, bar)
                 if rank() == 0 and (step % protocol.keep_every == 0 or step == protocol.steps):
-                    _save(state, made_by, step, before, self.detector, optim)
+                    _save(state, {"made_by": made_by, "metric": self.source.metric}, step, before, self.detector, optim)
         barrier()
         return before
 
@@ -330,45 +333,30 @@ class _Job:
     def _moved(self, target: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in target.items()}
 
+    def _measure_before(self) -> float:
+        return self.measure(min(_BEFORE, len(self.source.test)))["box"]["AP"]
+
     @torch.no_grad()
     def measure(self, images: int) -> dict[str, dict[str, float]]:
-        """COCO's average precision over the first test images, by ``box`` and ``mask``."""
-        from torchmetrics.detection import MeanAveragePrecision
-
-        kinds: Any = ("bbox", "segm") if self.source.masks else ("bbox",)
-        metric = MeanAveragePrecision(
-            iou_type=kinds,
-            # COCO's own. torchmetrics rounds its to float32, so that a recall of 0.8 does not reach the threshold 0.8.
-            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(),
-            backend="pycocotools",
-            sync_on_compute=False,
+        """The average precision of the layout over the first test images, by ``box`` and ``mask``."""
+        metric: AveragePrecision = (
+            CocoPrecision(masks=self.source.masks)
+            if self.source.metric == "COCO"
+            else VocPrecision(VOC_LEVELS if self.source.metric == "VOC 2007" else None)
         )
         numbers = list(range(rank(), images, world()))
         self.detector.eval()
         transform: Any = self.detector.transform
         sizes, transform.min_size = transform.min_size, (self.protocol.size,)
         with progress(self.console, "test images", len(numbers)) as bar:
-            for pictures, targets in _loader(self.source.test, [[number] for number in numbers], self.options):
+            loader = _loader(self.source.test, [[number] for number in numbers], self.options)
+            for number, (pictures, targets) in zip(numbers, loader, strict=True):
                 with self.precision.autocast():
                     outputs = self.detector([picture.to(self.device) for picture in pictures])
-                metric.update([self._prediction(one) for one in outputs], targets)
+                metric.add(number, self._prediction(outputs[0]), targets[0])
                 bar.advance(len(pictures))
         transform.min_size = sizes
-        # torchmetrics would gather image by image, which needs equal counts on all ranks.
-        gathered: Any
-        for name, gathered in metric.metric_state.items():
-            setattr(metric, name, gather_lists(gathered))
-        values = metric.compute()
-        names = {"box": "bbox_" if self.source.masks else "", "mask": "segm_"}
-        parts = ("box", "mask") if self.source.masks else ("box",)
-        return {
-            part: {
-                title: max(0.0, float(values[f"{names[part]}{key}"]))
-                for title, key in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75"))
-            }
-            for part in parts
-        }
+        return metric.compute()
 
     def _prediction(self, output: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {name: output[name].float().cpu() for name in ("boxes", "scores")}
@@ -395,13 +383,13 @@ def _loader(images: Detections, batches: Iterable[list[Any]], options: EvalOptio
 
 def _save(
     state: Path,
-    made_by: dict[str, Any],
+    about: dict[str, Any],
     step: int,
     before: float,
     detector: nn.Module,
     optim: OptimStep,
 ) -> None:
     """Atomically save the state needed to resume."""
-    content = {"made_by": made_by, "step": step, "before": before, "detector": detector.state_dict()}
+    content = {**about, "step": step, "before": before, "detector": detector.state_dict()}
     with atomic_write(state) as temporary:
         torch.save({**content, "optimizer": optim.optimizer.state_dict(), "scaling": optim.state_dict()}, temporary)

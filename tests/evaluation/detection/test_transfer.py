@@ -21,6 +21,7 @@ from synco_fast.runtime.precision import Precision
 from tests.support.detection import scene
 from tests.support.rotation import in_turn
 
+CPU = torch.device("cpu")
 SMALL = replace(
     published_protocol("voc"),
     steps=24,
@@ -102,14 +103,44 @@ def test_a_half_trained_detector_is_that_of_its_precision_and_images(make_run, v
     assert found["step"] == 8, "by which a comparison knows the checkpoint, also that of best.pt"
 
 
-def test_several_processes_on_cpus_hear_of_their_batch_norm(make_run, voc, monkeypatch):
-    monkeypatch.setattr(transfer, "build_detector", lambda *arguments, **named: torch.nn.Linear(1, 1))
-    monkeypatch.setattr(transfer._Job, "train", lambda job, state, made_by, fresh: 0.0)
-    monkeypatch.setattr(transfer._Job, "measure", lambda job, images: {"box": {"AP": 0.5}})
+def test_several_processes_on_cpus_are_refused(make_run, voc, monkeypatch):
     monkeypatch.setattr(transfer, "world", lambda: 2)
     options = EvalOptions(data=f"voc:{voc}", device="cpu", workers=0)
-    with pytest.warns(UserWarning, match="each of 2 processes takes the statistics of its own images"):
+    with pytest.raises(
+        ConfigError, match=r"^device: found 2 processes on CPUs, expected one, or a GPU for each: batch"
+    ):
         evaluate_detection(make_run(), options, protocol=SMALL)
+
+
+def test_an_image_that_cannot_be_read_is_one_line_from_a_worker_too(voc):
+    folder = voc / "VOCdevkit" / "VOC2007"
+    (folder / "JPEGImages" / "000001.jpg").unlink()
+    (folder / "Annotations" / "000002.xml").write_text("<annotation>")
+    train = open_detection(f"voc:{voc}").train
+    for number in (1, 2):
+        with pytest.raises(
+            DataError, match=rf"^data: cannot read the image .*00000{number}.jpg or its annotation \(.*\)$"
+        ):
+            list(transfer._loader(train, [[number]], EvalOptions(workers=1)))
+
+
+def test_a_training_measured_by_other_rules_goes_on(voc, tmp_path, monkeypatch):
+    """Earlier versions measured VOC as COCO; only the figure from before the first step is measured again."""
+    measured = []
+    monkeypatch.setattr(transfer._Job, "measure", lambda job, images: measured.append(images) or {"box": {"AP": 0.25}})
+    source, protocol, state = open_detection(f"voc:{voc}"), replace(SMALL, steps=0), tmp_path / "state.pt"
+    job = transfer._Job(
+        torch.nn.Linear(1, 1), source, protocol, EvalOptions(workers=0), Precision("fp32", CPU), CPU, None
+    )
+    optim = transfer.OptimStep(
+        transfer.build_sgd(transfer.decayed_without_norms(job.detector), lr=1, momentum=0, weight_decay=0, device=CPU),
+        scaled=False,
+        device=CPU,
+    )
+    for about, times in (({"metric": "VOC 2007"}, 0), ({}, 1)):
+        transfer._save(state, {"made_by": {"made": "here"}, **about}, 0, 0.5, job.detector, optim)
+        assert job.train(state, {"made": "here"}, fresh=False) == (0.25 if times else 0.5)
+        assert len(measured) == times
 
 
 def test_difficult_objects_are_trained_on_and_not_counted(voc):
@@ -117,7 +148,8 @@ def test_difficult_objects_are_trained_on_and_not_counted(voc):
     sets = voc / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
     (sets / "test.txt").write_text("000003\n")
     source = open_detection(f"voc:{voc}")
-    assert (source.train[0, 3][1]["labels"].tolist(), source.test[0][1]["iscrowd"].tolist()) == ([12], [1])
+    assert (source.train[0, 3][1]["labels"].tolist(), source.test[0][1]["difficult"].tolist()) == ([12], [1])
+    assert source.metric == "VOC 2007"
 
 
 def test_training_images_are_flipped_with_their_boxes(voc):
@@ -156,7 +188,7 @@ def test_average_precision_is_that_of_coco():
             return [{"boxes": box, "labels": label, "scores": torch.ones(1)} if self.found < 5 else nothing]
 
     nothing = {"boxes": torch.empty(0, 4), "labels": label[:0], "scores": torch.empty(0)}
-    source = SimpleNamespace(test=[(torch.zeros(3, 64, 64), target)] * 5, masks=False)
+    source = SimpleNamespace(test=[(torch.zeros(3, 64, 64), target)] * 5, masks=False, metric="COCO")
     device = torch.device("cpu")
     options = EvalOptions(workers=0)
     job = transfer._Job(Detector(), source, SMALL, options, Precision("fp32", device), device, None)
