@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, TextIO
 
 from rich.text import Text
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from synco_fast.runtime.files import UNWRITABLE
 
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # A name that the terminal's encoding lacks, as in a locale without UTF-8, must not end a run.
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Decoding processes share the cores with the encoder. Threads that spin take time from those that work; those that
     # sleep at once wake up late for the loss's many short steps. So they spin for some tens of microseconds. GNU OpenMP
     # reads this once, when torch is first imported. Benchmarks have the cores to themselves.

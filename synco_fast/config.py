@@ -25,6 +25,7 @@ from synco_fast.kernels.backends import Backend
 from synco_fast.kernels.negatives import FAMILIES, Extrapolation, Negatives
 from synco_fast.methods import METHODS, extra_of, with_queue
 from synco_fast.runtime.errors import ConfigError
+from synco_fast.runtime.files import check_text
 from synco_fast.runtime.migrations import migrate_config
 from synco_fast.runtime.names import Device, EngineName, Format, OptimizerName, QueueDtype
 from synco_fast.runtime.strict_yaml import read_yaml
@@ -409,6 +410,7 @@ def build_config(values: dict[str, Any], overrides: dict[str, Any] | None = None
             if not isinstance(inside, dict):
                 raise ConfigError(f"{dotted}: found no section of that name{nearest_key(dotted, Config)}")
         inside[last] = value
+    _check_texts(merged)
     try:
         return Config.model_validate(migrate_config(merged, older_wins=True))
     except ValidationError as error:
@@ -425,6 +427,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"config: found {type(values).__name__} in {path}, expected sections and keys")
     return values
+
+
+def _check_texts(values: dict[str, Any], prefix: str = "") -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_texts(value, f"{prefix}{key}.")
+        elif isinstance(value, str):
+            check_text(value, f"{prefix}{key}")
 
 
 def _copy(values: dict[str, Any]) -> dict[str, Any]:

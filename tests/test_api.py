@@ -87,6 +87,8 @@ def test_a_run_stays_where_it_is_when_the_process_goes_elsewhere(tiny, tmp_path,
     assert not (tmp_path / "~").exists()
     with pytest.raises(UserError, match="out: found '', expected the name"):
         synco_fast.pretrain(tiny(), out="", **few)
+    with pytest.raises(ConfigError, match=r"data.source: found 'l.udce4ufe', a name that is not UTF-8"):
+        synco_fast.pretrain(tiny(), "l\udce4ufe", out="three", **few)
     run.folder.rename(tmp_path / "moved")
     assert repr(run) == f"Run({tmp_path / 'one'}, moved or removed)"
     for read in (lambda: run.knn, lambda: run.finished, lambda: run.metrics):

@@ -232,6 +232,8 @@ def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
         (["--resume", "/no/run"], "found no run in /no/run"),
         ([], "found none, expected --config PRESET"),
         (["--config", "demo", "--out", ""], "out: found '', expected the name of a file or folder"),
+        (["--config", "demo", "--out", "l\udce4ufe"], "out: found 'l\\udce4ufe', a name that is not UTF-8"),
+        (["--config", "demo", "--data", "l\udce4ufe"], "data: found 'l\\udce4ufe', a name that is not UTF-8"),
         (["--config", "demo", "--out=~nobody-here/run"], "out: found '~nobody-here/run', whose user is not here"),
         (["--config", "demo", "--out", "a\nb"], "out: found 'a\\nb', expected the name of a file or folder"),
         (["--config", "demo", "--resume", " "], "resume: found ' ', expected the name of a file or folder"),
@@ -443,3 +445,12 @@ def test_help_says_every_default(capsys):
         with pytest.raises(SystemExit):
             main([*words.split(), "--help"])
         assert says in capsys.readouterr().out
+
+
+def test_a_name_that_the_terminal_s_encoding_lacks_is_escaped(tmp_path, monkeypatch):
+    """In a locale without UTF-8 the table at the end of a run was a traceback."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["data", "demo", str(tmp_path / "größe"), "--train", "1", "--validation", "1"]) == 0
+    sys.stdout.flush()
+    assert rb"gr\xf6\xdfe" in raw.getvalue().replace(b"\n", b"")

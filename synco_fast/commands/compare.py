@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
         "synco-fast compare runs/moco-0 runs/moco-1 runs/synco-0 runs/synco-1 --out comparison.png",
         alone=True,
     )
-    command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    command.add_argument("runs", type=path, nargs="+", metavar="RUN", help="run folders")
     command.add_argument(
         "--out", type=path, default=Path("comparison.png"), metavar="FILE", help="the picture to write"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -24,7 +23,7 @@ def add(commands: Commands) -> None:
         "synco-fast embed runs/demo-20260101-120000 --data /data/photos --out features.npz",
         alone=True,
     )
-    command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    command.add_argument("checkpoint", type=path, help=CHECKPOINT)
     command.add_argument("--data", metavar="SOURCE", help="the run's own source by default")
     command.add_argument(
         "--split", choices=("train", "val", "both"), default="both", help="which split; both by default"

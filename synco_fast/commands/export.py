@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -24,7 +23,7 @@ def add(commands: Commands) -> None:
         "synco-fast export runs/demo-20260101-120000 --format timm --out exported",
         alone=True,
     )
-    command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    command.add_argument("checkpoint", type=path, help=CHECKPOINT)
     command.add_argument("--format", required=True, choices=FORMATS, help="docs/export.md says what loads each")
     command.add_argument("--out", type=path, metavar="DIR", help="the folder; RUN/export/FORMAT by default")
     command.add_argument("--licence", metavar="TEXT", help="licence stated in the model card; not stated by default")

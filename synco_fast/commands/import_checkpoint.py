@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -24,7 +23,7 @@ def add(commands: Commands) -> None:
         "synco-fast import moco_v2_800ep_pretrain.pth.tar --method moco --out moco-v2-800.pt",
         alone=True,
     )
-    command.add_argument("file", type=Path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
+    command.add_argument("file", type=path, help="the authors' layout (.pth.tar), or a backbone's state_dict")
     command.add_argument("--method", required=True, choices=tuple(METHODS), help="the method that pretrained it")
     command.add_argument("--backbone", metavar="NAME", help="the architecture, if the file does not name it")
     command.add_argument("--size", type=int, metavar="N", help="side of the images; 224, or 32 with a stem of 3 x 3")

@@ -45,12 +45,13 @@ def path(word: str) -> Path:
     from synco_fast.runtime.errors import UserError
     from synco_fast.runtime.files import named_path
 
-    if not word.isprintable():
-        raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
     try:
-        return named_path(word)
+        found = named_path(word)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if not word.isprintable():
+        raise argparse.ArgumentTypeError(f"found {word!r}, expected the name of a file or folder")
+    return found
 
 
 #: Options by name: the usual help text, and how they are read.
@@ -105,10 +106,14 @@ def check_source(source: str) -> None:
     """Refuse a source that is not there, or a folder without images; only its first level is read.
 
     Raises:
+        ConfigError: Its name is not UTF-8.
         DataError: As `synco_fast.data.sources.open.open_source` says.
     """
     from synco_fast.data.sources.open import open_source
     from synco_fast.data.sources.walk import is_image
+    from synco_fast.runtime.files import check_text
+
+    check_text(source, "data")
 
     prefix, _, rest = source.rpartition(":")
     if source == "demo" or prefix not in ("", "idx", "cifar", "stl10", "tar"):
@@ -166,7 +171,7 @@ def check_ranges(options: argparse.Namespace, **least: float) -> dict[str, Any]:
 
 def add_eval_options(command: argparse.ArgumentParser, data: str = "the run's own source by default") -> None:
     """Add the arguments of every evaluation: checkpoint, images, output folder, device."""
-    command.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    command.add_argument("checkpoint", type=path, help=CHECKPOINT)
     command.add_argument("--data", metavar="SOURCE", help=data)
     command.add_argument(
         "--out", type=path, metavar="DIR", help="folder of results and caches; RUN/evaluation by default"

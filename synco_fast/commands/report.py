@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 
@@ -23,7 +22,7 @@ def add(commands: Commands) -> None:
         "synco-fast report runs/demo-20260101-120000",
         alone=True,
     )
-    command.add_argument("run_folder", type=Path, metavar="RUN", help="a run folder")
+    command.add_argument("run_folder", type=path, metavar="RUN", help="a run folder")
     command.add_argument("--out", type=path, metavar="FILE", help="the file; RUN/report.html by default")
     command.add_argument("--data", metavar="SOURCE", help="where the images are now; the run's own source by default")
     add_options(command, "workers")

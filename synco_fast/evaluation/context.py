@@ -23,7 +23,7 @@ from synco_fast.export.load import Weights, backbone_of, read_weights
 from synco_fast.runtime.distributed import DistEnv, init_distributed, rank
 from synco_fast.runtime.environment import describe_environment
 from synco_fast.runtime.errors import ConfigError, DataError
-from synco_fast.runtime.files import check_writable, write_json
+from synco_fast.runtime.files import check_text, check_writable, write_json
 from synco_fast.runtime.precision import Precision, resolve_device
 from synco_fast.runtime.progress import ProgressBar
 from synco_fast.runtime.results import result_stem
@@ -199,11 +199,12 @@ def source_of(weights: Weights, options: EvalOptions) -> str:
     """The source given in the options, else the one that the run was evaluated on.
 
     Raises:
-        ConfigError: Imported weights record no source.
+        ConfigError: Imported weights record no source, or its name is not UTF-8.
     """
     if options.data is None and weights.imported:
         raise ConfigError("data: found none, expected --data SOURCE: an imported checkpoint records no images")
     config = weights.config
+    check_text(options.data or "", "data")
     return options.data or config.evaluation.source or config.data.source
 
 

@@ -256,17 +256,25 @@ def find_checkpoint(
     if not path.is_dir():
         raise CheckpointError(f"checkpoint: found no file or run folder {path}")
     problems: list[str] = []
-    for candidate in checkpoints_in(path / "checkpoints") or checkpoints_in(path):
+    tried: set[Path] = set()
+    while untried := [file for file in _candidates(path) if file not in tried]:
+        candidate = untried[0]
+        tried.add(candidate)
         try:
             state = load_checkpoint(candidate)
             accept(state, candidate)
             return state, candidate, problems
         except CheckpointError as error:
-            problems.append(str(error))
+            if candidate.exists():  # a run that trains meanwhile may have deleted it for a newer one
+                problems.append(str(error))
     if not problems:
         raise CheckpointError(f"checkpoint: found none in {path}, expected a run folder or a checkpoint")
     older = f", and {len(problems) - 1} older no better" if problems[1:] else ""
     raise CheckpointError(f"{problems[0]}{older}: restore it from a copy, or start a new run")
+
+
+def _candidates(path: Path) -> list[Path]:
+    return checkpoints_in(path / "checkpoints") or checkpoints_in(path)
 
 
 def load_weights(

@@ -9,9 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from synco_fast.data.files import atomic_write
-from synco_fast.runtime.errors import UserError
+from synco_fast.runtime.errors import ConfigError, UserError
 
-__all__ = ["UNWRITABLE", "atomic_write", "check_writable", "named_path", "read_json", "write_json", "write_text"]
+__all__ = [
+    "UNWRITABLE",
+    "atomic_write",
+    "check_text",
+    "check_writable",
+    "named_path",
+    "read_json",
+    "write_json",
+    "write_text",
+]
 
 #: What a system says that has no room left, or lets this user write no longer.
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO})
@@ -45,6 +54,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def check_text(text: str, key: str = "") -> None:
+    """Refuse a name whose bytes are no UTF-8, as on an old disk: no JSON, no plot and no export can hold it.
+
+    Args:
+        text: The name.
+        key: What the message calls it.
+
+    Raises:
+        ConfigError: It is such a name.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{key}{': ' if key else ''}found {text!r}, a name that is not UTF-8, expected one that is, such as a "
+            "link to it"
+        ) from error
+
+
 def named_path(name: str | Path, key: str = "") -> Path:
     """A file or folder as a user names it: ``~`` is the home folder, as in a shell.
 
@@ -55,8 +83,9 @@ def named_path(name: str | Path, key: str = "") -> Path:
         key: What the message calls it.
 
     Raises:
-        UserError: The name is empty, or there is no such user.
+        UserError: The name is empty or not UTF-8, or there is no such user.
     """
+    check_text(str(name), key)
     if not str(name).strip():
         raise UserError(f"{key}{': ' if key else ''}found {name!r}, expected the name of a file or folder")
     try:

@@ -29,6 +29,20 @@ def test_the_newest_are_kept(tmp_path):
     assert (state["step"], path.name, problems) == (100_000_000_000, "step-100000000000.pt", [])
 
 
+def test_a_checkpoint_that_a_run_replaces_meanwhile_is_no_damaged_one(tmp_path, monkeypatch):
+    """An evaluation of a run that trains, with `training.keep` at 1: reading takes seconds."""
+    save_checkpoint(tmp_path, 4, {}, keep=1)
+
+    def load(path):
+        if path.name == "step-00000004.pt":
+            save_checkpoint(tmp_path, 8, {}, keep=1)
+        return load_checkpoint(path)
+
+    monkeypatch.setattr("synco_fast.runtime.checkpoint.load_checkpoint", load)
+    state, path, problems = find_checkpoint(tmp_path)
+    assert (state["step"], path.name, problems) == (8, "step-00000008.pt", [])
+
+
 def test_a_later_file_is_none_of_those_that_are_kept(tmp_path):
     """A run that starts below a damaged checkpoint keeps what it writes; the damaged one can be set aside."""
     for step in (4, 8):
