@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from synco_fast.data.files import locked
+from synco_fast.data.workers import start_worker
 
 __all__ = ["CLASSES", "SIDE", "demo_image", "make_demo"]
 
@@ -248,9 +249,16 @@ def _write(folder: Path, wanted: dict[str, Any], tick: Callable[[int], None]) ->
         for split in ("train", "val")
         for label, name in enumerate(CLASSES)
     ]
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for _, (_, count, _) in zip(pool.map(_draw_class, jobs), jobs, strict=True):
-            tick(count)
+    # Not spawned, since such a process runs a caller's script again that begins with `synco_fast.pretrain("demo")`: it
+    # would wait for this one, and this one for it.
+    with ProcessPoolExecutor(mp_context=get_context("fork"), initializer=start_worker, initargs=(0,)) as pool:
+        try:
+            for _, (_, count, _) in zip(pool.map(_draw_class, jobs), jobs, strict=True):
+                tick(count)
+        except BaseException:
+            # Leaving the context waits for all that has not begun as well.
+            pool.shutdown(cancel_futures=True)
+            raise
     (scratch / _CARD).write_text(json.dumps(wanted), encoding="utf-8")
     if folder.exists():
         folder.replace(old)

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -45,6 +47,21 @@ def test_a_larger_set_contains_the_smaller_one(demo, tmp_path):
 def test_no_two_images_are_the_same_and_splits_share_none(demo):
     contents = [file.read_bytes() for file in demo.rglob("*.jpg")]
     assert len(set(contents)) == len(contents)
+
+
+def test_a_script_without_a_main_guard_draws_the_images(tmp_path):
+    """As the first line of many: ``synco_fast.pretrain("demo")``. A spawned process would run the script again."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from synco_fast.data.sources.demo import make_demo\n"
+        "print('begins', flush=True)\n"
+        f"make_demo(Path({str(tmp_path / 'set')!r}), train=1, validation=1)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "begins\n"
+    assert done.stderr == ""
+    assert len([*(tmp_path / "set").rglob("*.jpg")]) == 2 * len(CLASSES)
 
 
 def test_a_set_that_is_there_is_kept(demo):
@@ -103,7 +120,7 @@ def test_a_lock_is_held_by_one_at_a_time_and_ends_with_its_process(tmp_path):
 
 
 def test_another_set_replaces_an_earlier_one(demo, tmp_path, monkeypatch):
-    monkeypatch.setattr("synco_fast.data.sources.demo.ProcessPoolExecutor", lambda mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr("synco_fast.data.sources.demo.ProcessPoolExecutor", lambda **_: ThreadPoolExecutor(1))
     folder = tmp_path / "demo"
     shutil.copytree(demo, folder)
     make_demo(folder, train=1, validation=1, seed=5)
