@@ -72,7 +72,7 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
         ("kNN before", _percent(summary.get("knn_before"))),
         ("kNN after", _percent(run.knn)),
         *([("best kNN", f"{best['knn']:.1%}, epoch {best['epoch']:g}")] if (best := summary.get("best")) else []),
-        *((name, _percent(value)) for name, value in (run.probe.columns if run.probe else {"linear": None}).items()),
+        *((name, _percent(value)) for name, value in (run.probe.columns if run.probe else {}).items()),
         ("chance", _percent(run.chance)),
         ("effective rank", "none" if rank is None else f"{rank:.1f}"),
         ("epochs", f"{summary.get('epochs', 0):.3g}"),
