@@ -233,7 +233,6 @@ def test_bench_and_profile_loss(run, tmp_path, monkeypatch):
         ([], "found none, expected --config PRESET"),
         (["--config", "demo", "--out", ""], "out: found '', expected the name of a file or folder"),
         (["--config", "demo", "--out", "l\udce4ufe"], "out: found 'l\\udce4ufe', a name that is not UTF-8"),
-        (["--config", "demo", "--data", "l\udce4ufe"], "data: found 'l\\udce4ufe', a name that is not UTF-8"),
         (["--config", "demo", "--out=~nobody-here/run"], "out: found '~nobody-here/run', whose user is not here"),
         (["--config", "demo", "--out", "a\nb"], "out: found 'a\\nb', expected the name of a file or folder"),
         (["--config", "demo", "--resume", " "], "resume: found ' ', expected the name of a file or folder"),
@@ -255,6 +254,15 @@ def test_bad_input_is_one_line_and_code_2(run, words, says, tmp_path, monkeypatc
     assert says in err
     assert err.strip().count("\n") == 0
     assert "Traceback" not in err
+
+
+def test_a_run_takes_no_images_whose_name_a_configuration_cannot_keep(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l\udce4ufe" / "cat").mkdir(parents=True)
+    code, _, err = run("pretrain", "--config", "demo", "--data", "l\udce4ufe")
+    assert code == 2
+    assert "data.source: found 'l\\udce4ufe', a name that is not UTF-8" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_folder_of_a_run_without_a_name_is_checked_too(run, config_file, tmp_path, monkeypatch):

@@ -106,14 +106,10 @@ def check_source(source: str) -> None:
     """Refuse a source that is not there, or a folder without images; only its first level is read.
 
     Raises:
-        ConfigError: Its name is not UTF-8.
         DataError: As `synco_fast.data.sources.open.open_source` says.
     """
     from synco_fast.data.sources.open import open_source
     from synco_fast.data.sources.walk import is_image
-    from synco_fast.runtime.files import check_text
-
-    check_text(source, "data")
 
     prefix, _, rest = source.rpartition(":")
     if source == "demo" or prefix not in ("", "idx", "cifar", "stl10", "tar"):
