@@ -235,7 +235,7 @@ def _output(command: str) -> Iterator[IO[bytes]]:
             command, shell=True, stdout=subprocess.PIPE, stderr=said, bufsize=0, start_new_session=True
         )
         assert process.stdout is not None
-        # A worker that ends, frees no reader that is in the middle of a shard.
+        # A worker that ends does not free a reader in the middle of a shard.
         end = util.Finalize(process, _end_group, (process.pid,), exitpriority=0)
         try:
             yield process.stdout
